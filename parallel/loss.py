@@ -1,0 +1,112 @@
+"""Vocabulary-parallel head and cross entropy that never hold the logits of a whole micro-batch.
+
+Shape letters: N tokens of a micro-batch, D model, V vocabulary (local: this rank's rows).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from parallel.collectives import all_reduce, copy_to_group
+from parallel.embedding import VocabParallelEmbedding, vocabulary_piece, vocabulary_shard
+from parallel.mesh import Group
+from parallel.params import Init, Role, Sharded, ShardSpec
+
+IGNORE = -100  # label of a position that is not a target, as in torch and transformers
+CHUNK_BYTES = 32 << 20  # fp32 logits held at a time: fits a server CPU's L3, and is launch-bound on no GPU
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """Σ over targets of −log softmax(h Wᵀ)[label], with the gradients computed chunk by chunk in forward.
+
+    In forward each chunk's logits are still in cache, so backward neither keeps nor recomputes them: three matrix products
+    in all, the least possible. Forward: h [N, D] replicated, W [V/p, D] → scalar, replicated. Communication per chunk:
+    the all-reduced maximum, then denominator and target logit together. Backward: two scalings.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, vocab_size: int, group: Group) -> Tensor:
+        wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        w_VD = weight_VD.to(h_ND.dtype)
+        first, rows = vocabulary_shard(vocab_size, group)
+        padding = first + rows - vocab_size
+        wide = torch.float64 if h_ND.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=wide, device=h_ND.device)
+        grad_h = torch.empty_like(h_ND) if wants_grad else None
+        # Several chunks are summed in fp32: in bf16 the sum would lose what later chunks add.
+        grad_w = torch.zeros(w_VD.shape, dtype=wide, device=w_VD.device) if wants_grad else None
+        step = max(1, CHUNK_BYTES // (4 * rows))
+        for start in range(0, h_ND.shape[0], step):
+            part = slice(start, start + step)
+            labels = labels_N[part]
+            is_target = labels != IGNORE
+            local = labels - first
+            is_here = is_target & (local >= 0) & (local < rows)
+            column = local.masked_fill(~is_here, 0).unsqueeze(-1)
+
+            logits = (h_ND[part] @ w_VD.t()).to(wide)
+            if padding > 0:
+                logits[:, max(0, rows - padding) :] = -torch.inf
+            logits.sub_(all_reduce(logits.amax(-1, keepdim=True), group, dist.ReduceOp.MAX))
+            target = logits.gather(-1, column).squeeze(-1).masked_fill(~is_here, 0.0)
+            probabilities = logits.exp_()
+            totals = all_reduce(torch.stack([probabilities.sum(-1), target]), group)
+            loss += (totals[0].log() - totals[1]).masked_fill(~is_target, 0.0).sum()
+            if grad_h is None or grad_w is None:
+                continue
+            # d loss / d logits = softmax − one-hot on targets, exactly 0 elsewhere (masked: NaN · 0 is NaN).
+            probabilities.div_(totals[0].unsqueeze(-1))
+            probabilities.scatter_add_(-1, column, -is_here.to(wide).unsqueeze(-1))
+            delta = probabilities.masked_fill_(~is_target.unsqueeze(-1), 0.0).to(h_ND.dtype)
+            grad_h[part] = delta @ w_VD
+            grad_w += delta.t() @ h_ND[part]
+        if grad_h is not None:
+            ctx.save_for_backward(grad_h, grad_w)
+            ctx.weight_dtype = weight_VD.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad, (grad_w * grad).to(ctx.weight_dtype), None, None, None
+
+
+class VocabParallelHead(Sharded):
+    """Logits' matrix W [V/p, D], its own or borrowed from the embedding, and the loss that goes with it.
+
+    `forward` with labels [B, S] (IGNORE where there is no target): h [B, S, D] → the loss summed over targets, an fp32
+    scalar, the same on every rank of `group`. Without labels: this rank's logits [B, S, V/p], for sampling and oracles.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        name: str,
+        init: Init,
+        group: Group,
+        tied_to: VocabParallelEmbedding | None,
+    ) -> None:
+        super().__init__()
+        self.group = group
+        self.vocab_size = vocab_size
+        if tied_to is None:
+            shape = (vocabulary_shard(vocab_size, group)[1], hidden_size)
+            piece = vocabulary_piece(name, vocab_size, hidden_size, group)
+            self.declare("weight", shape, ShardSpec(Role.MATRIX, init, (piece,), group.size > 1))
+        else:
+            self.borrow("weight", tied_to)
+
+    def forward(self, h_BSD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        if labels_BS is None:
+            return functional.linear(h_BSD, self.weight.to(h_BSD.dtype))
+        h_ND = copy_to_group(h_BSD, self.group).flatten(0, 1)
+        return _CrossEntropySum.apply(h_ND, self.weight, labels_BS.flatten(), self.vocab_size, self.group)

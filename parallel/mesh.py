@@ -1,0 +1,77 @@
+"""This rank's process groups, made once from a layout and passed down as arguments. No module-level state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from parallel.topology import Coord, Layout
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks that a layer communicates with, and this rank's place among them.
+
+    Every parallel layer takes one explicitly. A group of one rank never communicates, so a layer built on
+    `Group.alone()` is the plain layer and needs no process group: that is how oracles and one-process runs work.
+    """
+
+    rank: int
+    ranks: tuple[int, ...]
+    handle: dist.ProcessGroup | None
+
+    @classmethod
+    def alone(cls) -> Group:
+        return cls(rank=0, ranks=(0,), handle=None)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def part(self, whole: int, what: str) -> int:
+        """This group's equal share of `whole`; ValueError when it does not divide."""
+        if whole % self.size:
+            raise ValueError(f"{what} = {whole} does not divide over {self.size} ranks")
+        return whole // self.size
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One rank's view of a layout.
+
+    | group | ranks that differ in | used by |
+    |---|---|---|
+    | tp | tp | parallel layers |
+    | dp | dp and cp | gradient reduction, ZeRO, the step's target count |
+    | replica | pp and tp | the gradient norm: together these ranks hold one copy of the model |
+    """
+
+    layout: Layout
+    rank: int
+    tp: Group
+    dp: Group
+    replica: Group
+
+    @property
+    def coord(self) -> Coord:
+        return self.layout.coord(self.rank)
+
+    @classmethod
+    def build(cls, layout: Layout) -> Mesh:
+        """Collective over all ranks: every rank makes every group, in the same order (torch's rule for `new_group`)."""
+        if layout.world_size != dist.get_world_size():
+            raise ValueError(f"layout {layout} has {layout.world_size} ranks, the world has {dist.get_world_size()}")
+        rank = dist.get_rank()
+        tp, dp, replica = (_join(layout, rank, axes) for axes in (("tp",), ("dp", "cp"), ("pp", "tp")))
+        return cls(layout=layout, rank=rank, tp=tp, dp=dp, replica=replica)
+
+
+def _join(layout: Layout, rank: int, axes: tuple[str, ...]) -> Group:
+    mine = None
+    for ranks in layout.groups(*axes):
+        handle = dist.new_group(list(ranks))
+        if rank in ranks:
+            mine = Group(rank=ranks.index(rank), ranks=ranks, handle=handle)
+    assert mine is not None, "groups along any axes cover all ranks"
+    return mine

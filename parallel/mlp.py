@@ -1,0 +1,55 @@
+"""Tensor-parallel feed-forward layers. Shape letters: B batch, S sequence, D model, F ffn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
+from parallel.mesh import Group
+from parallel.params import Init
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "silu": functional.silu,
+}
+
+
+class ParallelMLP(nn.Module):
+    """act(X Aᵀ) Bᵀ, or gated: (act(X Gᵀ) · X Uᵀ) Bᵀ with G and U fused (Shazeer 2020, arXiv:2002.05202).
+
+    Column-parallel in, row-parallel out, so the F dim is divided and the activation needs no communication: one
+    all-reduce forward, one backward. `inputs` is [up] or [gate, up].
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        ffn_size: int,
+        activation: str,
+        inputs: Sequence[Output],
+        out: str,
+        bias: bool,
+        transposed: bool,
+        init: Init,
+        out_init: Init,
+        group: Group,
+    ) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.gated = len(inputs) == 2
+        self.up = ColumnParallelLinear(hidden_size, inputs, bias=bias, init=init, transposed=transposed, group=group)
+        self.down = RowParallelLinear(
+            ffn_size, hidden_size, name=out, bias=bias, init=out_init, transposed=transposed, group=group
+        )
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h_BSF = self.up(x_BSD)
+        if self.gated:
+            gate_BSF, up_BSF = h_BSF.chunk(2, dim=-1)
+            return self.down(self.activation(gate_BSF) * up_BSF)
+        return self.down(self.activation(h_BSF))

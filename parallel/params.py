@@ -1,0 +1,155 @@
+"""Parameters know what they are.
+
+A `ShardSpec` says which boxes of which logical tensors a local parameter holds. Logical tensors bear Hugging Face's names
+and shapes. Initial weights, export, weight decay, norms and checkpoints all read it; nothing guesses from names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+
+
+class Role(StrEnum):
+    """What a parameter does; decides its initial value and whether it decays."""
+
+    MATRIX = "matrix"
+    EMBEDDING = "embedding"
+    NORM = "norm"
+    BIAS = "bias"
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a logical tensor starts: normal with this standard deviation around this mean (std 0: constant)."""
+
+    mean: float = 0.0
+    std: float = 0.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows [row, row + rows) of a local parameter are a box of the logical tensor `name`.
+
+    `shape` is the logical tensor's, `start` and `size` are the box in it. `transposed`: the logical tensor stores
+    [in, out] (Hugging Face's Conv1D in gpt2), the parameter [out, in].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    row: int = 0
+    transposed: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.size[-1] if self.transposed else self.size[0]
+
+    def box_of(self, logical: Tensor) -> Tensor:
+        """This piece as it lies in the local parameter, cut from the whole logical tensor."""
+        for dim, (start, size) in enumerate(zip(self.start, self.size, strict=True)):
+            logical = logical.narrow(dim, start, size)
+        return logical.t() if self.transposed else logical
+
+    def in_parameter(self, parameter: Tensor) -> Tensor:
+        """The view of a (whole) local parameter that holds this piece."""
+        return parameter.narrow(0, self.row, self.rows)
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What one local parameter is. `sharded`: other tensor ranks hold other boxes; otherwise all hold the same."""
+
+    role: Role
+    init: Init
+    pieces: tuple[Piece, ...]
+    sharded: bool
+
+
+def whole(name: str, shape: tuple[int, ...], *, role: Role, init: Init) -> ShardSpec:
+    """The spec of a parameter that is one whole logical tensor on every rank."""
+    return ShardSpec(role, init, (Piece(name, shape, (0,) * len(shape), shape),), sharded=False)
+
+
+class Sharded(nn.Module):
+    """A module that owns parameters and says what each of them is; `borrowed` ones are another module's (ties)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.specs: dict[str, ShardSpec] = {}
+        self.borrowed: set[str] = set()
+
+    def declare(self, name: str, shape: tuple[int, ...], spec: ShardSpec) -> None:
+        """Register an uninitialised fp32 parameter on the current default device, with its spec."""
+        setattr(self, name, nn.Parameter(torch.empty(shape)))
+        self.specs[name] = spec
+
+    def borrow(self, name: str, owner: Sharded) -> None:
+        """Use another module's parameter of the same name: one logical tensor, one gradient, owned there."""
+        setattr(self, name, getattr(owner, name))
+        self.borrowed.add(name)
+
+
+def owned_specs(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ShardSpec]]:
+    """(dotted name, parameter, spec) of each parameter that the module owns, once.
+
+    TypeError for a parameter that nobody declared.
+    """
+    for path, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            dotted = f"{path}.{name}" if path else name
+            if not isinstance(owner, Sharded) or name not in owner.specs.keys() | owner.borrowed:
+                raise TypeError(f"parameter {dotted} has no ShardSpec: declare it in a Sharded module")
+            if name in owner.specs:
+                yield dotted, parameter, owner.specs[name]
+
+
+def materialise(module: nn.Module, device: torch.device) -> None:
+    """Give storage, not values, to the parameters that are on the meta device."""
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.is_meta:
+                setattr(owner, name, nn.Parameter(torch.empty_like(parameter, device=device)))
+
+
+def derive_seed(*names: object) -> int:
+    """A 63-bit seed for the random stream of this name, such as (seed, "weights", tensor name)."""
+    text = "/".join(str(name) for name in names)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def initialise(module: nn.Module, seed: int) -> None:
+    """Fill materialised parameters with their initial values, which depend on (seed, logical name) only.
+
+    Each logical tensor is drawn whole in fp32 on the CPU and sliced, so that every layout starts from bit-identical
+    weights. Peak extra memory: one logical tensor.
+    """
+    for _, parameter, spec in owned_specs(module):
+        drawn: dict[str, Tensor] = {}
+        for piece in spec.pieces:
+            if piece.name not in drawn:
+                drawn[piece.name] = draw(piece.name, piece.shape, spec.init, seed)
+        copy_pieces(parameter, spec, drawn)
+
+
+def draw(name: str, shape: tuple[int, ...], init: Init, seed: int) -> Tensor:
+    """The whole initial logical tensor, fp32, on the CPU."""
+    if init.std == 0.0:
+        return torch.full(shape, init.mean, device="cpu")
+    stream = torch.Generator("cpu").manual_seed(derive_seed(seed, "weights", name))
+    return torch.empty(shape, device="cpu").normal_(init.mean, init.std, generator=stream)
+
+
+@torch.no_grad()
+def copy_pieces(parameter: Tensor, spec: ShardSpec, logical: Mapping[str, Tensor]) -> None:
+    """Set a local parameter from whole logical tensors; rows that no piece covers (padding) become 0."""
+    if sum(piece.rows for piece in spec.pieces) < parameter.shape[0]:
+        parameter.zero_()
+    for piece in spec.pieces:
+        piece.in_parameter(parameter).copy_(piece.box_of(logical[piece.name]))

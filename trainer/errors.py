@@ -1,0 +1,36 @@
+"""The ways a run can fail that are not bugs, each with its exit code.
+
+A `UserError` is shown as its lines, never as a traceback. Everything else is a bug: exit 70 and a traceback in the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_OK = 0
+EXIT_DATA = 65  # data or checkpoint damaged
+EXIT_INTERNAL = 70
+EXIT_RECIPE = 78  # recipe wrong
+
+
+class UserError(Exception):
+    """Something the user can mend: each line names what, where, the value and the remedy."""
+
+    exit_code = EXIT_INTERNAL
+
+    def __init__(self, *lines: str | Sequence[str]) -> None:
+        flat = [line for item in lines for line in ([item] if isinstance(item, str) else item)]
+        self.lines = [" ".join(line.split()) for line in flat]
+        super().__init__("\n".join(self.lines))
+
+
+class RecipeError(UserError):
+    """The recipe, or something it names on this machine, cannot work."""
+
+    exit_code = EXIT_RECIPE
+
+
+class DataError(UserError):
+    """Data on disk is damaged, unreadable or changed under us."""
+
+    exit_code = EXIT_DATA

@@ -1,0 +1,97 @@
+"""From the environment of a launcher to this process's place: rank, device, backend, threads.
+
+The `deepspeed` launcher and `torchrun` set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without any of
+them the run is one process.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import RecipeError
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the others. `how` says where that is known from, for messages."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+    how: str
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Place:
+        """RecipeError when only some of the launcher's variables are set, or one is not what it must be."""
+        given = [name for name in LAUNCHER_VARIABLES if environment.get(name)]
+        if not given:
+            return cls(0, 0, 1, 1, "127.0.0.1", free_port(), "no launcher: one process")
+        missing = [name for name in LAUNCHER_VARIABLES if name not in given]
+        if missing:
+            raise RecipeError(
+                f"{given[0]} is set but {', '.join(missing)} is not: start with `deepspeed --no_local_rank --module trainer "
+                "train RECIPE` or `torchrun -m trainer train RECIPE`, or unset it to run one process"
+            )
+        rank, local_rank, world_size, port = (
+            _integer(environment, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+        )
+        if not 0 <= rank < world_size:
+            raise RecipeError(f"RANK={rank} is outside WORLD_SIZE={world_size}: the launcher's variables contradict each other")
+        local_world_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world_size)
+        how = f"RANK={rank} and WORLD_SIZE={world_size} of the launcher"
+        return cls(rank, local_rank, world_size, local_world_size, environment["MASTER_ADDR"], port, how)
+
+
+def _integer(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise RecipeError(f"{name}={environment[name]!r} is not a whole number: the launcher must set it") from None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def join(place: Place) -> None:
+    """Bind the device, share the cores among this node's ranks, and join the process group."""
+    for name, value in zip(
+        LAUNCHER_VARIABLES,
+        (place.rank, place.local_rank, place.world_size, place.master_addr, place.master_port),
+        strict=True,
+    ):
+        os.environ[name] = str(value)  # DeepSpeed reads them too
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+    dist.init_process_group(
+        "nccl" if place.device.type == "cuda" else "gloo",
+        init_method=f"tcp://{place.master_addr}:{place.master_port}",
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(minutes=30),
+    )
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

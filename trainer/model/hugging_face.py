@@ -1,0 +1,215 @@
+"""Weights in and out of Hugging Face folders: safetensors, read by slices and written tensor by tensor.
+
+Nothing is unpickled: a folder that has only `pytorch_model.bin` is refused with the command that converts it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from parallel.params import Piece, ShardSpec, owned_specs
+from trainer.errors import DataError, RecipeError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_BYTES = 4 << 30
+# Buffers that older checkpoints of these families carry; they hold no weights.
+NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+
+def local_folder(name: str, revision: str | None) -> Path:
+    """A folder as it is; a hub name is fetched (config, safetensors, tokenizer) into the hub's own cache."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except Exception as error:  # the hub client raises a dozen kinds
+        raise RecipeError(
+            f"model.from_pretrained = {name!r} is not a folder here and could not be fetched from the hub "
+            f"({type(error).__name__}): give an existing folder, or fetch it on a machine with network first"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}: a Hugging Face folder needs config.json") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}): fetch the folder again") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: not a JSON object: fetch the folder again")
+    return config
+
+
+class PretrainedWeights:
+    """The logical tensors of a Hugging Face folder; only the boxes asked for are read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = {name: self._open(file) for file, names in self._listing().items() for name in names}
+
+    def fill(self, module: nn.Module) -> None:
+        """Set a block's parameters; DataError naming the tensor that is missing, misshapen or not finite."""
+        for _, parameter, spec in owned_specs(module):
+            for piece in spec.pieces:
+                box = self._read(piece)
+                piece.in_parameter(parameter.data).copy_(box.t() if piece.transposed else box)
+
+    def check_names(self, specs: Iterable[ShardSpec]) -> None:
+        """DataError for tensors in the folder that no parameter of the model takes."""
+        wanted = {self._stored_name(piece.name) for spec in specs for piece in spec.pieces}
+        extra = sorted(n for n in self._files.keys() - wanted if not n.endswith((*NOT_WEIGHTS, "lm_head.weight")))
+        if extra:
+            raise DataError(
+                f"{self.folder}: tensor {extra[0]} (and {len(extra) - 1} more) has no place in the model: "
+                "config.json and the weights do not belong together"
+            )
+
+    def _listing(self) -> dict[str, list[str]]:
+        index = self.folder / INDEX
+        if index.is_file():
+            return self._indexed(index)
+        if (self.folder / SINGLE).is_file():
+            return {SINGLE: list(self._open(SINGLE).keys())}
+        if (self.folder / "pytorch_model.bin").exists():
+            raise RecipeError(
+                f"{self.folder}: only pickled weights (pytorch_model.bin), which are never opened here: "
+                "convert them with transformers' save_pretrained, which writes safetensors"
+            )
+        raise RecipeError(f"{self.folder}: neither {SINGLE} nor {INDEX}: give a Hugging Face folder with weights")
+
+    def _indexed(self, index: Path) -> dict[str, list[str]]:
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{index}: no valid weight_map ({error}): fetch the folder again") from error
+        listing: dict[str, list[str]] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise DataError(f"{index}: tensor {name} points outside the folder ({file!r}): do not use this folder")
+            listing.setdefault(file, []).append(name)
+        return listing
+
+    def _open(self, file: str) -> Any:
+        try:
+            return safe_open(self.folder / file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{self.folder / file}: cannot be read ({error}): fetch the folder again") from error
+
+    def _stored_name(self, name: str) -> str:
+        """Checkpoints of a bare model (without its head) leave out the first part of the names."""
+        return name if name in self._files else name.split(".", 1)[1] if "." in name else name
+
+    def _read(self, piece: Piece) -> Tensor:
+        stored = self._stored_name(piece.name)
+        if stored not in self._files:
+            raise DataError(f"{self.folder}: tensor {piece.name} is missing: config.json and the weights do not belong together")
+        try:
+            tensor = self._files[stored].get_slice(stored)
+            shape = tuple(tensor.get_shape())
+            if shape != piece.shape:
+                raise DataError(
+                    f"{self.folder}: tensor {stored} has shape {list(shape)}, the config asks for {list(piece.shape)}"
+                )
+            box: Tensor = tensor[tuple(slice(at, at + n) for at, n in zip(piece.start, piece.size, strict=True))]
+        except SafetensorError as error:
+            raise DataError(f"{self.folder}: tensor {stored} cannot be read ({error}): fetch the folder again") from error
+        if not torch.isfinite(box).all():
+            raise DataError(f"{self.folder}: tensor {stored} holds NaN or infinity: fetch the folder again")
+        return box
+
+
+def write_folder(
+    tensors: Iterable[tuple[ShardSpec, Tensor]],
+    folder: Path | None,
+    *,
+    dtype: torch.dtype,
+    config: Mapping[str, Any],
+    save_tokenizer: Callable[[Path], None],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face folder, whole or not at all; `folder` None on ranks that only take part in the gathering.
+
+    Every logical tensor must come complete: an empty or partial one is an error, never a file.
+    """
+    if folder is None:
+        for _ in tensors:
+            pass
+        return
+    draft = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    files = _write_tensors(tensors, draft, dtype, shard_bytes)
+    if len(files) > 1:
+        total = sum(size for names in files.values() for size in names.values())
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_tokenizer(draft)
+    for path in draft.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+
+
+def _write_tensors(
+    tensors: Iterable[tuple[ShardSpec, Tensor]], folder: Path, dtype: torch.dtype, shard_bytes: int
+) -> dict[str, dict[str, int]]:
+    """Save logical tensors in files of at most `shard_bytes` (or one tensor); {file: {tensor: bytes}}."""
+    shards: list[dict[str, int]] = []
+    pending: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        if pending:
+            save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+            shards.append({name: tensor.nbytes for name, tensor in pending.items()})
+            pending.clear()
+
+    for name, tensor in _assembled(tensors, dtype):
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard_bytes:
+            flush()
+        pending[name] = tensor
+    flush()
+    files = {}
+    for number, sizes in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.part").rename(folder / file)
+        files[file] = sizes
+    return files
+
+
+def _assembled(tensors: Iterable[tuple[ShardSpec, Tensor]], dtype: torch.dtype) -> Iterable[tuple[str, Tensor]]:
+    """Put the pieces of each logical tensor together; yields it when it is complete."""
+    partial: dict[str, tuple[Tensor, int]] = {}
+    for spec, parameter in tensors:
+        for piece in spec.pieces:
+            if parameter.numel() == 0:
+                raise RuntimeError(f"{piece.name}: empty parameter; it was not gathered")
+            logical, filled = partial.pop(piece.name, (torch.empty(piece.shape, dtype=dtype), 0))
+            piece.box_of(logical).copy_(piece.in_parameter(parameter))
+            filled += math.prod(piece.size)
+            if filled == logical.numel():
+                yield piece.name, logical
+            else:
+                partial[piece.name] = (logical, filled)
+    if partial:
+        raise RuntimeError(f"incomplete tensors: {', '.join(partial)}")
+

@@ -1,0 +1,205 @@
+"""One pre-norm transformer for all families, built from the layers of `parallel/`.
+
+A model is a list of blocks: the embedding, the layers, the head. A `Stage` is a contiguous part of that list; without
+pipeline parallelism it is the whole list. A rank only ever builds its own blocks, one after another, so it never holds
+more than one of them whole when ZeRO-3 divides them.
+
+Shape letters: B batch, S sequence, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from parallel.attention import Documents, ParallelAttention, Rotation
+from parallel.embedding import PositionEmbedding, VocabParallelEmbedding, rotary_tables
+from parallel.loss import VocabParallelHead
+from parallel.mesh import Group
+from parallel.mlp import ParallelMLP
+from parallel.norm import LayerNorm, RMSNorm
+from parallel.params import Init, Sharded, materialise
+from trainer.model.families import TransformerConfig
+from trainer.model.names import WEIGHT_NAMES
+
+
+@dataclass(frozen=True)
+class Block:
+    """One unit of the model that a stage can hold."""
+
+    kind: Literal["embedding", "layer", "head"]
+    layer: int = 0
+
+
+def blocks_of(config: TransformerConfig) -> list[Block]:
+    return [Block("embedding"), *(Block("layer", i) for i in range(config.num_layers)), Block("head")]
+
+
+def make_norm(config: TransformerConfig, name: str) -> Sharded:
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.hidden_size, eps=config.norm_eps, name=name)
+    return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias, name=name)
+
+
+class Embedding(nn.Module):
+    """tokens [B, S] → [B, S, D] in the compute format."""
+
+    def __init__(self, config: TransformerConfig, *, dtype: torch.dtype, group: Group) -> None:
+        super().__init__()
+        names = WEIGHT_NAMES[config.family]
+        init = Init(std=config.init_std)
+        self.dtype = dtype
+        self.dropout = config.embedding_dropout
+        self.tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, name=names.embedding, init=init, group=group
+        )
+        self.positions = None
+        if names.positions is not None:
+            self.positions = PositionEmbedding(config.max_positions, config.hidden_size, name=names.positions, init=init)
+
+    def forward(self, tokens_BS: Tensor, documents: Documents) -> Tensor:
+        x_BSD = self.tokens(tokens_BS)
+        if self.positions is not None:
+            x_BSD = x_BSD + self.positions(documents.positions_BS.to(tokens_BS.device))
+        return functional.dropout(x_BSD.to(self.dtype), self.dropout, self.training)
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); [B, S, D] → [B, S, D]."""
+
+    def __init__(self, config: TransformerConfig, index: int, *, group: Group) -> None:
+        super().__init__()
+        names = WEIGHT_NAMES[config.family]
+        init = Init(std=config.init_std)
+        # 2 residual additions per layer: their sum keeps its variance (Radford et al. 2019, GPT-2, §2.3).
+        out_init = Init(std=config.init_std / math.sqrt(2 * config.num_layers)) if config.scaled_residual_init else init
+        query, key, value = names.query_key_value(config, index)
+        self.dropout = config.residual_dropout
+        self.attention_norm = make_norm(config, names.attention_norm.format(layer=index))
+        self.attention = ParallelAttention(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            query=query,
+            key=key,
+            value=value,
+            out=names.attention_out.format(layer=index),
+            qkv_bias=config.qkv_bias,
+            out_bias=config.attention_out_bias,
+            transposed=names.transposed,
+            dropout=config.attention_dropout,
+            causal=True,
+            init=init,
+            out_init=out_init,
+            group=group,
+        )
+        self.mlp_norm = make_norm(config, names.mlp_norm.format(layer=index))
+        self.mlp = ParallelMLP(
+            hidden_size=config.hidden_size,
+            ffn_size=config.ffn_size,
+            activation=config.activation,
+            inputs=names.mlp_inputs(config, index),
+            out=names.mlp_out.format(layer=index),
+            bias=config.mlp_bias,
+            transposed=names.transposed,
+            init=init,
+            out_init=out_init,
+            group=group,
+        )
+
+    def forward(self, x_BSD: Tensor, documents: Documents, rotation: Rotation | None) -> Tensor:
+        attended = self.attention(self.attention_norm(x_BSD), documents, rotation)
+        x_BSD = x_BSD + functional.dropout(attended, self.dropout, self.training)
+        return x_BSD + functional.dropout(self.mlp(self.mlp_norm(x_BSD)), self.dropout, self.training)
+
+
+class Head(nn.Module):
+    """Final norm, logits and loss."""
+
+    def __init__(self, config: TransformerConfig, *, group: Group, tied_to: VocabParallelEmbedding | None) -> None:
+        super().__init__()
+        names = WEIGHT_NAMES[config.family]
+        self.norm = make_norm(config, names.final_norm)
+        self.logits = VocabParallelHead(
+            config.vocab_size,
+            config.hidden_size,
+            name=names.head,
+            init=Init(std=config.init_std),
+            group=group,
+            tied_to=tied_to,
+        )
+
+    def forward(self, x_BSD: Tensor, labels_BS: Tensor | None) -> Tensor:
+        return self.logits(self.norm(x_BSD), labels_BS)
+
+
+class Stage(nn.Module):
+    """A contiguous part of the model.
+
+    `fill` gives values to each block's parameters after it was materialised (initial or loaded ones); `partition` may
+    divide them over ranks at once (ZeRO-3).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        blocks: Sequence[Block],
+        *,
+        dtype: torch.dtype,
+        recompute: Literal["none", "full"],
+        group: Group,
+        device: torch.device,
+        fill: Callable[[nn.Module], None],
+        partition: Callable[[nn.Module], None] = lambda block: None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.recompute = recompute
+        self.embedding: Embedding | None = None
+        self.layers = nn.ModuleDict()
+        self.head: Head | None = None
+        for block in blocks:
+            with torch.device("meta"):
+                built = self._build(block, group)
+            materialise(built, device)
+            fill(built)
+            partition(built)
+
+    def _build(self, block: Block, group: Group) -> nn.Module:
+        if block.kind == "embedding":
+            self.embedding = Embedding(self.config, dtype=self.dtype, group=group)
+            return self.embedding
+        if block.kind == "layer":
+            self.layers[str(block.layer)] = Layer(self.config, block.layer, group=group)
+            return self.layers[str(block.layer)]
+        tied_to = self.embedding.tokens if self.config.tied_head and self.embedding else None
+        self.head = Head(self.config, group=group, tied_to=tied_to)
+        return self.head
+
+    def forward(self, x: Tensor, documents: Documents, labels_BS: Tensor | None = None) -> Tensor:
+        """First stage: x = tokens [B, S]; others: hidden [B, S, D]. Last stage: the loss summed over the targets of
+        `labels_BS`, or the logits [B, S, V] without labels; others: hidden [B, S, D]."""
+        if self.embedding is not None:
+            x = self.embedding(x, documents)
+        rotation = self._rotation(documents, x.device)
+        for layer in self.layers.values():
+            if self.recompute == "full" and torch.is_grad_enabled():
+                x = checkpoint(layer, x, documents, rotation, use_reentrant=False)
+            else:
+                x = layer(x, documents, rotation)
+        return x if self.head is None else self.head(x, labels_BS)
+
+    def _rotation(self, documents: Documents, device: torch.device) -> Rotation | None:
+        if self.config.positions != "rope":
+            return None
+        positions_BS = documents.positions_BS.to(device)
+        return rotary_tables(positions_BS, self.config.head_dim, self.config.rope_theta, self.dtype)

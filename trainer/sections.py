@@ -1,0 +1,348 @@
+"""The recipe, section by section: every key with its type, range, unit, default and meaning.
+
+This is the only list of keys. `recipe.py` reads files into it, `triaxis schema` prints it, the README's tables come from
+it, and the rest of the package receives these objects already validated. It imports no torch: a recipe is checked on a
+login node in a fraction of a second.
+
+Defaults are the simplest case, not somebody's recipe. A key that nothing reads does not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Finding(NamedTuple):
+    """One thing wrong with a recipe: the dotted keys that it is about, the one to point at first, and the line to show."""
+
+    keys: tuple[str, ...]
+    message: str
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Fewest insertions, deletions, replacements and swaps of neighbours that make `a` into `b`.
+
+    A swap counts once, because swapped letters are a third of typing mistakes (Damerau 1964); difflib's ratio ranks
+    "rl" as far from "lr" as from any other pair.
+    """
+    before_last: list[int] = []
+    last = list(range(len(b) + 1))
+    for i, left in enumerate(a, 1):
+        row = [i]
+        for j, right in enumerate(b, 1):
+            cost = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (left != right))
+            if i > 1 and j > 1 and left == b[j - 2] and a[i - 2] == right:
+                cost = min(cost, before_last[j - 2] + 1)
+            row.append(cost)
+        before_last, last = last, row
+    return last[-1]
+
+
+def nearest(word: str, names: Iterable[str], *, within: int | None = None) -> str | None:
+    """The name that `word` was most likely meant to be, or None when all are further than `within` edits (a third of it)."""
+    limit = max(1, len(word) // 3) if within is None else within
+    near = [(edit_distance(word.lower(), name.lower()), name[:1] != word[:1], name) for name in names]
+    best = min(near, default=(limit + 1, True, ""))
+    return best[2] if best[0] <= limit else None
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys refused, wrong types refused (no "8" for 8), values frozen."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class Run(Section):
+    """Who this run is and where it writes."""
+
+    name: str = Field(
+        "run",
+        min_length=1,
+        max_length=100,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the run folder inside run.dir; letters, digits, '.', '_' and '-'.",
+    )
+    dir: str = Field("runs", min_length=1, description="Folder that holds run folders.")
+    seed: Count = Field(0, le=2**63 - 1, description="Seed of every random stream: weights, data order, dropout.")
+    deterministic: bool = Field(
+        False, description="Refuse nondeterministic kernels (slower on GPUs; CPU kernels are deterministic anyway)."
+    )
+
+
+class Model(Section):
+    """The network: a family with Hugging Face's own config names, or a Hugging Face folder."""
+
+    family: str | None = Field(
+        None, description="Model family, such as gpt2 or llama; taken from from_pretrained when that is given."
+    )
+    from_pretrained: str | None = Field(
+        None, min_length=1, description="Hugging Face folder, or hub name, whose config and weights start the run."
+    )
+    revision: str | None = Field(None, min_length=1, description="Hub revision of from_pretrained (a commit hash).")
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Hugging Face's own config names; vocab_size comes from the tokenizer when absent.",
+    )
+
+
+class Source(Section):
+    """One source of documents."""
+
+    path: str = Field(
+        min_length=1,
+        description="A file (.txt, .jsonl, .parquet, .arrow), a folder of such files, a hub name, "
+        "or 'stdlib' (the sources of this Python's standard library).",
+    )
+    weight: float = Field(
+        1.0, gt=0.0, allow_inf_nan=False, description="Share of the training sequences, relative to the other sources."
+    )
+    field: str = Field("text", min_length=1, description="Field that holds the text, in JSONL, Parquet, Arrow and hub data.")
+    split: str = Field("train", min_length=1, description="Split of a hub data set.")
+
+
+class Data(Section):
+    """Documents, tokenizer, packing."""
+
+    task: Literal["pretrain"] = Field("pretrain", description="What is learned: pretrain = the next token of packed documents.")
+    seq_len: PositiveInt = Field(512, le=2**24, description="Length of a training sequence [tokens].")
+    sources: list[Source] = Field(
+        default_factory=lambda: [Source(path="stdlib")], min_length=1, description="Where training documents come from."
+    )
+    eval_sources: list[Source] = Field(
+        default_factory=list, description="Where held-out documents come from; empty: eval_fraction of the sources is held out."
+    )
+    eval_fraction: float = Field(
+        0.02,
+        ge=0.0,
+        le=0.5,
+        description="Share of the documents held out for evaluation, chosen by a hash of their content; "
+        "0 = none. Not used when eval_sources is given.",
+    )
+    tokenizer: str = Field(
+        "bytes",
+        min_length=1,
+        description="'bytes' (256 symbols + end of document), 'bpe:4096' (byte-level BPE of that size trained on the "
+        "sources), or a Hugging Face folder or hub name.",
+    )
+    isolate_documents: bool = Field(
+        True, description="Documents packed into one sequence do not attend to each other; their positions restart at 0."
+    )
+    cache_dir: str | None = Field(
+        None, min_length=1, description="Where tokenized data is kept and reused; default: 'data' inside run.dir."
+    )
+    workers: Count = Field(0, le=1024, description="Processes that tokenize; 0 = one per core this process may use.")
+
+
+class Parallel(Section):
+    """Degrees of the axes; the data-parallel degree is world size / (tensor * pipeline * context)."""
+
+    tensor: PositiveInt = Field(1, description="Ranks that share each layer's weights.")
+    pipeline: PositiveInt = Field(1, description="Stages, each a contiguous part of the layers.")
+    context: PositiveInt = Field(1, description="Ranks that share each sequence.")
+
+
+class Batch(Section):
+    """Sequences per step and per micro-batch."""
+
+    global_sequences: PositiveInt = Field(8, le=2**30, description="Sequences per optimizer step, over all ranks.")
+    micro_sequences: PositiveInt = Field(1, description="Sequences per forward and backward on one data-parallel rank.")
+
+
+class LossScale(Section):
+    """Loss scaling; only fp16 uses it."""
+
+    static: float | None = Field(
+        None, gt=0.0, allow_inf_nan=False, description="Fixed loss scale; absent: dynamic, by the keys below."
+    )
+    initial_power: int = Field(16, ge=0, le=32, description="Dynamic scaling starts at 2 ** initial_power.")
+    window: PositiveInt = Field(1000, description="Steps without overflow before the scale doubles [steps].")
+    hysteresis: PositiveInt = Field(2, description="Overflows in a row tolerated before the scale halves.")
+    minimum: PositiveInt = Field(1, description="The scale never falls below this.")
+
+
+class Precision(Section):
+    """Number formats."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Format of weights and activations in forward and backward; master weights are always fp32."
+    )
+    loss_scale: LossScale = Field(default_factory=LossScale, description="Loss scaling for fp16.")
+
+
+class OffloadOptimizer(Section):
+    """DeepSpeed's offload_optimizer."""
+
+    device: Literal["none", "cpu", "nvme"] = Field("none", description="Where optimizer state and master weights live.")
+    nvme_path: str | None = Field(None, min_length=1, description="Folder for optimizer state; needed for nvme.")
+    buffer_count: PositiveInt = Field(4, description="Buffers in the swap pool; at least the states per parameter (Adam: 4).")
+    pin_memory: bool = Field(False, description="Page-locked host memory: faster copies from and to a GPU.")
+    pipeline_read: bool = Field(False, description="nvme: read the next tile while the current one is updated.")
+    pipeline_write: bool = Field(False, description="nvme: write the previous tile while the current one is updated.")
+    ratio: Fraction = Field(1.0, description="Share of the optimizer state that is offloaded (ZeRO-3 only).")
+
+
+class OffloadParam(Section):
+    """DeepSpeed's offload_param."""
+
+    device: Literal["none", "cpu", "nvme"] = Field("none", description="Where the partitioned weights live between uses.")
+    nvme_path: str | None = Field(None, min_length=1, description="Folder for weights; needed for nvme.")
+    buffer_count: PositiveInt = Field(5, description="Buffers in the swap pool.")
+    buffer_size: PositiveInt | None = Field(
+        None, description="Elements per buffer; absent: the model's largest weight, rounded up for alignment [elements]."
+    )
+    max_in_cpu: Count = Field(1_000_000_000, description="Elements kept in host memory when offloading to nvme [elements].")
+    pin_memory: bool = Field(False, description="Page-locked host memory: faster copies from and to a GPU.")
+
+
+class Zero(Section):
+    """DeepSpeed's zero_optimization, by DeepSpeed's own key names (policy only)."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        0, description="What is divided over data-parallel ranks: 0 nothing, 1 optimizer, 2 + gradients, 3 + weights."
+    )
+    offload_optimizer: OffloadOptimizer = Field(
+        default_factory=OffloadOptimizer, description="Optimizer state in host memory or on NVMe."
+    )
+    offload_param: OffloadParam = Field(default_factory=OffloadParam, description="Weights in host memory or on NVMe (ZeRO-3).")
+    reduce_bucket_size: PositiveInt = Field(500_000_000, description="Elements per gradient reduction [elements].")
+    allgather_bucket_size: PositiveInt = Field(500_000_000, description="Elements per weight all-gather [elements].")
+    contiguous_gradients: bool = Field(True, description="Copy gradients into one buffer as they are produced.")
+    reduce_scatter: bool = Field(True, description="Reduce-scatter instead of all-reduce for gradients.")
+    overlap_comm: bool = Field(False, description="Reduce gradients while backward still computes.")
+    round_robin_gradients: bool = Field(False, description="ZeRO-1/2 with CPU offload: spread the gradient copies over ranks.")
+    sub_group_size: PositiveInt = Field(1_000_000_000, description="ZeRO-3: elements per optimizer tile [elements].")
+    stage3_prefetch_bucket_size: Count = Field(50_000_000, description="ZeRO-3: elements gathered ahead of use [elements].")
+    stage3_param_persistence_threshold: Count = Field(
+        100_000, description="ZeRO-3: weights smaller than this stay whole on every rank [elements]."
+    )
+    stage3_max_live_parameters: Count = Field(1_000_000_000, description="ZeRO-3: gathered elements kept at most [elements].")
+    stage3_max_reuse_distance: Count = Field(
+        1_000_000_000, description="ZeRO-3: keep a gathered weight that is needed again within this many elements [elements]."
+    )
+
+
+class Aio(Section):
+    """DeepSpeed's asynchronous I/O, used by NVMe offload."""
+
+    block_size: PositiveInt = Field(1_048_576, description="Size of one I/O request [bytes].")
+    queue_depth: PositiveInt = Field(8, description="Requests in flight per thread.")
+    intra_op_parallelism: PositiveInt = Field(1, description="Threads per transfer.")
+    single_submit: bool = Field(False, description="Submit requests one by one.")
+    overlap_events: bool = Field(True, description="Submit and complete requests in overlap.")
+
+
+class CommsLogger(Section):
+    """DeepSpeed's log of collectives."""
+
+    enabled: bool = Field(False, description="Log size, latency and bandwidth of collectives.")
+    verbose: bool = Field(False, description="Log every call instead of a summary.")
+    prof_all: bool = Field(True, description="All operations; otherwise those in prof_ops.")
+    prof_ops: list[str] = Field(default_factory=list, description="Operations to log.")
+    debug: bool = Field(False, description="Name the calling function.")
+
+
+class DeepSpeedPolicy(Section):
+    """Other DeepSpeed policy, by DeepSpeed's own key names; what another section owns is refused here."""
+
+    aio: Aio = Field(default_factory=Aio, description="Asynchronous I/O for NVMe offload.")
+    comms_logger: CommsLogger = Field(default_factory=CommsLogger, description="Log of collectives.")
+    communication_data_type: Literal["fp32", "fp16", "bf16"] | None = Field(
+        "fp32", description="Format in which gradients are reduced; null: the format they are in."
+    )
+    wall_clock_breakdown: bool = Field(False, description="DeepSpeed's own timers in the rank's log.")
+    memory_breakdown: bool = Field(False, description="DeepSpeed's own memory report in the rank's log.")
+    dump_state: bool = Field(False, description="DeepSpeed prints its state after set-up.")
+
+
+class Optimizer(Section):
+    """The update rule."""
+
+    name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = Field("adamw", description="Update rule.")
+    lr: float = Field(1e-3, gt=0.0, allow_inf_nan=False, description="Peak learning rate.")
+    betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
+        default_factory=lambda: [0.9, 0.95],
+        min_length=2,
+        max_length=2,
+        description="Decay of the running means (adamw, adam, lion), each in [0, 1).",
+    )
+    eps: float = Field(1e-8, gt=0.0, allow_inf_nan=False, description="Added to the denominator (adamw, adam).")
+    momentum: float = Field(0.0, ge=0.0, lt=1.0, description="Momentum of sgd.")
+    weight_decay: float = Field(
+        0.1, ge=0.0, allow_inf_nan=False, description="Decay of weight matrices; never of norms, biases and embeddings."
+    )
+
+
+class Schedule(Section):
+    """Learning rate as a pure function of the step."""
+
+    name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field(
+        "cosine", description="Shape after the warm-up; wsd = warm-up, stable, decay."
+    )
+    warmup_steps: Count = Field(
+        0, description="Linear rise: step 0 has peak / warmup_steps, step warmup_steps - 1 the peak [steps]."
+    )
+    decay_steps: Count | None = Field(
+        None, description="wsd: length of the final decay; absent: a fifth of train.steps [steps]."
+    )
+    min_lr_ratio: Fraction = Field(0.1, description="Learning rate at the end / peak (linear, cosine, wsd).")
+
+
+class Train(Section):
+    """How long, and what happens on the way."""
+
+    steps: PositiveInt = Field(100, description="Optimizer steps of the whole run [steps].")
+    clip_norm: float = Field(1.0, ge=0.0, allow_inf_nan=False, description="Largest L2 norm of the gradient; 0 = no clipping.")
+    log_every: PositiveInt = Field(1, description="Steps between records in metrics.jsonl [steps].")
+    eval_every: Count = Field(0, description="Steps between evaluations; 0 = only after the last step [steps].")
+    eval_sequences: PositiveInt = Field(256, description="Held-out sequences per evaluation, at most.")
+    recompute: Literal["none", "full"] = Field(
+        "none", description="Activations computed again in backward instead of kept: none, or full (each layer)."
+    )
+    sample_prompt: str | None = Field(None, description="After the last step, print a continuation of this text.")
+
+
+class Wandb(Section):
+    """Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"] = Field("disabled", description="Where records go.")
+    project: str = Field("triaxis", min_length=1, description="W&B project.")
+    entity: str | None = Field(None, min_length=1, description="W&B team or user.")
+    tags: list[str] = Field(default_factory=list, description="Tags of the run.")
+    id: str | None = Field(
+        None,
+        min_length=1,
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="Run id to create or resume; absent: made once per run folder.",
+    )
+
+
+class Tracking(Section):
+    """Mirrors of metrics.jsonl, which is always written."""
+
+    wandb: Wandb = Field(default_factory=Wandb, description="Weights & Biases.")
+    tensorboard: bool = Field(False, description="TensorBoard event files in the run folder.")
+
+
+class Recipe(Section):
+    """One training run."""
+
+    description: str = Field("", description="What this recipe is for, on what hardware, and how to start it.")
+    run: Run = Field(default_factory=Run, description=Run.__doc__)
+    model: Model = Field(default_factory=Model, description=Model.__doc__)
+    data: Data = Field(default_factory=Data, description=Data.__doc__)
+    parallel: Parallel = Field(default_factory=Parallel, description=Parallel.__doc__)
+    batch: Batch = Field(default_factory=Batch, description=Batch.__doc__)
+    precision: Precision = Field(default_factory=Precision, description=Precision.__doc__)
+    zero: Zero = Field(default_factory=Zero, description=Zero.__doc__)
+    deepspeed: DeepSpeedPolicy = Field(default_factory=DeepSpeedPolicy, description=DeepSpeedPolicy.__doc__)
+    optimizer: Optimizer = Field(default_factory=Optimizer, description=Optimizer.__doc__)
+    schedule: Schedule = Field(default_factory=Schedule, description=Schedule.__doc__)
+    train: Train = Field(default_factory=Train, description=Train.__doc__)
+    tracking: Tracking = Field(default_factory=Tracking, description=Tracking.__doc__)
