@@ -85,8 +85,7 @@ class Layout:
         """The ranks, in ascending order, that differ from this one only along `axes`; itself included."""
         here = self.coord(rank)
         places = [
-            range(degree) if axis in axes else (place,)
-            for axis, place, degree in zip(AXES, here, self.degrees, strict=True)
+            range(degree) if axis in axes else (place,) for axis, place, degree in zip(AXES, here, self.degrees, strict=True)
         ]
         return tuple(self.rank(Coord(*coord)) for coord in product(*places))
 

@@ -4,7 +4,10 @@ import warnings
 
 warnings.simplefilter("ignore")
 
-import deepspeed  # noqa: E402, F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401 - DeepSpeed imports torch's compiler with it: 3 s
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402 - any torch optimizer imports it: 2 s
+
+import trainer.engine  # noqa: E402, F401
 
 torch.set_num_threads(1)

@@ -31,6 +31,7 @@ from trainer.model.transformer import Stage, blocks_of
 from trainer.optimizers import make_optimizer
 from trainer.sections import Recipe
 from trainer.stopwatch import Stopwatch
+from trainer.threaded_io import use_threads_where_async_io_is_missing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,9 +73,10 @@ class Engine:
         self.mesh = mesh
         self.device = device
         self.watch = Stopwatch(device)
+        self.notes: list[str] = []  # remarks for the console
         self.scaler = LossScaler.from_recipe(recipe.precision)
         self.zero_stage = recipe.zero.stage
-        _prepare_deepspeed(recipe)
+        _prepare_deepspeed(recipe, self.notes)
         units = _Units(mesh)
         stage = Stage(
             config,
@@ -224,7 +226,7 @@ class _Units:
         raise AttributeError(name)
 
 
-def _prepare_deepspeed(recipe: Recipe) -> None:
+def _prepare_deepspeed(recipe: Recipe, notes: list[str]) -> None:
     """Settle before `initialize` what DeepSpeed would otherwise decide by itself."""
     if not deepspeed.comm.is_initialized():
         # Its shared-memory collectives serve inference only; without this they are compiled at first start.
@@ -234,6 +236,9 @@ def _prepare_deepspeed(recipe: Recipe) -> None:
     if recipe.precision.dtype == "fp16" and accelerator.device_name() == "cpu":
         # The CPU accelerator denies fp16 without AVX512-FP16; torch computes it all the same, slower.
         accelerator.is_fp16_supported = lambda: True
+    if "nvme" in (recipe.zero.offload_optimizer.device, recipe.zero.offload_param.device):
+        remark = use_threads_where_async_io_is_missing()
+        notes += [remark] if remark else []
     if recipe.run.deterministic:
         torch.use_deterministic_algorithms(True)
 

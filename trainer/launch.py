@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from trainer.errors import RecipeError
+from trainer.errors import RecipeError, UserError
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -31,6 +32,11 @@ class Place:
     master_addr: str
     master_port: int
     how: str
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks and writes for the run."""
+        return self.rank == 0
 
     @property
     def device(self) -> torch.device:
@@ -95,3 +101,33 @@ def join(place: Place) -> None:
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class PeerFailed(UserError):
+    """Another rank stopped the run and says why; this one only ends."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A part of the set-up that ends on all ranks or on none.
+
+    A UserError on any rank ends the part everywhere: there with its message, elsewhere with `PeerFailed`. Without this
+    the others would wait in their next collective until its timeout.
+    """
+    failure: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    code = torch.tensor(failure.exit_code if failure else 0)
+    if dist.get_backend() == "nccl":
+        code = code.cuda()
+    dist.all_reduce(code, op=dist.ReduceOp.MAX)
+    if failure:
+        raise failure
+    if int(code):
+        raise PeerFailed(int(code))

@@ -48,7 +48,8 @@ def edit_distance(a: str, b: str) -> int:
 def nearest(word: str, names: Iterable[str], *, within: int | None = None) -> str | None:
     """The name that `word` was most likely meant to be, or None when all are further than `within` edits (a third of it)."""
     limit = max(1, len(word) // 3) if within is None else within
-    near = [(edit_distance(word.lower(), name.lower()), name[:1] != word[:1], name) for name in names]
+    candidates = [name for name in names if abs(len(name) - len(word)) <= limit]
+    near = [(edit_distance(word.lower(), name.lower()), name[:1] != word[:1], name) for name in candidates]
     best = min(near, default=(limit + 1, True, ""))
     return best[2] if best[0] <= limit else None
 
@@ -195,7 +196,7 @@ class OffloadParam(Section):
     nvme_path: str | None = Field(None, min_length=1, description="Folder for weights; needed for nvme.")
     buffer_count: PositiveInt = Field(5, description="Buffers in the swap pool.")
     buffer_size: PositiveInt | None = Field(
-        None, description="Elements per buffer; absent: the model's largest weight, rounded up for alignment [elements]."
+        None, description="Elements per buffer; absent: one rank's part of the model's largest weight [elements]."
     )
     max_in_cpu: Count = Field(1_000_000_000, description="Elements kept in host memory when offloading to nvme [elements].")
     pin_memory: bool = Field(False, description="Page-locked host memory: faster copies from and to a GPU.")
@@ -204,8 +205,11 @@ class OffloadParam(Section):
 class Zero(Section):
     """DeepSpeed's zero_optimization, by DeepSpeed's own key names (policy only)."""
 
-    stage: Literal[0, 1, 2, 3] = Field(
-        0, description="What is divided over data-parallel ranks: 0 nothing, 1 optimizer, 2 + gradients, 3 + weights."
+    stage: int = Field(
+        0,
+        ge=0,
+        le=3,
+        description="What is divided over data-parallel ranks: 0 nothing, 1 optimizer, 2 + gradients, 3 + weights.",
     )
     offload_optimizer: OffloadOptimizer = Field(
         default_factory=OffloadOptimizer, description="Optimizer state in host memory or on NVMe."

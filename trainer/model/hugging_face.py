@@ -119,7 +119,9 @@ class PretrainedWeights:
     def _read(self, piece: Piece) -> Tensor:
         stored = self._stored_name(piece.name)
         if stored not in self._files:
-            raise DataError(f"{self.folder}: tensor {piece.name} is missing: config.json and the weights do not belong together")
+            raise DataError(
+                f"{self.folder}: tensor {piece.name} is missing: config.json and the weights do not belong together"
+            )
         try:
             tensor = self._files[stored].get_slice(stored)
             shape = tuple(tensor.get_shape())
@@ -212,4 +214,3 @@ def _assembled(tensors: Iterable[tuple[ShardSpec, Tensor]], dtype: torch.dtype) 
                 partial[piece.name] = (logical, filled)
     if partial:
         raise RuntimeError(f"incomplete tensors: {', '.join(partial)}")
-

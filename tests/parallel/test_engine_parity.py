@@ -1,0 +1,322 @@
+"""The engine against one process: gradients, norms, losses and updated weights at every ZeRO stage.
+
+SGD shows the gradient itself in the weights: a gradient that is scaled twice or not at all changes them, while Adam would
+hide it. The targets are uneven on purpose (row r of a step has a share r/8 of its labels masked), so a mean of micro-batch means
+differs from the step's mean in the second digit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from parallel.loss import IGNORE
+from parallel.mesh import Mesh
+from parallel.params import initialise
+from parallel.topology import Layout
+from tests.spawn import spawn
+from trainer.batching import BatchPlan
+from trainer.data.loader import MicroBatch
+from trainer.deepspeed_config import deepspeed_config
+from trainer.engine import Engine
+from trainer.model.families import largest_weight, translate
+from trainer.sections import Recipe
+
+G, S, V = 8, 16, 67
+LLAMA = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a run of the small model differs in."""
+
+    dp: int = 1
+    accumulation: int = 1
+    stage: int = 0
+    steps: int = 3
+    optimizer: dict[str, Any] = field(default_factory=lambda: {"name": "sgd", "lr": 0.1})
+    clip_norm: float = 0.0
+    dtype: str = "fp32"
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)
+    recompute: str = "none"
+    config: dict[str, Any] = field(default_factory=dict)
+    poison_step: int | None = None
+    dropout_in_gpt2: bool = False
+
+    def recipe(self) -> Recipe:
+        # A threshold of 100 elements makes ZeRO-3 divide even this small model's matrices.
+        persistence = {"stage3_param_persistence_threshold": 100} if self.stage == 3 else {}
+        return Recipe.model_validate(
+            {
+                "model": {"family": "llama"},
+                "data": {"seq_len": S},
+                "batch": {"global_sequences": G, "micro_sequences": G // self.dp // self.accumulation},
+                "precision": {"dtype": self.dtype, "loss_scale": self.loss_scale},
+                "zero": {"stage": self.stage, **persistence, **self.zero},
+                "optimizer": {"weight_decay": 0.01, **self.optimizer},
+                "train": {"clip_norm": self.clip_norm, "recompute": self.recompute},
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    losses: list[float]
+    norms: list[float]
+    scales: list[float]
+    skipped: list[bool]
+    targets: list[int]
+    eval_loss: float
+    weights: dict[str, np.ndarray]
+    notes: list[str]
+
+
+def rows_of_step(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokens and labels [G, S] of a step, the same in every layout."""
+    stream = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, V, (G, S + 1), generator=stream)
+    masked = torch.rand(G, S, generator=stream) < torch.arange(G)[:, None] / G
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].masked_fill(masked, IGNORE)
+
+
+def run_case(mesh: Mesh, case: Case) -> Outcome:
+    recipe = case.recipe()
+    plan = BatchPlan.from_recipe(recipe, mesh.dp.size, "the test")
+    if case.dropout_in_gpt2:
+        network = translate("gpt2", {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": S})
+    else:
+        network = translate("llama", {**LLAMA, **case.config})
+    engine = Engine(
+        recipe,
+        plan,
+        network,
+        mesh,
+        torch.device("cpu"),
+        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=largest_weight(network)),
+        fill=lambda block: initialise(block, seed=0),
+    )
+    results = []
+    for step in range(case.steps):
+        if step == case.poison_step and mesh.dp.rank == 0:
+            poison(engine)
+        results.append(engine.step(micro_batches(mesh, plan, step), step=step, lr=case.optimizer["lr"]))
+    evaluation = engine.evaluate(iter(micro_batches(mesh, plan, step=99)))
+    weights = {
+        piece.name + str(piece.start): piece.in_parameter(parameter).float().numpy().copy()
+        for spec, parameter in engine.local_tensors()
+        for piece in spec.pieces
+    }
+    engine.close()
+    return Outcome(
+        [r.loss for r in results],
+        [r.grad_norm for r in results],
+        [r.loss_scale for r in results],
+        [r.skipped for r in results],
+        [r.num_targets for r in results],
+        evaluation.loss,
+        weights,
+        engine.notes,
+    )
+
+
+def micro_batches(mesh: Mesh, plan: BatchPlan, step: int) -> list[MicroBatch]:
+    tokens, labels = rows_of_step(step)
+    first = mesh.dp.rank * plan.sequences_per_rank
+    starts = range(first, first + plan.sequences_per_rank, plan.micro_sequences)
+    rows = [slice(start, start + plan.micro_sequences) for start in starts]
+    return [MicroBatch(tokens[r], labels[r], ((S - 5, 5),) * plan.micro_sequences) for r in rows]
+
+
+def poison(engine: Engine) -> None:
+    """Make one element of one gradient NaN, once, on this rank only."""
+    parameter, _ = engine.specs[-1]
+
+    def spoil(grad: torch.Tensor) -> torch.Tensor:
+        handle.remove()
+        grad = grad.clone()
+        grad.view(-1)[0] = math.nan
+        return grad
+
+    handle = parameter.register_hook(spoil)
+
+
+def outcome(case: Case) -> Outcome:
+    """Every rank's numbers must be the same; rank 0's are returned."""
+    ranks = spawn(run_case, Layout(dp=case.dp), case)
+    for other in ranks[1:]:
+        assert other.losses == ranks[0].losses
+        assert other.norms == ranks[0].norms
+        for name, weight in ranks[0].weights.items():
+            np.testing.assert_array_equal(other.weights[name], weight)
+    return ranks[0]
+
+
+def assert_same_training(got: Outcome, expected: Outcome, *, relative: float, weights: float) -> None:
+    np.testing.assert_allclose(got.losses, expected.losses, rtol=relative)
+    np.testing.assert_allclose(got.norms, expected.norms, rtol=relative)
+    np.testing.assert_allclose(got.eval_loss, expected.eval_loss, rtol=relative)
+    assert got.targets == expected.targets
+    assert got.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        np.testing.assert_allclose(got.weights[name], weight, rtol=0, atol=weights, err_msg=name)
+
+
+LAYOUTS = [(dp, accumulation) for dp in (1, 2, 4) for accumulation in (1, 4) if dp * accumulation <= G]
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.3], ids=["unclipped", "clipped"])
+def reference(request: pytest.FixtureRequest) -> tuple[float, Outcome]:
+    expected = outcome(Case(clip_norm=request.param))
+    assert all(norm > 0.5 for norm in expected.norms), "clipping at 0.3 must be active"
+    return request.param, expected
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("dp", "accumulation"), LAYOUTS)
+def test_sgd_equals_one_process(dp: int, accumulation: int, stage: int, reference: tuple[float, Outcome]) -> None:
+    clip_norm, expected = reference
+    got = outcome(Case(dp=dp, accumulation=accumulation, stage=stage, clip_norm=clip_norm))
+    # fp32 sums of up to 8 sequences in another order: seen 2e-7 relative in the loss and norm, 1e-8 in the weights.
+    assert_same_training(got, expected, relative=2e-6, weights=1e-6)
+
+
+OFFLOADS = {
+    "zero1-cpu": (1, {"offload_optimizer": {"device": "cpu"}}),
+    "zero2-cpu": (2, {"offload_optimizer": {"device": "cpu"}}),
+    "zero3-cpu": (3, {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}),
+    "zero3": (3, {}),
+    "zero1": (1, {}),
+}
+ADAMW = {"name": "adamw", "lr": 1e-3}
+
+
+@pytest.mark.parametrize("name", OFFLOADS)
+def test_adamw_and_offload_equal_one_process(name: str, adamw_reference: Outcome) -> None:
+    stage, zero = OFFLOADS[name]
+    got = outcome(Case(dp=2, accumulation=2, stage=stage, zero=zero, optimizer=ADAMW, steps=6, clip_norm=0.3))
+    # Adam divides by the root of small second moments, which magnifies rounding: seen 2e-7.
+    assert_same_training(got, adamw_reference, relative=2e-6, weights=2e-6)
+
+
+@pytest.fixture(scope="module")
+def adamw_reference() -> Outcome:
+    return outcome(Case(optimizer=ADAMW, steps=6, clip_norm=0.3))
+
+
+def test_nvme_offload_changes_no_bit_and_really_swaps(tmp_path: Path) -> None:
+    # A rank's share must exceed 1 MiB, or DeepSpeed keeps it in memory.
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    on_disk = {"device": "nvme", "nvme_path": str(tmp_path)}
+    case = Case(dp=2, stage=3, optimizer=ADAMW, config=wide, zero={"offload_optimizer": on_disk, "offload_param": on_disk})
+    got = outcome(case)
+    in_memory = outcome(Case(dp=2, stage=3, optimizer=ADAMW, config=wide))
+    assert got.losses == in_memory.losses
+    for name, weight in in_memory.weights.items():
+        np.testing.assert_array_equal(got.weights[name], weight, err_msg=name)
+    swapped = sum(path.stat().st_size for path in tmp_path.rglob("*.swp"))
+    # fp32 master weights and two moments of a 1.6 M parameter model.
+    assert swapped > 10e6, f"only {swapped} bytes in {tmp_path}"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_half_precision_equals_its_one_process_run(dtype: str, stage: int, half_reference: dict[str, Outcome]) -> None:
+    got = outcome(Case(dp=2, accumulation=2, stage=stage, dtype=dtype, optimizer=ADAMW, steps=4))
+    expected = half_reference[dtype]
+    # The micro-batches' matrix products have other shapes, so bf16 (8 bits) and fp16 (11 bits) round them differently.
+    relative = {"bf16": 2e-3, "fp16": 3e-4}[dtype]
+    assert_same_training(got, expected, relative=relative, weights=8e-3)
+
+
+@pytest.fixture(scope="module")
+def half_reference() -> dict[str, Outcome]:
+    return {dtype: outcome(Case(dtype=dtype, optimizer=ADAMW, steps=4)) for dtype in ("bf16", "fp16")}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_accumulates_in_fp32(stage: int) -> None:
+    """Sixty-four equal micro-batches sum to 64 times one: in bf16 the sum would stall at 8 bits."""
+    got = spawn(accumulate_many, Layout(dp=1), stage)[0]
+    # One micro-batch's gradient is a bf16 product, the sum of 64 copies is exact in fp32 (a power of two).
+    np.testing.assert_allclose(got[1], got[0], rtol=1e-6)
+
+
+def accumulate_many(mesh: Mesh, stage: int) -> tuple[float, float]:
+    norms = []
+    for copies in (1, 64):
+        case = Case(stage=stage, dtype="bf16", accumulation=1)
+        recipe = case.recipe().model_copy(update={"batch": {"global_sequences": copies, "micro_sequences": 1}})
+        recipe = Recipe.model_validate(recipe.model_dump())
+        plan = BatchPlan.from_recipe(recipe, 1, "the test")
+        network = translate("llama", LLAMA)
+        engine = Engine(
+            recipe,
+            plan,
+            network,
+            mesh,
+            torch.device("cpu"),
+            deepspeed_config=deepspeed_config(recipe, plan),
+            fill=lambda block: initialise(block, seed=0),
+        )
+        tokens, labels = rows_of_step(0)
+        batch = MicroBatch(tokens[:1], labels[:1], ((S,),))
+        norms.append(engine.step([batch] * copies, step=0, lr=0.1).grad_norm)
+        engine.close()
+    return norms[0], norms[1]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_nan_on_one_rank_skips_the_step_everywhere(stage: int, dtype: str) -> None:
+    case = Case(dp=2, stage=stage, dtype=dtype, optimizer=ADAMW, steps=3, poison_step=2)
+    poisoned, untouched = outcome(case), outcome(Case(dp=2, stage=stage, dtype=dtype, optimizer=ADAMW, steps=2))
+    assert poisoned.skipped == [False, False, True]
+    assert poisoned.norms[2] == math.inf
+    for name, weight in untouched.weights.items():
+        np.testing.assert_array_equal(poisoned.weights[name], weight, err_msg=name)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_loss_scale_halves_doubles_and_never_changes_an_update(stage: int) -> None:
+    """With window 2 the scale doubles at every second good step; the update of that step must not be halved or doubled."""
+    scaled = Case(stage=stage, dtype="fp16", steps=6, loss_scale={"initial_power": 8, "window": 2})
+    got, expected = outcome(scaled), outcome(Case(stage=stage, dtype="fp16", steps=6, loss_scale={"static": 256.0}))
+    assert got.scales == [256.0, 256.0, 512.0, 512.0, 1024.0, 1024.0]
+    # Powers of two scale fp16 exactly; only values that were subnormal at the lower scale differ.
+    assert_same_training(got, expected, relative=1e-4, weights=5e-4)
+
+
+def test_dropout_does_not_depend_on_ranks_accumulation_or_recompute() -> None:
+    """Masks follow the micro-batch's place in the step; 2 sequences per micro-batch in all four layouts."""
+    cases = [
+        Case(dp=dp, accumulation=accumulation, stage=stage, recompute=recompute, dropout_in_gpt2=True)
+        for dp, accumulation, stage, recompute in ((1, 4, 0, "none"), (2, 2, 1, "full"), (4, 1, 3, "none"), (1, 4, 0, "full"))
+    ]
+    expected, *others = (outcome(case) for case in cases)
+    for got in others:
+        assert_same_training(got, expected, relative=2e-6, weights=1e-6)
+    assert others[-1].losses == expected.losses, "recompute alone must not change one bit"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_recompute_changes_nothing(stage: int) -> None:
+    kept, recomputed = (outcome(Case(dp=2, stage=stage, recompute=mode)) for mode in ("none", "full"))
+    assert recomputed.losses == kept.losses
+    for name, weight in kept.weights.items():
+        np.testing.assert_array_equal(recomputed.weights[name], weight, err_msg=name)

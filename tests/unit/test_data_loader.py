@@ -1,0 +1,172 @@
+"""Micro-batches: the right tokens in the right order, whatever the layout, and targets only where a target is."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parallel.loss import IGNORE
+from trainer.data import unigram_perplexity
+from trainer.data.loader import EvalData, MicroBatch, TrainData
+from trainer.data.rows import row_at
+from trainer.data.store import Contents, StoreWriter, TokenStore
+
+END = 999
+S = 8
+
+
+def make_store(path: Path, lengths: list[int], first_token: int = 0) -> TokenStore:
+    """Documents of those lengths, end of document included; all other tokens count up, so each tells its place."""
+    tokens = np.arange(first_token, first_token + sum(lengths))
+    tokens[np.cumsum(lengths) - 1] = END
+    with StoreWriter(path, 1000) as writer:
+        writer.append(tokens, np.array(lengths, np.int64))
+        writer.finish(Contents(1000, end_of_document=END, tokenizer="t", source=path.name))
+    return TokenStore.open(path, verify="full")
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> list[TokenStore]:
+    root = tmp_path_factory.mktemp("stores")
+    return [make_store(root / "a", [5, 17, 3, 8, 1, 30, 2] * 5), make_store(root / "b", [40, 9, 100], first_token=400)]
+
+
+def train_data(stores: list[TokenStore], **keys: object) -> TrainData:
+    settings = {"weights": [2.0, 1.0], "seq_len": S, "seed": 3, "isolate_documents": True, "global_sequences": 8}
+    return TrainData(stores, **{**settings, **keys})
+
+
+def rows_of(micro_batches: list[MicroBatch]) -> list[tuple]:
+    return [
+        (tuple(tokens.tolist()), tuple(labels.tolist()), documents)
+        for batch in micro_batches
+        for tokens, labels, documents in zip(batch.tokens_BS, batch.labels_BS, batch.documents, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dp", [1, 2, 4])
+@pytest.mark.parametrize("micro_sequences", [1, 2])
+def test_order_does_not_depend_on_the_layout(stores: list[TokenStore], dp: int, micro_sequences: int) -> None:
+    data = train_data(stores)
+    for step in (0, 1, 777):
+        whole = rows_of(list(data.micro_batches(step, dp_rank=0, dp=1, micro_sequences=8)))
+        parts = [list(data.micro_batches(step, dp_rank=rank, dp=dp, micro_sequences=micro_sequences)) for rank in range(dp)]
+        assert [row for part in parts for row in rows_of(part)] == whole
+        assert {len(part) for part in parts} == {8 // dp // micro_sequences}
+        assert {batch.tokens_BS.shape for part in parts for batch in part} == {(micro_sequences, S)}
+
+
+def test_changing_dp_in_the_middle_gives_every_sample_once_per_epoch(stores: list[TokenStore]) -> None:
+    data = train_data(stores[:1], weights=[1.0], global_sequences=12)
+    steps, rest = divmod(data.num_samples, 12)
+    assert (data.num_samples, steps, rest) == (41, 3, 5)
+    seen: Counter[tuple] = Counter()
+    for step, dp in zip(range(41), [1, 2, 4, 3] * 11, strict=False):
+        for rank in range(dp):
+            seen.update(row[0] for row in rows_of(list(data.micro_batches(step, dp_rank=rank, dp=dp, micro_sequences=1))))
+    assert len(seen) == 41
+    assert set(seen.values()) == {12}  # 41 steps of 12 sequences are 12 epochs of 41
+
+
+def test_isolated_documents(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", [3, 5, 4, 1, 6])
+    #  stream: 0 1 E 3 4 5 6 E | 8 9 10 E E 13 14 15 | 16 17 E
+    first = row_at(store, 0, seq_len=S, isolate_documents=True)
+    assert first.tokens.tolist() == [0, 1, END, 3, 4, 5, 6, END]
+    assert first.next_tokens.tolist() == [1, END, 3, 4, 5, 6, END, 8]
+    assert first.is_target.tolist() == [True, True, False, True, True, True, True, False]
+    assert first.documents == (3, 5)
+    second = row_at(store, 8, seq_len=S, isolate_documents=True)
+    assert second.documents == (4, 1, 3)
+    assert np.flatnonzero(~second.is_target).tolist() == [3, 4]
+    whole = row_at(store, 0, seq_len=S, isolate_documents=False)
+    assert (whole.documents, whole.is_target.all()) == ((S,), True)
+    last = row_at(store, 16, seq_len=S, isolate_documents=True)
+    assert last.tokens.tolist() == [16, 17] + [END] * 6
+    assert last.next_tokens[last.is_target].tolist() == [17, END]
+    assert last.documents == (2, 6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=8), seq_len=st.integers(1, 12), begin=st.integers(0, 60))
+def test_rows_agree_with_their_definition(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seq_len: int, begin: int
+) -> None:
+    total = sum(lengths)
+    begin = min(begin, max(0, total - 2))
+    store = make_store(tmp_path_factory.mktemp("s") / "s", lengths)
+    row = row_at(store, begin, seq_len=seq_len, isolate_documents=True)
+    stream = store.tokens.tolist()
+    owner = np.repeat(np.arange(len(lengths)), lengths).tolist()
+    present = [at for at in range(begin, begin + seq_len) if at + 1 < total]
+    assert row.tokens.tolist()[: len(present)] == [stream[at] for at in present]
+    assert np.flatnonzero(row.is_target).tolist() == [at - begin for at in present if owner[at] == owner[at + 1]]
+    assert row.next_tokens[row.is_target].tolist() == [stream[at + 1] for at in present if owner[at] == owner[at + 1]]
+    assert sum(row.documents) == seq_len
+    owners = [owner[at] for at in present] + [-1] * (seq_len - len(present))
+    assert list(row.documents) == [owners.count(document) for document in dict.fromkeys(owners)]
+
+
+def test_micro_batch_of_training(stores: list[TokenStore]) -> None:
+    (batch,) = train_data(stores).micro_batches(0, dp_rank=0, dp=1, micro_sequences=8)
+    assert batch.tokens_BS.dtype == batch.labels_BS.dtype == torch.int64
+    ends = batch.tokens_BS == END
+    assert torch.equal(batch.labels_BS == IGNORE, ends)
+    inner = ~ends[:, :-1]
+    assert torch.equal(batch.labels_BS[:, :-1][inner], batch.tokens_BS[:, 1:][inner])
+    assert batch.num_targets == int((~ends).sum())
+    (packed,) = train_data(stores, isolate_documents=False).micro_batches(0, dp_rank=0, dp=1, micro_sequences=8)
+    assert packed.num_targets == 8 * S
+    assert packed.documents == ((S,),) * 8
+
+
+def test_fingerprint_and_sizes(stores: list[TokenStore]) -> None:
+    data = train_data(stores)
+    assert (data.num_samples, data.num_tokens) == (41 + 18, 59 * S)
+    others = [train_data(stores, seed=4), train_data(stores, seq_len=4), train_data(stores, weights=[1.0, 1.0])]
+    others += [train_data(stores, isolate_documents=False), train_data(stores[::-1])]
+    assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 6
+    assert train_data(stores, global_sequences=4).fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize(("dp", "micro_sequences"), [(1, 1), (2, 3), (4, 2)])
+@pytest.mark.parametrize("sequences", [5, 1000])
+def test_evaluation_covers_every_target_once(stores: list[TokenStore], dp: int, micro_sequences: int, sequences: int) -> None:
+    data = EvalData(stores, seq_len=S, isolate_documents=False, sequences=sequences)
+    parts = [list(data.micro_batches(dp_rank=rank, dp=dp, micro_sequences=micro_sequences)) for rank in range(dp)]
+    assert len({len(part) for part in parts}) == 1
+    assert {batch.tokens_BS.shape for part in parts for batch in part} == {(micro_sequences, S)}
+    batches = [batch for part in parts for batch in part]
+    labels = torch.cat([batch.labels_BS.flatten() for batch in batches])
+    targets = labels[labels != IGNORE].tolist()
+    assert sum(batch.num_targets for batch in batches) == len(targets)
+    assert all(sum(lengths) == S for batch in batches for lengths in batch.documents)
+    if sequences == 1000:
+        assert data.num_sequences == 42 + 19
+        assert targets == [token for store in stores for token in store.tokens[1:].tolist()]
+    else:
+        assert data.num_sequences == 5
+        assert targets == stores[0].tokens[1 : 3 * S + 1].tolist() + stores[1].tokens[1 : 2 * S + 1].tolist()
+
+
+def test_unigram_baseline_has_the_targets_of_the_evaluation(stores: list[TokenStore]) -> None:
+    keys = {"seq_len": S, "isolate_documents": True, "sequences": 7}
+    batches = list(EvalData(stores[1:], **keys).micro_batches(dp_rank=0, dp=1, micro_sequences=7))
+    labels = batches[0].labels_BS[batches[0].labels_BS != IGNORE]
+    counts = torch.bincount(torch.from_numpy(stores[0].tokens.astype(np.int64)), minlength=1000) + 1
+    expected = torch.exp(-torch.log(counts / counts.sum()).double()[labels].mean())
+    assert unigram_perplexity(stores[:1], stores[1:], 1000, **keys) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_late_step_is_as_quick_as_the_first(stores: list[TokenStore]) -> None:
+    data = train_data(stores)
+    began = time.perf_counter()
+    list(data.micro_batches(10**6, dp_rank=0, dp=1, micro_sequences=8))
+    assert time.perf_counter() - began < 1.0

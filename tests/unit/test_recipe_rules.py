@@ -1,0 +1,205 @@
+"""Combinations that cannot work: each refused, with its legal neighbours, and each neighbour accepted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer import recipe
+from trainer.errors import RecipeError
+
+GPT2 = {"family": "gpt2"}
+PRETRAINED = {"model_type": "llama", "vocab_size": 300, "hidden_size": 8, "num_attention_heads": 2, "torch_dtype": "float16"}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a pretrained model in `hf` and one of a family that is not supported in `other`."""
+    monkeypatch.chdir(tmp_path)
+    for name, config in {"hf": PRETRAINED, "other": {"model_type": "bloom"}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "corpus.txt").write_text("text")
+    return tmp_path
+
+
+def load(value: dict[str, Any]) -> recipe.ResolvedRecipe:
+    Path("r.json").write_text(json.dumps({"model": GPT2, **value}))
+    return recipe.load("r.json")
+
+
+def offload(device: str, **more: Any) -> dict[str, Any]:
+    return {"device": device, **({"nvme_path": "nvme"} if device == "nvme" else {}), **more}
+
+
+def zero(stage: int, *, states: dict[str, Any] | None = None, weights: dict[str, Any] | None = None) -> dict[str, Any]:
+    blocks = {"offload_optimizer": states, "offload_param": weights}
+    return {"stage": stage, **{name: block for name, block in blocks.items() if block is not None}}
+
+
+# (name, refused, what the line holds, the neighbours that it names)
+RULES: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
+    ("weights offloaded need stage 3",
+     {"zero": zero(2, weights=offload("cpu"))}, "zero.offload_param.device = \"cpu\" needs zero.stage 3",
+     [{"zero": zero(3, weights=offload("cpu"))}, {"zero": zero(2, weights=offload("none"))}]),
+    ("states on nvme need stage 3",
+     {"zero": zero(1, states=offload("nvme"))}, 'zero.offload_optimizer.device = "nvme" needs zero.stage 3, not 1',
+     [{"zero": zero(3, states=offload("nvme"))}, {"zero": zero(1, states=offload("cpu"))}, {"zero": zero(1)}]),
+    ("states offloaded need stage 1",
+     {"zero": zero(0, states=offload("cpu"))}, "legal: zero.stage 1, 2 or 3",
+     [{"zero": zero(n, states=offload("cpu"))} for n in (1, 2, 3)]),
+    ("nvme needs a path",
+     {"zero": zero(3, states={"device": "nvme"})}, "needs zero.offload_optimizer.nvme_path",
+     [{"zero": zero(3, states=offload("nvme"))}]),
+    ("nvme needs a path for weights too",
+     {"zero": zero(3, weights={"device": "nvme"})}, "needs zero.offload_param.nvme_path",
+     [{"zero": zero(3, weights=offload("nvme"))}]),
+    ("a path needs nvme",
+     {"zero": zero(3, states=offload("cpu", nvme_path="nvme"))}, 'is used only with zero.offload_optimizer.device "nvme"',
+     [{"zero": zero(3, states=offload("cpu"))}]),
+    ("pipelined reads need nvme",
+     {"zero": zero(3, states=offload("cpu", pipeline_read=True))}, "pipeline_read is used only with device \"nvme\"",
+     [{"zero": zero(3, states=offload("nvme", pipeline_read=True))}]),
+    ("partial offload needs stage 3",
+     {"zero": zero(2, states=offload("cpu", ratio=0.5))}, "zero.offload_optimizer.ratio = 0.5 (partial offload) needs",
+     [{"zero": zero(3, states=offload("cpu", ratio=0.5))}, {"zero": zero(2, states=offload("cpu", ratio=1.0))}]),
+    ("partial offload needs the cpu",
+     {"zero": zero(3, states=offload("nvme", ratio=0.5))}, 'not 3 and "nvme"',
+     [{"zero": zero(3, states=offload("nvme"))}]),
+    ("the nvme folder's parent exists",
+     {"zero": zero(3, states=offload("nvme", nvme_path="none/nvme"))}, "its parent folder does not exist",
+     [{"zero": zero(3, states=offload("nvme", nvme_path="hf/nvme"))}]),
+    ("adafactor is not flattened",
+     {"optimizer": {"name": "adafactor"}, "zero": {"stage": 1}}, "legal: zero.stage 0, or optimizer.name adamw",
+     [{"optimizer": {"name": "adafactor"}, "zero": {"stage": 0}}, {"optimizer": {"name": "lion"}, "zero": {"stage": 1}}]),
+    *((f"{name} has not Adam's states",
+       {"optimizer": {"name": name}, "zero": zero(3, states=offload("nvme"))}, f"{name} cannot be offloaded to \"nvme\"",
+       [{"optimizer": {"name": "adam"}, "zero": zero(3, states=offload("nvme"))},
+        {"optimizer": {"name": name}, "zero": zero(3, states=offload("cpu"))}]) for name in ("lion", "sgd")),
+    *((f"{axis} parallelism is to come",
+       {"parallel": {axis: 2}}, f"parallel.{axis} = 2: this version trains with data parallelism and ZeRO; legal: 1",
+       [{"parallel": {axis: 1}}]) for axis in ("tensor", "pipeline", "context")),
+    ("loss scale is for fp16",
+     {"precision": {"dtype": "bf16", "loss_scale": {"window": 5}}}, 'precision.loss_scale.window is used only with',
+     [{"precision": {"dtype": "fp16", "loss_scale": {"window": 5}}}, {"precision": {"dtype": "bf16"}}]),
+    ("one kind of loss scale",
+     {"precision": {"dtype": "fp16", "loss_scale": {"static": 8, "window": 5}}}, "is for dynamic scaling",
+     [{"precision": {"dtype": "fp16", "loss_scale": {"static": 8}}}]),
+    ("warm-up within the run",
+     {"schedule": {"warmup_steps": 9}, "train": {"steps": 8}}, "legal: 0 to 8",
+     [{"schedule": {"warmup_steps": 8}, "train": {"steps": 8}}]),
+    ("decay within the run",
+     {"schedule": {"name": "wsd", "warmup_steps": 4, "decay_steps": 5}, "train": {"steps": 8}}, "legal decay_steps: 0 to 4",
+     [{"schedule": {"name": "wsd", "warmup_steps": 4, "decay_steps": 4}, "train": {"steps": 8}}]),
+    ("decay is for wsd",
+     {"schedule": {"decay_steps": 5}}, 'remove it, or set schedule.name to "wsd"',
+     [{"schedule": {"name": "wsd", "decay_steps": 5}}]),
+    ("a floor is for falling schedules",
+     {"schedule": {"name": "constant", "min_lr_ratio": 0.5}}, 'not by "constant": remove it',
+     [{"schedule": {"name": "constant"}}, {"schedule": {"name": "linear", "min_lr_ratio": 0.5}}]),
+    ("betas are Adam's and Lion's",
+     {"optimizer": {"name": "sgd", "betas": [0.9, 0.9]}}, "optimizer.betas is used by adamw, adam, lion, not by sgd",
+     [{"optimizer": {"name": n, "betas": [0.9, 0.9]}} for n in ("adamw", "adam", "lion")]),
+    ("eps is Adam's",
+     {"optimizer": {"name": "lion", "eps": 1e-6}}, "optimizer.eps is used by adamw, adam, not by lion",
+     [{"optimizer": {"name": "adam", "eps": 1e-6}}]),
+    ("momentum is SGD's",
+     {"optimizer": {"momentum": 0.9}}, "optimizer.momentum is used by sgd, not by adamw",
+     [{"optimizer": {"name": "sgd", "momentum": 0.9}}]),
+    ("a model is needed",
+     {"model": {}}, "no model: give model.family (gpt2, llama) with model.config, or model.from_pretrained",
+     [{"model": GPT2}, {"model": {"from_pretrained": "hf"}}, {"model": {"from_pretrained": "openai-community/gpt2"}}]),
+    ("a family is one of those",
+     {"model": {"family": "lama"}}, 'unknown family "lama"; did you mean llama?; legal: gpt2, llama',
+     [{"model": {"family": "llama"}}]),
+    ("a revision is of the hub",
+     {"model": {"from_pretrained": "hf", "revision": "abc"}}, "hf is a folder here: remove it",
+     [{"model": {"from_pretrained": "openai-community/gpt2", "revision": "abc"}}, {"model": {"from_pretrained": "hf"}}]),
+    ("a revision is of something",
+     {"model": {"family": "gpt2", "revision": "abc"}}, "model.revision needs model.from_pretrained",
+     [{"model": {"from_pretrained": "openai-community/gpt2", "revision": "abc"}}]),
+    ("pretrained shapes are fixed",
+     {"model": {"from_pretrained": "hf", "config": {"hidden_size": 16}}}, "legal here: attention_dropout",
+     [{"model": {"from_pretrained": "hf", "config": {"attention_dropout": 0.1}}}]),
+    ("a pretrained family is its own",
+     {"model": {"from_pretrained": "hf", "family": "gpt2"}}, "holds a llama: remove model.family",
+     [{"model": {"from_pretrained": "hf", "family": "llama"}}]),
+    ("a pretrained family is supported",
+     {"model": {"from_pretrained": "other"}}, 'model_type = "bloom" is not a supported family',
+     [{"model": {"from_pretrained": "hf"}}]),
+    ("a pretrained folder has a config",
+     {"model": {"from_pretrained": "empty"}}, "empty/config.json: no such file",
+     [{"model": {"from_pretrained": "hf"}}]),
+    ("a local model exists",
+     {"model": {"from_pretrained": "./nothing"}}, 'model.from_pretrained = "./nothing" does not exist',
+     [{"model": {"from_pretrained": "./hf"}}]),
+    ("formats have one owner",
+     {"model": {"family": "gpt2", "config": {"dtype": "bfloat16"}}}, "model.config.dtype: number formats have one owner",
+     [{"precision": {"dtype": "bf16"}}]),
+    ("heads divide the hidden size",
+     {"model": {"family": "gpt2", "config": {"n_head": 7}}}, "nearest legal n_head: 6 or 8",
+     [{"model": {"family": "gpt2", "config": {"n_head": n}}} for n in (6, 8)]),
+    ("positions cover the sequence",
+     {"data": {"seq_len": 2000}}, "model.config.n_positions = 1024 is less than data.seq_len = 2000",
+     [{"data": {"seq_len": 1024}}, {"data": {"seq_len": 2000}, "model": {"family": "gpt2", "config": {"n_positions": 2000}}}]),
+    ("the vocabulary holds the tokenizer's",
+     {"model": {"family": "gpt2", "config": {"vocab_size": 256}}}, "less than the tokenizer's 257 symbols; legal: 257 or more",
+     [{"model": {"family": "gpt2", "config": {"vocab_size": 257}}}]),
+    ("evaluation needs data",
+     {"train": {"eval_every": 5}, "data": {"eval_fraction": 0.0}}, "needs held-out documents",
+     [{"train": {"eval_every": 5}}, {"train": {"eval_every": 0}, "data": {"eval_fraction": 0.0}},
+      {"train": {"eval_every": 5}, "data": {"eval_fraction": 0.0, "eval_sources": [{"path": "corpus.txt"}]}}]),
+    ("one kind of held-out data",
+     {"data": {"eval_fraction": 0.1, "eval_sources": [{"path": "corpus.txt"}]}}, "remove one of them",
+     [{"data": {"eval_sources": [{"path": "corpus.txt"}]}}, {"data": {"eval_fraction": 0.1}}]),
+    ("local data exists",
+     {"data": {"sources": [{"path": "corpos.txt"}]}}, 'data.sources[0].path = "corpos.txt" does not exist (looked from',
+     [{"data": {"sources": [{"path": "corpus.txt"}]}}, {"data": {"sources": [{"path": "owner/hub-name"}]}}]),
+    ("stdlib is spelt so",
+     {"data": {"sources": [{"path": "stdlb"}]}}, 'did you mean "stdlib"?',
+     [{"data": {"sources": [{"path": "stdlib"}]}}]),
+    ("a local tokenizer exists",
+     {"data": {"tokenizer": "./tok"}}, 'data.tokenizer = "./tok" does not exist',
+     [{"data": {"tokenizer": "./hf"}}, {"data": {"tokenizer": "owner/hub-name"}}]),
+    ("a BPE holds the bytes",
+     {"data": {"tokenizer": "bpe:256"}}, "legal: bpe:257",
+     [{"data": {"tokenizer": "bpe:257"}}]),
+    ("a BPE has a size",
+     {"data": {"tokenizer": "bpe:4k"}}, "legal: bpe:257",
+     [{"data": {"tokenizer": "bpe:4096"}}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "refused", "said", "neighbours"), RULES, ids=[rule[0] for rule in RULES])
+def test_rule(name: str, refused: dict[str, Any], said: str, neighbours: list[dict[str, Any]]) -> None:
+    with pytest.raises(RecipeError) as error:
+        load(refused)
+    assert len(error.value.lines) == 1, error.value.lines
+    assert said in error.value.lines[0]
+    for neighbour in neighbours:
+        load(neighbour)
+
+
+def test_a_pretrained_folder_gives_family_and_network() -> None:
+    resolved = load({"model": {"from_pretrained": "hf", "config": {"attention_dropout": 0.5}}})
+    assert resolved.recipe.model.family == "llama"
+    assert resolved.origins["model.family"] == "derived"
+    network = resolved.network(vocab_size=257)
+    assert (network.hidden_size, network.vocab_size, network.attention_dropout) == (8, 300, 0.5)
+
+
+def test_a_hub_name_gives_its_network_once_fetched() -> None:
+    resolved = load({"model": {"from_pretrained": "owner/name"}})
+    with pytest.raises(RecipeError, match="hub name"):
+        resolved.network(vocab_size=257)
+    assert resolved.network(vocab_size=257, pretrained=PRETRAINED).hidden_size == 8
+
+
+def test_a_pretrained_config_that_cannot_be_translated_is_said_at_the_door() -> None:
+    Path("hf/config.json").write_text(json.dumps({**PRETRAINED, "rope_scaling": {"rope_type": "yarn"}, "hidden_act": "relu"}))
+    with pytest.raises(RecipeError) as error:
+        load({"model": {"from_pretrained": "hf"}})
+    assert len(error.value.lines) == 2
+    assert all("hf/config.json: " in line for line in error.value.lines)

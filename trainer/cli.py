@@ -1,0 +1,295 @@
+"""The commands. Each imports what it needs when it runs, so that `check` starts in a fraction of a second."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from trainer.errors import EXIT_INTERNAL, EXIT_OK, RecipeError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trainer.model.families import TransformerConfig
+    from trainer.recipe import ResolvedRecipe
+
+DEFAULT_COLUMNS = 160  # of a pipe, where there is no terminal to ask
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit codes are in `errors.py`."""
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        run: Callable[[argparse.Namespace], int] = arguments.run
+        return run(arguments)
+    except UserError as error:
+        for line in error.lines:
+            sys.stderr.write(f"triaxis: error: {line}\n")
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of a pipe left (`triaxis check R | head`); nothing more may be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except Exception:
+        traceback.print_exc()
+        return EXIT_INTERNAL
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong word like a wrong recipe: one line, the nearest legal word, exit 78."""
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.fullmatch(r"argument .*: invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
+        if choice:
+            names = re.findall(r"[\w-]+", choice.group(2))
+            message = f"unknown command {choice.group(1)}{_did_you_mean(choice.group(1), names)}; legal: {', '.join(names)}"
+        raise RecipeError(f"{message} (see {self.prog} --help)")
+
+    def flags(self) -> list[str]:
+        """The long flags of this parser and of the commands in it."""
+        found = []
+        for action in self._actions:
+            found += [flag for flag in action.option_strings if flag.startswith("--")]
+            if isinstance(action, argparse._SubParsersAction):
+                found += [flag for parser in action.choices.values() for flag in parser.flags()]
+        return found
+
+
+def _did_you_mean(word: str, names: list[str]) -> str:
+    from trainer.sections import nearest
+
+    meant = nearest(word, names)
+    return f"; did you mean {meant}?" if meant else ""
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="triaxis", description="3D-parallel training of transformers on DeepSpeed.", allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+
+    def command(name: str, run: Any, summary: str, *, into: Any = commands) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = into.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    train = command("train", _train, "Train; start it alone, or under the deepspeed launcher, torchrun or srun.")
+    _add_recipe(train)
+    train.add_argument("--run-dir", metavar="DIR", help="the run folder; default: run.dir/run.name")
+
+    check = command("check", _check, "Validate a recipe and show every value with its origin; needs no GPU and no torch.")
+    _add_recipe(check)
+    check.add_argument("--world-size", type=_whole(1), metavar="N", help="also check the batch arithmetic for N ranks")
+    check.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    command("schema", _schema, "Print the JSON Schema of a recipe, for editors.")
+
+    report = command("report", _report, "Write report.html into a run folder.")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+
+    generate = command("generate", _generate, "Continue a text with an exported model.")
+    generate.add_argument("folder", type=Path, metavar="FOLDER", help="a Hugging Face folder, such as RUN_DIR/export")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--max-new-tokens", type=_whole(1), default=64, metavar="N")
+    generate.add_argument("--temperature", type=_temperature, default=0.8, metavar="T", help="0 takes the likeliest token")
+    generate.add_argument("--top-k", type=_whole(1), default=50, metavar="K", help="sample among the K likeliest")
+    generate.add_argument("--seed", type=_whole(0), default=0, metavar="S")
+
+    data = commands.add_parser("data", help="Prepare or inspect tokenized data.", allow_abbrev=False)
+    actions = data.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+    _add_recipe(command("prepare", _data_prepare, "Tokenize a recipe's sources now, before a queue.", into=actions))
+    inspect = command("inspect", _data_inspect, "Show and verify a folder of tokenized data.", into=actions)
+    inspect.add_argument("folder", type=Path, metavar="FOLDER")
+
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        parser.error(f"unknown argument {word}{_did_you_mean(word, parser.flags()) if word.startswith('-') else ''}")
+    return arguments
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a JSON file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one value, as in --set train.steps=10; may be repeated",
+    )
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and least <= int(text) < 2**63):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return read
+
+
+def _temperature(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return float(text)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from trainer.recipe import load
+
+    resolved = load(arguments.recipe, arguments.set)
+    from trainer.loop import train
+
+    return train(resolved, arguments.run_dir)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from trainer.batching import BatchPlan
+    from trainer.deepspeed_config import deepspeed_config
+    from trainer.model.families import largest_weight
+    from trainer.recipe import load
+
+    resolved = load(arguments.recipe, arguments.set)
+    network = _network(resolved)
+    plan = config = None
+    if arguments.world_size is not None:
+        plan = BatchPlan.from_recipe(resolved.recipe, arguments.world_size, "--world-size")
+        largest = largest_weight(network) if network is not None else None
+        config = deepspeed_config(resolved.recipe, plan, largest_weight=largest)
+    if arguments.json:
+        sys.stdout.write(json.dumps(resolved.as_resolved_json(config), indent=2) + "\n")
+        return EXIT_OK
+    console = _console()
+    _show_values(console, resolved)
+    console.print()
+    _show_model(console, resolved, network)
+    if plan is not None:
+        _say(
+            console,
+            f"step: {plan.global_sequences} sequences = micro {plan.micro_sequences} × data-parallel {plan.dp} × "
+            f"{plan.num_micro_batches} micro-batches; {plan.tokens_per_step:,} tokens",
+        )
+        _say(console, "DeepSpeed gets:")
+        _say(console, json.dumps(config, indent=2))
+    return EXIT_OK
+
+
+def _network(resolved: ResolvedRecipe) -> TransformerConfig | None:
+    """The network, as far as it is known without opening the tokenizer or the hub."""
+    from trainer.recipe import tokenizer_vocab_size
+
+    vocab_size = tokenizer_vocab_size(resolved.recipe.data.tokenizer)
+    known = resolved.hf_config is not None and (vocab_size is not None or "vocab_size" in resolved.hf_config)
+    return resolved.network(vocab_size=vocab_size) if known else None
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    return Console(highlight=False, markup=False, emoji=False, width=None if terminal else DEFAULT_COLUMNS)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True)
+
+
+def _show_values(console: Console, resolved: ResolvedRecipe) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("key", "value", "origin"):
+        table.add_column(title, overflow="fold")
+    for key, entry in resolved.as_resolved_json()["values"].items():
+        style = "dim" if entry["origin"] == "default" else ""
+        shown = json.dumps(entry["value"])  # escapes control characters, so that a recipe cannot drive the terminal
+        table.add_row(*(Text(cell, style=style) for cell in (key, shown, entry["origin"])))
+    console.print(table)
+
+
+def _show_model(console: Console, resolved: ResolvedRecipe, network: TransformerConfig | None) -> None:
+    from trainer.model.families import count_parameters
+
+    if network is None:
+        _say(console, f"model: known once {_missing_part(resolved)} is opened")
+        return
+    _say(
+        console,
+        f"model: {network.family}, {count_parameters(network):,} parameters: {network.num_layers} layers, hidden "
+        f"{network.hidden_size}, {network.num_heads} heads, vocabulary {network.vocab_size:,}",
+    )
+
+
+def _missing_part(resolved: ResolvedRecipe) -> str:
+    if resolved.hf_config is None:
+        return f"model.from_pretrained {json.dumps(resolved.recipe.model.from_pretrained)}"
+    return f"data.tokenizer {json.dumps(resolved.recipe.data.tokenizer)}"
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from trainer.recipe import json_schema
+
+    sys.stdout.write(json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n")
+    return EXIT_OK
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from trainer.track.report import write_report
+
+    _say(_console(), str(write_report(arguments.run_dir)))
+    return EXIT_OK
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from trainer.generate import continue_from_folder
+
+    text = continue_from_folder(
+        arguments.folder,
+        arguments.prompt,
+        new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+    )
+    sys.stdout.write(f"{text}\n")
+    return EXIT_OK
+
+
+def _data_prepare(arguments: argparse.Namespace) -> int:
+    from trainer.recipe import load
+    from trainer.track.progress import work_progress
+
+    recipe = load(arguments.recipe, arguments.set).recipe
+    from trainer.data import prepare, prepare_summary
+
+    with work_progress(shown=True) as progress:
+        cache_dir = Path(str(recipe.data.cache_dir))
+        prepared = prepare(recipe.data, seed=recipe.run.seed, cache_dir=cache_dir, build=True, progress=progress)
+    for note in prepared.notes:
+        _say(_console(), note)
+    for row in prepare_summary(prepared):
+        _say(_console(), f"{row.source} ({row.part}): {row.documents:,} documents, {row.tokens:,} tokens")
+    return EXIT_OK
+
+
+def _data_inspect(arguments: argparse.Namespace) -> int:
+    """Every store below the folder, read in full; DataError (exit 65) at the first that is damaged."""
+    from trainer.data.store import TokenStore
+
+    headers = sorted(arguments.folder.rglob("header.json"))
+    if not headers:
+        raise RecipeError(f"{arguments.folder}: no tokenized data (header.json) there; give a folder such as runs/data")
+    for header in headers:
+        store = TokenStore.open(header.parent, verify="full")
+        _say(
+            _console(),
+            f"{header.parent}: {store.num_documents:,} documents, {store.num_tokens:,} tokens, "
+            f"vocabulary {store.contents.vocab_size:,}: intact",
+        )
+    return EXIT_OK

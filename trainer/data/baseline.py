@@ -1,0 +1,37 @@
+"""The perplexity that a model must beat to have learned anything but the frequency of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from trainer.data.rows import held_out_rows
+from trainer.data.store import TokenStore
+
+
+def unigram_perplexity(
+    train_stores: Sequence[TokenStore],
+    eval_stores: Sequence[TokenStore],
+    vocab_size: int,
+    *,
+    seq_len: int,
+    isolate_documents: bool,
+    sequences: int,
+) -> float:
+    """exp of the mean −log p over the targets of an evaluation, p = (count in training + 1) / (all + vocab_size).
+
+    `seq_len`, `isolate_documents` and `sequences` as for `EvalData`, so that the targets are those of the evaluation itself.
+    ValueError when there is no target.
+    """
+    counts = np.ones(vocab_size, np.int64)
+    for store in train_stores:
+        for chunk in store.chunks():
+            counts += np.bincount(chunk, minlength=vocab_size)
+    targets = np.zeros(vocab_size, np.int64)
+    for row in held_out_rows(eval_stores, seq_len=seq_len, isolate_documents=isolate_documents, sequences=sequences):
+        targets += np.bincount(row.next_tokens[row.is_target], minlength=vocab_size)
+    if not targets.any():
+        raise ValueError("no held-out target to predict")
+    nats = np.log(counts.sum()) - np.log(counts)
+    return float(np.exp((targets * nats).sum() / targets.sum()))

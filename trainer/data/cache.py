@@ -1,0 +1,162 @@
+"""Folders made once by one process and opened by many: trained tokenizers, token stores.
+
+A folder is named by the fingerprint of all that decides its content, so an existing one is right by its name. The builder makes
+it under a lock, beside, and renames it into place. The other ranks wait for the name to appear, without a collective; what the
+builder leaves in its outcome file tells them when it never will.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from trainer.data.durable import make_private, read_json, sync_folder, write_json
+from trainer.errors import EXIT_RECIPE, DataError, RecipeError, UserError
+
+POLL_S = 0.2
+REMIND_S = 30.0  # how often a waiter says that it still waits
+STALE_S = 120.0  # an earlier run's outcome is believed after this long: no builder came to take it away
+SETTLE_S = 60.0  # a network file system may show a new folder this much later than the builder made it
+
+
+class Progress(Protocol):
+    """Called with what is done of what total, and a line saying what; 0 of 0 when there is nothing to count."""
+
+    def __call__(self, done: int, total: int, what: str) -> None: ...
+
+
+class Cache:
+    """Folders under `root`, by fingerprint. `build`: this process makes what is missing; otherwise it waits."""
+
+    def __init__(self, root: Path, *, request: str, build: bool, progress: Progress) -> None:
+        """`request`: fingerprint of what the recipe asks; builder and waiters of one recipe meet under it."""
+        self.root = root
+        self._build = build
+        self._progress = progress
+        try:
+            make_private(root)
+            self._begun = _file_system_time(root)
+        except OSError as error:
+            raise RecipeError(f"data.cache_dir: {root}: {error.strerror}; name a folder that can be written") from None
+        self._outcome = root / f"{request[:16]}.outcome.json"
+
+    def folder(self, fingerprint: str, make: Callable[[Path], None], *, what: str) -> Path:
+        """The folder of that fingerprint, made by `make(staging)` where it is missing.
+
+        A killed build leaves its staging folder, and the next `make` may use what it finds there. UserError as `make` raises
+        it, here or on the building rank.
+        """
+        final = self.root / fingerprint[:16]
+        if final.is_dir():
+            return final
+        if not self._build:
+            self._wait_for(final, what)
+            return final
+        with self._lock(final, what):
+            if not final.is_dir():
+                staging = make_private(final.with_name(f"{final.name}.building"))
+                make(staging)
+                sync_folder(staging)
+                os.rename(staging, final)
+                sync_folder(self.root)
+        return final
+
+    @contextmanager
+    def reporting_outcome(self) -> Iterator[None]:
+        """Around all work with the cache: a builder leaves word for those who wait, of success or of failure.
+
+        Faults in reading sources have names of their own by then; another OSError means that the cache cannot be written,
+        and becomes a DataError.
+        """
+        if self._build:
+            self._outcome.unlink(missing_ok=True)
+        try:
+            yield
+        except OSError as error:
+            failure = DataError(f"{self.root}: {error.strerror or error}; make room there, or set data.cache_dir")
+            self._leave_word(failure)
+            raise failure from error
+        except BaseException as error:
+            self._leave_word(error)
+            raise
+        self._leave_word(None)
+
+    def _leave_word(self, failure: BaseException | None) -> None:
+        if not self._build:
+            return
+        lines = failure.lines if isinstance(failure, UserError) else [f"{type(failure).__name__}: {failure}"]
+        exit_code = failure.exit_code if isinstance(failure, UserError) else UserError.exit_code
+        with suppress(OSError):  # a full disk has no room for word either; the launcher ends those who wait
+            write_json(self._outcome, {"failed": lines if failure else [], "exit_code": exit_code})
+
+    @contextmanager
+    def _lock(self, final: Path, what: str) -> Iterator[None]:
+        lock = FileLock(final.with_name(f"{final.name}.lock"), mode=0o600)
+        patience_s = 0.0
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=patience_s)
+            except Timeout:
+                self._progress(0, 0, f"waiting for another process that is {what}")
+                patience_s = REMIND_S
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _wait_for(self, final: Path, what: str) -> None:
+        started_s = time.monotonic()
+        reminded_s = float("-inf")
+        built_s: float | None = None  # when the builder was seen to have finished
+        while not final.is_dir():
+            now_s = time.monotonic()
+            outcome = self._read_outcome()
+            if outcome and (outcome.written >= self._begun or now_s - started_s > STALE_S):
+                outcome.raise_failure()
+                built_s = built_s or now_s
+                if now_s - built_s > SETTLE_S:
+                    raise DataError(
+                        f"data.sources: the building rank finished, but without {final}: this machine sees other files than "
+                        "it does; give both the same sources and the same data.cache_dir"
+                    )
+            if now_s - reminded_s > REMIND_S:
+                self._progress(0, 0, f"waiting for the building rank, which is {what}")
+                reminded_s = now_s
+            time.sleep(POLL_S)
+
+    def _read_outcome(self) -> Outcome | None:
+        try:
+            return Outcome(read_json(self._outcome), self._outcome.stat().st_mtime)
+        except (OSError, ValueError):
+            return None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a builder's work ended."""
+
+    value: dict[str, Any]
+    written: float  # by the file system's clock [s]
+
+    def raise_failure(self) -> None:
+        """Raise what the builder raised, if it failed."""
+        if lines := self.value["failed"]:
+            kinds = {EXIT_RECIPE: RecipeError, DataError.exit_code: DataError}
+            raise kinds.get(self.value["exit_code"], UserError)(lines)
+
+
+def _file_system_time(folder: Path) -> float:
+    """Now, by the clock that stamps files in `folder`: that of another machine may differ from ours [s]."""
+    probe = folder / f"{uuid.uuid4().hex}.tmp"
+    probe.touch(mode=0o600)
+    written = probe.stat().st_mtime
+    probe.unlink()
+    return written

@@ -1,0 +1,118 @@
+"""Content hashes of files, remembered by what the file system says of the file.
+
+A second start must notice a changed file without reading terabytes again. The content is hashed once; afterwards a file whose
+size, modification time, change time and inode are the same is taken to have the same content. No program can set the
+change time, so a file rewritten with its old size and old modification time is noticed too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from trainer.data.durable import make_private, read_json, write_json
+from trainer.errors import DataError
+
+CHUNK_BYTES = 1 << 20
+RACY_S = 2.0  # kernels stamp files by a coarse clock: a write this soon after another can leave the stamp as it was
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What the file system says of a file; every write changes it."""
+
+    size: int  # [bytes]
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> Stamp:
+        """The stamp now; DataError when the file cannot be looked at."""
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+    def require_unchanged(self, path: str | os.PathLike[str]) -> None:
+        """DataError when the file at `path` is no longer the one that was stamped."""
+        now = Stamp.of(path)
+        if now != self:
+            raise DataError(
+                f"{path}: changed while it was being read ({self.size} bytes before, {now.size} now); "
+                "start again when nothing writes to it"
+            )
+
+
+def unreadable(path: str | os.PathLike[str], error: OSError) -> DataError:
+    """The one line for a file that the operating system will not give us."""
+    return DataError(f"{path}: cannot be read: {error.strerror or error}; mend its permissions or remove it from the source")
+
+
+def fingerprint_of(facts: object) -> str:
+    """Fingerprint of JSON-able facts: 32 hexadecimal digits, equal wherever the facts are equal."""
+    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+class Digests:
+    """Content hashes of files, remembered in one JSON file; a lost or damaged memory only costs reading again."""
+
+    def __init__(self, cache_dir: Path) -> None:
+        make_private(cache_dir)
+        self._path = cache_dir / "digests.json"
+        self._lock = FileLock(cache_dir / "digests.lock", mode=0o600)
+
+    def of(self, paths: list[str]) -> list[tuple[Stamp, str]]:
+        """Stamp and content hash of each file. One process hashes at a time, so ranks that start together read once."""
+        with self._lock:
+            memory = self._recall()
+            found = [self._digest(path, memory) for path in paths]
+            learned = memory | self._settled(paths, found)
+            if learned != memory:
+                write_json(self._path, learned)
+        return found
+
+    def _digest(self, path: str, memory: dict[str, list[object]]) -> tuple[Stamp, str]:
+        stamp = Stamp.of(path)
+        remembered = memory.get(path)
+        if remembered and remembered[:-1] == [stamp.size, stamp.mtime_ns, stamp.ctime_ns, stamp.inode]:
+            return stamp, str(remembered[-1])
+        digest = _hash_content(path)
+        stamp.require_unchanged(path)
+        return stamp, digest
+
+    @staticmethod
+    def _settled(paths: list[str], found: list[tuple[Stamp, str]]) -> dict[str, list[object]]:
+        """What may be remembered: files last written long enough ago that their next write must show."""
+        settled_ns = time.time_ns() - int(RACY_S * 1e9)
+        return {
+            path: [stamp.size, stamp.mtime_ns, stamp.ctime_ns, stamp.inode, digest]
+            for path, (stamp, digest) in zip(paths, found, strict=True)
+            if stamp.ctime_ns < settled_ns
+        }
+
+    def _recall(self) -> dict[str, list[object]]:
+        try:
+            memory = read_json(self._path)
+        except (OSError, ValueError):
+            return {}
+        return {path: entry for path, entry in memory.items() if isinstance(entry, list) and len(entry) == 5}
+
+
+def _hash_content(path: str) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return digest.hexdigest()

@@ -1,0 +1,76 @@
+"""Writing that survives a crash: private files, fsynced, that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+DIR_MODE = 0o700
+FILE_MODE = 0o600
+
+
+def make_private(folder: Path) -> Path:
+    """Make the folder, and those above it, readable by the owner only; existing folders stay as they are."""
+    for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+        missing.mkdir(mode=DIR_MODE, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def private_file(path: Path) -> Iterator[BinaryIO]:
+    """A new binary file of mode 0600, on the disk (not only in its cache) when the block ends."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE)
+    with open(descriptor, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names inside the folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def appearing_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill, renamed to `final` when the block ends; after a failure or a crash, `final` does not exist.
+
+    When `final` has appeared meanwhile (somebody else made the same), theirs stays and ours goes.
+    """
+    staging = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.tmp")
+    make_private(staging)
+    try:
+        yield staging
+        sync_folder(staging)
+        if not final.exists():
+            os.rename(staging, final)
+            sync_folder(final.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace the JSON file at `path` in one durable step."""
+    staging = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with private_file(staging) as file:
+        file.write(json.dumps(value, indent=1, allow_nan=False).encode())
+    os.replace(staging, path)
+    sync_folder(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object at `path`; OSError when it cannot be read, ValueError when it is not a JSON object."""
+    value = json.loads(path.read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value

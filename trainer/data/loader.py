@@ -1,0 +1,112 @@
+"""Stores → micro-batches. The only file of trainer.data that imports torch.
+
+Shape letters: B sequences of a micro-batch, S sequence length [tokens].
+
+Sequence i of step s is global sample s · global_sequences + i, whatever the layout. A data-parallel rank takes a contiguous
+range of i, so no rank depends on another and there is no loader state: a run resumes by asking for the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from parallel.loss import IGNORE
+from trainer.data.rows import Row, filler_row, held_out_rows, order_fingerprint, row_at
+from trainer.data.sampling import Blend, num_windows
+from trainer.data.store import TokenStore
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward needs."""
+
+    tokens_BS: torch.Tensor  # int64 [B, S]
+    labels_BS: torch.Tensor  # int64 [B, S]: the next token, IGNORE where there is no target
+    documents: tuple[tuple[int, ...], ...]  # for each row the lengths of the documents in it, summing to S
+
+    @property
+    def num_targets(self) -> int:
+        """Positions whose loss counts."""
+        return int((self.labels_BS != IGNORE).sum())
+
+
+class TrainData:
+    """The training samples in their order, for ever: epoch after epoch of every source, blended by weight."""
+
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        weights: Sequence[float],
+        *,
+        seq_len: int,
+        seed: int,
+        isolate_documents: bool,
+        global_sequences: int,
+    ) -> None:
+        """`weights`: one per store, relative. ValueError when a store is shorter than one sample of seq_len + 1 tokens."""
+        self._stores = tuple(stores)
+        self._blend = Blend(weights, [num_windows(store.num_tokens, seq_len) for store in stores], seed)
+        self._seq_len = seq_len
+        self._isolate_documents = isolate_documents
+        self._global_sequences = global_sequences
+        self.fingerprint = order_fingerprint(stores, weights, seq_len=seq_len, seed=seed, isolate_documents=isolate_documents)
+
+    @property
+    def num_samples(self) -> int:
+        """Sequences that the stores hold together: one epoch when sources are weighted by their size."""
+        return sum(self._blend.sizes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the stores hold together, in whole sequences."""
+        return self.num_samples * self._seq_len
+
+    def micro_batches(self, step: int, *, dp_rank: int, dp: int, micro_sequences: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of a step (0 is the first), B = micro_sequences."""
+        mine, rest = divmod(self._global_sequences, dp)
+        assert rest == 0 and mine % micro_sequences == 0, (self._global_sequences, dp, micro_sequences)  # noqa: PT018
+        first = step * self._global_sequences + dp_rank * mine
+        sources, samples = self._blend.locate(np.arange(first, first + mine))
+        rows = [
+            row_at(
+                self._stores[source],
+                sample * self._seq_len,
+                seq_len=self._seq_len,
+                isolate_documents=self._isolate_documents,
+            )
+            for source, sample in zip(sources.tolist(), samples.tolist(), strict=True)
+        ]
+        yield from _batched(rows, micro_sequences)
+
+
+class EvalData:
+    """The held-out documents in order, at most `sequences` sequences of them, the same at every evaluation."""
+
+    def __init__(self, stores: Sequence[TokenStore], *, seq_len: int, isolate_documents: bool, sequences: int) -> None:
+        self._filler = filler_row(stores[0], seq_len)
+        self._rows = list(held_out_rows(stores, seq_len=seq_len, isolate_documents=isolate_documents, sequences=sequences))
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._rows)
+
+    def micro_batches(self, *, dp_rank: int, dp: int, micro_sequences: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches, B = micro_sequences: as many on every rank, filled up with rows without a target."""
+        mine = -(-self.num_sequences // (dp * micro_sequences)) * micro_sequences
+        rows = self._rows[dp_rank * mine : (dp_rank + 1) * mine]
+        rows += [self._filler] * (mine - len(rows))
+        yield from _batched(rows, micro_sequences)
+
+
+def _batched(rows: Sequence[Row], micro_sequences: int) -> Iterator[MicroBatch]:
+    for begin in range(0, len(rows), micro_sequences):
+        chosen = rows[begin : begin + micro_sequences]
+        yield MicroBatch(
+            tokens_BS=torch.from_numpy(np.stack([row.tokens for row in chosen])),
+            labels_BS=torch.from_numpy(np.stack([np.where(row.is_target, row.next_tokens, IGNORE) for row in chosen])),
+            documents=tuple(row.documents for row in chosen),
+        )

@@ -1,0 +1,158 @@
+"""What a recipe's data section asks for → tokenizer and token stores, made or found in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from trainer import sections
+from trainer.data.build import HELD_OUT, MAIN, build_stores
+from trainer.data.cache import Cache, Progress
+from trainer.data.digests import Digests, fingerprint_of
+from trainer.data.rows import order_fingerprint
+from trainer.data.sampling import num_windows
+from trainer.data.sources import Corpus, look_at
+from trainer.data.store import VERSION, TokenStore, Verify
+from trainer.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, make_tokenizer, train_bpe
+from trainer.errors import DataError, RecipeError
+
+BPE_TRAINING_BYTES = 256 << 20  # of text: merges hardly change beyond, and counting words takes memory
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Everything a run needs to know of its data."""
+
+    tokenizer: Tokenizer
+    sources: tuple[str, ...]  # names, one per training store
+    train: tuple[TokenStore, ...]
+    weights: tuple[float, ...]  # one per training store, as the recipe gives them
+    evaluation: tuple[TokenStore, ...]  # empty: nothing is held out
+    eval_sources: tuple[str, ...]  # names, one per evaluation store
+    fingerprint: str  # equal when every training sample is; saved with checkpoints
+    notes: tuple[str, ...]  # one-line remarks for the console
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """A line of the console's table of sources."""
+
+    source: str
+    part: str  # "train" or "held out"
+    documents: int
+    tokens: int
+    text_bytes: int
+
+
+def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, progress: Progress) -> PreparedData:
+    """Find or make what `data` asks for, under `cache_dir`.
+
+    `build`: for one process of a run; it tokenizes what the cache lacks. The others wait for it, without a collective, and
+    open what it made; they raise what it raised. RecipeError or DataError, with the place in the recipe or in the data.
+    """
+    request = fingerprint_of(data.model_dump(mode="json", exclude={"workers"}))
+    cache = Cache(cache_dir, request=request, build=build, progress=progress)
+    with cache.reporting_outcome():
+        digests = Digests(cache_dir)
+        look = partial(look_at, digests=digests)
+        corpora = [look(source, where=f"data.sources[{i}]") for i, source in enumerate(data.sources)]
+        eval_corpora = [look(source, where=f"data.eval_sources[{i}]") for i, source in enumerate(data.eval_sources)]
+        tokenizer = _tokenizer(data.tokenizer, corpora, cache, progress)
+        held_out_fraction = 0.0 if eval_corpora else data.eval_fraction
+
+        def stores(corpus: Corpus, fraction: float) -> dict[str, TokenStore]:
+            make = partial(
+                build_stores,
+                corpus=corpus,
+                tokenizer=tokenizer,
+                held_out_fraction=fraction,
+                workers=data.workers,
+                progress=progress,
+            )
+            fingerprint = fingerprint_of([VERSION, corpus.fingerprint, tokenizer.fingerprint, fraction])
+            folder = cache.folder(fingerprint, make, what=f"tokenizing {corpus.name}")
+            return _open(folder, corpus, tokenizer, verify="sampled" if build else "header")
+
+        opened = [stores(corpus, held_out_fraction) for corpus in corpora]
+        train = [found[MAIN] for found in opened]
+        for corpus, store in zip(corpora, train, strict=True):
+            _require_one_sequence(corpus, store, data.seq_len)
+        held_out = [(corpus.name, found[HELD_OUT]) for corpus, found in zip(corpora, opened, strict=True) if HELD_OUT in found]
+        held_out += [(corpus.name, stores(corpus, 0.0)[MAIN]) for corpus in eval_corpora]
+    weights = tuple(source.weight for source in data.sources)
+    notes = [note for corpus in (*corpora, *eval_corpora) for note in corpus.notes]
+    if held_out_fraction:
+        notes += [
+            f"{corpus.where}: {corpus.name} is a single document, so nothing of it is held out for evaluation"
+            for corpus, found in zip(corpora, opened, strict=True)
+            if HELD_OUT not in found
+        ]
+    return PreparedData(
+        tokenizer=tokenizer,
+        sources=tuple(corpus.name for corpus in corpora),
+        train=tuple(train),
+        weights=weights,
+        evaluation=tuple(store for _, store in held_out),
+        eval_sources=tuple(name for name, _ in held_out),
+        fingerprint=order_fingerprint(
+            train, weights, seq_len=data.seq_len, seed=seed, isolate_documents=data.isolate_documents
+        ),
+        notes=tuple(notes),
+    )
+
+
+def prepare_summary(prepared: PreparedData) -> list[SourceRow]:
+    """Rows for a table: each source's training part, then the held-out parts."""
+    parts = [
+        *((name, "train", store) for name, store in zip(prepared.sources, prepared.train, strict=True)),
+        *((name, "held out", store) for name, store in zip(prepared.eval_sources, prepared.evaluation, strict=True)),
+    ]
+    return [
+        SourceRow(name, part, store.num_documents, store.num_tokens, store.contents.text_bytes) for name, part, store in parts
+    ]
+
+
+def _tokenizer(spec: str, corpora: Sequence[Corpus], cache: Cache, progress: Progress) -> Tokenizer:
+    """The tokenizer that `spec` names; one that must be trained is kept in the cache, by sources and size."""
+    vocab_size = bpe_size(spec)
+    if vocab_size is None:
+        return make_tokenizer(spec)
+    fingerprint = fingerprint_of(["bpe", vocab_size, [corpus.fingerprint for corpus in corpora]])
+    what = f"training the tokenizer {spec}"
+    folder = cache.folder(
+        fingerprint, lambda staging: train_bpe(_sample(corpora, progress, what), vocab_size).save(staging), what=what
+    )
+    return load_tokenizer(str(folder))
+
+
+def _sample(corpora: Sequence[Corpus], progress: Progress, what: str) -> Iterator[str]:
+    """Documents to train a tokenizer on: all, or evenly spaced shards of a corpus larger than needed."""
+    shards = [shard for corpus in corpora for shard in corpus.shards]
+    shards = shards[:: -(-sum(shard.size for shard in shards) // BPE_TRAINING_BYTES)]
+    total = sum(shard.size for shard in shards)
+    done = 0
+    for shard in shards:
+        progress(done, total, what)
+        yield from shard.documents()
+        done += shard.size
+    progress(done, total, what)
+
+
+def _open(folder: Path, corpus: Corpus, tokenizer: Tokenizer, verify: Verify) -> dict[str, TokenStore]:
+    """The stores in a cached folder, which must be of this corpus and this tokenizer."""
+    parts = [MAIN, HELD_OUT] if (folder / HELD_OUT).is_dir() else [MAIN]
+    found = {part: TokenStore.open(folder / part, verify=verify) for part in parts}
+    for store in found.values():
+        if (store.contents.source, store.contents.tokenizer) != (corpus.fingerprint, tokenizer.fingerprint):
+            raise DataError(f"{store.path}: holds another source or tokenizer than its name says; delete {folder}")
+    return found
+
+
+def _require_one_sequence(corpus: Corpus, store: TokenStore, seq_len: int) -> None:
+    if not num_windows(store.num_tokens, seq_len):
+        raise RecipeError(
+            f"data.seq_len: {seq_len} is too long for {corpus.where} ({corpus.name}): its {store.num_tokens} training tokens "
+            f"are fewer than one sequence and its last target ({seq_len + 1}); lower data.seq_len or add documents"
+        )

@@ -1,0 +1,63 @@
+"""One sequence cut from a store, and which of its positions are targets. Shape letter: S sequence length [tokens]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data.digests import fingerprint_of
+from trainer.data.sampling import Int64s, held_out_windows
+from trainer.data.store import TokenStore
+
+
+@dataclass(frozen=True)
+class Row:
+    """S tokens, the token after each, and whether that one is to be predicted."""
+
+    tokens: Int64s  # int64 [S]
+    next_tokens: Int64s  # int64 [S]
+    is_target: npt.NDArray[np.bool_]  # bool [S]
+    documents: tuple[int, ...]  # lengths of the documents in the row, summing to S
+
+
+def row_at(store: TokenStore, begin: int, *, seq_len: int, isolate_documents: bool) -> Row:
+    """The row whose first token is token `begin` of the store; where the store ends early, filler without targets.
+
+    With `isolate_documents` the row is divided where documents end, and the last token of a document predicts nothing: what
+    follows belongs to another. Without, the row is one document.
+    """
+    stream = store.slice(begin, begin + seq_len + 1)
+    length = len(stream) - 1
+    row = filler_row(store, seq_len)
+    row.tokens[:length] = stream[:-1]
+    row.next_tokens[:length] = stream[1:]
+    row.is_target[:length] = True
+    if not isolate_documents:
+        return row
+    ends = store.document_ends(begin, begin + length)
+    row.is_target[ends - 1] = False
+    cuts = np.unique([0, *ends, length, seq_len])
+    return Row(row.tokens, row.next_tokens, row.is_target, tuple(np.diff(cuts).tolist()))
+
+
+def filler_row(store: TokenStore, seq_len: int) -> Row:
+    """A row of end-of-document tokens without a target."""
+    filler = np.full(seq_len, store.contents.end_of_document, np.int64)
+    return Row(filler, filler.copy(), np.zeros(seq_len, dtype=bool), (seq_len,))
+
+
+def held_out_rows(stores: Sequence[TokenStore], *, seq_len: int, isolate_documents: bool, sequences: int) -> Iterator[Row]:
+    """The rows of an evaluation, in order: at most `sequences`, from every store in proportion to its tokens."""
+    for window in held_out_windows([store.num_tokens for store in stores], seq_len, sequences):
+        yield row_at(stores[window.store], window.begin, seq_len=seq_len, isolate_documents=isolate_documents)
+
+
+def order_fingerprint(
+    stores: Sequence[TokenStore], weights: Sequence[float], *, seq_len: int, seed: int, isolate_documents: bool
+) -> str:
+    """Equal when every sample is: content, weights, length, order."""
+    contents = [[store.fingerprint, weight] for store, weight in zip(stores, weights, strict=True)]
+    return fingerprint_of([contents, seq_len, seed, isolate_documents])

@@ -1,0 +1,222 @@
+"""Tokens on disk: a folder of two raw arrays and a header, read through the page cache, checked by block.
+
+tokens.bin      every document's tokens, each document ended by the end-of-document token; little-endian u2 or u4
+documents.bin   where each document begins, and the number of tokens at last; little-endian i8, documents + 1 of them
+header.json     format, dtype, counts, fingerprints, SHA-256 of each 16 MiB block of each file, and of itself; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data.durable import make_private, private_file, read_json, sync_folder, write_json
+from trainer.errors import DataError
+
+FORMAT = "triaxis-tokens"
+VERSION = 1
+BLOCK_BYTES = 16 << 20
+SAMPLED_BLOCKS = 64  # 1 GiB: about a second of hashing
+
+Verify = Literal["header", "sampled", "full"]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest dtype that holds every token id."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a store says of itself."""
+
+    vocab_size: int
+    end_of_document: int
+    tokenizer: str  # fingerprint
+    source: str  # fingerprint
+    text_bytes: int = 0  # UTF-8 length of the documents [bytes]
+
+
+class TokenStore:
+    """One memory-mapped store, read only. Opening costs the header; pages come as they are touched."""
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path = path
+        self.num_tokens: int = header["tokens"]
+        self.num_documents: int = header["documents"]
+        self.contents = Contents(**header["contents"])
+        self.fingerprint: str = header["sha256"][:32]
+        self.tokens = np.memmap(path / "tokens.bin", dtype=np.dtype(header["dtype"]), mode="r")
+        self.documents = np.memmap(path / "documents.bin", dtype="<i8", mode="r")
+
+    @classmethod
+    def open(cls, path: Path, *, verify: Verify = "header") -> TokenStore:
+        """Open the store at `path`; DataError names the file, and the block, that is damaged.
+
+        The header (by its own hash) and both sizes are always checked. "sampled" reads up to 64 blocks of each file, evenly
+        spread: all of a store below 1 GiB. "full" reads everything, and also that tokens and documents fit the header.
+        """
+        header = _read_header(path)
+        _check_sizes(path, header)
+        if verify != "header":
+            for name, file in header["files"].items():
+                blocks = range(len(file["blocks"]))
+                step = 1 if verify == "full" else max(1, -(-len(blocks) // SAMPLED_BLOCKS))
+                _check_blocks(path / name, file["blocks"], blocks[::step])
+        store = cls(path, header)
+        if verify == "full":
+            store._check_values()
+        return store
+
+    def slice(self, begin: int, end: int) -> npt.NDArray[np.int64]:
+        """Tokens [begin, end) as a copy, int64 [end - begin]."""
+        return self.tokens[begin:end].astype(np.int64)
+
+    def document_ends(self, begin: int, end: int) -> npt.NDArray[np.int64]:
+        """Where documents end in (begin, end], counted from `begin`, one past their last token; int64 [documents ending]."""
+        first, last = np.searchsorted(self.documents, [begin, end], side="right")
+        return self.documents[first:last] - begin
+
+    def chunks(self, size_tokens: int = 1 << 22) -> Iterator[npt.NDArray[Any]]:
+        """All tokens in order, a few MiB at a time."""
+        for begin in range(0, self.num_tokens, size_tokens):
+            yield self.tokens[begin : begin + size_tokens]
+
+    def _check_values(self) -> None:
+        largest = max(int(chunk.max()) for chunk in self.chunks())
+        if largest >= self.contents.vocab_size:
+            raise _damage(
+                self.path / "tokens.bin", f"holds token {largest}, beyond the vocabulary of {self.contents.vocab_size}"
+            )
+        begins = self.documents
+        if begins[0] != 0 or begins[-1] != self.num_tokens or bool(np.any(begins[1:] <= begins[:-1])):
+            raise _damage(self.path / "documents.bin", f"does not divide {self.num_tokens} tokens into documents")
+
+
+class StoreWriter:
+    """Writes one store, document by document or many at once; nothing is a store before `finish`."""
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        self._path = make_private(path)
+        self._dtype = token_dtype(vocab_size)
+        self._stack = ExitStack()
+        self._tokens = BlockHasher(self._stack.enter_context(private_file(path / "tokens.bin")))
+        self._documents = BlockHasher(self._stack.enter_context(private_file(path / "documents.bin")))
+        self._documents.write(_bytes_of(np.zeros(1), np.dtype("<i8")))
+        self.num_tokens = 0
+        self.num_documents = 0
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def append(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> None:
+        """Add documents: their tokens one after the other [sum of lengths], and their lengths [documents]."""
+        ends = self.num_tokens + np.cumsum(lengths)
+        self._tokens.write(_bytes_of(tokens, self._dtype))
+        self._documents.write(_bytes_of(ends, np.dtype("<i8")))
+        self.num_tokens += len(tokens)
+        self.num_documents += len(lengths)
+
+    def finish(self, contents: Contents) -> None:
+        """Make the arrays durable, then the header that makes them a store."""
+        self._stack.close()
+        header: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": self._dtype.str,
+            "tokens": self.num_tokens,
+            "documents": self.num_documents,
+            "contents": vars(contents),
+            "files": {"tokens.bin": self._tokens.summary(), "documents.bin": self._documents.summary()},
+        }
+        write_json(self._path / "header.json", header | {"sha256": _header_hash(header)})
+        sync_folder(self._path)
+
+
+class BlockHasher:
+    """A file being written, with the SHA-256 of each block of it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._size = 0
+        self._blocks: list[str] = []
+        self._block = hashlib.sha256()
+
+    def write(self, view: memoryview) -> None:
+        """Append bytes."""
+        self._file.write(view)
+        while len(view):
+            room = BLOCK_BYTES - self._size % BLOCK_BYTES
+            self._block.update(view[:room])
+            self._size += len(view[:room])
+            view = view[room:]
+            if self._size % BLOCK_BYTES == 0:
+                self._close_block()
+
+    def summary(self) -> dict[str, Any]:
+        if self._size % BLOCK_BYTES:
+            self._close_block()
+        return {"bytes": self._size, "blocks": self._blocks}
+
+    def _close_block(self) -> None:
+        self._blocks.append(self._block.hexdigest())
+        self._block = hashlib.sha256()
+
+
+def _bytes_of(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> memoryview:
+    return np.ascontiguousarray(values, dtype).view(np.uint8).data
+
+
+def _damage(path: Path, fault: str) -> DataError:
+    return DataError(f"{path}: {fault}; delete {path.parent.parent} to tokenize again")
+
+
+def _header_hash(header: dict[str, Any]) -> str:
+    canonical = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    header_path = path / "header.json"
+    try:
+        header = read_json(header_path)
+        stated = header.pop("sha256", None)
+        if header.get("format") != FORMAT or header.get("version") != VERSION:
+            raise ValueError(f"format {header.get('format')!r} version {header.get('version')!r}, not {FORMAT!r} {VERSION}")
+        if stated != _header_hash(header):
+            raise ValueError("its own SHA-256 does not match")
+    except (OSError, ValueError) as error:
+        raise _damage(header_path, f"damaged header: {error}") from None
+    return header | {"sha256": stated}
+
+
+def _check_sizes(path: Path, header: dict[str, Any]) -> None:
+    for name, file in header["files"].items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError as error:
+            raise _damage(path / name, f"cannot be read: {error.strerror}") from None
+        if size != file["bytes"]:
+            raise _damage(path / name, f"{size} bytes, {file['bytes']} were written")
+
+
+def _check_blocks(path: Path, hashes: list[str], blocks: range) -> None:
+    try:
+        with open(path, "rb") as file:
+            for block in blocks:
+                file.seek(block * BLOCK_BYTES)
+                if hashlib.sha256(file.read(BLOCK_BYTES)).hexdigest() != hashes[block]:
+                    raise _damage(path, f"block {block} (16 MiB each, of {len(hashes)}) is damaged: SHA-256 does not match")
+    except OSError as error:
+        raise _damage(path, f"cannot be read: {error.strerror}") from None

@@ -1,0 +1,48 @@
+"""A tokenizing process: `python -m trainer.data.worker TOKENIZER SHARDS`, started by workers.py.
+
+Reads one task per line, {"number", "shard"}, and answers each by one line: {"number"} when the shard is durable, or
+{"failed": lines, "exit_code"}. It ends at once when its input does: whoever started it has ended too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+from pathlib import Path
+
+from trainer.data.shards import shard_folder, tokenize_shard
+from trainer.data.sources import Shard
+from trainer.data.tokenizer import load_tokenizer
+from trainer.errors import DataError, UserError
+
+
+def main() -> None:
+    tokenizer_folder, shards = map(Path, sys.argv[1:])
+    tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    while True:
+        task = json.loads(tasks.get())
+        try:
+            tokenize_shard(Shard.from_json(task["shard"]), tokenizer, shard_folder(shards, task["number"]))
+            reply = {"number": task["number"]}
+        except UserError as error:
+            reply = {"failed": error.lines, "exit_code": error.exit_code}
+        except OSError as error:  # reading faults were told apart before: this is about writing
+            line = f"{shards}: {error.strerror or error}; make room there, or set data.cache_dir"
+            reply = {"failed": [line], "exit_code": DataError.exit_code}
+        sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _listen(tasks: queue.SimpleQueue[bytes]) -> None:
+    for line in sys.stdin.buffer:
+        tasks.put(line)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The processes that tokenize: plain subprocesses that speak JSON lines.
+
+They import neither torch nor the program that started them, nothing is pickled, and they end when their input does, so that
+they never outlive the process that started them. Their side is `worker.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import trainer
+from trainer.data.sources import Shard
+from trainer.errors import DataError, RecipeError, UserError
+
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",  # one core per worker
+    "USE_TORCH": "0",  # read by datasets, which else imports torch to stream a file
+}
+KINDS = {kind.exit_code: kind for kind in (UserError, DataError, RecipeError)}
+
+
+def tokenize_shards(shards: dict[int, Shard], *, tokenizer: Path, into: Path, workers: int) -> Iterator[int]:
+    """Have numbered shards tokenized by the tokenizer saved in a folder; yields each number when its shard is durable.
+
+    `into` receives one folder per shard. Raises the first UserError that a worker meets, and ends the others.
+    """
+    waiting = iter(shards.items())
+    crew = [Worker(tokenizer, into) for _ in range(min(workers, len(shards)))]
+    try:
+        for worker in crew:
+            worker.hand(*next(waiting))
+        busy = {worker.replies: worker for worker in crew}
+        while busy:
+            for replies in select.select(list(busy), [], [])[0]:
+                yield busy[replies].take_reply()
+                if (task := next(waiting, None)) is None:
+                    del busy[replies]
+                else:
+                    busy[replies].hand(*task)
+    finally:
+        for worker in crew:
+            worker.end()
+
+
+class Worker:
+    """One `python -m trainer.data.worker`, from outside. It sends one reply for each task."""
+
+    def __init__(self, tokenizer: Path, into: Path) -> None:
+        package_root = str(Path(trainer.__file__).parent.parent)
+        inherited = os.environ.get("PYTHONPATH")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "trainer.data.worker", str(tokenizer), str(into)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ
+            | ENVIRONMENT
+            | {"PYTHONPATH": os.pathsep.join([package_root, inherited] if inherited else [package_root])},
+            start_new_session=True,  # Ctrl-C reaches us only, and we end the workers
+        )
+        assert self._process.stdin
+        assert self._process.stdout
+        self._tasks, self.replies = self._process.stdin, self._process.stdout
+
+    def hand(self, number: int, shard: Shard) -> None:
+        with suppress(BrokenPipeError):  # it died; its missing reply will say so
+            self._tasks.write(json.dumps({"number": number, "shard": asdict(shard)}).encode() + b"\n")
+            self._tasks.flush()
+
+    def take_reply(self) -> int:
+        """The number of the shard that is done, or the UserError that was met."""
+        line = self.replies.readline()
+        if not line:
+            raise UserError(
+                f"data: a tokenizing process ended with code {self._process.wait()} (-9: killed, often for lack of memory); "
+                "lower data.workers and start again: finished shards are kept"
+            )
+        reply = json.loads(line)
+        if "failed" in reply:
+            raise KINDS[reply["exit_code"]](reply["failed"])
+        return int(reply["number"])
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self.replies.close()
+        with suppress(BrokenPipeError):
+            self._tasks.close()

@@ -1,0 +1,54 @@
+"""Model FLOPs and their share of the device's peak (MFU).
+
+Convention: a multiply-add is 2 FLOPs; backward costs twice the forward; recomputation is not counted; causal attention
+is counted at half, and inside documents only, which is the work that the mathematics needs.
+
+    step FLOPs = 6 · (matmul weights) · tokens  +  6 · L · H · K · Σ over documents of length²
+
+The first term is the 2·3 of forward and backward for each weight of the layers and the head (an embedding lookup multiplies
+nothing); the second is the half of 12 · L · H · K · n² for the two products Q Kᵀ and P V. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from trainer.model.families import TransformerConfig
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+# Dense peaks of matrix products in FLOP/s, from the vendors' data sheets: never the "with sparsity" figures, which are
+# twice as high. fp32 is what torch does by default: TF32 off.
+PEAKS: dict[str, dict[Dtype, float]] = {
+    "H200": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
+    "H100 PCIe": {"bf16": 756e12, "fp16": 756e12, "fp32": 51e12},
+    "H100": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
+    "A100": {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12},
+    "V100": {"fp16": 125e12, "fp32": 15.7e12},
+}
+
+
+def matmul_weights(config: TransformerConfig) -> int:
+    """Elements of the weights that each token is multiplied with."""
+    D, K = config.hidden_size, config.head_dim
+    attention = D * K * (2 * config.num_heads + 2 * config.num_kv_heads)
+    mlp = D * config.ffn_size * (3 if config.gated_mlp else 2)
+    return config.num_layers * (attention + mlp) + config.vocab_size * D
+
+
+def training_flops(config: TransformerConfig, document_lengths: Iterable[int]) -> int:
+    """FLOPs of forward and backward over documents of these lengths [tokens]."""
+    tokens = squares = 0
+    for length in document_lengths:
+        tokens += length
+        squares += length * length
+    return 6 * matmul_weights(config) * tokens + 6 * config.num_layers * config.num_heads * config.head_dim * squares
+
+
+def listed_peak(device_name: str, dtype: Dtype) -> float | None:
+    """FLOP/s of one device, None when it is not on the list."""
+    for name, peaks in PEAKS.items():
+        if all(word in device_name for word in name.split()):
+            return peaks.get(dtype)
+    return None

@@ -1,0 +1,62 @@
+"""Text from a model: during a run from its engine, afterwards from an exported folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from parallel.params import derive_seed
+from trainer.errors import RecipeError
+
+
+def sample(
+    next_logits: Callable[[Sequence[int]], Tensor],
+    prompt: Sequence[int],
+    *,
+    new_tokens: int,
+    context: int,
+    end: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+) -> list[int]:
+    """Continue `prompt` by at most `new_tokens` tokens, up to `end`.
+
+    The model sees the last `context` tokens. Every rank that takes part draws the same tokens: the stream depends on
+    the seed only. temperature 0 takes the likeliest token.
+    """
+    stream = torch.Generator().manual_seed(derive_seed(seed, "sample"))
+    tokens = list(prompt)
+    for _ in range(new_tokens):
+        logits = next_logits(tokens[-context:])
+        if temperature == 0.0:
+            token = int(logits.argmax())
+        else:
+            best = torch.topk(logits / temperature, min(top_k, logits.numel()))
+            token = int(best.indices[torch.multinomial(best.values.softmax(-1), 1, generator=stream)])
+        if token == end:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+def continue_from_folder(folder: Path, prompt: str, *, new_tokens: int, temperature: float, top_k: int, seed: int) -> str:
+    """The prompt and its continuation by the model in a Hugging Face folder, on a GPU when there is one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (folder / "config.json").is_file():
+        raise RecipeError(f"{folder}: no config.json there: give a Hugging Face folder, such as RUN_DIR/export")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    tokens = tokenizer(prompt, return_tensors="pt").to(device)
+    if tokens["input_ids"].shape[1] == 0:
+        raise RecipeError("--prompt is empty: give at least one character")
+    torch.manual_seed(derive_seed(seed, "sample"))
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature > 0 else {"do_sample": False}
+    with torch.no_grad():
+        out = model.generate(**tokens, max_new_tokens=new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))

@@ -1,0 +1,81 @@
+"""From step results to training records: rates, the time split, MFU, memory, skipped steps."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from trainer.data.loader import MicroBatch
+from trainer.engine import StepResult
+from trainer.flops import training_flops
+from trainer.session import Session
+
+PARTS = ("data", "forward", "backward", "optimizer")
+
+
+class Meter:
+    """Logs a record every `train.log_every` steps and at the last; its times are means over the steps since the one before."""
+
+    def __init__(self, run: Session) -> None:
+        self._run = run
+        self.skipped = 0
+        self.last_loss = float("nan")
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new span, leaving out what happened since the last record (evaluation, saving)."""
+        self._steps = 0
+        self._flops = 0
+        self._parts: Counter[str] = Counter()
+        self._run.engine.watch.lap()
+        self._since = time.perf_counter()
+
+    def record(self, steps_done: int, lr: float, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
+        run = self._run
+        self._steps += 1
+        self._flops += training_flops(run.network, (n for batch in micro_batches for row in batch.documents for n in row))
+        if result.skipped:
+            self.skipped += 1
+            run.tracker.note(
+                f"step {steps_done} skipped: the gradient is not finite (loss {result.loss:.4g}, loss scale {result.loss_scale:g})"
+            )
+        self.last_loss = result.loss
+        if steps_done % run.recipe.train.log_every and steps_done != run.recipe.train.steps:
+            return
+        spent = run.engine.watch.lap()
+        span_s = time.perf_counter() - self._since
+        step_time_s = span_s / self._steps
+        split = {f"time_{part}_s": spent.get(part, 0.0) / self._steps for part in PARTS}
+        run.tracker.log(
+            {
+                "step": steps_done,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": lr,
+                "loss_scale": result.loss_scale,
+                "tokens": steps_done * run.plan.tokens_per_step,
+                "tokens_per_s": run.plan.tokens_per_step / step_time_s,
+                "step_time_s": step_time_s,
+                **split,
+                "time_other_s": max(0.0, step_time_s - sum(split.values())),
+                "mfu": self._flops / span_s / run.peak_flops,
+                "memory_gib": peak_memory_gib(run.place.device),
+                "skipped": self.skipped,
+                "num_targets": result.num_targets,
+                "time": time.time(),
+            }
+        )
+        self.restart()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most that this rank has held: on the GPU, or resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,165 @@
+"""Everything that a run needs, made in order: place, layout, data, network, engine, trackers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from parallel.mesh import Mesh
+from parallel.params import initialise
+from parallel.topology import Layout
+from trainer import launch
+from trainer.batching import BatchPlan
+from trainer.data import PreparedData, prepare, prepare_summary
+from trainer.data.loader import EvalData, MicroBatch, TrainData
+from trainer.deepspeed_config import deepspeed_config
+from trainer.engine import Engine
+from trainer.launch import Place, together
+from trainer.matmul_peak import device_peak
+from trainer.model.families import TransformerConfig, largest_weight
+from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
+from trainer.recipe import ResolvedRecipe
+from trainer.run_folder import RunFolder
+from trainer.sections import Recipe
+from trainer.track import RunInfo, Tracker, make_tracker, open_rank_log
+from trainer.track.progress import work_progress
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run that is ready to train."""
+
+    recipe: Recipe
+    place: Place
+    mesh: Mesh
+    plan: BatchPlan
+    folder: RunFolder
+    network: TransformerConfig
+    prepared: PreparedData
+    data: TrainData
+    eval_data: EvalData | None
+    engine: Engine
+    tracker: Tracker
+    devices: str
+    peak_flops: float  # of this rank's device, FLOP/s
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's part of a step."""
+        dp = self.mesh.dp
+        return list(self.data.micro_batches(step, dp_rank=dp.rank, dp=dp.size, micro_sequences=self.plan.micro_sequences))
+
+
+@contextmanager
+def open_session(resolved: ResolvedRecipe, run_dir: str | None) -> Iterator[Session]:
+    """Make everything on every rank, and give it back when the run ends, however it ends."""
+    recipe = resolved.recipe
+    place = Place.from_environment(os.environ)
+    plan = BatchPlan.from_recipe(recipe, place.world_size, place.how)
+    folder = RunFolder(Path(run_dir) if run_dir else Path(recipe.run.dir) / recipe.run.name)
+    with ExitStack() as stack:
+        launch.join(place)
+        stack.callback(launch.leave)
+        degrees = recipe.parallel
+        mesh = Mesh.build(Layout.from_world_size(place.world_size, pp=degrees.pipeline, cp=degrees.context, tp=degrees.tensor))
+        with together():
+            if place.is_first:
+                folder.create(resolved.given)
+        log = stack.enter_context(open_rank_log(folder.path, place.rank))
+        with together(), work_progress(shown=place.is_first) as progress:
+            cache_dir = Path(str(recipe.data.cache_dir))
+            prepared = prepare(recipe.data, seed=recipe.run.seed, cache_dir=cache_dir, build=place.is_first, progress=progress)
+        with together():
+            network, fill = _network(resolved, prepared)
+        dict_for_deepspeed = deepspeed_config(recipe, plan, largest_weight=largest_weight(network))
+        if place.is_first:
+            folder.write_resolved(resolved.as_resolved_json(dict_for_deepspeed))
+        devices = _devices(place)
+        tracker = make_tracker(
+            recipe.tracking,
+            RunInfo(
+                name=recipe.run.name,
+                folder=folder.path,
+                recipe=recipe.model_dump(mode="json"),
+                total_steps=recipe.train.steps,
+                world_size=place.world_size,
+                devices=devices,
+            ),
+            writing_rank=place.is_first,
+        )
+        with together():
+            engine = Engine(recipe, plan, network, mesh, place.device, deepspeed_config=dict_for_deepspeed, fill=fill)
+        stack.callback(engine.close)
+        log.capture()  # DeepSpeed makes loggers of its own on the way
+        peak_flops, peak_source = device_peak(place.device, recipe.precision.dtype)
+        _introduce(tracker, prepared, engine, plan, f"{peak_flops / 1e12:.3g} TFLOP/s per rank ({peak_source})")
+        yield Session(
+            recipe=recipe,
+            place=place,
+            mesh=mesh,
+            plan=plan,
+            folder=folder,
+            network=network,
+            prepared=prepared,
+            data=_train_data(recipe, prepared),
+            eval_data=_eval_data(recipe, prepared),
+            engine=engine,
+            tracker=tracker,
+            devices=devices,
+            peak_flops=peak_flops,
+        )
+
+
+def _network(resolved: ResolvedRecipe, prepared: PreparedData) -> tuple[TransformerConfig, Callable[[nn.Module], None]]:
+    """The network's shape, and what gives its blocks their first weights: the seed, or a Hugging Face folder."""
+    recipe, vocab_size = resolved.recipe, prepared.tokenizer.vocab_size
+    if recipe.model.from_pretrained is None:
+        return resolved.network(vocab_size=vocab_size), lambda block: initialise(block, recipe.run.seed)
+    folder = local_folder(recipe.model.from_pretrained, recipe.model.revision)
+    weights = PretrainedWeights(folder)
+    return resolved.network(vocab_size=vocab_size, pretrained=read_config(folder)), weights.fill
+
+
+def _train_data(recipe: Recipe, prepared: PreparedData) -> TrainData:
+    return TrainData(
+        prepared.train,
+        prepared.weights,
+        seq_len=recipe.data.seq_len,
+        seed=recipe.run.seed,
+        isolate_documents=recipe.data.isolate_documents,
+        global_sequences=recipe.batch.global_sequences,
+    )
+
+
+def _eval_data(recipe: Recipe, prepared: PreparedData) -> EvalData | None:
+    if not prepared.evaluation:
+        return None
+    return EvalData(
+        prepared.evaluation,
+        seq_len=recipe.data.seq_len,
+        isolate_documents=recipe.data.isolate_documents,
+        sequences=recipe.train.eval_sequences,
+    )
+
+
+def _devices(place: Place) -> str:
+    if place.device.type == "cuda":
+        return f"{place.world_size} × {torch.cuda.get_device_name(place.device)}"
+    return f"{place.world_size} CPU process{'es' if place.world_size > 1 else ''}, {torch.get_num_threads()} threads each"
+
+
+def _introduce(tracker: Tracker, prepared: PreparedData, engine: Engine, plan: BatchPlan, peak: str) -> None:
+    for row in prepare_summary(prepared):
+        tracker.note(f"data: {row.source} ({row.part}): {row.documents:,} documents, {row.tokens:,} tokens")
+    for note in (*prepared.notes, *engine.notes):
+        tracker.note(note)
+    tracker.note(
+        f"step: {plan.global_sequences} sequences = micro {plan.micro_sequences} × data-parallel {plan.dp} × "
+        f"{plan.num_micro_batches} micro-batches; {plan.tokens_per_step:,} tokens"
+    )
+    tracker.note(f"MFU = model FLOPs (6 · matmul weights · tokens + causal attention inside documents) / {peak}")

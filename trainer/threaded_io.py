@@ -1,0 +1,126 @@
+"""NVMe transfers without libaio or a compiler: DeepSpeed's swap handle on a few threads of pread and pwrite.
+
+DeepSpeed would compile its `async_io` extension at first use: minutes, a compiler and libaio's headers, and a build that
+was killed leaves a lock on which every later start waits for ever. So the extension is used where it is built already,
+and these threads everywhere else; reads and writes release the GIL, so both overlap with computation.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from deepspeed.git_version_info import installed_ops
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from torch import Tensor
+from torch.utils.cpp_extension import get_default_build_root
+
+BUILD_COMMAND = "DS_BUILD_AIO=1 pip install --no-build-isolation --force-reinstall --no-deps deepspeed"
+
+
+class ThreadedHandle:
+    """What DeepSpeed's swappers ask of an `aio_handle`. Transfers start at once; `wait` returns when all are done."""
+
+    def __init__(
+        self, block_size: int, queue_depth: int, single_submit: bool, overlap_events: bool, intra_op_parallelism: int
+    ) -> None:
+        """`block_size` [bytes] cuts a transfer into requests, `queue_depth` of which run at a time on each of
+        `intra_op_parallelism` threads' worth of the disk; the other two are libaio's own."""
+        self._block_size = block_size
+        self._threads = ThreadPoolExecutor(min(32, queue_depth * intra_op_parallelism), thread_name_prefix="nvme")
+        self._transfers: list[_Transfer] = []
+        self._buffers: list[Tensor] = []
+
+    def new_cpu_locked_tensor(self, num_elements: int, like: Tensor) -> Tensor:
+        buffer = torch.empty(num_elements, dtype=like.dtype, pin_memory=torch.cuda.is_available())
+        self._buffers.append(buffer)
+        return buffer
+
+    def free_cpu_locked_tensor(self, buffer: Tensor) -> bool:
+        before = len(self._buffers)
+        self._buffers = [own for own in self._buffers if own.data_ptr() != buffer.data_ptr()]
+        return len(self._buffers) < before
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        """Whether the tensor lies in a buffer of ours, which is what DeepSpeed means by it."""
+        start = tensor.data_ptr()
+        return any(own.data_ptr() <= start < own.data_ptr() + own.nbytes for own in self._buffers)
+
+    def async_pread(self, tensor: Tensor, path: str, offset: int) -> int:
+        file = os.open(path, os.O_RDONLY)
+        size = os.fstat(file).st_size
+        if size < offset + tensor.nbytes:
+            os.close(file)
+            raise OSError(
+                f"{path}: swap file has {size} bytes, {offset + tensor.nbytes} expected: it was damaged during the run"
+            )
+        self._start(_read_block, file, tensor, offset)
+        return 0
+
+    def async_pwrite(self, tensor: Tensor, path: str, offset: int) -> int:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        self._start(_write_block, file, tensor, offset)
+        return 0
+
+    def wait(self) -> int:
+        """Number of transfers finished since the last wait; OSError of the first that failed."""
+        transfers, self._transfers = self._transfers, []
+        for transfer in transfers:
+            transfer.finish()
+        return len(transfers)
+
+    def _start(self, move: Any, file: int, tensor: Tensor, offset: int) -> None:
+        memory = memoryview(tensor.detach().view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+        blocks = [
+            self._threads.submit(move, file, memory[at : at + self._block_size], offset + at)
+            for at in range(0, len(memory), self._block_size)
+        ]
+        self._transfers.append(_Transfer(file, blocks))
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    file: int
+    blocks: list[Future[None]]
+
+    def finish(self) -> None:
+        wait(self.blocks)
+        os.close(self.file)
+        for block in self.blocks:
+            block.result()
+
+
+def _read_block(file: int, memory: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(memory):
+        count = os.preadv(file, [memory[done:]], offset + done)
+        if count == 0:
+            raise OSError("swap file ended early: it was damaged during the run")
+        done += count
+
+
+def _write_block(file: int, memory: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(memory):
+        done += os.pwrite(file, memory[done:], offset + done)
+
+
+def use_threads_where_async_io_is_missing() -> str | None:
+    """Give DeepSpeed this handle unless its extension is built; a remark for the console when it is not."""
+    if installed_ops.get(AsyncIOBuilder.NAME) or _compiled_before():
+        return None
+    AsyncIOBuilder.load = lambda self, verbose=True: SimpleNamespace(aio_handle=ThreadedHandle)
+    return (
+        "DeepSpeed's async_io is not built here: NVMe offload reads and writes with threads, which is slower on fast disks; "
+        f"to build it (needs a compiler and libaio-dev): {BUILD_COMMAND}"
+    )
+
+
+def _compiled_before() -> bool:
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return any(root.glob(f"**/{AsyncIOBuilder.NAME}/{AsyncIOBuilder.NAME}.so"))

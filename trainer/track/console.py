@@ -1,0 +1,168 @@
+"""What a person sees: a live bar on a terminal, plain lines in a log file.
+
+In a SLURM log a bar would be thousands of lines of control characters. There a record is one line, at most every two
+seconds, the first and the last always.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from trainer.track.text import duration, percent, printable, scaled, short
+from trainer.track.tracker import RunInfo
+
+LINE_EVERY_S = 2.0
+
+Record = Mapping[str, float | int | None]
+
+
+class ConsoleTracker:
+    """Speaks for the run on stdout. `note` may be called from any thread, and before `start`."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._bar: Progress | None = None
+        self._waiting: Record | None = None
+        self._next_line = 0.0
+
+    def start(self, run: RunInfo) -> None:
+        self._run = run
+        self._pace = _Pace(run)
+        resumed = f", resumed after step {run.start_step}" if run.start_step else ""
+        self.note(f"{run.name}: {run.total_steps} steps on {run.devices}{resumed} → {run.folder}")
+
+    def log(self, record: Record) -> None:
+        self._pace.record(record)
+        if self._console.is_terminal:
+            self._move_bar(record)
+            return
+        self._waiting = record
+        if time.monotonic() >= self._next_line:
+            self._write_waiting()
+
+    def evaluate(self, record: Record) -> None:
+        self._write_waiting()
+        loss, perplexity = short(record.get("eval_loss")), short(record.get("eval_perplexity"))
+        self.note(f"step {record['step']}: eval loss {loss}, perplexity {perplexity}")
+
+    def note(self, line: str) -> None:
+        self._console.print(Text(printable(line)), soft_wrap=True)
+
+    def finish(self, summary: Mapping[str, object]) -> None:
+        self._write_waiting()
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        rows = list(summary_rows(summary))
+        if rows:
+            self._console.print(_table(rows))
+        if sample := summary.get("sample"):
+            self.note(f"{summary.get('sample_prompt') or ''}{sample}")
+
+    def _move_bar(self, record: Record) -> None:
+        if self._bar is None:  # not before the first step: what goes wrong until then finds the terminal as it was
+            self._bar = self._make_bar()
+            self._bar.start()
+        loss, rate = short(record.get("loss")), scaled(record.get("tokens_per_s"))
+        self._bar.update(self._bar.task_ids[0], completed=record["step"], loss=loss, rate=rate)
+
+    def _make_bar(self) -> Progress:
+        bar = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[rate]} tokens/s"),
+            TimeElapsedColumn(),
+            _Remaining(self._pace),
+            console=self._console,
+            expand=True,
+        )
+        bar.add_task("", total=self._run.total_steps, completed=self._run.start_step, loss="–", rate="–")
+        return bar
+
+    def _write_waiting(self) -> None:
+        record, self._waiting = self._waiting, None
+        if record is None:
+            return
+        self._next_line = time.monotonic() + LINE_EVERY_S
+        parts = [
+            f"step {record['step']}/{self._run.total_steps}",
+            f"loss {short(record.get('loss'))}",
+            f"grad norm {short(record.get('grad_norm'), 3)}",
+            f"lr {short(record.get('lr'), 3)}",
+            f"{scaled(record.get('tokens_per_s'))} tokens/s",
+            f"ETA {duration(self._pace.remaining_s())}",
+        ]
+        if record.get("skipped"):
+            parts.append(f"{record['skipped']} skipped")
+        self.note(" · ".join(parts))
+
+
+class _Pace:
+    """When the run will end, from a running mean of the step time: the first steps (compilation) must not count for long."""
+
+    def __init__(self, run: RunInfo) -> None:
+        self._total, self._step = run.total_steps, run.start_step
+        self._step_time_s: float | None = None
+
+    def record(self, record: Record) -> None:
+        self._step = int(record["step"] or 0)
+        took = record.get("step_time_s")
+        if took is not None:
+            self._step_time_s = took if self._step_time_s is None else 0.9 * self._step_time_s + 0.1 * took
+
+    def remaining_s(self) -> float | None:
+        return None if self._step_time_s is None else max(0, self._total - self._step) * self._step_time_s
+
+
+class _Remaining(ProgressColumn):
+    """Rich's own ETA forgets after 30 s and shows nothing for slower steps."""
+
+    def __init__(self, pace: _Pace) -> None:
+        super().__init__()
+        self._pace = pace
+
+    def render(self, task: Task) -> Text:
+        return Text(f"ETA {duration(self._pace.remaining_s())}")
+
+
+# Key of the summary → how to say it; also the order of the table. Keys that are not here are for the report alone.
+SUMMARY_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "steps": ("steps", scaled),
+    "final_loss": ("final loss", short),
+    "eval_loss": ("eval loss", short),
+    "eval_perplexity": ("eval perplexity", short),
+    "unigram_perplexity": ("  of word counts alone (unigram)", short),
+    "tokens": ("tokens", scaled),
+    "tokens_per_s": ("tokens/s", scaled),
+    "mfu": ("MFU", percent),
+    "memory_gib": ("peak memory", lambda gib: f"{gib:.2f} GiB"),
+    "skipped": ("skipped steps", short),
+    "num_params": ("parameters", scaled),
+    "wall_s": ("wall time", duration),
+}
+
+
+def summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
+    """(what, how much) for each number of the summary that a person wants to see."""
+    rows = []
+    for key, (label, say) in SUMMARY_ROWS.items():
+        value = summary.get(key)
+        if isinstance(value, int | float):
+            rows.append((label, say(value)))
+    return rows
+
+
+def _table(rows: list[tuple[str, str]]) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(justify="right")
+    for label, value in rows:
+        table.add_row(label, value)
+    return table

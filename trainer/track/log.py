@@ -1,0 +1,72 @@
+"""Each rank's log file, `logs/rank-00000.log`: ours, DeepSpeed's, everybody's; the console stays for the run's own lines."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from types import TracebackType
+
+
+class RankLog:
+    """Where the records of this process go until `close`."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self.path = path
+        self._handler = logging.FileHandler(path, encoding="utf-8", delay=False)
+        self._handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
+        self._root_level = logging.root.level
+        self._taken: list[tuple[logging.Logger, bool, list[logging.Handler]]] = []
+        logging.root.addHandler(self._handler)
+        logging.root.setLevel(min(logging.INFO, self._root_level))
+        logging.captureWarnings(True)
+        self.capture()
+
+    def capture(self) -> None:
+        """Take the loggers that talk to the terminal into the file. Call again after importing a library that makes one.
+
+        DeepSpeed and transformers give their logger a terminal handler of its own and stop it from propagating.
+        """
+        loggers = [
+            logging.root,
+            *(item for item in logging.root.manager.loggerDict.values() if isinstance(item, logging.Logger)),
+        ]
+        for logger in loggers:
+            terminal = [handler for handler in logger.handlers if _writes_to_terminal(handler)]
+            if not terminal:
+                continue
+            self._taken.append((logger, logger.propagate, terminal))
+            for handler in terminal:
+                logger.removeHandler(handler)
+            logger.propagate = True
+
+    def close(self) -> None:
+        """Close the file and give the loggers back as they were."""
+        for logger, propagate, handlers in reversed(self._taken):
+            for handler in handlers:
+                logger.addHandler(handler)
+            logger.propagate = propagate
+        self._taken.clear()
+        logging.captureWarnings(False)
+        logging.root.setLevel(self._root_level)
+        logging.root.removeHandler(self._handler)
+        self._handler.close()
+
+    def __enter__(self) -> RankLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_rank_log(folder: Path, rank: int) -> RankLog:
+    """Send every logger of this process to `folder/logs/rank-<rank>.log`, appending: a requeued run keeps its past."""
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    return RankLog(logs / f"rank-{rank:05d}.log", rank)
+
+
+def _writes_to_terminal(handler: logging.Handler) -> bool:
+    if not isinstance(handler, logging.StreamHandler):
+        return False
+    return handler.stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)

@@ -1,0 +1,326 @@
+"""The report's plots: inline SVG by matplotlib's object interface, coloured by the page, the same bytes for the same run.
+
+Matplotlib draws with stand-in colours, and each becomes a CSS variable of the page afterwards: one drawing serves light,
+dark and print. Text stays text: it takes the page's font, can be searched, and scales.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+from trainer.track.text import percent, scaled, short
+
+if TYPE_CHECKING:
+    from trainer.track.report import Column, History
+
+MAX_POINTS = 2_000  # per curve: two for each pixel of a wide screen
+STACK_POINTS = 240  # of the step-time split: means, not extremes, so that the parts still add up
+
+# Stand-in colours → CSS variables of report.html.j2. Any hex values do, as long as matplotlib uses them nowhere else.
+COLOURS = {
+    "#a00001": "ink",
+    "#a00002": "faint",
+    "#a00003": "grid",
+    "#a00004": "bad",
+    "#a00011": "curve",
+    "#a00012": "curve-thin",
+    "#a00013": "eval",
+    "#a00021": "part-1",
+    "#a00022": "part-2",
+    "#a00023": "part-3",
+    "#a00024": "part-4",
+    "#a00025": "part-5",
+}
+_STAND_IN = {name: colour for colour, name in COLOURS.items()}
+
+STEP_PARTS = (
+    ("time_data_s", "data", "part-1"),
+    ("time_forward_s", "forward", "part-2"),
+    ("time_backward_s", "backward", "part-3"),
+    ("time_optimizer_s", "optimizer", "part-4"),
+    ("time_other_s", "other", "part-5"),
+)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure of the page; `alt` says in words what the curve shows."""
+
+    name: str
+    title: str
+    svg: Markup
+    alt: str
+    caption: str
+    legend: tuple[tuple[str, str], ...]  # (CSS colour, label)
+    wide: bool
+
+
+def figures(history: History, evaluations: History, clip_norm: float | None) -> list[Plot]:
+    """The plots of a run that has recorded anything, in reading order."""
+    return [plot for plot in _figures(history, evaluations, clip_norm) if history.num_records]
+
+
+def _figures(history: History, evaluations: History, clip_norm: float | None) -> Iterator[Plot]:
+    if history.has("loss") or evaluations.has("eval_loss"):
+        yield _loss(history, evaluations)
+    if history.has("grad_norm"):
+        yield _grad_norm(history, clip_norm)
+    if history.has("lr"):
+        yield _single(history, "lr", "Learning rate", "learning rate", lambda value: short(value, 3))
+    if history.has("tokens_per_s"):
+        yield _single(history, "tokens_per_s", "Throughput", "tokens per second", scaled, from_zero=True)
+    if any(history.has(name) for name, _, _ in STEP_PARTS):
+        yield _step_time(history)
+    if history.has("memory_gib"):
+        yield _single(history, "memory_gib", "Peak memory", "memory [GiB]", lambda value: short(value, 3), from_zero=True)
+    if history.has("mfu"):
+        yield _single(history, "mfu", "MFU", "model FLOPs utilisation", percent, from_zero=True)
+    if history.has("loss_scale") and np.unique(history["loss_scale"]).size > 1:
+        yield _single(history, "loss_scale", "Loss scale", "loss scale", scaled, log=True)
+
+
+def _loss(history: History, evaluations: History) -> Plot:
+    axes, step, loss = _axes(wide=True), history["step"], history["loss"]
+    legend = []
+    if history.has("loss"):
+        _curve(axes, step, loss, "curve-thin", 0.8)
+        _curve(axes, step, smoothed(loss), "curve", 1.8)
+        legend += [("curve-thin", "each step"), ("curve", "running mean")]
+    if evaluations.has("eval_loss"):
+        kept = downsample(evaluations["step"], evaluations["eval_loss"])
+        axes.plot(*kept, color=_STAND_IN["eval"], linewidth=0.8, marker="o", markersize=4.5, markeredgewidth=0)
+        legend.append(("eval", "held-out"))
+    broken = step[~np.isfinite(loss)]
+    if broken.size:
+        _mark(axes, broken)
+        legend.append(("bad", "not finite"))
+    caption = f"{broken.size} of {loss.size} records have a loss that is not finite (red marks)." if broken.size else ""
+    alt = _in_words("Training loss", step, loss, short)
+    if evaluations.has("eval_loss"):
+        alt += " " + _in_words("Held-out loss", evaluations["step"], evaluations["eval_loss"], short)
+    return _plot(axes, "loss", "Loss", alt, caption=caption, legend=legend, wide=True)
+
+
+def _grad_norm(history: History, clip_norm: float | None) -> Plot:
+    axes, step, norm = _axes(), history["step"], history["grad_norm"]
+    positive = np.where(norm > 0, norm, np.nan)
+    _curve(axes, step, positive, "curve", 1.2)
+    if np.isfinite(positive).any():
+        axes.set_yscale("log")
+    legend, caption = [("curve", "before clipping")], ""
+    if clip_norm:
+        axes.axhline(clip_norm, color=_STAND_IN["eval"], linewidth=1.2, dashes=(4, 3))
+        clipped = float(np.mean(norm > clip_norm))
+        legend.append(("eval", f"clip at {short(clip_norm)}"))
+        caption = f"{percent(clipped)} of the recorded steps were clipped."
+    _mark(axes, step[~np.isfinite(norm)])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value, 3)))
+    axes.yaxis.set_minor_formatter(FuncFormatter(_minor_label(axes)))
+    return _plot(axes, "grad_norm", "Gradient norm", _in_words("Gradient norm", step, norm, short), caption, legend)
+
+
+def _minor_label(axes: Axes) -> Callable[[float, int], str]:
+    """Labels between the powers of ten only where less than two powers are in sight, and only at 2 and 5."""
+
+    def label(value: float, _: int) -> str:
+        low, high = axes.get_ylim()
+        narrow = high / low < 100
+        return short(value, 3) if narrow and f"{value:e}"[0] in "25" else ""
+
+    return label
+
+
+def _step_time(history: History) -> Plot:
+    axes = _axes()
+    known = [(name, label, colour) for name, label, colour in STEP_PARTS if history.has(name)]
+    parts = np.stack([np.nan_to_num(history[name], posinf=0.0, neginf=0.0) for name, _, _ in known])
+    step, means = bucket_means(history["step"], parts)
+    if step.size == 1:  # an area needs a width
+        step, means = np.array([step[0] - 0.5, step[0] + 0.5]), np.repeat(means, 2, axis=1)
+    axes.stackplot(step, means, colors=[_STAND_IN[colour] for _, _, colour in known], linewidth=0)
+    axes.set_ylim(bottom=0.0)
+    axes.yaxis.set_major_formatter(FuncFormatter(_seconds))
+    total = parts.mean(axis=1)
+    whole = float(total.sum()) or 1.0
+    shares = ", ".join(f"{label} {percent(part / whole)}" for (_, label, _), part in zip(known, total, strict=True))
+    legend = [(colour, label) for _, label, colour in known]
+    every = f"Means over {history.num_records / step.size:.0f} records. " if step.size < history.num_records else ""
+    caption = f"{every}Shares: {shares}."
+    return _plot(axes, "step_time", "Where a step's time goes", f"Mean time of a step by part: {shares}.", caption, legend)
+
+
+def _single(
+    history: History,
+    name: str,
+    title: str,
+    label: str,
+    say: Callable[[float | None], str],
+    *,
+    from_zero: bool = False,
+    log: bool = False,
+) -> Plot:
+    axes, step, values = _axes(), history["step"], history[name]
+    _curve(axes, step, values, "curve", 1.4)
+    if log:
+        axes.set_yscale("log", base=2)
+    elif from_zero:
+        top = float(np.nanmax(np.where(np.isfinite(values), values, np.nan)))
+        axes.set_ylim(0.0, 1.1 * top if top > 0 else 1.0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: say(value)))
+    return _plot(axes, name, title, _in_words(label.capitalize(), step, values, say))
+
+
+# ---------------------------------------------------------------------------------------------------------- numbers
+
+
+def downsample(x: Column, y: Column, limit: int = MAX_POINTS) -> tuple[Column, Column]:
+    """At most `limit` finite points of a curve: its ends, and the lowest and highest of each of equal runs of points.
+
+    A spike of one step stays visible, which neither striding nor means can promise.
+    """
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = x[finite], y[finite]
+    if x.size <= limit:
+        return x, y
+    edges = np.linspace(0, x.size, (limit - 2) // 2 + 1).astype(int)
+    kept = {0, x.size - 1}
+    for first, after in pairwise(edges):
+        run = y[first:after]
+        kept |= {int(first + run.argmin()), int(first + run.argmax())}
+    index = np.array(sorted(kept))
+    return x[index], y[index]
+
+
+def smoothed(y: Column) -> Column:
+    """Centred running mean over a fiftieth of the curve (at least 5 points); what is not finite is left out of it.
+
+    The window shrinks at both ends instead of reaching beyond them, so the first loss and the last are not bent.
+    """
+    half = max(2, y.size // 100)
+    finite = np.isfinite(y)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    at = np.arange(y.size)
+    reach = np.minimum(half, np.minimum(at, y.size - 1 - at))
+    low, high = at - reach, at + reach + 1
+    count = counts[high] - counts[low]
+    return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
+
+
+def bucket_means(x: Column, rows: NDArray[np.float64], limit: int = STACK_POINTS) -> tuple[Column, NDArray[np.float64]]:
+    """At most `limit` means over equal runs of points: x [points], rows [parts, points] → the same, shorter."""
+    if x.size <= limit:
+        return x, rows
+    starts = np.linspace(0, x.size, limit + 1).astype(int)[:-1]
+    counts = np.diff(np.append(starts, x.size))
+    return np.add.reduceat(x, starts) / counts, np.add.reduceat(rows, starts, axis=1) / counts
+
+
+def _in_words(what: str, step: Column, values: Column, say: Callable[[float | None], str]) -> str:
+    """The text alternative of a curve."""
+    finite = np.flatnonzero(np.isfinite(values))
+    if not finite.size:
+        return f"{what}: no finite value."
+    first, last = finite[0], finite[-1]
+    low, high = values[finite].min(), values[finite].max()
+    return (
+        f"{what}: {say(values[first])} at step {step[first]:.0f}, {say(values[last])} at step {step[last]:.0f}; "
+        f"lowest {say(low)}, highest {say(high)}."
+    )
+
+
+def _seconds(value: float, _: int) -> str:
+    return f"{short(1000 * value, 3)} ms" if 0 < value < 1 else f"{short(value, 3)} s"
+
+
+# ---------------------------------------------------------------------------------------------------------- drawing
+
+
+def _axes(*, wide: bool = False) -> Axes:
+    figure = Figure(figsize=(9.6, 3.5) if wide else (4.7, 2.7), layout="constrained")
+    figure.patch.set_alpha(0.0)
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0.0)
+    axes.grid(axis="y", color=_STAND_IN["grid"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", length=0, labelsize=9, labelcolor=_STAND_IN["faint"], pad=6)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(_STAND_IN["grid"])
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if wide else 5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: scaled(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value, 3)))
+    axes.set_xlabel("step", fontsize=9, color=_STAND_IN["faint"], loc="right", labelpad=2)
+    axes.margins(x=0.015, y=0.08)
+    return axes
+
+
+def _curve(axes: Axes, x: Column, y: Column, colour: str, width: float) -> None:
+    x, y = downsample(x, y)
+    alone = {"marker": "o", "markersize": 5} if x.size == 1 else {}
+    axes.plot(x, y, color=_STAND_IN[colour], linewidth=width, solid_joinstyle="round", **alone)
+
+
+def _mark(axes: Axes, steps: Column) -> None:
+    """A tick on the lower edge for each step that has no finite value to draw."""
+    if steps.size > MAX_POINTS:
+        steps = steps[np.linspace(0, steps.size - 1, MAX_POINTS).astype(int)]
+    edge = np.zeros_like(steps)
+    axes.plot(
+        steps,
+        edge,
+        "|",
+        color=_STAND_IN["bad"],
+        markersize=9,
+        markeredgewidth=1.6,
+        transform=axes.get_xaxis_transform(),
+        clip_on=False,
+    )
+
+
+def _plot(
+    axes: Axes,
+    name: str,
+    title: str,
+    alt: str,
+    caption: str = "",
+    legend: list[tuple[str, str]] | None = None,
+    wide: bool = False,
+) -> Plot:
+    return Plot(name, title, _svg(axes, name, alt), alt, caption, tuple(legend or ()), wide)
+
+
+def _svg(axes: Axes, name: str, alt: str) -> Markup:
+    """The drawing as an element to put into HTML: no prolog, no metadata, no fixed size, ids unlike any other plot's."""
+    text = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}):
+        figure = axes.figure
+        assert isinstance(figure, Figure)
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    drawing = text.getvalue()
+    head, _, body = drawing[drawing.index("<svg") :].partition(">")
+    body = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
+    body = re.sub(r"font-family: [^;]*; ", "", body)
+    body = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{name}-", body)
+    for stand_in, variable in COLOURS.items():
+        body = body.replace(stand_in, f"var(--{variable})")
+    view_box = re.search(r'viewBox="[^"]*"', head)
+    assert view_box is not None
+    opening = Markup('<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{}" {}>')
+    return opening.format(alt, Markup(view_box[0])) + Markup(body)  # matplotlib escapes what it draws

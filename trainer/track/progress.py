@@ -1,0 +1,27 @@
+"""A bar for what happens before the first step: reading, training a tokenizer, tokenizing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def work_progress(*, shown: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """A callback (done, total, what); each new `what` gets a bar of its own. Not shown: it does nothing."""
+    if not shown:
+        yield lambda done, total, what: None
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(highlight=False)) as bars:
+        tasks = {}
+
+        def show(done: int, total: int, what: str) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=None)
+            bars.update(tasks[what], completed=done, total=total or None)
+
+        yield show

@@ -1,0 +1,229 @@
+"""One page that says how a run went: self-contained HTML, read offline, printed, mailed.
+
+The numbers come from `metrics.jsonl`, `evaluations.jsonl`, `summary.json` and `resolved.json` of the run folder, so a run
+that still trains, or was killed, has a report too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.errors import DataError, RecipeError
+from trainer.track.jsonl import EVALUATIONS, METRICS, Number, read_metrics, read_summary
+from trainer.track.secrets import redact
+from trainer.track.text import duration, percent, printable, scaled, short
+
+Column = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class History:
+    """Records as columns: float64, one element per record, NaN where a record has no such number."""
+
+    columns: Mapping[str, Column]
+    num_records: int
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Number]]) -> History:
+        names = dict.fromkeys(name for record in records for name in record)
+        # numpy turns None into NaN here.
+        columns = {name: np.array([record.get(name) for record in records], dtype=np.float64) for name in names}
+        return cls(columns, len(records))
+
+    def __getitem__(self, name: str) -> Column:
+        column = self.columns.get(name)
+        return np.full(self.num_records, np.nan) if column is None else column
+
+    def has(self, name: str) -> bool:
+        """Whether any record has a finite number there."""
+        return bool(np.isfinite(self[name]).any())
+
+    def last(self, name: str) -> float | None:
+        """The last record's number, NaN and infinity included; None when there is none."""
+        return float(self[name][-1]) if self.num_records and name in self.columns else None
+
+    def median(self, name: str) -> float | None:
+        return float(np.median(self._finite(name))) if self.has(name) else None
+
+    def largest(self, name: str) -> float | None:
+        return float(self._finite(name).max()) if self.has(name) else None
+
+    def _finite(self, name: str) -> Column:
+        column = self[name]
+        return column[np.isfinite(column)]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One number of the page's head. `tone` is "", "good" or "bad"."""
+
+    label: str
+    value: str
+    detail: str = ""
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value of the resolved recipe and where it came from."""
+
+    key: str
+    value: str
+    origin: str
+
+    @property
+    def section(self) -> str:
+        return self.key.partition(".")[0]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into the run folder, whole or not at all, and return its path.
+
+    RecipeError when the folder is missing or holds no run, DataError when its files are damaged.
+    """
+    resolved = _read_resolved(run_dir)
+    history = History.of(read_metrics(run_dir / METRICS))
+    evaluations = History.of(read_metrics(run_dir / EVALUATIONS))
+    summary = read_summary(run_dir)
+    page = _render(run_dir, resolved, history, evaluations, summary)
+    path = run_dir / "report.html"
+    draft = run_dir / ".report.html.tmp"
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(page)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    return path
+
+
+def _read_resolved(run_dir: Path) -> Mapping[str, Any]:
+    if not run_dir.is_dir():
+        raise RecipeError(f"{run_dir}: no such folder: give the folder of a run (run.dir/run.name)")
+    path = run_dir / "resolved.json"
+    try:
+        resolved = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{run_dir}: not a run folder, it has no resolved.json: give run.dir/run.name") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}): restore it, for example from {run_dir / 'recipe.json'}") from error
+    if not isinstance(resolved, dict) or not isinstance(resolved.get("values"), dict):
+        raise DataError(f"{path}: no table of values in it: restore it")
+    return resolved
+
+
+def _render(
+    run_dir: Path, resolved: Mapping[str, Any], history: History, evaluations: History, summary: Mapping[str, Any]
+) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from trainer.track.plots import figures
+
+    settings = list(_settings(resolved["values"]))
+    value_of = {key: entry.get("value") for key, entry in resolved["values"].items()}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        name=run_dir.resolve().name,
+        description=value_of.get("description") or "",
+        facts=list(_facts(history, summary)),
+        headlines=list(_headlines(history, evaluations, summary, value_of)),
+        figures=figures(history, evaluations, clip_norm=value_of.get("train.clip_norm")),
+        num_records=history.num_records,
+        evaluations=list(_evaluation_rows(evaluations)),
+        sample_prompt=printable(str(summary.get("sample_prompt") or "")),
+        sample=printable(str(summary.get("sample") or "")),
+        chosen=[setting for setting in settings if setting.origin != "default"],
+        sections=_by_section(settings),
+        deepspeed=json.dumps(redact(resolved.get("deepspeed_config") or {}), indent=2),
+    )
+
+
+def _facts(history: History, summary: Mapping[str, Any]) -> Iterator[str]:
+    """What the line under the title says."""
+    if summary.get("num_params"):
+        yield f"{scaled(summary['num_params'])} parameters"
+    if summary.get("devices"):
+        yield str(summary["devices"])
+    if summary.get("world_size"):
+        count = summary["world_size"]
+        yield f"{count} process{'es' if count != 1 else ''}"
+    if history.has("time"):
+        yield f"last step {datetime.fromtimestamp(history['time'][-1], UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _headlines(
+    history: History, evaluations: History, summary: Mapping[str, Any], value_of: Mapping[str, Any]
+) -> Iterator[Headline]:
+    if history.num_records:
+        steps, total = history.last("step"), value_of.get("train.steps")
+        yield Headline("Steps", f"{steps:.0f}", f"of {total}" if total else "", "good" if steps == total else "")
+    final_loss = summary.get("final_loss", history.last("loss"))
+    if final_loss is not None:
+        broken = int(np.count_nonzero(~np.isfinite(history["loss"])))
+        detail = f"{broken} record{'s' if broken > 1 else ''} not finite" if broken else "training, last step"
+        yield Headline("Final loss", short(final_loss), detail, "bad" if broken else "")
+    perplexity = summary.get("eval_perplexity", evaluations.last("eval_perplexity"))
+    if perplexity is not None:
+        baseline = summary.get("unigram_perplexity")
+        detail = f"held-out; unigram baseline {short(baseline)}" if baseline else "held-out"
+        tone = "" if not baseline else "good" if perplexity < baseline else "bad"
+        yield Headline("Eval perplexity", short(perplexity), detail, tone)
+    if (rate := history.median("tokens_per_s")) is not None:
+        tokens = history.last("tokens")
+        yield Headline("Tokens/s", scaled(rate), f"median; {scaled(tokens)} tokens in all" if tokens else "median")
+    if (mfu := history.median("mfu")) is not None:
+        yield Headline("MFU", percent(mfu), "median; model FLOPs, no recomputation")
+    if (memory := history.largest("memory_gib")) is not None:
+        yield Headline("Peak memory", f"{memory:.2f} GiB", "of one process")
+    wall_s = summary.get("wall_s", _wall_s(history))
+    if wall_s is not None:
+        step_time = history.median("step_time_s")
+        yield Headline("Wall time", duration(wall_s), f"{duration(step_time)} per step, median" if step_time else "")
+    skipped = summary.get("skipped", history.last("skipped"))
+    if skipped is not None:
+        yield Headline("Skipped steps", short(skipped), "overflow or not finite", "bad" if skipped else "")
+
+
+def _wall_s(history: History) -> float | None:
+    """From the start of the first recorded step to the end of the last, pauses between attempts included."""
+    if not history.has("time"):
+        return None
+    first_step = history["step_time_s"][0]
+    return float(history["time"][-1] - history["time"][0] + (first_step if np.isfinite(first_step) else 0.0))
+
+
+def _evaluation_rows(evaluations: History) -> Iterator[tuple[str, ...]]:
+    """(step, loss, perplexity, targets) of the last evaluations; the plot has them all."""
+    for i in range(max(0, evaluations.num_records - 20), evaluations.num_records):
+        step, loss, perplexity, targets = (
+            evaluations[name][i] for name in ("step", "eval_loss", "eval_perplexity", "eval_targets")
+        )
+        yield f"{step:.0f}", short(loss), short(perplexity), scaled(targets) if np.isfinite(targets) else "–"
+
+
+def _settings(values: Mapping[str, Mapping[str, Any]]) -> Iterator[Setting]:
+    for key, entry in values.items():
+        value = redact(entry.get("value"), key)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        yield Setting(key, printable(text), str(entry.get("origin", "")))
+
+
+def _by_section(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
+    sections: dict[str, list[Setting]] = {}
+    for setting in settings:
+        sections.setdefault(setting.section, []).append(setting)
+    return sections

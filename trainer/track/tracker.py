@@ -1,0 +1,151 @@
+"""Who is told about a run: one small protocol, the nobody of the other ranks, and the choir of the writing rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from trainer import sections
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What a tracker may want to know before the first step.
+
+    `recipe` is the resolved recipe, nested as in the file. `total_steps` is the step at which the run ends, `start_step`
+    the steps done before this start (0, or those of the checkpoint); `devices` says what it runs on, such as "8 × H100".
+    """
+
+    name: str
+    folder: Path
+    recipe: Mapping[str, Any]
+    total_steps: int
+    world_size: int
+    devices: str
+    start_step: int = 0
+
+
+class Tracker(Protocol):
+    """Hears of a run, on the one rank that writes.
+
+    A training record has `step` (optimizer steps done) and the keys of design §2; an evaluation has `step`, `eval_loss`,
+    `eval_perplexity`, `eval_targets`. `finish` is called once, also when the run ends early.
+    """
+
+    def start(self, run: RunInfo) -> None: ...
+
+    def log(self, record: Mapping[str, float | int | None]) -> None: ...
+
+    def evaluate(self, record: Mapping[str, float | int | None]) -> None: ...
+
+    def note(self, line: str) -> None: ...
+
+    def finish(self, summary: Mapping[str, object]) -> None: ...
+
+
+class NullTracker:
+    """The tracker of every rank that does not write, so that the loop needs no rank test."""
+
+    def start(self, run: RunInfo) -> None: ...
+
+    def log(self, record: Mapping[str, float | int | None]) -> None: ...
+
+    def evaluate(self, record: Mapping[str, float | int | None]) -> None: ...
+
+    def note(self, line: str) -> None: ...
+
+    def finish(self, summary: Mapping[str, object]) -> None: ...
+
+
+class BestEffort:
+    """A mirror that may fail: its first exception becomes one warning line, and it is asked nothing more."""
+
+    def __init__(self, name: str, mirror: Tracker, warn: Callable[[str], None]) -> None:
+        self._name, self._mirror, self._warn = name, mirror, warn
+        self._works = True
+
+    def start(self, run: RunInfo) -> None:
+        self._try(self._mirror.start, run)
+
+    def log(self, record: Mapping[str, float | int | None]) -> None:
+        self._try(self._mirror.log, record)
+
+    def evaluate(self, record: Mapping[str, float | int | None]) -> None:
+        self._try(self._mirror.evaluate, record)
+
+    def note(self, line: str) -> None:
+        self._try(self._mirror.note, line)
+
+    def finish(self, summary: Mapping[str, object]) -> None:
+        self._try(self._mirror.finish, summary)
+
+    def _try(self, call: Callable[[Any], None], argument: object) -> None:
+        if not self._works:
+            return
+        try:
+            call(argument)
+        except Exception as error:
+            self._works = False
+            logger.warning("%s failed", self._name, exc_info=True)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._warn(f"warning: {self._name} stopped ({reason}); the run goes on, metrics.jsonl has the whole history")
+
+
+class CompositeTracker:
+    """Several as one. `finish` finishes all of them, then raises the first error."""
+
+    def __init__(self, *trackers: Tracker) -> None:
+        self._trackers = trackers
+
+    def start(self, run: RunInfo) -> None:
+        for tracker in self._trackers:
+            tracker.start(run)
+
+    def log(self, record: Mapping[str, float | int | None]) -> None:
+        for tracker in self._trackers:
+            tracker.log(record)
+
+    def evaluate(self, record: Mapping[str, float | int | None]) -> None:
+        for tracker in self._trackers:
+            tracker.evaluate(record)
+
+    def note(self, line: str) -> None:
+        for tracker in self._trackers:
+            tracker.note(line)
+
+    def finish(self, summary: Mapping[str, object]) -> None:
+        errors: list[Exception] = []
+        for tracker in self._trackers:
+            try:
+                tracker.finish(summary)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+def make_tracker(tracking: sections.Tracking, run: RunInfo, writing_rank: bool) -> Tracker:
+    """The tracker that this rank's loop talks to, already started. Only the writing rank touches disk, terminal and W&B."""
+    if not writing_rank:
+        return NullTracker()
+    from trainer.track.console import ConsoleTracker
+    from trainer.track.jsonl import JsonlTracker
+
+    console = ConsoleTracker()
+    trackers: list[Tracker] = [JsonlTracker()]
+    if tracking.tensorboard:
+        from trainer.track.tensorboard import TensorBoardTracker
+
+        trackers.append(BestEffort("TensorBoard", TensorBoardTracker(), console.note))
+    if tracking.wandb.mode != "disabled":
+        from trainer.track.wandb import WandbTracker
+
+        trackers.append(BestEffort("W&B", WandbTracker(tracking.wandb, console.note), console.note))
+    tracker = CompositeTracker(*trackers, console)  # the console last: its closing table ends the output
+    tracker.start(run)
+    return tracker
