@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from trainer.errors import EXIT_INTERNAL, EXIT_OK, RecipeError, UserError
+from trainer.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, RecipeError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in error.lines:
             sys.stderr.write(f"triaxis: error: {line}\n")
         return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("triaxis: interrupted\n")
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe left (`triaxis check R | head`); nothing more may be written, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -142,7 +145,12 @@ def _temperature(text: str) -> float:
 def _train(arguments: argparse.Namespace) -> int:
     from trainer.recipe import load
 
-    resolved = load(arguments.recipe, arguments.set)
+    try:
+        resolved = load(arguments.recipe, arguments.set)
+    except RecipeError as error:
+        if os.environ.get("RANK", "0") != "0":
+            return error.exit_code  # rank 0 reads the same recipe and says what is wrong with it
+        raise
     from trainer.loop import train
 
     return train(resolved, arguments.run_dir)

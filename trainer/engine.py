@@ -7,14 +7,20 @@ the learning rate, and at stage 0 (where DeepSpeed has no fp32 accumulation for 
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for the compilers of other accelerators
+import deepspeed
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
@@ -32,6 +38,8 @@ from trainer.optimizers import make_optimizer
 from trainer.sections import Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.threaded_io import use_threads_where_async_io_is_missing
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -90,9 +98,10 @@ class Engine:
         )
         self.specs: list[tuple[nn.Parameter, ShardSpec]] = [(p, spec) for _, p, spec in owned_specs(stage)]
         optimizer = make_optimizer(recipe, self.specs, device)
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=stage, optimizer=optimizer, config=deepspeed_config, mpu=units, dist_init_required=False
-        )
+        with contextlib.redirect_stdout(_LogLines()):  # DeepSpeed prints memory reports at ZeRO-1 in bf16, asked or not
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=stage, optimizer=optimizer, config=deepspeed_config, mpu=units, dist_init_required=False
+            )
         if self.zero_stage in (1, 2):
             # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
             self.optimizer.check_grad_overflow = True
@@ -159,7 +168,7 @@ class Engine:
         Under ZeRO-3 one parameter is gathered at a time, so every data-parallel rank must iterate together.
         """
         for parameter, spec in self.specs:
-            gathered = deepspeed.zero.GatheredParameters([parameter]) if self.zero_stage == 3 else nullcontext()
+            gathered = deepspeed.zero.GatheredParameters([parameter]) if self.zero_stage == 3 else contextlib.nullcontext()
             with gathered:
                 yield spec, parameter.detach()
 
@@ -199,6 +208,15 @@ class Engine:
 
     def _total(self, count: int) -> int:
         return int(all_reduce(torch.tensor(count, dtype=torch.int64, device=self.device), self.mesh.dp))
+
+
+class _LogLines(io.TextIOBase):
+    """A stdout whose lines go to this rank's log."""
+
+    def write(self, text: str) -> int:
+        for line in filter(str.strip, text.splitlines()):
+            logger.info(line.rstrip())
+        return len(text)
 
 
 class _Units:

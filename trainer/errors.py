@@ -11,6 +11,7 @@ EXIT_OK = 0
 EXIT_DATA = 65  # data or checkpoint damaged
 EXIT_INTERNAL = 70
 EXIT_RECIPE = 78  # recipe wrong
+EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
 
 
 class UserError(Exception):

@@ -115,19 +115,20 @@ class PeerFailed(UserError):
 def together() -> Iterator[None]:
     """A part of the set-up that ends on all ranks or on none.
 
-    A UserError on any rank ends the part everywhere: there with its message, elsewhere with `PeerFailed`. Without this
-    the others would wait in their next collective until its timeout.
+    A UserError on any rank ends the part everywhere: on the first such rank with its message, elsewhere with `PeerFailed`,
+    so it is said once. Without this the others would wait in their next collective until its timeout.
     """
     failure: UserError | None = None
     try:
         yield
     except UserError as error:
         failure = error
-    code = torch.tensor(failure.exit_code if failure else 0)
-    if dist.get_backend() == "nccl":
-        code = code.cuda()
-    dist.all_reduce(code, op=dist.ReduceOp.MAX)
-    if failure:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    codes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    codes[dist.get_rank()] = failure.exit_code if failure else 0
+    dist.all_reduce(codes)
+    failed = codes.nonzero().flatten().tolist()
+    if failure and failed[0] == dist.get_rank():
         raise failure
-    if int(code):
-        raise PeerFailed(int(code))
+    if failed:
+        raise PeerFailed(int(codes[failed[0]]))

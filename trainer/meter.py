@@ -42,7 +42,8 @@ class Meter:
         if result.skipped:
             self.skipped += 1
             run.tracker.note(
-                f"step {steps_done} skipped: the gradient is not finite (loss {result.loss:.4g}, loss scale {result.loss_scale:g})"
+                f"step {steps_done} skipped: the gradient is not finite "
+                f"(loss {result.loss:.4g}, loss scale {result.loss_scale:g})"
             )
         self.last_loss = result.loss
         if steps_done % run.recipe.train.log_every and steps_done != run.recipe.train.steps:

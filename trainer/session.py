@@ -60,11 +60,12 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None) -> Iterator[Sess
     """Make everything on every rank, and give it back when the run ends, however it ends."""
     recipe = resolved.recipe
     place = Place.from_environment(os.environ)
-    plan = BatchPlan.from_recipe(recipe, place.world_size, place.how)
     folder = RunFolder(Path(run_dir) if run_dir else Path(recipe.run.dir) / recipe.run.name)
     with ExitStack() as stack:
         launch.join(place)
         stack.callback(launch.leave)
+        with together():
+            plan = BatchPlan.from_recipe(recipe, place.world_size, place.how)
         degrees = recipe.parallel
         mesh = Mesh.build(Layout.from_world_size(place.world_size, pp=degrees.pipeline, cp=degrees.context, tp=degrees.tensor))
         with together():

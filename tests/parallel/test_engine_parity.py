@@ -1,8 +1,8 @@
 """The engine against one process: gradients, norms, losses and updated weights at every ZeRO stage.
 
 SGD shows the gradient itself in the weights: a gradient that is scaled twice or not at all changes them, while Adam would
-hide it. The targets are uneven on purpose (row r of a step has a share r/8 of its labels masked), so a mean of micro-batch means
-differs from the step's mean in the second digit.
+hide it. The targets are uneven on purpose (row r of a step has a share r/8 of its labels masked), so a mean of
+micro-batch means differs from the step's mean in the second digit.
 """
 
 from __future__ import annotations

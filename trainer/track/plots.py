@@ -22,12 +22,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from trainer.track.text import percent, scaled, short
+from trainer.track.text import percent, scaled, short, tick
 
 if TYPE_CHECKING:
     from trainer.track.report import Column, History
 
 MAX_POINTS = 2_000  # per curve: two for each pixel of a wide screen
+ROUND = [1, 2, 2.5, 5, 10]  # distances of axis ticks, up to a power of ten
 STACK_POINTS = 240  # of the step-time split: means, not extremes, so that the parts still add up
 
 # Stand-in colours → CSS variables of report.html.j2. Any hex values do, as long as matplotlib uses them nowhere else.
@@ -62,11 +63,12 @@ class Plot:
 
     name: str
     title: str
+    unit: str
     svg: Markup
+    svg_narrow: Markup | None  # for small screens, when `svg` is as wide as the page
     alt: str
     caption: str
     legend: tuple[tuple[str, str], ...]  # (CSS colour, label)
-    wide: bool
 
 
 def figures(history: History, evaluations: History, clip_norm: float | None) -> list[Plot]:
@@ -80,47 +82,49 @@ def _figures(history: History, evaluations: History, clip_norm: float | None) ->
     if history.has("grad_norm"):
         yield _grad_norm(history, clip_norm)
     if history.has("lr"):
-        yield _single(history, "lr", "Learning rate", "learning rate", lambda value: short(value, 3))
+        yield _single(history, "lr", "Learning rate", say=lambda value: short(value, 3))
     if history.has("tokens_per_s"):
-        yield _single(history, "tokens_per_s", "Throughput", "tokens per second", scaled, from_zero=True)
+        yield _single(history, "tokens_per_s", "Throughput", "tokens/s", say=scaled, from_zero=True)
     if any(history.has(name) for name, _, _ in STEP_PARTS):
         yield _step_time(history)
     if history.has("memory_gib"):
-        yield _single(history, "memory_gib", "Peak memory", "memory [GiB]", lambda value: short(value, 3), from_zero=True)
+        yield _single(history, "memory_gib", "Peak memory", "GiB", say=lambda value: short(value, 3), from_zero=True)
     if history.has("mfu"):
-        yield _single(history, "mfu", "MFU", "model FLOPs utilisation", percent, from_zero=True)
+        yield _single(history, "mfu", "MFU", "model FLOPs / peak", say=percent, from_zero=True, on_axis=_percent_tick)
     if history.has("loss_scale") and np.unique(history["loss_scale"]).size > 1:
-        yield _single(history, "loss_scale", "Loss scale", "loss scale", scaled, log=True)
+        yield _single(history, "loss_scale", "Loss scale", say=_whole, log=True, on_axis=_whole)
 
 
 def _loss(history: History, evaluations: History) -> Plot:
-    axes, step, loss = _axes(wide=True), history["step"], history["loss"]
-    legend = []
-    if history.has("loss"):
+    step, loss, broken = history["step"], history["loss"], history["step"][~np.isfinite(history["loss"])]
+    wide, narrow = _axes(wide=True), _axes()  # a phone shows the narrow one, where the same text is readable
+    for axes in (wide, narrow):
         _curve(axes, step, loss, "curve-thin", 0.8)
         _curve(axes, step, smoothed(loss), "curve", 1.8)
-        legend += [("curve-thin", "each step"), ("curve", "running mean")]
-    if evaluations.has("eval_loss"):
         kept = downsample(evaluations["step"], evaluations["eval_loss"])
         axes.plot(*kept, color=_STAND_IN["eval"], linewidth=0.8, marker="o", markersize=4.5, markeredgewidth=0)
-        legend.append(("eval", "held-out"))
-    broken = step[~np.isfinite(loss)]
-    if broken.size:
         _mark(axes, broken)
-        legend.append(("bad", "not finite"))
-    caption = f"{broken.size} of {loss.size} records have a loss that is not finite (red marks)." if broken.size else ""
-    alt = _in_words("Training loss", step, loss, short)
+    legend, caption, alt = [], "", ""
+    if history.has("loss"):
+        legend += [("curve-thin", "each record"), ("curve", "running mean")]
     if evaluations.has("eval_loss"):
-        alt += " " + _in_words("Held-out loss", evaluations["step"], evaluations["eval_loss"], short)
-    return _plot(axes, "loss", "Loss", alt, caption=caption, legend=legend, wide=True)
+        legend.append(("eval", "held-out"))
+        alt = " " + _in_words("Held-out loss", evaluations["step"], evaluations["eval_loss"], short)
+    if broken.size:
+        legend.append(("bad", "not finite"))
+        caption = f"{broken.size} of {loss.size} records have a loss that is not finite (red marks)."
+    alt = _in_words("Training loss", step, loss, short) + alt
+    return _plot(wide, "loss", "Loss", alt, caption, legend, narrow=narrow)
 
 
 def _grad_norm(history: History, clip_norm: float | None) -> Plot:
     axes, step, norm = _axes(), history["step"], history["grad_norm"]
-    positive = np.where(norm > 0, norm, np.nan)
-    _curve(axes, step, positive, "curve", 1.2)
-    if np.isfinite(positive).any():
+    positive = norm > 0
+    _curve(axes, step, np.where(positive, norm, np.nan) if positive.any() else norm, "curve", 1.2)
+    if positive.any():
         axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(FuncFormatter(_minor_label(axes)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     legend, caption = [("curve", "before clipping")], ""
     if clip_norm:
         axes.axhline(clip_norm, color=_STAND_IN["eval"], linewidth=1.2, dashes=(4, 3))
@@ -128,9 +132,7 @@ def _grad_norm(history: History, clip_norm: float | None) -> Plot:
         legend.append(("eval", f"clip at {short(clip_norm)}"))
         caption = f"{percent(clipped)} of the recorded steps were clipped."
     _mark(axes, step[~np.isfinite(norm)])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value, 3)))
-    axes.yaxis.set_minor_formatter(FuncFormatter(_minor_label(axes)))
-    return _plot(axes, "grad_norm", "Gradient norm", _in_words("Gradient norm", step, norm, short), caption, legend)
+    return _plot(axes, "grad_norm", "Gradient norm", _in_words("Gradient norm", step, norm, short), caption, legend, unit="L2")
 
 
 def _minor_label(axes: Axes) -> Callable[[float, int], str]:
@@ -167,9 +169,10 @@ def _single(
     history: History,
     name: str,
     title: str,
-    label: str,
-    say: Callable[[float | None], str],
+    unit: str = "",
     *,
+    say: Callable[[float | None], str],
+    on_axis: Callable[[float], str] = tick,
     from_zero: bool = False,
     log: bool = False,
 ) -> Plot:
@@ -180,8 +183,9 @@ def _single(
     elif from_zero:
         top = float(np.nanmax(np.where(np.isfinite(values), values, np.nan)))
         axes.set_ylim(0.0, 1.1 * top if top > 0 else 1.0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: say(value)))
-    return _plot(axes, name, title, _in_words(label.capitalize(), step, values, say))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: on_axis(value)))
+    alt = _in_words(f"{title} [{unit}]" if unit else title, step, values, say)
+    return _plot(axes, name, title, alt, unit=unit)
 
 
 # ---------------------------------------------------------------------------------------------------------- numbers
@@ -243,6 +247,14 @@ def _in_words(what: str, step: Column, values: Column, say: Callable[[float | No
     )
 
 
+def _whole(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _percent_tick(value: float) -> str:
+    return f"{100 * value:g} %"
+
+
 def _seconds(value: float, _: int) -> str:
     return f"{short(1000 * value, 3)} ms" if 0 < value < 1 else f"{short(value, 3)} s"
 
@@ -262,10 +274,10 @@ def _axes(*, wide: bool = False) -> Axes:
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(_STAND_IN["grid"])
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if wide else 5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: scaled(value)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value, 3)))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if wide else 5, integer=True, steps=ROUND))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=ROUND))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     axes.set_xlabel("step", fontsize=9, color=_STAND_IN["faint"], loc="right", labelpad=2)
     axes.margins(x=0.015, y=0.08)
     return axes
@@ -273,12 +285,14 @@ def _axes(*, wide: bool = False) -> Axes:
 
 def _curve(axes: Axes, x: Column, y: Column, colour: str, width: float) -> None:
     x, y = downsample(x, y)
-    alone = {"marker": "o", "markersize": 5} if x.size == 1 else {}
-    axes.plot(x, y, color=_STAND_IN[colour], linewidth=width, solid_joinstyle="round", **alone)
+    marker = "o" if x.size == 1 else ""
+    axes.plot(x, y, color=_STAND_IN[colour], linewidth=width, solid_joinstyle="round", marker=marker, markersize=5)
 
 
 def _mark(axes: Axes, steps: Column) -> None:
     """A tick on the lower edge for each step that has no finite value to draw."""
+    if not steps.size:  # an empty unclipped line has an extent at the origin, and the layout would make room for it
+        return
     if steps.size > MAX_POINTS:
         steps = steps[np.linspace(0, steps.size - 1, MAX_POINTS).astype(int)]
     edge = np.zeros_like(steps)
@@ -301,14 +315,20 @@ def _plot(
     alt: str,
     caption: str = "",
     legend: list[tuple[str, str]] | None = None,
-    wide: bool = False,
+    *,
+    unit: str = "",
+    narrow: Axes | None = None,
 ) -> Plot:
-    return Plot(name, title, _svg(axes, name, alt), alt, caption, tuple(legend or ()), wide)
+    svg_narrow = None if narrow is None else _svg(narrow, f"{name}-narrow", alt)
+    return Plot(name, title, unit, _svg(axes, name, alt), svg_narrow, alt, caption, tuple(legend or ()))
 
 
 def _svg(axes: Axes, name: str, alt: str) -> Markup:
     """The drawing as an element to put into HTML: no prolog, no metadata, no fixed size, ids unlike any other plot's."""
     text = io.StringIO()
+    if axes.dataLim.width <= 1:  # a single step: no fractions of a step on the axis
+        middle = (axes.dataLim.x0 + axes.dataLim.x1) / 2
+        axes.set_xlim(middle - 1, middle + 1)
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}):
         figure = axes.figure
         assert isinstance(figure, Figure)

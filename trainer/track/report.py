@@ -146,7 +146,7 @@ def _render(
         evaluations=list(_evaluation_rows(evaluations)),
         sample_prompt=printable(str(summary.get("sample_prompt") or "")),
         sample=printable(str(summary.get("sample") or "")),
-        chosen=[setting for setting in settings if setting.origin != "default"],
+        chosen=[setting for setting in settings if setting.origin != "default" and setting.key != "description"],
         sections=_by_section(settings),
         deepspeed=json.dumps(redact(resolved.get("deepspeed_config") or {}), indent=2),
     )
@@ -158,9 +158,6 @@ def _facts(history: History, summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"{scaled(summary['num_params'])} parameters"
     if summary.get("devices"):
         yield str(summary["devices"])
-    if summary.get("world_size"):
-        count = summary["world_size"]
-        yield f"{count} process{'es' if count != 1 else ''}"
     if history.has("time"):
         yield f"last step {datetime.fromtimestamp(history['time'][-1], UTC):%Y-%m-%d %H:%M} UTC"
 

@@ -25,11 +25,19 @@ def scaled(value: float | None) -> str:
     """Three digits and an SI prefix: 12345 → "12.3 k", 10_400_000 → "10.4 M"; small values as in `short`."""
     if value is None or not math.isfinite(value) or abs(value) < 1000:
         return short(value, 3)
-    for prefix in ("k", "M", "G", "T", "P"):
+    for prefix in ("k", "M", "G", "T", "P", "E"):
         value /= 1000.0
-        if abs(value) < 999.5 or prefix == "P":
+        if abs(value) < 999.5 or prefix == "E":
             break
     return f"{value:#.3g}".rstrip(".") + f" {prefix}"
+
+
+def tick(value: float) -> str:
+    """A round number on an axis: 40000 → "40 k", 1500 → "1.5 k", 0.25 → "0.25"."""
+    number, _, prefix = scaled(value).partition(" ")
+    if "." in number and "e" not in number:
+        number = number.rstrip("0").rstrip(".")
+    return f"{number} {prefix}".rstrip()
 
 
 def percent(fraction: float | None) -> str:

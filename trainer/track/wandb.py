@@ -184,7 +184,7 @@ class _Child:
         """Return once the run is open; `_Stopped` when it cannot be, or takes too long."""
         give_up = time.monotonic() + START_LIMIT_S
         hurried = self.offline  # a local file needs no hurry: FINISH_LIMIT_S bounds it
-        while not select.select([self._process.stdout], [], [], 0.05)[0]:
+        while not select.select([_pipe(self._process.stdout)], [], [], 0.05)[0]:
             if finishing.is_set() and not hurried:
                 hurried = True
                 give_up = min(give_up, time.monotonic() + START_LIMIT_AT_FINISH_S)

@@ -1,0 +1,289 @@
+"""The whole program, as a user starts it: launchers, run folder, mirrors, export, errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.track import read_metrics
+
+STEPS = 40
+CONFIG = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+}
+
+
+def write_recipe(folder: Path, **changes: Any) -> Path:
+    """A small Llama on a small corpus; `changes` by dotted key with '__' for the dot."""
+    text = "the quick brown fox jumps over the lazy dog while the cat looks on and says nothing at all. "
+    documents = [json.dumps({"text": text * (1 + i % 5) + str(i)}) for i in range(300)]
+    (folder / "corpus.jsonl").write_text("\n".join(documents))
+    recipe: dict[str, Any] = {
+        "run": {"name": "small", "dir": str(folder / "runs")},
+        "model": {"family": "llama", "config": CONFIG},
+        "data": {
+            "sources": [{"path": str(folder / "corpus.jsonl")}],
+            "tokenizer": "bytes",
+            "seq_len": 64,
+            "eval_fraction": 0.1,
+        },
+        "batch": {"global_sequences": 8, "micro_sequences": 2},
+        "optimizer": {"lr": 0.01},
+        "train": {"steps": STEPS, "eval_every": 20, "eval_sequences": 21, "sample_prompt": "the "},
+    }
+    for dotted, value in changes.items():
+        section, key = dotted.split("__")
+        recipe.setdefault(section, {})[key] = value
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+def start(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end with this interpreter's scripts first on the PATH."""
+    repository = str(Path(__file__).parents[2])
+    variables = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
+    variables |= {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": repository,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=240, check=False)
+
+
+def free_port() -> str:
+    from trainer.launch import free_port
+
+    return str(free_port())
+
+
+LAUNCHERS = {
+    "plain": lambda: [sys.executable, "-m", "trainer"],
+    "deepspeed": lambda: [
+        *("deepspeed", "--num_accelerators", "2", "--master_port", free_port(), "--no_local_rank", "--module", "trainer")
+    ],
+    "torchrun": lambda: [*("torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "-m", "trainer")],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subprocess.CompletedProcess[str], Path]]:
+    """The same recipe under each launcher, one of them with the mirrors on."""
+    done = {}
+    for name, launcher in LAUNCHERS.items():
+        folder = tmp_path_factory.mktemp(name)
+        extra = {"tracking__tensorboard": True, "tracking__wandb": {"mode": "offline"}} if name == "deepspeed" else {}
+        recipe = write_recipe(folder, **extra)
+        done[name] = (start(*launcher(), "train", str(recipe), cwd=folder), folder / "runs" / "small")
+    return done
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_launcher_trains_to_the_end(name: str, runs: Any) -> None:
+    done, folder = runs[name]
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert records[-1]["loss"] < records[0]["loss"] - 1.0
+    wanted = ["loss", "grad_norm", "lr", "loss_scale", "tokens", "tokens_per_s", "step_time_s", "mfu", "skipped"]
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "loss_scale",
+        "tokens",
+        "tokens_per_s",
+        "step_time_s",
+        "mfu",
+        "skipped",
+        "num_targets",
+        "time",
+    ]
+    assert all(key in records[0] for key in [*wanted, "num_targets", "time"])
+    parts = [records[5][f"time_{part}_s"] for part in ("data", "forward", "backward", "optimizer", "other")]
+    assert math.isclose(sum(parts), records[5]["step_time_s"], rel_tol=1e-6)
+    for file in ("recipe.json", "resolved.json", "evaluations.jsonl", "summary.json", "report.html", "logs/rank-00000.log"):
+        assert (folder / file).is_file(), file
+    assert "wandb" in os.listdir(folder) or name != "deepspeed"
+
+
+def test_the_loss_does_not_depend_on_the_launcher_or_the_number_of_ranks(runs: Any) -> None:
+    losses = {name: [r["loss"] for r in read_metrics(folder / "metrics.jsonl")] for name, (_, folder) in runs.items()}
+    assert losses["deepspeed"] == losses["torchrun"], "same layout: bit for bit"
+    # One rank sums the micro-batches' gradients in another order, which Adam magnifies: seen 2e-7 after 12 steps.
+    np.testing.assert_allclose(losses["plain"][:12], losses["deepspeed"][:12], rtol=1e-5)
+
+
+def test_stdout_is_ours(runs: Any) -> None:
+    """No chatter of DeepSpeed's ranks, no control characters in a log file, one line per error of every kind."""
+    done, _ = runs["torchrun"]
+    assert f"step {STEPS}/{STEPS}" in done.stdout
+    assert "perplexity" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert "[INFO]" not in done.stdout
+    assert "MA 0." not in done.stdout
+
+
+def test_resolved_json_has_every_value_its_origin_and_the_deepspeed_dict(runs: Any) -> None:
+    _, folder = runs["deepspeed"]
+    resolved = json.loads((folder / "resolved.json").read_text())
+    recipe = folder.parents[1] / "recipe.json"
+    assert resolved["values"]["batch.global_sequences"] == {"value": 8, "origin": f"file {recipe}"}
+    assert resolved["values"]["run.seed"]["origin"] == "default"
+    assert resolved["deepspeed_config"]["gradient_accumulation_steps"] == 2
+    assert "auto" not in json.dumps(resolved)
+
+
+def test_the_export_loads_in_transformers_and_has_the_evaluated_loss(runs: Any) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, folder = runs["deepspeed"]
+    model = AutoModelForCausalLM.from_pretrained(folder / "export")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "export")
+    assert tokenizer("the fox")["input_ids"] == list(b"the fox")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["eval_perplexity"] < summary["unigram_perplexity"], "40 steps beat the frequency of letters"
+    assert model.num_parameters() == summary["num_params"]
+    # The same documents, one by one, through transformers: isolated documents are what the evaluation measured.
+    last = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert evaluated_by(model, folder) == pytest.approx(last["eval_loss"], rel=1e-5)
+
+
+def evaluated_by(model: torch.nn.Module, folder: Path) -> float:
+    """Mean loss of a transformers model over the run's own evaluation sequences, document by document."""
+    from trainer.data import prepare
+    from trainer.data.loader import EvalData
+    from trainer.recipe import load
+
+    recipe = load(folder / "recipe.json").recipe
+    prepared = prepare(recipe.data, seed=0, cache_dir=Path(str(recipe.data.cache_dir)), build=False, progress=lambda *_: None)
+    data = EvalData(prepared.evaluation, seq_len=64, isolate_documents=True, sequences=21)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in data.micro_batches(dp_rank=0, dp=1, micro_sequences=1):
+            start_at = 0
+            for length in batch.documents[0]:
+                rows = slice(start_at, start_at + length)
+                logits = model(batch.tokens_BS[:, rows]).logits[0]
+                labels = batch.labels_BS[0, rows]
+                total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100))
+                count += int((labels != -100).sum())
+                start_at += length
+    return total / count
+
+
+def test_wandb_and_tensorboard_wrote_one_run(runs: Any) -> None:
+    _, folder = runs["deepspeed"]
+    assert len(list(folder.glob("wandb/**/*.wandb"))) == 1, "two ranks, one W&B run"
+    assert len(list(folder.glob("tensorboard/**/events*"))) == 1
+
+
+def test_generate_and_report_from_what_a_run_left(runs: Any) -> None:
+    _, folder = runs["deepspeed"]
+    done = start(
+        *(sys.executable, "-m", "trainer", "generate", str(folder / "export"), "--prompt", "the ", "--temperature", "0"),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the ")
+    before = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    done = start(sys.executable, "-m", "trainer", "report", str(folder), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "report.html").read_bytes() == before, "the same run gives the same page"
+
+
+def test_a_second_start_refuses_the_run_folder_with_one_line(runs: Any) -> None:
+    _, folder = runs["plain"]
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    recipe = folder.parents[1] / "recipe.json"
+    done = start(*LAUNCHERS["deepspeed"](), "train", str(recipe), cwd=folder)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("triaxis: error:")]
+    assert done.returncode == 78
+    assert len(errors) == 1
+    assert "already holds a run" in errors[0]
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_zero3_in_bf16_with_offload_continues_a_pretrained_folder(runs: Any, tmp_path: Path) -> None:
+    """From a Hugging Face folder through ZeRO-3, divided and offloaded, back to one that transformers loads."""
+    from transformers import AutoModelForCausalLM
+
+    _, folder = runs["plain"]
+    cpu = {"device": "cpu"}
+    zero = {"stage": 3, "offload_optimizer": cpu, "offload_param": cpu, "stage3_param_persistence_threshold": 100}
+    recipe = write_recipe(
+        tmp_path, model__config={}, model__family=None, model__from_pretrained=str(folder / "export"), zero__stage=3
+    )
+    parsed = json.loads(recipe.read_text())
+    del parsed["model"]["family"]
+    parsed |= {"zero": zero, "precision": {"dtype": "bf16"}}
+    recipe.write_text(json.dumps(parsed))
+    done = start(
+        *LAUNCHERS["torchrun"](), "train", str(recipe), "--set", "train.steps=2", "--set", "train.eval_every=0", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = read_metrics(tmp_path / "runs" / "small" / "metrics.jsonl")[0]["loss"]
+    last = read_metrics(folder / "metrics.jsonl")[-1]["loss"]
+    assert abs(first - last) < 0.5, "it starts where the other run ended"
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "small" / "export")
+    assert exported.dtype == torch.bfloat16
+    assert all(p.numel() and torch.isfinite(p).all() for p in exported.parameters())
+
+
+def test_a_damaged_source_ends_every_rank_with_one_line(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    with (tmp_path / "corpus.jsonl").open("a") as file:
+        file.write('\n{"text": broken}\n')
+    done = start(*LAUNCHERS["torchrun"](), "train", str(recipe), cwd=tmp_path)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("triaxis: error:")]
+    assert done.returncode != 0
+    assert len(errors) == 1, done.stderr
+    assert "corpus.jsonl:301" in errors[0]
+    plain = start(sys.executable, "-m", "trainer", "train", str(recipe), cwd=tmp_path)
+    assert plain.returncode == 65
+
+
+def test_the_wheel_installs_and_trains_from_an_empty_directory(tmp_path: Path) -> None:
+    repository = Path(__file__).parents[2]
+    source = tmp_path / "source"
+    shutil.copytree(
+        repository, source, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "build", "*.egg-info", "__pycache__")
+    )
+    wheels, site, empty = tmp_path / "wheels", tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(wheels), str(source)], check=True, timeout=240)
+    (wheel,) = wheels.glob("triaxis-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=120)
+    assert sorted(p.name for p in site.iterdir() if p.is_dir() and "dist-info" not in p.name) == ["bin", "parallel", "trainer"]
+    recipe = write_recipe(tmp_path)
+    shutil.rmtree(source)
+    done = start(
+        *(sys.executable, "-m", "trainer", "train", str(recipe), "--set", "train.steps=2", "--set", "train.eval_every=0"),
+        cwd=empty,
+        PYTHONPATH=str(site),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    where = start(sys.executable, "-c", "import trainer; print(trainer.__file__)", cwd=empty, PYTHONPATH=str(site))
+    assert where.stdout.startswith(str(site))
+    assert (tmp_path / "runs" / "small" / "report.html").is_file()
