@@ -56,6 +56,8 @@ STEP_PARTS = (
     ("time_other_s", "other", "part-5"),
 )
 
+NOISY_LEGEND = [("curve-thin", "each record"), ("curve", "running mean")]
+
 
 @dataclass(frozen=True)
 class Plot:
@@ -84,13 +86,15 @@ def _figures(history: History, evaluations: History, clip_norm: float | None) ->
     if history.has("lr"):
         yield _single(history, "lr", "Learning rate", say=lambda value: short(value, 3))
     if history.has("tokens_per_s"):
-        yield _single(history, "tokens_per_s", "Throughput", "tokens/s", say=scaled, from_zero=True)
+        yield _single(history, "tokens_per_s", "Throughput", "tokens/s", say=scaled, from_zero=True, noisy=True)
     if any(history.has(name) for name, _, _ in STEP_PARTS):
         yield _step_time(history)
     if history.has("memory_gib"):
         yield _single(history, "memory_gib", "Peak memory", "GiB", say=lambda value: short(value, 3), from_zero=True)
     if history.has("mfu"):
-        yield _single(history, "mfu", "MFU", "model FLOPs / peak", say=percent, from_zero=True, on_axis=_percent_tick)
+        yield _single(
+            history, "mfu", "MFU", "model FLOPs / peak", say=percent, from_zero=True, on_axis=_percent_tick, noisy=True
+        )
     if history.has("loss_scale") and np.unique(history["loss_scale"]).size > 1:
         yield _single(history, "loss_scale", "Loss scale", say=_whole, log=True, on_axis=_whole)
 
@@ -99,14 +103,13 @@ def _loss(history: History, evaluations: History) -> Plot:
     step, loss, broken = history["step"], history["loss"], history["step"][~np.isfinite(history["loss"])]
     wide, narrow = _axes(wide=True), _axes()  # a phone shows the narrow one, where the same text is readable
     for axes in (wide, narrow):
-        _curve(axes, step, loss, "curve-thin", 0.8)
-        _curve(axes, step, smoothed(loss), "curve", 1.8)
+        _noisy_curve(axes, step, loss)
         kept = downsample(evaluations["step"], evaluations["eval_loss"])
         axes.plot(*kept, color=_STAND_IN["eval"], linewidth=0.8, marker="o", markersize=4.5, markeredgewidth=0)
         _mark(axes, broken)
     legend, caption, alt = [], "", ""
     if history.has("loss"):
-        legend += [("curve-thin", "each record"), ("curve", "running mean")]
+        legend += NOISY_LEGEND
     if evaluations.has("eval_loss"):
         legend.append(("eval", "held-out"))
         alt = " " + _in_words("Held-out loss", evaluations["step"], evaluations["eval_loss"], short)
@@ -120,19 +123,27 @@ def _loss(history: History, evaluations: History) -> Plot:
 def _grad_norm(history: History, clip_norm: float | None) -> Plot:
     axes, step, norm = _axes(), history["step"], history["grad_norm"]
     positive = norm > 0
-    _curve(axes, step, np.where(positive, norm, np.nan) if positive.any() else norm, "curve", 1.2)
+    _noisy_curve(axes, step, np.where(positive, norm, np.nan) if positive.any() else norm)
     if positive.any():
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(FuncFormatter(_minor_label(axes)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-    legend, caption = [("curve", "before clipping")], ""
+    legend, caption = list(NOISY_LEGEND), ""
     if clip_norm:
         axes.axhline(clip_norm, color=_STAND_IN["eval"], linewidth=1.2, dashes=(4, 3))
         clipped = float(np.mean(norm > clip_norm))
         legend.append(("eval", f"clip at {short(clip_norm)}"))
         caption = f"{percent(clipped)} of the recorded steps were clipped."
     _mark(axes, step[~np.isfinite(norm)])
-    return _plot(axes, "grad_norm", "Gradient norm", _in_words("Gradient norm", step, norm, short), caption, legend, unit="L2")
+    return _plot(
+        axes,
+        "grad_norm",
+        "Gradient norm",
+        _in_words("Gradient norm", step, norm, short),
+        caption,
+        legend,
+        unit="L2, before clipping",
+    )
 
 
 def _minor_label(axes: Axes) -> Callable[[float, int], str]:
@@ -175,9 +186,13 @@ def _single(
     on_axis: Callable[[float], str] = tick,
     from_zero: bool = False,
     log: bool = False,
+    noisy: bool = False,
 ) -> Plot:
     axes, step, values = _axes(), history["step"], history[name]
-    _curve(axes, step, values, "curve", 1.4)
+    if noisy:
+        _noisy_curve(axes, step, values)
+    else:
+        _curve(axes, step, values, "curve", 1.4)
     if log:
         axes.set_yscale("log", base=2)
     elif from_zero:
@@ -185,7 +200,7 @@ def _single(
         axes.set_ylim(0.0, 1.1 * top if top > 0 else 1.0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: on_axis(value)))
     alt = _in_words(f"{title} [{unit}]" if unit else title, step, values, say)
-    return _plot(axes, name, title, alt, unit=unit)
+    return _plot(axes, name, title, alt, legend=NOISY_LEGEND if noisy else [], unit=unit)
 
 
 # ---------------------------------------------------------------------------------------------------------- numbers
@@ -287,6 +302,12 @@ def _curve(axes: Axes, x: Column, y: Column, colour: str, width: float) -> None:
     x, y = downsample(x, y)
     marker = "o" if x.size == 1 else ""
     axes.plot(x, y, color=_STAND_IN[colour], linewidth=width, solid_joinstyle="round", marker=marker, markersize=5)
+
+
+def _noisy_curve(axes: Axes, x: Column, y: Column) -> None:
+    """Every record thin and behind, the running mean in front: on a long run the records alone are a solid band."""
+    _curve(axes, x, y, "curve-thin", 0.8)
+    _curve(axes, x, smoothed(y), "curve", 1.8)
 
 
 def _mark(axes: Axes, steps: Column) -> None:
