@@ -37,8 +37,8 @@ def train(resolved: ResolvedRecipe, run_dir: str | None) -> int:
                 evaluation = evaluate(run, steps_done=step + 1)
                 meter.restart()
         export(run)
-        summary = {"steps": steps, "wall_s": time.monotonic() - started, "final_loss": meter.last_loss}
-        finish(run, {**summary, "skipped": meter.skipped, **evaluation})
+        summary = {"steps": steps, "wall_s": time.monotonic() - started}
+        finish(run, {**summary, **meter.summary(), **evaluation})
     return EXIT_OK
 
 

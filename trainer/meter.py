@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import resource
+import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -23,15 +23,15 @@ class Meter:
 
     def __init__(self, run: Session) -> None:
         self._run = run
-        self.skipped = 0
-        self.last_loss = float("nan")
+        self._skipped = 0
+        self._last: dict[str, float | int] = {}
+        self._rates: list[float] = []
         self.restart()
 
     def restart(self) -> None:
         """Begin a new span, leaving out what happened since the last record (evaluation, saving)."""
         self._steps = 0
         self._flops = 0
-        self._parts: Counter[str] = Counter()
         self._run.engine.watch.lap()
         self._since = time.perf_counter()
 
@@ -40,38 +40,42 @@ class Meter:
         self._steps += 1
         self._flops += training_flops(run.network, (n for batch in micro_batches for row in batch.documents for n in row))
         if result.skipped:
-            self.skipped += 1
+            self._skipped += 1
             run.tracker.note(
                 f"step {steps_done} skipped: the gradient is not finite "
                 f"(loss {result.loss:.4g}, loss scale {result.loss_scale:g})"
             )
-        self.last_loss = result.loss
         if steps_done % run.recipe.train.log_every and steps_done != run.recipe.train.steps:
             return
         spent = run.engine.watch.lap()
         span_s = time.perf_counter() - self._since
         step_time_s = span_s / self._steps
         split = {f"time_{part}_s": spent.get(part, 0.0) / self._steps for part in PARTS}
-        run.tracker.log(
-            {
-                "step": steps_done,
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "lr": lr,
-                "loss_scale": result.loss_scale,
-                "tokens": steps_done * run.plan.tokens_per_step,
-                "tokens_per_s": run.plan.tokens_per_step / step_time_s,
-                "step_time_s": step_time_s,
-                **split,
-                "time_other_s": max(0.0, step_time_s - sum(split.values())),
-                "mfu": self._flops / span_s / run.peak_flops,
-                "memory_gib": peak_memory_gib(run.place.device),
-                "skipped": self.skipped,
-                "num_targets": result.num_targets,
-                "time": time.time(),
-            }
-        )
+        self._last = {
+            "step": steps_done,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "loss_scale": result.loss_scale,
+            "tokens": steps_done * run.plan.tokens_per_step,
+            "tokens_per_s": run.plan.tokens_per_step / step_time_s,
+            "step_time_s": step_time_s,
+            **split,
+            "time_other_s": max(0.0, step_time_s - sum(split.values())),
+            "mfu": self._flops / span_s / run.peak_flops,
+            "memory_gib": peak_memory_gib(run.place.device),
+            "skipped": self._skipped,
+            "num_targets": result.num_targets,
+            "time": time.time(),
+        }
+        self._rates.append(self._last["tokens_per_s"])
+        run.tracker.log(self._last)
         self.restart()
+
+    def summary(self) -> dict[str, float | int]:
+        """The closing figures: those of the last record, and the median rate."""
+        last = {key: self._last[key] for key in ("tokens", "mfu", "memory_gib", "skipped")}
+        return {"final_loss": self._last["loss"], "tokens_per_s": statistics.median(self._rates), **last}
 
 
 def peak_memory_gib(device: torch.device) -> float:

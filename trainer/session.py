@@ -27,6 +27,7 @@ from trainer.model.hugging_face import PretrainedWeights, local_folder, read_con
 from trainer.recipe import ResolvedRecipe
 from trainer.run_folder import RunFolder
 from trainer.sections import Recipe
+from trainer.swap_folder import private_swap_folders
 from trainer.track import RunInfo, Tracker, make_tracker, open_rank_log
 from trainer.track.progress import work_progress
 
@@ -81,20 +82,23 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None) -> Iterator[Sess
         if place.is_first:
             folder.write_resolved(resolved.as_resolved_json(dict_for_deepspeed))
         devices = _devices(place)
-        tracker = make_tracker(
-            recipe.tracking,
-            RunInfo(
-                name=recipe.run.name,
-                folder=folder.path,
-                recipe=recipe.model_dump(mode="json"),
-                total_steps=recipe.train.steps,
-                world_size=place.world_size,
-                devices=devices,
-            ),
-            writing_rank=place.is_first,
-        )
         with together():
-            engine = Engine(recipe, plan, network, mesh, place.device, deepspeed_config=dict_for_deepspeed, fill=fill)
+            tracker = make_tracker(
+                recipe.tracking,
+                RunInfo(
+                    name=recipe.run.name,
+                    folder=folder.path,
+                    recipe=recipe.model_dump(mode="json"),
+                    total_steps=recipe.train.steps,
+                    world_size=place.world_size,
+                    devices=devices,
+                ),
+                writing_rank=place.is_first,
+            )
+        stack.push(_closing(tracker))
+        with together():
+            private = stack.enter_context(private_swap_folders(dict_for_deepspeed, folder.path, place.rank))
+            engine = Engine(recipe, plan, network, mesh, place.device, deepspeed_config=private, fill=fill)
         stack.callback(engine.close)
         log.capture()  # DeepSpeed makes loggers of its own on the way
         peak_flops, peak_source = device_peak(place.device, recipe.precision.dtype)
@@ -114,6 +118,16 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None) -> Iterator[Sess
             devices=devices,
             peak_flops=peak_flops,
         )
+
+
+def _closing(tracker: Tracker) -> Callable[..., None]:
+    """What ends the tracker when the run does not reach its end: the terminal is given back, W&B hears of it."""
+
+    def close(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            tracker.finish({"ended_by": f"{type(error).__name__}: {error}" if str(error) else type(error).__name__})
+
+    return close
 
 
 def _network(resolved: ResolvedRecipe, prepared: PreparedData) -> tuple[TransformerConfig, Callable[[nn.Module], None]]:
@@ -151,7 +165,11 @@ def _eval_data(recipe: Recipe, prepared: PreparedData) -> EvalData | None:
 def _devices(place: Place) -> str:
     if place.device.type == "cuda":
         return f"{place.world_size} × {torch.cuda.get_device_name(place.device)}"
-    return f"{place.world_size} CPU process{'es' if place.world_size > 1 else ''}, {torch.get_num_threads()} threads each"
+    threads = torch.get_num_threads()
+    return (
+        f"{place.world_size} CPU process{'es' if place.world_size > 1 else ''}, "
+        f"{threads} thread{'s' if threads > 1 else ''} each"
+    )
 
 
 def _introduce(tracker: Tracker, prepared: PreparedData, engine: Engine, plan: BatchPlan, peak: str) -> None:
