@@ -20,11 +20,16 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 
 # Dense peaks of matrix products in FLOP/s, from the vendors' data sheets: never the "with sparsity" figures, which are
 # twice as high. fp32 is what torch does by default: TF32 off.
+# A name is found by its words; a variant stands before the model whose name it contains.
 PEAKS: dict[str, dict[Dtype, float]] = {
+    "H200 NVL": {"bf16": 835e12, "fp16": 835e12, "fp32": 60e12},
     "H200": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
     "H100 PCIe": {"bf16": 756e12, "fp16": 756e12, "fp32": 51e12},
+    "H100 NVL": {"bf16": 835e12, "fp16": 835e12, "fp32": 60e12},
     "H100": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
     "A100": {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12},
+    "V100S": {"fp16": 130e12, "fp32": 16.4e12},
+    "V100 PCIE": {"fp16": 112e12, "fp32": 14e12},
     "V100": {"fp16": 125e12, "fp32": 15.7e12},
 }
 
@@ -47,7 +52,9 @@ def training_flops(config: TransformerConfig, document_lengths: Iterable[int]) -
 
 
 def listed_peak(device_name: str, dtype: Dtype) -> float | None:
-    """FLOP/s of one device, None when it is not on the list."""
+    """FLOP/s of one device, None when it is not on the list or only a slice of one (MIG)."""
+    if "MIG" in device_name.split():
+        return None
     for name, peaks in PEAKS.items():
         if all(word in device_name for word in name.split()):
             return peaks.get(dtype)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from parallel.params import derive_seed
-from trainer.errors import RecipeError
+from trainer.errors import DataError, RecipeError
 
 
 def sample(
@@ -44,19 +45,42 @@ def sample(
 
 
 def continue_from_folder(folder: Path, prompt: str, *, new_tokens: int, temperature: float, top_k: int, seed: int) -> str:
-    """The prompt and its continuation by the model in a Hugging Face folder, on a GPU when there is one."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """The prompt and its continuation by the model in a Hugging Face folder, on a GPU when there is one.
 
+    At most `new_tokens` tokens, up to the end of the document or the model's last position. RecipeError for a prompt that
+    leaves no room, DataError for a folder that does not load whole.
+    """
     if not (folder / "config.json").is_file():
         raise RecipeError(f"{folder}: no config.json there: give a Hugging Face folder, such as RUN_DIR/export")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    tokens = tokenizer(prompt, return_tensors="pt").to(device)
-    if tokens["input_ids"].shape[1] == 0:
+    model, tokenizer = _load(folder)
+    tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    length, positions = tokens["input_ids"].shape[1], model.config.max_position_embeddings
+    if length == 0:
         raise RecipeError("--prompt is empty: give at least one character")
+    if length >= positions:
+        raise RecipeError(f"--prompt has {length} tokens, but the model has {positions} positions: give fewer than that")
     torch.manual_seed(derive_seed(seed, "sample"))
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature > 0 else {"do_sample": False}
     with torch.no_grad():
-        out = model.generate(**tokens, max_new_tokens=new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
+        out = model.to(device).generate(
+            **tokens, max_new_tokens=min(new_tokens, positions - length), pad_token_id=tokenizer.eos_token_id, **sampling
+        )
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer; no code from the folder, no pickle, no tensor left to chance."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers, tokenizers and safetensors each raise kinds of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{folder}: cannot be loaded ({reason}): fetch or export it again") from error
+    if loading["missing_keys"]:  # transformers would draw them at random
+        raise DataError(f"{folder}: tensor {min(loading['missing_keys'])} is missing: fetch or export it again")
+    return model.eval(), tokenizer

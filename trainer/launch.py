@@ -59,7 +59,13 @@ class Place:
         )
         if not 0 <= rank < world_size:
             raise RecipeError(f"RANK={rank} is outside WORLD_SIZE={world_size}: the launcher's variables contradict each other")
-        local_world_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world_size)
+        local_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if environment.get(name)), "WORLD_SIZE")
+        local_world_size = _integer(environment, local_name)
+        if not 0 <= local_rank < local_world_size <= world_size:
+            raise RecipeError(
+                f"LOCAL_RANK={local_rank} and {local_name}={local_world_size} do not fit WORLD_SIZE={world_size}: "
+                "the launcher's variables contradict each other"
+            )
         how = f"RANK={rank} and WORLD_SIZE={world_size} of the launcher"
         return cls(rank, local_rank, world_size, local_world_size, environment["MASTER_ADDR"], port, how)
 

@@ -73,7 +73,7 @@ def export(run: Session) -> None:
 def finish(run: Session, summary: dict[str, object]) -> None:
     """What is worth knowing at the end: a sample, the baseline, the report."""
     recipe, tokenizer = run.recipe, run.prepared.tokenizer
-    if run.eval_data is not None:
+    if run.eval_data is not None and run.place.is_first:
         summary["unigram_perplexity"] = unigram_perplexity(
             run.prepared.train,
             run.prepared.evaluation,

@@ -24,6 +24,7 @@ from trainer.launch import Place, together
 from trainer.matmul_peak import device_peak
 from trainer.model.families import TransformerConfig, largest_weight
 from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
+from trainer.model.transformer import logical_specs
 from trainer.recipe import ResolvedRecipe
 from trainer.run_folder import RunFolder
 from trainer.sections import Recipe
@@ -136,8 +137,10 @@ def _network(resolved: ResolvedRecipe, prepared: PreparedData) -> tuple[Transfor
     if recipe.model.from_pretrained is None:
         return resolved.network(vocab_size=vocab_size), lambda block: initialise(block, recipe.run.seed)
     folder = local_folder(recipe.model.from_pretrained, recipe.model.revision)
+    network = resolved.network(vocab_size=vocab_size, pretrained=read_config(folder))
     weights = PretrainedWeights(folder)
-    return resolved.network(vocab_size=vocab_size, pretrained=read_config(folder)), weights.fill
+    weights.check_names(logical_specs(network))
+    return network, weights.fill
 
 
 def _train_data(recipe: Recipe, prepared: PreparedData) -> TrainData:

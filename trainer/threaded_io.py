@@ -59,40 +59,48 @@ class ThreadedHandle:
             raise OSError(
                 f"{path}: swap file has {size} bytes, {offset + tensor.nbytes} expected: it was damaged during the run"
             )
-        self._start(_read_block, file, tensor, offset)
+        self._start(_read_block, path, file, tensor, offset)
         return 0
 
     def async_pwrite(self, tensor: Tensor, path: str, offset: int) -> int:
         file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-        self._start(_write_block, file, tensor, offset)
+        self._start(_write_block, path, file, tensor, offset)
         return 0
 
     def wait(self) -> int:
-        """Number of transfers finished since the last wait; OSError of the first that failed."""
+        """Number of transfers since the last wait, all of them ended; OSError of the first that failed."""
         transfers, self._transfers = self._transfers, []
         for transfer in transfers:
-            transfer.finish()
+            transfer.end()
+        for transfer in transfers:
+            transfer.check()
         return len(transfers)
 
-    def _start(self, move: Any, file: int, tensor: Tensor, offset: int) -> None:
-        memory = memoryview(tensor.detach().view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    def _start(self, move: Any, path: str, file: int, tensor: Tensor, offset: int) -> None:
+        memory = memoryview(tensor.detach().view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
         blocks = [
             self._threads.submit(move, file, memory[at : at + self._block_size], offset + at)
             for at in range(0, len(memory), self._block_size)
         ]
-        self._transfers.append(_Transfer(file, blocks))
+        self._transfers.append(_Transfer(path, file, blocks))
 
 
 @dataclass(frozen=True)
 class _Transfer:
+    path: str
     file: int
     blocks: list[Future[None]]
 
-    def finish(self) -> None:
+    def end(self) -> None:
         wait(self.blocks)
         os.close(self.file)
+
+    def check(self) -> None:
         for block in self.blocks:
-            block.result()
+            try:
+                block.result()
+            except OSError as error:
+                raise OSError(error.errno, f"{self.path}: {error.strerror or error}") from error
 
 
 def _read_block(file: int, memory: memoryview, offset: int) -> None:

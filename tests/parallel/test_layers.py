@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from parallel.attention import Documents, ParallelAttention
+from parallel.attention import Documents, ParallelAttention, _Rotate
 from parallel.embedding import VocabParallelEmbedding, rotary_tables
 from parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
 from parallel.loss import IGNORE, VocabParallelHead
 from parallel.mesh import Group, Mesh
 from parallel.mlp import ParallelMLP
+from parallel.norm import RMSNorm, _RMSNorm
 from parallel.params import Init, draw, initialise, owned_specs
 from parallel.topology import Layout
 from tests.spawn import spawn
@@ -155,3 +156,19 @@ def test_layer_equals_its_unsharded_twin(tp: int, dtype: torch.dtype, tolerance:
 def compare_all(mesh: Mesh, dtype: torch.dtype, tolerance: float) -> None:
     for name in LAYERS:
         compare(mesh, name, dtype, tolerance)
+
+
+def test_rms_norm_has_the_gradients_of_its_formula() -> None:
+    torch.manual_seed(0)
+    norm = RMSNorm(D, eps=1e-5, name="n").double()
+    norm.weight.data.uniform_(0.5, 1.5)
+    x = torch.randn(B, S, D, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: _RMSNorm.apply(x, w, 1e-5), (x, norm.weight))
+    torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (D,), norm.weight, 1e-5), rtol=1e-12, atol=1e-12)
+
+
+def test_rotation_has_the_gradient_of_its_formula() -> None:
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64, requires_grad=True)
+    documents = Documents(((5,), (2, 3)))
+    tables = rotary_tables(documents.positions_BS, 8, 10000.0, torch.float64)
+    assert torch.autograd.gradcheck(lambda x: _Rotate.apply(x, *tables), (x,))

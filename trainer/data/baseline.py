@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 
 from trainer.data.rows import held_out_rows
 from trainer.data.store import TokenStore
+
+MAX_CHUNKS = 64  # of a store: frequencies hardly change beyond, and counting a large corpus would take minutes
 
 
 def unigram_perplexity(
@@ -26,7 +29,7 @@ def unigram_perplexity(
     """
     counts = np.ones(vocab_size, np.int64)
     for store in train_stores:
-        for chunk in store.chunks():
+        for chunk in islice(store.chunks(), MAX_CHUNKS):
             counts += np.bincount(chunk, minlength=vocab_size)
     targets = np.zeros(vocab_size, np.int64)
     for row in held_out_rows(eval_stores, seq_len=seq_len, isolate_documents=isolate_documents, sequences=sequences):

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from parallel.params import Piece, ShardSpec, owned_specs
+from parallel.params import Piece, Role, ShardSpec, owned_specs
 from trainer.errors import DataError, RecipeError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HEAD = "lm_head.weight"
 SHARD_BYTES = 4 << 30
+COMPARED_ROWS = 4096  # of a head and an embedding at a time
+FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that older checkpoints of these families carry; they hold no weights.
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
@@ -62,7 +66,8 @@ class PretrainedWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = {name: self._open(file) for file, names in self._listing().items() for name in names}
+        opened = {file: (self._open(file), names) for file, names in self._listing().items()}
+        self._files = {name: reader for reader, names in opened.values() for name in names}
 
     def fill(self, module: nn.Module) -> None:
         """Set a block's parameters; DataError naming the tensor that is missing, misshapen or not finite."""
@@ -71,15 +76,29 @@ class PretrainedWeights:
                 box = self._read(piece)
                 piece.in_parameter(parameter.data).copy_(box.t() if piece.transposed else box)
 
-    def check_names(self, specs: Iterable[ShardSpec]) -> None:
-        """DataError for tensors in the folder that no parameter of the model takes."""
+    def check_names(self, specs: Sequence[ShardSpec]) -> None:
+        """DataError for tensors in the folder that no parameter of the whole model takes; `specs` are unsharded."""
         wanted = {self._stored_name(piece.name) for spec in specs for piece in spec.pieces}
-        extra = sorted(n for n in self._files.keys() - wanted if not n.endswith((*NOT_WEIGHTS, "lm_head.weight")))
+        extra = sorted(n for n in self._files.keys() - wanted if not n.endswith((*NOT_WEIGHTS, HEAD)))
         if extra:
+            others = f" (and {len(extra) - 1} more)" if extra[1:] else ""
             raise DataError(
-                f"{self.folder}: tensor {extra[0]} (and {len(extra) - 1} more) has no place in the model: "
+                f"{self.folder}: tensor {extra[0]}{others} has no place in the model: "
                 "config.json and the weights do not belong together"
             )
+        if HEAD in self._files.keys() - wanted:
+            self._check_tied_head(next(spec.pieces[0] for spec in specs if spec.role is Role.EMBEDDING))
+
+    def _check_tied_head(self, embedding: Piece) -> None:
+        """A folder may hold a tied head a second time, but not another one: transformers would untie them."""
+        for first in range(0, embedding.shape[0], COMPARED_ROWS):
+            rows = min(COMPARED_ROWS, embedding.shape[0] - first)
+            box = replace(embedding, start=(first, 0), size=(rows, embedding.shape[1]))
+            if not torch.equal(self._read(replace(box, name=HEAD)), self._read(box)):
+                raise DataError(
+                    f"{self.folder}: tensor {HEAD} differs from {embedding.name}, but config.json ties them: "
+                    "set tie_word_embeddings to false in config.json"
+                )
 
     def _listing(self) -> dict[str, list[str]]:
         index = self.folder / INDEX
@@ -97,11 +116,12 @@ class PretrainedWeights:
     def _indexed(self, index: Path) -> dict[str, list[str]]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            entries = dict(weight_map)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{index}: no valid weight_map ({error}): fetch the folder again") from error
         listing: dict[str, list[str]] = {}
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
+        for name, file in entries.items():
+            if not isinstance(file, str) or Path(file).name != file or file == "..":
                 raise DataError(f"{index}: tensor {name} points outside the folder ({file!r}): do not use this folder")
             listing.setdefault(file, []).append(name)
         return listing
@@ -114,7 +134,7 @@ class PretrainedWeights:
 
     def _stored_name(self, name: str) -> str:
         """Checkpoints of a bare model (without its head) leave out the first part of the names."""
-        return name if name in self._files else name.split(".", 1)[1] if "." in name else name
+        return name if name in self._files else name.split(".", 1)[1]
 
     def _read(self, piece: Piece) -> Tensor:
         stored = self._stored_name(piece.name)
@@ -124,6 +144,11 @@ class PretrainedWeights:
             )
         try:
             tensor = self._files[stored].get_slice(stored)
+            if tensor.get_dtype() not in FLOATS:
+                raise DataError(
+                    f"{self.folder}: tensor {stored} is {tensor.get_dtype()}: quantized weights cannot be trained; "
+                    f"give the original ones ({', '.join(FLOATS)})"
+                )
             shape = tuple(tensor.get_shape())
             if shape != piece.shape:
                 raise DataError(
@@ -157,19 +182,36 @@ def write_folder(
     draft = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    files = _write_tensors(tensors, draft, dtype, shard_bytes)
-    if len(files) > 1:
-        total = sum(size for names in files.values() for size in names.values())
-        weight_map = {name: file for file, names in files.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_tokenizer(draft)
-    for path in draft.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        files = _write_tensors(tensors, draft, dtype, shard_bytes)
+        if len(files) > 1:
+            _write_index(files, draft / INDEX)
+        (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_tokenizer(draft)
+        for path in draft.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    _put_in_place(draft, folder)
+
+
+def _put_in_place(draft: Path, folder: Path) -> None:
+    """Two renames instead of deleting the older export first: it is gone only when the new one is there."""
+    aside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
     draft.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_index(files: Mapping[str, Mapping[str, int]], path: Path) -> None:
+    total = sum(size for names in files.values() for size in names.values())
+    weight_map = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_tensors(

@@ -25,7 +25,7 @@ from parallel.loss import VocabParallelHead
 from parallel.mesh import Group
 from parallel.mlp import ParallelMLP
 from parallel.norm import LayerNorm, RMSNorm
-from parallel.params import Init, Sharded, materialise
+from parallel.params import Init, Sharded, ShardSpec, materialise, owned_specs
 from trainer.model.families import TransformerConfig
 from trainer.model.names import WEIGHT_NAMES
 
@@ -40,6 +40,20 @@ class Block:
 
 def blocks_of(config: TransformerConfig) -> list[Block]:
     return [Block("embedding"), *(Block("layer", i) for i in range(config.num_layers)), Block("head")]
+
+
+def logical_specs(config: TransformerConfig) -> list[ShardSpec]:
+    """What the parameters of the whole, undivided model are, in the model's order; no storage, shapes only."""
+    stage = Stage(
+        config,
+        blocks_of(config),
+        dtype=torch.float32,
+        recompute="none",
+        group=Group.alone(),
+        device=torch.device("meta"),
+        fill=lambda block: None,
+    )
+    return [spec for _, _, spec in owned_specs(stage)]
 
 
 def make_norm(config: TransformerConfig, name: str) -> Sharded:
