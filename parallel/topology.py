@@ -91,4 +91,5 @@ class Layout:
 
     def groups(self, *axes: str) -> list[tuple[int, ...]]:
         """All groups of peers along `axes`, ordered by their first rank; together they hold each rank once."""
-        return sorted({self.peers(rank, *axes) for rank in range(self.world_size)})
+        firsts = (r for r in range(self.world_size) if not any(getattr(self.coord(r), axis) for axis in axes))
+        return [self.peers(rank, *axes) for rank in firsts]

@@ -1,0 +1,78 @@
+import pytest
+import torch.distributed as dist
+
+from parallel.mesh import Mesh
+from parallel.topology import Layout
+from tests.spawn import spawn
+from trainer.errors import DataError, RecipeError
+from trainer.launch import PeerFailed, Place, together
+
+TORCHRUN = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node7",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_without_a_launcher_it_is_one_process() -> None:
+    place = Place.from_environment({"PATH": "/bin"})
+    assert (place.rank, place.world_size, place.local_world_size) == (0, 1, 1)
+    assert place.is_first
+    assert place.how == "no launcher: one process"
+
+
+def test_torchrun() -> None:
+    place = Place.from_environment(TORCHRUN)
+    assert (place.rank, place.local_rank, place.world_size, place.local_world_size) == (3, 1, 4, 2)
+    assert (place.master_addr, place.master_port) == ("node7", 29500)
+    assert not place.is_first
+
+
+def test_the_deepspeed_launcher_says_local_size() -> None:
+    environment = {**TORCHRUN, "LOCAL_SIZE": "2"}
+    del environment["LOCAL_WORLD_SIZE"]
+    assert Place.from_environment(environment).local_world_size == 2
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_half_a_launcher_is_one_line_naming_what_is_missing(missing: str) -> None:
+    environment = {key: value for key, value in TORCHRUN.items() if key != missing}
+    with pytest.raises(RecipeError) as caught:
+        Place.from_environment(environment)
+    assert len(caught.value.lines) == 1
+    assert missing in caught.value.lines[0]
+    assert "torchrun" in caught.value.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [("RANK", "one", "RANK='one' is not a whole number"), ("RANK", "4", "RANK=4 is outside WORLD_SIZE=4")],
+)
+def test_garbage_and_contradictions(name: str, value: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        Place.from_environment({**TORCHRUN, name: value})
+
+
+def fail_on(mesh: Mesh, ranks: list[int]) -> tuple[str, int, list[str]]:
+    try:
+        with together():
+            if mesh.rank in ranks:
+                raise DataError(f"rank {mesh.rank} found damage")
+    except (DataError, PeerFailed) as error:
+        return type(error).__name__, error.exit_code, error.lines
+    dist.barrier()
+    return "nothing", 0, []
+
+
+def test_a_failure_on_one_rank_ends_the_part_everywhere_and_is_said_once() -> None:
+    assert spawn(fail_on, Layout(dp=3), [1]) == [
+        ("PeerFailed", 65, []),
+        ("DataError", 65, ["rank 1 found damage"]),
+        ("PeerFailed", 65, []),
+    ]
+    names = [name for name, _, _ in spawn(fail_on, Layout(dp=3), [1, 2])]
+    assert names == ["PeerFailed", "DataError", "PeerFailed"], "the first speaks for all"
+    assert spawn(fail_on, Layout(dp=2), []) == [("nothing", 0, [])] * 2
