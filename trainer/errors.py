@@ -21,8 +21,13 @@ class UserError(Exception):
 
     def __init__(self, *lines: str | Sequence[str]) -> None:
         flat = [line for item in lines for line in ([item] if isinstance(item, str) else item)]
-        self.lines = [" ".join(line.split()) for line in flat]
+        self.lines = [_printable(" ".join(line.split())) for line in flat]
         super().__init__("\n".join(self.lines))
+
+
+def _printable(line: str) -> str:
+    """Control characters escaped: a name in a recipe or a file must not drive the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class RecipeError(UserError):

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from trainer import recipe
 from trainer.errors import RecipeError
+from trainer.recipe.door import MAX_LINES
+from trainer.recipe.json_reader import JSONSyntaxError, Reader
 
 SMALLEST: dict[str, Any] = {"model": {"family": "gpt2"}}
 
@@ -105,7 +107,7 @@ JSON_VALUES = st.recursive(
 @settings(deadline=None)
 @given(JSON_VALUES, st.sampled_from([None, 1]), st.booleans())
 def test_the_reader_agrees_with_json_on_valid_text(value: Any, indent: int | None, ascii_only: bool) -> None:
-    assert recipe._Reader(json.dumps(value, indent=indent, ensure_ascii=ascii_only)).document() == value
+    assert Reader(json.dumps(value, indent=indent, ensure_ascii=ascii_only)).document() == value
 
 
 @settings(max_examples=300, deadline=None)
@@ -113,8 +115,8 @@ def test_the_reader_agrees_with_json_on_valid_text(value: Any, indent: int | Non
 def test_any_text_is_read_or_refused(text: str) -> None:
     value, position = None, None
     try:
-        value = recipe._Reader(text).document()
-    except recipe._SyntaxError as error:
+        value = Reader(text).document()
+    except JSONSyntaxError as error:
         position = error.position
     if position is None:
         assert json.loads(text) == value
@@ -139,7 +141,7 @@ def test_a_hostile_file_is_refused_in_time(folder: Path) -> None:
     with pytest.raises(RecipeError, match="more than 2000 values: not a recipe"):
         recipe.load(write("many.json", {f"key{i}": i for i in range(40_000)}))
     lines = refusals(**{f"key{i}": i for i in range(300)}, **{"k" * 500_000: 1})
-    assert len(lines) == recipe.MAX_LINES + 1
+    assert len(lines) == MAX_LINES + 1
     assert lines[-1] == "and 201 more"
 
 

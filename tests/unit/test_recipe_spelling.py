@@ -11,6 +11,7 @@ import pytest
 
 from trainer import recipe
 from trainer.errors import RecipeError
+from trainer.recipe.places import dotted
 from trainer.sections import edit_distance, nearest
 
 RECIPES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -57,7 +58,7 @@ def test_every_key_damaged_by_one_character(source: Path, tmp_path: Path) -> Non
     path = tmp_path / "damaged.json"
     total, wrong_suggestions = 0, []
     for key_path in key_paths(value):
-        right = recipe._dotted(key_path)
+        right = dotted(key_path)
         for wrong in damages(str(key_path[-1]), stream):
             path.write_text(json.dumps(with_key(value, key_path, wrong)))
             with pytest.raises(RecipeError) as refused:

@@ -1,0 +1,111 @@
+"""From a file to a `ResolvedRecipe`, or to one line for each thing that is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import RecipeError
+from trainer.model.families import TransformerConfig
+from trainer.recipe.keys import validate
+from trainer.recipe.layers import Layer, read_chain
+from trainer.recipe.names import name_findings
+from trainer.recipe.network import read_network, translate
+from trainer.recipe.places import KeyPath, Problem, dotted, first_mark
+from trainer.recipe.rules import section_findings
+from trainer.schedule import decay_steps
+from trainer.sections import Recipe
+
+MAX_LINES = 100  # of problems shown
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe:
+    """A recipe that passed the door.
+
+    `origins`: dotted key of every value → "default", "file NAME", "--set" or "derived". `given`: what was written, after
+    `extends` and `--set`. `sources`: the files read, the one named by the user last. `hf_config`: the network in Hugging
+    Face's names, None while it is still on the hub.
+    """
+
+    recipe: Recipe
+    origins: dict[str, str]
+    given: dict[str, Any]
+    sources: tuple[Path, ...]
+    hf_config: dict[str, Any] | None
+
+    def network(self, *, vocab_size: int | None, pretrained: Mapping[str, Any] | None = None) -> TransformerConfig:
+        """What to build. `vocab_size`: symbols of the tokenizer, taken when the config names none; `pretrained`: the
+        config.json that came from the hub. RecipeError when it does not translate or the tokenizer does not fit."""
+        hf_config = {**pretrained, **self.recipe.model.config} if pretrained is not None else self.hf_config
+        if hf_config is None:
+            raise RecipeError("model.from_pretrained is a hub name: its config.json must be fetched first")
+        family = self.recipe.model.family or str(hf_config.get("model_type"))
+        config, findings = translate(family, hf_config, vocab_size)
+        if config is None or findings:
+            raise RecipeError([f"model.config: {finding.message}" for finding in findings])
+        return config
+
+    def as_resolved_json(self, deepspeed_config: dict[str, Any] | None = None) -> dict[str, Any]:
+        """For resolved.json: every value with its origin, and, once the world size is known, DeepSpeed's dict."""
+        values = {
+            dotted(path): {"value": value, "origin": self.origins[dotted(path)]}
+            for path, value in _leaves(self.recipe.model_dump())
+        }
+        return {"values": values} | ({} if deepspeed_config is None else {"deepspeed_config": deepspeed_config})
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
+    """Read, merge and validate. RecipeError holds one line for each thing that is wrong, in the order of the file."""
+    layer = read_chain(Path(path), [])
+    for order, override in enumerate(overrides, len(layer.sources)):
+        layer.set(override, order)
+    marks = layer.named_marks()
+    recipe, problems, faulty = validate(layer.value, marks)
+    hf_config, findings = read_network(recipe)
+    rules = [*section_findings(recipe, marks.keys()), *name_findings(recipe), *findings]
+    # A rule about a key that is itself wrong would only repeat or mislead.
+    sound = [finding for finding in rules if not any(_under(key, bad) for key in finding.keys for bad in faulty)]
+    problems += [Problem(first_mark(finding.keys, marks), finding.message) for finding in sound]
+    if problems := [*layer.problems, *problems]:
+        lines = [str(p) for p in dict.fromkeys(sorted(problems, key=lambda p: (p.mark, p.message)))]
+        more = len(lines) - MAX_LINES
+        raise RecipeError(lines[:MAX_LINES], [f"and {more} more"] * (more > 0))
+    return _resolve(recipe, layer, hf_config)
+
+
+def _resolve(recipe: Recipe, layer: Layer, hf_config: dict[str, Any] | None) -> ResolvedRecipe:
+    derived: dict[tuple[str, str], Any] = {}
+    if recipe.data.cache_dir is None:
+        derived["data", "cache_dir"] = str(Path(recipe.run.dir) / "data")
+    if recipe.schedule.name == "wsd" and recipe.schedule.decay_steps is None:
+        derived["schedule", "decay_steps"] = decay_steps(recipe.schedule, recipe.train.steps)
+    if recipe.model.family is None and hf_config is not None:
+        derived["model", "family"] = hf_config["model_type"]
+    values = recipe.model_dump()
+    for (section, key), value in derived.items():
+        values[section][key] = value
+    resolved = Recipe.model_validate(values)
+    origins = {
+        dotted(path): "derived" if path in derived else layer.marks[path].origin if path in layer.marks else "default"
+        for path, _ in _leaves(resolved.model_dump())
+    }
+    return ResolvedRecipe(resolved, origins, layer.value, tuple(layer.sources), hf_config)
+
+
+def _leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every value with its path; objects and lists of objects are opened, other lists are values."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, (*path, key))
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, (*path, index))
+    else:
+        yield path, value
+
+
+def _under(key: str, faulty: str) -> bool:
+    return key == faulty or key.startswith((f"{faulty}.", f"{faulty}["))

@@ -1,0 +1,76 @@
+"""Names of files, folders, tokenizers and the hub: which is meant, and whether it is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.sections import Finding, Recipe, nearest
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+DATA_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".arrow", ".csv", ".gz", ".zst")
+SMALLEST_BPE = 257  # 256 bytes and the end of a document
+LARGEST_BPE = 1 << 24
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only be meant as a path: not of the form NAME or OWNER/NAME, or with a data file's ending."""
+    return not HUB_NAME.fullmatch(name) or name.endswith(DATA_SUFFIXES)
+
+
+def tokenizer_vocab_size(tokenizer: str) -> int | None:
+    """Symbols of a tokenizer that is named in full by the recipe; None for one that must be opened to know."""
+    if tokenizer == "bytes":
+        return SMALLEST_BPE
+    size = tokenizer.removeprefix("bpe:")
+    return int(size) if size != tokenizer and size.isascii() and size.isdecimal() else None
+
+
+def name_findings(recipe: Recipe) -> Iterator[Finding]:
+    for group in ("sources", "eval_sources"):
+        for index, source in enumerate(getattr(recipe.data, group)):
+            yield from _missing(f"data.{group}[{index}].path", source.path, ("stdlib",))
+    yield from _tokenizer_findings(recipe.data.tokenizer)
+    if recipe.model.from_pretrained is not None:
+        yield from _missing("model.from_pretrained", recipe.model.from_pretrained, ())
+        if recipe.model.revision is not None and exists(recipe.model.from_pretrained):
+            message = f"model.revision is for hub names, but {recipe.model.from_pretrained} is a folder here: remove it"
+            yield Finding(("model.revision", "model.from_pretrained"), message)
+    elif recipe.model.revision is not None:
+        yield Finding(("model.revision", "model.from_pretrained"), "model.revision needs model.from_pretrained, a hub name")
+    for name in ("offload_optimizer", "offload_param"):
+        path = getattr(recipe.zero, name).nvme_path
+        if path is not None and not exists(str(Path(path).absolute().parent)):
+            message = (
+                f"zero.{name}.nvme_path = {json.dumps(path)}: its parent folder does not exist; mount the drive or create it"
+            )
+            yield Finding((f"zero.{name}.nvme_path",), message)
+
+
+def exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError):  # too long for a file system; ~ of nobody
+        return False
+
+
+def _missing(key: str, name: str, words: tuple[str, ...]) -> Iterator[Finding]:
+    if name in words or exists(name):
+        return
+    said = f"{key} = {json.dumps(name)}"
+    if meant := nearest(name, words, within=1):
+        yield Finding((key,), f"{said} does not exist here; did you mean {json.dumps(meant)}?")
+    elif looks_local(name):
+        yield Finding((key,), f"{said} does not exist (looked from {Path.cwd()})")
+
+
+def _tokenizer_findings(name: str) -> Iterator[Finding]:
+    if not name.startswith("bpe:"):
+        yield from _missing("data.tokenizer", name, ("bytes",))
+        return
+    size = tokenizer_vocab_size(name)
+    if size is None or not SMALLEST_BPE <= size <= LARGEST_BPE:
+        legal = f"bpe:{SMALLEST_BPE} (256 bytes and the end of a document) to bpe:{LARGEST_BPE}"
+        yield Finding(("data.tokenizer",), f"data.tokenizer = {json.dumps(name)}: legal: {legal}")

@@ -1,0 +1,116 @@
+"""The network that a recipe describes, in Hugging Face's names, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import RecipeError
+from trainer.model.families import FAMILIES, TransformerConfig, read_config
+from trainer.recipe.layers import read_file
+from trainer.recipe.names import exists, tokenizer_vocab_size
+from trainer.recipe.places import printable, shown
+from trainer.sections import Finding, Recipe
+
+
+def read_network(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """The network in Hugging Face's names, as far as it is known without the hub, and what is wrong with it."""
+    model = recipe.model
+    if model.from_pretrained is None:
+        return _from_config(recipe)
+    findings: list[Finding] = []
+    config, family = _pretrained_config(model.from_pretrained, findings)
+    if family is not None and model.family not in (None, family):
+        message = f"model.family = {json.dumps(model.family)}, but model.from_pretrained holds a {family}: remove model.family"
+        findings.append(Finding(("model.family", "model.from_pretrained"), message))
+    for candidate in FAMILIES.values():
+        if candidate.name == (family or model.family):
+            findings.extend(_override_findings(model.config, candidate.overridable))
+    if config is None or findings:
+        return None, findings
+    merged = {**config, **model.config}
+    _, wrong = translate(str(family), merged, tokenizer_vocab_size(recipe.data.tokenizer))
+    place = Path(model.from_pretrained) / "config.json"
+    findings += [Finding(("model.from_pretrained", *_config_keys(f)), f"{place}: {f.message}") for f in wrong]
+    findings += _position_findings(recipe, str(family), merged)
+    return merged, findings
+
+
+def _from_config(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
+    model = recipe.model
+    if model.family is None:
+        legal = f"model.family ({', '.join(FAMILIES)}) with model.config, or model.from_pretrained"
+        return None, [Finding(("model.family", "model.from_pretrained", "model"), f"no model: give {legal}")]
+    findings = [
+        Finding((f"model.config.{key}",), f"model.config.{key}: number formats have one owner: write precision.dtype")
+        for key in ("dtype", "torch_dtype")
+        if key in model.config
+    ]
+    _, wrong = translate(model.family, model.config, tokenizer_vocab_size(recipe.data.tokenizer))
+    for finding in wrong:
+        section = "model.config" if model.family in FAMILIES else "model.family"
+        findings.append(Finding((*_config_keys(finding), "model.family"), f"{section}: {finding.message}"))
+    findings += _position_findings(recipe, model.family, model.config)
+    return dict(model.config), findings
+
+
+def translate(
+    family: str, hf_config: Mapping[str, Any], vocab_size: int | None
+) -> tuple[TransformerConfig | None, list[Finding]]:
+    """The network with the tokenizer's number of symbols where the config gives none."""
+    if vocab_size is not None:
+        hf_config = {"vocab_size": vocab_size, **hf_config}
+    config, findings = read_config(family, hf_config)
+    if config is not None and vocab_size is not None and config.vocab_size < vocab_size:
+        message = (
+            f"vocab_size = {config.vocab_size} is less than the tokenizer's {vocab_size} symbols; legal: {vocab_size} or more"
+        )
+        findings.append(Finding(("vocab_size",), message))
+    return config, findings
+
+
+def _config_keys(finding: Finding) -> tuple[str, ...]:
+    return tuple(f"model.config.{printable(key)}" for key in finding.keys)
+
+
+def _position_findings(recipe: Recipe, family: str, hf_config: Mapping[str, Any]) -> Iterator[Finding]:
+    config, _ = read_config(family, hf_config)
+    if config is None or config.max_positions >= recipe.data.seq_len:
+        return
+    name = next(name for name, rule in FAMILIES[family].keys.items() if "max_positions" in rule.fields)
+    yield Finding(
+        (f"model.config.{name}", "data.seq_len", "model.from_pretrained"),
+        f"model.config.{name} = {config.max_positions} is less than data.seq_len = {recipe.data.seq_len}; legal: "
+        f"model.config.{name} of at least {recipe.data.seq_len}, or data.seq_len of at most {config.max_positions}",
+    )
+
+
+def _override_findings(config: Mapping[str, Any], overridable: Collection[str]) -> Iterator[Finding]:
+    for key in config:
+        if key not in overridable:
+            legal = ", ".join(sorted(overridable))
+            yield Finding(
+                (f"model.config.{printable(key)}", "model.from_pretrained"),
+                f"model.config.{printable(key)} is fixed by the weights of model.from_pretrained; legal here: {legal}",
+            )
+
+
+def _pretrained_config(name: str, findings: list[Finding]) -> tuple[dict[str, Any] | None, str | None]:
+    """config.json of a folder and its family; (None, None) for a hub name."""
+    if not exists(name):
+        return None, None
+    folder = Path(name).expanduser()
+    keys = ("model.from_pretrained",)
+    try:
+        config = read_file(folder / "config.json", []).value
+    except RecipeError as error:
+        findings.extend(Finding(keys, f"model.from_pretrained: {line}") for line in error.lines)
+        return None, None
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        message = f"{folder / 'config.json'}: model_type = {shown(family)} is not a supported family; legal: "
+        findings.append(Finding(keys, message + ", ".join(FAMILIES)))
+        return None, None
+    return config, str(family)

@@ -1,0 +1,67 @@
+"""Where a value was written, and how a message names the place, the key and the value."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, order=True)
+class Mark:
+    """Where a value was written; sorts in the order in which the user reads."""
+
+    layer: int
+    line: int
+    column: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.line}:{self.column}" if self.line else self.name
+
+    @property
+    def origin(self) -> str:
+        return f"file {self.name}" if self.line else "--set"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and where."""
+
+    mark: Mark
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.mark}: {self.message}"
+
+
+def first_mark(keys: Sequence[str], marks: Mapping[str, Mark]) -> Mark:
+    """Where the first written one of these keys stands."""
+    return next(marks[key] for key in (*keys, "") if key in marks)
+
+
+def dotted(path: KeyPath) -> str:
+    """As a user writes it after --set: data.sources[0].path."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{printable(part)}" for part in path]
+    return "".join(parts).removeprefix(".")
+
+
+def printable(key: str) -> str:
+    """A key as it is, or quoted where it holds what could be taken for something else, or steer a terminal."""
+    return key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key)
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, cut to fit into a line."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def kind(value: Any) -> str:
+    """The JSON type of a value, in words."""
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "null")

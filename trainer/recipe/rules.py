@@ -1,0 +1,70 @@
+"""Keys together: combinations that cannot work, and keys that nothing would read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from trainer.deepspeed_config import zero_findings
+from trainer.schedule import schedule_findings
+from trainer.sections import Finding, Recipe
+
+# Which update rules read which key.
+OPTIMIZER_KEYS = {"betas": ("adamw", "adam", "lion"), "eps": ("adamw", "adam"), "momentum": ("sgd",)}
+# Axes that are in the recipe's format but not yet in the engine.
+SINGLE_DEGREE = ("parallel.tensor", "parallel.pipeline", "parallel.context")
+
+
+def section_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
+    """Combinations that cannot work, and keys that nothing would read; `given` holds the dotted keys that were written."""
+    yield from zero_findings(recipe)
+    yield from schedule_findings(recipe.schedule, recipe.train, given)
+    yield from _parallel_findings(recipe)
+    yield from _precision_findings(recipe, given)
+    yield from _optimizer_findings(recipe, given)
+    yield from _evaluation_findings(recipe, given)
+
+
+def _parallel_findings(recipe: Recipe) -> Iterator[Finding]:
+    for key in SINGLE_DEGREE:
+        degree = getattr(recipe.parallel, key.rpartition(".")[2])
+        if degree > 1:
+            yield Finding((key,), f"{key} = {degree}: this version trains with data parallelism and ZeRO; legal: 1")
+
+
+def _precision_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
+    scale_keys = sorted(key for key in given if key.startswith("precision.loss_scale."))
+    if recipe.precision.dtype != "fp16":
+        for key in scale_keys:
+            yield Finding(
+                (key, "precision.dtype"),
+                f'{key} is used only with precision.dtype "fp16", not "{recipe.precision.dtype}": remove it',
+            )
+    elif recipe.precision.loss_scale.static is not None:
+        for key in scale_keys:
+            if key != "precision.loss_scale.static":
+                message = f"{key} is for dynamic scaling, but precision.loss_scale.static is given: remove one of them"
+                yield Finding((key, "precision.loss_scale.static"), message)
+
+
+def _optimizer_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
+    for key, users in OPTIMIZER_KEYS.items():
+        if f"optimizer.{key}" in given and recipe.optimizer.name not in users:
+            yield Finding(
+                (f"optimizer.{key}", "optimizer.name"),
+                f"optimizer.{key} is used by {', '.join(users)}, not by {recipe.optimizer.name}: remove it",
+            )
+
+
+def _evaluation_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
+    data = recipe.data
+    if recipe.train.eval_every and not data.eval_fraction and not data.eval_sources:
+        yield Finding(
+            ("train.eval_every", "data.eval_fraction", "data.eval_sources"),
+            f"train.eval_every = {recipe.train.eval_every} needs held-out documents: set data.eval_fraction above 0, or "
+            "data.eval_sources; or train.eval_every 0",
+        )
+    if data.eval_sources and "data.eval_fraction" in given and data.eval_fraction:
+        yield Finding(
+            ("data.eval_fraction", "data.eval_sources"),
+            "data.eval_fraction holds out documents of data.sources, but data.eval_sources is given: remove one of them",
+        )
