@@ -381,7 +381,7 @@ def command_line(arguments: Sequence[str], description: str | None, full: Shape,
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON line per figure")
     parser.add_argument("--dtypes", nargs="+", choices=list(TOLERANCE), default=list(TOLERANCE), help="formats to measure")
     parser.add_argument(
-        "--repeats", type=positive, default=3 if is_quick else 9, help="paired repeats [steps]; default %(default)s"
+        "--repeats", type=positive, default=3 if is_quick else 7, help="paired repeats [steps]; default %(default)s"
     )
     for item in fields(Shape):
         default = getattr(quick if is_quick else full, item.name)
@@ -401,11 +401,11 @@ def shape_of(options: argparse.Namespace) -> Shape:
     return Shape(**{item.name: getattr(options, item.name) for item in fields(Shape)})
 
 
-def write_json(path: Path | None, bench: str, shape: Shape, figures: Sequence[Any]) -> None:
+def write_json(path: Path | None, bench: str, work: Any, figures: Sequence[Any]) -> None:
     if path is None:
         return
     where = {"torch": torch.__version__, "threads": torch.get_num_threads(), "time": time.time()}
-    lines = [json.dumps({"bench": bench, **asdict(figure), **asdict(shape), **where}) for figure in figures]
+    lines = [json.dumps({"bench": bench, **asdict(figure), **asdict(work), **where}) for figure in figures]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

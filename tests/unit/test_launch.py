@@ -1,11 +1,13 @@
+import socket
+
 import pytest
 import torch.distributed as dist
 
 from parallel.mesh import Mesh
 from parallel.topology import Layout
 from tests.spawn import spawn
-from trainer.errors import DataError, RecipeError
-from trainer.launch import PeerFailed, Place, together
+from trainer.errors import DataError, RecipeError, UserError
+from trainer.launch import PeerFailed, Place, free_port, together
 
 TORCHRUN = {
     "RANK": "3",
@@ -76,3 +78,53 @@ def test_a_failure_on_one_rank_ends_the_part_everywhere_and_is_said_once() -> No
     names = [name for name, _, _ in spawn(fail_on, Layout(dp=3), [1, 2])]
     assert names == ["PeerFailed", "DataError", "PeerFailed"], "the first speaks for all"
     assert spawn(fail_on, Layout(dp=2), []) == [("nothing", 0, [])] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"RANK": "-1"}, "RANK=-1 is outside WORLD_SIZE=4"),
+        ({"WORLD_SIZE": "0"}, "RANK=3 is outside WORLD_SIZE=0"),
+        ({"WORLD_SIZE": "4.0"}, "WORLD_SIZE='4.0' is not a whole number"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x' is not a whole number"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 and LOCAL_WORLD_SIZE=2 do not fit WORLD_SIZE=4"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 and LOCAL_WORLD_SIZE=2 do not fit WORLD_SIZE=4"),
+        ({"LOCAL_WORLD_SIZE": "5"}, "LOCAL_RANK=1 and LOCAL_WORLD_SIZE=5 do not fit WORLD_SIZE=4"),
+        ({"LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE='two' is not a whole number"),
+        ({"LOCAL_WORLD_SIZE": "", "LOCAL_SIZE": "two"}, "LOCAL_SIZE='two' is not a whole number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a whole number"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 is no port"),
+        ({"MASTER_ADDR": ""}, "RANK is set but MASTER_ADDR is not"),
+    ],
+)
+def test_every_variable_is_checked(change: dict[str, str], says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Place.from_environment({**TORCHRUN, **change})
+    assert len(caught.value.lines) == 1
+    assert says in caught.value.lines[0]
+    assert caught.value.exit_code == 78
+
+
+def test_without_a_local_size_all_ranks_are_on_this_node() -> None:
+    environment = {key: value for key, value in TORCHRUN.items() if key != "LOCAL_WORLD_SIZE"}
+    assert Place.from_environment(environment).local_world_size == 4
+
+
+def test_a_free_port_can_be_bound() -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", free_port()))
+
+
+def fail_with(mesh: Mesh, kinds: list[type[UserError]]) -> int:
+    try:
+        with together():
+            raise kinds[mesh.rank]("x")
+    except UserError as error:
+        return error.exit_code
+
+
+def test_all_ranks_end_with_the_code_of_the_first_failure() -> None:
+    """The launcher reports one of the ranks, no matter which."""
+    assert spawn(fail_with, Layout(dp=2), [RecipeError, DataError]) == [78, 78]
+    assert spawn(fail_with, Layout(dp=2), [DataError, RecipeError]) == [65, 65]

@@ -1,60 +1,75 @@
+"""The loss scale against an independent reference, over thousands of random runs."""
+
+from __future__ import annotations
+
 import random
 
 import pytest
 
 from trainer.loss_scale import LossScaler
-from trainer.sections import LossScale, Precision
+from trainer.sections import Precision
 
 
-def reference(overflows: list[bool], scale: float, window: int, hysteresis: int, minimum: float) -> list[float]:
-    """The rule, said in another way: look back over the whole history at every step."""
-    scales = []
-    tolerated, since = hysteresis - 1, 0
-    for overflow in overflows:
-        since = 0 if overflow else since + 1
-        if overflow and tolerated > 0:
-            tolerated -= 1
-        elif overflow:
-            scale = scale / 2 if scale / 2 > minimum else minimum
-        elif since % window == 0:
-            scale, tolerated, since = scale * 2, hysteresis - 1, 0
+def reference(start: float, window: int, hysteresis: int, minimum: float, overflows: list[bool]) -> list[float]:
+    """The scale after each step, by looking back at the whole history instead of keeping counters.
+
+    A run of good steps restarts after an overflow and after each doubling. Overflows since the last doubling (or since
+    the start) are tolerated up to hysteresis - 1; every further one halves.
+    """
+    scales, scale = [], start
+    doubled_at = -1
+    for now, overflow in enumerate(overflows):
+        since_doubling = overflows[doubled_at + 1 : now + 1]
+        if overflow:
+            if sum(since_doubling) >= hysteresis:
+                scale = max(minimum, scale / 2)
+        else:
+            good = 0
+            for earlier in reversed(since_doubling):
+                if earlier:
+                    break
+                good += 1
+            if good == window:
+                scale, doubled_at = scale * 2, now
         scales.append(scale)
     return scales
 
 
-def test_it_follows_the_rule_over_random_histories() -> None:
+def test_equals_the_reference_on_random_runs() -> None:
     stream = random.Random(0)
-    for _ in range(500):
-        initial, window, hysteresis = 2.0 ** stream.randint(0, 16), stream.randint(1, 9), stream.randint(1, 4)
-        minimum = float(stream.choice([1, 4]))
-        overflows = [stream.random() < stream.choice([0.02, 0.3, 0.8]) for _ in range(60)]
-        scaler = LossScaler(initial, window, hysteresis, minimum)
-        got = []
+    halved = doubled = floored = 0
+    for _ in range(5000):
+        start, minimum = 2.0 ** stream.randint(2, 16), 2.0 ** stream.randint(-2, 2)
+        window, hysteresis = stream.randint(1, 6), stream.randint(1, 4)
+        chance = stream.choice([0.02, 0.2, 0.5, 0.9])
+        overflows = [stream.random() < chance for _ in range(stream.randint(1, 60))]
+        scaler, got = LossScaler(start, window, hysteresis, minimum), []
         for overflow in overflows:
             scaler.update(overflow=overflow)
             got.append(scaler.scale)
-        assert got == reference(overflows, initial, window, hysteresis, minimum), (initial, window, hysteresis)
+        expected = reference(start, window, hysteresis, minimum, overflows)
+        assert got == expected, (start, window, hysteresis, minimum, overflows)
+        assert min(got) >= minimum
+        halved += any(b < a for a, b in zip([start, *got], got, strict=False))
+        doubled += any(b > a for a, b in zip([start, *got], got, strict=False))
+        floored += minimum in got
+    assert min(halved, doubled, floored) > 500, "the random runs must reach every branch"
 
 
-def test_it_never_falls_below_the_minimum() -> None:
-    scaler = LossScaler(8.0, window=10, hysteresis=1, minimum=4.0)
-    for _ in range(5):
-        scaler.update(overflow=True)
-    assert scaler.scale == 4.0
+def test_of_a_recipe() -> None:
+    dynamic = Precision.model_validate(
+        {"dtype": "fp16", "loss_scale": {"initial_power": 5, "window": 7, "hysteresis": 3, "minimum": 2}}
+    )
+    assert LossScaler.from_recipe(dynamic) == LossScaler(32.0, 7, 3, 2.0)
+    static = Precision.model_validate({"dtype": "fp16", "loss_scale": {"static": 128.0}})
+    assert LossScaler.from_recipe(static) == LossScaler(128.0)
+    assert LossScaler.from_recipe(Precision(dtype="bf16")) == LossScaler(1.0)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_other_formats_are_not_scaled(dtype: str) -> None:
-    scaler = LossScaler.from_recipe(Precision(dtype=dtype))
-    for overflow in (True, False, False):
+@pytest.mark.parametrize("precision", [{"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp16", "loss_scale": {"static": 64.0}}])
+def test_a_fixed_scale_never_changes(precision: dict[str, object]) -> None:
+    scaler = LossScaler.from_recipe(Precision.model_validate(precision))
+    before = scaler.scale
+    for overflow in (True, False, True, True, *[False] * 5000):
         scaler.update(overflow=overflow)
-        assert scaler.scale == 1.0
-
-
-def test_the_recipe_s_keys_reach_it() -> None:
-    keys = LossScale(initial_power=3, window=5, hysteresis=4, minimum=2)
-    assert LossScaler.from_recipe(Precision(dtype="fp16", loss_scale=keys)) == LossScaler(8.0, 5, 4, 2)
-    static = LossScaler.from_recipe(Precision(dtype="fp16", loss_scale=LossScale(static=128.0)))
-    for overflow in (True, True, False):
-        static.update(overflow=overflow)
-        assert static.scale == 128.0
+        assert scaler.scale == before

@@ -1,8 +1,15 @@
+from pathlib import Path
+
 import pytest
 import torch
+from deepspeed.git_version_info import installed_ops
 from torch import nn
+from torch.utils.cpp_extension import get_default_build_root
 
 from parallel.params import Init, Role, ShardSpec, whole
+from trainer.errors import RecipeError
+from trainer.model.families import FAMILIES, translate
+from trainer.model.transformer import logical_specs
 from trainer.optimizers import make_optimizer
 from trainer.sections import Optimizer, Recipe
 
@@ -18,7 +25,7 @@ def recipe(**optimizer: object) -> Recipe:
     return Recipe(optimizer=Optimizer(lr=0.1, weight_decay=0.5, **optimizer))
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adafactor"])
 def test_only_matrices_decay(name: str) -> None:
     """With a gradient of zero whatever moves is decay."""
     params = parameters()
@@ -29,6 +36,62 @@ def test_only_matrices_decay(name: str) -> None:
     for parameter, spec in params:
         moved = not torch.equal(parameter, torch.ones_like(parameter))
         assert moved == (spec.role is Role.MATRIX), spec.role
+        assert (parameter <= 1).all(), "decay leads to zero"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_roles_of_a_real_model(family: str) -> None:
+    """Exactly the weights of linear layers and an untied head decay; a tied head is an embedding."""
+    for tied in (True, False):
+        config = translate(family, {"tie_word_embeddings": tied})
+        decaying = {p.name for spec in logical_specs(config) if spec.role is Role.MATRIX for p in spec.pieces}
+        others = {p.name for spec in logical_specs(config) if spec.role is not Role.MATRIX for p in spec.pieces}
+        linear = ("proj.weight", "c_attn.weight", "c_fc.weight", "lm_head.weight")
+        assert decaying == {name for name in decaying | others if name.endswith(linear)}
+        assert ("lm_head.weight" in decaying) == (not tied)
+        assert not decaying & others
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adafactor"])
+def test_every_rule_goes_down_a_slope(name: str) -> None:
+    params = parameters()
+    optimizer = make_optimizer(recipe(name=name), params, CPU)
+    for _ in range(3):
+        for parameter, _ in params:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert all((parameter < 1).all() for parameter, _ in params)
+
+
+def test_a_model_without_matrices_or_without_others_has_one_group() -> None:
+    matrix, embedding, *_ = parameters()
+    for some in ([matrix], [embedding]):
+        assert len(make_optimizer(recipe(name="adamw"), some, CPU).param_groups) == 1
+
+
+def test_lion_decays_only_matrices_too() -> None:
+    if not installed_ops.get("cpu_lion") and not list(Path(get_default_build_root()).glob("**/cpu_lion/cpu_lion.so")):
+        pytest.skip("DeepSpeed's cpu_lion is not built here, and compiling it takes minutes")
+    params = parameters()
+    optimizer = make_optimizer(recipe(name="lion"), params, CPU)
+    for parameter, _ in params:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter, spec in params:
+        assert torch.equal(parameter, torch.ones_like(parameter)) == (spec.role is not Role.MATRIX)
+
+
+def test_lion_without_a_compiler_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(parameters: object) -> None:
+        raise RuntimeError("c++ not found\nand forty more lines")
+
+    monkeypatch.setattr("deepspeed.ops.lion.DeepSpeedCPULion", no_compiler)
+    with pytest.raises(RecipeError) as caught:
+        make_optimizer(recipe(name="lion"), parameters(), CPU)
+    assert caught.value.lines == [
+        "optimizer.name = lion needs DeepSpeed's DeepSpeedCPULion, which could not be compiled here (c++ not found): "
+        "install a C++ compiler (and nvcc for GPUs), or use adamw"
+    ]
 
 
 def test_the_recipe_s_numbers_reach_the_update_rule() -> None:
@@ -36,8 +99,3 @@ def test_the_recipe_s_numbers_reach_the_update_rule() -> None:
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.1, (0.8, 0.9), 1e-6, 0.5)
     assert make_optimizer(recipe(name="sgd", momentum=0.9), parameters(), CPU).param_groups[0]["momentum"] == 0.9
     assert isinstance(make_optimizer(recipe(name="adafactor"), parameters(), CPU), torch.optim.Adafactor)
-
-
-def test_adafactor_decays_only_matrices_too() -> None:
-    decays = [group["weight_decay"] for group in make_optimizer(recipe(name="adafactor"), parameters(), CPU).param_groups]
-    assert decays == [0.5, 0.0]

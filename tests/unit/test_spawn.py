@@ -83,3 +83,25 @@ def test_a_rank_that_hangs_is_reported_with_its_stack_and_ended(tmp_path) -> Non
 def test_a_rank_that_dies_is_reported() -> None:
     with pytest.raises(RanksFailed, match="died without a word"):
         spawn(die, Layout(dp=1))
+
+
+def unpicklable(mesh: Mesh) -> object:
+    return lambda: mesh
+
+
+def fail_beside_a_waiting_rank(mesh: Mesh) -> None:
+    if mesh.rank == 0:
+        raise ValueError("rank 0 says why")
+    dist.barrier()
+
+
+def test_a_result_that_cannot_be_sent_is_a_failure() -> None:
+    with pytest.raises(RanksFailed, match=r"(?s)--- rank 0\n.*pickle"):
+        spawn(unpicklable, Layout(dp=1))
+
+
+def test_a_rank_that_waits_for_a_failed_one_does_not_sit_out_its_timeout() -> None:
+    started = time.monotonic()
+    with pytest.raises(RanksFailed, match="rank 0 says why"):
+        spawn(fail_beside_a_waiting_rank, Layout(dp=2), timeout_s=60.0)
+    assert time.monotonic() - started < 20

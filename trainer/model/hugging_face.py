@@ -121,7 +121,7 @@ class PretrainedWeights:
             raise DataError(f"{index}: no valid weight_map ({error}): fetch the folder again") from error
         listing: dict[str, list[str]] = {}
         for name, file in entries.items():
-            if not isinstance(file, str) or Path(file).name != file or file == "..":
+            if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
                 raise DataError(f"{index}: tensor {name} points outside the folder ({file!r}): do not use this folder")
             listing.setdefault(file, []).append(name)
         return listing

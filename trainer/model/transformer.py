@@ -178,9 +178,11 @@ class Stage(nn.Module):
         self.config = config
         self.dtype = dtype
         self.recompute = recompute
-        self.embedding: Embedding | None = None
+        self.embedding: Embedding | None
+        self.head: Head | None
+        self.register_module("embedding", None)  # so that parameters are listed in the order of the model
         self.layers = nn.ModuleDict()
-        self.head: Head | None = None
+        self.register_module("head", None)
         for block in blocks:
             with torch.device("meta"):
                 built = self._build(block, group)

@@ -1,0 +1,383 @@
+"""The borders of the tree, read from the sources: who imports whom, what nobody may call, what must stay small.
+
+Each rule is a function from one file to its violations; each is also fed a file that breaks it.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OURS = ("parallel", "trainer", "tools", "tests")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One Python file; `path` is relative to the root, with forward slashes."""
+
+    path: str
+    text: str
+
+    @property
+    def package(self) -> str:
+        return self.path.split("/")[0]
+
+    @property
+    def module(self) -> str:
+        return self.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+    @property
+    def tree(self) -> ast.Module:
+        return _parse(self.text)
+
+
+@cache
+def _parse(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str
+    line: int
+    at_start: bool  # executed when the importing module is imported
+
+    @property
+    def package(self) -> str:
+        return self.module.split(".")[0]
+
+
+@cache
+def imports(source: Source) -> list[Import]:
+    """Everything that the file imports, wherever it stands in it; `from a import b` may import module a or a.b."""
+    return list(_imports(source, source.tree, at_start=True))
+
+
+def _imports(source: Source, node: ast.AST, *, at_start: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        inside = at_start and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            inside = False
+        for name in _imported_names(source, child):
+            yield Import(name, child.lineno, inside)
+        yield from _imports(source, child, at_start=inside)
+
+
+def _imported_names(source: Source, node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            parents = source.module.split(".")[: -node.level]
+            base = ".".join([*parents, base] if base else parents)
+        return [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    if isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] in ("import_module", "__import__"):
+        name = node.args[0] if node.args else None
+        return [name.value] if isinstance(name, ast.Constant) and isinstance(name.value, str) else ["(a computed name)"]
+    return []
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of a name or attribute; "" for other expressions."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return ""
+
+
+def calls(source: Source) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(source.tree) if isinstance(node, ast.Call))
+
+
+@cache
+def sources() -> dict[str, Source]:
+    """All our files, by module name."""
+    paths = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
+    found = [Source(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
+    assert len(found) > 60, "the sources were not found"
+    return {source.module: source for source in found}
+
+
+# ------------------------------------------------------------------------------------------------------------ the rules
+
+# Whom a package may import besides itself and, for `parallel`, the standard library and torch.
+MAY_IMPORT = {"parallel": (), "trainer": ("parallel",), "tools": ("trainer", "parallel"), "tests": OURS}
+
+
+def one_way(source: Source) -> list[str]:
+    """tools → trainer → parallel → torch."""
+    wrong = []
+    for found in imports(source):
+        if found.package in OURS and found.package not in (source.package, *MAY_IMPORT[source.package]):
+            wrong.append(f"{source.path}:{found.line} imports {found.module}: imports go tools → trainer → parallel")
+        elif source.package == "parallel" and found.package not in ("parallel", "torch", *sys.stdlib_module_names):
+            wrong.append(f"{source.path}:{found.line} imports {found.module}: parallel needs nothing but torch")
+    return wrong
+
+
+# The only files that may import a library, and whether they must wait until it is needed.
+OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
+    # optimizers.py takes DeepSpeed's Lion through importlib; threaded_io.py replaces its async_io.
+    "deepspeed": (False, ("trainer/engine.py", "trainer/threaded_io.py", "trainer/optimizers.py")),
+    "wandb": (True, ("trainer/track/wandb.py",)),
+    "datasets": (True, ("trainer/data/sources.py",)),
+    "tensorboard": (True, ("trainer/track/tensorboard.py",)),
+    "matplotlib": (False, ("trainer/track/plots.py",)),
+    "transformers": (True, ("trainer/data/tokenizer.py", "trainer/generate.py")),
+    "huggingface_hub": (True, ("trainer/model/hugging_face.py",)),
+}
+
+
+def owned_libraries(source: Source) -> list[str]:
+    """A library has one place, so that its change of mind has one place."""
+    wrong = []
+    for found in imports(source):
+        if found.package == "(a computed name)":
+            wrong.append(f"{source.path}:{found.line} imports a computed name: nobody can see what it is")
+        if found.package not in OWNERS:
+            continue
+        lazy, files = OWNERS[found.package]
+        if source.path not in files:
+            wrong.append(f"{source.path}:{found.line} imports {found.module}: only {', '.join(files)} may")
+        elif lazy and found.at_start:
+            wrong.append(f"{source.path}:{found.line} imports {found.module} at start: import it where it is used")
+    return wrong
+
+
+WITHOUT_TORCH = {
+    "parallel.topology",
+    "trainer.batching",
+    "trainer.cli",
+    "trainer.deepspeed_config",
+    "trainer.errors",
+    "trainer.flops",
+    "trainer.model.families",
+    "trainer.recipe",
+    "trainer.schedule",
+    "trainer.sections",
+}
+
+
+def must_do_without_torch(source: Source) -> bool:
+    in_data = source.path.startswith("trainer/data/") and source.path != "trainer/data/loader.py"
+    return in_data or not WITHOUT_TORCH.isdisjoint(_with_parents(source.module))
+
+
+def torch_at_start(source: Source) -> list[str]:
+    """`check` answers in a fraction of a second, and tokenizing processes stay small: torch alone takes seconds."""
+    if not must_do_without_torch(source):
+        return []
+    route = _route_to_torch(source)
+    return [f"{source.path} imports torch at start: {' → '.join(route)}"] if route else []
+
+
+def _route_to_torch(source: Source) -> list[str]:
+    """The shortest chain of modules that are imported with this one and end in torch; [] when there is none."""
+    seen, routes = {source.module}, deque([([source.module], source)])
+    while routes:
+        route, last = routes.popleft()
+        for found in imports(last):
+            if not found.at_start:
+                continue
+            if found.package in ("torch", "deepspeed"):
+                return [*route, found.module]
+            for module in _with_parents(found.module):
+                if module in sources() and module not in seen:
+                    seen.add(module)
+                    routes.append(([*route, module], sources()[module]))
+    return []
+
+
+def _with_parents(module: str) -> list[str]:
+    """Importing a.b.c runs a, a.b and a.b.c."""
+    parts = module.split(".")
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]
+
+
+PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+BANNED_NAMES = {"eval", "exec", "execfile"}
+BANNED_CALLS = {
+    *("torch.load", "torch.save", "np.load", "np.save", "numpy.load", "numpy.save"),  # pickle inside
+    *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
+    *("yaml.load", "yaml.unsafe_load", "yaml.full_load"),
+}
+BANNED_KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}
+# torch's collectives of Python objects pickle them.
+BANNED_COLLECTIVES = {
+    "broadcast_object_list",
+    "gather_object",
+    "all_gather_object",
+    "scatter_object_list",
+    "send_object_list",
+    "recv_object_list",
+}
+
+
+def nothing_executes_data(source: Source) -> list[str]:
+    """Data is JSON, safetensors or raw arrays: nothing that can run when it is read. Tests may build a bomb."""
+    if source.package == "tests":
+        return []
+    wrong = [f"{source.path}:{i.line} imports {i.module}: no pickle" for i in imports(source) if i.package in PICKLERS]
+    for call in calls(source):
+        name = dotted(call.func)
+        last = name.split(".")[-1]
+        if name in BANNED_NAMES | BANNED_CALLS or last in BANNED_COLLECTIVES:
+            wrong.append(f"{source.path}:{call.lineno} calls {name}")
+        for keyword in call.keywords:
+            is_false = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+            if keyword.arg in BANNED_KEYWORDS and not is_false:
+                wrong.append(f"{source.path}:{call.lineno} calls {name} with {keyword.arg}={ast.unparse(keyword.value)}")
+    for found in imports(source):
+        if found.module in BANNED_CALLS or found.module.split(".")[-1] in BANNED_COLLECTIVES:
+            wrong.append(f"{source.path}:{found.line} imports {found.module}")
+    return wrong
+
+
+def no_print(source: Source) -> list[str]:
+    """Ranks would write over each other's lines; what a user sees goes through the tracker or the command line."""
+    if source.package not in ("trainer", "parallel"):
+        return []
+    return [f"{source.path}:{call.lineno} prints" for call in calls(source) if dotted(call.func) == "print"]
+
+
+# A page or two each. When one is outgrown, extract a collaborator; do not raise the number in passing.
+LINE_BUDGETS = {"parallel/topology.py": 120, "parallel/mesh.py": 95, "trainer/loop.py": 125, "trainer/engine.py": 350}
+
+
+def line_budget(source: Source) -> list[str]:
+    lines, budget = source.text.count("\n"), LINE_BUDGETS.get(source.path, sys.maxsize)
+    return [f"{source.path} has {lines} lines, its budget is {budget}: extract a collaborator"] if lines > budget else []
+
+
+def no_module_level_groups(source: Source) -> list[str]:
+    """Groups are arguments: no default group, no `global`."""
+    if source.package not in ("trainer", "parallel"):
+        return []
+    return [f"{source.path}:{node.lineno} has global state" for node in ast.walk(source.tree) if isinstance(node, ast.Global)]
+
+
+Rule = Callable[[Source], list[str]]
+RULES: tuple[Rule, ...] = (
+    one_way,
+    owned_libraries,
+    torch_at_start,
+    nothing_executes_data,
+    no_print,
+    line_budget,
+    no_module_level_groups,
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_tree_keeps(rule: Rule) -> None:
+    package_owned = [source for source in sources().values() if source.package != "tests" or rule is one_way]
+    if rule is owned_libraries:  # benchmarks compare with other libraries' own loops
+        package_owned = [source for source in package_owned if source.package != "tools"]
+    assert [line for source in package_owned for line in rule(source)] == []
+
+
+BAD: list[tuple[Rule, str, str]] = [
+    (one_way, "parallel/mesh.py", "import trainer.errors"),
+    (one_way, "parallel/mesh.py", "from trainer import errors"),
+    (one_way, "parallel/mesh.py", "import numpy"),
+    (one_way, "parallel/mesh.py", "def f():\n    import deepspeed"),
+    (one_way, "parallel/mesh.py", "from ..trainer import loop"),
+    (one_way, "trainer/loop.py", "from tests.spawn import spawn"),
+    (one_way, "trainer/loop.py", "import tools.bench"),
+    (one_way, "tools/bench.py", "import tests"),
+    (owned_libraries, "trainer/loop.py", "import deepspeed"),
+    (owned_libraries, "trainer/loop.py", "def f():\n    from deepspeed.ops import adam"),
+    (owned_libraries, "trainer/loop.py", "import importlib\nimportlib.import_module('deepspeed.ops')"),
+    (owned_libraries, "trainer/loop.py", "__import__('wandb')"),
+    (owned_libraries, "trainer/loop.py", "import importlib\nimportlib.import_module('wan' + 'db')"),
+    (owned_libraries, "trainer/track/jsonl.py", "import wandb"),
+    (owned_libraries, "trainer/track/wandb.py", "import wandb"),
+    (owned_libraries, "trainer/track/wandb.py", "class A:\n    import wandb"),
+    (owned_libraries, "trainer/data/build.py", "def f():\n    import datasets"),
+    (owned_libraries, "trainer/data/sources.py", "import datasets"),
+    (owned_libraries, "trainer/track/report.py", "from matplotlib import pyplot"),
+    (owned_libraries, "trainer/track/tracker.py", "def f():\n    import tensorboard"),
+    (owned_libraries, "trainer/model/hugging_face.py", "def f():\n    import transformers"),
+    (owned_libraries, "trainer/generate.py", "try:\n    import transformers\nexcept ImportError:\n    pass"),
+    (torch_at_start, "trainer/recipe/door.py", "import torch"),
+    (torch_at_start, "trainer/cli.py", "from torch import nn"),
+    (torch_at_start, "trainer/cli.py", "from trainer.engine import Engine"),
+    (torch_at_start, "trainer/sections.py", "from parallel import mesh"),
+    (torch_at_start, "trainer/flops.py", "from trainer.data.loader import MicroBatch"),
+    (torch_at_start, "trainer/data/store.py", "import torch"),
+    (torch_at_start, "trainer/data/new.py", "from trainer.generate import sample"),
+    (torch_at_start, "parallel/topology.py", "if True:\n    import torch.distributed"),
+    (nothing_executes_data, "trainer/loop.py", "import pickle"),
+    (nothing_executes_data, "trainer/loop.py", "def f():\n    from dill import loads"),
+    (nothing_executes_data, "trainer/loop.py", "torch.load('x')"),
+    (nothing_executes_data, "trainer/loop.py", "from torch import load"),
+    (nothing_executes_data, "parallel/mesh.py", "eval('1')"),
+    (nothing_executes_data, "parallel/mesh.py", "exec('1')"),
+    (nothing_executes_data, "tools/bench.py", "os.system('ls')"),
+    (nothing_executes_data, "tools/bench.py", "subprocess.run('ls', shell=True)"),
+    (nothing_executes_data, "tools/bench.py", "subprocess.run('ls', shell=flag)"),
+    (nothing_executes_data, "trainer/loop.py", "load(name, trust_remote_code=True)"),
+    (nothing_executes_data, "trainer/loop.py", "yaml.load(text)"),
+    (nothing_executes_data, "trainer/loop.py", "np.load(path)"),
+    (nothing_executes_data, "trainer/loop.py", "dist.broadcast_object_list([1])"),
+    (nothing_executes_data, "trainer/loop.py", "torch.distributed.gather_object(1)"),
+    (nothing_executes_data, "trainer/loop.py", "from torch.distributed import all_gather_object"),
+    (no_print, "trainer/loop.py", "def f():\n    print('x')"),
+    (no_print, "parallel/mesh.py", "print('x')"),
+    (line_budget, "parallel/mesh.py", "x = 1\n" * 96),
+    (line_budget, "trainer/engine.py", "x = 1\n" * 351),
+    (no_module_level_groups, "parallel/mesh.py", "def f():\n    global GROUP\n    GROUP = 1"),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "text"), BAD)
+def test_a_rule_can_fail(rule: Rule, path: str, text: str) -> None:
+    violations = rule(Source(path, text))
+    assert violations
+    assert all(line.startswith(path) for line in violations)
+
+
+GOOD: list[tuple[Rule, str, str]] = [
+    (one_way, "parallel/mesh.py", "import torch\nfrom parallel.topology import Layout\nimport math"),
+    (one_way, "trainer/loop.py", "from parallel.mesh import Mesh\nimport numpy"),
+    (owned_libraries, "trainer/track/wandb.py", "def f():\n    import wandb"),
+    (owned_libraries, "trainer/loop.py", "from trainer.track.wandb import WandbTracker\nimport trainer.data"),
+    (torch_at_start, "trainer/cli.py", "def f():\n    import torch"),
+    (torch_at_start, "trainer/cli.py", "if TYPE_CHECKING:\n    from trainer.engine import Engine"),
+    (nothing_executes_data, "trainer/loop.py", "model.eval()\nre.compile('x')\nload(name, trust_remote_code=False)"),
+    (nothing_executes_data, "trainer/loop.py", "subprocess.run(['ls'], shell=False)\njson.load(file)"),
+    (no_print, "trainer/loop.py", "console.print('x')"),
+    (no_print, "tools/bench.py", "print('x')"),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "text"), GOOD)
+def test_a_rule_lets_pass_what_is_right(rule: Rule, path: str, text: str) -> None:
+    assert rule(Source(path, text)) == []
+
+
+def test_what_the_rules_name_exists() -> None:
+    """A renamed file must not slip out of its rule."""
+    named = {*LINE_BUDGETS, *(path for _, files in OWNERS.values() for path in files)}
+    assert [path for path in named if not (ROOT / path).is_file()] == []
+    assert [module for module in WITHOUT_TORCH if module not in sources()] == []
+    for library, (_, files) in OWNERS.items():
+        for path in files:
+            module = path.removesuffix(".py").replace("/", ".")
+            assert library in {found.package for found in imports(sources()[module])}, f"{path} no longer needs {library}"
+
+
+def test_every_package_is_one() -> None:
+    """Without __init__.py a folder is left out of the wheel."""
+    folders = {path.parent for package in ("parallel", "trainer", "tests") for path in (ROOT / package).rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []

@@ -1,0 +1,326 @@
+"""Step times of two data-parallel processes: every ZeRO stage and offload beside torch's DDP and FSDP2.
+
+    python tools/bench_layouts.py [--quick] [--json FILE] [--nvme-path DIR]
+
+All contenders train the same Llama from the same weights on the same batches; torch's two wrap our own `Stage`, so only what
+is around the model differs. Losses and gradient norms of the first two steps must agree before anything is timed.
+
+Each contender is a pair of gloo processes of its own with one thread each, because DeepSpeed keeps state per process. Only
+one pair works at a time: the others wait for a word on their pipes. In each repeat every contender takes one step, in an
+order drawn anew, and its time is paired with DDP's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from bench import (
+    CLIP_NORM,
+    LR,
+    SEED,
+    TINY,
+    TOLERANCE,
+    WARM_UP,
+    Numbers,
+    Shape,
+    Spread,
+    command_line,
+    interleaved,
+    make_console,
+    make_engine,
+    our_step,
+    require_agreement,
+    shape_of,
+    write_json,
+)
+from rich.table import Table
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from parallel.attention import Documents
+from parallel.mesh import Group, Mesh
+from parallel.params import initialise, owned_specs
+from parallel.topology import Layout
+from trainer.data.loader import MicroBatch
+from trainer.engine import DTYPES
+from trainer.errors import UserError
+from trainer.flops import Dtype
+from trainer.model.transformer import Stage, blocks_of
+from trainer.optimizers import make_optimizer
+from trainer.sections import Recipe
+
+PAIR = 2
+CPU = torch.device("cpu")
+SMALL = Shape(layers=4, hidden=256, ffn=704, heads=4, seq_len=256)
+REFERENCE = "torch DDP"
+
+ON_CPU, ON_NVME = {"device": "cpu"}, {"device": "nvme"}
+ZERO: Mapping[str, Mapping[str, Any]] = {
+    "ZeRO-0": {"stage": 0},
+    "ZeRO-1": {"stage": 1},
+    "ZeRO-2": {"stage": 2},
+    "ZeRO-3": {"stage": 3},
+    "ZeRO-2, optimizer on CPU": {"stage": 2, "offload_optimizer": ON_CPU},
+    "ZeRO-3, all on CPU": {"stage": 3, "offload_optimizer": ON_CPU, "offload_param": ON_CPU},
+    "ZeRO-3, all on NVMe": {"stage": 3, "offload_optimizer": ON_NVME, "offload_param": ON_NVME},
+}
+CONTENDERS = (REFERENCE, "torch FSDP2", *ZERO)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One contender in one format."""
+
+    contender: str
+    dtype: Dtype
+    step_s: float  # the slower rank's, median
+    tokens_per_s: float  # of both ranks
+    speed: Spread  # DDP's step time / this one's, paired
+    bytes_on_disk: int
+
+
+class TorchLoop:
+    """Our `Stage` under DDP or FSDP2, with the optimizer, clipping and normalisation of our recipe.
+
+    In bf16 both hold fp32 weights, which are cast for use, and reduce gradients in fp32, as our engine does.
+    """
+
+    def __init__(self, kind: str, shape: Shape, dtype: Dtype) -> None:
+        network = shape.network()
+        stage = Stage(
+            network,
+            blocks_of(network),
+            dtype=DTYPES[dtype],
+            recompute="none",
+            group=Group.alone(),
+            device=CPU,
+            fill=lambda block: initialise(block, seed=SEED),
+        )
+        spec_of = {name: spec for name, _, spec in owned_specs(stage)}
+        self.model: nn.Module = stage
+        if kind == REFERENCE:
+            self.model = nn.parallel.DistributedDataParallel(stage)
+        else:
+            policy = MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=torch.float32)
+            for layer in stage.layers.values():
+                fully_shard(layer, mp_policy=policy)
+            fully_shard(stage, mp_policy=policy)
+        # FSDP2 replaces the parameters, so they are found by name.
+        self.parameters = [(parameter, spec_of[name]) for name, parameter in stage.named_parameters()]
+        self.optimizer = make_optimizer(Recipe.model_validate({"optimizer": {"lr": LR}}), self.parameters, CPU)
+
+    def step(self, batch: MicroBatch) -> Numbers:
+        loss_sum = self.model(batch.tokens_BS, Documents(batch.documents), batch.labels_BS)
+        counts = torch.tensor([batch.num_targets, 0.0], dtype=torch.float64)
+        counts[1] = loss_sum.detach()
+        dist.all_reduce(counts)
+        num_targets, total = counts.tolist()
+        (loss_sum * (PAIR / num_targets)).backward()  # both average over the ranks
+        norm = nn.utils.clip_grad_norm_([parameter for parameter, _ in self.parameters], CLIP_NORM)
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total / num_targets, float(norm)
+
+
+def make_step(contender: str, shape: Shape, dtype: Dtype, disk: Path) -> Callable[[], Numbers]:
+    """What this rank does for one step of a contender."""
+    batch = shape.batch(SEED + dist.get_rank(), documents=1)
+    if contender not in ZERO:
+        return partial(TorchLoop(contender, shape, dtype).step, batch)
+    zero = dict(ZERO[contender])
+    for block in ("offload_optimizer", "offload_param"):
+        if zero.get(block) == ON_NVME:
+            zero[block] = {**ON_NVME, "nvme_path": str(disk)}
+    engine = make_engine(shape, Mesh.build(Layout(dp=PAIR)), CPU, dtype=dtype, zero=zero)
+    return partial(our_step, engine, batch)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One contender: two processes that take a step when they are told to.
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a rank says after a step; `failure` is its traceback."""
+
+    numbers: Numbers = (0.0, 0.0)
+    step_s: float = 0.0
+    failure: str | None = None
+
+
+def serve(rank: int, contender: str, shape: Shape, dtype: Dtype, folder: Path, pipe: Connection) -> None:
+    """A rank's life: join, build, then one step and one answer per word, until the pipe closes."""
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore", FutureWarning)  # torch's FSDP2 and DeepSpeed call collectives that torch has renamed
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PAIR, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    try:
+        store = dist.FileStore(str(folder / "rendezvous"), PAIR)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=PAIR)
+        step = make_step(contender, shape, dtype, folder)
+        pipe.send(Answer())
+        while pipe.recv():
+            dist.barrier()
+            start = time.perf_counter()
+            numbers = step()
+            pipe.send(Answer(numbers, time.perf_counter() - start))
+    except EOFError:
+        pass
+    except BaseException:
+        pipe.send(Answer(failure=traceback.format_exc()))
+
+
+class PairFailed(UserError):
+    """A contender could not be built or stepped."""
+
+
+class Pair:
+    """The two processes of one contender, seen from the process that times them."""
+
+    def __init__(self, contender: str, shape: Shape, dtype: Dtype, folder: Path) -> None:
+        self.contender, self.folder = contender, folder
+        folder.mkdir()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["trainer.engine", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"])
+        self.pipes, self.processes = [], []
+        for rank in range(PAIR):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(rank, contender, shape, dtype, folder, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def answers(self) -> list[Answer]:
+        """Of both ranks; PairFailed with the tracebacks when one has failed."""
+        collected = []
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                collected.append(pipe.recv())
+            except EOFError:
+                collected.append(Answer(failure=f"rank {rank} died without a word"))
+            if collected[-1].failure:
+                raise PairFailed(f"{self.contender}, rank {rank}:", *str(collected[-1].failure).splitlines())
+        return collected
+
+    def step(self) -> tuple[Numbers, float]:
+        """One step on both ranks: its numbers, and the slower rank's seconds."""
+        for pipe in self.pipes:
+            pipe.send(True)
+        answers = self.answers()
+        return answers[0].numbers, max(answer.step_s for answer in answers)
+
+    def step_s(self) -> float:
+        return self.step()[1]
+
+    def bytes_on_disk(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.rglob("*.swp"))
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+@contextlib.contextmanager
+def open_pairs(names: Sequence[str], shape: Shape, dtype: Dtype, disk: Path | None) -> Iterator[dict[str, Pair]]:
+    """All contenders of one format, built one after another."""
+    pairs: dict[str, Pair] = {}
+    with tempfile.TemporaryDirectory(prefix="bench-layouts-", dir=disk) as folder:
+        try:
+            for index, name in enumerate(names):
+                pairs[name] = Pair(name, shape, dtype, Path(folder) / str(index))
+                pairs[name].answers()
+            yield pairs
+        finally:
+            for pair in pairs.values():
+                pair.close()
+
+
+def measure(names: Sequence[str], shape: Shape, dtype: Dtype, disk: Path | None, *, repeats: int) -> list[Figure]:
+    """All contenders in one format: see that they agree, then time them in turn."""
+    with open_pairs(names, shape, dtype, disk) as pairs:
+        numbers = {name: [pair.step()[0] for _ in range(WARM_UP)] for name, pair in pairs.items()}
+        require_agreement(dtype, numbers, TOLERANCE[dtype])
+        samples = interleaved({name: pair.step_s for name, pair in pairs.items()}, repeats)
+        on_disk = {name: pair.bytes_on_disk() for name, pair in pairs.items()}
+    return [
+        Figure(
+            contender=name,
+            dtype=dtype,
+            step_s=statistics.median(seconds),
+            tokens_per_s=PAIR * shape.tokens / statistics.median(seconds),
+            speed=Spread.of_ratios(samples[REFERENCE], seconds),
+            bytes_on_disk=on_disk[name],
+        )
+        for name, seconds in samples.items()
+    ]
+
+
+def table_of(figures: Sequence[Figure], title: str) -> Table:
+    table = Table(title=title)
+    table.add_column("format")
+    table.add_column("contender")
+    for heading in ("step ms", "tokens/s", f"speed / {REFERENCE}\nmedian (min–max)", "MiB on disk"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for figure in figures:
+        table.add_row(
+            figure.dtype,
+            figure.contender,
+            f"{figure.step_s * 1e3:.0f}",
+            f"{figure.tokens_per_s:,.0f}",
+            str(figure.speed),
+            f"{figure.bytes_on_disk / 2**20:.0f}" if "NVMe" in figure.contender else "",
+        )
+    return table
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = command_line(arguments, __doc__, SMALL, replace(TINY, seq_len=32))
+    parser.add_argument("--nvme-path", type=Path, metavar="DIR", help="folder to swap in; default: a temporary folder")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help=f"{REFERENCE} always runs; default: all"
+    )
+    options = parser.parse_args(arguments)
+    if options.nvme_path is not None and not options.nvme_path.is_dir():
+        parser.error(f"--nvme-path {options.nvme_path} is not a folder: make it first")
+    names = [REFERENCE, *(name for name in options.contenders if name != REFERENCE)]
+    shape, console, figures = shape_of(options), make_console(), []
+    torch.set_num_threads(1)  # here as in the ranks, so that the figures say so
+    try:
+        for dtype in options.dtypes:
+            with console.status(f"{dtype}: {len(names)} contenders, {PAIR} processes each"):
+                figures += measure(names, shape, dtype, options.nvme_path, repeats=options.repeats)
+    except UserError as error:
+        console.print("\n".join(error.lines), style="red", markup=False)
+        return error.exit_code
+    console.print(table_of(figures, f"{PAIR} processes, 1 thread each; Llama: {shape} per rank; {options.repeats} repeats"))
+    write_json(options.json, "layouts", shape, figures)
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    sys.exit(main(sys.argv[1:]))
