@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,6 @@ import torch
 from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import Tensor
-from torch.utils.cpp_extension import get_default_build_root
 
 BUILD_COMMAND = "DS_BUILD_AIO=1 pip install --no-build-isolation --force-reinstall --no-deps deepspeed"
 
@@ -120,15 +118,10 @@ def _write_block(file: int, memory: memoryview, offset: int) -> None:
 
 def use_threads_where_async_io_is_missing() -> str | None:
     """Give DeepSpeed this handle unless its extension is built; a remark for the console when it is not."""
-    if installed_ops.get(AsyncIOBuilder.NAME) or _compiled_before():
+    if installed_ops.get(AsyncIOBuilder.NAME):
         return None
     AsyncIOBuilder.load = lambda self, verbose=True: SimpleNamespace(aio_handle=ThreadedHandle)
     return (
         "DeepSpeed's async_io is not built here: NVMe offload reads and writes with threads, which is slower on fast disks; "
         f"to build it (needs a compiler and libaio-dev): {BUILD_COMMAND}"
     )
-
-
-def _compiled_before() -> bool:
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    return any(root.glob(f"**/{AsyncIOBuilder.NAME}/{AsyncIOBuilder.NAME}.so"))

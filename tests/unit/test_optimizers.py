@@ -1,10 +1,7 @@
-from pathlib import Path
-
 import pytest
 import torch
 from deepspeed.git_version_info import installed_ops
 from torch import nn
-from torch.utils.cpp_extension import get_default_build_root
 
 from parallel.params import Init, Role, ShardSpec, whole
 from trainer.errors import RecipeError
@@ -70,7 +67,7 @@ def test_a_model_without_matrices_or_without_others_has_one_group() -> None:
 
 
 def test_lion_decays_only_matrices_too() -> None:
-    if not installed_ops.get("cpu_lion") and not list(Path(get_default_build_root()).glob("**/cpu_lion/cpu_lion.so")):
+    if not installed_ops.get("cpu_lion"):
         pytest.skip("DeepSpeed's cpu_lion is not built here, and compiling it takes minutes")
     params = parameters()
     optimizer = make_optimizer(recipe(name="lion"), params, CPU)
