@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
 from parallel.mesh import Group
+from parallel.norm import QueryKeyNorm
 from parallel.params import Init
+from parallel.soft_cap import soft_cap
 
 Rotation = tuple[Tensor, Tensor]
+QUERY_BLOCK = 512  # queries that attend in one call where a mask is needed: it and their logits stay small
 
 
 @dataclass(frozen=True)
@@ -76,22 +80,47 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def attend(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, documents: Documents, *, causal: bool, dropout: float) -> Tensor:
-    """softmax(Q Kᵀ / √K) V inside each document; [B, S, H, K].
+@dataclass(frozen=True, kw_only=True)
+class _Reach:
+    """What a token attends to in its document, and how strongly; see `attend`."""
 
-    One call per document, so a token of one document cannot change another by even one bit, no mask is materialised,
-    and short documents cost the square of their own length only.
+    causal: bool
+    window: int | None
+    scale: float | None
+    softcap: float | None
+    dropout: float
+
+
+def attend(
+    q_BSHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    documents: Documents,
+    *,
+    causal: bool,
+    dropout: float,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(cap(Q Kᵀ · scale)) V inside each document; [B, S, H, K].
+
+    `causal`: a token attends to itself and those before it; `window`: only to the last so many of these, itself included.
+    `scale` is 1 / √K when None. `softcap`: logits x become softcap · tanh(x / softcap).
+
+    One call per document, so a token of one document cannot change another by even one bit, no mask over the row is
+    materialised, and short documents cost the square of their own length only.
     """
+    assert causal or window is None, "a window looks back from a token"
+    reach = _Reach(causal=causal, window=window, scale=scale, softcap=softcap, dropout=dropout)
     rows = []
     for batch, spans in documents.runs():
         parts = [
-            functional.scaled_dot_product_attention(
+            _attend_in_document(
                 q_BSHK[batch, span].transpose(1, 2),
                 k_BSGK[batch, span].transpose(1, 2),
                 v_BSGK[batch, span].transpose(1, 2),
-                is_causal=causal,
-                dropout_p=dropout,
-                enable_gqa=q_BSHK.shape[2] != k_BSGK.shape[2],
+                reach,
             ).transpose(1, 2)
             for span in spans
         ]
@@ -99,11 +128,64 @@ def attend(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, documents: Documents,
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=0)
 
 
+def _attend_in_document(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _Reach) -> Tensor:
+    """One fused call where the window covers the document and nothing is capped; else block by block of the queries."""
+    length = q_BHSK.shape[2]
+    if reach.softcap is None and (reach.window is None or reach.window >= length):
+        return _fused(q_BHSK, k_BGSK, v_BGSK, reach, is_causal=reach.causal)
+    blocks = []
+    for start in range(0, length, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, length)
+        first = 0 if reach.window is None else max(0, start - reach.window + 1)
+        last = end if reach.causal else length
+        kv = k_BGSK[:, :, first:last], v_BGSK[:, :, first:last]
+        mask = _mask(range(start, end), range(first, last), reach, q_BHSK.device)
+        q = q_BHSK[:, :, start:end]
+        if reach.softcap is None:
+            blocks.append(_fused(q, *kv, reach, attn_mask=mask))
+        else:
+            blocks.append(checkpoint(_capped, q, *kv, mask, reach, use_reentrant=False))
+    return torch.cat(blocks, dim=2)
+
+
+def _fused(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _Reach, **masking: Any) -> Tensor:
+    gqa = q_BHSK.shape[1] != k_BGSK.shape[1]
+    return functional.scaled_dot_product_attention(
+        q_BHSK, k_BGSK, v_BGSK, dropout_p=reach.dropout, scale=reach.scale, enable_gqa=gqa, **masking
+    )
+
+
+def _mask(queries: range, keys: range, reach: _Reach, device: torch.device) -> Tensor | None:
+    """True where a query [S] of these places attends to a key [T]; None where each attends to all."""
+    if not reach.causal:
+        return None
+    ages_ST = torch.arange(queries.start, queries.stop, device=device).unsqueeze(1) - torch.arange(
+        keys.start, keys.stop, device=device
+    )
+    return ages_ST >= 0 if reach.window is None else (ages_ST >= 0) & (ages_ST < reach.window)
+
+
+def _capped(q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_ST: Tensor | None, reach: _Reach) -> Tensor:
+    """Attention with soft-capped logits, which no fused kernel offers: logits and softmax in fp32.
+
+    Run under recompute, as flash attention does it too: a block's [H, S, T] logits live only while it is computed.
+    """
+    assert reach.softcap is not None
+    wide = torch.promote_types(q_BHSK.dtype, torch.float32)
+    scale = q_BHSK.shape[-1] ** -0.5 if reach.scale is None else reach.scale
+    q_BGRSK = q_BHSK.unflatten(1, (k_BGTK.shape[1], -1))  # R query heads share one key/value head
+    logits_BGRST = soft_cap((q_BGRSK @ k_BGTK.unsqueeze(2).mT).to(wide) * scale, reach.softcap)
+    if mask_ST is not None:
+        logits_BGRST = logits_BGRST.masked_fill(~mask_ST, -torch.inf)
+    weights_BGRST = functional.dropout(logits_BGRST.softmax(-1).to(v_BGTK.dtype), reach.dropout)
+    return (weights_BGRST @ v_BGTK.unsqueeze(2)).flatten(1, 2)
+
+
 class ParallelAttention(torch.nn.Module):
     """Self-attention with its heads divided: each tensor rank holds H/p query heads and their G/p key/value heads.
 
     Forward: X [B, S, D] replicated → fused column-parallel Q, K, V → attention of the local heads, no communication →
-    row-parallel output projection, one all-reduce. Backward: one all-reduce, of dX.
+    row-parallel output projection, one all-reduce. Backward: one all-reduce, of dX (and a small one with `qk_norm`).
     """
 
     def __init__(
@@ -125,13 +207,18 @@ class ParallelAttention(torch.nn.Module):
         init: Init,
         out_init: Init,
         group: Group,
+        window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        qk_norm: QueryKeyNorm | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = group.part(num_heads, "attention heads")
         self.num_kv_heads = group.part(num_kv_heads, "key/value heads")
         self.head_dim = head_dim
         self.dropout = dropout
-        self.causal = causal
+        self.attend = partial(attend, causal=causal, window=window, scale=scale, softcap=softcap)
+        self.qk_norm = qk_norm
         self.qkv = ColumnParallelLinear(
             hidden_size, [query, key, value], bias=qkv_bias, init=init, transposed=transposed, group=group
         )
@@ -143,9 +230,11 @@ class ParallelAttention(torch.nn.Module):
         H, G = self.num_heads, self.num_kv_heads
         qkv = self.qkv(x_BSD).unflatten(-1, (H + 2 * G, self.head_dim))
         qk, v_BSGK = qkv.split([H + G, G], dim=2)
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk, H)
         if rotation is not None:
             qk = _Rotate.apply(qk, *rotation)
         q_BSHK, k_BSGK = qk.split([H, G], dim=2)
         dropout = self.dropout if self.training else 0.0
-        y_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, documents, causal=self.causal, dropout=dropout)
+        y_BSHK = self.attend(q_BSHK, k_BSGK, v_BSGK, documents, dropout=dropout)
         return self.out(y_BSHK.flatten(2))

@@ -5,6 +5,9 @@ Shape letters: B batch, S sequence, D model, V vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -62,12 +65,32 @@ class PositionEmbedding(Sharded):
         return functional.embedding(positions_BS, self.weight)
 
 
-def rotary_tables(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · theta^(−2i / head_dim), each [B, S, 1, head_dim / 2] (Su et al. 2021, arXiv:2104.09864).
+def rotary_tables(
+    positions_BS: Tensor,
+    head_dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    scale: Callable[[Tensor], Tensor] = lambda frequencies: frequencies,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · scale(theta^(−2i / head_dim)), each [B, S, 1, head_dim / 2] (Su et al. 2021,
+    arXiv:2104.09864).
 
     The angles are computed in fp32 whatever `dtype`: at position 4096 bf16 could not tell neighbours apart.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BS.device) / head_dim
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    angles = positions_BS[:, :, None, None].to(wide) * (1.0 / theta**exponents).to(wide)
+    angles = positions_BS[:, :, None, None].to(wide) * scale(1.0 / theta**exponents).to(wide)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def llama3_frequencies(
+    frequencies: Tensor, *, factor: float, low_freq_factor: float, high_freq_factor: float, original_positions: int
+) -> Tensor:
+    """Rotary frequencies [radians per token] for texts longer than `original_positions`, as Llama 3.1 has them.
+
+    Those that turn `high_freq_factor` times or more in the original length tell near places apart and stay; those that
+    turn `low_freq_factor` times or less are divided by `factor`; in between, both in proportion.
+    """
+    turns = original_positions / (2 * math.pi / frequencies)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0)
+    return (1 - kept) * frequencies / factor + kept * frequencies

@@ -17,13 +17,16 @@ from parallel.collectives import all_reduce, copy_to_group
 from parallel.embedding import VocabParallelEmbedding, vocabulary_piece, vocabulary_shard
 from parallel.mesh import Group
 from parallel.params import Init, Role, Sharded, ShardSpec
+from parallel.soft_cap import soft_cap
 
 IGNORE = -100  # label of a position that is not a target, as in torch and transformers
 CHUNK_BYTES = 32 << 20  # fp32 logits held at a time: fits a server CPU's L3, and is launch-bound on no GPU
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """Σ over targets of −log softmax(h Wᵀ)[label], with the gradients computed chunk by chunk in forward.
+    """Σ over targets of −log softmax(cap(h Wᵀ))[label], with the gradients computed chunk by chunk in forward.
+
+    cap(x) = c · tanh(x / c) where there is a soft cap c, else x.
 
     In forward each chunk's logits are still in cache, so backward neither keeps nor recomputes them: three matrix products
     in all, the least possible. Forward: h [N, D] replicated, W [V/p, D] → scalar, replicated. Communication per chunk:
@@ -31,7 +34,15 @@ class _CrossEntropySum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, vocab_size: int, group: Group) -> Tensor:
+    def forward(
+        ctx: Any,
+        h_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        vocab_size: int,
+        group: Group,
+        softcap: float | None,
+    ) -> Tensor:
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         w_VD = weight_VD.to(h_ND.dtype)
         first, rows = vocabulary_shard(vocab_size, group)
@@ -51,6 +62,10 @@ class _CrossEntropySum(torch.autograd.Function):
             column = local.masked_fill(~is_here, 0).unsqueeze(-1)
 
             logits = (h_ND[part] @ w_VD.t()).to(wide)
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_()
+                slope = 1.0 - logits.square() if wants_grad else None
+                logits.mul_(softcap)
             if padding > 0:
                 logits[:, max(0, rows - padding) :] = -torch.inf
             logits.sub_(all_reduce(logits.amax(-1, keepdim=True), group, dist.ReduceOp.MAX))
@@ -63,6 +78,8 @@ class _CrossEntropySum(torch.autograd.Function):
             # d loss / d logits = softmax − one-hot on targets, exactly 0 elsewhere (masked: NaN · 0 is NaN).
             probabilities.div_(totals[0].unsqueeze(-1))
             probabilities.scatter_add_(-1, column, -is_here.to(wide).unsqueeze(-1))
+            if softcap is not None:
+                probabilities.mul_(slope)
             delta = probabilities.masked_fill_(~is_target.unsqueeze(-1), 0.0).to(h_ND.dtype)
             grad_h[part] = delta @ w_VD
             grad_w += delta.t() @ h_ND[part]
@@ -73,9 +90,9 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad, (grad_w * grad).to(ctx.weight_dtype), None, None, None
+        return grad_h * grad, (grad_w * grad).to(ctx.weight_dtype), None, None, None, None
 
 
 class VocabParallelHead(Sharded):
@@ -83,6 +100,7 @@ class VocabParallelHead(Sharded):
 
     `forward` with labels [B, S] (IGNORE where there is no target): h [B, S, D] → the loss summed over targets, an fp32
     scalar, the same on every rank of `group`. Without labels: this rank's logits [B, S, V/p], for sampling and oracles.
+    `softcap`: logits x become softcap · tanh(x / softcap).
     """
 
     def __init__(
@@ -94,9 +112,11 @@ class VocabParallelHead(Sharded):
         init: Init,
         group: Group,
         tied_to: VocabParallelEmbedding | None,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
         self.group = group
+        self.softcap = softcap
         self.vocab_size = vocab_size
         if tied_to is None:
             shape = (vocabulary_shard(vocab_size, group)[1], hidden_size)
@@ -107,6 +127,7 @@ class VocabParallelHead(Sharded):
 
     def forward(self, h_BSD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
         if labels_BS is None:
-            return functional.linear(h_BSD, self.weight.to(h_BSD.dtype))
+            logits_BSV = functional.linear(h_BSD, self.weight.to(h_BSD.dtype))
+            return logits_BSV if self.softcap is None else soft_cap(logits_BSV, self.softcap)
         h_ND = copy_to_group(h_BSD, self.group).flatten(0, 1)
-        return _CrossEntropySum.apply(h_ND, self.weight, labels_BS.flatten(), self.vocab_size, self.group)
+        return _CrossEntropySum.apply(h_ND, self.weight, labels_BS.flatten(), self.vocab_size, self.group, self.softcap)

@@ -147,9 +147,14 @@ def draw(name: str, shape: tuple[int, ...], init: Init, seed: int) -> Tensor:
 
 
 @torch.no_grad()
+def zero_padding(parameter: Tensor, spec: ShardSpec) -> None:
+    """Make the rows that no piece covers 0: they are the last, and 0 · NaN of uninitialised memory is NaN."""
+    parameter[sum(piece.rows for piece in spec.pieces) :] = 0.0
+
+
+@torch.no_grad()
 def copy_pieces(parameter: Tensor, spec: ShardSpec, logical: Mapping[str, Tensor]) -> None:
-    """Set a local parameter from whole logical tensors; rows that no piece covers (padding) become 0."""
-    if sum(piece.rows for piece in spec.pieces) < parameter.shape[0]:
-        parameter.zero_()
+    """Set a local parameter from whole logical tensors; padding becomes 0."""
+    zero_padding(parameter, spec)
     for piece in spec.pieces:
         piece.in_parameter(parameter).copy_(piece.box_of(logical[piece.name]))

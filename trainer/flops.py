@@ -1,16 +1,18 @@
 """Model FLOPs and their share of the device's peak (MFU).
 
 Convention: a multiply-add is 2 FLOPs; backward costs twice the forward; recomputation is not counted; causal attention
-is counted at half, and inside documents only, which is the work that the mathematics needs.
+is counted at half, and inside documents and windows only, which is the work that the mathematics needs.
 
-    step FLOPs = 6 · (matmul weights) · tokens  +  6 · L · H · K · Σ over documents of length²
+    step FLOPs = 6 · (matmul weights) · tokens  +  6 · H · K · Σ over layers and documents of n² − (n − w)²
 
 The first term is the 2·3 of forward and backward for each weight of the layers and the head (an embedding lookup multiplies
-nothing); the second is the half of 12 · L · H · K · n² for the two products Q Kᵀ and P V. No torch here.
+nothing); the second is the half of 12 · H · K · n² for the two products Q Kᵀ and P V of a document of n tokens, less the
+triangle that lies beyond a layer's window of w < n tokens. No torch here.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
@@ -44,11 +46,14 @@ def matmul_weights(config: TransformerConfig) -> int:
 
 def training_flops(config: TransformerConfig, document_lengths: Iterable[int]) -> int:
     """FLOPs of forward and backward over documents of these lengths [tokens]."""
+    layers_with = Counter(config.windows)
     tokens = squares = 0
     for length in document_lengths:
         tokens += length
-        squares += length * length
-    return 6 * matmul_weights(config) * tokens + 6 * config.num_layers * config.num_heads * config.head_dim * squares
+        for window, layers in layers_with.items():
+            beyond = 0 if window is None else max(0, length - window)
+            squares += layers * (length * length - beyond * beyond)
+    return 6 * matmul_weights(config) * tokens + 6 * config.num_heads * config.head_dim * squares
 
 
 def listed_peak(device_name: str, dtype: Dtype) -> float | None:

@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 
 from trainer.errors import RecipeError
-from trainer.model.families import FAMILIES, count_parameters, largest_weight, to_hf_config, translate
+from trainer.flops import matmul_weights, training_flops
+from trainer.model.families import (
+    FAMILIES,
+    PLAIN,
+    RopeScaling,
+    TransformerConfig,
+    count_parameters,
+    largest_weight,
+    to_hf_config,
+    translate,
+)
 
 GPT2 = {"vocab_size": 97, "n_positions": 32, "n_embd": 24, "n_layer": 3, "n_head": 4}
 LLAMA = {
@@ -17,36 +27,77 @@ LLAMA = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
 }
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+MANY_HEADS = {"hidden_size": 28, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 5}
+GEMMA2 = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "head_dim": 10}
 SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", GPT2),
     ("gpt2", {**GPT2, "n_inner": 50, "tie_word_embeddings": False, "activation_function": "gelu"}),
     ("llama", LLAMA),
     ("llama", {**LLAMA, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     ("llama", {**LLAMA, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    ("llama", {**LLAMA, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}}),
+    ("llama", {**LLAMA, "rope_scaling": {"type": "linear", "factor": 4}, "rope_theta": 5e5}),
+    ("mistral", LLAMA),
+    ("mistral", {**LLAMA, **MANY_HEADS, "sliding_window": 1, "tie_word_embeddings": True}),
+    ("mistral", {**LLAMA, "sliding_window": None, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
+    ("qwen2", LLAMA),
+    ("qwen2", {**LLAMA, **WINDOWS, "max_window_layers": 2, "tie_word_embeddings": True}),
+    ("qwen2", {**LLAMA, **WINDOWS, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    ("qwen3", {**LLAMA, "head_dim": 8}),
+    ("qwen3", {**LLAMA, **MANY_HEADS, **WINDOWS, "max_window_layers": 0, "attention_bias": True}),
+    ("phi3", LLAMA),
+    ("phi3", {**LLAMA, "sliding_window": 7, "tie_word_embeddings": True, "resid_pdrop": 0.25}),
+    ("gemma2", GEMMA2),
+    ("gemma2", {**GEMMA2, "sliding_window": 7, "tie_word_embeddings": False, "attention_bias": True}),
+    ("gemma2", {**GEMMA2, "layer_types": ["full_attention"] * 3, "attn_logit_softcapping": None}),
+    ("gemma2", {**GEMMA2, "final_logit_softcapping": None, "query_pre_attn_scalar": 144, "hidden_activation": "silu"}),
 ]
 
 
-def hf_class(family: str, kind: str) -> Any:
-    import transformers
+def hf_class(family: str) -> Any:
+    from transformers import CONFIG_MAPPING
 
-    return getattr(transformers, {"gpt2": "GPT2", "llama": "Llama"}[family] + kind)
+    return CONFIG_MAPPING[family]
+
+
+def hf_model(config: TransformerConfig) -> Any:
+    """The same network in transformers, shapes only."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    hf_config = hf_class(config.family)(**to_hf_config(config, dtype="float32", eos_token_id=None))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    model.tie_weights()
+    return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_defaults_are_those_of_transformers(family: str) -> None:
-    theirs = hf_class(family, "Config")().to_dict()
+    theirs = hf_class(family)().to_dict()
     ours = to_hf_config(translate(family, {}), dtype="float32", eos_token_id=None)
     for name, rule in FAMILIES[family].keys.items():
         expected = theirs[name]
+        if name == "max_window_layers":
+            continue  # without windows it means nothing; what it does is in the SHAPES
         if rule.default is None and expected is None:
-            expected = {"n_inner": 4 * theirs.get("n_embd", 0)}[name]
+            derived = {"n_inner": 4 * theirs.get("n_embd", 0), "head_dim": 128, "sliding_window": None}
+            expected = derived[name]
         assert ours[name] == expected, name
     assert translate(family, {}) == translate(family, theirs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_key_of_transformers_is_known(family: str) -> None:
-    theirs = hf_class(family, "Config")().to_dict()
+    theirs = hf_class(family)().to_dict()
     assert set(theirs) <= set(FAMILIES[family].known)
 
 
@@ -55,7 +106,7 @@ def test_transformers_loads_what_is_written_and_gives_it_back(family: str, shape
     config = translate(family, shape)
     written = to_hf_config(config, dtype="bfloat16", eos_token_id=5)
     (tmp_path / "config.json").write_text(json.dumps(written))
-    loaded = hf_class(family, "Config").from_pretrained(tmp_path)
+    loaded = hf_class(family).from_pretrained(tmp_path)
     assert translate(family, loaded.to_dict()) == config
     assert translate(family, written) == config
     assert (loaded.eos_token_id, loaded.architectures) == (5, [FAMILIES[family].architecture])
@@ -63,21 +114,98 @@ def test_transformers_loads_what_is_written_and_gives_it_back(family: str, shape
 
 @pytest.mark.parametrize(("family", "shape"), SHAPES)
 def test_parameters_are_counted_exactly(family: str, shape: dict[str, Any]) -> None:
-    import torch
-
     config = translate(family, shape)
-    hf_config = hf_class(family, "Config")(**to_hf_config(config, dtype="float32", eos_token_id=None))
-    with torch.device("meta"):
-        model = hf_class(family, "LMHeadModel" if family == "gpt2" else "ForCausalLM")(hf_config)
-    model.tie_weights()
+    model = hf_model(config)
     assert count_parameters(config) == sum(p.numel() for p in model.parameters())
     assert largest_weight(config) >= max(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("family", "shape"), SHAPES)
+def test_the_weights_that_tokens_are_multiplied_with(family: str, shape: dict[str, Any]) -> None:
+    config = translate(family, shape)
+    model = hf_model(config)
+    embeddings = {"model.embed_tokens.weight", "transformer.wte.weight", "transformer.wpe.weight"}
+    matrices = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2}
+    assert sum(numel for name, numel in matrices.items() if name not in embeddings) == matmul_weights(config)
+
+
+def test_windowed_attention_is_counted_by_its_window() -> None:
+    """A token attends to min(place + 1, window) tokens; counting by areas leaves out half of the diagonal's n or w."""
+    full = translate("qwen3", {**LLAMA, "head_dim": 8})
+    late = translate("qwen3", {**LLAMA, "head_dim": 8, **WINDOWS, "max_window_layers": 2})  # the last of 3 layers
+    every = translate("qwen3", {**LLAMA, "head_dim": 8, **WINDOWS, "max_window_layers": 0})
+    per_pair = 12 * full.num_heads * full.head_dim  # forward and backward of Q Kᵀ and P V
+    for length in (1, 4, 5, 6, 23):
+        attended = sum(min(place + 1, 5) for place in range(length))
+        doubled_area = 2 * attended - min(length, 5)
+        saved = per_pair * (length**2 - doubled_area) // 2
+        assert training_flops(full, [length]) - training_flops(late, [length]) == saved
+        assert training_flops(full, [length, 2]) - training_flops(every, [length, 2]) == 3 * saved
 
 
 @pytest.mark.parametrize("spelling", [{"rope_theta": 7e4}, {"rope_parameters": {"rope_type": "default", "rope_theta": 7e4}}])
 def test_both_spellings_of_rope(spelling: dict[str, Any]) -> None:
     assert translate("llama", spelling).rope_theta == 7e4
     assert translate("llama", {"rope_scaling": None}).rope_theta == 1e4
+
+
+SCALING = RopeScaling("llama3", 8.0, 1.0, 4.0, 512)
+
+
+@pytest.mark.parametrize(
+    ("config", "theta", "scaling"),
+    [
+        ({"rope_scaling": LLAMA3_ROPE, "rope_theta": 7e4}, 7e4, SCALING),
+        ({"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 7e4}}, 7e4, SCALING),
+        ({"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 7e4}, "rope_theta": 7e4, "rope_scaling": LLAMA3_ROPE}, 7e4, SCALING),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, 1e4, RopeScaling("linear", 2.0)),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.5}}, 1e4, RopeScaling("linear", 2.5)),
+        ({"rope_parameters": {}, "rope_scaling": None}, 1e4, None),
+    ],
+)
+def test_both_spellings_of_rope_scaling(config: dict[str, Any], theta: float, scaling: RopeScaling | None) -> None:
+    network = translate("llama", config)
+    assert (network.rope_theta, network.rope_scaling) == (theta, scaling)
+
+
+def test_llama3_scaling_starts_from_the_positions_when_it_says_no_other() -> None:
+    rope = {name: value for name, value in LLAMA3_ROPE.items() if name != "original_max_position_embeddings"}
+    scaling = translate("llama", {"max_position_embeddings": 640, "rope_parameters": rope}).rope_scaling
+    assert scaling is not None
+    assert scaling.original_positions == 640
+
+
+W = 5
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "windows"),
+    [
+        ("mistral", {}, (4096,) * 3),
+        ("mistral", {"sliding_window": None}, (None,) * 3),
+        ("phi3", {}, (None,) * 3),
+        ("phi3", {"sliding_window": W}, (W,) * 3),
+        ("qwen2", {"sliding_window": W}, (None,) * 3),
+        ("qwen2", WINDOWS, (None,) * 3),
+        ("qwen2", {**WINDOWS, "sliding_window": None}, (None,) * 3),
+        ("qwen2", {**WINDOWS, "max_window_layers": 1}, (None, W, W)),
+        ("qwen3", {**WINDOWS, "max_window_layers": 0, "layer_types": [FULL, SLIDING, FULL]}, (None, W, None)),
+        ("qwen3", {"layer_types": [FULL] * 3}, (None,) * 3),
+        ("gemma2", {}, (4096, None, 4096)),
+        ("gemma2", {"sliding_window": W, "layer_types": [FULL, FULL, SLIDING]}, (None, None, W)),
+        ("llama", {}, (None,) * 3),
+        ("gpt2", {}, (None,) * 3),
+    ],
+)
+def test_which_layers_have_a_window(family: str, config: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+    layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    assert translate(family, {**config, layers: 3}).windows == windows
+
+
+def test_what_older_gemma_folders_say_twice() -> None:
+    twice = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "sliding_window_size": 4096}
+    assert translate("gemma2", {**twice, "cache_implementation": "hybrid"}) == translate("gemma2", {})
 
 
 def test_aliases_of_transformers() -> None:
@@ -102,7 +230,48 @@ def test_aliases_of_transformers() -> None:
         ("gpt2", {"model_type": "llama"}, 'model_type = "llama" is not supported by family gpt2 here; legal: "gpt2"'),
         ("llama", {"num_key_value_heads": 5}, "num_attention_heads = 32 is not a multiple of num_key_value_heads = 5"),
         ("llama", {"hidden_size": 96}, "rotary positions need an even head size"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2}}, 'rope_scaling.rope_type = "linear" is not supported'),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2}}, 'rope_scaling.rope_type = "dynamic" is not supported'),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2}}, 'legal: "default", "linear", "llama3"'),
+        ("llama", {"rope_scaling": {"rope_type": ["linear"]}}, 'rope_scaling.rope_type = ["linear"] is not supported'),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor = null: must be a number of at least 1"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor = 0.5: must be a number of at"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 2, "betta": 1}},
+            "unknown key rope_scaling.betta for rope_type",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 4}},
+            "high_freq_factor must be above low_freq_factor = 4",
+        ),
+        ("llama", {"rope_scaling": LLAMA3_ROPE, "rope_parameters": {"rope_type": "default"}}, "disagree: give one of them"),
+        ("llama", {"rope_scaling": 3}, "rope_scaling = 3: must be an object or null"),
+        (
+            "llama",
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor = 0.5 is not supported by family llama here; legal: 1.0",
+        ),
+        ("llama", {"sliding_window": 5}, 'unknown key "sliding_window" for family llama'),
+        ("llama", {"head_dim": 7}, "head_dim = 7: rotary positions need an even head size"),
+        ("llama", {"hidden_size": 4095, "head_dim": 8}, "hidden_size = 4095 is not a multiple of num_attention_heads = 32"),
+        ("mistral", {"sliding_window": 0}, "sliding_window = 0: must be 1 to"),
+        ("mistral", {"layer_types": []}, 'unknown key "layer_types" for family mistral'),
+        ("mistral", {"attention_bias": True}, 'unknown key "attention_bias" for family mistral'),
+        ("qwen2", {"use_mrope": True}, "use_mrope = true is not supported by family qwen2 here; legal: false"),
+        ("qwen2", {"num_hidden_layers": 2, "layer_types": [FULL]}, "layer_types lists 1 layers, num_hidden_layers = 2"),
+        ("qwen2", {"num_hidden_layers": 1, "layer_types": [SLIDING]}, "sliding_attention, but use_sliding_window = false"),
+        ("qwen3", {"num_hidden_layers": 1, "layer_types": ["chunked_attention"]}, "one of full_attention, sliding_attention"),
+        ("qwen3", {"max_window_layers": -1}, "max_window_layers = -1: must be 0 to"),
+        ("phi3", {"rope_scaling": {"type": "longrope"}}, 'rope_type = "longrope" is not supported by family phi3 here'),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2}}, 'legal: "default"'),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported; legal: 1.0"),
+        ("phi3", {"embd_pdrop": 0.1}, "embd_pdrop = 0.1 is not supported by family phi3 here; legal: 0.0"),
+        ("gemma2", {"hidden_act": "gelu"}, 'hidden_act = "gelu", but hidden_activation = "gelu_pytorch_tanh" is what counts'),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = true is not supported"),
+        ("gemma2", {"final_logit_softcapping": 0}, "final_logit_softcapping = 0: must be a number above 0"),
+        ("gemma2", {"query_pre_attn_scalar": 2.5}, "query_pre_attn_scalar = 2.5: must be a whole number"),
+        ("gemma2", {"sliding_window": None}, "sliding_window = null: must be a whole number"),
         ("llama", {"rope_parameters": {"rope_type": "default", "factor": 2}}, "unknown key rope_parameters.factor"),
         ("llama", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "give one of them"),
         ("llama", {"rope_theta": -1}, "rope_theta = -1: must be a number above 0"),
@@ -132,6 +301,8 @@ def test_bookkeeping_changes_nothing() -> None:
 def test_a_table_names_only_fields_that_exist_and_all_of_them() -> None:
     fields = {field.name for field in dataclasses.fields(translate("gpt2", {}))}
     for family in FAMILIES.values():
-        derived = {"family", "rope_theta"} | {"num_kv_heads", "head_dim"}
-        named = {name for rule in family.keys.values() for name in rule.fields} | set(family.constants)
-        assert named <= fields <= named | derived
+        derived = {"family", "num_kv_heads", "head_dim", "windows"}
+        says_windows = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+        named = {name for rule in family.keys.values() for name in rule.fields} - says_windows | set(family.constants)
+        assert named <= fields <= named | derived | set(PLAIN)
+        assert set(family.echoes.values()) <= set(family.keys)

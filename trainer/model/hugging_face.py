@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from parallel.params import Piece, Role, ShardSpec, owned_specs
+from parallel.params import Piece, Role, ShardSpec, owned_specs, zero_padding
 from trainer.errors import DataError, RecipeError
 
 INDEX = "model.safetensors.index.json"
@@ -72,6 +72,7 @@ class PretrainedWeights:
     def fill(self, module: nn.Module) -> None:
         """Set a block's parameters; DataError naming the tensor that is missing, misshapen or not finite."""
         for _, parameter, spec in owned_specs(module):
+            zero_padding(parameter.data, spec)
             for piece in spec.pieces:
                 box = self._read(piece)
                 piece.in_parameter(parameter.data).copy_(box.t() if piece.transposed else box)

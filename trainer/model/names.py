@@ -5,7 +5,8 @@ Adding a family: its config translation goes to `families.py`, its names here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 from parallel.linear import Output
 from trainer.model.families import TransformerConfig
@@ -15,8 +16,8 @@ from trainer.model.families import TransformerConfig
 class WeightNames:
     """Names in a Hugging Face checkpoint; those of a layer contain `{layer}`.
 
-    `qkv`: one module that holds queries, keys and values in this order, or three. `mlp_in`: [up] or [gate, up].
-    `transposed`: linear weights are stored [in, out].
+    `qkv`: one module that holds queries, keys and values in this order, or three. `mlp_in`: the same for [up] or
+    [gate, up]. `transposed`: linear weights are stored [in, out]. The last four exist in some families only.
     """
 
     embedding: str
@@ -30,47 +31,71 @@ class WeightNames:
     final_norm: str
     head: str
     transposed: bool = False
+    query_norm: str | None = None
+    key_norm: str | None = None
+    attention_post_norm: str | None = None
+    mlp_post_norm: str | None = None
 
     def query_key_value(self, config: TransformerConfig, layer: int) -> tuple[Output, Output, Output]:
         """The three outputs of the fused projection and the boxes of the checkpoint that they are."""
         K = config.head_dim
-        features = (config.num_heads * K, config.num_kv_heads * K, config.num_kv_heads * K)
-        names = [name.format(layer=layer) for name in self.qkv]
-        if len(names) == 3:
-            q, k, v = (Output(name, n) for name, n in zip(names, features, strict=True))
-        else:
-            starts = (0, features[0], features[0] + features[1])
-            q, k, v = (Output(names[0], n, at, sum(features)) for n, at in zip(features, starts, strict=True))
+        q, k, v = _outputs(self.qkv, (config.num_heads * K, config.num_kv_heads * K, config.num_kv_heads * K), layer)
         return q, k, v
 
     def mlp_inputs(self, config: TransformerConfig, layer: int) -> list[Output]:
-        return [Output(name.format(layer=layer), config.ffn_size) for name in self.mlp_in]
+        """[up] or [gate, up]."""
+        return _outputs(self.mlp_in, (config.ffn_size,) * (2 if config.gated_mlp else 1), layer)
 
+
+def _outputs(names: tuple[str, ...], features: tuple[int, ...], layer: int) -> list[Output]:
+    """One output for each of `features`: a module of its own, or the next features of the one module that holds all."""
+    modules = [name.format(layer=layer) for name in names]
+    if len(modules) == len(features):
+        return [Output(module, n) for module, n in zip(modules, features, strict=True)]
+    (module,) = modules
+    starts = itertools.accumulate(features, initial=0)
+    return [Output(module, n, at, sum(features)) for n, at in zip(features, starts, strict=False)]
+
+
+GPT2 = WeightNames(
+    embedding="transformer.wte.weight",
+    positions="transformer.wpe.weight",
+    attention_norm="transformer.h.{layer}.ln_1",
+    qkv=("transformer.h.{layer}.attn.c_attn",),
+    attention_out="transformer.h.{layer}.attn.c_proj",
+    mlp_norm="transformer.h.{layer}.ln_2",
+    mlp_in=("transformer.h.{layer}.mlp.c_fc",),
+    mlp_out="transformer.h.{layer}.mlp.c_proj",
+    final_norm="transformer.ln_f",
+    head="lm_head.weight",
+    transposed=True,
+)
+LLAMA = WeightNames(
+    embedding="model.embed_tokens.weight",
+    positions=None,
+    attention_norm="model.layers.{layer}.input_layernorm",
+    qkv=tuple(f"model.layers.{{layer}}.self_attn.{x}_proj" for x in "qkv"),
+    attention_out="model.layers.{layer}.self_attn.o_proj",
+    mlp_norm="model.layers.{layer}.post_attention_layernorm",
+    mlp_in=("model.layers.{layer}.mlp.gate_proj", "model.layers.{layer}.mlp.up_proj"),
+    mlp_out="model.layers.{layer}.mlp.down_proj",
+    final_norm="model.norm",
+    head="lm_head.weight",
+)
 
 WEIGHT_NAMES = {
-    "gpt2": WeightNames(
-        embedding="transformer.wte.weight",
-        positions="transformer.wpe.weight",
-        attention_norm="transformer.h.{layer}.ln_1",
-        qkv=("transformer.h.{layer}.attn.c_attn",),
-        attention_out="transformer.h.{layer}.attn.c_proj",
-        mlp_norm="transformer.h.{layer}.ln_2",
-        mlp_in=("transformer.h.{layer}.mlp.c_fc",),
-        mlp_out="transformer.h.{layer}.mlp.c_proj",
-        final_norm="transformer.ln_f",
-        head="lm_head.weight",
-        transposed=True,
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": replace(
+        LLAMA, query_norm="model.layers.{layer}.self_attn.q_norm", key_norm="model.layers.{layer}.self_attn.k_norm"
     ),
-    "llama": WeightNames(
-        embedding="model.embed_tokens.weight",
-        positions=None,
-        attention_norm="model.layers.{layer}.input_layernorm",
-        qkv=tuple(f"model.layers.{{layer}}.self_attn.{x}_proj" for x in "qkv"),
-        attention_out="model.layers.{layer}.self_attn.o_proj",
-        mlp_norm="model.layers.{layer}.post_attention_layernorm",
-        mlp_in=("model.layers.{layer}.mlp.gate_proj", "model.layers.{layer}.mlp.up_proj"),
-        mlp_out="model.layers.{layer}.mlp.down_proj",
-        final_norm="model.norm",
-        head="lm_head.weight",
+    "phi3": replace(LLAMA, qkv=("model.layers.{layer}.self_attn.qkv_proj",), mlp_in=("model.layers.{layer}.mlp.gate_up_proj",)),
+    "gemma2": replace(
+        LLAMA,
+        attention_post_norm="model.layers.{layer}.post_attention_layernorm",
+        mlp_norm="model.layers.{layer}.pre_feedforward_layernorm",
+        mlp_post_norm="model.layers.{layer}.post_feedforward_layernorm",
     ),
 }

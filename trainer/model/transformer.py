@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,13 +21,13 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from parallel.attention import Documents, ParallelAttention, Rotation
-from parallel.embedding import PositionEmbedding, VocabParallelEmbedding, rotary_tables
+from parallel.embedding import PositionEmbedding, VocabParallelEmbedding, llama3_frequencies, rotary_tables
 from parallel.loss import VocabParallelHead
 from parallel.mesh import Group
 from parallel.mlp import ParallelMLP
-from parallel.norm import LayerNorm, RMSNorm
+from parallel.norm import LayerNorm, QueryKeyNorm, RMSNorm
 from parallel.params import Init, Sharded, ShardSpec, materialise, owned_specs
-from trainer.model.families import TransformerConfig
+from trainer.model.families import RopeScaling, TransformerConfig
 from trainer.model.names import WEIGHT_NAMES
 
 
@@ -58,7 +59,7 @@ def logical_specs(config: TransformerConfig) -> list[ShardSpec]:
 
 def make_norm(config: TransformerConfig, name: str) -> Sharded:
     if config.norm == "rmsnorm":
-        return RMSNorm(config.hidden_size, eps=config.norm_eps, name=name)
+        return RMSNorm(config.hidden_size, eps=config.norm_eps, name=name, offset=config.norm_offset)
     return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias, name=name)
 
 
@@ -71,6 +72,9 @@ class Embedding(nn.Module):
         init = Init(std=config.init_std)
         self.dtype = dtype
         self.dropout = config.embedding_dropout
+        # Rounded to the compute format, as the Gemma models were trained: 55.5 instead of √3072 = 55.43 in bf16.
+        self.scale = torch.tensor(math.sqrt(config.hidden_size), dtype=dtype, device="cpu").item()
+        self.scaled = config.scaled_embedding
         self.tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, name=names.embedding, init=init, group=group
         )
@@ -82,11 +86,17 @@ class Embedding(nn.Module):
         x_BSD = self.tokens(tokens_BS)
         if self.positions is not None:
             x_BSD = x_BSD + self.positions(documents.positions_BS.to(tokens_BS.device))
-        return functional.dropout(x_BSD.to(self.dtype), self.dropout, self.training)
+        x_BSD = x_BSD.to(self.dtype)
+        if self.scaled:
+            x_BSD = x_BSD * self.scale
+        return functional.dropout(x_BSD, self.dropout, self.training)
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); [B, S, D] → [B, S, D]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); [B, S, D] → [B, S, D].
+
+    With post-norms: x + norm(attention(norm(x))), then x + norm(mlp(norm(x))).
+    """
 
     def __init__(self, config: TransformerConfig, index: int, *, group: Group) -> None:
         super().__init__()
@@ -111,10 +121,15 @@ class Layer(nn.Module):
             transposed=names.transposed,
             dropout=config.attention_dropout,
             causal=True,
+            window=config.windows[index],
+            scale=config.query_scalar**-0.5,
+            softcap=config.attention_softcap,
+            qk_norm=_qk_norm(config, index, group),
             init=init,
             out_init=out_init,
             group=group,
         )
+        self.attention_post_norm = _post_norm(config, names.attention_post_norm, index)
         self.mlp_norm = make_norm(config, names.mlp_norm.format(layer=index))
         self.mlp = ParallelMLP(
             hidden_size=config.hidden_size,
@@ -128,11 +143,25 @@ class Layer(nn.Module):
             out_init=out_init,
             group=group,
         )
+        self.mlp_post_norm = _post_norm(config, names.mlp_post_norm, index)
 
     def forward(self, x_BSD: Tensor, documents: Documents, rotation: Rotation | None) -> Tensor:
-        attended = self.attention(self.attention_norm(x_BSD), documents, rotation)
+        attended = self.attention_post_norm(self.attention(self.attention_norm(x_BSD), documents, rotation))
         x_BSD = x_BSD + functional.dropout(attended, self.dropout, self.training)
-        return x_BSD + functional.dropout(self.mlp(self.mlp_norm(x_BSD)), self.dropout, self.training)
+        fed_forward = self.mlp_post_norm(self.mlp(self.mlp_norm(x_BSD)))
+        return x_BSD + functional.dropout(fed_forward, self.dropout, self.training)
+
+
+def _post_norm(config: TransformerConfig, name: str | None, index: int) -> nn.Module:
+    return nn.Identity() if name is None else make_norm(config, name.format(layer=index))
+
+
+def _qk_norm(config: TransformerConfig, index: int, group: Group) -> QueryKeyNorm | None:
+    names = WEIGHT_NAMES[config.family]
+    if names.query_norm is None or names.key_norm is None:
+        return None
+    query, key = names.query_norm.format(layer=index), names.key_norm.format(layer=index)
+    return QueryKeyNorm(config.head_dim, eps=config.norm_eps, query=query, key=key, group=group)
 
 
 class Head(nn.Module):
@@ -149,6 +178,7 @@ class Head(nn.Module):
             init=Init(std=config.init_std),
             group=group,
             tied_to=tied_to,
+            softcap=config.logit_softcap,
         )
 
     def forward(self, x_BSD: Tensor, labels_BS: Tensor | None) -> Tensor:
@@ -218,4 +248,20 @@ class Stage(nn.Module):
         if self.config.positions != "rope":
             return None
         positions_BS = documents.positions_BS.to(device)
-        return rotary_tables(positions_BS, self.config.head_dim, self.config.rope_theta, self.dtype)
+        return rotary_tables(
+            positions_BS, self.config.head_dim, self.config.rope_theta, self.dtype, _frequency_scale(self.config.rope_scaling)
+        )
+
+
+def _frequency_scale(scaling: RopeScaling | None) -> Callable[[Tensor], Tensor]:
+    if scaling is None:
+        return lambda frequencies: frequencies
+    if scaling.kind == "linear":
+        return lambda frequencies: frequencies / scaling.factor
+    return partial(
+        llama3_frequencies,
+        factor=scaling.factor,
+        low_freq_factor=scaling.low_freq_factor,
+        high_freq_factor=scaling.high_freq_factor,
+        original_positions=scaling.original_positions,
+    )

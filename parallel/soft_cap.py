@@ -1,0 +1,11 @@
+"""Logits that stay within bounds (Gemma 2: Riviere et al. 2024, arXiv:2408.00118, §2; before it Bello et al. 2016)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """cap · tanh(logits / cap): nearly the logits where they are small, never beyond ± cap."""
+    return torch.tanh(logits / cap) * cap

@@ -1,0 +1,440 @@
+"""Each family against transformers' own model: the same weights give the same logits, loss and gradients, on one process
+and with the heads, the MLP and the vocabulary divided over tensor ranks; out to a folder and in again bit by bit.
+
+Sizes are odd, windows are shorter than the sequence, and every weight is random, so that nothing hides behind a 0 or 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from parallel import attention, norm
+from parallel.attention import Documents, attend
+from parallel.embedding import rotary_tables
+from parallel.loss import IGNORE, VocabParallelHead
+from parallel.mesh import Group, Mesh
+from parallel.norm import QueryKeyNorm, RMSNorm
+from parallel.params import Init, initialise, owned_specs
+from parallel.soft_cap import soft_cap
+from parallel.topology import Layout
+from tests.spawn import spawn
+from tests.unit.test_transformer_oracle import (
+    B,
+    S,
+    V,
+    assert_close,
+    assert_same_gradients,
+    logical_gradients,
+    next_labels,
+    random_tokens,
+    stage_from,
+)
+from trainer.model.families import to_hf_config, translate
+from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
+from trainer.model.transformer import Stage, _frequency_scale, blocks_of, logical_specs
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR_ROPE = {"rope_type": "linear", "factor": 3.0}
+# 6 heads of which 3 share their keys; or 5 that all do, with a head size that is not hidden / heads.
+GROUPED = {
+    "vocab_size": V,
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+WIDE_HEADS = {**GROUPED, "hidden_size": 27, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 10}
+WINDOWED = {"use_sliding_window": True, "sliding_window": 4}
+SLIDING, FULL = "sliding_attention", "full_attention"
+# Caps of the size of the logits, for a cap far above them changes nothing.
+GEMMA2 = {
+    **GROUPED,
+    "head_dim": 10,
+    "sliding_window": 4,
+    "query_pre_attn_scalar": 7,
+    "attn_logit_softcapping": 1.5,
+    "final_logit_softcapping": 2.5,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3-rope": ("llama", {**GROUPED, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 50.0}}),
+    "llama3-rope-v4": ("llama", {**GROUPED, "rope_scaling": LLAMA3_ROPE, "rope_theta": 50.0, "tie_word_embeddings": True}),
+    "llama-linear-rope": ("llama", {**GROUPED, "rope_scaling": LINEAR_ROPE}),
+    "mistral": ("mistral", {**GROUPED, "sliding_window": 4}),
+    "mistral-tied": ("mistral", {**WIDE_HEADS, "sliding_window": 2, "tie_word_embeddings": True}),
+    "mistral-window-covers": ("mistral", {**GROUPED, "sliding_window": S}),
+    "mistral-no-window": ("mistral", {**GROUPED, "sliding_window": None, "rope_scaling": LINEAR_ROPE}),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen2-late-window-tied": ("qwen2", {**GROUPED, **WINDOWED, "max_window_layers": 1, "tie_word_embeddings": True}),
+    "qwen2-listed": ("qwen2", {**GROUPED, **WINDOWED, "layer_types": [SLIDING, FULL]}),
+    "qwen3": ("qwen3", WIDE_HEADS),
+    "qwen3-biases": ("qwen3", {**GROUPED, "head_dim": 6, "attention_bias": True, "rms_norm_eps": 0.1}),
+    "qwen3-window-tied": (
+        "qwen3",
+        {**GROUPED, "head_dim": 8, **WINDOWED, "max_window_layers": 0, "tie_word_embeddings": True},
+    ),
+    "phi3": ("phi3", {**GROUPED, "num_key_value_heads": 3}),
+    "phi3-window-tied": ("phi3", {**GROUPED, "sliding_window": 6, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", GEMMA2),
+    "gemma2-untied-biases": ("gemma2", {**GEMMA2, "tie_word_embeddings": False, "attention_bias": True}),
+    "gemma2-uncapped": (
+        "gemma2",
+        {**GEMMA2, "attn_logit_softcapping": None, "final_logit_softcapping": None, "layer_types": [FULL, SLIDING]},
+    ),
+    "gemma2-norm-eps": ("gemma2", {**GEMMA2, "num_key_value_heads": 6, "rms_norm_eps": 0.1, "hidden_activation": "silu"}),
+}
+ONE_OF_EACH = ["llama3-rope", "mistral", "qwen2-listed", "qwen3-window-tied", "phi3-window-tied", "gemma2"]
+PACKED = ((13,), (4, 9), (1, 7, 5))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other make tensors as small as these ten times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_model(family: str, shape: dict[str, Any], seed: int = 0) -> Any:
+    """A transformers model in fp32 with every weight drawn at random around 0, those of norms around the factor 1."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = CONFIG_MAPPING[family](**shape, **tokens)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    stream = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm = "norm" in name
+            parameter.normal_(float(is_norm and family != "gemma2"), 0.2, generator=stream)
+    return model
+
+
+def twins(name: str, folder: Path) -> tuple[Any, Stage]:
+    theirs = random_model(*MODELS[name])
+    theirs.save_pretrained(folder)
+    return theirs, stage_from(folder)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_loss_and_gradients_equal_transformers(name: str, tmp_path: Path) -> None:
+    theirs, ours = twins(name, tmp_path)
+    tokens = random_tokens()
+    documents = Documents.whole_rows(B, S)
+    expected = theirs(input_ids=tokens, labels=tokens)  # shifts the labels and takes the mean itself
+    assert_close(ours(tokens, documents).detach(), expected.logits.detach(), 1e-5, "logits")
+    loss = ours(tokens, documents, next_labels(tokens, documents.lengths)) / (B * (S - 1))
+    assert abs(loss.item() - expected.loss.item()) < 1e-5
+    expected.loss.backward()
+    loss.backward()
+    assert_same_gradients(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_packed_row_equals_each_document_alone(name: str, tmp_path: Path) -> None:
+    theirs, ours = twins(name, tmp_path)
+    tokens = random_tokens()
+    logits = ours(tokens, Documents(PACKED))
+    loss_sum = ours(tokens, Documents(PACKED), next_labels(tokens, PACKED))
+    expected_sum = torch.zeros(())
+    for row, lengths in enumerate(PACKED):
+        for start, end in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
+            document = tokens[row : row + 1, start:end]
+            expected = theirs(input_ids=document).logits
+            got = logits[row : row + 1, start:end].detach()
+            assert_close(got, expected.detach(), 1e-5, f"logits of row {row} from {start}")
+            log_p = expected[0, :-1].log_softmax(-1)
+            expected_sum = expected_sum - log_p.gather(-1, document[0, 1:, None]).sum()
+    torch.testing.assert_close(loss_sum, expected_sum, rtol=1e-6, atol=1e-5)
+    num_targets = sum(n - 1 for lengths in PACKED for n in lengths)
+    (loss_sum / num_targets).backward()
+    (expected_sum / num_targets).backward()
+    assert_same_gradients(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_recompute_changes_no_bit(name: str, tmp_path: Path) -> None:
+    random_model(*MODELS[name]).save_pretrained(tmp_path)
+    tokens = random_tokens()
+    seen = []
+    for recompute in ("none", "full"):
+        ours = stage_from(tmp_path, recompute=recompute)
+        loss = ours(tokens, Documents(PACKED), next_labels(tokens, PACKED))
+        loss.backward()
+        seen.append((loss.detach(), logical_gradients(ours)))
+    assert torch.equal(seen[0][0], seen[1][0])
+    for weight, gradient in seen[0][1].items():
+        assert torch.equal(gradient, seen[1][1][weight]), weight
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_out_and_in_again(name: str, tmp_path: Path) -> None:
+    """What we write is what transformers wrote: the same tensors bit by bit, and a config that means the same."""
+    from transformers import AutoModelForCausalLM
+
+    theirs, ours = twins(name, tmp_path / "theirs")
+    config = to_hf_config(ours.config, dtype="float32", eos_token_id=None)
+    tensors = ((spec, parameter.detach()) for _, parameter, spec in owned_specs(ours))
+    write_folder(tensors, tmp_path / "ours", dtype=torch.float32, config=config, save_tokenizer=lambda folder: None)
+
+    written, original = (load_file(tmp_path / side / "model.safetensors") for side in ("ours", "theirs"))
+    assert written.keys() == original.keys()
+    assert all(torch.equal(tensor, original[weight]) for weight, tensor in written.items())
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()), report
+    tokens = random_tokens()
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(input_ids=tokens).logits, theirs(input_ids=tokens).logits)
+    for side in ("ours", "theirs"):
+        hf_config = read_config(tmp_path / side)
+        assert translate(hf_config["model_type"], hf_config) == ours.config
+    PretrainedWeights(tmp_path / "ours").check_names(logical_specs(ours.config))
+
+
+@pytest.mark.parametrize("original_positions", [16, 512, 8192])
+@pytest.mark.parametrize("head_dim", [6, 64, 128])
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, LINEAR_ROPE, LLAMA3_ROPE])
+def test_rotary_angles_are_those_of_transformers_to_the_bit(
+    rope: dict[str, Any], theta: float, head_dim: int, original_positions: int
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding
+
+    if rope["rope_type"] == "llama3":
+        rope = {**rope, "original_max_position_embeddings": original_positions}
+    shape = {
+        "head_dim": head_dim,
+        "max_position_embeddings": 2 * original_positions,
+        "rope_parameters": {**rope, "rope_theta": theta},
+    }
+    config = translate("llama", shape)
+    positions = torch.arange(0, 2 * original_positions, max(1, original_positions // 61)).unsqueeze(0)
+    expected = LlamaRotaryEmbedding(LlamaConfig(**shape))(torch.zeros(()), positions)
+    scale = _frequency_scale(config.rope_scaling)
+    got = rotary_tables(positions, config.head_dim, config.rope_theta, torch.float32, scale)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours.squeeze(2), theirs[..., : head_dim // 2])
+
+
+# --- windows and soft caps, against one masked softmax over the whole row ----------------------------------------------
+
+
+def plain_attention(
+    q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, documents: Documents, *, window: int, scale: float, softcap: float | None
+) -> Tensor:
+    share = q_BSHK.shape[2] // k_BSGK.shape[2]
+    k_BSHK, v_BSHK = (x.repeat_interleave(share, dim=2) for x in (k_BSGK, v_BSGK))
+    logits = torch.einsum("bshk,bthk->bhst", q_BSHK, k_BSHK) * scale
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    place = torch.arange(q_BSHK.shape[1])
+    age = place.unsqueeze(1) - place
+    document = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in documents.lengths])
+    visible = (age >= 0) & (age < window) & (document.unsqueeze(2) == document.unsqueeze(1))
+    return torch.einsum("bhst,bthk->bshk", logits.masked_fill(~visible.unsqueeze(1), -torch.inf).softmax(-1), v_BSHK)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 8, 12, 13, 14, 100])
+@pytest.mark.parametrize("block", [1, 3, 4, 512])
+def test_attention_in_blocks_is_exact(block: int, window: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    stream = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(3, 13, heads, 6, generator=stream, dtype=torch.float64) for heads in (6, 2, 2)]
+    upstream = torch.randn(3, 13, 6, 6, generator=stream, dtype=torch.float64)
+    outcomes = []
+    for function, more in ((attend, {"causal": True, "dropout": 0.0}), (plain_attention, {})):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = function(*leaves, Documents(PACKED), window=window, scale=0.9, softcap=softcap, **more)
+        out.backward(upstream)
+        outcomes.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for got, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("window", "masks"), [(None, 0), (100, 0), (13, 0), (9, 1), (8, 2), (4, 4), (3, 5)])
+def test_a_window_that_covers_the_document_makes_no_mask(
+    window: int | None, masks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PACKED holds documents of 13, 4, 9, 1, 7 and 5 tokens; those longer than the window need a mask each."""
+    made: list[Tensor | None] = []
+    original = attention._mask
+    monkeypatch.setattr(attention, "_mask", lambda *args: made.append(original(*args)) or made[-1])
+    q, k, v = (torch.randn(3, 13, 2, 4) for _ in range(3))
+    attend(q, k, v, Documents(PACKED), causal=True, dropout=0.0, window=window)
+    assert len(made) == masks
+
+
+def test_dropout_acts_on_windowed_and_capped_attention() -> None:
+    """With V = 1 a row of the output is the sum of what dropout kept of it, doubled: its mean over many is 1."""
+    q, k = (torch.randn(1, 400, 8, 4) for _ in range(2))
+    for options in ({"window": 50}, {"softcap": 2.0}, {"softcap": 2.0, "window": 50}):
+        out = attend(q, k, torch.ones(1, 400, 8, 4), Documents(((400,),)), causal=True, dropout=0.5, **options)
+        assert out.std() > 0.1
+        assert abs(out.mean() - 1.0) < 0.05
+
+
+def test_capped_cross_entropy_has_the_gradient_of_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several chunks, with positions that are no targets."""
+    monkeypatch.setattr("parallel.loss.CHUNK_BYTES", 4 * 37 * 4)
+    head = VocabParallelHead(37, 12, name="h", init=Init(std=0.5), group=Group.alone(), tied_to=None, softcap=1.5)
+    initialise(head, seed=1)
+    head.double()
+    hidden = torch.randn(3, 7, 12, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 37, (3, 7))
+    labels[0, 3] = labels[2, 6] = IGNORE
+    logits = soft_cap(hidden @ head.weight.t(), 1.5)
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    inputs = (hidden, head.weight)
+    got = head(hidden, labels)
+    torch.testing.assert_close(head(hidden), logits, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_an_offset_norm_in_bf16_keeps_small_weights() -> None:
+    """1 + 0.001 in bf16 is 1: the offset is added in fp32."""
+    layer = RMSNorm(64, eps=1e-6, name="n", offset=1.0)
+    nn.init.constant_(layer.weight, 0.003)
+    x = torch.randn(500, 64).bfloat16()
+    plain = nn.functional.rms_norm(x.float(), (64,), eps=1e-6)
+    ratio = (layer(x).float() * plain).sum() / plain.square().sum()
+    assert abs(ratio.item() - 1.003) < 5e-4
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3"])
+def test_norms_start_at_the_factor_one(family: str) -> None:
+    config = translate(family, {**GROUPED, "head_dim": 6})
+    stage = Stage(
+        config,
+        blocks_of(config),
+        dtype=torch.float32,
+        recompute="none",
+        group=Group.alone(),
+        device=torch.device("cpu"),
+        fill=lambda block: initialise(block, 0),
+    )
+    norms = [module for module in stage.modules() if isinstance(module, RMSNorm | QueryKeyNorm)]
+    assert len(norms) == (4 if family == "gemma2" else 3) * config.num_layers + 1
+    for module in norms:
+        for parameter in module.parameters():
+            assert torch.equal(parameter, torch.full_like(parameter, 1.0 - config.norm_offset))
+
+
+# --- over tensor ranks ---------------------------------------------------------------------------------------------------
+
+# Heads, key/value heads and ffn divide by 4; the vocabulary of 67 does not.
+DIVIDED = {**GROUPED, "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
+ON_TENSOR_RANKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {**DIVIDED, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 50.0}}),
+    "mistral": ("mistral", {**DIVIDED, "head_dim": 6, "sliding_window": 4, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {**DIVIDED, **WINDOWED, "layer_types": [SLIDING, FULL]}),
+    "qwen3": ("qwen3", {**DIVIDED, **WINDOWED, "head_dim": 6, "attention_bias": True, "max_window_layers": 1}),
+    "phi3": ("phi3", {**DIVIDED, "sliding_window": 6}),
+    "gemma2": ("gemma2", {**GEMMA2, **DIVIDED, "head_dim": 6, "attention_bias": True}),
+    "gemma2-untied": ("gemma2", {**GEMMA2, **DIVIDED, "head_dim": 6, "tie_word_embeddings": False}),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    for name, model in ON_TENSOR_RANKS.items():
+        random_model(*model).save_pretrained(root / name)
+    return {name: root / name for name in ON_TENSOR_RANKS}
+
+
+def shard_from(folder: Path, group: Group, dtype: torch.dtype) -> Stage:
+    """This rank's part of the model, read from the folder by slices."""
+    hf_config = read_config(folder)
+    config = translate(hf_config["model_type"], hf_config)
+    stage = Stage(
+        config,
+        blocks_of(config),
+        dtype=dtype,
+        recompute="none",
+        group=group,
+        device=torch.device("cpu"),
+        fill=PretrainedWeights(folder).fill,
+    )
+    return stage.to(dtype)
+
+
+def differences(mesh: Mesh, folder: Path, dtype: torch.dtype) -> dict[str, float]:
+    """How far the loss and each gradient are from the one-process run, relative to the largest element."""
+    tokens = random_tokens()
+    stages = [shard_from(folder, group, dtype) for group in (Group.alone(), mesh.tp)]
+    losses = [stage(tokens, Documents(PACKED), next_labels(tokens, PACKED)) for stage in stages]
+    for loss in losses:
+        (loss / loss.detach()).backward()
+    logical = logical_gradients(stages[0])
+    found = {"loss": float((losses[1].detach() / losses[0].detach() - 1.0).abs())}
+    for name, parameter, spec in owned_specs(stages[1]):
+        covered = 0
+        for piece in spec.pieces:
+            expected = logical[piece.name]
+            difference = piece.in_parameter(parameter.grad) - piece.box_of(expected)
+            worst = difference.abs().max() if difference.numel() else torch.zeros(())
+            found[f"{name} ({piece.name})"] = float(worst / expected.abs().max())
+            covered += piece.rows
+        assert not parameter.grad[covered:].any(), f"padding rows of {name} got a gradient"
+    return found
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_padding_of_the_vocabulary_is_0_and_not_what_lay_in_memory(
+    rank: int, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """67 symbols are 4 · 17 rows: the last rank has one that no tensor fills."""
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **options: torch.full(tensor.shape, torch.nan, **options))
+    group = Group(rank=rank, ranks=(0, 1, 2, 3), handle=None)
+    stage = shard_from(folders["gemma2-untied"], group, torch.float32)
+    assert stage.head is not None
+    for weight in (stage.embedding.tokens.weight, stage.head.logits.weight):
+        assert torch.isfinite(weight).all()
+        assert bool(weight[-1].any()) == (rank < 3)
+
+
+def equal_to_one_process(mesh: Mesh, folders: dict[str, Path], dtype: torch.dtype, tolerance: float) -> None:
+    for model, folder in folders.items():
+        wrong = {name: x for name, x in differences(mesh, folder, dtype).items() if not x <= tolerance}
+        assert not wrong, f"{model} on {mesh.tp.size} tensor ranks: {json.dumps(wrong, indent=1)}"
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_tensor_ranks_equal_one_process(tp: int, dtype: torch.dtype, tolerance: float, folders: dict[str, Path]) -> None:
+    spawn(equal_to_one_process, Layout(tp=tp), folders, dtype, tolerance)
+
+
+def without_the_sum_over_heads(mesh: Mesh, folder: Path) -> set[str]:
+    norm.copy_to_group = lambda tensor, group: tensor
+    return {name for name, x in differences(mesh, folder, torch.float64).items() if x > 1e-6}
+
+
+def test_without_the_sum_over_tensor_ranks_the_gradients_of_head_norms_are_partial(folders: dict[str, Path]) -> None:
+    """The test above can fail: the weights of q and k norms, and nothing else, see only the local heads."""
+    expected = {
+        f"layers.{layer}.attention.qk_norm.{what} (model.layers.{layer}.self_attn.{letter}_norm.weight)"
+        for layer in range(2)
+        for what, letter in (("query", "q"), ("key", "k"))
+    }
+    for partial in spawn(without_the_sum_over_heads, Layout(tp=2), folders["qwen3"]):
+        assert partial == expected
