@@ -109,7 +109,7 @@ RULES: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
      {"optimizer": {"momentum": 0.9}}, "optimizer.momentum is used by sgd, not by adamw",
      [{"optimizer": {"name": "sgd", "momentum": 0.9}}]),
     ("a model is needed",
-     {"model": {}}, "no model: give model.family (gpt2, llama) with model.config, or model.from_pretrained",
+     {"model": {}}, "no model: give model.family (gpt2, llama, mistral",
      [{"model": GPT2}, {"model": {"from_pretrained": "hf"}}, {"model": {"from_pretrained": "openai-community/gpt2"}}]),
     ("a family is one of those",
      {"model": {"family": "lama"}}, 'unknown family "lama"; did you mean llama?; legal: gpt2, llama',
