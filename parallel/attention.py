@@ -1,7 +1,7 @@
 """Tensor-parallel self-attention over packed documents.
 
-Shape letters: B batch, S sequence, D model, H query heads, G key/value heads, K head dim; a capital keeps its letter
-when it is local.
+Shape letters: B batch, S sequence, N = B · S tokens, D model, H query heads, G key/value heads, K head dim; a capital keeps
+its letter when it is local.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
 from parallel.mesh import Group
 from parallel.norm import QueryKeyNorm
 from parallel.params import Init
+from parallel.rng import Streams, dropout
 from parallel.soft_cap import soft_cap
+from parallel.tensor import TensorParallel
 
 Rotation = tuple[Tensor, Tensor]
 QUERY_BLOCK = 512  # queries that attend in one call where a mask is needed: it and their logits stay small
@@ -39,6 +41,11 @@ class Documents:
     @classmethod
     def whole_rows(cls, rows: int, seq_len: int) -> Documents:
         return cls(((seq_len,),) * rows)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, S)"""
+        return len(self.lengths), sum(self.lengths[0])
 
     @cached_property
     def positions_BS(self) -> Tensor:
@@ -81,6 +88,16 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightDropout:
+    """Dropout of attention weights: at which rate, from which random streams, and which heads of all this rank has."""
+
+    rate: float
+    streams: Streams
+    site: str
+    heads: range
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Reach:
     """What a token attends to in its document, and how strongly; see `attend`."""
 
@@ -88,7 +105,7 @@ class _Reach:
     window: int | None
     scale: float | None
     softcap: float | None
-    dropout: float
+    dropout: WeightDropout | None
 
 
 def attend(
@@ -98,10 +115,10 @@ def attend(
     documents: Documents,
     *,
     causal: bool,
-    dropout: float,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    dropout: WeightDropout | None = None,
 ) -> Tensor:
     """softmax(cap(Q Kᵀ · scale)) V inside each document; [B, S, H, K].
 
@@ -121,6 +138,7 @@ def attend(
                 k_BSGK[batch, span].transpose(1, 2),
                 v_BSGK[batch, span].transpose(1, 2),
                 reach,
+                _Place(batch.start, span.start),
             ).transpose(1, 2)
             for span in spans
         ]
@@ -128,10 +146,19 @@ def attend(
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=0)
 
 
-def _attend_in_document(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _Reach) -> Tensor:
-    """One fused call where the window covers the document and nothing is capped; else block by block of the queries."""
+class _Place(NamedTuple):
+    """Where a block of queries begins in the micro-batch."""
+
+    row: int
+    token: int
+
+
+def _attend_in_document(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _Reach, place: _Place) -> Tensor:
+    """One fused call where the window covers the document and nothing is done to logits or weights; else block by block of
+    the queries."""
     length = q_BHSK.shape[2]
-    if reach.softcap is None and (reach.window is None or reach.window >= length):
+    fused = reach.softcap is None and reach.dropout is None
+    if fused and (reach.window is None or reach.window >= length):
         return _fused(q_BHSK, k_BGSK, v_BGSK, reach, is_causal=reach.causal)
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
@@ -141,18 +168,17 @@ def _attend_in_document(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _
         kv = k_BGSK[:, :, first:last], v_BGSK[:, :, first:last]
         mask = _mask(range(start, end), range(first, last), reach, q_BHSK.device)
         q = q_BHSK[:, :, start:end]
-        if reach.softcap is None:
+        if fused:
             blocks.append(_fused(q, *kv, reach, attn_mask=mask))
         else:
-            blocks.append(checkpoint(_capped, q, *kv, mask, reach, use_reentrant=False))
+            here = _Place(place.row, place.token + start)
+            blocks.append(checkpoint(_written_out, q, *kv, mask, reach, here, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(blocks, dim=2)
 
 
 def _fused(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _Reach, **masking: Any) -> Tensor:
     gqa = q_BHSK.shape[1] != k_BGSK.shape[1]
-    return functional.scaled_dot_product_attention(
-        q_BHSK, k_BGSK, v_BGSK, dropout_p=reach.dropout, scale=reach.scale, enable_gqa=gqa, **masking
-    )
+    return functional.scaled_dot_product_attention(q_BHSK, k_BGSK, v_BGSK, scale=reach.scale, enable_gqa=gqa, **masking)
 
 
 def _mask(queries: range, keys: range, reach: _Reach, device: torch.device) -> Tensor | None:
@@ -165,27 +191,48 @@ def _mask(queries: range, keys: range, reach: _Reach, device: torch.device) -> T
     return ages_ST >= 0 if reach.window is None else (ages_ST >= 0) & (ages_ST < reach.window)
 
 
-def _capped(q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_ST: Tensor | None, reach: _Reach) -> Tensor:
-    """Attention with soft-capped logits, which no fused kernel offers: logits and softmax in fp32.
+def _written_out(
+    q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_ST: Tensor | None, reach: _Reach, place: _Place
+) -> Tensor:
+    """Attention with soft-capped logits or with dropout of the weights, logits and softmax in fp32.
 
-    Run under recompute, as flash attention does it too: a block's [H, S, T] logits live only while it is computed.
+    No fused kernel caps, and none takes a dropout mask from outside: theirs would differ between layouts. Run under
+    recompute, as flash attention does it too: a block's [H, S, T] logits live only while it is computed.
     """
-    assert reach.softcap is not None
     wide = torch.promote_types(q_BHSK.dtype, torch.float32)
     scale = q_BHSK.shape[-1] ** -0.5 if reach.scale is None else reach.scale
     q_BGRSK = q_BHSK.unflatten(1, (k_BGTK.shape[1], -1))  # R query heads share one key/value head
-    logits_BGRST = soft_cap((q_BGRSK @ k_BGTK.unsqueeze(2).mT).to(wide) * scale, reach.softcap)
+    logits_BGRST = (q_BGRSK @ k_BGTK.unsqueeze(2).mT).to(wide) * scale
+    if reach.softcap is not None:
+        logits_BGRST = soft_cap(logits_BGRST, reach.softcap)
     if mask_ST is not None:
         logits_BGRST = logits_BGRST.masked_fill(~mask_ST, -torch.inf)
-    weights_BGRST = functional.dropout(logits_BGRST.softmax(-1).to(v_BGTK.dtype), reach.dropout)
+    weights_BGRST = logits_BGRST.softmax(-1).to(v_BGTK.dtype)
+    if reach.dropout is not None:
+        weights_BGRST = _dropped(weights_BGRST, reach.dropout, place)
     return (weights_BGRST @ v_BGTK.unsqueeze(2)).flatten(1, 2)
 
 
-class ParallelAttention(torch.nn.Module):
-    """Self-attention with its heads divided: each tensor rank holds H/p query heads and their G/p key/value heads.
+def _dropped(weights_BGRST: Tensor, given: WeightDropout, place: _Place) -> Tensor:
+    B, G, R, S, T = weights_BGRST.shape
+    rows = range(place.row, place.row + B)
+    keeps_BHST = given.streams.keeps_weights(
+        given.site, given.rate, rows, given.heads, (S, T), place.token, weights_BGRST.device
+    )
+    return dropout(weights_BGRST, keeps_BHST.unflatten(1, (G, R)), given.rate)
 
-    Forward: X [B, S, D] replicated → fused column-parallel Q, K, V → attention of the local heads, no communication →
-    row-parallel output projection, one all-reduce. Backward: one all-reduce, of dX (and a small one with `qk_norm`).
+
+class ParallelAttention(torch.nn.Module):
+    """Self-attention with its heads divided: each tensor rank holds H/p query heads and the key/value heads they use.
+
+    With fewer key/value heads than ranks (G < p) the p / G ranks of `kv_copies`, neighbours in the group, hold the same one
+    (Shazeer 2019, arXiv:1911.02150; Ainslie et al. 2023, arXiv:2305.13245); its weights' gradients are summed over them.
+
+    Forward: X [N, D], or this rank's tokens of it → fused column-parallel Q, K, V → attention of the local heads over whole
+    sequences, no communication → row-parallel output projection. Communication: that of the two linear layers.
+
+    `recompute`: the attention core (rotation, softmax, weighted sum) is computed again in backward instead of kept, the
+    selective recomputation of Korthikanti et al. 2022, arXiv:2205.05198, §5.
     """
 
     def __init__(
@@ -206,35 +253,61 @@ class ParallelAttention(torch.nn.Module):
         causal: bool,
         init: Init,
         out_init: Init,
-        group: Group,
+        tp: TensorParallel,
+        kv_copies: Group,
         window: int | None = None,
         scale: float | None = None,
         softcap: float | None = None,
         qk_norm: QueryKeyNorm | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.num_heads = group.part(num_heads, "attention heads")
-        self.num_kv_heads = group.part(num_kv_heads, "key/value heads")
+        self.num_heads = tp.group.part(num_heads, "attention heads")
+        self.num_kv_heads = tp.group.part(num_kv_heads * kv_copies.size, "key/value heads and their copies")
         self.head_dim = head_dim
         self.dropout = dropout
+        self.site = f"{out}.weights"
+        self.heads = range(tp.group.rank * self.num_heads, (tp.group.rank + 1) * self.num_heads)
         self.attend = partial(attend, causal=causal, window=window, scale=scale, softcap=softcap)
         self.qk_norm = qk_norm
+        self.recompute = recompute
+        divided, shared = ([query, key, value], []) if kv_copies.size == 1 else ([query], [key, value])
         self.qkv = ColumnParallelLinear(
-            hidden_size, [query, key, value], bias=qkv_bias, init=init, transposed=transposed, group=group
+            hidden_size,
+            divided,
+            shared=shared,
+            copies=kv_copies,
+            bias=qkv_bias,
+            init=init,
+            transposed=transposed,
+            tp=tp,
         )
         self.out = RowParallelLinear(
-            num_heads * head_dim, hidden_size, name=out, bias=out_bias, init=out_init, transposed=transposed, group=group
+            num_heads * head_dim, hidden_size, name=out, bias=out_bias, init=out_init, transposed=transposed, tp=tp
         )
 
-    def forward(self, x_BSD: Tensor, documents: Documents, rotation: Rotation | None) -> Tensor:
+    def forward(self, x_ND: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None) -> Tensor:
+        """`streams` None: nothing is dropped (evaluation)."""
         H, G = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x_BSD).unflatten(-1, (H + 2 * G, self.head_dim))
-        qk, v_BSGK = qkv.split([H + G, G], dim=2)
+        qkv_BSNK = self.qkv(x_ND).view(*documents.shape, H + 2 * G, self.head_dim)
+        qk, v_BSGK = qkv_BSNK.split([H + G, G], dim=2)
         if self.qk_norm is not None:
             qk = self.qk_norm(qk, H)
+        if self.recompute and torch.is_grad_enabled():
+            y_BSHK = checkpoint(
+                self._core, qk, v_BSGK, documents, rotation, streams, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            y_BSHK = self._core(qk, v_BSGK, documents, rotation, streams)
+        return self.out(y_BSHK.flatten(2).flatten(0, 1))
+
+    def _core(
+        self, qk: Tensor, v_BSGK: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None
+    ) -> Tensor:
         if rotation is not None:
             qk = _Rotate.apply(qk, *rotation)
-        q_BSHK, k_BSGK = qk.split([H, G], dim=2)
-        dropout = self.dropout if self.training else 0.0
-        y_BSHK = self.attend(q_BSHK, k_BSGK, v_BSGK, documents, dropout=dropout)
-        return self.out(y_BSHK.flatten(2))
+        q_BSHK, k_BSGK = qk.split([self.num_heads, self.num_kv_heads], dim=2)
+        dropped = None
+        if self.dropout and streams is not None:
+            dropped = WeightDropout(rate=self.dropout, streams=streams, site=self.site, heads=self.heads)
+        return self.attend(q_BSHK, k_BSGK, v_BSGK, documents, dropout=dropped)

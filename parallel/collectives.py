@@ -1,17 +1,19 @@
-"""Collectives with gradients, over an explicit group.
+"""Collectives over an explicit group, and their pairs with gradients.
 
-The conjugate pairs of Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053, figure 3), out of place: autograd may still hold the
-tensor that comes in.
+Out of place: autograd may still hold the tensor that comes in. The conjugate pairs are those of Megatron-LM; each is the
+other's backward.
 
 | function | forward | backward | paper |
 |---|---|---|---|
-| `copy_to_group` | identity | all-reduce | f |
-| `reduce_from_group` | all-reduce | identity | g |
+| `copy_to_group` | identity | all-reduce | f (Shoeybi et al. 2019, arXiv:1909.08053, figure 3) |
+| `reduce_from_group` | all-reduce | identity | its conjugate g |
+| `gather_tokens` | all-gather along dim 0 | reduce-scatter | g (Korthikanti et al. 2022, arXiv:2205.05198, figure 5) |
+| `scatter_tokens` | reduce-scatter along dim 0 | all-gather | its conjugate ḡ |
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,13 +22,55 @@ from torch import Tensor
 from parallel.mesh import Group
 
 
+class Pending(NamedTuple):
+    """A collective under way; `wait` gives its result."""
+
+    result: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
+def start_all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
+    """The sum (or `op`) over the group, in a new tensor. The input itself when the group has one rank."""
+    if group.size == 1:
+        return Pending(tensor, None)
+    result = tensor.clone(memory_format=torch.contiguous_format)
+    return Pending(result, dist.all_reduce(result, op=op, group=group.handle, async_op=True))
+
+
+def start_all_gather(tensor: Tensor, group: Group) -> Pending:
+    """The group's tensors one after another along dim 0."""
+    if group.size == 1:
+        return Pending(tensor, None)
+    result = tensor.new_empty((tensor.shape[0] * group.size, *tensor.shape[1:]))
+    return Pending(result, dist.all_gather_single(result, tensor.contiguous(), group=group.handle, async_op=True))
+
+
+def start_reduce_scatter(tensor: Tensor, group: Group) -> Pending:
+    """This rank's share, along dim 0, of the sum over the group."""
+    if group.size == 1:
+        return Pending(tensor, None)
+    result = tensor.new_empty((group.part(tensor.shape[0], "tokens"), *tensor.shape[1:]))
+    return Pending(result, dist.reduce_scatter_single(result, tensor.contiguous(), group=group.handle, async_op=True))
+
+
 def all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """A new tensor with the sum (or `op`) over the group; no gradient. The input itself when the group has one rank."""
-    if group.size == 1:
-        return tensor
-    result = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(result, op=op, group=group.handle)
-    return result
+    return start_all_reduce(tensor, group, op).wait()
+
+
+def all_gather(tensor: Tensor, group: Group) -> Tensor:
+    """The group's tensors one after another along dim 0; no gradient."""
+    return start_all_gather(tensor, group).wait()
+
+
+def reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
+    """This rank's share, along dim 0, of the sum over the group; no gradient. ValueError when it does not divide."""
+    return start_reduce_scatter(tensor, group).wait()
 
 
 class _CopyToGroup(torch.autograd.Function):
@@ -50,6 +94,28 @@ class _ReduceFromGroup(torch.autograd.Function):
         return grad, None
 
 
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return all_gather(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(grad, ctx.group), None
+
+
+class _ScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return reduce_scatter(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, ctx.group), None
+
+
 def copy_to_group(tensor: Tensor, group: Group) -> Tensor:
     """Forward: the replicated tensor as it is. Backward: the sum of the group's gradients."""
     return tensor if group.size == 1 else _CopyToGroup.apply(tensor, group)
@@ -58,3 +124,13 @@ def copy_to_group(tensor: Tensor, group: Group) -> Tensor:
 def reduce_from_group(tensor: Tensor, group: Group) -> Tensor:
     """Forward: the sum of the group's partial tensors. Backward: the replicated gradient as it is."""
     return tensor if group.size == 1 else _ReduceFromGroup.apply(tensor, group)
+
+
+def gather_tokens(tensor: Tensor, group: Group) -> Tensor:
+    """Forward: all ranks' tokens. Backward: this rank's tokens of the sum of the group's gradients."""
+    return tensor if group.size == 1 else _GatherTokens.apply(tensor, group)
+
+
+def scatter_tokens(tensor: Tensor, group: Group) -> Tensor:
+    """Forward: this rank's tokens of the sum of the group's partial tensors. Backward: all ranks' gradients."""
+    return tensor if group.size == 1 else _ScatterTokens.apply(tensor, group)

@@ -1,6 +1,6 @@
 """Token and position embeddings (Shoeybi et al. 2019, arXiv:1909.08053, §3).
 
-Shape letters: B batch, S sequence, D model, V vocabulary.
+Shape letters: B batch, S sequence, N = B · S tokens, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from parallel.collectives import reduce_from_group
 from parallel.mesh import Group
 from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
+from parallel.tensor import TensorParallel
 
 
 def vocabulary_shard(vocab_size: int, group: Group) -> tuple[int, int]:
@@ -33,36 +33,41 @@ def vocabulary_piece(name: str, vocab_size: int, hidden_size: int, group: Group)
 class VocabParallelEmbedding(Sharded):
     """Rows of the embedding matrix E divided over the vocabulary: Y = Σ_i E_i[tokens], a token being in one E_i only.
 
-    Forward: tokens [B, S] → [B, S, D] replicated, one all-reduce over `group`. Backward: each rank keeps its rows'
-    gradient, no communication.
+    Forward: tokens [N] → [N, D], or with sequence parallelism this rank's tokens of it; one all-reduce or reduce-scatter.
+    Backward: each rank keeps its rows' gradient; with sequence parallelism after an all-gather.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, name: str, init: Init, group: Group) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, *, name: str, init: Init, tp: TensorParallel) -> None:
         super().__init__()
-        self.group = group
-        self.first, rows = vocabulary_shard(vocab_size, group)
-        piece = vocabulary_piece(name, vocab_size, hidden_size, group)
-        self.declare("weight", (rows, hidden_size), ShardSpec(Role.EMBEDDING, init, (piece,), group.size > 1))
+        self.tp = tp
+        self.first, rows = vocabulary_shard(vocab_size, tp.group)
+        piece = vocabulary_piece(name, vocab_size, hidden_size, tp.group)
+        self.declare("weight", (rows, hidden_size), ShardSpec(Role.EMBEDDING, init, (piece,), Group.alone()))
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        if self.group.size == 1:
-            return functional.embedding(tokens_BS, self.weight)
-        local_BS = tokens_BS - self.first
-        elsewhere_BS = (local_BS < 0) | (local_BS >= self.weight.shape[0])
-        y_BSD = functional.embedding(local_BS.masked_fill(elsewhere_BS, 0), self.weight)
-        return reduce_from_group(y_BSD.masked_fill(elsewhere_BS.unsqueeze(-1), 0.0), self.group)
+    def forward(self, tokens_N: Tensor) -> Tensor:
+        if self.tp.group.size == 1:
+            return functional.embedding(tokens_N, self.weight)
+        local_N = tokens_N - self.first
+        elsewhere_N = (local_N < 0) | (local_N >= self.weight.shape[0])
+        y_ND = functional.embedding(local_N.masked_fill(elsewhere_N, 0), self.weight)
+        return self.tp.leave(y_ND.masked_fill(elsewhere_N.unsqueeze(-1), 0.0))
 
 
 class PositionEmbedding(Sharded):
-    """Learned positions [max_positions, D], whole on every rank."""
+    """Learned positions [max_positions, D], whole on every rank.
 
-    def __init__(self, max_positions: int, hidden_size: int, *, name: str, init: Init) -> None:
+    Forward: positions [N] → [N, D]; with sequence parallelism of this rank's tokens, so its gradient is partial.
+    """
+
+    def __init__(self, max_positions: int, hidden_size: int, *, name: str, init: Init, tp: TensorParallel) -> None:
         super().__init__()
+        self.tp = tp
         shape = (max_positions, hidden_size)
-        self.declare("weight", shape, whole(name, shape, role=Role.EMBEDDING, init=init))
+        spec = whole(name, shape, role=Role.EMBEDDING, init=init, copies=tp.group, partial=tp.sequence)
+        self.declare("weight", shape, spec)
 
-    def forward(self, positions_BS: Tensor) -> Tensor:
-        return functional.embedding(positions_BS, self.weight)
+    def forward(self, positions_N: Tensor) -> Tensor:
+        return functional.embedding(positions_N[self.tp.tokens(positions_N.shape[0])], self.weight)
 
 
 def rotary_tables(

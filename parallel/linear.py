@@ -1,7 +1,8 @@
 """Column- and row-parallel linear layers (Shoeybi et al. 2019, arXiv:1909.08053, §3).
 
-Shape letters: B batch, S sequence, I input features, O output features; a capital keeps its letter when it is local.
-Weights are stored [O, I] as torch does, Y = X Wᵀ + b, whatever the logical tensor's orientation.
+Shape letters: N tokens of a micro-batch, I input features, O output features; a capital keeps its letter when it is local.
+Weights are stored [O, I] as torch does, Y = X Wᵀ + b, whatever the logical tensor's orientation. With sequence parallelism
+the activations outside the pair of layers are [N/p, ·], this rank's tokens.
 
 All layers compute in the format of their input: a weight kept in fp32 (ZeRO-0 in bf16 or fp16) is cast on use, so its
 gradient accumulates in fp32; where DeepSpeed already holds low-precision copies the cast is nothing.
@@ -11,13 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from parallel.collectives import copy_to_group, reduce_from_group
+from parallel.collectives import Pending, all_gather, start_all_gather, start_all_reduce, start_reduce_scatter
 from parallel.mesh import Group
 from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
+from parallel.tensor import TensorParallel
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,67 @@ class Output:
         return self.features if self.total is None else self.total
 
 
+class _ColumnParallelLinear(torch.autograd.Function):
+    """Y = X Wᵀ + b, for two weights whose outputs stand side by side (the second may be None).
+
+    Backward: dX = Σ over ranks of dY W, dW = dYᵀ X, db = Σ dY. Written out for what autograd cannot do: with sequence
+    parallelism X is kept as this rank's tokens and gathered again while dY W is computed, and the sum of dX over the ranks
+    runs while dYᵀ X is computed (Narayanan et al. 2021, arXiv:2104.04473; Korthikanti et al. 2022, arXiv:2205.05198, §4.2.2).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        tp: TensorParallel,
+        weight: Tensor,
+        bias: Tensor | None,
+        shared_weight: Tensor | None,
+        shared_bias: Tensor | None,
+    ) -> Tensor:
+        ctx.tp = tp
+        ctx.save_for_backward(x_NI, weight, shared_weight)
+        ctx.biased = bias is not None
+        all_NI = all_gather(x_NI, tp.group) if tp.sequence else x_NI
+        y_NO = functional.linear(all_NI, weight, bias)
+        if shared_weight is None:
+            return y_NO
+        return torch.cat([y_NO, functional.linear(all_NI, shared_weight, shared_bias)], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
+        tp: TensorParallel = ctx.tp
+        x_NI, weight, shared_weight = ctx.saved_tensors
+        weights = [weight] if shared_weight is None else [weight, shared_weight]
+        parts = dy_NO.split([w.shape[0] for w in weights], -1)
+
+        gathering = start_all_gather(x_NI, tp.group) if tp.sequence else Pending(x_NI, None)
+        if not tp.overlap:
+            gathering.wait()
+        dx_NI = parts[0] @ weight
+        if shared_weight is not None:
+            dx_NI.addmm_(parts[1], shared_weight)
+        summing = (start_reduce_scatter if tp.sequence else start_all_reduce)(dx_NI, tp.group)
+        if not tp.overlap:
+            summing.wait()
+        all_NI = gathering.wait()
+        grads = [(part.t() @ all_NI, part.sum(0) if ctx.biased else None) for part in parts]
+        (dw, db), (shared_dw, shared_db) = grads if len(grads) == 2 else (grads[0], (None, None))
+        return summing.wait(), None, dw, db, shared_dw, shared_db
+
+
 class ColumnParallelLinear(Sharded):
     """Y = X Aᵀ + b with the rows of A, the output features, divided: A = [A_1; …; A_p], Y_i = X A_iᵀ + b_i.
 
     Several outputs (q, k, v or gate, up) are fused in one matrix product. Each is divided on its own, so a rank's weight
-    is [its rows of q; its rows of k; its rows of v] at any degree that divides them.
+    is [its rows of q; its rows of k; its rows of v] at any degree that divides them. `shared` outputs have fewer parts than
+    there are ranks (key/value heads): the ranks of `copies`, neighbours in the group, hold the same part and each computes
+    with it for its own consumers, so their gradients are partial.
 
-    Forward: X [B, S, I] replicated → Y [B, S, O/p]. Backward: dX = Σ_i dY_i A_i, one all-reduce over `group`.
+    Forward: X [N, I] or this rank's tokens of it → Y [N, O/p], the shared outputs last. Backward: dX = Σ_i dY_i A_i over the
+    group. Communication with sequence parallelism: an all-gather forward, an all-gather and a reduce-scatter backward;
+    without: an all-reduce backward.
     """
 
     def __init__(
@@ -55,56 +114,77 @@ class ColumnParallelLinear(Sharded):
         bias: bool,
         init: Init,
         transposed: bool,
-        group: Group,
+        tp: TensorParallel,
+        shared: Sequence[Output] = (),
+        copies: Group | None = None,
     ) -> None:
         super().__init__()
-        self.group = group
-        self.local_features = [group.part(out.features, f"{out.name}: output features") for out in outputs]
-        weights, biases, row = [], [], 0
-        for out, local in zip(outputs, self.local_features, strict=True):
-            first = out.offset + group.rank * local
-            shape, start, size = (out.of, in_features), (first, 0), (local, in_features)
-            if transposed:
-                shape, start, size = shape[::-1], start[::-1], size[::-1]
-            weights.append(Piece(f"{out.name}.weight", shape, start, size, row, transposed))
-            biases.append(Piece(f"{out.name}.bias", (out.of,), (first,), (local,), row))
-            row += local
-        sharded = group.size > 1
-        self.declare("weight", (row, in_features), ShardSpec(Role.MATRIX, init, tuple(weights), sharded))
-        if bias:
-            self.declare("bias", (row,), ShardSpec(Role.BIAS, Init(), tuple(biases), sharded))
-        else:
-            self.bias = None
+        self.tp = tp
+        self.in_features, self.init, self.transposed = in_features, init, transposed
+        self.local_features = self._declare("", outputs, bias, Group.alone())
+        self.shared_features: list[int] = []
+        if shared:
+            assert copies is not None, "shared outputs need to know who shares them"
+            self.shared_features = self._declare("shared_", shared, bias, copies)
 
-    def forward(self, x_BSI: Tensor) -> Tensor:
-        x_BSI = copy_to_group(x_BSI, self.group)
-        bias = None if self.bias is None else self.bias.to(x_BSI.dtype)
-        return functional.linear(x_BSI, self.weight.to(x_BSI.dtype), bias)
+    def _declare(self, prefix: str, outputs: Sequence[Output], bias: bool, copies: Group) -> list[int]:
+        """Weight and bias of outputs that are cut into one part for each `copies` ranks; the features of each here."""
+        parts, part = self.tp.group.size // copies.size, self.tp.group.rank // copies.size
+        weights, biases, features = [], [], []
+        for out in outputs:
+            if out.features % parts:
+                raise ValueError(f"{out.name}: output features = {out.features} does not divide over {parts} ranks")
+            local, row = out.features // parts, sum(features)
+            first = out.offset + part * local
+            shape, start, size = (out.of, self.in_features), (first, 0), (local, self.in_features)
+            if self.transposed:
+                shape, start, size = shape[::-1], start[::-1], size[::-1]
+            weights.append(Piece(f"{out.name}.weight", shape, start, size, row, self.transposed))
+            biases.append(Piece(f"{out.name}.bias", (out.of,), (first,), (local,), row))
+            features.append(local)
+        partial = copies.size > 1
+        spec = ShardSpec(Role.MATRIX, self.init, tuple(weights), copies, partial)
+        self.declare(f"{prefix}weight", (sum(features), self.in_features), spec)
+        if bias:
+            self.declare(f"{prefix}bias", (sum(features),), ShardSpec(Role.BIAS, Init(), tuple(biases), copies, partial))
+        return features
+
+    def forward(self, x_NI: Tensor) -> Tensor:
+        weight, bias = self._cast("weight", x_NI.dtype), self._cast("bias", x_NI.dtype)
+        if self.tp.group.size == 1:
+            return functional.linear(x_NI, weight, bias)
+        shared_weight, shared_bias = self._cast("shared_weight", x_NI.dtype), self._cast("shared_bias", x_NI.dtype)
+        return _ColumnParallelLinear.apply(x_NI, self.tp, weight, bias, shared_weight, shared_bias)
+
+    def _cast(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        return getattr(self, name).to(dtype) if name in self.specs else None
 
 
 class RowParallelLinear(Sharded):
     """Y = X Aᵀ + b with the columns of A, the input features, divided: Y = Σ_i X_i A_iᵀ + b.
 
-    Forward: X_i [B, S, I/p] → Y [B, S, O] replicated, one all-reduce over `group`; the bias is added once, after it.
-    Backward: dX_i = dY A_i, no communication.
+    Forward: X_i [N, I/p] → Y [N, O], or this rank's tokens of it; the bias is added once, after the sum over the group.
+    Backward: dX_i = dY A_i. Communication: an all-reduce forward; with sequence parallelism a reduce-scatter forward and an
+    all-gather backward, and the bias sees only this rank's tokens: its gradient is partial.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, name: str, bias: bool, init: Init, transposed: bool, group: Group
+        self, in_features: int, out_features: int, *, name: str, bias: bool, init: Init, transposed: bool, tp: TensorParallel
     ) -> None:
         super().__init__()
-        self.group = group
-        local = group.part(in_features, f"{name}: input features")
-        shape, start, size = (out_features, in_features), (0, group.rank * local), (out_features, local)
+        self.tp = tp
+        local = tp.group.part(in_features, f"{name}: input features")
+        shape, start, size = (out_features, in_features), (0, tp.group.rank * local), (out_features, local)
         if transposed:
             shape, start, size = shape[::-1], start[::-1], size[::-1]
         piece = Piece(f"{name}.weight", shape, start, size, 0, transposed)
-        self.declare("weight", (out_features, local), ShardSpec(Role.MATRIX, init, (piece,), group.size > 1))
+        self.declare("weight", (out_features, local), ShardSpec(Role.MATRIX, init, (piece,), Group.alone()))
         if bias:
-            self.declare("bias", (out_features,), whole(f"{name}.bias", (out_features,), role=Role.BIAS, init=Init()))
+            spec = whole(f"{name}.bias", (out_features,), role=Role.BIAS, init=Init(), copies=tp.group, partial=tp.sequence)
+            self.declare("bias", (out_features,), spec)
         else:
             self.bias = None
 
-    def forward(self, x_BSI: Tensor) -> Tensor:
-        y_BSO = reduce_from_group(functional.linear(x_BSI, self.weight.to(x_BSI.dtype)), self.group)
-        return y_BSO if self.bias is None else y_BSO + self.bias.to(y_BSO.dtype)
+    def forward(self, x_NI: Tensor) -> Tensor:
+        y_NO = self.tp.leave(functional.linear(x_NI, self.weight.to(x_NI.dtype)))
+        return y_NO if self.bias is None else y_NO + self.bias.to(y_NO.dtype)

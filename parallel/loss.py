@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from parallel.collectives import all_reduce, copy_to_group
+from parallel.collectives import all_reduce
 from parallel.embedding import VocabParallelEmbedding, vocabulary_piece, vocabulary_shard
 from parallel.mesh import Group
 from parallel.params import Init, Role, Sharded, ShardSpec
 from parallel.soft_cap import soft_cap
+from parallel.tensor import TensorParallel
 
 IGNORE = -100  # label of a position that is not a target, as in torch and transformers
 CHUNK_BYTES = 32 << 20  # fp32 logits held at a time: fits a server CPU's L3, and is launch-bound on no GPU
@@ -98,9 +99,9 @@ class _CrossEntropySum(torch.autograd.Function):
 class VocabParallelHead(Sharded):
     """Logits' matrix W [V/p, D], its own or borrowed from the embedding, and the loss that goes with it.
 
-    `forward` with labels [B, S] (IGNORE where there is no target): h [B, S, D] → the loss summed over targets, an fp32
-    scalar, the same on every rank of `group`. Without labels: this rank's logits [B, S, V/p], for sampling and oracles.
-    `softcap`: logits x become softcap · tanh(x / softcap).
+    `forward` with labels [N] (IGNORE where there is no target): h [N, D], or this rank's tokens of it → the loss summed over
+    targets, an fp32 scalar, the same on every rank of the group. Without labels: this rank's logits [N, V/p], for sampling
+    and oracles. `softcap`: logits x become softcap · tanh(x / softcap).
     """
 
     def __init__(
@@ -110,24 +111,24 @@ class VocabParallelHead(Sharded):
         *,
         name: str,
         init: Init,
-        group: Group,
+        tp: TensorParallel,
         tied_to: VocabParallelEmbedding | None,
         softcap: float | None = None,
     ) -> None:
         super().__init__()
-        self.group = group
+        self.tp = tp
         self.softcap = softcap
         self.vocab_size = vocab_size
         if tied_to is None:
-            shape = (vocabulary_shard(vocab_size, group)[1], hidden_size)
-            piece = vocabulary_piece(name, vocab_size, hidden_size, group)
-            self.declare("weight", shape, ShardSpec(Role.MATRIX, init, (piece,), group.size > 1))
+            shape = (vocabulary_shard(vocab_size, tp.group)[1], hidden_size)
+            piece = vocabulary_piece(name, vocab_size, hidden_size, tp.group)
+            self.declare("weight", shape, ShardSpec(Role.MATRIX, init, (piece,), Group.alone()))
         else:
             self.borrow("weight", tied_to)
 
-    def forward(self, h_BSD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        if labels_BS is None:
-            logits_BSV = functional.linear(h_BSD, self.weight.to(h_BSD.dtype))
-            return logits_BSV if self.softcap is None else soft_cap(logits_BSV, self.softcap)
-        h_ND = copy_to_group(h_BSD, self.group).flatten(0, 1)
-        return _CrossEntropySum.apply(h_ND, self.weight, labels_BS.flatten(), self.vocab_size, self.group, self.softcap)
+    def forward(self, h_ND: Tensor, labels_N: Tensor | None = None) -> Tensor:
+        h_ND = self.tp.enter(h_ND)
+        if labels_N is None:
+            logits_NV = functional.linear(h_ND, self.weight.to(h_ND.dtype))
+            return logits_NV if self.softcap is None else soft_cap(logits_NV, self.softcap)
+        return _CrossEntropySum.apply(h_ND, self.weight, labels_N, self.vocab_size, self.tp.group, self.softcap)

@@ -14,7 +14,8 @@ class Group:
     """The ranks that a layer communicates with, and this rank's place among them.
 
     Every parallel layer takes one explicitly. A group of one rank never communicates, so a layer built on
-    `Group.alone()` is the plain layer and needs no process group: that is how oracles and one-process runs work.
+    `Group.alone()` is the plain layer and needs no process group: that is how oracles and one-process runs work. A larger
+    group without a handle is a place among ranks that are not running: enough to know what a rank would hold.
     """
 
     rank: int
@@ -34,6 +35,20 @@ class Group:
         if whole % self.size:
             raise ValueError(f"{what} = {whole} does not divide over {self.size} ranks")
         return whole // self.size
+
+    def divide(self, parts: int) -> Group:
+        """This rank's part of the group when it is cut into `parts` runs of neighbours.
+
+        Collective over the group: every rank of it must call with the same number. ValueError when it does not divide.
+        """
+        if self.size % parts:
+            raise ValueError(f"{self.size} ranks do not divide into {parts} parts")
+        size = self.size // parts
+        first = self.rank // size * size
+        ranks = self.ranks[first : first + size]
+        connected = self.handle is not None and size > 1
+        handle = dist.new_group(list(ranks), use_local_synchronization=True) if connected else None
+        return Group(rank=self.rank - first, ranks=ranks, handle=handle)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tensor-parallel feed-forward layers. Shape letters: B batch, S sequence, D model, F ffn."""
+"""Tensor-parallel feed-forward layers. Shape letters: N tokens, D model, F ffn."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
-from parallel.mesh import Group
 from parallel.params import Init
+from parallel.tensor import TensorParallel
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
@@ -22,7 +22,8 @@ class ParallelMLP(nn.Module):
     """act(X Aᵀ) Bᵀ, or gated: (act(X Gᵀ) · X Uᵀ) Bᵀ with G and U fused (Shazeer 2020, arXiv:2002.05202).
 
     Column-parallel in, row-parallel out, so the F dim is divided and the activation needs no communication: one
-    all-reduce forward, one backward. `inputs` is [up] or [gate, up].
+    all-reduce forward, one backward, or with sequence parallelism an all-gather and a reduce-scatter each way.
+    `inputs` is [up] or [gate, up].
     """
 
     def __init__(
@@ -37,19 +38,17 @@ class ParallelMLP(nn.Module):
         transposed: bool,
         init: Init,
         out_init: Init,
-        group: Group,
+        tp: TensorParallel,
     ) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         self.gated = len(inputs) == 2
-        self.up = ColumnParallelLinear(hidden_size, inputs, bias=bias, init=init, transposed=transposed, group=group)
-        self.down = RowParallelLinear(
-            ffn_size, hidden_size, name=out, bias=bias, init=out_init, transposed=transposed, group=group
-        )
+        self.up = ColumnParallelLinear(hidden_size, inputs, bias=bias, init=init, transposed=transposed, tp=tp)
+        self.down = RowParallelLinear(ffn_size, hidden_size, name=out, bias=bias, init=out_init, transposed=transposed, tp=tp)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        h_BSF = self.up(x_BSD)
+    def forward(self, x_ND: Tensor) -> Tensor:
+        h_NF = self.up(x_ND)
         if self.gated:
-            gate_BSF, up_BSF = h_BSF.chunk(2, dim=-1)
-            return self.down(self.activation(gate_BSF) * up_BSF)
-        return self.down(self.activation(h_BSF))
+            gate_NF, up_NF = h_NF.chunk(2, dim=-1)
+            return self.down(self.activation(gate_NF) * up_NF)
+        return self.down(self.activation(h_NF))

@@ -1,5 +1,7 @@
 """Normalisation, its weights whole on every tensor rank.
 
+With sequence parallelism a rank normalises its own tokens only, so the gradients of the weights are partial.
+
 Shape letters: B batch, S sequence, D model, H query heads, G key/value heads, K head dim.
 """
 
@@ -12,9 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from parallel.collectives import copy_to_group
-from parallel.mesh import Group
 from parallel.params import Init, Role, Sharded, whole
+from parallel.tensor import TensorParallel
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -54,12 +55,11 @@ def _gain(weight: Tensor, dtype: torch.dtype, offset: float) -> Tensor:
 class RMSNorm(Sharded):
     """x / sqrt(mean(x²) + eps) · (weight + offset) (Zhang & Sennrich 2019, arXiv:1910.07467); statistics in fp32."""
 
-    def __init__(self, hidden_size: int, *, eps: float, name: str, offset: float = 0.0) -> None:
+    def __init__(self, hidden_size: int, *, eps: float, name: str, tp: TensorParallel, offset: float = 0.0) -> None:
         super().__init__()
         self.eps = eps
         self.offset = offset
-        shape = (hidden_size,)
-        self.declare("weight", shape, whole(f"{name}.weight", shape, role=Role.NORM, init=Init(mean=1.0 - offset)))
+        _declare(self, "weight", f"{name}.weight", hidden_size, 1.0 - offset, tp, partial=tp.sequence)
 
     def forward(self, x: Tensor) -> Tensor:
         return _RMSNorm.apply(x, self.weight, self.eps, self.offset)
@@ -69,39 +69,39 @@ class QueryKeyNorm(Sharded):
     """RMSNorm of each head's queries and keys, one weight [K] for all query heads and one for all key heads
     (Henry et al. 2020, arXiv:2010.04245; Dehghani et al. 2023, arXiv:2302.05442).
 
-    The weights are whole on every rank, but a rank normalises only its own heads. Forward: no communication. Backward:
-    the partial weight gradients of both are summed over `group`, one all-reduce of 2 K numbers.
+    The weights are whole on every rank, but a rank normalises only its own heads: their gradients are partial.
     """
 
-    def __init__(self, head_dim: int, *, eps: float, query: str, key: str, group: Group) -> None:
+    def __init__(self, head_dim: int, *, eps: float, query: str, key: str, tp: TensorParallel) -> None:
         super().__init__()
         self.eps = eps
-        self.group = group
-        for what, name in (("query", query), ("key", key)):
-            spec = whole(f"{name}.weight", (head_dim,), role=Role.NORM, init=Init(mean=1.0))
-            self.declare(what, (head_dim,), spec)
+        _declare(self, "query", f"{query}.weight", head_dim, 1.0, tp, partial=True)
+        _declare(self, "key", f"{key}.weight", head_dim, 1.0, tp, partial=True)
 
     def forward(self, qk_BSNK: Tensor, num_heads: int) -> Tensor:
         """[B, S, H + G, K] → the same, normalised; the first `num_heads` are queries."""
-        query_K, key_K = copy_to_group(torch.stack([self.query, self.key]), self.group)
         num_keys = qk_BSNK.shape[2] - num_heads
-        weight_NK = torch.cat([query_K.expand(num_heads, -1), key_K.expand(num_keys, -1)])
+        weight_NK = torch.cat([self.query.expand(num_heads, -1), self.key.expand(num_keys, -1)])
         return _RMSNorm.apply(qk_BSNK, weight_NK, self.eps)
 
 
 class LayerNorm(Sharded):
     """(x − mean) / sqrt(var + eps) · weight + bias (Ba et al. 2016, arXiv:1607.06450)."""
 
-    def __init__(self, hidden_size: int, *, eps: float, bias: bool, name: str) -> None:
+    def __init__(self, hidden_size: int, *, eps: float, bias: bool, name: str, tp: TensorParallel) -> None:
         super().__init__()
         self.eps = eps
-        shape = (hidden_size,)
-        self.declare("weight", shape, whole(f"{name}.weight", shape, role=Role.NORM, init=Init(mean=1.0)))
+        _declare(self, "weight", f"{name}.weight", hidden_size, 1.0, tp, partial=tp.sequence)
         if bias:
-            self.declare("bias", shape, whole(f"{name}.bias", shape, role=Role.NORM, init=Init()))
+            _declare(self, "bias", f"{name}.bias", hidden_size, 0.0, tp, partial=tp.sequence)
         else:
             self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
+
+
+def _declare(norm: Sharded, what: str, name: str, features: int, mean: float, tp: TensorParallel, *, partial: bool) -> None:
+    spec = whole(name, (features,), role=Role.NORM, init=Init(mean=mean), copies=tp.group, partial=partial)
+    norm.declare(what, (features,), spec)

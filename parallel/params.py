@@ -6,13 +6,17 @@ and shapes. Initial weights, export, weight decay, norms and checkpoints all rea
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from parallel.collectives import all_reduce
+from parallel.mesh import Group
+from parallel.rng import stream
 
 
 class Role(StrEnum):
@@ -64,17 +68,27 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What one local parameter is. `sharded`: other tensor ranks hold other boxes; otherwise all hold the same."""
+    """What one local parameter is.
+
+    `copies` are the ranks that hold these same boxes, this one among them. The first of them owns the parameter: it is
+    counted in norms and saved there only. `partial`: each copy's gradient is only the part that this rank's tokens or heads
+    give, so that gradients must be summed over the copies (`complete_partial_gradients`); otherwise theirs are equal already.
+    """
 
     role: Role
     init: Init
     pieces: tuple[Piece, ...]
-    sharded: bool
+    copies: Group
+    partial: bool = False
+
+    @property
+    def owned(self) -> bool:
+        return self.copies.rank == 0
 
 
-def whole(name: str, shape: tuple[int, ...], *, role: Role, init: Init) -> ShardSpec:
-    """The spec of a parameter that is one whole logical tensor on every rank."""
-    return ShardSpec(role, init, (Piece(name, shape, (0,) * len(shape), shape),), sharded=False)
+def whole(name: str, shape: tuple[int, ...], *, role: Role, init: Init, copies: Group, partial: bool = False) -> ShardSpec:
+    """The spec of a parameter that is one whole logical tensor on every rank of `copies`."""
+    return ShardSpec(role, init, (Piece(name, shape, (0,) * len(shape), shape),), copies, partial)
 
 
 class Sharded(nn.Module):
@@ -110,18 +124,29 @@ def owned_specs(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ShardSpe
                 yield dotted, parameter, owner.specs[name]
 
 
+def complete_partial_gradients(module: nn.Module) -> None:
+    """From now on, every backward sums the gradients of `partial` parameters over their copies, in fp32.
+
+    This is the one place where it is done: norms and row-parallel biases under sequence parallelism, head norms, key/value
+    heads that several ranks share. It acts on the gradient of each backward before anything accumulates, divides or
+    offloads it, so it holds at every ZeRO stage.
+    """
+    for _, parameter, spec in owned_specs(module):
+        if spec.partial and spec.copies.size > 1:
+            parameter.register_hook(partial(_summed, copies=spec.copies))
+
+
+def _summed(grad: Tensor, copies: Group) -> Tensor:
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return all_reduce(grad.to(wide), copies).to(grad.dtype)
+
+
 def materialise(module: nn.Module, device: torch.device) -> None:
     """Give storage, not values, to the parameters that are on the meta device."""
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.is_meta:
                 setattr(owner, name, nn.Parameter(torch.empty_like(parameter, device=device)))
-
-
-def derive_seed(*names: object) -> int:
-    """A 63-bit seed for the random stream of this name, such as (seed, "weights", tensor name)."""
-    text = "/".join(str(name) for name in names)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def initialise(module: nn.Module, seed: int) -> None:
@@ -142,8 +167,8 @@ def draw(name: str, shape: tuple[int, ...], init: Init, seed: int) -> Tensor:
     """The whole initial logical tensor, fp32, on the CPU."""
     if init.std == 0.0:
         return torch.full(shape, init.mean, device="cpu")
-    stream = torch.Generator("cpu").manual_seed(derive_seed(seed, "weights", name))
-    return torch.empty(shape, device="cpu").normal_(init.mean, init.std, generator=stream)
+    generator = stream(torch.device("cpu"), seed, "weights", name)
+    return torch.empty(shape, device="cpu").normal_(init.mean, init.std, generator=generator)
 
 
 @torch.no_grad()

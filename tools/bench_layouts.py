@@ -55,8 +55,9 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from parallel.attention import Documents
-from parallel.mesh import Group, Mesh
+from parallel.mesh import Mesh
 from parallel.params import initialise, owned_specs
+from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from trainer.data.loader import MicroBatch
 from trainer.engine import DTYPES
@@ -109,7 +110,7 @@ class TorchLoop:
             blocks_of(network),
             dtype=DTYPES[dtype],
             recompute="none",
-            group=Group.alone(),
+            tp=TensorParallel.alone(),
             device=CPU,
             fill=lambda block: initialise(block, seed=SEED),
         )

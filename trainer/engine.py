@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,9 +26,12 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from parallel.attention import Documents
-from parallel.collectives import all_reduce
+from parallel.collectives import all_gather, all_reduce
+from parallel.gather import gather_to_first
 from parallel.mesh import Group, Mesh
-from parallel.params import ShardSpec, derive_seed, owned_specs
+from parallel.params import ShardSpec, owned_specs
+from parallel.rng import Streams
+from parallel.tensor import TensorParallel
 from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
 from trainer.errors import DataError
@@ -84,19 +88,23 @@ class Engine:
         self.notes: list[str] = []  # remarks for the console
         self.scaler = LossScaler.from_recipe(recipe.precision)
         self.zero_stage = recipe.zero.stage
+        self.vocab_size = config.vocab_size
         _prepare_deepspeed(recipe, self.notes)
         units = _Units(mesh)
+        degrees = recipe.parallel
         stage = Stage(
             config,
             blocks_of(config),
             dtype=DTYPES[recipe.precision.dtype],
             recompute=recipe.train.recompute,
-            group=mesh.tp,
+            tp=TensorParallel(mesh.tp, sequence=degrees.divides_tokens, overlap=degrees.overlap),
             device=device,
             fill=fill,
             partition=_partition(deepspeed_config, units) if self.zero_stage == 3 else lambda block: None,
         )
         self.specs: list[tuple[nn.Parameter, ShardSpec]] = [(p, spec) for _, p, spec in owned_specs(stage)]
+        for parameter, spec in self.specs:
+            parameter.model_parallel = spec.owned  # DeepSpeed's mark: off the first rank only these count in the norm
         optimizer = make_optimizer(recipe, self.specs, device)
         with contextlib.redirect_stdout(_LogLines()):  # DeepSpeed prints memory reports at ZeRO-1 in bf16, asked or not
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
@@ -108,15 +116,14 @@ class Engine:
 
     @property
     def num_params(self) -> int:
-        """Elements of the logical model on this stage; tied ones once."""
-        return sum(
-            piece.size[0] * (piece.size[1] if len(piece.size) > 1 else 1) for _, spec in self.specs for piece in spec.pieces
-        )
+        """Elements of the whole logical model; tied ones once. Every rank must ask together."""
+        owned = sum(math.prod(piece.size) for _, spec in self.specs if spec.owned for piece in spec.pieces)
+        return self._total(owned, self.mesh.replica)
 
     def step(self, micro_batches: Sequence[MicroBatch], *, step: int, lr: float) -> StepResult:
         """One optimizer step on this rank's micro-batches; `step` counts from 0 and names the dropout stream."""
         self.deepspeed.train()
-        num_targets = self._total(sum(batch.num_targets for batch in micro_batches))
+        num_targets = self._total(sum(batch.num_targets for batch in micro_batches), self.mesh.dp)
         if num_targets == 0:
             raise DataError(f"step {step} has no target: every label of its {self.plan.global_sequences} sequences is masked")
         factor = self.plan.loss_factor(num_targets)
@@ -126,9 +133,8 @@ class Engine:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            torch.manual_seed(derive_seed(self.recipe.run.seed, "dropout", step, self._first_sequence(index)))
             with self.watch("forward"):
-                batch_loss = self._forward(batch)
+                batch_loss = self._forward(batch, self._streams(step, index))
             with self.watch("backward"):
                 loss_sum += batch_loss.detach().double()
                 self._backward(batch_loss * factor, scale)
@@ -149,7 +155,7 @@ class Engine:
         for batch in micro_batches:
             loss_sum += self._forward(batch).double()
             targets += batch.num_targets
-        num_targets = self._total(targets)
+        num_targets = self._total(targets, self.mesh.dp)
         if num_targets == 0:
             raise DataError("the evaluation has no target: every label is masked")
         return EvalResult(float(all_reduce(loss_sum, self.mesh.dp)) / num_targets, num_targets)
@@ -158,9 +164,11 @@ class Engine:
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits [V] of the token after `tokens`, fp32 on the CPU. Every rank of the mesh must call it together."""
         self.deepspeed.eval()
-        tokens_BS = torch.tensor([list(tokens)], device=self.device)
-        logits_BSV = self.deepspeed.module(tokens_BS, Documents.whole_rows(1, len(tokens)))
-        return logits_BSV[0, -1].float().cpu()
+        padding = -len(tokens) % self.mesh.tp.size  # a document of its own, so that the tokens divide over the ranks
+        tokens_BS = torch.tensor([[*tokens, *[0] * padding]], device=self.device)
+        documents = Documents(((len(tokens), padding),) if padding else ((len(tokens),),))
+        logits_BSV = self.deepspeed.module(tokens_BS, documents)
+        return all_gather(logits_BSV[0, len(tokens) - 1], self.mesh.tp)[: self.vocab_size].float().cpu()
 
     def local_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
         """Each parameter that this rank owns, whole along the data-parallel axis, in the order of the model.
@@ -172,13 +180,22 @@ class Engine:
             with gathered:
                 yield spec, parameter.detach()
 
+    def gathered_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
+        """On the first rank of the mesh the parameters of the whole model, elsewhere nothing; all ranks must iterate."""
+        tensors = self.local_tensors()
+        if self.mesh.dp.rank == 0:
+            yield from gather_to_first(tensors, self.mesh.replica, self.device)
+        else:
+            for _ in tensors:  # ZeRO-3 gathers them from these ranks too
+                pass
+
     def close(self) -> None:
         self.deepspeed.destroy()
 
-    def _forward(self, batch: MicroBatch) -> Tensor:
+    def _forward(self, batch: MicroBatch, streams: Streams | None = None) -> Tensor:
         tokens_BS = batch.tokens_BS.to(self.device, non_blocking=True)
         labels_BS = batch.labels_BS.to(self.device, non_blocking=True)
-        return self.deepspeed(tokens_BS, Documents(batch.documents), labels_BS)
+        return self.deepspeed(tokens_BS, Documents(batch.documents), labels_BS, streams)
 
     def _backward(self, loss: Tensor, scale: float) -> None:
         # At stage 0 DeepSpeed trains in fp32 and scales nothing; at stages 1 to 3 it multiplies by the scale we gave it.
@@ -190,7 +207,8 @@ class Engine:
             self.deepspeed.step()
             return float(self.deepspeed.get_global_grad_norm()), bool(self.optimizer.overflow)
         parameters = [p for p, _ in self.specs if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]) / scale
+        owned = torch.nn.utils.get_total_norm([p.grad for p, spec in self.specs if p.grad is not None and spec.owned])
+        norm = all_reduce(owned.square(), self.mesh.replica).sqrt() / scale
         if not torch.isfinite(norm):
             self.deepspeed.zero_grad()
             return float("inf"), True
@@ -202,12 +220,14 @@ class Engine:
         self.deepspeed.step()
         return float(norm), False
 
-    def _first_sequence(self, micro_batch: int) -> int:
-        """Place in the step of this micro-batch's first sequence: the same in every data-parallel layout."""
-        return self.mesh.dp.rank * self.plan.sequences_per_rank + micro_batch * self.plan.micro_sequences
+    def _streams(self, step: int, micro_batch: int) -> Streams:
+        """The random numbers of this rank's micro-batch: named after its sequences' places in the step, not after ranks."""
+        size = self.plan.micro_sequences
+        first = self.mesh.dp.rank * self.plan.sequences_per_rank + micro_batch * size
+        return Streams.of_step(self.recipe.run.seed, step, range(first, first + size))
 
-    def _total(self, count: int) -> int:
-        return int(all_reduce(torch.tensor(count, dtype=torch.int64, device=self.device), self.mesh.dp))
+    def _total(self, count: int, group: Group) -> int:
+        return int(all_reduce(torch.tensor(count, dtype=torch.int64, device=self.device), group))
 
 
 class _LogLines(io.TextIOBase):
@@ -222,15 +242,13 @@ class _LogLines(io.TextIOBase):
 class _Units:
     """The mesh in the words that DeepSpeed asks for (its `mpu`).
 
-    Its "model parallel" ranks are those that hold one copy of the model together: gradient norms are summed over them.
+    Its "model parallel" ranks are those that hold one copy of the model together: gradient norms are summed over them, and
+    their first counts all of its parameters, marked or not. The tensor group is not told apart: DeepSpeed would then take
+    the first tensor rank of every pipeline stage for that first one.
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._groups: dict[str, Group] = {
-            "data_parallel": mesh.dp,
-            "model_parallel": mesh.replica,
-            "tensor_model_parallel": mesh.tp,
-        }
+        self._groups: dict[str, Group] = {"data_parallel": mesh.dp, "model_parallel": mesh.replica}
 
     def __getattr__(self, name: str) -> Callable[[], Any]:
         for prefix, group in self._groups.items():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.params import derive_seed
+from parallel.rng import derive_seed
 from trainer.errors import DataError, RecipeError
 
 

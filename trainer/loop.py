@@ -61,7 +61,7 @@ def export(run: Session) -> None:
     dtype = DTYPES[run.recipe.precision.dtype]
     tokenizer = run.prepared.tokenizer
     write_folder(
-        run.engine.local_tensors(),
+        run.engine.gathered_tensors(),
         run.folder.export if run.place.is_first else None,
         dtype=dtype,
         config=to_hf_config(run.network, dtype=str(dtype).removeprefix("torch."), eos_token_id=tokenizer.end_of_document),

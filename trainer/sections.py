@@ -147,6 +147,17 @@ class Parallel(Section):
     tensor: PositiveInt = Field(1, description="Ranks that share each layer's weights.")
     pipeline: PositiveInt = Field(1, description="Stages, each a contiguous part of the layers.")
     context: PositiveInt = Field(1, description="Ranks that share each sequence.")
+    sequence_parallel: bool | None = Field(
+        None,
+        description="Activations outside attention and MLP are divided over the tensor ranks by tokens; "
+        "absent: yes when tensor > 1.",
+    )
+    overlap: bool = Field(True, description="Sum input gradients over the tensor ranks while weight gradients are computed.")
+
+    @property
+    def divides_tokens(self) -> bool:
+        """Whether sequence parallelism is on."""
+        return self.tensor > 1 if self.sequence_parallel is None else self.sequence_parallel
 
 
 class Batch(Section):
@@ -306,8 +317,10 @@ class Train(Section):
     log_every: PositiveInt = Field(1, description="Steps between records in metrics.jsonl [steps].")
     eval_every: Count = Field(0, description="Steps between evaluations; 0 = only after the last step [steps].")
     eval_sequences: PositiveInt = Field(256, description="Held-out sequences per evaluation, at most.")
-    recompute: Literal["none", "full"] = Field(
-        "none", description="Activations computed again in backward instead of kept: none, or full (each layer)."
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="Activations computed again in backward instead of kept: none, selective (the attention core) or full "
+        "(each layer).",
     )
     sample_prompt: str | None = Field(None, description="After the last step, print a continuation of this text.")
 

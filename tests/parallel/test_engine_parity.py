@@ -7,6 +7,7 @@ micro-batch means differs from the step's mean in the second digit.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ class Case:
     """What a run of the small model differs in."""
 
     dp: int = 1
+    tp: int = 1
+    sequence_parallel: bool | None = None
     accumulation: int = 1
     stage: int = 0
     steps: int = 3
@@ -66,6 +69,7 @@ class Case:
             {
                 "model": {"family": "llama"},
                 "data": {"seq_len": S},
+                "parallel": {"tensor": self.tp, "sequence_parallel": self.sequence_parallel},
                 "batch": {"global_sequences": G, "micro_sequences": G // self.dp // self.accumulation},
                 "precision": {"dtype": self.dtype, "loss_scale": self.loss_scale},
                 "zero": {"stage": self.stage, **persistence, **self.zero},
@@ -84,6 +88,8 @@ class Outcome:
     targets: list[int]
     eval_loss: float
     weights: dict[str, np.ndarray]
+    initial_hash: str  # of the logical weights before the first step
+    local_hash: str  # of this rank's weights after the last
     notes: list[str]
 
 
@@ -97,7 +103,7 @@ def rows_of_step(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def run_case(mesh: Mesh, case: Case) -> Outcome:
     recipe = case.recipe()
-    plan = BatchPlan.from_recipe(recipe, mesh.dp.size, "the test")
+    plan = BatchPlan.from_recipe(recipe, mesh.layout.world_size, "the test")
     if case.dropout_in_gpt2:
         network = translate("gpt2", {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": S})
     else:
@@ -111,17 +117,15 @@ def run_case(mesh: Mesh, case: Case) -> Outcome:
         deepspeed_config=deepspeed_config(recipe, plan, largest_weight=largest_weight(network)),
         fill=lambda block: initialise(block, seed=0),
     )
+    initial_hash = hashed(whole_weights(engine))
     results = []
     for step in range(case.steps):
         if step == case.poison_step and mesh.dp.rank == 0:
             poison(engine)
         results.append(engine.step(micro_batches(mesh, plan, step), step=step, lr=case.optimizer["lr"]))
     evaluation = engine.evaluate(iter(micro_batches(mesh, plan, step=99)))
-    weights = {
-        piece.name + str(piece.start): piece.in_parameter(parameter).float().numpy().copy()
-        for spec, parameter in engine.local_tensors()
-        for piece in spec.pieces
-    }
+    weights = whole_weights(engine)
+    local_hash = hashed({spec.pieces[0].name: p.float().numpy() for spec, p in engine.local_tensors() if spec.pieces})
     engine.close()
     return Outcome(
         [r.loss for r in results],
@@ -131,8 +135,27 @@ def run_case(mesh: Mesh, case: Case) -> Outcome:
         [r.num_targets for r in results],
         evaluation.loss,
         weights,
+        initial_hash,
+        local_hash,
         engine.notes,
     )
+
+
+def whole_weights(engine: Engine) -> dict[str, np.ndarray]:
+    """The logical tensors, put together on the first rank."""
+    weights: dict[str, torch.Tensor] = {}
+    for spec, parameter in engine.gathered_tensors():
+        for piece in spec.pieces:
+            whole = weights.setdefault(piece.name, torch.full(piece.shape, math.nan))
+            piece.box_of(whole).copy_(piece.in_parameter(parameter))
+    return {name: weight.numpy() for name, weight in weights.items()}
+
+
+def hashed(weights: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name].tobytes())
+    return digest.hexdigest()
 
 
 def micro_batches(mesh: Mesh, plan: BatchPlan, step: int) -> list[MicroBatch]:
@@ -157,13 +180,13 @@ def poison(engine: Engine) -> None:
 
 
 def outcome(case: Case) -> Outcome:
-    """Every rank's numbers must be the same; rank 0's are returned."""
-    ranks = spawn(run_case, Layout(dp=case.dp), case)
-    for other in ranks[1:]:
+    """Every rank's numbers must be the same; those of rank 0, which has the weights, are returned."""
+    layout = Layout(dp=case.dp, tp=case.tp)
+    ranks = spawn(run_case, layout, case)
+    for rank, other in enumerate(ranks):
         assert other.losses == ranks[0].losses
         assert other.norms == ranks[0].norms
-        for name, weight in ranks[0].weights.items():
-            np.testing.assert_array_equal(other.weights[name], weight)
+        assert other.local_hash == ranks[layout.peers(rank, "dp")[0]].local_hash, f"rank {rank} is no replica"
     return ranks[0]
 
 

@@ -5,45 +5,50 @@ fp32 to 1e-5 and float64 to 1e-12: a rounding difference shrinks with the format
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from parallel.attention import Documents, ParallelAttention, _Rotate
-from parallel.embedding import VocabParallelEmbedding, rotary_tables
+from parallel.embedding import PositionEmbedding, VocabParallelEmbedding, rotary_tables
 from parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
 from parallel.loss import IGNORE, VocabParallelHead
 from parallel.mesh import Group, Mesh
 from parallel.mlp import ParallelMLP
-from parallel.norm import RMSNorm, _RMSNorm
-from parallel.params import Init, draw, initialise, owned_specs
+from parallel.norm import LayerNorm, RMSNorm, _RMSNorm
+from parallel.params import Init, complete_partial_gradients, draw, initialise, owned_specs
+from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.spawn import spawn
+from trainer.model.transformer import key_value_copies
 
-B, S, D = 3, 7, 24
-LENGTHS = ((7,), (2, 5), (1, 3, 3))
+S, D = 8, 24
+LENGTHS = ((8,), (2, 6), (1, 4, 3))
+N = 24  # tokens; four shares of them begin and end inside a row
 INIT = Init(std=0.3)
 
 
-def column(group: Group) -> nn.Module:
+def column(tp: TensorParallel) -> nn.Module:
     outputs = [Output("a", 12), Output("b", 20)]
-    return ColumnParallelLinear(D, outputs, bias=True, init=INIT, transposed=False, group=group)
+    return ColumnParallelLinear(D, outputs, bias=True, init=INIT, transposed=False, tp=tp)
 
 
-def column_transposed(group: Group) -> nn.Module:
+def column_transposed(tp: TensorParallel) -> nn.Module:
     outputs = [Output("f", 8, 0, 24), Output("f", 8, 8, 24), Output("f", 8, 16, 24)]
-    return ColumnParallelLinear(D, outputs, bias=True, init=INIT, transposed=True, group=group)
+    return ColumnParallelLinear(D, outputs, bias=True, init=INIT, transposed=True, tp=tp)
 
 
-def row(group: Group) -> nn.Module:
-    return RowParallelLinear(D, 13, name="r", bias=True, init=INIT, transposed=True, group=group)
+def row(tp: TensorParallel) -> nn.Module:
+    return RowParallelLinear(D, 13, name="r", bias=True, init=INIT, transposed=True, tp=tp)
 
 
-def embedding(group: Group) -> nn.Module:
-    return VocabParallelEmbedding(37, D, name="e", init=INIT, group=group)
+def embedding(tp: TensorParallel) -> nn.Module:
+    return VocabParallelEmbedding(37, D, name="e", init=INIT, tp=tp)
 
 
-def gated_mlp(group: Group) -> nn.Module:
+def gated_mlp(tp: TensorParallel) -> nn.Module:
     return ParallelMLP(
         hidden_size=D,
         ffn_size=44,
@@ -54,11 +59,11 @@ def gated_mlp(group: Group) -> nn.Module:
         transposed=False,
         init=INIT,
         out_init=INIT,
-        group=group,
+        tp=tp,
     )
 
 
-def attention(group: Group) -> nn.Module:
+def attention(tp: TensorParallel) -> nn.Module:
     return ParallelAttention(
         hidden_size=D,
         num_heads=8,
@@ -75,63 +80,119 @@ def attention(group: Group) -> nn.Module:
         causal=True,
         init=INIT,
         out_init=INIT,
-        group=group,
+        tp=tp,
+        kv_copies=Group.alone(),
     )
 
 
-def head(group: Group) -> nn.Module:
-    return VocabParallelHead(37, D, name="h", init=INIT, group=group, tied_to=None)
+def attention_sharing_keys(tp: TensorParallel) -> nn.Module:
+    """2 key/value heads: at degree 4 two ranks share each."""
+    return ParallelAttention(
+        hidden_size=D,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=6,
+        query=Output("q", 48),
+        key=Output("kv", 12, 0, 24),
+        value=Output("kv", 12, 12, 24),
+        out="o",
+        qkv_bias=True,
+        out_bias=True,
+        transposed=True,
+        dropout=0.0,
+        causal=True,
+        init=INIT,
+        out_init=INIT,
+        tp=tp,
+        kv_copies=key_value_copies(2, tp.group),
+    )
 
 
-LAYERS = {make.__name__: make for make in (column, column_transposed, row, embedding, gated_mlp, attention, head)}
+def head(tp: TensorParallel) -> nn.Module:
+    return VocabParallelHead(37, D, name="h", init=INIT, tp=tp, tied_to=None)
 
 
-def run(name: str, layer: nn.Module, x: Tensor, group: Group) -> Tensor:
-    """The layer's whole output: what a column-parallel layer divides is put together again, without gradient tricks."""
+def mlp_norm(tp: TensorParallel) -> nn.Module:
+    return LayerNorm(D, eps=1e-5, bias=True, name="n", tp=tp)
+
+
+def positions(tp: TensorParallel) -> nn.Module:
+    return PositionEmbedding(11, D, name="p", init=INIT, tp=tp)
+
+
+MAKERS = (
+    column,
+    column_transposed,
+    row,
+    embedding,
+    positions,
+    mlp_norm,
+    gated_mlp,
+    attention,
+    attention_sharing_keys,
+    head,
+)
+LAYERS = {make.__name__: make for make in MAKERS}
+
+
+def run(name: str, layer: nn.Module, x: Tensor) -> Tensor:
     documents = Documents(LENGTHS)
-    if name == "attention":
-        return layer(x, documents, rotary_tables(documents.positions_BS, 6, 10000.0, x.dtype))
-    if name == "row":
-        part = x.shape[-1] // group.size
-        return layer(x[..., group.rank * part : (group.rank + 1) * part])
+    if name.startswith("attention"):
+        return layer(x, documents, rotary_tables(documents.positions_BS, 6, 10000.0, x.dtype), None)
     if name == "head":
-        labels = torch.randint(0, 37, (B, S), generator=torch.Generator().manual_seed(2))
-        labels[0, 3] = labels[2, 6] = IGNORE
-        return layer(x, labels)
+        labels_N = torch.randint(0, 37, (N,), generator=torch.Generator().manual_seed(2))
+        labels_N[3] = labels_N[20] = IGNORE
+        return layer(x, labels_N)
     return layer(x)
 
 
-def compare(mesh: Mesh, name: str, dtype: torch.dtype, tolerance: float) -> None:
-    group = mesh.tp
-    torch.set_default_dtype(dtype)
-    twin, layer = LAYERS[name](Group.alone()), LAYERS[name](group)
-    initialise(twin, seed=1)
-    initialise(layer, seed=1)
-    x = draw("x", (B, S, D), Init(std=1.0), 3).to(dtype)
+def whole_input(name: str, dtype: torch.dtype) -> Tensor:
     if name == "embedding":
-        x = torch.randint(0, 37, (B, S), generator=torch.Generator().manual_seed(4))
-    x_twin, x_layer = (x.clone().requires_grad_(x.is_floating_point()) for _ in range(2))
-    expected, got = run(name, twin, x_twin, Group.alone()), run(name, layer, x_layer, group)
-    upstream = draw("dy", tuple(expected.shape), Init(std=1.0), 5).to(dtype)
-    upstream_local = upstream
-    if name.startswith("column"):  # this rank holds its share of each fused output
+        return torch.randint(0, 37, (N,), generator=torch.Generator().manual_seed(4))
+    if name == "positions":
+        return torch.randint(0, 11, (N,), generator=torch.Generator().manual_seed(4))
+    return draw("x", (N, D), Init(std=1.0), 3).to(dtype)
+
+
+def part_of_input(name: str, x: Tensor, tp: TensorParallel) -> tuple[slice, ...]:
+    """What of the input this rank has: row-parallel layers some features, the others all or some tokens."""
+    if name == "row":
+        part = D // tp.group.size
+        return slice(None), slice(tp.group.rank * part, (tp.group.rank + 1) * part)
+    return (tp.tokens(N) if x.is_floating_point() else slice(None),)
+
+
+def part_of_output(name: str, layer: nn.Module, y: Tensor, tp: TensorParallel) -> Tensor:
+    """What of the whole output this rank has: column-parallel layers some of each fused output's features."""
+    if name.startswith("column"):
         shares, at = [], 0
         for local in layer.local_features:
-            shares.append(slice(at + group.rank * local, at + (group.rank + 1) * local))
-            at += local * group.size
-        expected_local = torch.cat([expected[..., s] for s in shares], -1)
-        upstream_local = torch.cat([upstream[..., s] for s in shares], -1)
-    else:
-        expected_local = expected
-    torch.testing.assert_close(got, expected_local, rtol=tolerance, atol=tolerance)
+            shares.append(y[:, at + tp.group.rank * local : at + (tp.group.rank + 1) * local])
+            at += local * tp.group.size
+        return torch.cat(shares, -1)
+    return y if name == "head" else y[tp.tokens(N)]
+
+
+def compare(name: str, tp: TensorParallel, dtype: torch.dtype, tolerance: float) -> Tensor:
+    """Fails when the layer differs from its twin; its output."""
+    torch.set_default_dtype(dtype)
+    twin, layer = LAYERS[name](TensorParallel.alone()), LAYERS[name](tp)
+    for module in (twin, layer):
+        initialise(module, seed=1)
+    complete_partial_gradients(layer)
+    close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
+
+    x = whole_input(name, dtype)
+    part = part_of_input(name, x, tp)
+    x_twin, x_layer = (x[at].clone().requires_grad_(x.is_floating_point()) for at in (..., part))
+    expected, got = run(name, twin, x_twin), run(name, layer, x_layer)
+    close(got, part_of_output(name, layer, expected, tp))
+
+    upstream = draw("dy", tuple(expected.shape), Init(std=1.0), 5).to(dtype)
     expected.backward(upstream)
-    got.backward(upstream_local)
-    if name == "row":  # each rank sees the gradient of its own input features
-        part = D // group.size
-        own = slice(group.rank * part, (group.rank + 1) * part)
-        torch.testing.assert_close(x_layer.grad[..., own], x_twin.grad[..., own], rtol=tolerance, atol=tolerance)
-    elif x.is_floating_point():
-        torch.testing.assert_close(x_layer.grad, x_twin.grad, rtol=tolerance, atol=tolerance)
+    got.backward(part_of_output(name, layer, upstream, tp))
+    if x.is_floating_point():
+        close(x_layer.grad, x_twin.grad[part])
     logical: dict[str, Tensor] = {}
     for _, parameter, spec in owned_specs(twin):
         for piece in spec.pieces:
@@ -140,11 +201,10 @@ def compare(mesh: Mesh, name: str, dtype: torch.dtype, tolerance: float) -> None
     for _, parameter, spec in owned_specs(layer):
         covered = 0
         for piece in spec.pieces:
-            torch.testing.assert_close(
-                piece.in_parameter(parameter.grad), piece.box_of(logical[piece.name]), rtol=tolerance, atol=tolerance
-            )
+            close(piece.in_parameter(parameter.grad), piece.box_of(logical[piece.name]))
             covered += piece.rows
         assert not parameter.grad[covered:].any(), "padding rows got a gradient"
+    return torch.cat([got.detach().flatten(), *(p.grad.flatten() for p in layer.parameters())])
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -155,14 +215,19 @@ def test_layer_equals_its_unsharded_twin(tp: int, dtype: torch.dtype, tolerance:
 
 def compare_all(mesh: Mesh, dtype: torch.dtype, tolerance: float) -> None:
     for name in LAYERS:
-        compare(mesh, name, dtype, tolerance)
+        for sequence in (False, True):
+            overlapped, alone = (
+                compare(name, TensorParallel(mesh.tp, sequence=sequence, overlap=overlap), dtype, tolerance)
+                for overlap in (True, False)
+            )
+            assert torch.equal(overlapped, alone), f"{name}: overlap changes the result"
 
 
 def test_rms_norm_has_the_gradients_of_its_formula() -> None:
     torch.manual_seed(0)
-    norm = RMSNorm(D, eps=1e-5, name="n").double()
+    norm = RMSNorm(D, eps=1e-5, name="n", tp=TensorParallel.alone()).double()
     norm.weight.data.uniform_(0.5, 1.5)
-    x = torch.randn(B, S, D, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, S, D, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, w: _RMSNorm.apply(x, w, 1e-5), (x, norm.weight))
     torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (D,), norm.weight, 1e-5), rtol=1e-12, atol=1e-12)
 

@@ -14,7 +14,7 @@ import torch
 
 import trainer.engine
 from parallel.mesh import Mesh
-from parallel.params import derive_seed
+from parallel.rng import derive_seed
 from parallel.topology import Layout
 from tests.parallel.test_engine_parity import Case, Outcome, assert_same_training, outcome, run_case
 from tests.spawn import spawn

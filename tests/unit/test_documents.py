@@ -86,8 +86,7 @@ def test_attention_equals_one_call_with_a_mask(documents: Documents, seed: int, 
     results = []
     for attention in (attend, masked_attention):
         inputs = [tensor.clone().requires_grad_() for tensor in qkv]
-        options = {"dropout": 0.0} if attention is attend else {}
-        out = attention(*inputs, documents, causal=causal, **options)
+        out = attention(*inputs, documents, causal=causal)
         out.backward(upstream)
         results.append([out.detach(), *(tensor.grad for tensor in inputs)])
     for got, expected in zip(*results, strict=True):

@@ -17,14 +17,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from parallel import attention, norm
-from parallel.attention import Documents, attend
+from parallel import attention
+from parallel.attention import Documents, WeightDropout, attend
 from parallel.embedding import rotary_tables
 from parallel.loss import IGNORE, VocabParallelHead
 from parallel.mesh import Group, Mesh
 from parallel.norm import QueryKeyNorm, RMSNorm
 from parallel.params import Init, initialise, owned_specs
+from parallel.rng import Streams
 from parallel.soft_cap import soft_cap
+from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.spawn import spawn
 from tests.unit.test_transformer_oracle import (
@@ -38,6 +40,7 @@ from tests.unit.test_transformer_oracle import (
     random_tokens,
     stage_from,
 )
+from trainer.model import transformer
 from trainer.model.families import to_hf_config, translate
 from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
 from trainer.model.transformer import Stage, _frequency_scale, blocks_of, logical_specs
@@ -259,7 +262,7 @@ def test_attention_in_blocks_is_exact(block: int, window: int, softcap: float | 
     inputs = [torch.randn(3, 13, heads, 6, generator=stream, dtype=torch.float64) for heads in (6, 2, 2)]
     upstream = torch.randn(3, 13, 6, 6, generator=stream, dtype=torch.float64)
     outcomes = []
-    for function, more in ((attend, {"causal": True, "dropout": 0.0}), (plain_attention, {})):
+    for function, more in ((attend, {"causal": True}), (plain_attention, {})):
         leaves = [x.clone().requires_grad_() for x in inputs]
         out = function(*leaves, Documents(PACKED), window=window, scale=0.9, softcap=softcap, **more)
         out.backward(upstream)
@@ -277,15 +280,16 @@ def test_a_window_that_covers_the_document_makes_no_mask(
     original = attention._mask
     monkeypatch.setattr(attention, "_mask", lambda *args: made.append(original(*args)) or made[-1])
     q, k, v = (torch.randn(3, 13, 2, 4) for _ in range(3))
-    attend(q, k, v, Documents(PACKED), causal=True, dropout=0.0, window=window)
+    attend(q, k, v, Documents(PACKED), causal=True, window=window)
     assert len(made) == masks
 
 
 def test_dropout_acts_on_windowed_and_capped_attention() -> None:
     """With V = 1 a row of the output is the sum of what dropout kept of it, doubled: its mean over many is 1."""
     q, k = (torch.randn(1, 400, 8, 4) for _ in range(2))
-    for options in ({"window": 50}, {"softcap": 2.0}, {"softcap": 2.0, "window": 50}):
-        out = attend(q, k, torch.ones(1, 400, 8, 4), Documents(((400,),)), causal=True, dropout=0.5, **options)
+    half = WeightDropout(rate=0.5, streams=Streams((1,)), site="here", heads=range(8))
+    for options in ({}, {"window": 50}, {"softcap": 2.0}, {"softcap": 2.0, "window": 50}):
+        out = attend(q, k, torch.ones(1, 400, 8, 4), Documents(((400,),)), causal=True, dropout=half, **options)
         assert out.std() > 0.1
         assert abs(out.mean() - 1.0) < 0.05
 
@@ -293,7 +297,7 @@ def test_dropout_acts_on_windowed_and_capped_attention() -> None:
 def test_capped_cross_entropy_has_the_gradient_of_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """In several chunks, with positions that are no targets."""
     monkeypatch.setattr("parallel.loss.CHUNK_BYTES", 4 * 37 * 4)
-    head = VocabParallelHead(37, 12, name="h", init=Init(std=0.5), group=Group.alone(), tied_to=None, softcap=1.5)
+    head = VocabParallelHead(37, 12, name="h", init=Init(std=0.5), tp=TensorParallel.alone(), tied_to=None, softcap=1.5)
     initialise(head, seed=1)
     head.double()
     hidden = torch.randn(3, 7, 12, dtype=torch.float64, requires_grad=True)
@@ -302,8 +306,8 @@ def test_capped_cross_entropy_has_the_gradient_of_its_formula(monkeypatch: pytes
     logits = soft_cap(hidden @ head.weight.t(), 1.5)
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
     inputs = (hidden, head.weight)
-    got = head(hidden, labels)
-    torch.testing.assert_close(head(hidden), logits, rtol=1e-12, atol=1e-12)
+    got = head(hidden.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(head(hidden.flatten(0, 1)), logits.flatten(0, 1), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -311,7 +315,7 @@ def test_capped_cross_entropy_has_the_gradient_of_its_formula(monkeypatch: pytes
 
 def test_an_offset_norm_in_bf16_keeps_small_weights() -> None:
     """1 + 0.001 in bf16 is 1: the offset is added in fp32."""
-    layer = RMSNorm(64, eps=1e-6, name="n", offset=1.0)
+    layer = RMSNorm(64, eps=1e-6, name="n", tp=TensorParallel.alone(), offset=1.0)
     nn.init.constant_(layer.weight, 0.003)
     x = torch.randn(500, 64).bfloat16()
     plain = nn.functional.rms_norm(x.float(), (64,), eps=1e-6)
@@ -327,7 +331,7 @@ def test_norms_start_at_the_factor_one(family: str) -> None:
         blocks_of(config),
         dtype=torch.float32,
         recompute="none",
-        group=Group.alone(),
+        tp=TensorParallel.alone(),
         device=torch.device("cpu"),
         fill=lambda block: initialise(block, 0),
     )
@@ -340,7 +344,9 @@ def test_norms_start_at_the_factor_one(family: str) -> None:
 
 # --- over tensor ranks ---------------------------------------------------------------------------------------------------
 
-# Heads, key/value heads and ffn divide by 4; the vocabulary of 67 does not.
+# 36 tokens: four shares of 9 that begin and end inside a row and inside a document.
+ON_TENSOR_RANKS_PACKED = ((12,), (4, 8), (1, 6, 5))
+# Heads, key/value heads and ffn divide by 4; the vocabulary of 67 does not. "shared": fewer key/value heads than ranks.
 DIVIDED = {**GROUPED, "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
 ON_TENSOR_RANKS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**DIVIDED, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 50.0}}),
@@ -350,6 +356,11 @@ ON_TENSOR_RANKS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {**DIVIDED, "sliding_window": 6}),
     "gemma2": ("gemma2", {**GEMMA2, **DIVIDED, "head_dim": 6, "attention_bias": True}),
     "gemma2-untied": ("gemma2", {**GEMMA2, **DIVIDED, "head_dim": 6, "tie_word_embeddings": False}),
+    "gpt2": ("gpt2", {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}),
+    "llama-shared": ("llama", {**DIVIDED, "num_key_value_heads": 2}),
+    "qwen2-shared": ("qwen2", {**DIVIDED, "num_key_value_heads": 2}),
+    "qwen3-shared": ("qwen3", {**DIVIDED, "num_key_value_heads": 1, "head_dim": 6}),
+    "phi3-shared": ("phi3", {**DIVIDED, "num_key_value_heads": 1}),
 }
 
 
@@ -361,7 +372,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in ON_TENSOR_RANKS}
 
 
-def shard_from(folder: Path, group: Group, dtype: torch.dtype) -> Stage:
+def shard_from(folder: Path, tp: TensorParallel, dtype: torch.dtype) -> Stage:
     """This rank's part of the model, read from the folder by slices."""
     hf_config = read_config(folder)
     config = translate(hf_config["model_type"], hf_config)
@@ -370,18 +381,21 @@ def shard_from(folder: Path, group: Group, dtype: torch.dtype) -> Stage:
         blocks_of(config),
         dtype=dtype,
         recompute="none",
-        group=group,
+        tp=tp,
         device=torch.device("cpu"),
         fill=PretrainedWeights(folder).fill,
     )
     return stage.to(dtype)
 
 
-def differences(mesh: Mesh, folder: Path, dtype: torch.dtype) -> dict[str, float]:
+def differences(mesh: Mesh, folder: Path, dtype: torch.dtype, *, sequence: bool = True) -> dict[str, float]:
     """How far the loss and each gradient are from the one-process run, relative to the largest element."""
-    tokens = random_tokens()
-    stages = [shard_from(folder, group, dtype) for group in (Group.alone(), mesh.tp)]
-    losses = [stage(tokens, Documents(PACKED), next_labels(tokens, PACKED)) for stage in stages]
+    tokens = random_tokens()[:, :12]
+    documents = Documents(ON_TENSOR_RANKS_PACKED)
+    labels = next_labels(tokens, documents.lengths)
+    ways = (TensorParallel.alone(), TensorParallel(mesh.tp, sequence=sequence))
+    stages = [shard_from(folder, tp, dtype) for tp in ways]
+    losses = [stage(tokens, documents, labels) for stage in stages]
     for loss in losses:
         (loss / loss.detach()).backward()
     logical = logical_gradients(stages[0])
@@ -405,7 +419,7 @@ def test_padding_of_the_vocabulary_is_0_and_not_what_lay_in_memory(
     """67 symbols are 4 · 17 rows: the last rank has one that no tensor fills."""
     monkeypatch.setattr(torch, "empty_like", lambda tensor, **options: torch.full(tensor.shape, torch.nan, **options))
     group = Group(rank=rank, ranks=(0, 1, 2, 3), handle=None)
-    stage = shard_from(folders["gemma2-untied"], group, torch.float32)
+    stage = shard_from(folders["gemma2-untied"], TensorParallel(group, sequence=False), torch.float32)
     assert stage.head is not None
     for weight in (stage.embedding.tokens.weight, stage.head.logits.weight):
         assert torch.isfinite(weight).all()
@@ -414,8 +428,11 @@ def test_padding_of_the_vocabulary_is_0_and_not_what_lay_in_memory(
 
 def equal_to_one_process(mesh: Mesh, folders: dict[str, Path], dtype: torch.dtype, tolerance: float) -> None:
     for model, folder in folders.items():
-        wrong = {name: x for name, x in differences(mesh, folder, dtype).items() if not x <= tolerance}
-        assert not wrong, f"{model} on {mesh.tp.size} tensor ranks: {json.dumps(wrong, indent=1)}"
+        for sequence in (False, True):
+            found = differences(mesh, folder, dtype, sequence=sequence)
+            wrong = {name: x for name, x in found.items() if not x <= tolerance}
+            how = f"{mesh.tp.size} tensor ranks, sequence parallelism {'on' if sequence else 'off'}"
+            assert not wrong, f"{model} on {how}: {json.dumps(wrong, indent=1)}"
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -425,8 +442,9 @@ def test_tensor_ranks_equal_one_process(tp: int, dtype: torch.dtype, tolerance: 
 
 
 def without_the_sum_over_heads(mesh: Mesh, folder: Path) -> set[str]:
-    norm.copy_to_group = lambda tensor, group: tensor
-    return {name for name, x in differences(mesh, folder, torch.float64).items() if x > 1e-6}
+    transformer.complete_partial_gradients = lambda block: None
+    found = differences(mesh, folder, torch.float64, sequence=False)
+    return {name for name, x in found.items() if x > 1e-6}
 
 
 def test_without_the_sum_over_tensor_ranks_the_gradients_of_head_norms_are_partial(folders: dict[str, Path]) -> None:

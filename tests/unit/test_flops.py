@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from parallel.attention import Documents
-from parallel.mesh import Group
 from parallel.params import initialise
+from parallel.tensor import TensorParallel
 from tests.unit.test_transformer_oracle import GPT2, LLAMA, V
 from trainer.flops import PEAKS, listed_peak, matmul_weights, training_flops
 from trainer.model.families import TransformerConfig, translate
@@ -42,7 +42,7 @@ def counted_flops(config: TransformerConfig, lengths: tuple[tuple[int, ...], ...
         blocks_of(config),
         dtype=torch.float32,
         recompute="none",
-        group=Group.alone(),
+        tp=TensorParallel.alone(),
         device=torch.device("cpu"),
         fill=lambda block: initialise(block, seed=0),
     )

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parallel.attention import Documents
-from parallel.mesh import Group
 from parallel.params import initialise, owned_specs
+from parallel.tensor import TensorParallel
 from trainer.data.tokenizer import Tokenizer, make_tokenizer
 from trainer.errors import DataError, RecipeError, UserError
 from trainer.generate import continue_from_folder, sample
@@ -101,7 +101,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
             blocks_of(config),
             dtype=torch.float32,
             recompute="none",
-            group=Group.alone(),
+            tp=TensorParallel.alone(),
             device=torch.device("cpu"),
             fill=lambda block: initialise(block, seed=4),
         ).eval()

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from parallel.attention import Documents
-from parallel.mesh import Group
 from parallel.params import ShardSpec, initialise, owned_specs
+from parallel.tensor import TensorParallel
 from tests.unit.test_transformer_oracle import (
     GPT2,
     LLAMA,
@@ -45,7 +45,7 @@ def new_stage(family: str, shape: dict[str, Any], seed: int = 3) -> Stage:
         blocks_of(config),
         dtype=torch.float32,
         recompute="none",
-        group=Group.alone(),
+        tp=TensorParallel.alone(),
         device=torch.device("cpu"),
         fill=lambda block: initialise(block, seed),
     )

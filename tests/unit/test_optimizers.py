@@ -3,6 +3,7 @@ import torch
 from deepspeed.git_version_info import installed_ops
 from torch import nn
 
+from parallel.mesh import Group
 from parallel.params import Init, Role, ShardSpec, whole
 from trainer.errors import RecipeError
 from trainer.model.families import FAMILIES, translate
@@ -15,7 +16,10 @@ CPU = torch.device("cpu")
 
 def parameters() -> list[tuple[nn.Parameter, ShardSpec]]:
     shapes = {Role.MATRIX: (4, 3), Role.EMBEDDING: (5, 3), Role.NORM: (3,), Role.BIAS: (4,)}
-    return [(nn.Parameter(torch.ones(shape)), whole(role, shape, role=role, init=Init())) for role, shape in shapes.items()]
+    return [
+        (nn.Parameter(torch.ones(shape)), whole(role, shape, role=role, init=Init(), copies=Group.alone()))
+        for role, shape in shapes.items()
+    ]
 
 
 def recipe(**optimizer: object) -> Recipe:

@@ -14,13 +14,14 @@ from parallel.params import (
     Piece,
     Role,
     Sharded,
-    derive_seed,
     draw,
     initialise,
     materialise,
     owned_specs,
     whole,
 )
+from parallel.rng import derive_seed
+from parallel.tensor import TensorParallel
 from trainer.model.families import count_parameters, translate
 from trainer.model.transformer import Stage, blocks_of, logical_specs
 
@@ -39,6 +40,7 @@ GPT2 = {"vocab_size": 67, "n_positions": 17, "n_embd": 24, "n_layer": 2, "n_head
 MODELS = [
     ("llama", LLAMA),
     ("llama", {**LLAMA, "tie_word_embeddings": True}),
+    ("llama", {**LLAMA, "num_key_value_heads": 1}),
     ("gpt2", GPT2),
     ("gpt2", {**GPT2, "vocab_size": 3, "tie_word_embeddings": False}),
 ]
@@ -52,7 +54,7 @@ def stage(family: str, shape: dict[str, Any], *, tp: int = 1, rank: int = 0, see
         blocks_of(config),
         dtype=torch.float32,
         recompute="none",
-        group=Group(rank=rank, ranks=tuple(range(tp)), handle=None),
+        tp=TensorParallel(Group(rank=rank, ranks=tuple(range(tp)), handle=None), sequence=tp > 1),
         device=torch.device("cpu"),
         fill=lambda block: initialise(block, seed),
     )
@@ -62,13 +64,13 @@ def logical(stages: list[Stage]) -> dict[str, Tensor]:
     """The logical tensors that all ranks hold together; each element must be held once, or alike by all ranks."""
     tensors: dict[str, Tensor] = {}
     held: dict[str, Tensor] = {}
-    for rank, model in enumerate(stages):
+    for model in stages:
         for name, parameter, spec in owned_specs(model):
             assert parameter.shape[0] >= sum(piece.rows for piece in spec.pieces), name
             assert not parameter[sum(piece.rows for piece in spec.pieces) :].any(), f"{name}: padding must be 0"
             for piece in spec.pieces:
                 box = piece.box_of(tensors.setdefault(piece.name, torch.full(piece.shape, torch.nan)))
-                if rank and not spec.sharded:
+                if not spec.owned:
                     assert torch.equal(box, piece.in_parameter(parameter)), f"{name} differs between ranks"
                     continue
                 box.copy_(piece.in_parameter(parameter))
@@ -187,8 +189,8 @@ def test_a_tie_is_one_parameter() -> None:
 def test_materialising_keeps_what_has_storage() -> None:
     with torch.device("meta"):
         module = Sharded()
-        module.declare("a", (2, 3), whole("a", (2, 3), role=Role.MATRIX, init=Init()))
-    module.declare("b", (2,), whole("b", (2,), role=Role.NORM, init=Init()))
+        module.declare("a", (2, 3), whole("a", (2, 3), role=Role.MATRIX, init=Init(), copies=Group.alone()))
+    module.declare("b", (2,), whole("b", (2,), role=Role.NORM, init=Init(), copies=Group.alone()))
     kept = module.b
     materialise(module, torch.device("cpu"))
     assert module.b is kept

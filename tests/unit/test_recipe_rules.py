@@ -10,6 +10,10 @@ from trainer import recipe
 from trainer.errors import RecipeError
 
 GPT2 = {"family": "gpt2"}
+LLAMA = {
+    "family": "llama",
+    "config": {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 48, "intermediate_size": 96},
+}
 PRETRAINED = {"model_type": "llama", "vocab_size": 300, "hidden_size": 8, "num_attention_heads": 2, "torch_dtype": "float16"}
 
 
@@ -79,8 +83,23 @@ RULES: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
        [{"optimizer": {"name": "adam"}, "zero": zero(3, states=offload("nvme"))},
         {"optimizer": {"name": name}, "zero": zero(3, states=offload("cpu"))}]) for name in ("lion", "sgd")),
     *((f"{axis} parallelism is to come",
-       {"parallel": {axis: 2}}, f"parallel.{axis} = 2: this version trains with data parallelism and ZeRO; legal: 1",
-       [{"parallel": {axis: 1}}]) for axis in ("tensor", "pipeline", "context")),
+       {"parallel": {axis: 2}}, f"parallel.{axis} = 2: this version has tensor and data parallelism; legal: 1",
+       [{"parallel": {axis: 1}}]) for axis in ("pipeline", "context")),
+    ("heads divide over the tensor ranks",
+     {"parallel": {"tensor": 5}, "data": {"seq_len": 30}},
+     "parallel.tensor = 5 does not divide n_head = 12 and n_inner = 3072 of the network; legal: 1, 2, 3, 4, 6, 12",
+     [{"parallel": {"tensor": 4}}]),
+    ("key/value heads divide over the tensor ranks, or the other way round",
+     {"parallel": {"tensor": 4}, "model": LLAMA},
+     "parallel.tensor = 4 does not divide num_key_value_heads = 6 of the network; legal: 1, 2, 3, 6, 12",
+     [{"parallel": {"tensor": 12}, "model": LLAMA, "data": {"seq_len": 36}}]),
+    ("tokens divide over the tensor ranks",
+     {"parallel": {"tensor": 2}, "data": {"seq_len": 31}}, "parallel.tensor = 2 does not divide the 31 tokens of a micro-batch",
+     [{"parallel": {"tensor": 2}, "data": {"seq_len": 32}},
+      {"parallel": {"tensor": 2, "sequence_parallel": False}, "data": {"seq_len": 31}},
+      {"parallel": {"tensor": 2}, "data": {"seq_len": 31}, "batch": {"micro_sequences": 2}}]),
+    *((f"{key} needs tensor ranks", {"parallel": {key: True}}, f"parallel.{key} is used only with parallel.tensor above 1",
+       [{"parallel": {key: True, "tensor": 2}}, {"parallel": {key: False}}]) for key in ("sequence_parallel", "overlap")),
     ("loss scale is for fp16",
      {"precision": {"dtype": "bf16", "loss_scale": {"window": 5}}}, 'precision.loss_scale.window is used only with',
      [{"precision": {"dtype": "fp16", "loss_scale": {"window": 5}}}, {"precision": {"dtype": "bf16"}}]),

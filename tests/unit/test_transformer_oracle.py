@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from parallel.attention import Documents
 from parallel.loss import IGNORE
-from parallel.mesh import Group
 from parallel.params import owned_specs
+from parallel.tensor import TensorParallel
 from trainer.model.families import translate
 from trainer.model.hugging_face import PretrainedWeights, read_config
 from trainer.model.transformer import Stage, blocks_of
@@ -87,7 +87,7 @@ def stage_from(folder: Path, *, recompute: Literal["none", "full"] = "none", dty
         blocks_of(config),
         dtype=dtype,
         recompute=recompute,
-        group=Group.alone(),
+        tp=TensorParallel.alone(),
         device=torch.device("cpu"),
         fill=PretrainedWeights(folder).fill,
     )
@@ -273,7 +273,7 @@ def test_recompute_keeps_less() -> None:
             blocks_of(config),
             dtype=torch.float32,
             recompute=recompute,
-            group=Group.alone(),
+            tp=TensorParallel.alone(),
             device=torch.device("cpu"),
             fill=lambda block: [nn.init.normal_(p, std=0.1) for p in block.parameters()],
         )

@@ -4,7 +4,8 @@ A model is a list of blocks: the embedding, the layers, the head. A `Stage` is a
 pipeline parallelism it is the whole list. A rank only ever builds its own blocks, one after another, so it never holds
 more than one of them whole when ZeRO-3 divides them.
 
-Shape letters: B batch, S sequence, D model, V vocabulary.
+Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of them), D model,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from parallel.attention import Documents, ParallelAttention, Rotation
@@ -26,7 +26,9 @@ from parallel.loss import VocabParallelHead
 from parallel.mesh import Group
 from parallel.mlp import ParallelMLP
 from parallel.norm import LayerNorm, QueryKeyNorm, RMSNorm
-from parallel.params import Init, Sharded, ShardSpec, materialise, owned_specs
+from parallel.params import Init, Sharded, ShardSpec, complete_partial_gradients, materialise, owned_specs
+from parallel.rng import Streams, dropout
+from parallel.tensor import TensorParallel
 from trainer.model.families import RopeScaling, TransformerConfig
 from trainer.model.names import WEIGHT_NAMES
 
@@ -50,63 +52,82 @@ def logical_specs(config: TransformerConfig) -> list[ShardSpec]:
         blocks_of(config),
         dtype=torch.float32,
         recompute="none",
-        group=Group.alone(),
+        tp=TensorParallel.alone(),
         device=torch.device("meta"),
         fill=lambda block: None,
     )
     return [spec for _, _, spec in owned_specs(stage)]
 
 
-def make_norm(config: TransformerConfig, name: str) -> Sharded:
+def make_norm(config: TransformerConfig, name: str, tp: TensorParallel) -> Sharded:
     if config.norm == "rmsnorm":
-        return RMSNorm(config.hidden_size, eps=config.norm_eps, name=name, offset=config.norm_offset)
-    return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias, name=name)
+        return RMSNorm(config.hidden_size, eps=config.norm_eps, name=name, tp=tp, offset=config.norm_offset)
+    return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias, name=name, tp=tp)
+
+
+class Dropout(nn.Module):
+    """Dropout of [N, D] activations outside the parallel regions; `site` names its random stream."""
+
+    def __init__(self, rate: float, site: str, tp: TensorParallel) -> None:
+        super().__init__()
+        self.rate = rate
+        self.site = site
+        self.tp = tp
+
+    def forward(self, x_ND: Tensor, documents: Documents, streams: Streams | None) -> Tensor:
+        """`streams` None: x as it is (evaluation)."""
+        if not self.rate or streams is None:
+            return x_ND
+        rows, seq_len = documents.shape
+        tokens = self.tp.tokens(rows * seq_len)
+        keeps_ND = streams.keeps_features(self.site, self.rate, (seq_len, x_ND.shape[1]), tokens, x_ND.device)
+        return dropout(x_ND, keeps_ND, self.rate)
 
 
 class Embedding(nn.Module):
-    """tokens [B, S] → [B, S, D] in the compute format."""
+    """tokens [B, S] → [N, D] in the compute format."""
 
-    def __init__(self, config: TransformerConfig, *, dtype: torch.dtype, group: Group) -> None:
+    def __init__(self, config: TransformerConfig, *, dtype: torch.dtype, tp: TensorParallel) -> None:
         super().__init__()
         names = WEIGHT_NAMES[config.family]
         init = Init(std=config.init_std)
         self.dtype = dtype
-        self.dropout = config.embedding_dropout
         # Rounded to the compute format, as the Gemma models were trained: 55.5 instead of √3072 = 55.43 in bf16.
         self.scale = torch.tensor(math.sqrt(config.hidden_size), dtype=dtype, device="cpu").item()
         self.scaled = config.scaled_embedding
-        self.tokens = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, name=names.embedding, init=init, group=group
-        )
+        self.tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, name=names.embedding, init=init, tp=tp)
         self.positions = None
         if names.positions is not None:
-            self.positions = PositionEmbedding(config.max_positions, config.hidden_size, name=names.positions, init=init)
+            self.positions = PositionEmbedding(config.max_positions, config.hidden_size, name=names.positions, init=init, tp=tp)
+        self.dropout = Dropout(config.embedding_dropout, names.embedding, tp)
 
-    def forward(self, tokens_BS: Tensor, documents: Documents) -> Tensor:
-        x_BSD = self.tokens(tokens_BS)
+    def forward(self, tokens_BS: Tensor, documents: Documents, streams: Streams | None) -> Tensor:
+        x_ND = self.tokens(tokens_BS.flatten())
         if self.positions is not None:
-            x_BSD = x_BSD + self.positions(documents.positions_BS.to(tokens_BS.device))
-        x_BSD = x_BSD.to(self.dtype)
+            x_ND = x_ND + self.positions(documents.positions_BS.to(tokens_BS.device).flatten())
+        x_ND = x_ND.to(self.dtype)
         if self.scaled:
-            x_BSD = x_BSD * self.scale
-        return functional.dropout(x_BSD, self.dropout, self.training)
+            x_ND = x_ND * self.scale
+        return self.dropout(x_ND, documents, streams)
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); [B, S, D] → [B, S, D].
+    """x + attention(norm(x)), then x + mlp(norm(x)); [N, D] → [N, D].
 
     With post-norms: x + norm(attention(norm(x))), then x + norm(mlp(norm(x))).
     """
 
-    def __init__(self, config: TransformerConfig, index: int, *, group: Group) -> None:
+    def __init__(
+        self, config: TransformerConfig, index: int, *, recompute_core: bool, tp: TensorParallel, kv_copies: Group
+    ) -> None:
         super().__init__()
         names = WEIGHT_NAMES[config.family]
         init = Init(std=config.init_std)
         # 2 residual additions per layer: their sum keeps its variance (Radford et al. 2019, GPT-2, §2.3).
         out_init = Init(std=config.init_std / math.sqrt(2 * config.num_layers)) if config.scaled_residual_init else init
         query, key, value = names.query_key_value(config, index)
-        self.dropout = config.residual_dropout
-        self.attention_norm = make_norm(config, names.attention_norm.format(layer=index))
+        attention_out, mlp_out = names.attention_out.format(layer=index), names.mlp_out.format(layer=index)
+        self.attention_norm = make_norm(config, names.attention_norm.format(layer=index), tp)
         self.attention = ParallelAttention(
             hidden_size=config.hidden_size,
             num_heads=config.num_heads,
@@ -115,7 +136,7 @@ class Layer(nn.Module):
             query=query,
             key=key,
             value=value,
-            out=names.attention_out.format(layer=index),
+            out=attention_out,
             qkv_bias=config.qkv_bias,
             out_bias=config.attention_out_bias,
             transposed=names.transposed,
@@ -124,72 +145,79 @@ class Layer(nn.Module):
             window=config.windows[index],
             scale=config.query_scalar**-0.5,
             softcap=config.attention_softcap,
-            qk_norm=_qk_norm(config, index, group),
+            qk_norm=_qk_norm(config, index, tp),
             init=init,
             out_init=out_init,
-            group=group,
+            recompute=recompute_core,
+            tp=tp,
+            kv_copies=kv_copies,
         )
-        self.attention_post_norm = _post_norm(config, names.attention_post_norm, index)
-        self.mlp_norm = make_norm(config, names.mlp_norm.format(layer=index))
+        self.attention_post_norm = _post_norm(config, names.attention_post_norm, index, tp)
+        self.attention_dropout = Dropout(config.residual_dropout, attention_out, tp)
+        self.mlp_norm = make_norm(config, names.mlp_norm.format(layer=index), tp)
         self.mlp = ParallelMLP(
             hidden_size=config.hidden_size,
             ffn_size=config.ffn_size,
             activation=config.activation,
             inputs=names.mlp_inputs(config, index),
-            out=names.mlp_out.format(layer=index),
+            out=mlp_out,
             bias=config.mlp_bias,
             transposed=names.transposed,
             init=init,
             out_init=out_init,
-            group=group,
+            tp=tp,
         )
-        self.mlp_post_norm = _post_norm(config, names.mlp_post_norm, index)
+        self.mlp_post_norm = _post_norm(config, names.mlp_post_norm, index, tp)
+        self.mlp_dropout = Dropout(config.residual_dropout, mlp_out, tp)
 
-    def forward(self, x_BSD: Tensor, documents: Documents, rotation: Rotation | None) -> Tensor:
-        attended = self.attention_post_norm(self.attention(self.attention_norm(x_BSD), documents, rotation))
-        x_BSD = x_BSD + functional.dropout(attended, self.dropout, self.training)
-        fed_forward = self.mlp_post_norm(self.mlp(self.mlp_norm(x_BSD)))
-        return x_BSD + functional.dropout(fed_forward, self.dropout, self.training)
-
-
-def _post_norm(config: TransformerConfig, name: str | None, index: int) -> nn.Module:
-    return nn.Identity() if name is None else make_norm(config, name.format(layer=index))
+    def forward(self, x_ND: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None) -> Tensor:
+        attended = self.attention(self.attention_norm(x_ND), documents, rotation, streams)
+        x_ND = x_ND + self.attention_dropout(self.attention_post_norm(attended), documents, streams)
+        fed_forward = self.mlp(self.mlp_norm(x_ND))
+        return x_ND + self.mlp_dropout(self.mlp_post_norm(fed_forward), documents, streams)
 
 
-def _qk_norm(config: TransformerConfig, index: int, group: Group) -> QueryKeyNorm | None:
+def _post_norm(config: TransformerConfig, name: str | None, index: int, tp: TensorParallel) -> nn.Module:
+    return nn.Identity() if name is None else make_norm(config, name.format(layer=index), tp)
+
+
+def _qk_norm(config: TransformerConfig, index: int, tp: TensorParallel) -> QueryKeyNorm | None:
     names = WEIGHT_NAMES[config.family]
     if names.query_norm is None or names.key_norm is None:
         return None
     query, key = names.query_norm.format(layer=index), names.key_norm.format(layer=index)
-    return QueryKeyNorm(config.head_dim, eps=config.norm_eps, query=query, key=key, group=group)
+    return QueryKeyNorm(config.head_dim, eps=config.norm_eps, query=query, key=key, tp=tp)
 
 
 class Head(nn.Module):
     """Final norm, logits and loss."""
 
-    def __init__(self, config: TransformerConfig, *, group: Group, tied_to: VocabParallelEmbedding | None) -> None:
+    def __init__(self, config: TransformerConfig, *, tp: TensorParallel, tied_to: VocabParallelEmbedding | None) -> None:
         super().__init__()
         names = WEIGHT_NAMES[config.family]
-        self.norm = make_norm(config, names.final_norm)
+        self.norm = make_norm(config, names.final_norm, tp)
         self.logits = VocabParallelHead(
             config.vocab_size,
             config.hidden_size,
             name=names.head,
             init=Init(std=config.init_std),
-            group=group,
+            tp=tp,
             tied_to=tied_to,
             softcap=config.logit_softcap,
         )
 
-    def forward(self, x_BSD: Tensor, labels_BS: Tensor | None) -> Tensor:
-        return self.logits(self.norm(x_BSD), labels_BS)
+    def forward(self, x_ND: Tensor, documents: Documents, labels_BS: Tensor | None) -> Tensor:
+        """The loss summed over targets, or without labels this rank's logits [B, S, V/p]."""
+        if labels_BS is not None:
+            return self.logits(self.norm(x_ND), labels_BS.flatten())
+        return self.logits(self.norm(x_ND)).unflatten(0, documents.shape)
 
 
 class Stage(nn.Module):
     """A contiguous part of the model.
 
     `fill` gives values to each block's parameters after it was materialised (initial or loaded ones); `partition` may
-    divide them over ranks at once (ZeRO-3).
+    divide them over ranks at once (ZeRO-3). Every rank of the tensor group must build its stage together.
     """
 
     def __init__(
@@ -198,8 +226,8 @@ class Stage(nn.Module):
         blocks: Sequence[Block],
         *,
         dtype: torch.dtype,
-        recompute: Literal["none", "full"],
-        group: Group,
+        recompute: Literal["none", "selective", "full"],
+        tp: TensorParallel,
         device: torch.device,
         fill: Callable[[nn.Module], None],
         partition: Callable[[nn.Module], None] = lambda block: None,
@@ -208,6 +236,8 @@ class Stage(nn.Module):
         self.config = config
         self.dtype = dtype
         self.recompute = recompute
+        self.tp = tp
+        self.kv_copies = key_value_copies(config.num_kv_heads, tp.group)
         self.embedding: Embedding | None
         self.head: Head | None
         self.register_module("embedding", None)  # so that parameters are listed in the order of the model
@@ -215,34 +245,43 @@ class Stage(nn.Module):
         self.register_module("head", None)
         for block in blocks:
             with torch.device("meta"):
-                built = self._build(block, group)
+                built = self._build(block)
             materialise(built, device)
             fill(built)
             partition(built)
+            complete_partial_gradients(built)
 
-    def _build(self, block: Block, group: Group) -> nn.Module:
+    def _build(self, block: Block) -> nn.Module:
         if block.kind == "embedding":
-            self.embedding = Embedding(self.config, dtype=self.dtype, group=group)
+            self.embedding = Embedding(self.config, dtype=self.dtype, tp=self.tp)
             return self.embedding
         if block.kind == "layer":
-            self.layers[str(block.layer)] = Layer(self.config, block.layer, group=group)
+            self.layers[str(block.layer)] = Layer(
+                self.config,
+                block.layer,
+                recompute_core=self.recompute == "selective",
+                tp=self.tp,
+                kv_copies=self.kv_copies,
+            )
             return self.layers[str(block.layer)]
         tied_to = self.embedding.tokens if self.config.tied_head and self.embedding else None
-        self.head = Head(self.config, group=group, tied_to=tied_to)
+        self.head = Head(self.config, tp=self.tp, tied_to=tied_to)
         return self.head
 
-    def forward(self, x: Tensor, documents: Documents, labels_BS: Tensor | None = None) -> Tensor:
-        """First stage: x = tokens [B, S]; others: hidden [B, S, D]. Last stage: the loss summed over the targets of
-        `labels_BS`, or the logits [B, S, V] without labels; others: hidden [B, S, D]."""
+    def forward(
+        self, x: Tensor, documents: Documents, labels_BS: Tensor | None = None, streams: Streams | None = None
+    ) -> Tensor:
+        """First stage: x = tokens [B, S]; others: hidden [N, D]. Last stage: the loss summed over the targets of
+        `labels_BS`, or this rank's logits [B, S, V/p] without labels; others: hidden [N, D]. `streams` None: no dropout."""
         if self.embedding is not None:
-            x = self.embedding(x, documents)
+            x = self.embedding(x, documents, streams)
         rotation = self._rotation(documents, x.device)
         for layer in self.layers.values():
             if self.recompute == "full" and torch.is_grad_enabled():
-                x = checkpoint(layer, x, documents, rotation, use_reentrant=False)
+                x = checkpoint(layer, x, documents, rotation, streams, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, documents, rotation)
-        return x if self.head is None else self.head(x, labels_BS)
+                x = layer(x, documents, rotation, streams)
+        return x if self.head is None else self.head(x, documents, labels_BS)
 
     def _rotation(self, documents: Documents, device: torch.device) -> Rotation | None:
         if self.config.positions != "rope":
@@ -251,6 +290,11 @@ class Stage(nn.Module):
         return rotary_tables(
             positions_BS, self.config.head_dim, self.config.rope_theta, self.dtype, _frequency_scale(self.config.rope_scaling)
         )
+
+
+def key_value_copies(num_kv_heads: int, group: Group) -> Group:
+    """The ranks that hold the same key/value heads as this one: itself alone, unless there are fewer heads than ranks."""
+    return Group.alone() if num_kv_heads >= group.size else group.divide(num_kv_heads)
 
 
 def _frequency_scale(scaling: RopeScaling | None) -> Callable[[Tensor], Tensor]:

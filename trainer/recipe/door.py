@@ -12,7 +12,7 @@ from trainer.model.families import TransformerConfig
 from trainer.recipe.keys import validate
 from trainer.recipe.layers import Layer, read_chain
 from trainer.recipe.names import name_findings
-from trainer.recipe.network import read_network, translate
+from trainer.recipe.network import fit_findings, read_network, translate
 from trainer.recipe.places import KeyPath, Problem, dotted, first_mark
 from trainer.recipe.rules import section_findings
 from trainer.schedule import decay_steps
@@ -46,6 +46,8 @@ class ResolvedRecipe:
         config, findings = translate(family, hf_config, vocab_size)
         if config is None or findings:
             raise RecipeError([f"model.config: {finding.message}" for finding in findings])
+        if unfit := list(fit_findings(self.recipe, config)):
+            raise RecipeError([finding.message for finding in unfit])
         return config
 
     def as_resolved_json(self, deepspeed_config: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -80,6 +82,8 @@ def _resolve(recipe: Recipe, layer: Layer, hf_config: dict[str, Any] | None) -> 
     derived: dict[tuple[str, str], Any] = {}
     if recipe.data.cache_dir is None:
         derived["data", "cache_dir"] = str(Path(recipe.run.dir) / "data")
+    if recipe.parallel.sequence_parallel is None:
+        derived["parallel", "sequence_parallel"] = recipe.parallel.divides_tokens
     if recipe.schedule.name == "wsd" and recipe.schedule.decay_steps is None:
         derived["schedule", "decay_steps"] = decay_steps(recipe.schedule, recipe.train.steps)
     if recipe.model.family is None and hf_config is not None:

@@ -12,6 +12,7 @@ from trainer.model.families import FAMILIES, TransformerConfig, read_config
 from trainer.recipe.layers import read_file
 from trainer.recipe.names import exists, tokenizer_vocab_size
 from trainer.recipe.places import printable, shown
+from trainer.recipe.tensor import tensor_findings
 from trainer.sections import Finding, Recipe
 
 
@@ -31,10 +32,10 @@ def read_network(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
     if config is None or findings:
         return None, findings
     merged = {**config, **model.config}
-    _, wrong = translate(str(family), merged, tokenizer_vocab_size(recipe.data.tokenizer))
+    network, wrong = translate(str(family), merged, tokenizer_vocab_size(recipe.data.tokenizer))
     place = Path(model.from_pretrained) / "config.json"
     findings += [Finding(("model.from_pretrained", *_config_keys(f)), f"{place}: {f.message}") for f in wrong]
-    findings += _position_findings(recipe, str(family), merged)
+    findings += fit_findings(recipe, network) if network else []
     return merged, findings
 
 
@@ -48,11 +49,11 @@ def _from_config(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
         for key in ("dtype", "torch_dtype")
         if key in model.config
     ]
-    _, wrong = translate(model.family, model.config, tokenizer_vocab_size(recipe.data.tokenizer))
+    network, wrong = translate(model.family, model.config, tokenizer_vocab_size(recipe.data.tokenizer))
     for finding in wrong:
         section = "model.config" if model.family in FAMILIES else "model.family"
         findings.append(Finding((*_config_keys(finding), "model.family"), f"{section}: {finding.message}"))
-    findings += _position_findings(recipe, model.family, model.config)
+    findings += fit_findings(recipe, network) if network else []
     return dict(model.config), findings
 
 
@@ -75,15 +76,20 @@ def _config_keys(finding: Finding) -> tuple[str, ...]:
     return tuple(f"model.config.{printable(key)}" for key in finding.keys)
 
 
-def _position_findings(recipe: Recipe, family: str, hf_config: Mapping[str, Any]) -> Iterator[Finding]:
-    config, _ = read_config(family, hf_config)
-    if config is None or config.max_positions >= recipe.data.seq_len:
+def fit_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:
+    """Where the rest of the recipe asks for more than this network has."""
+    yield from _position_findings(recipe, network)
+    yield from tensor_findings(recipe, network)
+
+
+def _position_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:
+    if network.max_positions >= recipe.data.seq_len:
         return
-    name = next(name for name, rule in FAMILIES[family].keys.items() if "max_positions" in rule.fields)
+    name = next(name for name, rule in FAMILIES[network.family].keys.items() if "max_positions" in rule.fields)
     yield Finding(
         (f"model.config.{name}", "data.seq_len", "model.from_pretrained"),
-        f"model.config.{name} = {config.max_positions} is less than data.seq_len = {recipe.data.seq_len}; legal: "
-        f"model.config.{name} of at least {recipe.data.seq_len}, or data.seq_len of at most {config.max_positions}",
+        f"model.config.{name} = {network.max_positions} is less than data.seq_len = {recipe.data.seq_len}; legal: "
+        f"model.config.{name} of at least {recipe.data.seq_len}, or data.seq_len of at most {network.max_positions}",
     )
 
 

@@ -11,24 +11,30 @@ from trainer.sections import Finding, Recipe
 # Which update rules read which key.
 OPTIMIZER_KEYS = {"betas": ("adamw", "adam", "lion"), "eps": ("adamw", "adam"), "momentum": ("sgd",)}
 # Axes that are in the recipe's format but not yet in the engine.
-SINGLE_DEGREE = ("parallel.tensor", "parallel.pipeline", "parallel.context")
+SINGLE_DEGREE = ("parallel.pipeline", "parallel.context")
+# What only tensor parallelism reads.
+TENSOR_KEYS = ("parallel.sequence_parallel", "parallel.overlap")
 
 
 def section_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
     """Combinations that cannot work, and keys that nothing would read; `given` holds the dotted keys that were written."""
     yield from zero_findings(recipe)
     yield from schedule_findings(recipe.schedule, recipe.train, given)
-    yield from _parallel_findings(recipe)
+    yield from _parallel_findings(recipe, given)
     yield from _precision_findings(recipe, given)
     yield from _optimizer_findings(recipe, given)
     yield from _evaluation_findings(recipe, given)
 
 
-def _parallel_findings(recipe: Recipe) -> Iterator[Finding]:
+def _parallel_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
     for key in SINGLE_DEGREE:
         degree = getattr(recipe.parallel, key.rpartition(".")[2])
         if degree > 1:
-            yield Finding((key,), f"{key} = {degree}: this version trains with data parallelism and ZeRO; legal: 1")
+            yield Finding((key,), f"{key} = {degree}: this version has tensor and data parallelism; legal: 1")
+    if recipe.parallel.tensor == 1:
+        for key in TENSOR_KEYS:
+            if key in given and getattr(recipe.parallel, key.rpartition(".")[2]):
+                yield Finding((key, "parallel.tensor"), f"{key} is used only with parallel.tensor above 1: remove it")
 
 
 def _precision_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:

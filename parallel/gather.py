@@ -1,0 +1,88 @@
+"""Every parameter of a model that is spread over ranks, one after another, on the first of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.mesh import Group
+from parallel.params import Init, Piece, Role, ShardSpec
+
+
+def gather_to_first(
+    parameters: Iterable[tuple[ShardSpec, Tensor]], group: Group, device: torch.device
+) -> Iterator[tuple[ShardSpec, Tensor]]:
+    """On the group's first rank: every parameter that a rank of the group owns, in rounds of one of each rank; elsewhere
+    nothing.
+
+    The ranks of a tensor group list their parameters in the same order, so a logical tensor is complete after one round and
+    the first rank never holds more than a round. Every rank of the group must iterate to the end. `device` is where messages
+    travel: each is a JSON text (null: this rank has no more; empty: it owns nothing of this round), then the tensor.
+    """
+    if group.rank == 0:
+        yield from _collect(parameters, group, device)
+        return
+    for spec, tensor in parameters:
+        _send_text(_header(spec, tensor) if spec.owned else {}, group, device)
+        if spec.owned:
+            dist.send(tensor.to(device).contiguous(), group.ranks[0], group=group.handle)
+    _send_text(None, group, device)
+
+
+def _collect(
+    parameters: Iterable[tuple[ShardSpec, Tensor]], group: Group, device: torch.device
+) -> Iterator[tuple[ShardSpec, Tensor]]:
+    own = iter(parameters)
+    others = list(group.ranks[1:])
+    mine = next(own, None)
+    while mine is not None or others:
+        if mine is not None:
+            yield mine
+            mine = next(own, None)
+        for source in list(others):
+            header = _receive_text(source, group, device)
+            if header is None:
+                others.remove(source)
+            elif header:
+                yield _receive_parameter(header, source, group, device)
+
+
+def _header(spec: ShardSpec, tensor: Tensor) -> dict[str, Any]:
+    return {
+        "role": spec.role,
+        "init": asdict(spec.init),
+        "pieces": [asdict(piece) for piece in spec.pieces],
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+    }
+
+
+def _receive_parameter(header: dict[str, Any], source: int, group: Group, device: torch.device) -> tuple[ShardSpec, Tensor]:
+    pieces = tuple(
+        Piece(**{key: tuple(value) if isinstance(value, list) else value for key, value in piece.items()})
+        for piece in header["pieces"]
+    )
+    tensor = torch.empty(header["shape"], dtype=getattr(torch, header["dtype"]), device=device)
+    dist.recv(tensor, source, group=group.handle)
+    return ShardSpec(Role(header["role"]), Init(**header["init"]), pieces, copies=Group.alone()), tensor
+
+
+def _send_text(header: dict[str, Any] | None, group: Group, device: torch.device) -> None:
+    text = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8).to(device)
+    for message in (torch.tensor([text.numel()], device=device), text):
+        dist.send(message, group.ranks[0], group=group.handle)
+
+
+def _receive_text(source: int, group: Group, device: torch.device) -> dict[str, Any] | None:
+    length = torch.empty(1, dtype=torch.int64, device=device)
+    dist.recv(length, source, group=group.handle)
+    text = torch.empty(int(length), dtype=torch.uint8, device=device)
+    dist.recv(text, source, group=group.handle)
+    header: dict[str, Any] | None = json.loads(bytes(text.cpu().tolist()))
+    return header

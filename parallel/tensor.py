@@ -1,0 +1,51 @@
+"""How the ranks of a tensor group share a layer's work.
+
+Shape letters: N tokens of a micro-batch, rows one after another; D model.
+
+Inside a parallel region (from a column-parallel layer to the row-parallel one behind it) a rank has all N tokens and some of
+the features. Between the regions it has all features [N, D]; with sequence parallelism (Korthikanti et al. 2022,
+arXiv:2205.05198, §4.2.2) only those of its share of the tokens, [N/p, D]: norms, dropout and residuals are then divided too.
+The tokens are divided flat, not row by row: a share is one contiguous piece of memory, and any N that p divides will do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from parallel.collectives import copy_to_group, gather_tokens, reduce_from_group, scatter_tokens
+from parallel.mesh import Group
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """A tensor group and how it works; every parallel layer takes one.
+
+    `sequence`: divide the tokens between the parallel regions. `overlap`: the collectives of a column-parallel layer's
+    backward run beside its matrix products; without, they run in the same places alone and the results are equal bit by bit.
+    """
+
+    group: Group
+    sequence: bool
+    overlap: bool = True
+
+    @classmethod
+    def alone(cls) -> TensorParallel:
+        """One rank that has everything: the layers are then the plain layers."""
+        return cls(Group.alone(), sequence=False)
+
+    def enter(self, x_ND: Tensor) -> Tensor:
+        """Into a parallel region: all N tokens; backward sums the gradients of the ranks' features."""
+        return gather_tokens(x_ND, self.group) if self.sequence else copy_to_group(x_ND, self.group)
+
+    def leave(self, y_ND: Tensor) -> Tensor:
+        """Out of a parallel region: the sum of the ranks' parts; with sequence parallelism of this rank's tokens."""
+        return scatter_tokens(y_ND, self.group) if self.sequence else reduce_from_group(y_ND, self.group)
+
+    def tokens(self, num_tokens: int) -> slice:
+        """Which of a micro-batch's tokens this rank has between the regions."""
+        if not self.sequence:
+            return slice(0, num_tokens)
+        share = self.group.part(num_tokens, "tokens of a micro-batch")
+        return slice(self.group.rank * share, (self.group.rank + 1) * share)
