@@ -55,7 +55,8 @@ def deepspeed_config(
 
 def _precision(recipe: Recipe) -> dict[str, Any]:
     """At stage 0 DeepSpeed holds fp32 parameters, whatever the dtype: our layers cast weights to it, so master weights
-    and accumulation are fp32 there too. At stages 1 to 3 DeepSpeed keeps the fp32 master weights."""
+    and accumulation are fp32 there too. At stages 1 to 3 weights and one micro-batch's gradients are in the dtype, and
+    DeepSpeed keeps the fp32 master weights, whose first values `master_weights.py` sets."""
     if recipe.zero.stage == 0:
         return {}
     blocks: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}}

@@ -1,8 +1,9 @@
 """The one adapter of DeepSpeed: a stage of the model in, steps out.
 
 Plain `deepspeed.initialize` at every ZeRO stage. What is DeepSpeed's here: dividing optimizer state, gradients and
-weights, offload, reduction, the fp32 master weights at stages 1 to 3. What is ours: the normalisation constant, the loss scale,
-the learning rate, and at stage 0 (where DeepSpeed has no fp32 accumulation for half precision) norm, clipping and skipping.
+weights, offload, reduction, the fp32 master weights at stages 1 to 3. What is ours: their first values, the normalisation
+constant, the loss scale, the learning rate, and at stage 0 (where DeepSpeed has no fp32 accumulation for half precision)
+norm, clipping and skipping.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
 from trainer.errors import DataError
 from trainer.loss_scale import LossScaler
+from trainer.master_weights import MasterWeights
 from trainer.model.families import TransformerConfig
 from trainer.model.transformer import Stage, blocks_of
 from trainer.optimizers import make_optimizer
@@ -91,15 +93,17 @@ class Engine:
         self.vocab_size = config.vocab_size
         _prepare_deepspeed(recipe, self.notes)
         units = _Units(mesh)
+        dtype = DTYPES[recipe.precision.dtype]
+        masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
         degrees = recipe.parallel
         stage = Stage(
             config,
             blocks_of(config),
-            dtype=DTYPES[recipe.precision.dtype],
+            dtype=dtype,
             recompute=recipe.train.recompute,
             tp=TensorParallel(mesh.tp, sequence=degrees.divides_tokens, overlap=degrees.overlap),
             device=device,
-            fill=fill,
+            fill=masters.rounding(fill),
             partition=_partition(deepspeed_config, units) if self.zero_stage == 3 else lambda block: None,
         )
         self.specs: list[tuple[nn.Parameter, ShardSpec]] = [(p, spec) for _, p, spec in owned_specs(stage)]
@@ -110,6 +114,7 @@ class Engine:
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=stage, optimizer=optimizer, config=deepspeed_config, mpu=units, dist_init_required=False
             )
+        masters.restore(self.optimizer)
         if self.zero_stage in (1, 2):
             # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
             self.optimizer.check_grad_overflow = True

@@ -262,9 +262,13 @@ def test_nvme_offload_changes_no_bit_and_really_swaps(tmp_path: Path) -> None:
 def test_half_precision_equals_its_one_process_run(dtype: str, stage: int, half_reference: dict[str, Outcome]) -> None:
     got = outcome(Case(dp=2, accumulation=2, stage=stage, dtype=dtype, optimizer=ADAMW, steps=4))
     expected = half_reference[dtype]
-    # The micro-batches' matrix products have other shapes, so bf16 (8 bits) and fp16 (11 bits) round them differently.
-    relative = {"bf16": 2e-3, "fp16": 3e-4}[dtype]
-    assert_same_training(got, expected, relative=relative, weights=8e-3)
+    # The micro-batches' matrix products have other shapes, so bf16 (8 bits) and fp16 (11 bits) round them differently: seen
+    # 5e-4 and 3e-5 in the norms. A weight may take AdamW's early steps of lr the other way (fp16: seen 5e-4), and bf16
+    # holds norm weights near 1 in steps of 2^-8.
+    relative, weights = {"bf16": (1e-3, 5e-3), "fp16": (1e-4, 2e-3)}[dtype]
+    assert_same_training(got, expected, relative=relative, weights=weights)
+    # Rounding averages out over a step's targets: seen 3e-5 and 1.4e-6.
+    np.testing.assert_allclose(got.losses, expected.losses, rtol=relative / 10)
 
 
 @pytest.fixture(scope="module")

@@ -127,8 +127,12 @@ def one_way(source: Source) -> list[str]:
 
 # The only files that may import a library, and whether they must wait until it is needed.
 OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
-    # optimizers.py takes DeepSpeed's Lion through importlib; threaded_io.py replaces its async_io.
-    "deepspeed": (False, ("trainer/engine.py", "trainer/threaded_io.py", "trainer/optimizers.py")),
+    # optimizers.py takes DeepSpeed's Lion through importlib; threaded_io.py replaces its async_io; master_weights.py sets its
+    # master weights.
+    "deepspeed": (
+        False,
+        ("trainer/engine.py", "trainer/threaded_io.py", "trainer/optimizers.py", "trainer/master_weights.py"),
+    ),
     "wandb": (True, ("trainer/track/wandb.py",)),
     "datasets": (True, ("trainer/data/sources.py",)),
     "tensorboard": (True, ("trainer/track/tensorboard.py",)),
