@@ -17,6 +17,7 @@ from trainer.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, RecipeError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from parallel.simulator import Costs
     from trainer.model.families import TransformerConfig
     from trainer.recipe import ResolvedRecipe
 
@@ -90,6 +91,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     check.add_argument("--world-size", type=_whole(1), metavar="N", help="also check the batch arithmetic for N ranks")
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
+    schedule = command("schedule", _schedule, "Draw a recipe's pipeline: who works when, bubbles, micro-batches in flight.")
+    _add_recipe(schedule)
+    schedule.add_argument("--gpus", type=_whole(1), metavar="N", help="default: one data-parallel replica")
+    schedule.add_argument(
+        "--costs",
+        type=_costs,
+        default="1,1,1",
+        metavar="F,I,W",
+        help="one stage's forward, gradient of its input and gradient of its weights, in any unit of time",
+    )
+    schedule.add_argument("--latency", type=_number, default=0.0, metavar="T", help="of a message between ranks, in that unit")
+    schedule.add_argument("--out", type=Path, metavar="FILE", help="a picture (.svg, .png), or the table of actions (.csv)")
+
     command("schema", _schema, "Print the JSON Schema of a recipe, for editors.")
 
     report = command("report", _report, "Write report.html into a run folder.")
@@ -99,7 +113,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     generate.add_argument("folder", type=Path, metavar="FOLDER", help="a Hugging Face folder, such as RUN_DIR/export")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=_whole(1), default=64, metavar="N")
-    generate.add_argument("--temperature", type=_temperature, default=0.8, metavar="T", help="0 takes the likeliest token")
+    generate.add_argument("--temperature", type=_number, default=0.8, metavar="T", help="0 takes the likeliest token")
     generate.add_argument("--top-k", type=_whole(1), default=50, metavar="K", help="sample among the K likeliest")
     generate.add_argument("--seed", type=_whole(0), default=0, metavar="S")
 
@@ -136,10 +150,20 @@ def _whole(least: int) -> Callable[[str], int]:
     return read
 
 
-def _temperature(text: str) -> float:
+def _number(text: str) -> float:
     if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return float(text)
+
+
+def _costs(text: str) -> Costs:
+    from parallel.simulator import Costs
+
+    durations = [_number(part) for part in text.split(",")]
+    if len(durations) != 3 or min(durations) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not three durations above 0, as in 1,1,1")
+    forward, input_grad, weight_grad = durations
+    return Costs(forward=forward, input_grad=input_grad, weight_grad=weight_grad)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -161,12 +185,14 @@ def _check(arguments: argparse.Namespace) -> int:
     from trainer.deepspeed_config import deepspeed_config
     from trainer.model.families import largest_weight
     from trainer.recipe import load
+    from trainer.recipe.pipeline import check_micro_batches
 
     resolved = load(arguments.recipe, arguments.set)
     network = _network(resolved)
     plan = config = None
     if arguments.world_size is not None:
         plan = BatchPlan.from_recipe(resolved.recipe, arguments.world_size, "--world-size")
+        check_micro_batches(resolved.recipe, plan)
         largest = largest_weight(network) if network is not None else None
         config = deepspeed_config(resolved.recipe, plan, largest_weight=largest)
     if arguments.json:
@@ -238,6 +264,38 @@ def _missing_part(resolved: ResolvedRecipe) -> str:
     if resolved.hf_config is None:
         return f"model.from_pretrained {json.dumps(resolved.recipe.model.from_pretrained)}"
     return f"data.tokenizer {json.dumps(resolved.recipe.data.tokenizer)}"
+
+
+def _schedule(arguments: argparse.Namespace) -> int:
+    from parallel.simulator import simulate
+    from trainer.batching import BatchPlan
+    from trainer.recipe import load
+    from trainer.recipe.pipeline import schedule_table
+    from trainer.timeline import check_size, draw, save, summary
+
+    recipe = load(arguments.recipe, arguments.set).recipe
+    parallel = recipe.parallel
+    if parallel.pipeline == 1:
+        raise RecipeError("parallel.pipeline = 1: there is no pipeline to draw; legal: 2 or more")
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    plan = BatchPlan.from_recipe(recipe, arguments.gpus or replica, "--gpus")
+    check_size(parallel.pipeline * parallel.virtual_stages, plan.num_micro_batches)
+    table = schedule_table(recipe, plan)
+    timeline = simulate(table, arguments.costs, latency=arguments.latency)
+    title = (
+        f"{parallel.schedule}: pipeline {parallel.pipeline} × virtual_stages {parallel.virtual_stages}, "
+        f"{plan.num_micro_batches} micro-batches"
+    )
+    if arguments.out is not None:
+        save(arguments.out, table, timeline, title)
+    console = _console()
+    _say(console, title)
+    for line in draw(timeline, table, console.width):
+        console.print(line, no_wrap=True, crop=False)
+    console.print(summary(timeline, table))
+    if arguments.out is not None:
+        _say(console, str(arguments.out))
+    return EXIT_OK
 
 
 def _schema(arguments: argparse.Namespace) -> int:

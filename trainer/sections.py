@@ -145,7 +145,7 @@ class Parallel(Section):
     """Degrees of the axes; the data-parallel degree is world size / (tensor * pipeline * context)."""
 
     tensor: PositiveInt = Field(1, description="Ranks that share each layer's weights.")
-    pipeline: PositiveInt = Field(1, description="Stages, each a contiguous part of the layers.")
+    pipeline: PositiveInt = Field(1, description="Ranks that the layers are divided over, each with virtual_stages stages.")
     context: PositiveInt = Field(1, description="Ranks that share each sequence.")
     sequence_parallel: bool | None = Field(
         None,
@@ -153,6 +153,13 @@ class Parallel(Section):
         "absent: yes when tensor > 1.",
     )
     overlap: bool = Field(True, description="Sum input gradients over the tensor ranks while weight gradients are computed.")
+    schedule: str = Field(
+        "1f1b",
+        min_length=1,
+        description="Order of forwards and backwards in the pipeline: gpipe, 1f1b, interleaved_1f1b, looped_bfs, "
+        "interleaved_zero_bubble, zbv, dualpipev, or a CSV file with the actions of each rank.",
+    )
+    virtual_stages: PositiveInt = Field(1, description="Stages on each pipeline rank; zbv and dualpipev have exactly 2.")
 
     @property
     def divides_tokens(self) -> bool:

@@ -136,7 +136,7 @@ OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
     "wandb": (True, ("trainer/track/wandb.py",)),
     "datasets": (True, ("trainer/data/sources.py",)),
     "tensorboard": (True, ("trainer/track/tensorboard.py",)),
-    "matplotlib": (False, ("trainer/track/plots.py",)),
+    "matplotlib": (False, ("trainer/track/plots.py", "trainer/timeline.py")),
     "transformers": (True, ("trainer/data/tokenizer.py", "trainer/generate.py")),
     "huggingface_hub": (True, ("trainer/model/hugging_face.py",)),
 }
@@ -159,6 +159,9 @@ def owned_libraries(source: Source) -> list[str]:
 
 
 WITHOUT_TORCH = {
+    "parallel.schedule_table",
+    "parallel.schedules",
+    "parallel.simulator",
     "parallel.topology",
     "trainer.batching",
     "trainer.cli",
@@ -169,6 +172,7 @@ WITHOUT_TORCH = {
     "trainer.recipe",
     "trainer.schedule",
     "trainer.sections",
+    "trainer.timeline",
 }
 
 

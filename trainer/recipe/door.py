@@ -13,6 +13,7 @@ from trainer.recipe.keys import validate
 from trainer.recipe.layers import Layer, read_chain
 from trainer.recipe.names import name_findings
 from trainer.recipe.network import fit_findings, read_network, translate
+from trainer.recipe.pipeline import pipeline_findings
 from trainer.recipe.places import KeyPath, Problem, dotted, first_mark
 from trainer.recipe.rules import section_findings
 from trainer.schedule import decay_steps
@@ -67,6 +68,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
     marks = layer.named_marks()
     recipe, problems, faulty = validate(layer.value, marks)
     hf_config, findings = read_network(recipe)
+    findings += pipeline_findings(recipe, hf_config, marks.keys())
     rules = [*section_findings(recipe, marks.keys()), *name_findings(recipe), *findings]
     # A rule about a key that is itself wrong would only repeat or mislead.
     sound = [finding for finding in rules if not any(_under(key, bad) for key in finding.keys for bad in faulty)]

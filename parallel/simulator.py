@@ -1,0 +1,172 @@
+"""When each step of a schedule would run, without running it: bubbles, micro-batches in flight, deadlocks. No torch.
+
+A step starts when its rank has finished the step before and what it needs has arrived:
+
+    F of stage s   F of s - 1 of the same micro-batch
+    B or I of s    F of s, and B or I of s + 1
+    W of s         I of s
+
+A result reaches another rank `latency` after the step that made it, and its own rank at once. The rank itself never stands
+still for sending: the model of Qi et al. (arXiv:2401.10241), whose published bubble rates it gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from parallel.schedule_table import Action, Kind, ScheduleTable, Step, actions_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Durations of one stage's actions on one micro-batch, in any unit; B takes as long as I and W together."""
+
+    forward: float = 1.0
+    input_grad: float = 1.0
+    weight_grad: float = 1.0
+
+    def of(self, kind: Kind) -> float:
+        match kind:
+            case Kind.FORWARD:
+                return self.forward
+            case Kind.BACKWARD:
+                return self.input_grad + self.weight_grad
+            case Kind.INPUT_GRAD:
+                return self.input_grad
+            case Kind.WEIGHT_GRAD:
+                return self.weight_grad
+
+
+class Span(NamedTuple):
+    """A step with its times, in the unit of the costs."""
+
+    step: Step
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """`spans[rank]` in the order of time."""
+
+    spans: tuple[tuple[Span, ...], ...]
+
+    @property
+    def makespan(self) -> float:
+        """From the first start, 0, to the last end."""
+        return max(spans[-1].end for spans in self.spans)
+
+    def bubble_share(self, rank: int | None = None) -> float:
+        """Idle time / makespan, of one rank or of all together."""
+        chosen = self.spans if rank is None else (self.spans[rank],)
+        busy = sum(span.end - span.start for spans in chosen for span in spans)
+        return 1 - busy / (self.makespan * len(chosen))
+
+
+class Wait(NamedTuple):
+    """A rank that stands before `step` because `needs` has not run on rank `holder`, which itself stands before `before`."""
+
+    rank: int
+    step: Step
+    needs: Action
+    holder: int
+    before: Step
+
+    def __str__(self) -> str:
+        where = "which it runs later" if self.holder == self.rank else f"which rank {self.holder} runs after {self.before}"
+        return f"rank {self.rank} waits at {self.step} for {self.needs}, {where}"
+
+
+class Deadlock(ValueError):
+    """Ranks that wait for each other in a circle; a rank that only waits for one of them is not named."""
+
+    def __init__(self, waits: Sequence[Wait]) -> None:
+        self.waits = tuple(waits)
+        super().__init__("deadlock: " + "; ".join(map(str, waits)))
+
+
+def simulate(table: ScheduleTable, costs: Costs | Sequence[Costs] | None = None, *, latency: float = 0.0) -> Timeline:
+    """The times of all steps; Deadlock when the table cannot run to its end.
+
+    `costs`: of every stage, or one for each stage; absent: a forward, an input and a weight gradient take 1. An overlapped
+    step starts when both its actions can and takes as long as both, which is what torch runs: one after the other.
+    """
+    of_stage = [costs or Costs()] * table.num_stages if isinstance(costs, Costs | None) else costs
+    ended: dict[Action, float] = {}
+    spans: list[list[Span]] = [[] for _ in table.steps]
+    progress = True
+    while progress:
+        progress = False
+        for rank, steps in enumerate(table.steps):
+            while len(spans[rank]) < len(steps):
+                step = steps[len(spans[rank])]
+                needed = list(needs(step, table))
+                if any(action not in ended for action in needed):
+                    break
+                free = spans[rank][-1].end if spans[rank] else 0.0
+                start = max([free, *(ended[a] + latency * (table.rank_of_stage[a.stage] != rank) for a in needed)])
+                end = start + sum(of_stage[action.stage].of(action.kind) for action in actions_of(step))
+                spans[rank].append(Span(step, start, end))
+                ended |= dict.fromkeys(actions_of(step), end)
+                progress = True
+    if waits := _circle(table, [len(done) for done in spans], ended.keys()):
+        raise Deadlock(waits)
+    return Timeline(tuple(tuple(done) for done in spans))
+
+
+def needs(step: Step, table: ScheduleTable) -> Iterator[Action]:
+    """What must have run before this step."""
+    inside = actions_of(step)
+    for action in inside:
+        yield from (needed for needed in _needs(action, table) if needed not in inside)
+
+
+def _needs(action: Action, table: ScheduleTable) -> Iterator[Action]:
+    stage, kind, micro_batch = action
+    if kind is Kind.FORWARD:
+        if stage > 0:
+            yield Action(stage - 1, Kind.FORWARD, micro_batch)
+    elif kind is Kind.WEIGHT_GRAD:
+        yield Action(stage, Kind.INPUT_GRAD, micro_batch)
+    else:
+        yield Action(stage, Kind.FORWARD, micro_batch)
+        if stage + 1 < table.num_stages:
+            whole = Action(stage + 1, Kind.BACKWARD, micro_batch)
+            yield whole if whole in table.whole_backwards else Action(stage + 1, Kind.INPUT_GRAD, micro_batch)
+
+
+def _circle(table: ScheduleTable, done: Sequence[int], ended: Iterable[Action]) -> list[Wait]:
+    """Ranks that wait for each other, from the lowest; [] when all have finished.
+
+    Every action of a table is somewhere in it, so what a stopped rank waits for stands before it or on another stopped
+    rank: following the waits ends in a circle.
+    """
+    waits: dict[int, Wait] = {}
+    for rank, steps in enumerate(table.steps):
+        if done[rank] < len(steps):
+            missing = next(action for action in needs(steps[done[rank]], table) if action not in ended)
+            holder = table.rank_of_stage[missing.stage]
+            waits[rank] = Wait(rank, steps[done[rank]], missing, holder, table.steps[holder][done[holder]])
+    route: list[int] = []
+    rank = min(waits, default=-1)
+    while rank in waits and rank not in route:
+        route.append(rank)
+        rank = waits[rank].holder
+    return [waits[member] for member in route[route.index(rank) :]] if route else []
+
+
+def peak_in_flight(steps: Iterable[Step]) -> int:
+    """The most forwards of one rank whose backward is not yet complete: their activations are held at the same time.
+
+    Counted for each stage and micro-batch; divided by the stages on the rank it is in micro-batches. A W that is put off
+    holds on to its activations.
+    """
+    held = peak = 0
+    for step in steps:
+        for action in actions_of(step):
+            held += action.kind is Kind.FORWARD
+            peak = max(peak, held)
+            held -= action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRAD)
+    return peak

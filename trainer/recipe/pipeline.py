@@ -1,0 +1,175 @@
+"""The pipeline that a recipe describes: what is wrong with its schedule, and the schedule as a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from math import isqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parallel.schedule_table import ScheduleTable, read_csv
+from parallel.schedules import SCHEDULES, Schedule, build
+from parallel.simulator import simulate
+from trainer.errors import RecipeError
+from trainer.recipe.network import translate
+from trainer.sections import Finding, Recipe, nearest
+
+if TYPE_CHECKING:
+    from trainer.batching import BatchPlan
+
+KEY = "parallel.schedule"
+
+
+def pipeline_findings(recipe: Recipe, hf_config: Mapping[str, Any] | None, given: Collection[str]) -> Iterator[Finding]:
+    """What cannot work whatever the world size; `hf_config`: the network, None while it is still on the hub."""
+    if recipe.parallel.pipeline == 1:
+        for key in (KEY, "parallel.virtual_stages"):
+            if key in given:
+                yield Finding((key, "parallel.pipeline"), f"{key} is used only with parallel.pipeline above 1: remove it")
+    elif _is_file(recipe.parallel.schedule):
+        yield from _file_findings(recipe)
+        yield from _layer_findings(recipe, hf_config)
+    elif (schedule := SCHEDULES.get(recipe.parallel.schedule)) is None:
+        yield _unknown_name(recipe.parallel.schedule)
+    else:
+        yield from _virtual_stage_findings(recipe, schedule)
+        yield from _most_micro_batches_findings(recipe, schedule)
+        yield from _layer_findings(recipe, hf_config)
+
+
+def schedule_table(recipe: Recipe, plan: BatchPlan) -> ScheduleTable:
+    """What each rank of the pipeline runs, of a recipe that passed the door; RecipeError when the schedule does not have
+    the number of micro-batches that this world size gives."""
+    check_micro_batches(recipe, plan)
+    parallel = recipe.parallel
+    if _is_file(parallel.schedule):
+        return _read(parallel.schedule)
+    return build(
+        parallel.schedule,
+        ranks=parallel.pipeline,
+        virtual_stages=parallel.virtual_stages,
+        num_micro_batches=plan.num_micro_batches,
+    )
+
+
+def check_micro_batches(recipe: Recipe, plan: BatchPlan) -> None:
+    """RecipeError with the nearest legal numbers when the schedule does not have so many micro-batches."""
+    name, ranks = recipe.parallel.schedule, recipe.parallel.pipeline
+    if ranks == 1:
+        return
+    if _is_file(name):
+        legal = [_read(name).num_micro_batches]
+        accepted = plan.num_micro_batches in legal
+        needs = f"is written for {legal[0]} micro-batches"
+    else:
+        accepted = SCHEDULES[name].accepts(plan.num_micro_batches, ranks)
+        legal = SCHEDULES[name].nearest_micro_batches(plan.num_micro_batches, ranks)
+        needs = f"needs {SCHEDULES[name].needs.format(ranks=ranks)}"
+    if accepted:
+        return
+    sequences = [str(n * plan.micro_sequences * plan.dp) for n in legal]
+    raise RecipeError(
+        f"{KEY} = {json.dumps(name)} {needs}, but batch.global_sequences {plan.global_sequences} / (micro_sequences "
+        f"{plan.micro_sequences} × data-parallel {plan.dp}) = {plan.num_micro_batches}; nearest legal: "
+        f"{' or '.join(map(str, legal))} micro-batches (batch.global_sequences {' or '.join(sequences)})"
+    )
+
+
+def _is_file(name: str) -> bool:
+    return name.lower().endswith(".csv") or "/" in name
+
+
+def _read(name: str) -> ScheduleTable:
+    return read_csv(Path(name).expanduser())
+
+
+def _unknown_name(name: str) -> Finding:
+    meant = nearest(name, SCHEDULES)
+    return Finding(
+        (KEY,),
+        f"{KEY} = {json.dumps(name)}: unknown schedule{f'; did you mean {meant}?' if meant else ''}; legal: "
+        f"{', '.join(SCHEDULES)}, or a .csv file",
+    )
+
+
+def _virtual_stage_findings(recipe: Recipe, schedule: Schedule) -> Iterator[Finding]:
+    name, stages = recipe.parallel.schedule, recipe.parallel.virtual_stages
+    if schedule.virtual_stages in (None, stages):
+        return
+    others = [other for other, of in SCHEDULES.items() if of.virtual_stages in (None, stages)]
+    yield Finding(
+        ("parallel.virtual_stages", KEY, "parallel.pipeline"),
+        f'parallel.virtual_stages = {stages}, but {KEY} "{name}" has {schedule.virtual_stages} on each rank; legal: '
+        f"parallel.virtual_stages {schedule.virtual_stages}, or {KEY} {', '.join(others)}",
+    )
+
+
+def _most_micro_batches_findings(recipe: Recipe, schedule: Schedule) -> Iterator[Finding]:
+    """A step has its most micro-batches on the smallest world; when no world gives a legal number, none need be tried."""
+    batch, ranks = recipe.batch, recipe.parallel.pipeline
+    most, rest = divmod(batch.global_sequences, batch.micro_sequences)
+    if rest or any(schedule.accepts(n, ranks) for n in _divisors(most)):
+        return
+    above = schedule.nearest_micro_batches(most, ranks)[-1]
+    yield Finding(
+        ("batch.global_sequences", "batch.micro_sequences", KEY, "parallel.pipeline"),
+        f'{KEY} "{recipe.parallel.schedule}" needs {schedule.needs.format(ranks=ranks)}, but batch.global_sequences '
+        f"{batch.global_sequences} / micro_sequences {batch.micro_sequences} = {most}, and "
+        f"data parallelism divides it; nearest legal: batch.global_sequences {above * batch.micro_sequences}",
+    )
+
+
+def _layer_findings(recipe: Recipe, hf_config: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """A stage without a layer would have nothing to pass on."""
+    parallel = recipe.parallel
+    stages = parallel.pipeline * parallel.virtual_stages
+    family = recipe.model.family or str((hf_config or {}).get("model_type"))
+    network, _ = translate(family, hf_config, 1) if hf_config is not None else (None, [])
+    if network is not None and network.num_layers < stages:
+        legal = network.num_layers // parallel.virtual_stages
+        fewer = f"; nearest legal parallel.pipeline: {legal}" if legal else ""
+        yield Finding(
+            ("parallel.pipeline", "parallel.virtual_stages", "model.config", "model.from_pretrained"),
+            f"parallel.pipeline {parallel.pipeline} × virtual_stages {parallel.virtual_stages} = {stages} stages, but the "
+            f"model has {network.num_layers} layers, and each stage needs one{fewer}",
+        )
+
+
+def _file_findings(recipe: Recipe) -> Iterator[Finding]:
+    said = f"{KEY} = {json.dumps(recipe.parallel.schedule)}"
+    try:
+        table = _read(recipe.parallel.schedule)
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of nobody
+        yield Finding((KEY,), f"{said}: {getattr(error, 'strerror', error)} (looked from {Path.cwd()})")
+    except ValueError as error:
+        yield Finding((KEY,), f"{said}: {error}")
+    else:
+        yield from (Finding(keys, f"{said}: {message}") for keys, message in _table_problems(recipe, table))
+
+
+def _table_problems(recipe: Recipe, table: ScheduleTable) -> Iterator[tuple[tuple[str, ...], str]]:
+    parallel, batch = recipe.parallel, recipe.batch
+    if table.num_ranks != parallel.pipeline:
+        yield (KEY, "parallel.pipeline"), f"{table.num_ranks} rows (ranks), but parallel.pipeline = {parallel.pipeline}"
+        return
+    for rank in range(table.num_ranks):
+        if len(stages := table.stages(rank)) != parallel.virtual_stages:
+            message = f"rank {rank} has {len(stages)} stages, but parallel.virtual_stages = {parallel.virtual_stages}"
+            yield (KEY, "parallel.virtual_stages"), message
+            return
+    if batch.global_sequences % (needed := table.num_micro_batches * batch.micro_sequences):
+        message = (
+            f"{table.num_micro_batches} micro-batches of batch.micro_sequences {batch.micro_sequences}, but "
+            f"batch.global_sequences = {batch.global_sequences} is not a multiple of {needed}"
+        )
+        yield (KEY, "batch.global_sequences", "batch.micro_sequences"), message
+    try:
+        simulate(table)
+    except ValueError as deadlock:
+        yield (KEY,), str(deadlock)
+
+
+def _divisors(number: int) -> set[int]:
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return {*small, *(number // n for n in small)}
