@@ -38,6 +38,7 @@ class Meter:
     def record(self, steps_done: int, lr: float, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
         run = self._run
         self._steps += 1
+        # Of this rank's micro-batches; the ranks that hold one copy of the model together share the work.
         self._flops += training_flops(run.network, (n for batch in micro_batches for row in batch.documents for n in row))
         if result.skipped:
             self._skipped += 1
@@ -62,7 +63,7 @@ class Meter:
             "step_time_s": step_time_s,
             **split,
             "time_other_s": max(0.0, step_time_s - sum(split.values())),
-            "mfu": self._flops / span_s / run.peak_flops,
+            "mfu": self._flops / run.mesh.replica.size / span_s / run.peak_flops,
             "memory_gib": peak_memory_gib(run.place.device),
             "skipped": self._skipped,
             "num_targets": result.num_targets,

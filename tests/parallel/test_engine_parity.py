@@ -30,7 +30,8 @@ from trainer.model.families import largest_weight, translate
 from trainer.sections import Recipe
 
 G, S, V = 8, 16, 67
-LLAMA = {
+SHAPES = {"gpt2": {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": S}}
+LLAMA = SHAPES["llama"] = {
     "vocab_size": V,
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -58,16 +59,17 @@ class Case:
     loss_scale: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
     recompute: str = "none"
+    family: str = "llama"
     config: dict[str, Any] = field(default_factory=dict)
     poison_step: int | None = None
-    dropout_in_gpt2: bool = False
+    poisoned_rank: int = 0
 
     def recipe(self) -> Recipe:
         # A threshold of 100 elements makes ZeRO-3 divide even this small model's matrices.
         persistence = {"stage3_param_persistence_threshold": 100} if self.stage == 3 else {}
         return Recipe.model_validate(
             {
-                "model": {"family": "llama"},
+                "model": {"family": self.family},
                 "data": {"seq_len": S},
                 "parallel": {"tensor": self.tp, "sequence_parallel": self.sequence_parallel},
                 "batch": {"global_sequences": G, "micro_sequences": G // self.dp // self.accumulation},
@@ -104,10 +106,7 @@ def rows_of_step(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def run_case(mesh: Mesh, case: Case) -> Outcome:
     recipe = case.recipe()
     plan = BatchPlan.from_recipe(recipe, mesh.layout.world_size, "the test")
-    if case.dropout_in_gpt2:
-        network = translate("gpt2", {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": S})
-    else:
-        network = translate("llama", {**LLAMA, **case.config})
+    network = translate(case.family, {**SHAPES[case.family], **case.config})
     engine = Engine(
         recipe,
         plan,
@@ -120,7 +119,7 @@ def run_case(mesh: Mesh, case: Case) -> Outcome:
     initial_hash = hashed(whole_weights(engine))
     results = []
     for step in range(case.steps):
-        if step == case.poison_step and mesh.dp.rank == 0:
+        if step == case.poison_step and mesh.rank == case.poisoned_rank:
             poison(engine)
         results.append(engine.step(micro_batches(mesh, plan, step), step=step, lr=case.optimizer["lr"]))
     evaluation = engine.evaluate(iter(micro_batches(mesh, plan, step=99)))
@@ -167,8 +166,8 @@ def micro_batches(mesh: Mesh, plan: BatchPlan, step: int) -> list[MicroBatch]:
 
 
 def poison(engine: Engine) -> None:
-    """Make one element of one gradient NaN, once, on this rank only."""
-    parameter, _ = engine.specs[-1]
+    """Make one element of one gradient NaN, once, on this rank only; of a parameter that this rank owns."""
+    parameter = [parameter for parameter, spec in engine.specs if spec.owned][-1]
 
     def spoil(grad: torch.Tensor) -> torch.Tensor:
         handle.remove()
@@ -330,20 +329,33 @@ def test_the_loss_scale_halves_doubles_and_never_changes_an_update(stage: int) -
 
 
 def test_dropout_does_not_depend_on_ranks_accumulation_or_recompute() -> None:
-    """Masks follow the micro-batch's place in the step; 2 sequences per micro-batch in all four layouts."""
+    """Masks follow the sequence's place in the step and the token's in the sequence."""
     cases = [
-        Case(dp=dp, accumulation=accumulation, stage=stage, recompute=recompute, dropout_in_gpt2=True)
-        for dp, accumulation, stage, recompute in ((1, 4, 0, "none"), (2, 2, 1, "full"), (4, 1, 3, "none"), (1, 4, 0, "full"))
+        Case(dp=dp, tp=tp, sequence_parallel=sequence, accumulation=accumulation, stage=stage, recompute=mode, family="gpt2")
+        for dp, tp, sequence, accumulation, stage, mode in (
+            (1, 1, None, 4, 0, "none"),
+            (1, 1, None, 4, 0, "full"),
+            (1, 1, None, 4, 0, "selective"),
+            (1, 1, None, 1, 0, "none"),
+            (2, 1, None, 2, 1, "full"),
+            (4, 1, None, 1, 3, "none"),
+            (1, 2, False, 4, 0, "selective"),
+            (1, 2, True, 4, 2, "full"),
+            (2, 2, True, 1, 3, "none"),
+        )
     ]
     expected, *others = (outcome(case) for case in cases)
     for got in others:
         assert_same_training(got, expected, relative=2e-6, weights=1e-6)
-    assert others[-1].losses == expected.losses, "recompute alone must not change one bit"
+    for recomputed in others[:2]:
+        assert recomputed.losses == expected.losses, "recompute alone must not change one bit"
 
 
+@pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_recompute_changes_nothing(stage: int) -> None:
-    kept, recomputed = (outcome(Case(dp=2, stage=stage, recompute=mode)) for mode in ("none", "full"))
-    assert recomputed.losses == kept.losses
-    for name, weight in kept.weights.items():
-        np.testing.assert_array_equal(recomputed.weights[name], weight, err_msg=name)
+def test_recompute_changes_nothing(stage: int, tp: int) -> None:
+    kept, *recomputed = (outcome(Case(dp=2, tp=tp, stage=stage, recompute=mode)) for mode in ("none", "selective", "full"))
+    for got in recomputed:
+        assert got.losses == kept.losses
+        for name, weight in kept.weights.items():
+            np.testing.assert_array_equal(got.weights[name], weight, err_msg=name)

@@ -18,6 +18,7 @@ import torch
 
 from parallel.mesh import Mesh
 from parallel.params import Role, initialise, owned_specs
+from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.parallel.test_engine_parity import ADAMW, LLAMA, OFFLOADS, Case, micro_batches
 from tests.spawn import spawn
@@ -45,7 +46,7 @@ def run(mesh: Mesh, case: Case, global_sequences: int = 8, mutate: Callable[[], 
     mutate()
     batch = {"global_sequences": global_sequences, "micro_sequences": global_sequences // mesh.dp.size}
     recipe = Recipe.model_validate({**case.recipe().model_dump(), "batch": batch})
-    plan = BatchPlan.from_recipe(recipe, mesh.dp.size, "the test")
+    plan = BatchPlan.from_recipe(recipe, mesh.layout.world_size, "the test")
     network = translate("llama", {**LLAMA, **case.config})
     engine = Engine(
         recipe,
@@ -75,7 +76,7 @@ def fp32_values(mesh: Mesh, case: Case) -> dict[str, np.ndarray]:
         blocks_of(network),
         dtype=torch.float32,
         recompute="none",
-        group=mesh.tp,
+        tp=TensorParallel(mesh.tp, sequence=case.recipe().parallel.divides_tokens),
         device=torch.device("cpu"),
         fill=lambda block: initialise(block, seed=0),
     )
@@ -121,7 +122,7 @@ def test_masters_on_nvme_start_from_the_fp32_values(pipelined: bool, dtype: str,
 def test_padding_uneven_shares_and_ties(stage: int) -> None:
     """67 · 32 elements do not divide by 3; 67 tokens do not divide by 2 tensor ranks; the head is the embedding."""
     spawn(compare_start, Layout(dp=3), Case(stage=stage, dtype="bf16"), 6)
-    spawn(compare_start, Layout(dp=2, tp=2), Case(stage=stage, dtype="bf16"))
+    spawn(compare_start, Layout(dp=2, tp=2), Case(dp=2, tp=2, stage=stage, dtype="bf16"))
 
 
 def rounded_masters() -> None:

@@ -7,26 +7,34 @@ Each mutation changes one thing inside the ranks and is named after what went wr
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import trainer.engine
+from parallel import linear, params
+from parallel.collectives import Pending
+from parallel.linear import RowParallelLinear
+from parallel.loss import VocabParallelHead
 from parallel.mesh import Mesh
-from parallel.rng import derive_seed
+from parallel.params import Role, ShardSpec
+from parallel.rng import Streams
 from parallel.topology import Layout
 from tests.parallel.test_engine_parity import Case, Outcome, assert_same_training, outcome, run_case
 from tests.spawn import spawn
 from trainer.batching import BatchPlan
 from trainer.engine import Engine
+from trainer.model import transformer
 
 
 def mean_of_micro_batch_means() -> None:
     """Each micro-batch divides by its own targets (transformers#34191)."""
     forward = Engine._forward
     BatchPlan.loss_factor = lambda plan, num_targets: 1.0 / plan.num_micro_batches
-    Engine._forward = lambda engine, batch: forward(engine, batch) / batch.num_targets
+    Engine._forward = lambda engine, batch, *more: forward(engine, batch, *more) / batch.num_targets
 
 
 def forgotten_data_parallel_degree() -> None:
@@ -41,7 +49,7 @@ def divided_twice_by_accumulation() -> None:
 
 def targets_of_this_rank_only() -> None:
     """The number of targets is not summed over ranks."""
-    Engine._total = lambda engine, count: count
+    Engine._total = lambda engine, count, group: count
 
 
 def last_micro_batch_only() -> None:
@@ -108,13 +116,143 @@ def test_the_parity_check_catches(mutate: Callable[[], None], stage: int, honest
         assert_same_training(got, honest, relative=2e-6, weights=1e-6)
 
 
+# --- tensor and sequence parallelism; the model has dropout, biases, layer norms and a vocabulary that nothing divides
+
+
+def left_partial(role: Role) -> None:
+    """Gradients of replicated parameters with this role stay what this rank's tokens or heads gave."""
+    complete = transformer.complete_partial_gradients
+
+    def all_others(block: nn.Module) -> None:
+        for module in block.modules():
+            for name, spec in getattr(module, "specs", {}).items():
+                if spec.role is role:
+                    module.specs[name] = replace(spec, partial=False)
+        complete(block)
+
+    transformer.complete_partial_gradients = all_others
+
+
+def norm_gradients_left_partial() -> None:
+    """Megatron-LM's sequence-parallel norms need their own reduction."""
+    left_partial(Role.NORM)
+
+
+def bias_gradients_left_partial() -> None:
+    """So do biases of row-parallel layers."""
+    left_partial(Role.BIAS)
+
+
+def position_gradients_left_partial() -> None:
+    """And learned positions."""
+    left_partial(Role.EMBEDDING)
+
+
+def shared_heads_left_partial() -> None:
+    """Two ranks hold a key/value head and each trains it on its own query heads."""
+    left_partial(Role.MATRIX)
+
+
+def unmasked_padding() -> None:
+    """The logits of padding rows take part in the softmax."""
+    forward = VocabParallelHead.forward
+
+    def unmasked(head: VocabParallelHead, *args: Any) -> torch.Tensor:
+        head.vocab_size = head.weight.shape[0] * head.tp.group.size
+        return forward(head, *args)
+
+    VocabParallelHead.forward = unmasked
+
+
+def replicas_counted_on_every_rank() -> None:
+    """The gradient norm counts norms and biases once per tensor rank."""
+    ShardSpec.owned = property(lambda spec: True)
+
+
+def shards_counted_on_the_first_rank_only() -> None:
+    """The gradient norm misses what other tensor ranks hold."""
+    ShardSpec.owned = property(lambda spec: torch.distributed.get_rank() == 0)
+
+
+def weights_drawn_by_rank() -> None:
+    """Each rank draws its own shard instead of slicing the whole tensor."""
+    draw = params.draw
+    params.draw = lambda name, *more: draw(f"{name}/{torch.distributed.get_rank()}", *more)
+
+
 def dropout_by_rank() -> None:
-    """Masks drawn from a stream of the rank instead of the sequence's place in the step."""
-    trainer.engine.derive_seed = lambda *names: derive_seed(*names, torch.distributed.get_rank())
+    """Masks of replicated activations differ between ranks."""
+    of_step = Streams.of_step
+    Streams.of_step = lambda seed, *place: of_step(seed + torch.distributed.get_rank(), *place)
 
 
-def test_the_dropout_check_catches_masks_that_follow_the_rank() -> None:
-    expected = outcome(Case(accumulation=4, dropout_in_gpt2=True, steps=2))
-    got = spawn(mutated, Layout(dp=4), dropout_by_rank, Case(dp=4, dropout_in_gpt2=True, steps=2))[0]
+def same_mask_for_every_share() -> None:
+    """With sequence parallelism all ranks draw the mask of the first share of the tokens."""
+    keeps = Streams.keeps_features
+
+    def first_share(streams: Streams, site: str, rate: float, shape: Any, tokens: slice, device: Any) -> torch.Tensor:
+        return keeps(streams, site, rate, shape, slice(0, tokens.stop - tokens.start), device)
+
+    Streams.keeps_features = first_share
+
+
+def input_gradients_not_summed() -> None:
+    """A column-parallel layer passes on the gradient of its own features only."""
+    linear.start_reduce_scatter = lambda grad, group: Pending(grad.chunk(group.size)[group.rank], None)
+
+
+def bias_added_by_every_rank() -> None:
+    """A row-parallel layer adds its bias before the sum over ranks."""
+
+    def forward(layer: RowParallelLinear, x: torch.Tensor) -> torch.Tensor:
+        return layer.tp.leave(nn.functional.linear(x, layer.weight, layer.bias))
+
+    RowParallelLinear.forward = forward
+
+
+TENSOR_MUTATIONS = [
+    norm_gradients_left_partial,
+    bias_gradients_left_partial,
+    position_gradients_left_partial,
+    unmasked_padding,
+    replicas_counted_on_every_rank,
+    shards_counted_on_the_first_rank_only,
+    weights_drawn_by_rank,
+    dropout_by_rank,
+    same_mask_for_every_share,
+    input_gradients_not_summed,
+    bias_added_by_every_rank,
+]
+
+
+def assert_caught(mutate: Callable[[], None], case: Case, expected: Outcome) -> None:
+    got = spawn(mutated, Layout(dp=case.dp, tp=case.tp), mutate, case)[0]
     with pytest.raises(AssertionError):
         assert_same_training(got, expected, relative=2e-6, weights=1e-6)
+
+
+GPT2 = Case(family="gpt2", accumulation=2, clip_norm=0.3, steps=2)
+
+
+@pytest.fixture(scope="module")
+def honest_gpt2() -> Outcome:
+    return outcome(GPT2)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_without_a_mutation_nothing_is_caught(stage: int, honest_gpt2: Outcome) -> None:
+    got = outcome(replace(GPT2, tp=2, stage=stage))
+    assert_same_training(got, honest_gpt2, relative=2e-6, weights=1e-6)
+
+
+@pytest.mark.parametrize("mutate", TENSOR_MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_the_parity_check_catches_in_tensor_parallelism(mutate: Callable[[], None], honest_gpt2: Outcome) -> None:
+    assert_caught(mutate, replace(GPT2, tp=2, stage=1), honest_gpt2)
+
+
+def test_the_parity_check_catches_shared_heads_left_partial(honest: Outcome) -> None:
+    assert_caught(shared_heads_left_partial, Case(tp=4, clip_norm=0.3, steps=2), honest)
+
+
+def test_the_dropout_check_catches_masks_that_follow_the_data_rank(honest_gpt2: Outcome) -> None:
+    assert_caught(dropout_by_rank, replace(GPT2, dp=2), honest_gpt2)
