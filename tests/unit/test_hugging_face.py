@@ -314,15 +314,6 @@ def test_a_config_that_is_no_json_object(text: bytes, tmp_path: Path) -> None:
     assert_refused(tmp_path, DataError, 65, "config.json: not ")
 
 
-def test_each_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved(tmp_path)
-    opened: list[str] = []
-    original = PretrainedWeights._open
-    monkeypatch.setattr(PretrainedWeights, "_open", lambda self, file: opened.append(file) or original(self, file))
-    PretrainedWeights(tmp_path)
-    assert len(opened) <= 2  # to list its tensors, and to read them
-
-
 def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     assert local_folder(str(tmp_path), None) == tmp_path
 

@@ -62,12 +62,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 class PretrainedWeights:
-    """The logical tensors of a Hugging Face folder; only the boxes asked for are read."""
+    """The logical tensors of a Hugging Face folder; only the boxes asked for are read.
+
+    A file is open, and mapped, only while one box is read: pages of a mapping that stays would count to this rank's memory
+    until the whole file is in it.
+    """
 
     def __init__(self, folder: Path) -> None:
+        """RecipeError or DataError when the folder has no weights, or a file of it cannot be opened."""
         self.folder = folder
-        opened = {file: (self._open(file), names) for file, names in self._listing().items()}
-        self._files = {name: reader for reader, names in opened.values() for name in names}
+        listing = self._listing()
+        for file in listing:
+            with self._open(file):
+                pass
+        self._files = {name: file for file, names in listing.items() for name in names}
 
     def fill(self, module: nn.Module) -> None:
         """Set a block's parameters; DataError naming the tensor that is missing, misshapen or not finite."""
@@ -106,7 +114,8 @@ class PretrainedWeights:
         if index.is_file():
             return self._indexed(index)
         if (self.folder / SINGLE).is_file():
-            return {SINGLE: list(self._open(SINGLE).keys())}
+            with self._open(SINGLE) as file:
+                return {SINGLE: list(file.keys())}
         if (self.folder / "pytorch_model.bin").exists():
             raise RecipeError(
                 f"{self.folder}: only pickled weights (pytorch_model.bin), which are never opened here: "
@@ -144,18 +153,19 @@ class PretrainedWeights:
                 f"{self.folder}: tensor {piece.name} is missing: config.json and the weights do not belong together"
             )
         try:
-            tensor = self._files[stored].get_slice(stored)
-            if tensor.get_dtype() not in FLOATS:
-                raise DataError(
-                    f"{self.folder}: tensor {stored} is {tensor.get_dtype()}: quantized weights cannot be trained; "
-                    f"give the original ones ({', '.join(FLOATS)})"
-                )
-            shape = tuple(tensor.get_shape())
-            if shape != piece.shape:
-                raise DataError(
-                    f"{self.folder}: tensor {stored} has shape {list(shape)}, the config asks for {list(piece.shape)}"
-                )
-            box: Tensor = tensor[tuple(slice(at, at + n) for at, n in zip(piece.start, piece.size, strict=True))]
+            with self._open(self._files[stored]) as file:
+                tensor = file.get_slice(stored)
+                if tensor.get_dtype() not in FLOATS:
+                    raise DataError(
+                        f"{self.folder}: tensor {stored} is {tensor.get_dtype()}: quantized weights cannot be trained; "
+                        f"give the original ones ({', '.join(FLOATS)})"
+                    )
+                shape = tuple(tensor.get_shape())
+                if shape != piece.shape:
+                    raise DataError(
+                        f"{self.folder}: tensor {stored} has shape {list(shape)}, the config asks for {list(piece.shape)}"
+                    )
+                box: Tensor = tensor[tuple(slice(at, at + n) for at, n in zip(piece.start, piece.size, strict=True))]
         except SafetensorError as error:
             raise DataError(f"{self.folder}: tensor {stored} cannot be read ({error}): fetch the folder again") from error
         if not torch.isfinite(box).all():
