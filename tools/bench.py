@@ -108,8 +108,16 @@ class Shape:
 TINY = Shape(layers=2, hidden=64, ffn=128, heads=2, vocab=256, seq_len=64, micro_sequences=2)
 
 
-def make_engine(shape: Shape, mesh: Mesh, device: torch.device, *, dtype: Dtype, zero: Mapping[str, Any]) -> Engine:
-    """Triaxis on one micro-batch per rank and step, started from the weights of `SEED`."""
+def make_engine(
+    shape: Shape,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    dtype: Dtype,
+    zero: Mapping[str, Any],
+    parallel: Mapping[str, Any] | None = None,
+) -> Engine:
+    """Triaxis on one micro-batch per data-parallel rank and step, started from the weights of `SEED`."""
     recipe = Recipe.model_validate(
         {
             "model": {"family": "llama"},
@@ -118,6 +126,7 @@ def make_engine(shape: Shape, mesh: Mesh, device: torch.device, *, dtype: Dtype,
                 "global_sequences": shape.micro_sequences * mesh.dp.size,
                 "micro_sequences": shape.micro_sequences,
             },
+            "parallel": parallel or {},
             "precision": {"dtype": dtype},
             "zero": zero,
             "optimizer": {"name": "adamw", "lr": LR},

@@ -1,9 +1,10 @@
-"""Step times of two data-parallel processes: every ZeRO stage and offload beside torch's DDP and FSDP2.
+"""Step times of two processes: every ZeRO stage, offload and tensor parallelism beside torch's DDP and FSDP2.
 
     python tools/bench_layouts.py [--quick] [--json FILE] [--nvme-path DIR]
 
 All contenders train the same Llama from the same weights on the same batches; torch's two wrap our own `Stage`, so only what
-is around the model differs. Losses and gradient norms of the first two steps must agree before anything is timed.
+is around the model differs. Data-parallel contenders have a micro-batch on each rank, tensor-parallel ones both together.
+Losses and gradient norms of the first two steps must agree before anything is timed.
 
 Each contender is a pair of gloo processes of its own with one thread each, because DeepSpeed keeps state per process. Only
 one pair works at a time: the others wait for a word on their pipes. In each repeat every contender takes one step, in an
@@ -13,6 +14,7 @@ order drawn anew, and its time is paired with DDP's.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import multiprocessing
 import os
@@ -22,7 +24,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -82,7 +84,13 @@ ZERO: Mapping[str, Mapping[str, Any]] = {
     "ZeRO-3, all on CPU": {"stage": 3, "offload_optimizer": ON_CPU, "offload_param": ON_CPU},
     "ZeRO-3, all on NVMe": {"stage": 3, "offload_optimizer": ON_NVME, "offload_param": ON_NVME},
 }
-CONTENDERS = (REFERENCE, "torch FSDP2", *ZERO)
+TENSOR: Mapping[str, Mapping[str, Any]] = {
+    "tensor": {"sequence_parallel": True, "overlap": True},
+    "tensor, no overlap": {"sequence_parallel": True, "overlap": False},
+    "tensor, no sequence": {"sequence_parallel": False, "overlap": True},
+    "tensor, neither": {"sequence_parallel": False, "overlap": False},
+}
+CONTENDERS = (REFERENCE, "torch FSDP2", *ZERO, *TENSOR)
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,11 @@ class TorchLoop:
 
 def make_step(contender: str, shape: Shape, dtype: Dtype, disk: Path) -> Callable[[], Numbers]:
     """What this rank does for one step of a contender."""
+    if contender in TENSOR:
+        both = replace(shape, micro_sequences=PAIR * shape.micro_sequences)
+        parallel = {"tensor": PAIR, **TENSOR[contender]}
+        engine = make_engine(both, Mesh.build(Layout(tp=PAIR)), CPU, dtype=dtype, zero={}, parallel=parallel)
+        return partial(our_step, engine, joined(shape.batch(SEED + rank, documents=1) for rank in range(PAIR)))
     batch = shape.batch(SEED + dist.get_rank(), documents=1)
     if contender not in ZERO:
         return partial(TorchLoop(contender, shape, dtype).step, batch)
@@ -153,6 +166,12 @@ def make_step(contender: str, shape: Shape, dtype: Dtype, disk: Path) -> Callabl
             zero[block] = {**ON_NVME, "nvme_path": str(disk)}
     engine = make_engine(shape, Mesh.build(Layout(dp=PAIR)), CPU, dtype=dtype, zero=zero)
     return partial(our_step, engine, batch)
+
+
+def joined(batches: Iterable[MicroBatch]) -> MicroBatch:
+    """One micro-batch with the rows of several."""
+    tokens, labels, documents = zip(*((b.tokens_BS, b.labels_BS, b.documents) for b in batches), strict=True)
+    return MicroBatch(torch.cat(tokens), torch.cat(labels), tuple(itertools.chain(*documents)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
