@@ -30,6 +30,15 @@ def vocabulary_piece(name: str, vocab_size: int, hidden_size: int, group: Group)
     return Piece(name, (vocab_size, hidden_size), (first, 0), (min(rows, vocab_size - first), hidden_size))
 
 
+def vocabulary_weight(
+    name: str, vocab_size: int, hidden_size: int, role: Role, init: Init, group: Group, tied_over: Group | None
+) -> tuple[tuple[int, int], ShardSpec]:
+    """Shape and spec of this rank's rows of a [V, D] tensor, padding included."""
+    rows = vocabulary_shard(vocab_size, group)[1]
+    piece = vocabulary_piece(name, vocab_size, hidden_size, group)
+    return (rows, hidden_size), ShardSpec(role, init, (piece,), tied_over or Group.alone(), tied=tied_over is not None)
+
+
 class VocabParallelEmbedding(Sharded):
     """Rows of the embedding matrix E divided over the vocabulary: Y = Σ_i E_i[tokens], a token being in one E_i only.
 
@@ -37,12 +46,15 @@ class VocabParallelEmbedding(Sharded):
     Backward: each rank keeps its rows' gradient; with sequence parallelism after an all-gather.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, name: str, init: Init, tp: TensorParallel) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, name: str, init: Init, tp: TensorParallel, tied_over: Group | None = None
+    ) -> None:
+        """`tied_over`: the ranks of the first and the last pipeline stage, when the head there has this weight too."""
         super().__init__()
         self.tp = tp
-        self.first, rows = vocabulary_shard(vocab_size, tp.group)
-        piece = vocabulary_piece(name, vocab_size, hidden_size, tp.group)
-        self.declare("weight", (rows, hidden_size), ShardSpec(Role.EMBEDDING, init, (piece,), Group.alone()))
+        self.first = vocabulary_shard(vocab_size, tp.group)[0]
+        shape, spec = vocabulary_weight(name, vocab_size, hidden_size, Role.EMBEDDING, init, tp.group, tied_over)
+        self.declare("weight", shape, spec)
 
     def forward(self, tokens_N: Tensor) -> Tensor:
         if self.tp.group.size == 1:

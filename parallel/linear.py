@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from parallel.collectives import Pending, all_gather, start_all_gather, start_all_reduce, start_reduce_scatter
+from parallel.deferred import WeightGradients
 from parallel.mesh import Group
 from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
 from parallel.tensor import TensorParallel
@@ -48,7 +49,8 @@ class _ColumnParallelLinear(torch.autograd.Function):
 
     Backward: dX = Σ over ranks of dY W, dW = dYᵀ X, db = Σ dY. Written out for what autograd cannot do: with sequence
     parallelism X is kept as this rank's tokens and gathered again while dY W is computed, and the sum of dX over the ranks
-    runs while dYᵀ X is computed (Narayanan et al. 2021, arXiv:2104.04473; Korthikanti et al. 2022, arXiv:2205.05198, §4.2.2).
+    runs while dYᵀ X is computed (Narayanan et al. 2021, arXiv:2104.04473; Korthikanti et al. 2022, arXiv:2205.05198, §4.2.2),
+    or dYᵀ X is left for later.
     """
 
     @staticmethod
@@ -65,10 +67,8 @@ class _ColumnParallelLinear(torch.autograd.Function):
         ctx.save_for_backward(x_NI, weight, shared_weight)
         ctx.biased = bias is not None
         all_NI = all_gather(x_NI, tp.group) if tp.sequence else x_NI
-        y_NO = functional.linear(all_NI, weight, bias)
-        if shared_weight is None:
-            return y_NO
-        return torch.cat([y_NO, functional.linear(all_NI, shared_weight, shared_bias)], -1)
+        y_NO = _linear(all_NI, weight, bias)
+        return y_NO if shared_weight is None else torch.cat([y_NO, _linear(all_NI, shared_weight, shared_bias)], -1)
 
     @staticmethod
     @once_differentiable
@@ -81,16 +81,50 @@ class _ColumnParallelLinear(torch.autograd.Function):
         gathering = start_all_gather(x_NI, tp.group) if tp.sequence else Pending(x_NI, None)
         if not tp.overlap:
             gathering.wait()
-        dx_NI = parts[0] @ weight
+        dx_NI = parts[0] @ weight.to(dy_NO.dtype)
         if shared_weight is not None:
-            dx_NI.addmm_(parts[1], shared_weight)
+            dx_NI.addmm_(parts[1], shared_weight.to(dy_NO.dtype))
         summing = (start_reduce_scatter if tp.sequence else start_all_reduce)(dx_NI, tp.group)
         if not tp.overlap:
             summing.wait()
         all_NI = gathering.wait()
-        grads = [(part.t() @ all_NI, part.sum(0) if ctx.biased else None) for part in parts]
-        (dw, db), (shared_dw, shared_db) = grads if len(grads) == 2 else (grads[0], (None, None))
+        dws = [_weight_gradient(tp.deferred, w, dy, all_NI) for w, dy in zip(weights, parts, strict=True)]
+        dbs = [dy.sum(0).to(weight.dtype) if ctx.biased else None for dy in parts]
+        (dw, shared_dw), (db, shared_db) = ((*grads, None)[:2] for grads in (dws, dbs))
         return summing.wait(), None, dw, db, shared_dw, shared_db
+
+
+class _Linear(torch.autograd.Function):
+    """Y = X Wᵀ whose weight gradient is left for later. Backward: dX = dY W."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, weight: Tensor, deferred: WeightGradients) -> Tensor:
+        ctx.deferred = deferred
+        ctx.save_for_backward(x_NI, weight)
+        return _linear(x_NI, weight, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, weight = ctx.saved_tensors
+        return dy_NO @ weight.to(dy_NO.dtype), _weight_gradient(ctx.deferred, weight, dy_NO, x_NI), None
+
+
+def _linear(x_NI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In the format of x."""
+    return functional.linear(x_NI, weight.to(x_NI.dtype), None if bias is None else bias.to(x_NI.dtype))
+
+
+def _weight_gradient(deferred: WeightGradients | None, weight: Tensor, dy_NO: Tensor, x_NI: Tensor) -> Tensor | None:
+    """dYᵀ X in the weight's format; None when it is left for later."""
+
+    def product() -> Tensor:
+        return (dy_NO.t() @ x_NI).to(weight.dtype)
+
+    if deferred is None:
+        return product()
+    deferred.put(weight, product)
+    return None
 
 
 class ColumnParallelLinear(Sharded):
@@ -150,14 +184,13 @@ class ColumnParallelLinear(Sharded):
         return features
 
     def forward(self, x_NI: Tensor) -> Tensor:
-        weight, bias = self._cast("weight", x_NI.dtype), self._cast("bias", x_NI.dtype)
-        if self.tp.group.size == 1:
-            return functional.linear(x_NI, weight, bias)
-        shared_weight, shared_bias = self._cast("shared_weight", x_NI.dtype), self._cast("shared_bias", x_NI.dtype)
-        return _ColumnParallelLinear.apply(x_NI, self.tp, weight, bias, shared_weight, shared_bias)
+        if self.tp.group.size == 1 and self.tp.deferred is None:
+            return _linear(x_NI, self.weight, self._given("bias"))
+        shared_weight, shared_bias = self._given("shared_weight"), self._given("shared_bias")
+        return _ColumnParallelLinear.apply(x_NI, self.tp, self.weight, self._given("bias"), shared_weight, shared_bias)
 
-    def _cast(self, name: str, dtype: torch.dtype) -> Tensor | None:
-        return getattr(self, name).to(dtype) if name in self.specs else None
+    def _given(self, name: str) -> Tensor | None:
+        return getattr(self, name) if name in self.specs else None
 
 
 class RowParallelLinear(Sharded):
@@ -186,5 +219,8 @@ class RowParallelLinear(Sharded):
             self.bias = None
 
     def forward(self, x_NI: Tensor) -> Tensor:
-        y_NO = self.tp.leave(functional.linear(x_NI, self.weight.to(x_NI.dtype)))
+        if self.tp.deferred is None:
+            y_NO = self.tp.leave(_linear(x_NI, self.weight, None))
+        else:
+            y_NO = self.tp.leave(_Linear.apply(x_NI, self.weight, self.tp.deferred))
         return y_NO if self.bias is None else y_NO + self.bias.to(y_NO.dtype)

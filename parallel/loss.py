@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from parallel.collectives import all_reduce
-from parallel.embedding import VocabParallelEmbedding, vocabulary_piece, vocabulary_shard
+from parallel.embedding import VocabParallelEmbedding, vocabulary_shard, vocabulary_weight
 from parallel.mesh import Group
-from parallel.params import Init, Role, Sharded, ShardSpec
+from parallel.params import Init, Role, Sharded
 from parallel.soft_cap import soft_cap
 from parallel.tensor import TensorParallel
 
@@ -97,7 +97,8 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 class VocabParallelHead(Sharded):
-    """Logits' matrix W [V/p, D], its own or borrowed from the embedding, and the loss that goes with it.
+    """Logits' matrix W [V/p, D], its own, borrowed from the embedding, or a copy of the embedding of the first pipeline stage
+    (`tied_over` the ranks of both), and the loss that goes with it.
 
     `forward` with labels [N] (IGNORE where there is no target): h [N, D], or this rank's tokens of it → the loss summed over
     targets, an fp32 scalar, the same on every rank of the group. Without labels: this rank's logits [N, V/p], for sampling
@@ -112,19 +113,19 @@ class VocabParallelHead(Sharded):
         name: str,
         init: Init,
         tp: TensorParallel,
-        tied_to: VocabParallelEmbedding | None,
+        tied_to: VocabParallelEmbedding | None = None,
+        tied_over: Group | None = None,
         softcap: float | None = None,
     ) -> None:
         super().__init__()
         self.tp = tp
         self.softcap = softcap
         self.vocab_size = vocab_size
-        if tied_to is None:
-            shape = (vocabulary_shard(vocab_size, tp.group)[1], hidden_size)
-            piece = vocabulary_piece(name, vocab_size, hidden_size, tp.group)
-            self.declare("weight", shape, ShardSpec(Role.MATRIX, init, (piece,), Group.alone()))
-        else:
+        if tied_to is not None:
             self.borrow("weight", tied_to)
+            return
+        role = Role.MATRIX if tied_over is None else Role.EMBEDDING
+        self.declare("weight", *vocabulary_weight(name, vocab_size, hidden_size, role, init, tp.group, tied_over))
 
     def forward(self, h_ND: Tensor, labels_N: Tensor | None = None) -> Tensor:
         h_ND = self.tp.enter(h_ND)

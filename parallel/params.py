@@ -73,6 +73,7 @@ class ShardSpec:
     `copies` are the ranks that hold these same boxes, this one among them. The first of them owns the parameter: it is
     counted in norms and saved there only. `partial`: each copy's gradient is only the part that this rank's tokens or heads
     give, so that gradients must be summed over the copies (`complete_partial_gradients`); otherwise theirs are equal already.
+    `tied`: the copies are in different pipeline stages, whose backwards do not meet: summed once per step (`parallel.ties`).
     """
 
     role: Role
@@ -80,6 +81,7 @@ class ShardSpec:
     pieces: tuple[Piece, ...]
     copies: Group
     partial: bool = False
+    tied: bool = False
 
     @property
     def owned(self) -> bool:

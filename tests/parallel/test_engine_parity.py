@@ -49,6 +49,9 @@ class Case:
 
     dp: int = 1
     tp: int = 1
+    pp: int = 1
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
     sequence_parallel: bool | None = None
     accumulation: int = 1
     stage: int = 0
@@ -71,7 +74,13 @@ class Case:
             {
                 "model": {"family": self.family},
                 "data": {"seq_len": S},
-                "parallel": {"tensor": self.tp, "sequence_parallel": self.sequence_parallel},
+                "parallel": {
+                    "tensor": self.tp,
+                    "sequence_parallel": self.sequence_parallel,
+                    "pipeline": self.pp,
+                    "schedule": self.schedule,
+                    "virtual_stages": self.virtual_stages,
+                },
                 "batch": {"global_sequences": G, "micro_sequences": G // self.dp // self.accumulation},
                 "precision": {"dtype": self.dtype, "loss_scale": self.loss_scale},
                 "zero": {"stage": self.stage, **persistence, **self.zero},
@@ -180,7 +189,7 @@ def poison(engine: Engine) -> None:
 
 def outcome(case: Case) -> Outcome:
     """Every rank's numbers must be the same; those of rank 0, which has the weights, are returned."""
-    layout = Layout(dp=case.dp, tp=case.tp)
+    layout = Layout(dp=case.dp, tp=case.tp, pp=case.pp)
     ranks = spawn(run_case, layout, case)
     for rank, other in enumerate(ranks):
         assert other.losses == ranks[0].losses

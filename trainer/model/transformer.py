@@ -87,7 +87,7 @@ class Dropout(nn.Module):
 class Embedding(nn.Module):
     """tokens [B, S] → [N, D] in the compute format."""
 
-    def __init__(self, config: TransformerConfig, *, dtype: torch.dtype, tp: TensorParallel) -> None:
+    def __init__(self, config: TransformerConfig, *, dtype: torch.dtype, tp: TensorParallel, tied_over: Group | None) -> None:
         super().__init__()
         names = WEIGHT_NAMES[config.family]
         init = Init(std=config.init_std)
@@ -95,7 +95,9 @@ class Embedding(nn.Module):
         # Rounded to the compute format, as the Gemma models were trained: 55.5 instead of √3072 = 55.43 in bf16.
         self.scale = torch.tensor(math.sqrt(config.hidden_size), dtype=dtype, device="cpu").item()
         self.scaled = config.scaled_embedding
-        self.tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, name=names.embedding, init=init, tp=tp)
+        self.tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, name=names.embedding, init=init, tp=tp, tied_over=tied_over
+        )
         self.positions = None
         if names.positions is not None:
             self.positions = PositionEmbedding(config.max_positions, config.hidden_size, name=names.positions, init=init, tp=tp)
@@ -192,17 +194,25 @@ def _qk_norm(config: TransformerConfig, index: int, tp: TensorParallel) -> Query
 class Head(nn.Module):
     """Final norm, logits and loss."""
 
-    def __init__(self, config: TransformerConfig, *, tp: TensorParallel, tied_to: VocabParallelEmbedding | None) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        tp: TensorParallel,
+        tied_to: VocabParallelEmbedding | None,
+        tied_over: Group | None,
+    ) -> None:
         super().__init__()
         names = WEIGHT_NAMES[config.family]
         self.norm = make_norm(config, names.final_norm, tp)
         self.logits = VocabParallelHead(
             config.vocab_size,
             config.hidden_size,
-            name=names.head,
+            name=names.embedding if config.tied_head else names.head,
             init=Init(std=config.init_std),
             tp=tp,
             tied_to=tied_to,
+            tied_over=tied_over,
             softcap=config.logit_softcap,
         )
 
@@ -218,6 +228,9 @@ class Stage(nn.Module):
 
     `fill` gives values to each block's parameters after it was materialised (initial or loaded ones); `partition` may
     divide them over ranks at once (ZeRO-3). Every rank of the tensor group must build its stage together.
+
+    A tied head shares the weight of the embedding in this stage, or of `tied_to`, the embedding in another stage on this
+    rank; or holds a copy of it, when the first and the last stage are on different ranks: `tied_over` these two.
     """
 
     def __init__(
@@ -231,6 +244,8 @@ class Stage(nn.Module):
         device: torch.device,
         fill: Callable[[nn.Module], None],
         partition: Callable[[nn.Module], None] = lambda block: None,
+        tied_to: VocabParallelEmbedding | None = None,
+        tied_over: Group | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -238,6 +253,8 @@ class Stage(nn.Module):
         self.recompute = recompute
         self.tp = tp
         self.kv_copies = key_value_copies(config.num_kv_heads, tp.group)
+        self.tied_over = tied_over if config.tied_head else None
+        self.tied_to = (tied_to,)  # in a tuple: a module here would be listed as this one's child
         self.embedding: Embedding | None
         self.head: Head | None
         self.register_module("embedding", None)  # so that parameters are listed in the order of the model
@@ -253,7 +270,7 @@ class Stage(nn.Module):
 
     def _build(self, block: Block) -> nn.Module:
         if block.kind == "embedding":
-            self.embedding = Embedding(self.config, dtype=self.dtype, tp=self.tp)
+            self.embedding = Embedding(self.config, dtype=self.dtype, tp=self.tp, tied_over=self.tied_over)
             return self.embedding
         if block.kind == "layer":
             self.layers[str(block.layer)] = Layer(
@@ -264,8 +281,9 @@ class Stage(nn.Module):
                 kv_copies=self.kv_copies,
             )
             return self.layers[str(block.layer)]
-        tied_to = self.embedding.tokens if self.config.tied_head and self.embedding else None
-        self.head = Head(self.config, tp=self.tp, tied_to=tied_to)
+        embedding = self.embedding.tokens if self.embedding is not None else self.tied_to[0]
+        tied_to = embedding if self.config.tied_head else None
+        self.head = Head(self.config, tp=self.tp, tied_to=tied_to, tied_over=self.tied_over)
         return self.head
 
     def forward(
