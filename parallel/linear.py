@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
@@ -58,12 +58,14 @@ class _ColumnParallelLinear(torch.autograd.Function):
         ctx: Any,
         x_NI: Tensor,
         tp: TensorParallel,
+        later: _Later,
         weight: Tensor,
         bias: Tensor | None,
         shared_weight: Tensor | None,
         shared_bias: Tensor | None,
     ) -> Tensor:
         ctx.tp = tp
+        ctx.later = later
         ctx.save_for_backward(x_NI, weight, shared_weight)
         ctx.biased = bias is not None
         all_NI = all_gather(x_NI, tp.group) if tp.sequence else x_NI
@@ -88,43 +90,58 @@ class _ColumnParallelLinear(torch.autograd.Function):
         if not tp.overlap:
             summing.wait()
         all_NI = gathering.wait()
-        dws = [_weight_gradient(tp.deferred, w, dy, all_NI) for w, dy in zip(weights, parts, strict=True)]
+        dws = [ctx.later.gradient(index, w, dy, all_NI) for index, (w, dy) in enumerate(zip(weights, parts, strict=True))]
         dbs = [dy.sum(0).to(weight.dtype) if ctx.biased else None for dy in parts]
         (dw, shared_dw), (db, shared_db) = ((*grads, None)[:2] for grads in (dws, dbs))
-        return summing.wait(), None, dw, db, shared_dw, shared_db
+        return summing.wait(), None, None, dw, db, shared_dw, shared_db
 
 
-class _Linear(torch.autograd.Function):
+class _LinearForLater(torch.autograd.Function):
     """Y = X Wᵀ whose weight gradient is left for later. Backward: dX = dY W."""
 
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, weight: Tensor, deferred: WeightGradients) -> Tensor:
-        ctx.deferred = deferred
+    def forward(ctx: Any, x_NI: Tensor, later: _Later, weight: Tensor) -> Tensor:
+        ctx.later = later
         ctx.save_for_backward(x_NI, weight)
         return _linear(x_NI, weight, None)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor, None, None]:
         x_NI, weight = ctx.saved_tensors
-        return dy_NO @ weight.to(dy_NO.dtype), _weight_gradient(ctx.deferred, weight, dy_NO, x_NI), None
+        ctx.later.gradient(0, weight, dy_NO, x_NI)
+        return dy_NO @ weight.to(dy_NO.dtype), None, None
+
+
+@dataclass(frozen=True)
+class _Later:
+    """Where weight gradients go: back to autograd, or, with `deferred`, there for these weights. Autograd then gets the
+    weights detached: an edge without a gradient would still run the hooks of ZeRO."""
+
+    deferred: WeightGradients | None
+    weights: tuple[nn.Parameter | None, ...]
+
+    def seen_by_autograd(self, index: int) -> Tensor | None:
+        weight = self.weights[index]
+        return weight if weight is None or self.deferred is None else weight.detach()
+
+    def gradient(self, index: int, weight: Tensor, dy_NO: Tensor, x_NI: Tensor) -> Tensor | None:
+        """dYᵀ X in the weight's format; None when it is left for later."""
+
+        def product() -> Tensor:
+            return (dy_NO.t() @ x_NI).to(weight.dtype)
+
+        if self.deferred is None:
+            return product()
+        leaf = self.weights[index]
+        assert leaf is not None
+        self.deferred.put(leaf, product)
+        return None
 
 
 def _linear(x_NI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """In the format of x."""
     return functional.linear(x_NI, weight.to(x_NI.dtype), None if bias is None else bias.to(x_NI.dtype))
-
-
-def _weight_gradient(deferred: WeightGradients | None, weight: Tensor, dy_NO: Tensor, x_NI: Tensor) -> Tensor | None:
-    """dYᵀ X in the weight's format; None when it is left for later."""
-
-    def product() -> Tensor:
-        return (dy_NO.t() @ x_NI).to(weight.dtype)
-
-    if deferred is None:
-        return product()
-    deferred.put(weight, product)
-    return None
 
 
 class ColumnParallelLinear(Sharded):
@@ -186,10 +203,12 @@ class ColumnParallelLinear(Sharded):
     def forward(self, x_NI: Tensor) -> Tensor:
         if self.tp.group.size == 1 and self.tp.deferred is None:
             return _linear(x_NI, self.weight, self._given("bias"))
-        shared_weight, shared_bias = self._given("shared_weight"), self._given("shared_bias")
-        return _ColumnParallelLinear.apply(x_NI, self.tp, self.weight, self._given("bias"), shared_weight, shared_bias)
+        later = _Later(self.tp.deferred, (self.weight, self._given("shared_weight")))
+        weight, shared_weight = later.seen_by_autograd(0), later.seen_by_autograd(1)
+        bias, shared_bias = self._given("bias"), self._given("shared_bias")
+        return _ColumnParallelLinear.apply(x_NI, self.tp, later, weight, bias, shared_weight, shared_bias)
 
-    def _given(self, name: str) -> Tensor | None:
+    def _given(self, name: str) -> nn.Parameter | None:
         return getattr(self, name) if name in self.specs else None
 
 
@@ -222,5 +241,6 @@ class RowParallelLinear(Sharded):
         if self.tp.deferred is None:
             y_NO = self.tp.leave(_linear(x_NI, self.weight, None))
         else:
-            y_NO = self.tp.leave(_Linear.apply(x_NI, self.weight, self.tp.deferred))
+            later = _Later(self.tp.deferred, (self.weight,))
+            y_NO = self.tp.leave(_LinearForLater.apply(x_NI, later, later.seen_by_autograd(0)))
         return y_NO if self.bias is None else y_NO + self.bias.to(y_NO.dtype)

@@ -73,7 +73,8 @@ class ShardSpec:
     `copies` are the ranks that hold these same boxes, this one among them. The first of them owns the parameter: it is
     counted in norms and saved there only. `partial`: each copy's gradient is only the part that this rank's tokens or heads
     give, so that gradients must be summed over the copies (`complete_partial_gradients`); otherwise theirs are equal already.
-    `tied`: the copies are in different pipeline stages, whose backwards do not meet: summed once per step (`parallel.ties`).
+    `tied`: used in two pipeline stages, whose backwards do not meet: its gradients are summed once per step
+    (`parallel.ties`), over the copies where the stages are on different ranks.
     """
 
     role: Role

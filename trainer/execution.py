@@ -13,7 +13,7 @@ from parallel.attention import Documents
 from parallel.collectives import all_reduce
 from parallel.deferred import WeightGradients
 from parallel.embedding import vocabulary_shard
-from parallel.mesh import Mesh
+from parallel.mesh import Group, Mesh
 from parallel.pipeline import Pipeline, splits_backward
 from parallel.rng import Streams
 from parallel.schedule_table import ScheduleTable
@@ -119,7 +119,9 @@ class InPipeline:
         self._vocabulary_rows = vocabulary_shard(config.vocab_size, tp.group)[1]
         mine = table.stages(mesh.pp.rank)
         deferred = {index: WeightGradients() for index in mine} if splits_backward(table) else {}
-        ends_apart = table.rank_of_stage[0] != table.rank_of_stage[table.num_stages - 1]
+        last = table.num_stages - 1
+        # On one rank the last stage's head uses the first stage's embedding itself: two stages' backwards for one weight.
+        tied_over = mesh.ends if table.rank_of_stage[0] != table.rank_of_stage[last] else Group.alone()
         built: dict[int, Stage] = {}
         for index in mine:
             first = built.get(0)
@@ -127,7 +129,7 @@ class InPipeline:
                 stages[index],
                 tp=replace(tp, deferred=deferred.get(index)),
                 tied_to=first.embedding.tokens if first is not None and first.embedding is not None else None,
-                tied_over=mesh.ends if ends_apart and index in (0, table.num_stages - 1) else None,
+                tied_over=tied_over if index in (0, last) else None,
             )
         self.module = nn.ModuleDict({str(index): stage for index, stage in built.items()})
         self._zero = ZeroInPipeline(self.module, watch)

@@ -44,35 +44,34 @@ class ZeroInPipeline:
         self._offloaded = bool(engine.zero_offload_optimizer() is not None) and self._zero > 0
 
     def start(self) -> None:
-        if self._zero == 1:
+        if self._zero == 1 and hasattr(self._engine.optimizer, "set_gradient_accumulation_boundary"):
             self._engine.optimizer.set_gradient_accumulation_boundary(False)
 
     @contextmanager
     def around(self, backward: StageBackward) -> Iterator[None]:
-        with self._watch("backward"):
-            if self._zero < 2:
-                yield
-                return
-            complete = backward.last_of_half if self._offloaded else backward.last and not self._ties.weights
-            with self._reducing(backward.number, complete):
-                yield
+        complete = backward.last_of_half if self._offloaded else backward.last and not self._ties.weights
+        with self._watch("backward"), self._accumulating(backward.number, complete):
+            yield
 
     def finish(self, num_micro_batches: int) -> None:
         """All backwards have run: complete what is shared with other pipeline stages, then what is left to reduce."""
         with self._watch("backward"):
             for weight, total in self._ties.totals():
-                reducing = self._reducing(num_micro_batches, True) if self._zero >= 2 else nullcontext()
-                with self._engine_gathered(weight), reducing:
+                with self._whole(weight), self._accumulating(num_micro_batches, True):
                     torch.autograd.backward([weight], [total.view(weight.shape)])
             self._engine.set_gradient_accumulation_boundary(True)
-            if self._zero == 0:
-                self._engine.allreduce_gradients()
-            elif self._zero == 1:
+            if self._zero < 2:
                 self._reduce_once()
 
     @contextmanager
-    def _reducing(self, number: int, complete: bool) -> Iterator[None]:
+    def _accumulating(self, number: int, complete: bool) -> Iterator[None]:
         optimizer = self._engine.optimizer
+        if self._zero < 2:
+            yield
+            if self._zero == 1:
+                # Without the key (read by the bf16 optimizer only) what was taken over would be taken again next time.
+                optimizer.backward_epilogue(clear_lp_grads=True)
+            return
         optimizer.set_gradient_accumulation_boundary(complete)
         # Stage 2 adds 1 at the first gradient of a backward, stage 3 not.
         optimizer.micro_step_id = number - 1 if self._zero == 2 else number
@@ -84,7 +83,9 @@ class ZeroInPipeline:
 
     def _reduce_once(self) -> None:
         optimizer = self._engine.optimizer
-        optimizer.backward_epilogue()
+        if not hasattr(optimizer, "setup_buckets"):  # no ZeRO, or its stage 1 in bf16, which has an optimizer of its own
+            self._engine.allreduce_gradients()
+            return
         optimizer.set_gradient_accumulation_boundary(True)
         optimizer.setup_buckets()
         for index, group in enumerate(optimizer.bit16_groups):
@@ -93,7 +94,7 @@ class ZeroInPipeline:
                     optimizer.reduce_ready_partitions_and_remove_grads(weight, index)
         optimizer.overlapping_partition_gradients_reduce_epilogue()
 
-    def _engine_gathered(self, weight: nn.Parameter) -> Any:
+    def _whole(self, weight: nn.Parameter) -> Any:
         """At stage 3 a gradient can only be accumulated while the weight is whole."""
         if self._zero != 3:
             return nullcontext()

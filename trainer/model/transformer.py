@@ -230,7 +230,8 @@ class Stage(nn.Module):
     divide them over ranks at once (ZeRO-3). Every rank of the tensor group must build its stage together.
 
     A tied head shares the weight of the embedding in this stage, or of `tied_to`, the embedding in another stage on this
-    rank; or holds a copy of it, when the first and the last stage are on different ranks: `tied_over` these two.
+    rank; or holds a copy of it, when the first and the last stage are on different ranks: `tied_over` these two. `tied_over`
+    is also given, as a group of one, where two stages of one rank share the weight.
     """
 
     def __init__(
