@@ -144,7 +144,7 @@ def random_model(family: str, shape: dict[str, Any], seed: int = 0) -> Any:
     stream = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            is_norm = "norm" in name.lower()
+            is_norm = "norm" in name.lower() and name.endswith("weight")
             parameter.normal_(float(is_norm and family != "gemma2"), 0.2, generator=stream)
     return model
 
