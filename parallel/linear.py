@@ -1,4 +1,4 @@
-"""Column- and row-parallel linear layers (Shoeybi et al. 2019, arXiv:1909.08053, §3).
+"""Linear layers: column- and row-parallel (Shoeybi et al. 2019, arXiv:1909.08053, §3), and whole on every rank.
 
 Shape letters: N tokens of a micro-batch, I input features, O output features; a capital keeps its letter when it is local.
 Weights are stored [O, I] as torch does, Y = X Wᵀ + b, whatever the logical tensor's orientation. With sequence parallelism
@@ -244,3 +244,23 @@ class RowParallelLinear(Sharded):
             later = _Later(self.tp.deferred, (self.weight,))
             y_NO = self.tp.leave(_LinearForLater.apply(x_NI, later, later.seen_by_autograd(0)))
         return y_NO if self.bias is None else y_NO + self.bias.to(y_NO.dtype)
+
+
+class ReplicatedLinear(Sharded):
+    """Y = X Aᵀ + b between the parallel regions, whole on every rank.
+
+    Forward: X [N, I], or this rank's tokens of it → Y [N, O] of the same tokens; no communication. With sequence parallelism
+    each rank gives its tokens' part of the gradients; without, all ranks compute the same.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, name: str, init: Init, tp: TensorParallel) -> None:
+        super().__init__()
+        for what, shape, role, start in (
+            ("weight", (out_features, in_features), Role.MATRIX, init),
+            ("bias", (out_features,), Role.BIAS, Init()),
+        ):
+            spec = whole(f"{name}.{what}", shape, role=role, init=start, copies=tp.group, partial=tp.sequence)
+            self.declare(what, shape, spec)
+
+    def forward(self, x_NI: Tensor) -> Tensor:
+        return functional.linear(x_NI, self.weight.to(x_NI.dtype), self.bias.to(x_NI.dtype))

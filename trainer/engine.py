@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import math
 import os
@@ -242,7 +243,7 @@ def stages_of(recipe: Recipe, config: TransformerConfig) -> list[list[Block]]:
     blocks = blocks_of(config)
     layers = blocks[1:-1]
     cuts = [round(i * len(layers) / n) for i in range(n + 1)]
-    parts = [layers[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [layers[a:b] for a, b in itertools.pairwise(cuts)]
     parts[0].insert(0, blocks[0])
     parts[-1].append(blocks[-1])
     return parts

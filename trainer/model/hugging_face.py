@@ -19,17 +19,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from parallel.params import Piece, Role, ShardSpec, owned_specs, zero_padding
+from parallel.params import Piece, ShardSpec, owned_specs, zero_padding
 from trainer.errors import DataError, RecipeError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-HEAD = "lm_head.weight"
 SHARD_BYTES = 4 << 30
-COMPARED_ROWS = 4096  # of a head and an embedding at a time
+COMPARED_ROWS = 4096  # of a tied weight and its second copy at a time
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that older checkpoints of these families carry; they hold no weights.
-NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "embeddings.position_ids")
+# What the first checkpoints of Bert, its best known among them, call the weights of their norms; transformers reads both.
+LEGACY = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
 def local_folder(name: str, revision: str | None) -> Path:
@@ -85,28 +86,35 @@ class PretrainedWeights:
                 box = self._read(piece)
                 piece.in_parameter(parameter.data).copy_(box.t() if piece.transposed else box)
 
-    def check_names(self, specs: Sequence[ShardSpec]) -> None:
-        """DataError for tensors in the folder that no parameter of the whole model takes; `specs` are unsharded."""
+    def check_names(
+        self, specs: Sequence[ShardSpec], *, ties: Mapping[str, Piece], is_unused: Callable[[str], bool] = lambda name: False
+    ) -> None:
+        """DataError for tensors in the folder that no parameter of the whole model takes; `specs` are unsharded.
+
+        `ties`: further names of weights, under which a folder may hold them again. `is_unused`: names that are known and
+        not wanted.
+        """
         wanted = {self._stored_name(piece.name) for spec in specs for piece in spec.pieces}
-        extra = sorted(n for n in self._files.keys() - wanted if not n.endswith((*NOT_WEIGHTS, HEAD)))
+        unwanted = self._files.keys() - wanted
+        extra = sorted(name for name in unwanted - ties.keys() if not name.endswith(NOT_WEIGHTS) and not is_unused(name))
         if extra:
             others = f" (and {len(extra) - 1} more)" if extra[1:] else ""
             raise DataError(
                 f"{self.folder}: tensor {extra[0]}{others} has no place in the model: "
                 "config.json and the weights do not belong together"
             )
-        if HEAD in self._files.keys() - wanted:
-            self._check_tied_head(next(spec.pieces[0] for spec in specs if spec.role is Role.EMBEDDING))
+        for name in sorted(ties.keys() & unwanted):
+            self._check_tie(name, ties[name])
 
-    def _check_tied_head(self, embedding: Piece) -> None:
-        """A folder may hold a tied head a second time, but not another one: transformers would untie them."""
-        for first in range(0, embedding.shape[0], COMPARED_ROWS):
-            rows = min(COMPARED_ROWS, embedding.shape[0] - first)
-            box = replace(embedding, start=(first, 0), size=(rows, embedding.shape[1]))
-            if not torch.equal(self._read(replace(box, name=HEAD)), self._read(box)):
+    def _check_tie(self, name: str, weight: Piece) -> None:
+        """A folder may hold a tied weight a second time, but not another one: transformers would untie them."""
+        for first in range(0, weight.shape[0], COMPARED_ROWS):
+            rows = min(COMPARED_ROWS, weight.shape[0] - first)
+            box = replace(weight, start=(first, *weight.start[1:]), size=(rows, *weight.shape[1:]))
+            if not torch.equal(self._read(replace(box, name=name)), self._read(box)):
                 raise DataError(
-                    f"{self.folder}: tensor {HEAD} differs from {embedding.name}, but config.json ties them: "
-                    "set tie_word_embeddings to false in config.json"
+                    f"{self.folder}: tensor {name} differs from {weight.name}, but config.json ties them: "
+                    f"remove {name}, or set tie_word_embeddings to false in config.json where the family has that"
                 )
 
     def _listing(self) -> dict[str, list[str]]:
@@ -143,8 +151,10 @@ class PretrainedWeights:
             raise DataError(f"{self.folder / file}: cannot be read ({error}): fetch the folder again") from error
 
     def _stored_name(self, name: str) -> str:
-        """Checkpoints of a bare model (without its head) leave out the first part of the names."""
-        return name if name in self._files else name.split(".", 1)[1]
+        """Checkpoints of a bare model (without its head) leave out the first part of the names, and some are older."""
+        names = [name, *(name.removesuffix(new) + old for new, old in LEGACY.items() if name.endswith(new))]
+        bare = [of_whole.partition(".")[2] for of_whole in names]
+        return next((stored for stored in (*names, *bare) if stored in self._files), name)
 
     def _read(self, piece: Piece) -> Tensor:
         stored = self._stored_name(piece.name)
