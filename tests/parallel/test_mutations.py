@@ -6,6 +6,7 @@ Each mutation changes one thing inside the ranks and is named after what went wr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,26 +16,31 @@ import torch
 from torch import nn
 
 import trainer.engine
-from parallel import linear, params
+from parallel import linear, params, ties
 from parallel.collectives import Pending
+from parallel.deferred import WeightGradients
 from parallel.linear import RowParallelLinear
-from parallel.loss import VocabParallelHead
+from parallel.loss import IGNORE, VocabParallelHead
 from parallel.mesh import Mesh
 from parallel.params import Role, ShardSpec
+from parallel.pipeline import Pipeline
 from parallel.rng import Streams
+from parallel.ties import TiedGradients
 from parallel.topology import Layout
 from tests.parallel.test_engine_parity import Case, Outcome, assert_same_training, outcome, run_case
 from tests.spawn import spawn
 from trainer.batching import BatchPlan
 from trainer.engine import Engine
+from trainer.execution import OneStage
 from trainer.model import transformer
+from trainer.zero_pipeline import ZeroInPipeline
 
 
 def mean_of_micro_batch_means() -> None:
     """Each micro-batch divides by its own targets (transformers#34191)."""
-    forward = Engine._forward
+    forward = OneStage.loss
     BatchPlan.loss_factor = lambda plan, num_targets: 1.0 / plan.num_micro_batches
-    Engine._forward = lambda engine, batch, *more: forward(engine, batch, *more) / batch.num_targets
+    OneStage.loss = lambda stage, batch: forward(stage, batch) / (batch.labels_BS != IGNORE).sum()
 
 
 def forgotten_data_parallel_degree() -> None:
@@ -54,13 +60,13 @@ def targets_of_this_rank_only() -> None:
 
 def last_micro_batch_only() -> None:
     """Accumulation is lost: only the boundary's gradient counts (seen with ZeRO-3 and manual backward hooks)."""
-    backward = Engine._backward
+    backward = OneStage._backward
 
-    def only_at_the_boundary(engine: Engine, loss: torch.Tensor, scale: float) -> None:
-        boundary = engine.deepspeed.is_gradient_accumulation_boundary()
-        backward(engine, loss if boundary else loss * 0.0, scale)
+    def only_at_the_boundary(stage: OneStage, loss: torch.Tensor, scale: float) -> None:
+        boundary = stage._engine.is_gradient_accumulation_boundary()
+        backward(stage, loss if boundary else loss * 0.0, scale)
 
-    Engine._backward = only_at_the_boundary
+    OneStage._backward = only_at_the_boundary
 
 
 def no_clipping() -> None:
@@ -256,3 +262,89 @@ def test_the_parity_check_catches_shared_heads_left_partial(honest: Outcome) -> 
 
 def test_the_dropout_check_catches_masks_that_follow_the_data_rank(honest_gpt2: Outcome) -> None:
     assert_caught(dropout_by_rank, replace(GPT2, dp=2), honest_gpt2)
+
+
+# --- pipelines; the embedding is tied, gradients are clipped
+
+
+def ends_not_summed() -> None:
+    """The first and the last stage each train their copy of the tied weight on their own gradient."""
+    ties.all_reduce = lambda tensor, group: tensor
+
+
+def ends_counted_twice() -> None:
+    """The gradient norm counts both copies of the tied weight."""
+    ShardSpec.owned = property(lambda spec: spec.tied or spec.copies.rank == 0)
+
+
+def later_stages_unmarked() -> None:
+    """DeepSpeed counts unmarked parameters on the first rank of a replica only: the norm halves in silence."""
+    ShardSpec.owned = property(lambda spec: torch.distributed.get_rank() == 0)
+
+
+def schedule_divides_once_more() -> None:
+    """torch's schedules divide gradients by the number of micro-batches unless told not to."""
+    step = Pipeline.step
+    Pipeline.step = lambda pipeline, *args, scale: step(pipeline, *args, scale=scale / pipeline.table.num_micro_batches)
+
+
+def gradients_of_the_last_micro_batch_only() -> None:
+    """Every backward starts the sum anew, as DeepSpeed's own prologue makes ZeRO-3 do."""
+    accumulating = ZeroInPipeline._accumulating
+    ZeroInPipeline._accumulating = lambda zero, number, complete: accumulating(zero, 0, complete)
+
+
+def boundary_at_every_backward() -> None:
+    """The optimizer is told that the sums are complete after each micro-batch."""
+    accumulating = ZeroInPipeline._accumulating
+    ZeroInPipeline._accumulating = lambda zero, number, complete: accumulating(zero, number, True)
+
+
+def tied_gradient_forgotten() -> None:
+    """What the ends collected is never handed to the optimizer."""
+    TiedGradients.totals = lambda gradients: iter(())
+
+
+def stages_drop_alike() -> None:
+    """Dropout masks named after the layer's place in its stage, not in the model."""
+    keeps = Streams.keeps_features
+    Streams.keeps_features = lambda streams, site, *more: keeps(streams, re.sub(r"\d+", "0", site), *more)
+
+
+def layer_run_twice() -> None:
+    """A block at a cut belongs to both stages."""
+    stages_of = trainer.engine.stages_of
+
+    def overlapping(*args: Any) -> list[list[Any]]:
+        first, *rest = stages_of(*args)
+        return [[*first, rest[0][0]], *rest]
+
+    trainer.engine.stages_of = overlapping
+
+
+def weight_gradients_lost() -> None:
+    """What a split backward left for later is never computed."""
+    WeightGradients.take = lambda gradients: lambda: None
+
+
+PIPELINE_MUTATIONS = [
+    (ends_not_summed, {"stage": 1}),
+    (ends_counted_twice, {"stage": 1}),
+    (later_stages_unmarked, {"stage": 1}),
+    (schedule_divides_once_more, {"stage": 0}),
+    (gradients_of_the_last_micro_batch_only, {"stage": 3}),
+    (boundary_at_every_backward, {"stage": 2}),
+    (tied_gradient_forgotten, {"stage": 1}),
+    (stages_drop_alike, {"stage": 0, "family": "gpt2", "config": {"n_layer": 4}}),
+    (layer_run_twice, {"stage": 0}),
+    (weight_gradients_lost, {"stage": 0, "schedule": "interleaved_zero_bubble", "virtual_stages": 2}),
+]
+
+
+@pytest.mark.parametrize(("mutate", "changes"), PIPELINE_MUTATIONS, ids=[m.__name__ for m, _ in PIPELINE_MUTATIONS])
+def test_the_parity_check_catches_in_pipelines(mutate: Callable[[], None], changes: dict[str, Any]) -> None:
+    case = Case(pp=2, accumulation=4, clip_norm=0.3, steps=2, **{"config": {"num_hidden_layers": 4}, **changes})
+    expected = outcome(replace(case, pp=1, stage=0, schedule="1f1b", virtual_stages=1))
+    got = spawn(mutated, Layout(pp=2), mutate, case)[0]
+    with pytest.raises(AssertionError):
+        assert_same_training(got, expected, relative=2e-6, weights=1e-6)
