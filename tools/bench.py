@@ -116,15 +116,16 @@ def make_engine(
     dtype: Dtype,
     zero: Mapping[str, Any],
     parallel: Mapping[str, Any] | None = None,
+    micro_batches: int = 1,
 ) -> Engine:
-    """Triaxis on one micro-batch per data-parallel rank and step, started from the weights of `SEED`."""
+    """Triaxis on `shape.micro_sequences` rows per data-parallel rank and step, started from the weights of `SEED`."""
     recipe = Recipe.model_validate(
         {
             "model": {"family": "llama"},
             "data": {"seq_len": shape.seq_len},
             "batch": {
                 "global_sequences": shape.micro_sequences * mesh.dp.size,
-                "micro_sequences": shape.micro_sequences,
+                "micro_sequences": shape.micro_sequences // micro_batches,
             },
             "parallel": parallel or {},
             "precision": {"dtype": dtype},

@@ -1,9 +1,11 @@
-"""Step times of two processes: every ZeRO stage, offload and tensor parallelism beside torch's DDP and FSDP2.
+"""Step times of two processes: every ZeRO stage, offload, tensor and pipeline parallelism beside torch's DDP and FSDP2, and
+DeepSpeed's PipelineEngine.
 
     python tools/bench_layouts.py [--quick] [--json FILE] [--nvme-path DIR]
 
 All contenders train the same Llama from the same weights on the same batches; torch's two wrap our own `Stage`, so only what
-is around the model differs. Data-parallel contenders have a micro-batch on each rank, tensor-parallel ones both together.
+is around the model differs. Data-parallel contenders have a micro-batch on each rank, tensor- and pipeline-parallel
+ones both together, a pipeline in 8 micro-batches. DeepSpeed's pipeline is made of our own blocks.
 Losses and gradient norms of the first two steps must agree before anything is timed.
 
 Each contender is a pair of gloo processes of its own with one thread each, because DeepSpeed keeps state per process. Only
@@ -62,7 +64,7 @@ from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from trainer.data.loader import MicroBatch
-from trainer.engine import DTYPES
+from trainer.engine import DTYPES, Engine
 from trainer.errors import UserError
 from trainer.flops import Dtype
 from trainer.model.transformer import Stage, blocks_of
@@ -90,7 +92,15 @@ TENSOR: Mapping[str, Mapping[str, Any]] = {
     "tensor, no sequence": {"sequence_parallel": False, "overlap": True},
     "tensor, neither": {"sequence_parallel": False, "overlap": False},
 }
-CONTENDERS = (REFERENCE, "torch FSDP2", *ZERO, *TENSOR)
+PIPELINE: Mapping[str, Mapping[str, Any]] = {
+    "pipeline 1f1b": {"schedule": "1f1b"},
+    "pipeline interleaved": {"schedule": "interleaved_1f1b", "virtual_stages": 2},
+    "pipeline zero-bubble": {"schedule": "interleaved_zero_bubble"},
+    "pipeline zbv": {"schedule": "zbv", "virtual_stages": 2},
+}
+DEEPSPEED_PIPELINE = "DeepSpeed PipelineEngine"
+MICRO_BATCHES = 8
+CONTENDERS = (REFERENCE, "torch FSDP2", *ZERO, *TENSOR, *PIPELINE, DEEPSPEED_PIPELINE)
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,17 @@ def make_step(contender: str, shape: Shape, dtype: Dtype, disk: Path) -> Callabl
         parallel = {"tensor": PAIR, **TENSOR[contender]}
         engine = make_engine(both, Mesh.build(Layout(tp=PAIR)), CPU, dtype=dtype, zero={}, parallel=parallel)
         return partial(our_step, engine, joined(shape.batch(SEED + rank, documents=1) for rank in range(PAIR)))
+    if contender in PIPELINE or contender == DEEPSPEED_PIPELINE:
+        rows = [row for rank in range(PAIR) for row in rows_of(shape.batch(SEED + rank, documents=1))]
+        size = len(rows) // MICRO_BATCHES
+        batches = [joined(rows[start : start + size]) for start in range(0, len(rows), size)]
+        if contender == DEEPSPEED_PIPELINE:
+            return partial(DeepSpeedPipeline(shape, dtype, size).step, batches)
+        both = replace(shape, micro_sequences=len(rows))
+        parallel = {"pipeline": PAIR, **PIPELINE[contender]}
+        mesh = Mesh.build(Layout(pp=PAIR))
+        engine = make_engine(both, mesh, CPU, dtype=dtype, zero={}, parallel=parallel, micro_batches=MICRO_BATCHES)
+        return partial(our_pipeline_step, engine, batches)
     batch = shape.batch(SEED + dist.get_rank(), documents=1)
     if contender not in ZERO:
         return partial(TorchLoop(contender, shape, dtype).step, batch)
@@ -166,6 +187,92 @@ def make_step(contender: str, shape: Shape, dtype: Dtype, disk: Path) -> Callabl
             zero[block] = {**ON_NVME, "nvme_path": str(disk)}
     engine = make_engine(shape, Mesh.build(Layout(dp=PAIR)), CPU, dtype=dtype, zero=zero)
     return partial(our_step, engine, batch)
+
+
+def our_pipeline_step(engine: Engine, batches: Sequence[MicroBatch]) -> Numbers:
+    result = engine.step(batches, step=0, lr=LR)
+    return result.loss, result.grad_norm
+
+
+class DeepSpeedPipeline:
+    """The same blocks, weights and update in DeepSpeed's own pipeline, which knows 1F1B."""
+
+    def __init__(self, shape: Shape, dtype: Dtype, micro_sequences: int) -> None:
+        import deepspeed
+        from deepspeed.pipe import PipelineModule
+
+        network = shape.network()
+        stage = Stage(
+            network,
+            blocks_of(network),
+            dtype=DTYPES[dtype],
+            recompute="none",
+            tp=TensorParallel.alone(),
+            device=CPU,
+            fill=lambda block: initialise(block, seed=SEED),
+        )
+        documents = Documents.whole_rows(micro_sequences, shape.seq_len)
+        blocks = [
+            _InPipeline(stage, stage.embedding, documents),
+            *(_InPipeline(stage, layer, documents) for layer in stage.layers.values()),
+            _InPipeline(stage, stage.head.norm, documents),
+        ]
+        blocks[-1].logits = stage.head.logits
+        self.num_targets = 1
+        deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False, verbose=False)
+
+        def loss(h_ND: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+            # DeepSpeed averages over the micro-batches.
+            return stage.head.logits(h_ND, labels_BS.flatten()) * (MICRO_BATCHES / self.num_targets)
+
+        model = PipelineModule(blocks, num_stages=PAIR, loss_fn=loss, partition_method="uniform")
+        specs = {id(parameter): spec for _, parameter, spec in owned_specs(stage)}
+        parameters = [(parameter, specs[id(parameter)]) for parameter in model.parameters()]
+        optimizer = make_optimizer(Recipe.model_validate({"optimizer": {"lr": LR}}), parameters, CPU)
+        config = {
+            "train_micro_batch_size_per_gpu": micro_sequences,
+            "gradient_accumulation_steps": MICRO_BATCHES,
+            "gradient_clipping": CLIP_NORM,
+            "steps_per_print": 1_000_000,
+        }
+        for parameter, _ in parameters:
+            parameter.model_parallel = True
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.parameters = [parameter for parameter, _ in parameters]
+        self.engine.clip_fp32_gradients = self.clip  # DeepSpeed's keeps the norm to itself
+
+    def clip(self) -> None:
+        square = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters]).square()
+        dist.all_reduce(square)
+        self.norm = square.sqrt()
+        nn.utils.clip_grads_with_norm_(self.parameters, CLIP_NORM, self.norm)
+
+    def step(self, batches: Sequence[MicroBatch]) -> Numbers:
+        self.num_targets = sum(batch.num_targets for batch in batches)
+        loss = self.engine.train_batch(iter([(batch.tokens_BS, batch.labels_BS) for batch in batches]))
+        return float(loss), float(self.norm)
+
+
+class _InPipeline(nn.Module):
+    """A block that takes one tensor, as DeepSpeed's pipeline passes one; whole rows are its documents."""
+
+    def __init__(self, stage: Stage, block: nn.Module, documents: Documents) -> None:
+        super().__init__()
+        self.block = block
+        self._stage, self._documents = (stage,), documents  # in a tuple: the stage is no child of its block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (stage,) = self._stage
+        if self.block is stage.embedding:
+            return self.block(x, self._documents, None)
+        if stage.head is not None and self.block is stage.head.norm:
+            return self.block(x)
+        return self.block(x, self._documents, stage._rotation(self._documents, x.device), None)
+
+
+def rows_of(batch: MicroBatch) -> list[MicroBatch]:
+    rows = range(len(batch.documents))
+    return [MicroBatch(batch.tokens_BS[r : r + 1], batch.labels_BS[r : r + 1], (batch.documents[r],)) for r in rows]
 
 
 def joined(batches: Iterable[MicroBatch]) -> MicroBatch:
@@ -318,7 +425,7 @@ def table_of(figures: Sequence[Figure], title: str) -> Table:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = command_line(arguments, __doc__, SMALL, replace(TINY, seq_len=32))
+    parser = command_line(arguments, __doc__, SMALL, replace(TINY, seq_len=32, layers=4, micro_sequences=4))
     parser.add_argument("--nvme-path", type=Path, metavar="DIR", help="folder to swap in; default: a temporary folder")
     parser.add_argument(
         "--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help=f"{REFERENCE} always runs; default: all"
