@@ -159,6 +159,7 @@ def owned_libraries(source: Source) -> list[str]:
 
 
 WITHOUT_TORCH = {
+    "parallel.balance",
     "parallel.schedule_table",
     "parallel.schedules",
     "parallel.simulator",
@@ -168,6 +169,8 @@ WITHOUT_TORCH = {
     "trainer.deepspeed_config",
     "trainer.errors",
     "trainer.flops",
+    "trainer.model.blocks",
+    "trainer.model.costs",
     "trainer.model.families",
     "trainer.recipe",
     "trainer.schedule",
