@@ -97,6 +97,11 @@ class ScheduleTable:
         actions = (action for rank in range(self.num_ranks) for action in self.actions(rank))
         return frozenset(action for action in actions if action.kind is Kind.BACKWARD)
 
+    @property
+    def splits_backward(self) -> bool:
+        """Whether some weight gradient is computed apart from its input gradient."""
+        return len(self.whole_backwards) < self.num_stages * self.num_micro_batches
+
     def stages(self, rank: int) -> list[int]:
         """In the order of the layers."""
         return sorted(stage for stage, holder in self.rank_of_stage.items() if holder == rank)

@@ -36,7 +36,8 @@ class Place(NamedTuple):
 class Schedule:
     """`order(place, number of micro-batches)` is what one rank runs.
 
-    `virtual_stages`: the only number of stages per rank that it has, or None for any. `accepts(micro-batches, ranks)`:
+    `virtual_stages`: the only number of stages per rank that it has, or None for any. `splits_backward`: it has I and W
+    apart. `accepts(micro-batches, ranks)`:
     whether torch's class takes so many; `needs` says the same in words, with {ranks} to fill in.
     """
 
@@ -44,6 +45,7 @@ class Schedule:
     order: Callable[[Place, int], list[Step]]
     virtual_stages: int | None = None
     v_shaped: bool = False
+    splits_backward: bool = False
     accepts: Callable[[int, int], bool] = lambda micro_batches, ranks: True
     needs: str = "at least 1 micro-batch"
 
@@ -51,6 +53,11 @@ class Schedule:
         if self.v_shaped:
             return Place(rank, ranks, (rank, 2 * ranks - 1 - rank))
         return Place(rank, ranks, tuple(range(rank, ranks * virtual_stages, ranks)))
+
+    def rank_of_stage(self, ranks: int, virtual_stages: int) -> list[int]:
+        places = [self.place(rank, ranks, virtual_stages) for rank in range(ranks)]
+        ranks_of_stages = sorted((stage, place.rank) for place in places for stage in place.stages)
+        return [rank for _, rank in ranks_of_stages]
 
     def nearest_micro_batches(self, wanted: int, ranks: int) -> list[int]:
         """The accepted numbers next to `wanted`: below it, if there is one, and above. Every multiple of 2 · ranks is one."""
@@ -288,15 +295,17 @@ SCHEDULES = {
     "interleaved_zero_bubble": Schedule(
         "Qi et al. 2023, arXiv:2401.10241",
         _interleaved_zero_bubble,
+        splits_backward=True,
         accepts=_in_equal_rounds,
         needs="micro-batches in equal rounds: a multiple of (micro-batches // {ranks})",
     ),
-    "zbv": Schedule("Qi et al. 2023, arXiv:2401.10241, section 6", _zbv, virtual_stages=2, v_shaped=True),
+    "zbv": Schedule("Qi et al. 2023, arXiv:2401.10241, section 6", _zbv, virtual_stages=2, v_shaped=True, splits_backward=True),
     "dualpipev": Schedule(
         "DeepSeek-AI 2024, arXiv:2412.19437, in its V shape",
         _dualpipev,
         virtual_stages=2,
         v_shaped=True,
+        splits_backward=True,
         accepts=lambda micro_batches, ranks: micro_batches >= 2 * ranks,
         needs="at least 2 · {ranks} micro-batches, one for each stage",
     ),

@@ -67,7 +67,8 @@ from trainer.data.loader import MicroBatch
 from trainer.engine import DTYPES, Engine
 from trainer.errors import UserError
 from trainer.flops import Dtype
-from trainer.model.transformer import Stage, blocks_of
+from trainer.model.blocks import blocks_of
+from trainer.model.transformer import Stage
 from trainer.optimizers import make_optimizer
 from trainer.sections import Recipe
 

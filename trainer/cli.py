@@ -202,6 +202,7 @@ def _check(arguments: argparse.Namespace) -> int:
     _show_values(console, resolved)
     console.print()
     _show_model(console, resolved, network)
+    _show_stages(console, resolved, network)
     if plan is not None:
         _say(
             console,
@@ -248,7 +249,7 @@ def _show_values(console: Console, resolved: ResolvedRecipe) -> None:
 
 
 def _show_model(console: Console, resolved: ResolvedRecipe, network: TransformerConfig | None) -> None:
-    from trainer.model.families import count_parameters
+    from trainer.model.costs import count_parameters
 
     if network is None:
         _say(console, f"model: known once {_missing_part(resolved)} is opened")
@@ -258,6 +259,18 @@ def _show_model(console: Console, resolved: ResolvedRecipe, network: Transformer
         f"model: {network.family}, {count_parameters(network):,} parameters: {network.num_layers} layers, hidden "
         f"{network.hidden_size}, {network.num_heads} heads, vocabulary {network.vocab_size:,}",
     )
+
+
+def _show_stages(console: Console, resolved: ResolvedRecipe, network: TransformerConfig | None) -> None:
+    if resolved.recipe.parallel.pipeline == 1:
+        return
+    if network is None:
+        _say(console, f"stages: known once {_missing_part(resolved)} is opened")
+        return
+    from trainer.timeline import division
+
+    for line in division(resolved.recipe, network):
+        _say(console, line)
 
 
 def _missing_part(resolved: ResolvedRecipe) -> str:
@@ -273,14 +286,14 @@ def _schedule(arguments: argparse.Namespace) -> int:
     from trainer.recipe.pipeline import schedule_table
     from trainer.timeline import check_size, draw, save, summary
 
-    recipe = load(arguments.recipe, arguments.set).recipe
-    parallel = recipe.parallel
+    resolved = load(arguments.recipe, arguments.set)
+    recipe, parallel = resolved.recipe, resolved.recipe.parallel
     if parallel.pipeline == 1:
         raise RecipeError("parallel.pipeline = 1: there is no pipeline to draw; legal: 2 or more")
     replica = parallel.tensor * parallel.pipeline * parallel.context
     plan = BatchPlan.from_recipe(recipe, arguments.gpus or replica, "--gpus")
     check_size(parallel.pipeline * parallel.virtual_stages, plan.num_micro_batches)
-    table = schedule_table(recipe, plan)
+    table, network = schedule_table(recipe, plan), _network(resolved)
     timeline = simulate(table, arguments.costs, latency=arguments.latency)
     title = (
         f"{parallel.schedule}: pipeline {parallel.pipeline} × virtual_stages {parallel.virtual_stages}, "
@@ -293,6 +306,7 @@ def _schedule(arguments: argparse.Namespace) -> int:
     for line in draw(timeline, table, console.width):
         console.print(line, no_wrap=True, crop=False)
     console.print(summary(timeline, table))
+    _show_stages(console, resolved, network)
     if arguments.out is not None:
         _say(console, str(arguments.out))
     return EXIT_OK

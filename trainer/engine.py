@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import logging
 import math
 import os
@@ -41,10 +40,12 @@ from trainer.errors import DataError
 from trainer.execution import Batch, Execution, InPipeline, OneStage
 from trainer.loss_scale import LossScaler
 from trainer.master_weights import MasterWeights
+from trainer.model.blocks import blocks_of
 from trainer.model.families import TransformerConfig
-from trainer.model.transformer import Block, Stage, blocks_of
+from trainer.model.transformer import Stage
 from trainer.optimizers import make_optimizer
 from trainer.recipe.pipeline import schedule_table
+from trainer.recipe.stages import stages_of
 from trainer.sections import Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.threaded_io import use_threads_where_async_io_is_missing
@@ -236,17 +237,6 @@ class Engine:
 
     def _total(self, count: int, group: Group) -> int:
         return int(all_reduce(torch.tensor(count, dtype=torch.int64, device=self.device), group))
-
-
-def stages_of(recipe: Recipe, config: TransformerConfig) -> list[list[Block]]:
-    n = recipe.parallel.pipeline * recipe.parallel.virtual_stages
-    blocks = blocks_of(config)
-    layers = blocks[1:-1]
-    cuts = [round(i * len(layers) / n) for i in range(n + 1)]
-    parts = [layers[a:b] for a, b in itertools.pairwise(cuts)]
-    parts[0].insert(0, blocks[0])
-    parts[-1].append(blocks[-1])
-    return parts
 
 
 class _LogLines(io.TextIOBase):

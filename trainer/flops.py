@@ -38,23 +38,35 @@ PEAKS: dict[str, dict[Dtype, float]] = {
 
 def matmul_weights(config: TransformerConfig) -> int:
     """Elements of the weights that each token is multiplied with."""
+    return config.num_layers * layer_matmul_weights(config) + head_matmul_weights(config)
+
+
+def layer_matmul_weights(config: TransformerConfig) -> int:
     D, K = config.hidden_size, config.head_dim
     attention = D * K * (2 * config.num_heads + 2 * config.num_kv_heads)
     mlp = D * config.ffn_size * (3 if config.gated_mlp else 2)
-    return config.num_layers * (attention + mlp) + config.head_transform * D * D + config.vocab_size * D
+    return attention + mlp
+
+
+def head_matmul_weights(config: TransformerConfig) -> int:
+    return config.vocab_size * config.hidden_size + config.head_transform * config.hidden_size**2
+
+
+def attention_flops(config: TransformerConfig, length: int, window: int | None) -> int:
+    """Q Kᵀ and P V of one layer over a document of `length` tokens, forward and backward."""
+    beyond = 0 if window is None else max(0, length - window)
+    per_square = (6 if config.causal else 12) * config.num_heads * config.head_dim
+    return per_square * (length * length - beyond * beyond)
 
 
 def training_flops(config: TransformerConfig, document_lengths: Iterable[int]) -> int:
     """FLOPs of forward and backward over documents of these lengths [tokens]."""
     layers_with = Counter(config.windows)
-    tokens = squares = 0
+    tokens = attention = 0
     for length in document_lengths:
         tokens += length
-        for window, layers in layers_with.items():
-            beyond = 0 if window is None else max(0, length - window)
-            squares += layers * (length * length - beyond * beyond)
-    per_square = (6 if config.causal else 12) * config.num_heads * config.head_dim
-    return 6 * matmul_weights(config) * tokens + per_square * squares
+        attention += sum(layers * attention_flops(config, length, window) for window, layers in layers_with.items())
+    return 6 * matmul_weights(config) * tokens + attention
 
 
 def listed_peak(device_name: str, dtype: Dtype) -> float | None:

@@ -161,6 +161,13 @@ class Parallel(Section):
     )
     virtual_stages: PositiveInt = Field(1, description="Stages on each pipeline rank; zbv and dualpipev have exactly 2.")
 
+    balance: list[PositiveInt] | None = Field(
+        None,
+        min_length=1,
+        description="Layers on each stage, in the order of the layers; the embedding is on the first, the head on the last. "
+        "Absent: by cost.",
+    )
+
     @property
     def divides_tokens(self) -> bool:
         """Whether sequence parallelism is on."""

@@ -1,9 +1,9 @@
-"""A pipeline's schedule, drawn: a line per rank in the terminal, a picture in a file, and its figures as a table."""
+"""A pipeline, shown: its schedule as a line per rank in the terminal or a picture in a file, its figures, its stages."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from math import ceil, floor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +12,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from parallel.balance import loads_of_ranks
 from parallel.schedule_table import Action, Overlap, ScheduleTable, Step, actions_of, write_csv
 from parallel.simulator import Span, Timeline, peak_in_flight
 from trainer.errors import RecipeError
+from trainer.model.blocks import Block, blocks_of
+from trainer.model.costs import count_parameters
+from trainer.model.families import TransformerConfig
+from trainer.recipe.pipeline import rank_of_stage
+from trainer.recipe.stages import cost_of_blocks, stages_of
+from trainer.sections import Recipe
+from trainer.track.text import percent, scaled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,6 +79,42 @@ def summary(timeline: Timeline, table: ScheduleTable) -> RenderableType:
         f"bubble: {timeline.bubble_share():.2%} of {timeline.makespan:g} units of time, all ranks together",
         "in flight: the most micro-batches whose activations a rank holds at once",
     )
+
+
+def division(recipe: Recipe, network: TransformerConfig) -> Iterator[str]:
+    """What each stage holds and has to do, and each rank where it has several; and how far the busiest is above the mean."""
+    stages, ranks = stages_of(recipe, network), rank_of_stage(recipe.parallel)
+    cost = dict(zip(blocks_of(network), cost_of_blocks(recipe, network), strict=True))
+    costs = [sum(cost[block] for block in blocks) for blocks in stages]
+    parameters = [count_parameters(network, blocks) for blocks in stages]
+    loads, sizes = loads_of_ranks(costs, ranks), loads_of_ranks(parameters, ranks)
+
+    def figures(size: int, load: int) -> str:
+        return f"{scaled(size)} parameters · {percent(load / sum(costs))} of the work"
+
+    for stage, blocks in enumerate(stages):
+        yield f"stage {stage} (rank {ranks[stage]}): {_names(blocks)} · {figures(parameters[stage], costs[stage])}"
+    if len(loads) == len(stages):
+        yield f"imbalance: the busiest rank has {percent(_above_mean(loads))} more than the mean"
+        return
+    for rank in range(len(loads)):
+        held = ", ".join(str(stage) for stage, holder in enumerate(ranks) if holder == rank)
+        yield f"rank {rank}: stages {held} · {figures(sizes[rank], loads[rank])}"
+    yield (
+        f"imbalance: the busiest rank has {percent(_above_mean(loads))} more than the mean, the largest stage "
+        f"{percent(_above_mean(costs))}"
+    )
+
+
+def _names(blocks: Sequence[Block]) -> str:
+    """embedding, layers 0–4"""
+    layers = [block.layer for block in blocks if block.kind == "layer"]
+    span = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}–{layers[-1]}"
+    return ", ".join(dict.fromkeys(span if block.kind == "layer" else block.kind for block in blocks))
+
+
+def _above_mean(costs: Sequence[int]) -> float:
+    return max(costs) * len(costs) / sum(costs) - 1
 
 
 # ----------------------------------------------------------------------------------------------------------- terminal

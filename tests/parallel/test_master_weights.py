@@ -26,8 +26,9 @@ from trainer.batching import BatchPlan
 from trainer.deepspeed_config import deepspeed_config
 from trainer.engine import DTYPES, Engine
 from trainer.master_weights import MasterWeights
+from trainer.model.blocks import blocks_of
 from trainer.model.families import largest_weight, translate
-from trainer.model.transformer import Stage, blocks_of
+from trainer.model.transformer import Stage
 from trainer.sections import Recipe
 
 

@@ -165,6 +165,7 @@ def owned_libraries(source: Source) -> list[str]:
 
 
 WITHOUT_TORCH = {
+    "parallel.balance",
     "parallel.schedule_table",
     "parallel.schedules",
     "parallel.simulator",
@@ -174,6 +175,8 @@ WITHOUT_TORCH = {
     "trainer.deepspeed_config",
     "trainer.errors",
     "trainer.flops",
+    "trainer.model.blocks",
+    "trainer.model.costs",
     "trainer.model.families",
     "trainer.recipe",
     "trainer.schedule",

@@ -7,12 +7,12 @@ import pytest
 
 from trainer.errors import RecipeError
 from trainer.flops import matmul_weights, training_flops
+from trainer.model.costs import count_parameters
 from trainer.model.families import (
     FAMILIES,
     PLAIN,
     RopeScaling,
     TransformerConfig,
-    count_parameters,
     largest_weight,
     to_hf_config,
     translate,

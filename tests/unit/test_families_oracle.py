@@ -42,10 +42,11 @@ from tests.unit.test_transformer_oracle import (
     stage_from,
 )
 from trainer.model import transformer
+from trainer.model.blocks import blocks_of
 from trainer.model.families import FAMILIES, to_hf_config, translate
 from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
 from trainer.model.names import WEIGHT_NAMES
-from trainer.model.transformer import Stage, _frequency_scale, blocks_of, logical_specs
+from trainer.model.transformer import Stage, _frequency_scale, logical_specs
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -15,8 +15,9 @@ from parallel.tensor import TensorParallel
 from tests.unit.test_families import BERT
 from tests.unit.test_transformer_oracle import GPT2, LLAMA, V
 from trainer.flops import PEAKS, listed_peak, matmul_weights, training_flops
+from trainer.model.blocks import blocks_of
 from trainer.model.families import TransformerConfig, translate
-from trainer.model.transformer import Stage, blocks_of
+from trainer.model.transformer import Stage
 
 ROWS = ((16,), (5, 11), (1, 1, 14))
 WHOLE_ROWS = ((32,), (32,))

@@ -13,9 +13,10 @@ from parallel.tensor import TensorParallel
 from trainer.data.tokenizer import Tokenizer, make_tokenizer
 from trainer.errors import DataError, RecipeError, UserError
 from trainer.generate import continue_from_folder, sample
+from trainer.model.blocks import blocks_of
 from trainer.model.families import to_hf_config, translate
 from trainer.model.hugging_face import write_folder
-from trainer.model.transformer import Stage, blocks_of
+from trainer.model.transformer import Stage
 
 V = 11
 

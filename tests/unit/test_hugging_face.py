@@ -31,10 +31,11 @@ from tests.unit.test_transformer_oracle import (
     stage_from,
 )
 from trainer.errors import DataError, RecipeError, UserError
+from trainer.model.blocks import blocks_of
 from trainer.model.families import to_hf_config, translate
 from trainer.model.hugging_face import INDEX, SINGLE, PretrainedWeights, local_folder, read_config, write_folder
 from trainer.model.names import WEIGHT_NAMES
-from trainer.model.transformer import Stage, blocks_of, logical_specs
+from trainer.model.transformer import Stage, logical_specs
 
 TIED_LLAMA = MODELS["llama-mha-tied"]
 ROUND_TRIPS = [MODELS["llama-biases"], TIED_LLAMA, MODELS["gpt2"], MODELS["gpt2-untied"]]

@@ -1,6 +1,7 @@
 """The pipeline's schedule at the recipe's door: each wrong combination refused in one line, its legal neighbours accepted."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from parallel.schedules import SCHEDULES, build
 from trainer import recipe
 from trainer.batching import BatchPlan
 from trainer.errors import RecipeError
+from trainer.model.blocks import Block
 from trainer.recipe import rules
 from trainer.recipe.pipeline import check_micro_batches, schedule_table
+from trainer.recipe.stages import layers_by_cost, stages_of
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +31,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def load(parallel: dict[str, Any], batch: dict[str, Any] | None = None, layers: int = 12) -> recipe.ResolvedRecipe:
+def load(
+    parallel: dict[str, Any], batch: dict[str, Any] | None = None, layers: int = 12, **sections: Any
+) -> recipe.ResolvedRecipe:
     value = {
         "model": {"family": "gpt2", "config": {"n_layer": layers}},
         "parallel": parallel,
         "batch": {"global_sequences": 16, **(batch or {})},
+        **sections,
     }
     Path("r.json").write_text(json.dumps(value))
     return recipe.load("r.json")
@@ -78,6 +84,24 @@ RULES: list[tuple[str, Arguments, str, list[Arguments]]] = [
      "parallel.pipeline 4 × virtual_stages 2 = 8 stages, but the model has 7 layers, and each stage needs one; nearest legal "
      "parallel.pipeline: 3",
      [(pipeline(3, "interleaved_1f1b", 2), {"global_sequences": 12}, 7), (pipeline(4, "interleaved_1f1b", 2), {}, 8)]),
+    ("a division by hand is for pipelines",
+     ({"balance": [12]},), "parallel.balance is used only with parallel.pipeline above 1: remove it",
+     [({**pipeline(2), "balance": [7, 5]},), ({"balance": None},)]),
+    ("a division has the stages",
+     ({**pipeline(2, "zbv", 2), "balance": [6, 6]},),
+     "parallel.balance has 2 numbers, but parallel.pipeline 2 × virtual_stages 2 = 4 stages; legal: 4 numbers, the layers on "
+     "each, or leave it out to divide by cost",
+     [({**pipeline(2, "zbv", 2), "balance": [3, 3, 3, 3]},), (pipeline(2, "zbv", 2),)]),
+    ("a division has the layers",
+     ({**pipeline(3), "balance": [6, 4, 1]},),
+     "parallel.balance = [6, 4, 1] is 11 layers, but the model has 12; nearest legal: [6, 4, 2], or leave it out",
+     [({**pipeline(3), "balance": [6, 4, 2]},)]),
+    ("a division has no more than the layers",
+     ({**pipeline(2), "balance": [10**15, 1]},), "but the model has 12; nearest legal: [11, 1], or leave it out",
+     [({**pipeline(2), "balance": [11, 1]},)]),
+    ("a division leaves no stage empty",
+     ({**pipeline(2), "balance": [12, 0]},), "parallel.balance[1] = 0: must be a whole number ≥ 1",
+     [({**pipeline(2), "balance": [11, 1]},)]),
     ("a file exists",
      (pipeline(2, "tow.csv"),), 'parallel.schedule = "tow.csv": No such file or directory (looked from',
      [(pipeline(2, "two.csv"),), (pipeline(2, "./two.csv"),)]),
@@ -112,9 +136,103 @@ def test_rule(name: str, refused: Arguments, said: str, neighbours: list[Argumen
         load(*neighbour)
 
 
-def test_layers_of_a_network_that_is_not_here_are_not_judged() -> None:
-    Path("r.json").write_text(json.dumps({"model": {"from_pretrained": "owner/name"}, "parallel": {"pipeline": 2}}))
-    assert recipe.load("r.json").recipe.parallel.schedule == "1f1b"
+def zero(stage: int, offload: str = "none") -> dict[str, Any]:
+    return {"stage": stage, "offload_param": {"device": offload}}
+
+
+@pytest.mark.parametrize(("name", "virtual_stages"), [("interleaved_zero_bubble", 1), ("zbv", 2), ("dualpipev", 2)])
+def test_weights_that_are_divided_again_take_no_later_gradient(name: str, virtual_stages: int) -> None:
+    other = "1f1b" if virtual_stages == 1 else "interleaved_1f1b"
+    with pytest.raises(RecipeError) as error:
+        load(pipeline(2, name, virtual_stages), zero=zero(3))
+    (line,) = error.value.lines
+    assert f'zero.stage = 3 divides a stage\'s weights again after its backward, but parallel.schedule "{name}"' in line
+    assert line.endswith(f"nearest legal: zero.stage 2, or parallel.schedule {other}")
+    load(pipeline(2, name, virtual_stages), zero=zero(2))
+    load(pipeline(2, other, virtual_stages), zero=zero(3))
+
+
+def test_offloaded_weights_cannot_have_a_lower_stage() -> None:
+    with pytest.raises(RecipeError, match=r"nearest legal: parallel\.schedule interleaved_1f1b$"):
+        load(pipeline(2, "zbv", 2), zero=zero(3, "cpu"))
+    load(pipeline(2, "interleaved_1f1b", 2), zero=zero(3, "cpu"))
+
+
+def test_a_file_is_judged_by_its_actions() -> None:
+    with pytest.raises(RecipeError, match=r"nearest legal: zero\.stage 2, or a table with B in place of I and W"):
+        load(pipeline(2, "v.csv", 2), zero=zero(3))
+    load(pipeline(2, "v.csv", 2), zero=zero(2))
+    load(pipeline(2, "two.csv"), zero=zero(3))
+
+
+def test_layers_of_a_network_that_is_not_here_are_judged_when_it_is() -> None:
+    parallel = {"pipeline": 2, "balance": [1, 2]}
+    Path("r.json").write_text(json.dumps({"model": {"from_pretrained": "owner/name"}, "parallel": parallel}))
+    resolved = recipe.load("r.json")
+    assert resolved.recipe.parallel.schedule == "1f1b"
+    fetched = {"model_type": "gpt2", "n_layer": 3}
+    assert resolved.network(vocab_size=None, pretrained=fetched).num_layers == 3
+    with pytest.raises(RecipeError, match=r"is 3 layers, but the model has 4; nearest legal: \[2, 2\]"):
+        resolved.network(vocab_size=None, pretrained={**fetched, "n_layer": 4})
+    with pytest.raises(RecipeError, match="2 stages, but the model has 1 layers"):
+        resolved.network(vocab_size=None, pretrained={**fetched, "n_layer": 1})
+
+
+def stages(resolved: recipe.ResolvedRecipe) -> list[list[Block]]:
+    return stages_of(resolved.recipe, resolved.network(vocab_size=257))
+
+
+def test_stages_hold_the_model_in_order() -> None:
+    hand = stages(load({**pipeline(3), "balance": [7, 2, 3]}))
+    assert [len(blocks) for blocks in hand] == [8, 2, 4]
+    assert list(chain(*hand)) == [Block("embedding"), *(Block("layer", n) for n in range(12)), Block("head")]
+    assert stages(load({})) == [list(chain(*hand))]
+
+
+@pytest.mark.parametrize(("schedule", "layers"), [("interleaved_1f1b", [2, 1, 3, 1]), ("zbv", [1, 2, 3, 1])])
+def test_stages_follow_the_ranks_of_the_schedule(schedule: str, layers: list[int], folder: Path) -> None:
+    """A vocabulary of 50,257 on a small GPT-2: its head is as dear as five layers, so that its rank has few."""
+    written = load(pipeline(2, schedule, 2), layers=sum(layers))
+    network = written.network(vocab_size=50257)
+    assert layers_by_cost(written.recipe, network) == layers
+    write_csv(schedule_table(written.recipe, plan_of(written, 2)), folder / "same.csv")
+    assert layers_by_cost(load(pipeline(2, "same.csv", 2), layers=sum(layers)).recipe, network) == layers
+
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "ranks", "layers"),
+    [
+        # The head takes as long as 2.09 layers, the embedding as 0.05 of one.
+        (128256, 4, [8, 9, 9, 6]),
+        (128256, 8, [4, 4, 4, 4, 4, 5, 5, 2]),
+        (32000, 4, [8, 8, 8, 8]),
+    ],
+)
+def test_llama_8b(vocab_size: int, ranks: int, layers: list[int]) -> None:
+    config = {**LLAMA_8B, "vocab_size": vocab_size}
+    Path("r.json").write_text(
+        json.dumps(
+            {
+                "model": {"family": "llama", "config": config},
+                "data": {"seq_len": 8192},
+                "parallel": pipeline(ranks),
+                "batch": {"global_sequences": 32},
+            }
+        )
+    )
+    resolved = recipe.load("r.json")
+    assert layers_by_cost(resolved.recipe, resolved.network(vocab_size=None)) == layers
 
 
 def plan_of(resolved: recipe.ResolvedRecipe, world_size: int) -> BatchPlan:

@@ -67,6 +67,8 @@ def test_multi_stage_orders_are_torch_s(name: str) -> None:
         for rank, order in theirs.pipeline_order.items():
             assert [str(step) for step in ours.steps[rank]] == [str(a) for a in order if a is not None]
         assert ours.rank_of_stage == theirs.stage_index_to_group_rank
+        assert SCHEDULES[name].rank_of_stage(ranks, virtual_stages) == [rank for _, rank in sorted(ours.rank_of_stage.items())]
+        assert ours.splits_backward == SCHEDULES[name].splits_backward
         simulate(ours)
     assert bool(refused) == (name in ("interleaved_1f1b", "interleaved_zero_bubble", "dualpipev"))
 

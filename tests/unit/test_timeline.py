@@ -93,6 +93,37 @@ def test_the_command_draws_and_counts(capsys: pytest.CaptureFixture[str], tmp_pa
 
 
 @pytest.mark.usefixtures("pipelines")
+@pytest.mark.parametrize("command", ["schedule", "check"])
+def test_stages_are_shown(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--set=parallel.pipeline=2", "--set=batch.micro_sequences=1", "--set=parallel.balance=[5,3]"]
+    assert cli.main([command, QUICKSTART, *arguments]) == 0
+    first, second, imbalance = capsys.readouterr().out.splitlines()[-3:]
+    assert first == "stage 0 (rank 0): embedding, layers 0–4 · 7.56 M parameters · 57.7 % of the work"
+    assert second == "stage 1 (rank 1): layers 5–7, head · 5.01 M parameters · 42.3 % of the work"
+    assert imbalance == "imbalance: the busiest rank has 15.5 % more than the mean"
+
+
+@pytest.mark.usefixtures("pipelines")
+def test_ranks_of_several_stages_are_shown_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert schedule("--set", "parallel.schedule=zbv", "--set", "parallel.virtual_stages=2") == 0
+    stages = [line for line in capsys.readouterr().out.splitlines() if "parameters" in line]
+    assert len(stages) == 12
+    assert stages[0].startswith("stage 0 (rank 0): embedding, layer 0 · ")
+    assert stages[7].startswith("stage 7 (rank 0): layer 7, head · ")
+    assert stages[8].startswith("rank 0: stages 0, 7 · ")
+    shares = [float(line.split("·")[2].split()[0]) for line in stages]
+    assert sum(shares[:8]) == pytest.approx(100, abs=0.5)  # eight figures of one decimal place
+    assert sum(shares[8:]) == pytest.approx(100, abs=0.5)
+
+
+@pytest.mark.usefixtures("pipelines")
+def test_stages_of_a_network_that_is_not_known_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    assert schedule("--set", 'model={"from_pretrained":"owner/name"}') == 0
+    printed = capsys.readouterr().out
+    assert 'stages: known once model.from_pretrained "owner/name" is opened' in printed
+
+
+@pytest.mark.usefixtures("pipelines")
 def test_the_command_takes_costs_latency_and_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert schedule("--set", "parallel.schedule=gpipe", "--gpus", "8", "--costs", "2,2,2", "--latency", "0.5") == 0
     printed = capsys.readouterr().out

@@ -803,26 +803,6 @@ def _rope_scaling_keys(scaling: RopeScaling | None) -> dict[str, Any]:
     return {"rope_type": scaling.kind, **{name: values[rule.fields[0]] for name, rule in ROPE_SCALINGS[scaling.kind].items()}}
 
 
-def count_parameters(config: TransformerConfig) -> int:
-    """Elements of all weights; a head tied to the embedding once."""
-    D, F, V = config.hidden_size, config.ffn_size, config.vocab_size
-    queries, keys_values = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
-    norm = D * (1 + config.norm_bias)
-    attention = D * (queries + keys_values) + config.qkv_bias * (queries + keys_values)
-    attention += queries * D + config.attention_out_bias * D
-    inputs = 2 if config.gated_mlp else 1
-    mlp = (inputs + 1) * D * F + config.mlp_bias * (inputs * F + D)
-    embeddings = V * D * (1 if config.tied_head else 2)
-    if config.positions == "learned":
-        embeddings += config.max_positions * D
-    embeddings += config.token_types * D + config.embedding_norm * norm
-    norms = norm * (4 if config.norm_position == "sandwich" else 2) + 2 * config.head_dim * config.qk_norm
-    head = config.head_transform * (D * D + D + norm) + config.head_bias * V
-    if config.norm_position != "post":
-        head += norm
-    return embeddings + config.num_layers * (norms + attention + mlp) + head
-
-
 def largest_weight(config: TransformerConfig) -> int:
     """Elements of the largest single weight, with queries, keys and values fused, and gate with up."""
     D = config.hidden_size

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -30,20 +29,9 @@ from parallel.norm import LayerNorm, QueryKeyNorm, RMSNorm
 from parallel.params import Init, ShardSpec, complete_partial_gradients, materialise, owned_specs
 from parallel.rng import Streams, dropout
 from parallel.tensor import TensorParallel
+from trainer.model.blocks import Block, blocks_of
 from trainer.model.families import RopeScaling, TransformerConfig
 from trainer.model.names import WEIGHT_NAMES
-
-
-@dataclass(frozen=True)
-class Block:
-    """One unit of the model that a stage can hold."""
-
-    kind: Literal["embedding", "layer", "head"]
-    layer: int = 0
-
-
-def blocks_of(config: TransformerConfig) -> list[Block]:
-    return [Block("embedding"), *(Block("layer", i) for i in range(config.num_layers)), Block("head")]
 
 
 def logical_specs(config: TransformerConfig) -> list[ShardSpec]:

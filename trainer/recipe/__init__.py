@@ -2,8 +2,8 @@
 
 In order: read JSON with the place of each key (`json_reader.py`, `places.py`), lay the files named by `extends` and `--set`
 over each other (`layers.py`), check keys, types and ranges against `sections.py` (`keys.py`, `unknown_keys.py`), then what
-only the whole recipe shows: combinations (`rules.py`), names of files (`names.py`), the network (`network.py`), the pipeline's
-schedule (`pipeline.py`). `door.py` runs them. No torch here: a recipe is checked on a login node in a fraction of a second.
+only the whole recipe shows: combinations (`rules.py`), names of files (`names.py`), the network (`network.py`), the pipeline
+(`pipeline.py`). `door.py` runs them. No torch here: a recipe is checked on a login node in a fraction of a second.
 """
 
 from trainer.recipe.door import ResolvedRecipe, load

@@ -68,7 +68,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
     marks = layer.named_marks()
     recipe, problems, faulty = validate(layer.value, marks)
     hf_config, findings = read_network(recipe)
-    findings += pipeline_findings(recipe, hf_config, marks.keys())
+    findings += pipeline_findings(recipe, marks.keys())
     rules = [*section_findings(recipe, marks.keys()), *name_findings(recipe), *findings]
     # A rule about a key that is itself wrong would only repeat or mislead.
     sound = [finding for finding in rules if not any(_under(key, bad) for key in finding.keys for bad in faulty)]

@@ -11,6 +11,7 @@ from trainer.errors import RecipeError
 from trainer.model.families import FAMILIES, TransformerConfig, read_config
 from trainer.recipe.layers import read_file
 from trainer.recipe.names import exists, tokenizer_vocab_size
+from trainer.recipe.pipeline import layer_findings
 from trainer.recipe.places import printable, shown
 from trainer.recipe.tensor import tensor_findings
 from trainer.sections import Finding, Recipe
@@ -81,6 +82,7 @@ def fit_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding
     yield from _task_findings(recipe, network)
     yield from _position_findings(recipe, network)
     yield from tensor_findings(recipe, network)
+    yield from layer_findings(recipe, network)
 
 
 def _task_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:

@@ -1,41 +1,71 @@
-"""The pipeline that a recipe describes: what is wrong with its schedule, and the schedule as a table."""
+"""The pipeline that a recipe describes: what is wrong with it, and its schedule as a table."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Sequence
 from math import isqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from parallel.schedule_table import ScheduleTable, read_csv
 from parallel.schedules import SCHEDULES, Schedule, build
 from parallel.simulator import simulate
 from trainer.errors import RecipeError
-from trainer.recipe.network import translate
-from trainer.sections import Finding, Recipe, nearest
+from trainer.model.families import TransformerConfig
+from trainer.recipe.places import shown
+from trainer.sections import Finding, Parallel, Recipe, nearest
 
 if TYPE_CHECKING:
     from trainer.batching import BatchPlan
 
-KEY = "parallel.schedule"
+KEY, BALANCE = "parallel.schedule", "parallel.balance"
 
 
-def pipeline_findings(recipe: Recipe, hf_config: Mapping[str, Any] | None, given: Collection[str]) -> Iterator[Finding]:
-    """What cannot work whatever the world size; `hf_config`: the network, None while it is still on the hub."""
+def pipeline_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
+    """What cannot work whatever the world size and the network; `given`: the dotted keys that were written."""
     if recipe.parallel.pipeline == 1:
-        for key in (KEY, "parallel.virtual_stages"):
-            if key in given:
-                yield Finding((key, "parallel.pipeline"), f"{key} is used only with parallel.pipeline above 1: remove it")
-    elif _is_file(recipe.parallel.schedule):
+        yield from _unused_findings(recipe, given)
+        return
+    yield from _balance_findings(recipe)
+    if _is_file(recipe.parallel.schedule):
         yield from _file_findings(recipe)
-        yield from _layer_findings(recipe, hf_config)
     elif (schedule := SCHEDULES.get(recipe.parallel.schedule)) is None:
         yield _unknown_name(recipe.parallel.schedule)
     else:
         yield from _virtual_stage_findings(recipe, schedule)
         yield from _most_micro_batches_findings(recipe, schedule)
-        yield from _layer_findings(recipe, hf_config)
+        yield from _zero_findings(recipe, splits_backward=schedule.splits_backward)
+
+
+def layer_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:
+    """Each stage has a layer, without which it would have nothing to pass on, and each layer a stage."""
+    parallel = recipe.parallel
+    if parallel.pipeline == 1:
+        return
+    stages, division = parallel.pipeline * parallel.virtual_stages, parallel.balance
+    if network.num_layers < stages:
+        legal = network.num_layers // parallel.virtual_stages
+        fewer = f"; nearest legal parallel.pipeline: {legal}" if legal else ""
+        yield Finding(
+            ("parallel.pipeline", "parallel.virtual_stages", "model.config", "model.from_pretrained"),
+            f"parallel.pipeline {parallel.pipeline} × virtual_stages {parallel.virtual_stages} = {stages} stages, but the "
+            f"model has {network.num_layers} layers, and each stage needs one{fewer}",
+        )
+    elif division is not None and len(division) == stages and sum(division) != network.num_layers:
+        yield Finding(
+            (BALANCE, "model.config", "model.from_pretrained"),
+            f"{BALANCE} = {shown(division)} is {sum(division)} layers, but the model has {network.num_layers}; nearest legal: "
+            f"{_nearest_division(division, network.num_layers)}, or leave it out to divide by cost",
+        )
+
+
+def rank_of_stage(parallel: Parallel) -> list[int]:
+    """By the schedule of a recipe that passed the door."""
+    if _is_file(parallel.schedule):
+        ranks = _read(parallel.schedule).rank_of_stage
+        return [ranks[stage] for stage in sorted(ranks)]
+    return SCHEDULES[parallel.schedule].rank_of_stage(parallel.pipeline, parallel.virtual_stages)
 
 
 def schedule_table(recipe: Recipe, plan: BatchPlan) -> ScheduleTable:
@@ -120,19 +150,47 @@ def _most_micro_batches_findings(recipe: Recipe, schedule: Schedule) -> Iterator
     )
 
 
-def _layer_findings(recipe: Recipe, hf_config: Mapping[str, Any] | None) -> Iterator[Finding]:
-    """A stage without a layer would have nothing to pass on."""
+def _unused_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
+    for key in (KEY, "parallel.virtual_stages", BALANCE):
+        if key in given and getattr(recipe.parallel, key.rpartition(".")[2]) is not None:
+            yield Finding((key, "parallel.pipeline"), f"{key} is used only with parallel.pipeline above 1: remove it")
+
+
+def _balance_findings(recipe: Recipe) -> Iterator[Finding]:
     parallel = recipe.parallel
     stages = parallel.pipeline * parallel.virtual_stages
-    family = recipe.model.family or str((hf_config or {}).get("model_type"))
-    network, _ = translate(family, hf_config, 1) if hf_config is not None else (None, [])
-    if network is not None and network.num_layers < stages:
-        legal = network.num_layers // parallel.virtual_stages
-        fewer = f"; nearest legal parallel.pipeline: {legal}" if legal else ""
+    if parallel.balance is not None and len(parallel.balance) != stages:
         yield Finding(
-            ("parallel.pipeline", "parallel.virtual_stages", "model.config", "model.from_pretrained"),
-            f"parallel.pipeline {parallel.pipeline} × virtual_stages {parallel.virtual_stages} = {stages} stages, but the "
-            f"model has {network.num_layers} layers, and each stage needs one{fewer}",
+            (BALANCE, "parallel.pipeline", "parallel.virtual_stages"),
+            f"{BALANCE} has {len(parallel.balance)} numbers, but parallel.pipeline {parallel.pipeline} × virtual_stages "
+            f"{parallel.virtual_stages} = {stages} stages; legal: {stages} numbers, the layers on each, or leave it out to "
+            "divide by cost",
+        )
+
+
+def _nearest_division(division: Sequence[int], layers: int) -> list[int]:
+    """Missing layers go to the smallest stages, one by one; those too many are taken from the largest."""
+    nearest = [min(number, layers) for number in division]
+    while (missing := layers - sum(nearest)) > 0:
+        nearest[nearest.index(min(nearest))] += 1
+    for _ in range(-missing):
+        nearest[nearest.index(max(nearest))] -= 1
+    return nearest
+
+
+def _zero_findings(recipe: Recipe, *, splits_backward: bool) -> Iterator[Finding]:
+    """What ZeRO and a schedule cannot do together."""
+    zero, parallel = recipe.zero, recipe.parallel
+    if zero.stage == 3 and splits_backward:
+        lower = "" if zero.offload_param.device != "none" else "zero.stage 2, or "
+        if _is_file(parallel.schedule):
+            whole = "a table with B in place of I and W"
+        else:
+            whole = f"{KEY} {'1f1b' if parallel.virtual_stages == 1 else 'interleaved_1f1b'}"
+        yield Finding(
+            ("zero.stage", KEY),
+            f"zero.stage = 3 divides a stage's weights again after its backward, but {KEY} {json.dumps(parallel.schedule)} "
+            f"computes weight gradients later (W), when there is nothing to add them to; nearest legal: {lower}{whole}",
         )
 
 
@@ -146,6 +204,7 @@ def _file_findings(recipe: Recipe) -> Iterator[Finding]:
         yield Finding((KEY,), f"{said}: {error}")
     else:
         yield from (Finding(keys, f"{said}: {message}") for keys, message in _table_problems(recipe, table))
+        yield from _zero_findings(recipe, splits_backward=table.splits_backward)
 
 
 def _table_problems(recipe: Recipe, table: ScheduleTable) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -1,0 +1,20 @@
+"""The units that a model is built from and divided into. No torch, so that `check` can say which stage holds what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.model.families import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Block:
+    """One unit of the model that a stage can hold."""
+
+    kind: Literal["embedding", "layer", "head"]
+    layer: int = 0
+
+
+def blocks_of(config: TransformerConfig) -> list[Block]:
+    return [Block("embedding"), *(Block("layer", i) for i in range(config.num_layers)), Block("head")]

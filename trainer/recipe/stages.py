@@ -1,0 +1,37 @@
+"""How the blocks of the network are divided over the stages of the pipeline."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+from parallel.balance import balance
+from trainer.model.blocks import Block, blocks_of
+from trainer.model.costs import block_costs
+from trainer.model.families import TransformerConfig
+from trainer.recipe.pipeline import rank_of_stage
+from trainer.sections import Recipe
+
+
+def stages_of(recipe: Recipe, network: TransformerConfig) -> list[list[Block]]:
+    """The blocks of each stage in the order of the model, of a recipe that passed the door.
+
+    The embedding goes with the first layer and the head with the last: a stage without a layer would have nothing to pass on.
+    """
+    embedding, *layers, head = blocks_of(network)
+    cuts = accumulate(recipe.parallel.balance or layers_by_cost(recipe, network), initial=0)
+    stages = [layers[first:end] for first, end in pairwise(cuts)]
+    stages[0].insert(0, embedding)
+    stages[-1].append(head)
+    return stages
+
+
+def layers_by_cost(recipe: Recipe, network: TransformerConfig) -> list[int]:
+    """Layers on each stage, so that no rank has much more to do than the others."""
+    embedding, *layers, head = cost_of_blocks(recipe, network)
+    layers[0] += embedding
+    layers[-1] += head
+    return [len(part) for part in balance(layers, rank_of_stage(recipe.parallel))]
+
+
+def cost_of_blocks(recipe: Recipe, network: TransformerConfig) -> list[int]:
+    return block_costs(network, seq_len=recipe.data.seq_len, micro_sequences=recipe.batch.micro_sequences)
