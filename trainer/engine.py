@@ -35,11 +35,11 @@ from parallel.rng import Streams
 from parallel.tensor import TensorParallel
 from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
-from trainer.errors import DataError
+from trainer.errors import DataError, RecipeError
 from trainer.loss_scale import LossScaler
 from trainer.master_weights import MasterWeights
-from trainer.model.families import TransformerConfig
-from trainer.model.transformer import Stage, blocks_of
+from trainer.model.auto_stage import AutoStage
+from trainer.model.network import Network, make_stage
 from trainer.optimizers import make_optimizer
 from trainer.sections import Recipe
 from trainer.stopwatch import Stopwatch
@@ -74,7 +74,7 @@ class Engine:
         self,
         recipe: Recipe,
         plan: BatchPlan,
-        config: TransformerConfig,
+        config: Network,
         mesh: Mesh,
         device: torch.device,
         *,
@@ -96,9 +96,8 @@ class Engine:
         dtype = DTYPES[recipe.precision.dtype]
         masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
         degrees = recipe.parallel
-        stage = Stage(
+        stage = make_stage(
             config,
-            blocks_of(config),
             dtype=dtype,
             recompute=recipe.train.recompute,
             tp=TensorParallel(mesh.tp, sequence=degrees.divides_tokens, overlap=degrees.overlap),
@@ -106,6 +105,7 @@ class Engine:
             fill=masters.rounding(fill),
             partition=_partition(deepspeed_config, units) if self.zero_stage == 3 else lambda block: None,
         )
+        self.constants = stage.constants if isinstance(stage, AutoStage) else []  # saved like weights, never trained
         self.specs: list[tuple[nn.Parameter, ShardSpec]] = [(p, spec) for _, p, spec in owned_specs(stage)]
         for parameter, spec in self.specs:
             parameter.model_parallel = spec.owned  # DeepSpeed's mark: off the first rank only these count in the norm
@@ -118,6 +118,11 @@ class Engine:
         if self.zero_stage in (1, 2):
             # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
             self.optimizer.check_grad_overflow = True
+        if isinstance(stage, AutoStage) and stage.looks_ahead(device):
+            raise RecipeError(
+                f"{config.architecture}: its logits at a token depend on the next one, so predicting it would teach nothing; "
+                "legal: a model with causal attention"
+            )
 
     @property
     def num_params(self) -> int:
@@ -184,6 +189,7 @@ class Engine:
             gathered = deepspeed.zero.GatheredParameters([parameter]) if self.zero_stage == 3 else contextlib.nullcontext()
             with gathered:
                 yield spec, parameter.detach()
+        yield from self.constants
 
     def gathered_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
         """On the first rank of the mesh the parameters of the whole model, elsewhere nothing; all ranks must iterate."""

@@ -32,15 +32,16 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
-def local_folder(name: str, revision: str | None) -> Path:
-    """A folder as it is; a hub name is fetched (config, safetensors, tokenizer) into the hub's own cache."""
+def local_folder(name: str, revision: str | None, *, code: bool = False) -> Path:
+    """A folder as it is; a hub name is fetched (config, safetensors, tokenizer; `code`: *.py too) into the hub's own cache."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", *(["*.py"] if code else [])]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen kinds
         raise RecipeError(
             f"model.from_pretrained = {name!r} is not a folder here and could not be fetched from the hub "
@@ -82,30 +83,47 @@ class PretrainedWeights:
         for _, parameter, spec in owned_specs(module):
             zero_padding(parameter.data, spec)
             for piece in spec.pieces:
-                box = self._read(piece)
+                box = self.read(piece)
                 piece.in_parameter(parameter.data).copy_(box.t() if piece.transposed else box)
 
-    def check_names(self, specs: Sequence[ShardSpec]) -> None:
-        """DataError for tensors in the folder that no parameter of the whole model takes; `specs` are unsharded."""
+    def holds(self, specs: Sequence[ShardSpec]) -> bool:
+        """Whether every logical tensor is here under its name."""
+        return all(self._stored_name(piece.name) in self._files for spec in specs for piece in spec.pieces)
+
+    def check_names(
+        self,
+        specs: Sequence[ShardSpec],
+        *,
+        ties: Mapping[str, Piece] | None = None,
+        is_unused: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        """DataError for tensors in the folder that no parameter of the whole model takes; `specs` are unsharded.
+
+        `ties`: further names of weights, under which a folder may hold them again; the head's, where none are given.
+        `is_unused`: names that the model knows and does not want.
+        """
+        if ties is None:
+            ties = {HEAD: next(spec.pieces[0] for spec in specs if spec.role is Role.EMBEDDING)}
         wanted = {self._stored_name(piece.name) for spec in specs for piece in spec.pieces}
-        extra = sorted(n for n in self._files.keys() - wanted if not n.endswith((*NOT_WEIGHTS, HEAD)))
+        unwanted = self._files.keys() - wanted
+        extra = sorted(name for name in unwanted - ties.keys() if not name.endswith(NOT_WEIGHTS) and not is_unused(name))
         if extra:
             others = f" (and {len(extra) - 1} more)" if extra[1:] else ""
             raise DataError(
                 f"{self.folder}: tensor {extra[0]}{others} has no place in the model: "
                 "config.json and the weights do not belong together"
             )
-        if HEAD in self._files.keys() - wanted:
-            self._check_tied_head(next(spec.pieces[0] for spec in specs if spec.role is Role.EMBEDDING))
+        for name in sorted(ties.keys() & unwanted):
+            self._check_tie(name, ties[name])
 
-    def _check_tied_head(self, embedding: Piece) -> None:
-        """A folder may hold a tied head a second time, but not another one: transformers would untie them."""
-        for first in range(0, embedding.shape[0], COMPARED_ROWS):
-            rows = min(COMPARED_ROWS, embedding.shape[0] - first)
-            box = replace(embedding, start=(first, 0), size=(rows, embedding.shape[1]))
-            if not torch.equal(self._read(replace(box, name=HEAD)), self._read(box)):
+    def _check_tie(self, name: str, weight: Piece) -> None:
+        """A folder may hold a tied weight a second time, but not another one: transformers would untie them."""
+        for first in range(0, weight.shape[0], COMPARED_ROWS):
+            rows = min(COMPARED_ROWS, weight.shape[0] - first)
+            box = replace(weight, start=(first, *weight.start[1:]), size=(rows, *weight.shape[1:]))
+            if not torch.equal(self.read(replace(box, name=name)), self.read(box)):
                 raise DataError(
-                    f"{self.folder}: tensor {HEAD} differs from {embedding.name}, but config.json ties them: "
+                    f"{self.folder}: tensor {name} differs from {weight.name}, but config.json ties them: "
                     "set tie_word_embeddings to false in config.json"
                 )
 
@@ -144,9 +162,10 @@ class PretrainedWeights:
 
     def _stored_name(self, name: str) -> str:
         """Checkpoints of a bare model (without its head) leave out the first part of the names."""
-        return name if name in self._files else name.split(".", 1)[1]
+        return name if name in self._files else name.partition(".")[2]
 
-    def _read(self, piece: Piece) -> Tensor:
+    def read(self, piece: Piece) -> Tensor:
+        """One box of a logical tensor, as it is stored; DataError when it is missing, misshapen or not finite."""
         stored = self._stored_name(piece.name)
         if stored not in self._files:
             raise DataError(
@@ -179,10 +198,11 @@ def write_folder(
     *,
     dtype: torch.dtype,
     config: Mapping[str, Any],
-    save_tokenizer: Callable[[Path], None],
+    save_beside: Callable[[Path], None],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a Hugging Face folder, whole or not at all; `folder` None on ranks that only take part in the gathering.
+    `save_beside` puts the tokenizer, and what else belongs there, into the folder.
 
     Every logical tensor must come complete: an empty or partial one is an error, never a file.
     """
@@ -198,7 +218,7 @@ def write_folder(
         if len(files) > 1:
             _write_index(files, draft / INDEX)
         (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_tokenizer(draft)
+        save_beside(draft)
         for path in draft.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
