@@ -1,4 +1,4 @@
-"""Token and position embeddings (Shoeybi et al. 2019, arXiv:1909.08053, §3).
+"""Embeddings of tokens, positions and token types (Shoeybi et al. 2019, arXiv:1909.08053, §3).
 
 Shape letters: B batch, S sequence, N = B · S tokens, D model, V vocabulary.
 """
@@ -23,11 +23,21 @@ def vocabulary_shard(vocab_size: int, group: Group) -> tuple[int, int]:
     return group.rank * rows, rows
 
 
-def vocabulary_piece(name: str, vocab_size: int, hidden_size: int, group: Group) -> Piece:
-    """The real, unpadded rows of a [V, D] tensor that this rank holds; none on a rank that holds only padding."""
+def vocabulary_piece(name: str, shape: tuple[int, ...], group: Group) -> Piece:
+    """The real, unpadded rows of a [V] or [V, D] tensor that this rank holds; none on a rank that holds only padding."""
+    vocab_size, *features = shape
     first, rows = vocabulary_shard(vocab_size, group)
     first = min(first, vocab_size)
-    return Piece(name, (vocab_size, hidden_size), (first, 0), (min(rows, vocab_size - first), hidden_size))
+    return Piece(name, shape, (first, *[0] * len(features)), (min(rows, vocab_size - first), *features))
+
+
+def vocabulary_weight(
+    name: str, vocab_size: int, hidden_size: int, role: Role, init: Init, group: Group, tied_over: Group | None
+) -> tuple[tuple[int, int], ShardSpec]:
+    """Shape and spec of this rank's rows of a [V, D] tensor, padding included."""
+    rows = vocabulary_shard(vocab_size, group)[1]
+    piece = vocabulary_piece(name, (vocab_size, hidden_size), group)
+    return (rows, hidden_size), ShardSpec(role, init, (piece,), tied_over or Group.alone(), tied=tied_over is not None)
 
 
 class VocabParallelEmbedding(Sharded):
@@ -37,12 +47,15 @@ class VocabParallelEmbedding(Sharded):
     Backward: each rank keeps its rows' gradient; with sequence parallelism after an all-gather.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, name: str, init: Init, tp: TensorParallel) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, name: str, init: Init, tp: TensorParallel, tied_over: Group | None = None
+    ) -> None:
+        """`tied_over`: the ranks of the first and the last pipeline stage, when the head there has this weight too."""
         super().__init__()
         self.tp = tp
-        self.first, rows = vocabulary_shard(vocab_size, tp.group)
-        piece = vocabulary_piece(name, vocab_size, hidden_size, tp.group)
-        self.declare("weight", (rows, hidden_size), ShardSpec(Role.EMBEDDING, init, (piece,), Group.alone()))
+        self.first = vocabulary_shard(vocab_size, tp.group)[0]
+        shape, spec = vocabulary_weight(name, vocab_size, hidden_size, Role.EMBEDDING, init, tp.group, tied_over)
+        self.declare("weight", shape, spec)
 
     def forward(self, tokens_N: Tensor) -> Tensor:
         if self.tp.group.size == 1:
@@ -53,21 +66,21 @@ class VocabParallelEmbedding(Sharded):
         return self.tp.leave(y_ND.masked_fill(elsewhere_N.unsqueeze(-1), 0.0))
 
 
-class PositionEmbedding(Sharded):
-    """Learned positions [max_positions, D], whole on every rank.
+class ReplicatedEmbedding(Sharded):
+    """A table [rows, D] that is whole on every rank: learned positions, token types.
 
-    Forward: positions [N] → [N, D]; with sequence parallelism of this rank's tokens, so its gradient is partial.
+    Forward: rows of the table [N] → [N, D]; with sequence parallelism of this rank's tokens, so its gradient is partial.
     """
 
-    def __init__(self, max_positions: int, hidden_size: int, *, name: str, init: Init, tp: TensorParallel) -> None:
+    def __init__(self, rows: int, hidden_size: int, *, name: str, init: Init, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
-        shape = (max_positions, hidden_size)
+        shape = (rows, hidden_size)
         spec = whole(name, shape, role=Role.EMBEDDING, init=init, copies=tp.group, partial=tp.sequence)
         self.declare("weight", shape, spec)
 
-    def forward(self, positions_N: Tensor) -> Tensor:
-        return functional.embedding(positions_N[self.tp.tokens(positions_N.shape[0])], self.weight)
+    def forward(self, rows_N: Tensor) -> Tensor:
+        return functional.embedding(rows_N[self.tp.tokens(rows_N.shape[0])], self.weight)
 
 
 def rotary_tables(

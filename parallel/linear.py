@@ -1,4 +1,4 @@
-"""Column- and row-parallel linear layers (Shoeybi et al. 2019, arXiv:1909.08053, §3).
+"""Linear layers: column- and row-parallel (Shoeybi et al. 2019, arXiv:1909.08053, §3), and whole on every rank.
 
 Shape letters: N tokens of a micro-batch, I input features, O output features; a capital keeps its letter when it is local.
 Weights are stored [O, I] as torch does, Y = X Wᵀ + b, whatever the logical tensor's orientation. With sequence parallelism
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from parallel.collectives import Pending, all_gather, start_all_gather, start_all_reduce, start_reduce_scatter
+from parallel.deferred import WeightGradients
 from parallel.mesh import Group
 from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
 from parallel.tensor import TensorParallel
@@ -48,7 +49,8 @@ class _ColumnParallelLinear(torch.autograd.Function):
 
     Backward: dX = Σ over ranks of dY W, dW = dYᵀ X, db = Σ dY. Written out for what autograd cannot do: with sequence
     parallelism X is kept as this rank's tokens and gathered again while dY W is computed, and the sum of dX over the ranks
-    runs while dYᵀ X is computed (Narayanan et al. 2021, arXiv:2104.04473; Korthikanti et al. 2022, arXiv:2205.05198, §4.2.2).
+    runs while dYᵀ X is computed (Narayanan et al. 2021, arXiv:2104.04473; Korthikanti et al. 2022, arXiv:2205.05198, §4.2.2),
+    or dYᵀ X is left for later.
     """
 
     @staticmethod
@@ -56,19 +58,19 @@ class _ColumnParallelLinear(torch.autograd.Function):
         ctx: Any,
         x_NI: Tensor,
         tp: TensorParallel,
+        later: _Later,
         weight: Tensor,
         bias: Tensor | None,
         shared_weight: Tensor | None,
         shared_bias: Tensor | None,
     ) -> Tensor:
         ctx.tp = tp
+        ctx.later = later
         ctx.save_for_backward(x_NI, weight, shared_weight)
         ctx.biased = bias is not None
         all_NI = all_gather(x_NI, tp.group) if tp.sequence else x_NI
-        y_NO = functional.linear(all_NI, weight, bias)
-        if shared_weight is None:
-            return y_NO
-        return torch.cat([y_NO, functional.linear(all_NI, shared_weight, shared_bias)], -1)
+        y_NO = _linear(all_NI, weight, bias)
+        return y_NO if shared_weight is None else torch.cat([y_NO, _linear(all_NI, shared_weight, shared_bias)], -1)
 
     @staticmethod
     @once_differentiable
@@ -81,16 +83,65 @@ class _ColumnParallelLinear(torch.autograd.Function):
         gathering = start_all_gather(x_NI, tp.group) if tp.sequence else Pending(x_NI, None)
         if not tp.overlap:
             gathering.wait()
-        dx_NI = parts[0] @ weight
+        dx_NI = parts[0] @ weight.to(dy_NO.dtype)
         if shared_weight is not None:
-            dx_NI.addmm_(parts[1], shared_weight)
+            dx_NI.addmm_(parts[1], shared_weight.to(dy_NO.dtype))
         summing = (start_reduce_scatter if tp.sequence else start_all_reduce)(dx_NI, tp.group)
         if not tp.overlap:
             summing.wait()
         all_NI = gathering.wait()
-        grads = [(part.t() @ all_NI, part.sum(0) if ctx.biased else None) for part in parts]
-        (dw, db), (shared_dw, shared_db) = grads if len(grads) == 2 else (grads[0], (None, None))
-        return summing.wait(), None, dw, db, shared_dw, shared_db
+        dws = [ctx.later.gradient(index, w, dy, all_NI) for index, (w, dy) in enumerate(zip(weights, parts, strict=True))]
+        dbs = [dy.sum(0).to(weight.dtype) if ctx.biased else None for dy in parts]
+        (dw, shared_dw), (db, shared_db) = ((*grads, None)[:2] for grads in (dws, dbs))
+        return summing.wait(), None, None, dw, db, shared_dw, shared_db
+
+
+class _LinearForLater(torch.autograd.Function):
+    """Y = X Wᵀ whose weight gradient is left for later. Backward: dX = dY W."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, later: _Later, weight: Tensor) -> Tensor:
+        ctx.later = later
+        ctx.save_for_backward(x_NI, weight)
+        return _linear(x_NI, weight, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor, None, None]:
+        x_NI, weight = ctx.saved_tensors
+        ctx.later.gradient(0, weight, dy_NO, x_NI)
+        return dy_NO @ weight.to(dy_NO.dtype), None, None
+
+
+@dataclass(frozen=True)
+class _Later:
+    """Where weight gradients go: back to autograd, or, with `deferred`, there for these weights. Autograd then gets the
+    weights detached: an edge without a gradient would still run the hooks of ZeRO."""
+
+    deferred: WeightGradients | None
+    weights: tuple[nn.Parameter | None, ...]
+
+    def seen_by_autograd(self, index: int) -> Tensor | None:
+        weight = self.weights[index]
+        return weight if weight is None or self.deferred is None else weight.detach()
+
+    def gradient(self, index: int, weight: Tensor, dy_NO: Tensor, x_NI: Tensor) -> Tensor | None:
+        """dYᵀ X in the weight's format; None when it is left for later."""
+
+        def product() -> Tensor:
+            return (dy_NO.t() @ x_NI).to(weight.dtype)
+
+        if self.deferred is None:
+            return product()
+        leaf = self.weights[index]
+        assert leaf is not None
+        self.deferred.put(leaf, product)
+        return None
+
+
+def _linear(x_NI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In the format of x."""
+    return functional.linear(x_NI, weight.to(x_NI.dtype), None if bias is None else bias.to(x_NI.dtype))
 
 
 class ColumnParallelLinear(Sharded):
@@ -150,14 +201,15 @@ class ColumnParallelLinear(Sharded):
         return features
 
     def forward(self, x_NI: Tensor) -> Tensor:
-        weight, bias = self._cast("weight", x_NI.dtype), self._cast("bias", x_NI.dtype)
-        if self.tp.group.size == 1:
-            return functional.linear(x_NI, weight, bias)
-        shared_weight, shared_bias = self._cast("shared_weight", x_NI.dtype), self._cast("shared_bias", x_NI.dtype)
-        return _ColumnParallelLinear.apply(x_NI, self.tp, weight, bias, shared_weight, shared_bias)
+        if self.tp.group.size == 1 and self.tp.deferred is None:
+            return _linear(x_NI, self.weight, self._given("bias"))
+        later = _Later(self.tp.deferred, (self.weight, self._given("shared_weight")))
+        weight, shared_weight = later.seen_by_autograd(0), later.seen_by_autograd(1)
+        bias, shared_bias = self._given("bias"), self._given("shared_bias")
+        return _ColumnParallelLinear.apply(x_NI, self.tp, later, weight, bias, shared_weight, shared_bias)
 
-    def _cast(self, name: str, dtype: torch.dtype) -> Tensor | None:
-        return getattr(self, name).to(dtype) if name in self.specs else None
+    def _given(self, name: str) -> nn.Parameter | None:
+        return getattr(self, name) if name in self.specs else None
 
 
 class RowParallelLinear(Sharded):
@@ -186,5 +238,29 @@ class RowParallelLinear(Sharded):
             self.bias = None
 
     def forward(self, x_NI: Tensor) -> Tensor:
-        y_NO = self.tp.leave(functional.linear(x_NI, self.weight.to(x_NI.dtype)))
+        if self.tp.deferred is None:
+            y_NO = self.tp.leave(_linear(x_NI, self.weight, None))
+        else:
+            later = _Later(self.tp.deferred, (self.weight,))
+            y_NO = self.tp.leave(_LinearForLater.apply(x_NI, later, later.seen_by_autograd(0)))
         return y_NO if self.bias is None else y_NO + self.bias.to(y_NO.dtype)
+
+
+class ReplicatedLinear(Sharded):
+    """Y = X Aᵀ + b between the parallel regions, whole on every rank.
+
+    Forward: X [N, I], or this rank's tokens of it → Y [N, O] of the same tokens; no communication. With sequence parallelism
+    each rank gives its tokens' part of the gradients; without, all ranks compute the same.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, name: str, init: Init, tp: TensorParallel) -> None:
+        super().__init__()
+        for what, shape, role, start in (
+            ("weight", (out_features, in_features), Role.MATRIX, init),
+            ("bias", (out_features,), Role.BIAS, Init()),
+        ):
+            spec = whole(f"{name}.{what}", shape, role=role, init=start, copies=tp.group, partial=tp.sequence)
+            self.declare(what, shape, spec)
+
+    def forward(self, x_NI: Tensor) -> Tensor:
+        return functional.linear(x_NI, self.weight.to(x_NI.dtype), self.bias.to(x_NI.dtype))

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from parallel.collectives import all_reduce
-from parallel.embedding import VocabParallelEmbedding, vocabulary_piece, vocabulary_shard
+from parallel.embedding import VocabParallelEmbedding, vocabulary_piece, vocabulary_shard, vocabulary_weight
 from parallel.mesh import Group
 from parallel.params import Init, Role, Sharded, ShardSpec
 from parallel.soft_cap import soft_cap
@@ -25,12 +25,12 @@ CHUNK_BYTES = 32 << 20  # fp32 logits held at a time: fits a server CPU's L3, an
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """Σ over targets of −log softmax(cap(h Wᵀ))[label], with the gradients computed chunk by chunk in forward.
+    """Σ over targets of −log softmax(cap(h Wᵀ + b))[label], with the gradients computed chunk by chunk in forward.
 
-    cap(x) = c · tanh(x / c) where there is a soft cap c, else x.
+    cap(x) = c · tanh(x / c) where there is a soft cap c, else x; b may be None.
 
     In forward each chunk's logits are still in cache, so backward neither keeps nor recomputes them: three matrix products
-    in all, the least possible. Forward: h [N, D] replicated, W [V/p, D] → scalar, replicated. Communication per chunk:
+    in all, the least possible. Forward: h [N, D] replicated, W [V/p, D], b [V/p] → scalar, replicated. Communication per chunk:
     the all-reduced maximum, then denominator and target logit together. Backward: two scalings.
     """
 
@@ -39,12 +39,13 @@ class _CrossEntropySum(torch.autograd.Function):
         ctx: Any,
         h_ND: Tensor,
         weight_VD: Tensor,
+        bias_V: Tensor | None,
         labels_N: Tensor,
         vocab_size: int,
         group: Group,
         softcap: float | None,
     ) -> Tensor:
-        wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        wants_grad = any(ctx.needs_input_grad)
         w_VD = weight_VD.to(h_ND.dtype)
         first, rows = vocabulary_shard(vocab_size, group)
         padding = first + rows - vocab_size
@@ -53,6 +54,7 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_h = torch.empty_like(h_ND) if wants_grad else None
         # Several chunks are summed in fp32: in bf16 the sum would lose what later chunks add.
         grad_w = torch.zeros(w_VD.shape, dtype=wide, device=w_VD.device) if wants_grad else None
+        grad_b = torch.zeros(bias_V.shape, dtype=wide, device=w_VD.device) if wants_grad and bias_V is not None else None
         step = max(1, CHUNK_BYTES // (4 * rows))
         for start in range(0, h_ND.shape[0], step):
             part = slice(start, start + step)
@@ -63,6 +65,8 @@ class _CrossEntropySum(torch.autograd.Function):
             column = local.masked_fill(~is_here, 0).unsqueeze(-1)
 
             logits = (h_ND[part] @ w_VD.t()).to(wide)
+            if bias_V is not None:
+                logits.add_(bias_V)
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_()
                 slope = 1.0 - logits.square() if wants_grad else None
@@ -81,27 +85,32 @@ class _CrossEntropySum(torch.autograd.Function):
             probabilities.scatter_add_(-1, column, -is_here.to(wide).unsqueeze(-1))
             if softcap is not None:
                 probabilities.mul_(slope)
-            delta = probabilities.masked_fill_(~is_target.unsqueeze(-1), 0.0).to(h_ND.dtype)
+            probabilities.masked_fill_(~is_target.unsqueeze(-1), 0.0)
+            if grad_b is not None:
+                grad_b += probabilities.sum(0)
+            delta = probabilities.to(h_ND.dtype)
             grad_h[part] = delta @ w_VD
             grad_w += delta.t() @ h_ND[part]
         if grad_h is not None:
-            ctx.save_for_backward(grad_h, grad_w)
+            ctx.save_for_backward(grad_h, grad_w, grad_b)
             ctx.weight_dtype = weight_VD.dtype
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad, (grad_w * grad).to(ctx.weight_dtype), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_h, grad_w, grad_b = ctx.saved_tensors
+        bias = None if grad_b is None else (grad_b * grad).to(ctx.weight_dtype)
+        return grad_h * grad, (grad_w * grad).to(ctx.weight_dtype), bias, None, None, None, None
 
 
 class VocabParallelHead(Sharded):
-    """Logits' matrix W [V/p, D], its own or borrowed from the embedding, and the loss that goes with it.
+    """Logits' matrix W [V/p, D], its own, borrowed from the embedding, or a copy of the embedding of the first pipeline stage
+    (`tied_over` the ranks of both), their bias [V/p], and the loss that goes with them.
 
     `forward` with labels [N] (IGNORE where there is no target): h [N, D], or this rank's tokens of it → the loss summed over
     targets, an fp32 scalar, the same on every rank of the group. Without labels: this rank's logits [N, V/p], for sampling
-    and oracles. `softcap`: logits x become softcap · tanh(x / softcap).
+    and oracles. `bias`: its logical tensor's name, None: there is none. `softcap`: logits x become softcap · tanh(x / softcap).
     """
 
     def __init__(
@@ -112,7 +121,9 @@ class VocabParallelHead(Sharded):
         name: str,
         init: Init,
         tp: TensorParallel,
-        tied_to: VocabParallelEmbedding | None,
+        tied_to: VocabParallelEmbedding | None = None,
+        tied_over: Group | None = None,
+        bias: str | None = None,
         softcap: float | None = None,
     ) -> None:
         super().__init__()
@@ -120,15 +131,21 @@ class VocabParallelHead(Sharded):
         self.softcap = softcap
         self.vocab_size = vocab_size
         if tied_to is None:
-            shape = (vocabulary_shard(vocab_size, tp.group)[1], hidden_size)
-            piece = vocabulary_piece(name, vocab_size, hidden_size, tp.group)
-            self.declare("weight", shape, ShardSpec(Role.MATRIX, init, (piece,), Group.alone()))
+            role = Role.MATRIX if tied_over is None else Role.EMBEDDING
+            self.declare("weight", *vocabulary_weight(name, vocab_size, hidden_size, role, init, tp.group, tied_over))
         else:
             self.borrow("weight", tied_to)
+        if bias is None:
+            self.bias = None
+        else:
+            piece = vocabulary_piece(bias, (vocab_size,), tp.group)
+            rows = vocabulary_shard(vocab_size, tp.group)[1]
+            self.declare("bias", (rows,), ShardSpec(Role.BIAS, Init(), (piece,), Group.alone()))
 
     def forward(self, h_ND: Tensor, labels_N: Tensor | None = None) -> Tensor:
         h_ND = self.tp.enter(h_ND)
         if labels_N is None:
-            logits_NV = functional.linear(h_ND, self.weight.to(h_ND.dtype))
+            bias = None if self.bias is None else self.bias.to(h_ND.dtype)
+            logits_NV = functional.linear(h_ND, self.weight.to(h_ND.dtype), bias)
             return logits_NV if self.softcap is None else soft_cap(logits_NV, self.softcap)
-        return _CrossEntropySum.apply(h_ND, self.weight, labels_N, self.vocab_size, self.tp.group, self.softcap)
+        return _CrossEntropySum.apply(h_ND, self.weight, self.bias, labels_N, self.vocab_size, self.tp.group, self.softcap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -58,6 +59,8 @@ class Mesh:
     | group | ranks that differ in | used by |
     |---|---|---|
     | tp | tp | parallel layers |
+    | pp | pp | the pipeline's activations and their gradients |
+    | ends | pp, first and last only | weights that the first and the last stage share |
     | dp | dp and cp | gradient reduction, ZeRO, the step's target count |
     | replica | pp and tp | the gradient norm: together these ranks hold one copy of the model |
     """
@@ -65,6 +68,8 @@ class Mesh:
     layout: Layout
     rank: int
     tp: Group
+    pp: Group
+    ends: Group | None  # None between the ends, and where one rank is both
     dp: Group
     replica: Group
 
@@ -78,15 +83,22 @@ class Mesh:
         if layout.world_size != dist.get_world_size():
             raise ValueError(f"layout {layout} has {layout.world_size} ranks, the world has {dist.get_world_size()}")
         rank = dist.get_rank()
-        tp, dp, replica = (_join(layout, rank, axes) for axes in (("tp",), ("dp", "cp"), ("pp", "tp")))
-        return cls(layout=layout, rank=rank, tp=tp, dp=dp, replica=replica)
+        tp, pp, dp, replica = (_join(layout, rank, *axes) for axes in (("tp",), ("pp",), ("dp", "cp"), ("pp", "tp")))
+        ends = _member([(ranks[0], ranks[-1]) for ranks in layout.groups("pp")], rank) if layout.pp > 1 else None
+        return cls(layout=layout, rank=rank, tp=tp, pp=pp, ends=ends, dp=dp, replica=replica)
 
 
-def _join(layout: Layout, rank: int, axes: tuple[str, ...]) -> Group:
+def _join(layout: Layout, rank: int, *axes: str) -> Group:
+    group = _member(layout.groups(*axes), rank)
+    assert group is not None, "groups along any axes cover all ranks"
+    return group
+
+
+def _member(groups: Sequence[tuple[int, ...]], rank: int) -> Group | None:
+    """Make all groups, and return the one that this rank is in."""
     mine = None
-    for ranks in layout.groups(*axes):
+    for ranks in groups:
         handle = dist.new_group(list(ranks))
         if rank in ranks:
             mine = Group(rank=ranks.index(rank), ranks=ranks, handle=handle)
-    assert mine is not None, "groups along any axes cover all ranks"
     return mine

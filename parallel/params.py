@@ -75,6 +75,8 @@ class ShardSpec:
     `copies` are the ranks that hold these same boxes, this one among them. The first of them owns the parameter: it is
     counted in norms and saved there only. `partial`: each copy's gradient is only the part that this rank's tokens or heads
     give, so that gradients must be summed over the copies (`complete_partial_gradients`); otherwise theirs are equal already.
+    `tied`: used in two pipeline stages, whose backwards do not meet: its gradients are summed once per step
+    (`parallel.ties`), over the copies where the stages are on different ranks.
     """
 
     role: Role
@@ -82,6 +84,7 @@ class ShardSpec:
     pieces: tuple[Piece, ...]
     copies: Group
     partial: bool = False
+    tied: bool = False
 
     @property
     def owned(self) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from parallel.collectives import copy_to_group, gather_tokens, reduce_from_group, scatter_tokens
+from parallel.deferred import WeightGradients
 from parallel.mesh import Group
 
 
@@ -24,11 +25,13 @@ class TensorParallel:
 
     `sequence`: divide the tokens between the parallel regions. `overlap`: the collectives of a column-parallel layer's
     backward run beside its matrix products; without, they run in the same places alone and the results are equal bit by bit.
+    `deferred`: where linear layers leave their weight gradients, for pipeline schedules that compute them later.
     """
 
     group: Group
     sequence: bool
     overlap: bool = True
+    deferred: WeightGradients | None = None
 
     @classmethod
     def alone(cls) -> TensorParallel:

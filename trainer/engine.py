@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,11 +38,16 @@ from parallel.tensor import TensorParallel
 from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
 from trainer.errors import DataError, RecipeError
+from trainer.execution import Batch, Execution, InPipeline, OneStage
 from trainer.loss_scale import LossScaler
 from trainer.master_weights import MasterWeights
+from trainer.model.auto_network import AutoNetwork
 from trainer.model.auto_stage import AutoStage
-from trainer.model.network import Network, make_stage
+from trainer.model.families import TransformerConfig
+from trainer.model.network import Network
+from trainer.model.transformer import Block, Stage, blocks_of
 from trainer.optimizers import make_optimizer
+from trainer.recipe.pipeline import schedule_table
 from trainer.sections import Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.threaded_io import use_threads_where_async_io_is_missing
@@ -68,7 +75,7 @@ class EvalResult:
 
 
 class Engine:
-    """Trains one stage of the model on this rank."""
+    """Trains this rank's part of the model."""
 
     def __init__(
         self,
@@ -95,30 +102,42 @@ class Engine:
         units = _Units(mesh)
         dtype = DTYPES[recipe.precision.dtype]
         masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
-        degrees = recipe.parallel
-        stage = make_stage(
+        tp = TensorParallel(mesh.tp, sequence=recipe.parallel.divides_tokens, overlap=recipe.parallel.overlap)
+        build = partial(
+            AutoStage if isinstance(config, AutoNetwork) else Stage,
             config,
             dtype=dtype,
             recompute=recipe.train.recompute,
-            tp=TensorParallel(mesh.tp, sequence=degrees.divides_tokens, overlap=degrees.overlap),
             device=device,
             fill=masters.rounding(fill),
             partition=_partition(deepspeed_config, units) if self.zero_stage == 3 else lambda block: None,
         )
-        self.constants = stage.constants if isinstance(stage, AutoStage) else []  # saved like weights, never trained
-        self.specs: list[tuple[nn.Parameter, ShardSpec]] = [(p, spec) for _, p, spec in owned_specs(stage)]
+        self.execution: Execution
+        if isinstance(config, AutoNetwork):
+            self.execution = OneStage(build(), self.watch)
+        elif recipe.parallel.pipeline == 1:
+            self.execution = OneStage(build(blocks_of(config), tp=tp), self.watch)
+        else:
+            table, stages = schedule_table(recipe, plan), stages_of(recipe, config)
+            self.execution = InPipeline(
+                build, stages, table, plan=plan, config=config, dtype=dtype, mesh=mesh, tp=tp, device=device, watch=self.watch
+            )
+        module = self.execution.module
+        self.constants = module.constants if isinstance(module, AutoStage) else []  # saved like weights, never trained
+        self.specs: list[tuple[nn.Parameter, ShardSpec]] = [(p, spec) for _, p, spec in owned_specs(module)]
         for parameter, spec in self.specs:
             parameter.model_parallel = spec.owned  # DeepSpeed's mark: off the first rank only these count in the norm
         optimizer = make_optimizer(recipe, self.specs, device)
         with contextlib.redirect_stdout(_LogLines()):  # DeepSpeed prints memory reports at ZeRO-1 in bf16, asked or not
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=stage, optimizer=optimizer, config=deepspeed_config, mpu=units, dist_init_required=False
+                model=module, optimizer=optimizer, config=deepspeed_config, mpu=units, dist_init_required=False
             )
+        self.execution.attach(self.deepspeed)
         masters.restore(self.optimizer)
         if self.zero_stage in (1, 2):
             # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
             self.optimizer.check_grad_overflow = True
-        if isinstance(stage, AutoStage) and stage.looks_ahead(device):
+        if isinstance(module, AutoStage) and module.looks_ahead(device):
             raise RecipeError(
                 f"{config.architecture}: its logits at a token depend on the next one, so predicting it would teach nothing; "
                 "legal: a model with causal attention"
@@ -140,14 +159,8 @@ class Engine:
         scale = self.scaler.scale
         if self.zero_stage and self.recipe.precision.dtype == "fp16":
             self.optimizer.override_loss_scale(scale)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(micro_batches):
-            self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            with self.watch("forward"):
-                batch_loss = self._forward(batch, self._streams(step, index))
-            with self.watch("backward"):
-                loss_sum += batch_loss.detach().double()
-                self._backward(batch_loss * factor, scale)
+        batches = [self._batch(batch, self._streams(step, index)) for index, batch in enumerate(micro_batches)]
+        loss_sum = self.execution.step(batches, factor=factor, scale=scale)
         with self.watch("optimizer"):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -163,7 +176,7 @@ class Engine:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         targets = 0
         for batch in micro_batches:
-            loss_sum += self._forward(batch).double()
+            loss_sum += self.execution.loss(self._batch(batch, None)).double()
             targets += batch.num_targets
         num_targets = self._total(targets, self.mesh.dp)
         if num_targets == 0:
@@ -177,8 +190,8 @@ class Engine:
         padding = -len(tokens) % self.mesh.tp.size  # a document of its own, so that the tokens divide over the ranks
         tokens_BS = torch.tensor([[*tokens, *[0] * padding]], device=self.device)
         documents = Documents(((len(tokens), padding),) if padding else ((len(tokens),),))
-        logits_BSV = self.deepspeed.module(tokens_BS, documents)
-        return all_gather(logits_BSV[0, len(tokens) - 1], self.mesh.tp)[: self.vocab_size].float().cpu()
+        logits_SV = self.execution.logits(Batch(tokens_BS, None, documents))
+        return all_gather(logits_SV[len(tokens) - 1], self.mesh.tp)[: self.vocab_size].float().cpu()
 
     def local_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
         """Each parameter that this rank owns, whole along the data-parallel axis, in the order of the model.
@@ -203,14 +216,10 @@ class Engine:
     def close(self) -> None:
         self.deepspeed.destroy()
 
-    def _forward(self, batch: MicroBatch, streams: Streams | None = None) -> Tensor:
+    def _batch(self, batch: MicroBatch, streams: Streams | None) -> Batch:
         tokens_BS = batch.tokens_BS.to(self.device, non_blocking=True)
         labels_BS = batch.labels_BS.to(self.device, non_blocking=True)
-        return self.deepspeed(tokens_BS, Documents(batch.documents), labels_BS, streams)
-
-    def _backward(self, loss: Tensor, scale: float) -> None:
-        # At stage 0 DeepSpeed trains in fp32 and scales nothing; at stages 1 to 3 it multiplies by the scale we gave it.
-        self.deepspeed.backward(loss * scale if self.zero_stage == 0 else loss, scale_wrt_gas=False)
+        return Batch(tokens_BS, labels_BS, Documents(batch.documents), streams)
 
     def _update(self, scale: float) -> tuple[float, bool]:
         """Apply the accumulated gradient, or skip when it is not finite; (norm before clipping, skipped)."""
@@ -239,6 +248,17 @@ class Engine:
 
     def _total(self, count: int, group: Group) -> int:
         return int(all_reduce(torch.tensor(count, dtype=torch.int64, device=self.device), group))
+
+
+def stages_of(recipe: Recipe, config: TransformerConfig) -> list[list[Block]]:
+    n = recipe.parallel.pipeline * recipe.parallel.virtual_stages
+    blocks = blocks_of(config)
+    layers = blocks[1:-1]
+    cuts = [round(i * len(layers) / n) for i in range(n + 1)]
+    parts = [layers[a:b] for a, b in itertools.pairwise(cuts)]
+    parts[0].insert(0, blocks[0])
+    parts[-1].append(blocks[-1])
+    return parts
 
 
 class _LogLines(io.TextIOBase):

@@ -1,13 +1,13 @@
 """Model FLOPs and their share of the device's peak (MFU).
 
 Convention: a multiply-add is 2 FLOPs; backward costs twice the forward; recomputation is not counted; causal attention
-is counted at half, and inside documents and windows only, which is the work that the mathematics needs.
+is counted at half, bidirectional in full, and inside documents and windows only, which is the work that the mathematics needs.
 
     step FLOPs = 6 · (matmul weights) · tokens  +  6 · H · K · Σ over layers and documents of n² − (n − w)²
 
 The first term is the 2·3 of forward and backward for each weight of the layers and the head (an embedding lookup multiplies
 nothing); the second is the half of 12 · H · K · n² for the two products Q Kᵀ and P V of a document of n tokens, less the
-triangle that lies beyond a layer's window of w < n tokens. No torch here.
+triangle that lies beyond a layer's window of w < n tokens; bidirectional attention is the whole square. No torch here.
 
 Of a model of family "auto" the first term counts its matrices (of experts those that a token is sent to), and the second
 takes H · K and the number of layers from its config: windows are not known, and without those keys there is no second term.
@@ -45,7 +45,7 @@ def matmul_weights(config: TransformerConfig) -> int:
     D, K = config.hidden_size, config.head_dim
     attention = D * K * (2 * config.num_heads + 2 * config.num_kv_heads)
     mlp = D * config.ffn_size * (3 if config.gated_mlp else 2)
-    return config.num_layers * (attention + mlp) + config.vocab_size * D
+    return config.num_layers * (attention + mlp) + config.head_transform * D * D + config.vocab_size * D
 
 
 def training_flops(config: TransformerConfig | AutoNetwork, document_lengths: Iterable[int]) -> int:
@@ -60,7 +60,8 @@ def training_flops(config: TransformerConfig | AutoNetwork, document_lengths: It
         for window, layers in layers_with.items():
             beyond = 0 if window is None else max(0, length - window)
             squares += layers * (length * length - beyond * beyond)
-    return 6 * matmul_weights(config) * tokens + 6 * config.num_heads * config.head_dim * squares
+    per_square = (6 if config.causal else 12) * config.num_heads * config.head_dim
+    return 6 * matmul_weights(config) * tokens + per_square * squares
 
 
 def listed_peak(device_name: str, dtype: Dtype) -> float | None:

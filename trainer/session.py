@@ -24,6 +24,7 @@ from trainer.launch import Place, together
 from trainer.matmul_peak import device_peak
 from trainer.model.auto import open_auto
 from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
+from trainer.model.names import WEIGHT_NAMES
 from trainer.model.network import Network, largest_weight
 from trainer.model.transformer import logical_specs
 from trainer.recipe import ResolvedRecipe
@@ -142,8 +143,8 @@ def _network(resolved: ResolvedRecipe, prepared: PreparedData) -> tuple[Network,
         return resolved.network(vocab_size=vocab_size), lambda block: initialise(block, recipe.run.seed)
     folder = local_folder(recipe.model.from_pretrained, recipe.model.revision)
     network = resolved.network(vocab_size=vocab_size, pretrained=read_config(folder))
-    weights = PretrainedWeights(folder)
-    weights.check_names(logical_specs(network))
+    weights, names, specs = PretrainedWeights(folder), WEIGHT_NAMES[network.family], logical_specs(network)
+    weights.check_names(specs, ties=names.ties(specs), is_unused=names.is_for_other_heads)
     return network, weights.fill
 
 

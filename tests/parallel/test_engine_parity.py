@@ -49,9 +49,13 @@ class Case:
 
     dp: int = 1
     tp: int = 1
+    pp: int = 1
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
     sequence_parallel: bool | None = None
     accumulation: int = 1
     stage: int = 0
+    sequences: int = 8
     steps: int = 3
     optimizer: dict[str, Any] = field(default_factory=lambda: {"name": "sgd", "lr": 0.1})
     clip_norm: float = 0.0
@@ -71,8 +75,17 @@ class Case:
             {
                 "model": {"family": self.family},
                 "data": {"seq_len": S},
-                "parallel": {"tensor": self.tp, "sequence_parallel": self.sequence_parallel},
-                "batch": {"global_sequences": G, "micro_sequences": G // self.dp // self.accumulation},
+                "parallel": {
+                    "tensor": self.tp,
+                    "sequence_parallel": self.sequence_parallel,
+                    "pipeline": self.pp,
+                    "schedule": self.schedule,
+                    "virtual_stages": self.virtual_stages,
+                },
+                "batch": {
+                    "global_sequences": self.sequences,
+                    "micro_sequences": self.sequences // self.dp // self.accumulation,
+                },
                 "precision": {"dtype": self.dtype, "loss_scale": self.loss_scale},
                 "zero": {"stage": self.stage, **persistence, **self.zero},
                 "optimizer": {"weight_decay": 0.01, **self.optimizer},
@@ -95,19 +108,19 @@ class Outcome:
     notes: list[str]
 
 
-def rows_of_step(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """tokens and labels [G, S] of a step, the same in every layout."""
+def rows_of_step(step: int, rows: int = G) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokens and labels [rows, S] of a step, the same in every layout."""
     stream = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, V, (G, S + 1), generator=stream)
-    masked = torch.rand(G, S, generator=stream) < torch.arange(G)[:, None] / G
+    tokens = torch.randint(0, V, (rows, S + 1), generator=stream)
+    masked = torch.rand(rows, S, generator=stream) < torch.arange(rows)[:, None] / rows
     return tokens[:, :-1].contiguous(), tokens[:, 1:].masked_fill(masked, IGNORE)
 
 
-def run_case(mesh: Mesh, case: Case) -> Outcome:
+def make_engine(mesh: Mesh, case: Case) -> Engine:
     recipe = case.recipe()
     plan = BatchPlan.from_recipe(recipe, mesh.layout.world_size, "the test")
     network = translate(case.family, {**SHAPES[case.family], **case.config})
-    engine = Engine(
+    return Engine(
         recipe,
         plan,
         network,
@@ -116,6 +129,11 @@ def run_case(mesh: Mesh, case: Case) -> Outcome:
         deepspeed_config=deepspeed_config(recipe, plan, largest_weight=largest_weight(network)),
         fill=lambda block: initialise(block, seed=0),
     )
+
+
+def run_case(mesh: Mesh, case: Case) -> Outcome:
+    engine = make_engine(mesh, case)
+    plan = engine.plan
     initial_hash = hashed(whole_weights(engine))
     results = []
     for step in range(case.steps):
@@ -158,7 +176,7 @@ def hashed(weights: dict[str, np.ndarray]) -> str:
 
 
 def micro_batches(mesh: Mesh, plan: BatchPlan, step: int) -> list[MicroBatch]:
-    tokens, labels = rows_of_step(step)
+    tokens, labels = rows_of_step(step, plan.global_sequences)
     first = mesh.dp.rank * plan.sequences_per_rank
     starts = range(first, first + plan.sequences_per_rank, plan.micro_sequences)
     rows = [slice(start, start + plan.micro_sequences) for start in starts]
@@ -180,7 +198,7 @@ def poison(engine: Engine) -> None:
 
 def outcome(case: Case) -> Outcome:
     """Every rank's numbers must be the same; those of rank 0, which has the weights, are returned."""
-    layout = Layout(dp=case.dp, tp=case.tp)
+    layout = Layout(dp=case.dp, tp=case.tp, pp=case.pp)
     ranks = spawn(run_case, layout, case)
     for rank, other in enumerate(ranks):
         assert other.losses == ranks[0].losses

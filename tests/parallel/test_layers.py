@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from parallel.attention import Documents, ParallelAttention, _Rotate
-from parallel.embedding import PositionEmbedding, VocabParallelEmbedding, rotary_tables
-from parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
+from parallel.embedding import ReplicatedEmbedding, VocabParallelEmbedding, rotary_tables
+from parallel.linear import ColumnParallelLinear, Output, ReplicatedLinear, RowParallelLinear
 from parallel.loss import IGNORE, VocabParallelHead
 from parallel.mesh import Group, Mesh
 from parallel.mlp import ParallelMLP
@@ -42,6 +42,10 @@ def column_transposed(tp: TensorParallel) -> nn.Module:
 
 def row(tp: TensorParallel) -> nn.Module:
     return RowParallelLinear(D, 13, name="r", bias=True, init=INIT, transposed=True, tp=tp)
+
+
+def replicated(tp: TensorParallel) -> nn.Module:
+    return ReplicatedLinear(D, 13, name="w", init=INIT, tp=tp)
 
 
 def embedding(tp: TensorParallel) -> nn.Module:
@@ -112,18 +116,23 @@ def head(tp: TensorParallel) -> nn.Module:
     return VocabParallelHead(37, D, name="h", init=INIT, tp=tp, tied_to=None)
 
 
+def head_with_bias(tp: TensorParallel) -> nn.Module:
+    return VocabParallelHead(37, D, name="h", init=INIT, tp=tp, tied_to=None, bias="b", softcap=2.0)
+
+
 def mlp_norm(tp: TensorParallel) -> nn.Module:
     return LayerNorm(D, eps=1e-5, bias=True, name="n", tp=tp)
 
 
 def positions(tp: TensorParallel) -> nn.Module:
-    return PositionEmbedding(11, D, name="p", init=INIT, tp=tp)
+    return ReplicatedEmbedding(11, D, name="p", init=INIT, tp=tp)
 
 
 MAKERS = (
     column,
     column_transposed,
     row,
+    replicated,
     embedding,
     positions,
     mlp_norm,
@@ -131,6 +140,7 @@ MAKERS = (
     attention,
     attention_sharing_keys,
     head,
+    head_with_bias,
 )
 LAYERS = {make.__name__: make for make in MAKERS}
 
@@ -139,7 +149,7 @@ def run(name: str, layer: nn.Module, x: Tensor) -> Tensor:
     documents = Documents(LENGTHS)
     if name.startswith("attention"):
         return layer(x, documents, rotary_tables(documents.positions_BS, 6, 10000.0, x.dtype), None)
-    if name == "head":
+    if name.startswith("head"):
         labels_N = torch.randint(0, 37, (N,), generator=torch.Generator().manual_seed(2))
         labels_N[3] = labels_N[20] = IGNORE
         return layer(x, labels_N)
@@ -170,7 +180,7 @@ def part_of_output(name: str, layer: nn.Module, y: Tensor, tp: TensorParallel) -
             shares.append(y[:, at + tp.group.rank * local : at + (tp.group.rank + 1) * local])
             at += local * tp.group.size
         return torch.cat(shares, -1)
-    return y if name == "head" else y[tp.tokens(N)]
+    return y if name.startswith("head") else y[tp.tokens(N)]
 
 
 def compare(name: str, tp: TensorParallel, dtype: torch.dtype, tolerance: float) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from trainer import cli
+from trainer.recipe import load
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -20,8 +21,10 @@ def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_passes_check(recipe: Path, record_property: pytest.FixtureRequest) -> None:
+    degrees = load(recipe).recipe.parallel
+    replica = degrees.tensor * degrees.pipeline * degrees.context
     began = time.perf_counter()
-    done = python("-m", "trainer", "check", str(recipe), "--world-size", "1")
+    done = python("-m", "trainer", "check", str(recipe), "--world-size", str(replica))
     took_s = time.perf_counter() - began
     record_property("check_s", took_s)
     assert (done.returncode, done.stderr) == (0, "")

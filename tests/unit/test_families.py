@@ -37,6 +37,14 @@ LLAMA3_ROPE = {
 MANY_HEADS = {"hidden_size": 28, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5}
 GEMMA2 = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "head_dim": 10}
+BERT = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
 SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", GPT2),
     ("gpt2", {**GPT2, "n_inner": 50, "tie_word_embeddings": False, "activation_function": "gelu"}),
@@ -59,6 +67,9 @@ SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("gemma2", {**GEMMA2, "sliding_window": 7, "tie_word_embeddings": False, "attention_bias": True}),
     ("gemma2", {**GEMMA2, "layer_types": ["full_attention"] * 3, "attn_logit_softcapping": None}),
     ("gemma2", {**GEMMA2, "final_logit_softcapping": None, "query_pre_attn_scalar": 144, "hidden_activation": "silu"}),
+    ("bert", BERT),
+    ("bert", {**BERT, "type_vocab_size": 5, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.25}),
+    ("bert", {**BERT, "vocab_size": 3, "type_vocab_size": 200, "attention_probs_dropout_prob": 0.0}),
 ]
 
 
@@ -71,11 +82,11 @@ def hf_class(family: str) -> Any:
 def hf_model(config: TransformerConfig) -> Any:
     """The same network in transformers, shapes only."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     hf_config = hf_class(config.family)(**to_hf_config(config, dtype="float32", eos_token_id=None))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
+        model = getattr(transformers, FAMILIES[config.family].architecture)(hf_config)
     model.tie_weights()
     return model
 
@@ -125,6 +136,7 @@ def test_the_weights_that_tokens_are_multiplied_with(family: str, shape: dict[st
     config = translate(family, shape)
     model = hf_model(config)
     embeddings = {"model.embed_tokens.weight", "transformer.wte.weight", "transformer.wpe.weight"}
+    embeddings |= {f"bert.embeddings.{what}_embeddings.weight" for what in ("word", "position", "token_type")}
     matrices = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2}
     assert sum(numel for name, numel in matrices.items() if name not in embeddings) == matmul_weights(config)
 
@@ -196,6 +208,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
         ("gemma2", {"sliding_window": W, "layer_types": [FULL, FULL, SLIDING]}, (None, None, W)),
         ("llama", {}, (None,) * 3),
         ("gpt2", {}, (None,) * 3),
+        ("bert", {}, (None,) * 3),
     ],
 )
 def test_which_layers_have_a_window(family: str, config: dict[str, Any], windows: tuple[int | None, ...]) -> None:
@@ -272,6 +285,20 @@ def test_aliases_of_transformers() -> None:
         ("gemma2", {"final_logit_softcapping": 0}, "final_logit_softcapping = 0: must be a number above 0"),
         ("gemma2", {"query_pre_attn_scalar": 2.5}, "query_pre_attn_scalar = 2.5: must be a whole number"),
         ("gemma2", {"sliding_window": None}, "sliding_window = null: must be a whole number"),
+        ("bert", {"is_decoder": True}, "is_decoder = true is not supported by family bert here; legal: false"),
+        ("bert", {"add_cross_attention": True}, "add_cross_attention = true is not supported by family bert here"),
+        ("bert", {"chunk_size_feed_forward": 4}, "chunk_size_feed_forward = 4 is not supported by family bert here"),
+        ("bert", {"position_embedding_type": "relative_key"}, 'position_embedding_type = "relative_key" is not supported'),
+        (
+            "bert",
+            {"tie_word_embeddings": False},
+            "tie_word_embeddings = false is not supported by family bert here; legal: true",
+        ),
+        ("bert", {"hidden_act": "relu"}, 'hidden_act = "relu": must be one of gelu, gelu_new'),
+        ("bert", {"type_vocab_size": 0}, "type_vocab_size = 0: must be 1 to 1024"),
+        ("bert", {"hidden_size": 770}, "hidden_size = 770 is not a multiple of num_attention_heads = 12"),
+        ("bert", {"embedding_size": 128}, 'unknown key "embedding_size" for family bert'),
+        ("bert", {"num_key_value_heads": 2}, 'unknown key "num_key_value_heads" for family bert'),
         ("llama", {"rope_parameters": {"rope_type": "default", "factor": 2}}, "unknown key rope_parameters.factor"),
         ("llama", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "give one of them"),
         ("llama", {"rope_theta": -1}, "rope_theta = -1: must be a number above 0"),
@@ -285,6 +312,14 @@ def test_what_is_not_there_is_refused_by_name(family: str, change: dict[str, Any
         translate(family, change)
     assert len(refused.value.lines) == 1
     assert said in refused.value.lines[0]
+
+
+def test_the_config_of_the_first_checkpoints_of_bert() -> None:
+    """bert-base-multilingual-cased, apart from its sizes."""
+    pooler = {"fc_size": 768, "num_attention_heads": 12, "num_fc_layers": 3, "size_per_head": 128, "type": "first_token"}
+    older = {f"pooler_{name}": value for name, value in pooler.items()} | {"directionality": "bidi", "model_type": "bert"}
+    older |= {"position_embedding_type": "absolute", "gradient_checkpointing": False, "architectures": ["BertForMaskedLM"]}
+    assert translate("bert", {**BERT, **older}) == translate("bert", BERT)
 
 
 def test_all_faults_at_once() -> None:

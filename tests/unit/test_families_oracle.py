@@ -35,14 +35,16 @@ from tests.unit.test_transformer_oracle import (
     V,
     assert_close,
     assert_same_gradients,
+    largest_element,
     logical_gradients,
     next_labels,
     random_tokens,
     stage_from,
 )
 from trainer.model import transformer
-from trainer.model.families import to_hf_config, translate
+from trainer.model.families import FAMILIES, to_hf_config, translate
 from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
+from trainer.model.names import WEIGHT_NAMES
 from trainer.model.transformer import Stage, _frequency_scale, blocks_of, logical_specs
 
 LLAMA3_ROPE = {
@@ -75,6 +77,14 @@ GEMMA2 = {
     "attn_logit_softcapping": 1.5,
     "final_logit_softcapping": 2.5,
 }
+BERT = {
+    "vocab_size": V,
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 17,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3-rope": ("llama", {**GROUPED, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 50.0}}),
     "llama3-rope-v4": ("llama", {**GROUPED, "rope_scaling": LLAMA3_ROPE, "rope_theta": 50.0, "tie_word_embeddings": True}),
@@ -101,8 +111,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**GEMMA2, "attn_logit_softcapping": None, "final_logit_softcapping": None, "layer_types": [FULL, SLIDING]},
     ),
     "gemma2-norm-eps": ("gemma2", {**GEMMA2, "num_key_value_heads": 6, "rms_norm_eps": 0.1, "hidden_activation": "silu"}),
+    "bert": ("bert", BERT),
+    "bert-types": ("bert", {**BERT, "type_vocab_size": 5, "num_hidden_layers": 1}),
+    "bert-norm-eps": ("bert", {**BERT, "layer_norm_eps": 0.1, "hidden_act": "gelu_new", "num_attention_heads": 3}),
 }
-ONE_OF_EACH = ["llama3-rope", "mistral", "qwen2-listed", "qwen3-window-tied", "phi3-window-tied", "gemma2"]
+ONE_OF_EACH = ["llama3-rope", "mistral", "qwen2-listed", "qwen3-window-tied", "phi3-window-tied", "gemma2", "bert"]
 PACKED = ((13,), (4, 9), (1, 7, 5))
 
 
@@ -115,17 +128,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def their_class(family: str) -> Any:
+    import transformers
+
+    return getattr(transformers, FAMILIES[family].architecture)
+
+
 def random_model(family: str, shape: dict[str, Any], seed: int = 0) -> Any:
     """A transformers model in fp32 with every weight drawn at random around 0, those of norms around the factor 1."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     config = CONFIG_MAPPING[family](**shape, **tokens)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = their_class(family)(config).eval()
     stream = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            is_norm = "norm" in name
+            is_norm = "norm" in name.lower() and name.endswith("weight")
             parameter.normal_(float(is_norm and family != "gemma2"), 0.2, generator=stream)
     return model
 
@@ -136,14 +155,25 @@ def twins(name: str, folder: Path) -> tuple[Any, Stage]:
     return theirs, stage_from(folder)
 
 
+def targets(family: str, tokens_BS: Tensor, lengths: tuple[tuple[int, ...], ...]) -> Tensor:
+    """What the family predicts: the next tokens, or any at random places, here about a third of all."""
+    if FAMILIES[family].causal:
+        return next_labels(tokens_BS, lengths)
+    stream = torch.Generator().manual_seed(7)
+    labels = torch.randint(0, V, tokens_BS.shape, generator=stream)
+    return labels.masked_fill(torch.rand(tokens_BS.shape, generator=stream) > 0.35, IGNORE)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_loss_and_gradients_equal_transformers(name: str, tmp_path: Path) -> None:
     theirs, ours = twins(name, tmp_path)
     tokens = random_tokens()
     documents = Documents.whole_rows(B, S)
-    expected = theirs(input_ids=tokens, labels=tokens)  # shifts the labels and takes the mean itself
+    labels = targets(ours.config.family, tokens, documents.lengths)
+    # Takes the mean itself, and with a causal model it shifts the labels.
+    expected = theirs(input_ids=tokens, labels=tokens if ours.config.causal else labels)
     assert_close(ours(tokens, documents).detach(), expected.logits.detach(), 1e-5, "logits")
-    loss = ours(tokens, documents, next_labels(tokens, documents.lengths)) / (B * (S - 1))
+    loss = ours(tokens, documents, labels) / (labels != IGNORE).sum()
     assert abs(loss.item() - expected.loss.item()) < 1e-5
     expected.loss.backward()
     loss.backward()
@@ -154,21 +184,86 @@ def test_logits_loss_and_gradients_equal_transformers(name: str, tmp_path: Path)
 def test_a_packed_row_equals_each_document_alone(name: str, tmp_path: Path) -> None:
     theirs, ours = twins(name, tmp_path)
     tokens = random_tokens()
+    labels = targets(ours.config.family, tokens, PACKED)
     logits = ours(tokens, Documents(PACKED))
-    loss_sum = ours(tokens, Documents(PACKED), next_labels(tokens, PACKED))
+    loss_sum = ours(tokens, Documents(PACKED), labels)
     expected_sum = torch.zeros(())
     for row, lengths in enumerate(PACKED):
         for start, end in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
-            document = tokens[row : row + 1, start:end]
-            expected = theirs(input_ids=document).logits
+            expected = theirs(input_ids=tokens[row : row + 1, start:end]).logits
             got = logits[row : row + 1, start:end].detach()
             assert_close(got, expected.detach(), 1e-5, f"logits of row {row} from {start}")
-            log_p = expected[0, :-1].log_softmax(-1)
-            expected_sum = expected_sum - log_p.gather(-1, document[0, 1:, None]).sum()
+            expected_sum = expected_sum + nn.functional.cross_entropy(
+                expected[0], labels[row, start:end], ignore_index=IGNORE, reduction="sum"
+            )
     torch.testing.assert_close(loss_sum, expected_sum, rtol=1e-6, atol=1e-5)
-    num_targets = sum(n - 1 for lengths in PACKED for n in lengths)
+    num_targets = (labels != IGNORE).sum()
     (loss_sum / num_targets).backward()
     (expected_sum / num_targets).backward()
+    assert_same_gradients(ours, theirs, 1e-5)
+
+
+def test_bert_in_float64_equals_transformers(tmp_path: Path) -> None:
+    """Nothing in it is computed in fp32 whatever the format, so that only rounding in float64 is left."""
+    random_model("bert", BERT).save_pretrained(tmp_path)
+    theirs, ours = random_model("bert", BERT).double(), stage_from(tmp_path, dtype=torch.float64).double()
+    tokens, documents = random_tokens(), Documents.whole_rows(B, S)
+    labels = targets("bert", tokens, documents.lengths)
+    expected = theirs(input_ids=tokens, labels=labels)
+    assert_close(ours(tokens, documents), expected.logits, 1e-12, "logits")
+    expected.loss.backward()
+    (ours(tokens, documents, labels) / (labels != IGNORE).sum()).backward()
+    assert_same_gradients(ours, theirs, 1e-12)
+
+
+def test_both_sides_of_a_token_count_and_no_other_document_does(tmp_path: Path) -> None:
+    _, ours = twins("bert", tmp_path)
+    tokens, (first, second) = random_tokens(), PACKED[1]
+    other = tokens.clone()
+    other[1, first + 3] = (other[1, first + 3] + 7) % V
+    with torch.no_grad():
+        before, after = (ours(x, Documents(PACKED)) for x in (tokens, other))
+    changed = (before != after).any(-1)
+    assert changed[1, first:].all(), "a token before or after the changed one did not see it"
+    assert changed.sum() == second, "a token of another document saw it"
+
+
+def test_without_pairs_only_the_first_token_type_learns(tmp_path: Path) -> None:
+    _, ours = twins("bert-types", tmp_path)
+    tokens = random_tokens()
+    ours(tokens, Documents(PACKED), targets("bert", tokens, PACKED)).backward()
+    gradient = logical_gradients(ours)["bert.embeddings.token_type_embeddings.weight"]
+    assert gradient.any(1).tolist() == [True, False, False, False, False]
+
+
+def test_bert_drops_where_transformers_drops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers calls dropout place after place in the order of the network; each call is given our mask of the place."""
+    config = {**BERT, "hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
+    theirs = random_model("bert", config)
+    theirs.set_attn_implementation("eager")  # whose dropout of weights is a call of its own
+    theirs.train().save_pretrained(tmp_path)
+    ours = stage_from(tmp_path)
+    streams, cpu = Streams((5, 6, 7)), torch.device("cpu")
+    names = WEIGHT_NAMES["bert"]
+    in_a_layer = (f"{names.attention_out}.weights", names.attention_out, names.mlp_out)
+    sites = iter([names.embedding, *(site.format(layer=layer) for layer in range(2) for site in in_a_layer)])
+
+    def given(x: Tensor, p: float, training: bool = True, inplace: bool = False) -> Tensor:
+        site = next(sites)
+        assert p == (0.2 if site.endswith(".weights") else 0.3)
+        if x.dim() == 4:
+            keeps = streams.keeps_weights(site, p, range(B), range(6), (S, S), 0, cpu)
+        else:
+            keeps = streams.keeps_features(site, p, (S, x.shape[-1]), slice(0, B * S), cpu).view_as(x)
+        return x * keeps / (1 - p)
+
+    monkeypatch.setattr(nn.functional, "dropout", given)
+    tokens, documents = random_tokens(), Documents.whole_rows(B, S)
+    labels = targets("bert", tokens, documents.lengths)
+    expected = theirs(input_ids=tokens, labels=labels)
+    assert next(sites, None) is None, "transformers drops in fewer places"
+    expected.loss.backward()
+    (ours(tokens, documents, labels, streams) / (labels != IGNORE).sum()).backward()
     assert_same_gradients(ours, theirs, 1e-5)
 
 
@@ -179,7 +274,7 @@ def test_recompute_changes_no_bit(name: str, tmp_path: Path) -> None:
     seen = []
     for recompute in ("none", "full"):
         ours = stage_from(tmp_path, recompute=recompute)
-        loss = ours(tokens, Documents(PACKED), next_labels(tokens, PACKED))
+        loss = ours(tokens, Documents(PACKED), targets(ours.config.family, tokens, PACKED))
         loss.backward()
         seen.append((loss.detach(), logical_gradients(ours)))
     assert torch.equal(seen[0][0], seen[1][0])
@@ -190,8 +285,6 @@ def test_recompute_changes_no_bit(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_out_and_in_again(name: str, tmp_path: Path) -> None:
     """What we write is what transformers wrote: the same tensors bit by bit, and a config that means the same."""
-    from transformers import AutoModelForCausalLM
-
     theirs, ours = twins(name, tmp_path / "theirs")
     config = to_hf_config(ours.config, dtype="float32", eos_token_id=None)
     tensors = ((spec, parameter.detach()) for _, parameter, spec in owned_specs(ours))
@@ -200,7 +293,7 @@ def test_out_and_in_again(name: str, tmp_path: Path) -> None:
     written, original = (load_file(tmp_path / side / "model.safetensors") for side in ("ours", "theirs"))
     assert written.keys() == original.keys()
     assert all(torch.equal(tensor, original[weight]) for weight, tensor in written.items())
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    loaded, report = their_class(ours.config.family).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values()), report
     tokens = random_tokens()
     with torch.no_grad():
@@ -208,7 +301,8 @@ def test_out_and_in_again(name: str, tmp_path: Path) -> None:
     for side in ("ours", "theirs"):
         hf_config = read_config(tmp_path / side)
         assert translate(hf_config["model_type"], hf_config) == ours.config
-    PretrainedWeights(tmp_path / "ours").check_names(logical_specs(ours.config))
+    specs = logical_specs(ours.config)
+    PretrainedWeights(tmp_path / "ours").check_names(specs, ties=WEIGHT_NAMES[ours.config.family].ties(specs))
 
 
 @pytest.mark.parametrize("original_positions", [16, 512, 8192])
@@ -294,18 +388,26 @@ def test_dropout_acts_on_windowed_and_capped_attention() -> None:
         assert abs(out.mean() - 1.0) < 0.05
 
 
-def test_capped_cross_entropy_has_the_gradient_of_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("bias", [None, "b"])
+def test_cross_entropy_has_the_gradients_of_its_formula(
+    bias: str | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In several chunks, with positions that are no targets."""
     monkeypatch.setattr("parallel.loss.CHUNK_BYTES", 4 * 37 * 4)
-    head = VocabParallelHead(37, 12, name="h", init=Init(std=0.5), tp=TensorParallel.alone(), tied_to=None, softcap=1.5)
+    alone = TensorParallel.alone()
+    head = VocabParallelHead(37, 12, name="h", init=Init(std=0.5), tp=alone, tied_to=None, bias=bias, softcap=softcap)
     initialise(head, seed=1)
     head.double()
+    if head.bias is not None:
+        nn.init.normal_(head.bias)  # 0 would hide it
     hidden = torch.randn(3, 7, 12, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 37, (3, 7))
     labels[0, 3] = labels[2, 6] = IGNORE
-    logits = soft_cap(hidden @ head.weight.t(), 1.5)
+    logits = nn.functional.linear(hidden, head.weight, head.bias)
+    logits = logits if softcap is None else soft_cap(logits, softcap)
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    inputs = (hidden, head.weight)
+    inputs = (hidden, *head.parameters())
     got = head(hidden.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(head(hidden.flatten(0, 1)), logits.flatten(0, 1), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
@@ -361,6 +463,7 @@ ON_TENSOR_RANKS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-shared": ("qwen2", {**DIVIDED, "num_key_value_heads": 2}),
     "qwen3-shared": ("qwen3", {**DIVIDED, "num_key_value_heads": 1, "head_dim": 6}),
     "phi3-shared": ("phi3", {**DIVIDED, "num_key_value_heads": 1}),
+    "bert": ("bert", {**BERT, "hidden_size": 32, "num_attention_heads": 4, "type_vocab_size": 3}),
 }
 
 
@@ -392,7 +495,7 @@ def differences(mesh: Mesh, folder: Path, dtype: torch.dtype, *, sequence: bool 
     """How far the loss and each gradient are from the one-process run, relative to the largest element."""
     tokens = random_tokens()[:, :12]
     documents = Documents(ON_TENSOR_RANKS_PACKED)
-    labels = next_labels(tokens, documents.lengths)
+    labels = targets(read_config(folder)["model_type"], tokens, documents.lengths)
     ways = (TensorParallel.alone(), TensorParallel(mesh.tp, sequence=sequence))
     stages = [shard_from(folder, tp, dtype) for tp in ways]
     losses = [stage(tokens, documents, labels) for stage in stages]
@@ -406,7 +509,7 @@ def differences(mesh: Mesh, folder: Path, dtype: torch.dtype, *, sequence: bool 
             expected = logical[piece.name]
             difference = piece.in_parameter(parameter.grad) - piece.box_of(expected)
             worst = difference.abs().max() if difference.numel() else torch.zeros(())
-            found[f"{name} ({piece.name})"] = float(worst / expected.abs().max())
+            found[f"{name} ({piece.name})"] = float(worst) / largest_element(logical, piece.name)
             covered += piece.rows
         assert not parameter.grad[covered:].any(), f"padding rows of {name} got a gradient"
     return found
@@ -421,7 +524,8 @@ def test_padding_of_the_vocabulary_is_0_and_not_what_lay_in_memory(
     group = Group(rank=rank, ranks=(0, 1, 2, 3), handle=None)
     stage = shard_from(folders["gemma2-untied"], TensorParallel(group, sequence=False), torch.float32)
     assert stage.head is not None
-    for weight in (stage.embedding.tokens.weight, stage.head.logits.weight):
+    bert = shard_from(folders["bert"], TensorParallel(group, sequence=False), torch.float32)
+    for weight in (stage.embedding.tokens.weight, stage.head.logits.weight, bert.head.logits.bias):
         assert torch.isfinite(weight).all()
         assert bool(weight[-1].any()) == (rank < 3)
 
@@ -441,9 +545,9 @@ def test_tensor_ranks_equal_one_process(tp: int, dtype: torch.dtype, tolerance: 
     spawn(equal_to_one_process, Layout(tp=tp), folders, dtype, tolerance)
 
 
-def without_the_sum_over_heads(mesh: Mesh, folder: Path) -> set[str]:
+def without_the_sum(mesh: Mesh, folder: Path, sequence: bool) -> set[str]:
     transformer.complete_partial_gradients = lambda block: None
-    found = differences(mesh, folder, torch.float64, sequence=False)
+    found = differences(mesh, folder, torch.float64, sequence=sequence)
     return {name for name, x in found.items() if x > 1e-6}
 
 
@@ -454,5 +558,16 @@ def test_without_the_sum_over_tensor_ranks_the_gradients_of_head_norms_are_parti
         for layer in range(2)
         for what, letter in (("query", "q"), ("key", "k"))
     }
-    for partial in spawn(without_the_sum_over_heads, Layout(tp=2), folders["qwen3"]):
+    for partial in spawn(without_the_sum, Layout(tp=2), folders["qwen3"], False):
         assert partial == expected
+
+
+def test_without_the_sum_over_tensor_ranks_what_bert_has_whole_sees_its_tokens_only(folders: dict[str, Path]) -> None:
+    """Under sequence parallelism: tables, norms, the biases of row-parallel layers and the head's transform."""
+    layer = ("attention.out", "attention_residual_norm", "mlp.down", "mlp_residual_norm")
+    whole = {f"layers.{index}.{name}.{what}" for index in range(2) for name in layer for what in ("weight", "bias")}
+    whole -= {f"layers.{index}.{name}.weight" for index in range(2) for name in ("attention.out", "mlp.down")}
+    whole |= {f"head.transform.{name}.{what}" for name in ("dense", "norm") for what in ("weight", "bias")}
+    whole |= {"embedding.positions.weight", "embedding.token_types.weight", "embedding.norm.weight", "embedding.norm.bias"}
+    for partial in spawn(without_the_sum, Layout(tp=2), folders["bert"], True):
+        assert {name.split()[0] for name in partial} == whole

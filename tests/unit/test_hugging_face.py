@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from parallel.attention import Documents
 from parallel.params import ShardSpec, initialise, owned_specs
 from parallel.tensor import TensorParallel
+from tests.unit.test_families import BERT
 from tests.unit.test_transformer_oracle import (
     GPT2,
     LLAMA,
@@ -32,6 +33,7 @@ from tests.unit.test_transformer_oracle import (
 from trainer.errors import DataError, RecipeError, UserError
 from trainer.model.families import to_hf_config, translate
 from trainer.model.hugging_face import INDEX, SINGLE, PretrainedWeights, local_folder, read_config, write_folder
+from trainer.model.names import WEIGHT_NAMES
 from trainer.model.transformer import Stage, blocks_of, logical_specs
 
 TIED_LLAMA = MODELS["llama-mha-tied"]
@@ -143,7 +145,80 @@ def test_names_of_a_model_without_its_head(family: str, shape: dict[str, Any], t
     model.base_model.save_pretrained(tmp_path / "base")
     assert not stored(tmp_path / "base").keys() & stored(tmp_path / "whole").keys()
     assert_same_weights(stage_from(tmp_path / "base"), stage_from(tmp_path / "whole"))
-    PretrainedWeights(tmp_path / "base").check_names(logical_specs(translate(family, shape)))
+    specs = logical_specs(translate(family, shape))
+    PretrainedWeights(tmp_path / "base").check_names(specs, ties=WEIGHT_NAMES[family].ties(specs))
+
+
+# ----------------------------------------------------------------------------------------------- folders of Bert
+
+
+def bert(head: str, folder: Path) -> Path:
+    """A random folder of transformers' Bert with this head."""
+    import transformers
+
+    torch.manual_seed(0)
+    model = getattr(transformers, head)(transformers.BertConfig(**BERT))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_heads_that_bert_was_trained_with_beside_ours_are_left_where_they_are(tmp_path: Path) -> None:
+    """The published folders hold the pooler and the head for the next sentence; the exported one is BertForMaskedLM's."""
+    from transformers import BertForMaskedLM
+
+    theirs = stored(bert("BertForPreTraining", tmp_path / "theirs"))
+    read_all(tmp_path / "theirs")
+    write(stage_from(tmp_path / "theirs"), tmp_path / "ours")
+    ours = stored(tmp_path / "ours")
+    left = {f"{module}.{what}" for module in ("bert.pooler.dense", "cls.seq_relationship") for what in ("weight", "bias")}
+    assert theirs.keys() - ours.keys() == left
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    _, loading = BertForMaskedLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(loading.values()), loading
+
+
+def test_first_names_of_the_weights_of_norms(tmp_path: Path) -> None:
+    """gamma and beta, as in the published bert-base-uncased."""
+    expected = stage_from(bert("BertForMaskedLM", tmp_path))
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if "LayerNorm" in name]:
+            tensors[name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")] = tensors.pop(name)
+        tensors["bert.embeddings.position_ids"] = torch.arange(32).unsqueeze(0)
+
+    read_all(change_tensors(tmp_path, rename))
+    assert_same_weights(stage_from(tmp_path), expected)
+
+
+def test_both_names_of_the_weights_of_one_norm_are_one_too_many(tmp_path: Path) -> None:
+    norm = "bert.embeddings.LayerNorm"
+    change_tensors(bert("BertForMaskedLM", tmp_path), lambda t: t.update({f"{norm}.gamma": t[f"{norm}.weight"].clone()}))
+    assert_refused(tmp_path, DataError, 65, f"tensor {norm}.gamma has no place in the model")
+
+
+DECODER, WORDS = "cls.predictions.decoder", "bert.embeddings.word_embeddings.weight"
+
+
+def test_second_copies_of_what_bert_ties_are_no_fault_while_they_are_equal(tmp_path: Path) -> None:
+    def repeat(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{DECODER}.weight"] = tensors[WORDS].clone()
+        tensors[f"{DECODER}.bias"] = tensors["cls.predictions.bias"].clone()
+
+    expected = stage_from(bert("BertForMaskedLM", tmp_path))
+    read_all(change_tensors(tmp_path, repeat))
+    assert_same_weights(stage_from(tmp_path), expected)
+    change_tensors(tmp_path, lambda t: t[f"{DECODER}.bias"][5].add_(1e-3))
+    assert_refused(tmp_path, DataError, 65, f"tensor {DECODER}.bias differs from cls.predictions.bias")
+    change_tensors(tmp_path, lambda t: [t.pop(f"{DECODER}.bias"), t[f"{DECODER}.weight"][-1, 2].add_(1e-3)])
+    assert_refused(tmp_path, DataError, 65, f"tensor {DECODER}.weight differs from {WORDS}", f"remove {DECODER}.weight")
+
+
+@pytest.mark.parametrize("head", ["BertModel", "BertForSequenceClassification"])
+def test_a_bert_without_its_masked_language_head_is_named(head: str, tmp_path: Path) -> None:
+    said = "classifier.bias (and 1 more) has no place" if "Classification" in head else "tensor cls.predictions"
+    assert_refused(bert(head, tmp_path), DataError, 65, said)
 
 
 def test_an_untied_head_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -157,8 +232,9 @@ def test_an_untied_head_that_is_not_there_is_named(tmp_path: Path) -> None:
 def read_all(folder: Path) -> None:
     """What a run does with a folder."""
     hf_config = read_config(folder)
-    weights = PretrainedWeights(folder)
-    weights.check_names(logical_specs(translate(hf_config["model_type"], hf_config)))
+    family = hf_config["model_type"]
+    names, specs = WEIGHT_NAMES[family], logical_specs(translate(family, hf_config))
+    PretrainedWeights(folder).check_names(specs, ties=names.ties(specs), is_unused=names.is_for_other_heads)
     stage_from(folder)
 
 

@@ -37,12 +37,14 @@ LLAMA = {
     "mlp_bias": True,
 }
 GPT2 = {"vocab_size": 67, "n_positions": 17, "n_embd": 24, "n_layer": 2, "n_head": 4}
+BERT = {"hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = [
     ("llama", LLAMA),
     ("llama", {**LLAMA, "tie_word_embeddings": True}),
     ("llama", {**LLAMA, "num_key_value_heads": 1}),
     ("gpt2", GPT2),
     ("gpt2", {**GPT2, "vocab_size": 3, "tie_word_embeddings": False}),
+    ("bert", {**BERT, "vocab_size": 5}),
 ]
 
 

@@ -27,6 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folders = {
         "hf": PRETRAINED,
         "other": bloom,
+        "bert": {"model_type": "bert"},
         "small": {**bloom, "vocab_size": 256},
         "short": {**bloom, "max_position_embeddings": 16},
         "code": {**bloom, "auto_map": {"AutoConfig": "c.Config"}},
@@ -96,8 +97,8 @@ RULES: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
        [{"optimizer": {"name": "adam"}, "zero": zero(3, states=offload("nvme"))},
         {"optimizer": {"name": name}, "zero": zero(3, states=offload("cpu"))}]) for name in ("lion", "sgd")),
     *((f"{axis} parallelism is to come",
-       {"parallel": {axis: 2}}, f"parallel.{axis} = 2: this version has tensor and data parallelism; legal: 1",
-       [{"parallel": {axis: 1}}]) for axis in ("pipeline", "context")),
+       {"parallel": {axis: 2}}, f"parallel.{axis} = 2: this version has tensor, pipeline and data parallelism; legal: 1",
+       [{"parallel": {axis: 1}}]) for axis in ("context",)),
     ("heads divide over the tensor ranks",
      {"parallel": {"tensor": 5}, "data": {"seq_len": 30}},
      "parallel.tensor = 5 does not divide n_head = 12 and n_inner = 3072 of the network; legal: 1, 2, 3, 4, 6, 12",
@@ -146,6 +147,13 @@ RULES: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
     ("a family is one of those",
      {"model": {"family": "lama"}}, 'unknown family "lama"; did you mean llama?; legal: gpt2, llama',
      [{"model": {"family": "llama"}}]),
+    ("a bidirectional family is not for the next token",
+     {"model": {"family": "bert"}}, 'model.family = "bert" sees the next token, which data.task pretrain predicts: it needs a '
+     "masked-language task, which this version does not have; legal families for pretrain: gpt2, llama, mistral, qwen2, qwen3",
+     [{"model": {"family": "gpt2"}, "data": {"task": "pretrain"}}]),
+    ("a bidirectional folder is not for the next token",
+     {"model": {"from_pretrained": "bert"}}, 'model.family = "bert" sees the next token',
+     [{"model": {"from_pretrained": "hf"}}]),
     ("a revision is of the hub",
      {"model": {"from_pretrained": "hf", "revision": "abc"}}, "hf is a folder here: remove it",
      [{"model": {"from_pretrained": "openai-community/gpt2", "revision": "abc"}}, {"model": {"from_pretrained": "hf"}}]),
@@ -278,6 +286,8 @@ def test_a_hub_name_gives_its_network_once_fetched() -> None:
     resolved = load({"model": {"from_pretrained": "owner/name"}})
     with pytest.raises(RecipeError, match="hub name"):
         resolved.network(vocab_size=257)
+    with pytest.raises(RecipeError, match="needs a masked-language task"):
+        resolved.network(vocab_size=257, pretrained={"model_type": "bert"})
     assert resolved.network(vocab_size=257, pretrained=PRETRAINED).hidden_size == 8
 
 

@@ -44,11 +44,16 @@ class TransformerConfig:
     |---|---|
     | `windows` | per layer, how many of the last tokens (itself included) a token attends to; None: its whole document |
     | `norm_offset` | the norms multiply by weight + offset (1 in Gemma, whose weights start and decay at 0) |
-    | `post_norms` | a second norm after attention and after the MLP, before they are added to the residual |
+    | `norm_position` | pre: x + f(norm(x)); sandwich: x + norm(f(norm(x))); post: norm(x + f(x)), and none before the head |
+    | `embedding_norm` | embeddings are normalised before their dropout |
+    | `causal` | a token attends to itself and those before it; else to its whole document |
     | `qk_norm` | queries and keys are normalised head by head before they are rotated |
     | `query_scalar` | attention logits are divided by its square root |
     | `attention_softcap`, `logit_softcap` | logits x become cap · tanh(x / cap); None: they stay |
     | `scaled_embedding` | embeddings are multiplied by √hidden_size |
+    | `token_types` | rows of a table that tells the texts of a pair apart; 0: there is none |
+    | `head_transform` | before the logits a linear layer of the hidden size, the activation and a norm |
+    | `head_bias` | one bias for each symbol on the logits |
     """
 
     family: str
@@ -63,7 +68,9 @@ class TransformerConfig:
     norm: Literal["layernorm", "rmsnorm"]
     norm_eps: float
     norm_offset: float
-    post_norms: bool
+    norm_position: Literal["pre", "sandwich", "post"]
+    embedding_norm: bool
+    causal: bool
     positions: Literal["learned", "rope"]
     rope_theta: float
     rope_scaling: RopeScaling | None
@@ -73,6 +80,7 @@ class TransformerConfig:
     attention_softcap: float | None
     logit_softcap: float | None
     scaled_embedding: bool
+    token_types: int
     activation: Literal["gelu", "gelu_tanh", "silu"]
     gated_mlp: bool
     qkv_bias: bool
@@ -80,6 +88,8 @@ class TransformerConfig:
     mlp_bias: bool
     norm_bias: bool
     tied_head: bool
+    head_transform: bool
+    head_bias: bool
     embedding_dropout: float
     attention_dropout: float
     residual_dropout: float
@@ -268,6 +278,10 @@ class Family:
         return bool(self.constants["positions"] == "rope")
 
     @property
+    def causal(self) -> bool:
+        return bool({**PLAIN, **self.constants}["causal"])
+
+    @property
     def known(self) -> list[str]:
         """All accepted keys, those that do something first."""
         rope = ROPE_KEYS if self.rope else ()
@@ -295,7 +309,9 @@ PLAIN: Mapping[str, Any] = {
     "rope_scaling": None,
     "norm_bias": False,
     "norm_offset": 0.0,
-    "post_norms": False,
+    "norm_position": "pre",
+    "embedding_norm": False,
+    "causal": True,
     "gated_mlp": True,
     "qkv_bias": False,
     "attention_out_bias": False,
@@ -305,6 +321,9 @@ PLAIN: Mapping[str, Any] = {
     "attention_softcap": None,
     "logit_softcap": None,
     "scaled_embedding": False,
+    "token_types": 0,
+    "head_transform": False,
+    "head_bias": False,
     "embedding_dropout": 0.0,
     "residual_dropout": 0.0,
     "scaled_residual_init": False,
@@ -476,7 +495,7 @@ GEMMA2 = Family(
         "sliding_window": key("sliding_window", 4096, Whole(WINDOW.limit), _gemma_window),
         "layer_types": key("layer_types", None, layer_types),
     },
-    constants={**LLAMA_CONSTANTS, "norm_offset": 1.0, "post_norms": True, "scaled_embedding": True},
+    constants={**LLAMA_CONSTANTS, "norm_offset": 1.0, "norm_position": "sandwich", "scaled_embedding": True},
     echoes={"hidden_act": "hidden_activation", "sliding_window_size": "sliding_window"},
     ignored=frozenset((BOOKKEEPING + "cache_implementation").split()),
     fixed={"partial_rotary_factor": 1.0, "use_bidirectional_attention": None},
@@ -484,8 +503,52 @@ GEMMA2 = Family(
     windows="every other layer",
 )
 
+# The heads behind the encoder, and what Google's first checkpoints wrote; nothing in BertForMaskedLM reads them.
+BERT_BOOKKEEPING = """
+classifier_dropout directionality gradient_checkpointing pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
+pooler_size_per_head pooler_type
+"""
+# Devlin et al. 2018, arXiv:1810.04805, with the masked-language head.
+BERT = Family(
+    name="bert",
+    architecture="BertForMaskedLM",
+    keys={
+        "vocab_size": key("vocab_size", 30522, VOCABULARY),
+        "hidden_size": key("hidden_size", 768, HIDDEN),
+        "num_hidden_layers": key("num_layers", 12, LAYERS),
+        "num_attention_heads": key("num_heads", 12, HEADS),
+        "intermediate_size": key("ffn_size", 3072, Whole(FFN.limit)),
+        "hidden_act": key("activation", "gelu", activation, _activation_name),
+        "hidden_dropout_prob": Key(("embedding_dropout", "residual_dropout"), 0.1, rate),
+        "attention_probs_dropout_prob": key("attention_dropout", 0.1, rate),
+        "max_position_embeddings": key("max_positions", 512, POSITIONS),
+        "type_vocab_size": key("token_types", 2, Whole(2**10)),
+        "initializer_range": key("init_std", 0.02, standard_deviation),
+        "layer_norm_eps": key("norm_eps", 1e-12, positive),
+    },
+    constants={
+        "norm": "layernorm",
+        "norm_bias": True,
+        "norm_position": "post",
+        "embedding_norm": True,
+        "causal": False,
+        "positions": "learned",
+        "gated_mlp": False,
+        "qkv_bias": True,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "tied_head": True,
+        "head_transform": True,
+        "head_bias": True,
+    },
+    ignored=frozenset((BOOKKEEPING + BERT_BOOKKEEPING).split()),
+    # An untied head would leave transformers' cls.predictions.bias without a reader.
+    fixed={"is_decoder": False, "position_embedding_type": "absolute", "tie_word_embeddings": True},
+    overridable=frozenset(("hidden_dropout_prob", "attention_probs_dropout_prob")),
+)
+
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2)}
+    {family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, BERT)}
 )
 
 
@@ -752,8 +815,12 @@ def count_parameters(config: TransformerConfig) -> int:
     embeddings = V * D * (1 if config.tied_head else 2)
     if config.positions == "learned":
         embeddings += config.max_positions * D
-    norms = norm * (4 if config.post_norms else 2) + 2 * config.head_dim * config.qk_norm
-    return embeddings + config.num_layers * (norms + attention + mlp) + norm
+    embeddings += config.token_types * D + config.embedding_norm * norm
+    norms = norm * (4 if config.norm_position == "sandwich" else 2) + 2 * config.head_dim * config.qk_norm
+    head = config.head_transform * (D * D + D + norm) + config.head_bias * V
+    if config.norm_position != "post":
+        head += norm
+    return embeddings + config.num_layers * (norms + attention + mlp) + head
 
 
 def largest_weight(config: TransformerConfig) -> int:
@@ -761,5 +828,5 @@ def largest_weight(config: TransformerConfig) -> int:
     D = config.hidden_size
     fused_attention = D * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     fused_mlp = D * config.ffn_size * (2 if config.gated_mlp else 1)
-    positions = D * config.max_positions if config.positions == "learned" else 0
-    return max(D * config.vocab_size, fused_attention, fused_mlp, positions)
+    positions = config.max_positions if config.positions == "learned" else 0
+    return max(D * max(config.vocab_size, positions, config.token_types), fused_attention, fused_mlp)

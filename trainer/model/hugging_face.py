@@ -19,17 +19,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from parallel.params import Piece, Role, ShardSpec, owned_specs, zero_padding
+from parallel.params import Piece, ShardSpec, owned_specs, zero_padding
 from trainer.errors import DataError, RecipeError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-HEAD = "lm_head.weight"
 SHARD_BYTES = 4 << 30
-COMPARED_ROWS = 4096  # of a head and an embedding at a time
+COMPARED_ROWS = 4096  # of a tied weight and its second copy at a time
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that older checkpoints of these families carry; they hold no weights.
-NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "embeddings.position_ids")
+# What the first checkpoints of Bert, its best known among them, call the weights of their norms; transformers reads both.
+LEGACY = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
 def local_folder(name: str, revision: str | None, *, code: bool = False) -> Path:
@@ -91,19 +92,13 @@ class PretrainedWeights:
         return all(self._stored_name(piece.name) in self._files for spec in specs for piece in spec.pieces)
 
     def check_names(
-        self,
-        specs: Sequence[ShardSpec],
-        *,
-        ties: Mapping[str, Piece] | None = None,
-        is_unused: Callable[[str], bool] = lambda name: False,
+        self, specs: Sequence[ShardSpec], *, ties: Mapping[str, Piece], is_unused: Callable[[str], bool] = lambda name: False
     ) -> None:
         """DataError for tensors in the folder that no parameter of the whole model takes; `specs` are unsharded.
 
-        `ties`: further names of weights, under which a folder may hold them again; the head's, where none are given.
-        `is_unused`: names that the model knows and does not want.
+        `ties`: further names of weights, under which a folder may hold them again. `is_unused`: names that are known and
+        not wanted.
         """
-        if ties is None:
-            ties = {HEAD: next(spec.pieces[0] for spec in specs if spec.role is Role.EMBEDDING)}
         wanted = {self._stored_name(piece.name) for spec in specs for piece in spec.pieces}
         unwanted = self._files.keys() - wanted
         extra = sorted(name for name in unwanted - ties.keys() if not name.endswith(NOT_WEIGHTS) and not is_unused(name))
@@ -124,7 +119,7 @@ class PretrainedWeights:
             if not torch.equal(self.read(replace(box, name=name)), self.read(box)):
                 raise DataError(
                     f"{self.folder}: tensor {name} differs from {weight.name}, but config.json ties them: "
-                    "set tie_word_embeddings to false in config.json"
+                    f"remove {name}, or set tie_word_embeddings to false in config.json where the family has that"
                 )
 
     def _listing(self) -> dict[str, list[str]]:
@@ -161,8 +156,10 @@ class PretrainedWeights:
             raise DataError(f"{self.folder / file}: cannot be read ({error}): fetch the folder again") from error
 
     def _stored_name(self, name: str) -> str:
-        """Checkpoints of a bare model (without its head) leave out the first part of the names."""
-        return name if name in self._files else name.partition(".")[2]
+        """Checkpoints of a bare model (without its head) leave out the first part of the names, and some are older."""
+        names = [name, *(name.removesuffix(new) + old for new, old in LEGACY.items() if name.endswith(new))]
+        bare = [of_whole.partition(".")[2] for of_whole in names]
+        return next((stored for stored in (*names, *bare) if stored in self._files), name)
 
     def read(self, piece: Piece) -> Tensor:
         """One box of a logical tensor, as it is stored; DataError when it is missing, misshapen or not finite."""

@@ -6,9 +6,11 @@ Adding a family: its config translation goes to `families.py`, its names here.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from parallel.linear import Output
+from parallel.params import Piece, ShardSpec
 from trainer.model.families import TransformerConfig
 
 
@@ -17,24 +19,37 @@ class WeightNames:
     """Names in a Hugging Face checkpoint; those of a layer contain `{layer}`.
 
     `qkv`: one module that holds queries, keys and values in this order, or three. `mlp_in`: the same for [up] or
-    [gate, up]. `transposed`: linear weights are stored [in, out]. The last four exist in some families only.
+    [gate, up]. `transposed`: linear weights are stored [in, out]. What may be None exists in some families only: three places
+    for the norms around attention and MLP (before them, after them, after what they are added to).
+
+    `second_names`: further names under which a folder may hold a weight again, beside that of a tied head. `other_heads`:
+    how the names of weights begin that are for heads which this network does not have.
     """
 
     embedding: str
-    positions: str | None
-    attention_norm: str
     qkv: tuple[str, ...]
     attention_out: str
-    mlp_norm: str
     mlp_in: tuple[str, ...]
     mlp_out: str
-    final_norm: str
     head: str
     transposed: bool = False
+    positions: str | None = None
+    token_types: str | None = None
+    embedding_norm: str | None = None
     query_norm: str | None = None
     key_norm: str | None = None
+    attention_norm: str | None = None
     attention_post_norm: str | None = None
+    attention_residual_norm: str | None = None
+    mlp_norm: str | None = None
     mlp_post_norm: str | None = None
+    mlp_residual_norm: str | None = None
+    final_norm: str | None = None
+    head_transform: str | None = None
+    head_transform_norm: str | None = None
+    head_bias: str | None = None
+    second_names: Mapping[str, str] = field(default_factory=dict)
+    other_heads: tuple[str, ...] = ()
 
     def query_key_value(self, config: TransformerConfig, layer: int) -> tuple[Output, Output, Output]:
         """The three outputs of the fused projection and the boxes of the checkpoint that they are."""
@@ -45,6 +60,14 @@ class WeightNames:
     def mlp_inputs(self, config: TransformerConfig, layer: int) -> list[Output]:
         """[up] or [gate, up]."""
         return _outputs(self.mlp_in, (config.ffn_size,) * (2 if config.gated_mlp else 1), layer)
+
+    def ties(self, specs: Iterable[ShardSpec]) -> dict[str, Piece]:
+        """The weights of the whole model that a folder may hold again, by their further names."""
+        pieces = {piece.name: piece for spec in specs for piece in spec.pieces}
+        return {name: pieces[of] for name, of in {self.head: self.embedding, **self.second_names}.items()}
+
+    def is_for_other_heads(self, name: str) -> bool:
+        return name.startswith(self.other_heads)
 
 
 def _outputs(names: tuple[str, ...], features: tuple[int, ...], layer: int) -> list[Output]:
@@ -72,7 +95,6 @@ GPT2 = WeightNames(
 )
 LLAMA = WeightNames(
     embedding="model.embed_tokens.weight",
-    positions=None,
     attention_norm="model.layers.{layer}.input_layernorm",
     qkv=tuple(f"model.layers.{{layer}}.self_attn.{x}_proj" for x in "qkv"),
     attention_out="model.layers.{layer}.self_attn.o_proj",
@@ -81,6 +103,26 @@ LLAMA = WeightNames(
     mlp_out="model.layers.{layer}.mlp.down_proj",
     final_norm="model.norm",
     head="lm_head.weight",
+)
+BERT = WeightNames(
+    embedding="bert.embeddings.word_embeddings.weight",
+    positions="bert.embeddings.position_embeddings.weight",
+    token_types="bert.embeddings.token_type_embeddings.weight",
+    embedding_norm="bert.embeddings.LayerNorm",
+    qkv=tuple(f"bert.encoder.layer.{{layer}}.attention.self.{x}" for x in ("query", "key", "value")),
+    attention_out="bert.encoder.layer.{layer}.attention.output.dense",
+    attention_residual_norm="bert.encoder.layer.{layer}.attention.output.LayerNorm",
+    mlp_in=("bert.encoder.layer.{layer}.intermediate.dense",),
+    mlp_out="bert.encoder.layer.{layer}.output.dense",
+    mlp_residual_norm="bert.encoder.layer.{layer}.output.LayerNorm",
+    head_transform="cls.predictions.transform.dense",
+    head_transform_norm="cls.predictions.transform.LayerNorm",
+    head="cls.predictions.decoder.weight",
+    head_bias="cls.predictions.bias",
+    second_names={"cls.predictions.decoder.bias": "cls.predictions.bias"},
+    # The original training also asked whether one sentence follows another (Devlin et al. 2018, §3.1): its folders hold that
+    # head and the pooler in front of it, which no masked-language model reads. transformers' BertForMaskedLM drops them too.
+    other_heads=("bert.pooler.", "pooler.", "cls.seq_relationship."),
 )
 
 WEIGHT_NAMES = {
@@ -98,4 +140,5 @@ WEIGHT_NAMES = {
         mlp_norm="model.layers.{layer}.pre_feedforward_layernorm",
         mlp_post_norm="model.layers.{layer}.post_feedforward_layernorm",
     ),
+    "bert": BERT,
 }

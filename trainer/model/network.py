@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import nn
-
-from parallel.tensor import TensorParallel
 from trainer.model import families
 from trainer.model.auto_network import AutoNetwork
-from trainer.model.auto_stage import AutoStage
 from trainer.model.families import TransformerConfig
-from trainer.model.transformer import Stage, blocks_of
 
 Network = TransformerConfig | AutoNetwork
-
-
-def make_stage(
-    network: Network,
-    *,
-    dtype: torch.dtype,
-    recompute: Literal["none", "selective", "full"],
-    tp: TensorParallel,
-    device: torch.device,
-    fill: Callable[[nn.Module], None],
-    partition: Callable[[nn.Module], None],
-) -> Stage | AutoStage:
-    """This rank's part of the network; see `Stage` for the arguments."""
-    if isinstance(network, AutoNetwork):
-        return AutoStage(network, dtype=dtype, recompute=recompute, device=device, fill=fill, partition=partition)
-    blocks = blocks_of(network)
-    return Stage(network, blocks, dtype=dtype, recompute=recompute, tp=tp, device=device, fill=fill, partition=partition)
 
 
 def largest_weight(network: Network) -> int:

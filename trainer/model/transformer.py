@@ -1,4 +1,4 @@
-"""One pre-norm transformer for all families, built from the layers of `parallel/`.
+"""One transformer for all families, built from the layers of `parallel/`.
 
 A model is a list of blocks: the embedding, the layers, the head. A `Stage` is a contiguous part of that list; without
 pipeline parallelism it is the whole list. A rank only ever builds its own blocks, one after another, so it never holds
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from parallel.attention import Documents, ParallelAttention, Rotation
-from parallel.embedding import PositionEmbedding, VocabParallelEmbedding, llama3_frequencies, rotary_tables
+from parallel.embedding import ReplicatedEmbedding, VocabParallelEmbedding, llama3_frequencies, rotary_tables
+from parallel.linear import ReplicatedLinear
 from parallel.loss import VocabParallelHead
 from parallel.mesh import Group
-from parallel.mlp import ParallelMLP
+from parallel.mlp import ACTIVATIONS, ParallelMLP
 from parallel.norm import LayerNorm, QueryKeyNorm, RMSNorm
-from parallel.params import Init, Sharded, ShardSpec, complete_partial_gradients, materialise, owned_specs
+from parallel.params import Init, ShardSpec, complete_partial_gradients, materialise, owned_specs
 from parallel.rng import Streams, dropout
 from parallel.tensor import TensorParallel
 from trainer.model.families import RopeScaling, TransformerConfig
@@ -59,7 +60,10 @@ def logical_specs(config: TransformerConfig) -> list[ShardSpec]:
     return [spec for _, _, spec in owned_specs(stage)]
 
 
-def make_norm(config: TransformerConfig, name: str, tp: TensorParallel) -> Sharded:
+def make_norm(config: TransformerConfig, name: str | None, tp: TensorParallel) -> nn.Module:
+    """The family's norm; where its name is None the family has none, and x stays as it is."""
+    if name is None:
+        return nn.Identity()
     if config.norm == "rmsnorm":
         return RMSNorm(config.hidden_size, eps=config.norm_eps, name=name, tp=tp, offset=config.norm_offset)
     return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias, name=name, tp=tp)
@@ -85,9 +89,10 @@ class Dropout(nn.Module):
 
 
 class Embedding(nn.Module):
-    """tokens [B, S] → [N, D] in the compute format."""
+    """tokens [B, S] → [N, D] in the compute format. Positions begin again with each document; a document is one text, not
+    a pair of them, so every token has type 0."""
 
-    def __init__(self, config: TransformerConfig, *, dtype: torch.dtype, tp: TensorParallel) -> None:
+    def __init__(self, config: TransformerConfig, *, dtype: torch.dtype, tp: TensorParallel, tied_over: Group | None) -> None:
         super().__init__()
         names = WEIGHT_NAMES[config.family]
         init = Init(std=config.init_std)
@@ -95,26 +100,34 @@ class Embedding(nn.Module):
         # Rounded to the compute format, as the Gemma models were trained: 55.5 instead of √3072 = 55.43 in bf16.
         self.scale = torch.tensor(math.sqrt(config.hidden_size), dtype=dtype, device="cpu").item()
         self.scaled = config.scaled_embedding
-        self.tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, name=names.embedding, init=init, tp=tp)
-        self.positions = None
-        if names.positions is not None:
-            self.positions = PositionEmbedding(config.max_positions, config.hidden_size, name=names.positions, init=init, tp=tp)
+        self.tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, name=names.embedding, init=init, tp=tp, tied_over=tied_over
+        )
+        tables = ((config.max_positions, names.positions), (config.token_types, names.token_types))
+        self.positions, self.token_types = (
+            None if name is None else ReplicatedEmbedding(rows, config.hidden_size, name=name, init=init, tp=tp)
+            for rows, name in tables
+        )
+        self.norm = make_norm(config, names.embedding_norm, tp)
         self.dropout = Dropout(config.embedding_dropout, names.embedding, tp)
 
     def forward(self, tokens_BS: Tensor, documents: Documents, streams: Streams | None) -> Tensor:
         x_ND = self.tokens(tokens_BS.flatten())
         if self.positions is not None:
             x_ND = x_ND + self.positions(documents.positions_BS.to(tokens_BS.device).flatten())
-        x_ND = x_ND.to(self.dtype)
+        if self.token_types is not None:
+            x_ND = x_ND + self.token_types(torch.zeros_like(tokens_BS).flatten())
+        x_ND = self.norm(x_ND.to(self.dtype))
         if self.scaled:
             x_ND = x_ND * self.scale
         return self.dropout(x_ND, documents, streams)
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); [N, D] → [N, D].
+    """norm(x + norm(attention(norm(x)))), then norm(x + norm(mlp(norm(x)))); [N, D] → [N, D].
 
-    With post-norms: x + norm(attention(norm(x))), then x + norm(mlp(norm(x))).
+    A family has some of the norms, as its names say: most the innermost (pre), Gemma 2 the two inner ones (sandwich), Bert
+    the outermost (post).
     """
 
     def __init__(
@@ -127,7 +140,11 @@ class Layer(nn.Module):
         out_init = Init(std=config.init_std / math.sqrt(2 * config.num_layers)) if config.scaled_residual_init else init
         query, key, value = names.query_key_value(config, index)
         attention_out, mlp_out = names.attention_out.format(layer=index), names.mlp_out.format(layer=index)
-        self.attention_norm = make_norm(config, names.attention_norm.format(layer=index), tp)
+
+        def norm(name: str | None) -> nn.Module:
+            return make_norm(config, name and name.format(layer=index), tp)
+
+        self.attention_norm = norm(names.attention_norm)
         self.attention = ParallelAttention(
             hidden_size=config.hidden_size,
             num_heads=config.num_heads,
@@ -141,7 +158,7 @@ class Layer(nn.Module):
             out_bias=config.attention_out_bias,
             transposed=names.transposed,
             dropout=config.attention_dropout,
-            causal=True,
+            causal=config.causal,
             window=config.windows[index],
             scale=config.query_scalar**-0.5,
             softcap=config.attention_softcap,
@@ -152,9 +169,10 @@ class Layer(nn.Module):
             tp=tp,
             kv_copies=kv_copies,
         )
-        self.attention_post_norm = _post_norm(config, names.attention_post_norm, index, tp)
+        self.attention_post_norm = norm(names.attention_post_norm)
         self.attention_dropout = Dropout(config.residual_dropout, attention_out, tp)
-        self.mlp_norm = make_norm(config, names.mlp_norm.format(layer=index), tp)
+        self.attention_residual_norm = norm(names.attention_residual_norm)
+        self.mlp_norm = norm(names.mlp_norm)
         self.mlp = ParallelMLP(
             hidden_size=config.hidden_size,
             ffn_size=config.ffn_size,
@@ -167,18 +185,17 @@ class Layer(nn.Module):
             out_init=out_init,
             tp=tp,
         )
-        self.mlp_post_norm = _post_norm(config, names.mlp_post_norm, index, tp)
+        self.mlp_post_norm = norm(names.mlp_post_norm)
         self.mlp_dropout = Dropout(config.residual_dropout, mlp_out, tp)
+        self.mlp_residual_norm = norm(names.mlp_residual_norm)
 
     def forward(self, x_ND: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None) -> Tensor:
         attended = self.attention(self.attention_norm(x_ND), documents, rotation, streams)
-        x_ND = x_ND + self.attention_dropout(self.attention_post_norm(attended), documents, streams)
+        attended = self.attention_dropout(self.attention_post_norm(attended), documents, streams)
+        x_ND = self.attention_residual_norm(x_ND + attended)
         fed_forward = self.mlp(self.mlp_norm(x_ND))
-        return x_ND + self.mlp_dropout(self.mlp_post_norm(fed_forward), documents, streams)
-
-
-def _post_norm(config: TransformerConfig, name: str | None, index: int, tp: TensorParallel) -> nn.Module:
-    return nn.Identity() if name is None else make_norm(config, name.format(layer=index), tp)
+        fed_forward = self.mlp_dropout(self.mlp_post_norm(fed_forward), documents, streams)
+        return self.mlp_residual_norm(x_ND + fed_forward)
 
 
 def _qk_norm(config: TransformerConfig, index: int, tp: TensorParallel) -> QueryKeyNorm | None:
@@ -189,28 +206,56 @@ def _qk_norm(config: TransformerConfig, index: int, tp: TensorParallel) -> Query
     return QueryKeyNorm(config.head_dim, eps=config.norm_eps, query=query, key=key, tp=tp)
 
 
-class Head(nn.Module):
-    """Final norm, logits and loss."""
+class HeadTransform(nn.Module):
+    """norm(act(x Aᵀ + b)), [N, D] → [N, D] (Devlin et al. 2018, arXiv:1810.04805, in its code): between the tensor-parallel
+    regions, so whole on every rank and of this rank's tokens."""
 
-    def __init__(self, config: TransformerConfig, *, tp: TensorParallel, tied_to: VocabParallelEmbedding | None) -> None:
+    def __init__(self, config: TransformerConfig, name: str, norm: str | None, tp: TensorParallel) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.dense = ReplicatedLinear(D, D, name=name, init=Init(std=config.init_std), tp=tp)
+        self.activation = ACTIVATIONS[config.activation]
+        self.norm = make_norm(config, norm, tp)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self.norm(self.activation(self.dense(x_ND)))
+
+
+class Head(nn.Module):
+    """Final norm or transform, logits and loss."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        tp: TensorParallel,
+        tied_to: VocabParallelEmbedding | None,
+        tied_over: Group | None,
+    ) -> None:
         super().__init__()
         names = WEIGHT_NAMES[config.family]
         self.norm = make_norm(config, names.final_norm, tp)
+        self.transform = nn.Identity()
+        if names.head_transform is not None:
+            self.transform = HeadTransform(config, names.head_transform, names.head_transform_norm, tp)
         self.logits = VocabParallelHead(
             config.vocab_size,
             config.hidden_size,
-            name=names.head,
+            name=names.embedding if config.tied_head else names.head,
             init=Init(std=config.init_std),
             tp=tp,
             tied_to=tied_to,
+            tied_over=tied_over,
+            bias=names.head_bias,
             softcap=config.logit_softcap,
         )
 
     def forward(self, x_ND: Tensor, documents: Documents, labels_BS: Tensor | None) -> Tensor:
         """The loss summed over targets, or without labels this rank's logits [B, S, V/p]."""
+        x_ND = self.transform(self.norm(x_ND))
         if labels_BS is not None:
-            return self.logits(self.norm(x_ND), labels_BS.flatten())
-        return self.logits(self.norm(x_ND)).unflatten(0, documents.shape)
+            return self.logits(x_ND, labels_BS.flatten())
+        return self.logits(x_ND).unflatten(0, documents.shape)
 
 
 class Stage(nn.Module):
@@ -218,6 +263,10 @@ class Stage(nn.Module):
 
     `fill` gives values to each block's parameters after it was materialised (initial or loaded ones); `partition` may
     divide them over ranks at once (ZeRO-3). Every rank of the tensor group must build its stage together.
+
+    A tied head shares the weight of the embedding in this stage, or of `tied_to`, the embedding in another stage on this
+    rank; or holds a copy of it, when the first and the last stage are on different ranks: `tied_over` these two. `tied_over`
+    is also given, as a group of one, where two stages of one rank share the weight.
     """
 
     def __init__(
@@ -231,6 +280,8 @@ class Stage(nn.Module):
         device: torch.device,
         fill: Callable[[nn.Module], None],
         partition: Callable[[nn.Module], None] = lambda block: None,
+        tied_to: VocabParallelEmbedding | None = None,
+        tied_over: Group | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -238,6 +289,8 @@ class Stage(nn.Module):
         self.recompute = recompute
         self.tp = tp
         self.kv_copies = key_value_copies(config.num_kv_heads, tp.group)
+        self.tied_over = tied_over if config.tied_head else None
+        self.tied_to = (tied_to,)  # in a tuple: a module here would be listed as this one's child
         self.embedding: Embedding | None
         self.head: Head | None
         self.register_module("embedding", None)  # so that parameters are listed in the order of the model
@@ -253,7 +306,7 @@ class Stage(nn.Module):
 
     def _build(self, block: Block) -> nn.Module:
         if block.kind == "embedding":
-            self.embedding = Embedding(self.config, dtype=self.dtype, tp=self.tp)
+            self.embedding = Embedding(self.config, dtype=self.dtype, tp=self.tp, tied_over=self.tied_over)
             return self.embedding
         if block.kind == "layer":
             self.layers[str(block.layer)] = Layer(
@@ -264,8 +317,9 @@ class Stage(nn.Module):
                 kv_copies=self.kv_copies,
             )
             return self.layers[str(block.layer)]
-        tied_to = self.embedding.tokens if self.config.tied_head and self.embedding else None
-        self.head = Head(self.config, tp=self.tp, tied_to=tied_to)
+        embedding = self.embedding.tokens if self.embedding is not None else self.tied_to[0]
+        tied_to = embedding if self.config.tied_head else None
+        self.head = Head(self.config, tp=self.tp, tied_to=tied_to, tied_over=self.tied_over)
         return self.head
 
     def forward(

@@ -82,8 +82,19 @@ def _config_keys(finding: Finding) -> tuple[str, ...]:
 
 def fit_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:
     """Where the rest of the recipe asks for more than this network has."""
+    yield from _task_findings(recipe, network)
     yield from _position_findings(recipe, network)
     yield from tensor_findings(recipe, network)
+
+
+def _task_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:
+    if recipe.data.task == "pretrain" and not network.causal:
+        legal = ", ".join(family.name for family in FAMILIES.values() if family.causal)
+        yield Finding(
+            ("model.family", "model.from_pretrained", "data.task"),
+            f"model.family = {json.dumps(network.family)} sees the next token, which data.task pretrain predicts: it needs a "
+            f"masked-language task, which this version does not have; legal families for pretrain: {legal}",
+        )
 
 
 def _position_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from trainer.sections import Finding, Recipe
 # Which update rules read which key.
 OPTIMIZER_KEYS = {"betas": ("adamw", "adam", "lion"), "eps": ("adamw", "adam"), "momentum": ("sgd",)}
 # Axes that are in the recipe's format but not yet in the engine.
-SINGLE_DEGREE = ("parallel.pipeline", "parallel.context")
+SINGLE_DEGREE = ("parallel.context",)
 # What only tensor parallelism reads.
 TENSOR_KEYS = ("parallel.sequence_parallel", "parallel.overlap")
 
@@ -32,7 +32,7 @@ def _parallel_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Findi
     for key in SINGLE_DEGREE:
         degree = getattr(recipe.parallel, key.rpartition(".")[2])
         if degree > 1 and recipe.model.family != AUTO:
-            yield Finding((key,), f"{key} = {degree}: this version has tensor and data parallelism; legal: 1")
+            yield Finding((key,), f"{key} = {degree}: this version has tensor, pipeline and data parallelism; legal: 1")
     if recipe.parallel.tensor == 1:
         for key in TENSOR_KEYS:
             if key in given and getattr(recipe.parallel, key.rpartition(".")[2]):

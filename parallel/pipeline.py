@@ -1,0 +1,171 @@
+"""A pipeline: this rank's stages, run in the order of a schedule by torch's runtime.
+
+The schedule is a `ScheduleTable`, so that what was drawn and simulated is what runs; torch adds the messages between the
+ranks. Shapes are fixed when the pipeline is made: nothing is negotiated on the way.
+
+Shape letters: B rows of a micro-batch, S sequence, N tokens that a rank has between the layers, D model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
+from torch.distributed.pipelining.stage import PipelineStage
+
+from parallel.deferred import WeightGradients
+from parallel.mesh import Group
+from parallel.schedule_table import Kind, ScheduleTable, actions_of
+
+
+@dataclass(frozen=True)
+class StageBackward:
+    """One backward of a stage, or one half of it: input gradients, weight gradients.
+
+    `number` counts those of this stage and half from 0. `last_of_half`: no more of these; `last`: none at all on this rank.
+    """
+
+    number: int
+    last_of_half: bool
+    last: bool
+
+
+Around = Callable[[StageBackward], AbstractContextManager[None]]
+
+
+class Pipeline:
+    """The stages of one rank.
+
+    `modules` are its stages by index: the first takes tokens [B, S], the others hidden [N, D], and all take the micro-batch's
+    context as keywords; the last returns the summed loss, or logits, the others hidden. `hidden` has the shape and format of
+    what passes between stages (on the meta device). `around` is entered around every backward. `deferred`: where the stages'
+    linear layers leave their weight gradients, when the schedule splits backwards.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[int, nn.Module],
+        table: ScheduleTable,
+        *,
+        group: Group,
+        device: torch.device,
+        tokens: Tensor,
+        hidden: Tensor,
+        around: Around,
+        deferred: Mapping[int, WeightGradients],
+    ) -> None:
+        self.table = table
+        self.group = group
+        self.device = device
+        self.hidden = hidden
+        self.modules = dict(sorted(modules.items()))
+        self._around = around
+        self._count: Counter[tuple[int, bool]] = Counter()
+        self._backwards = sum(action.kind is not Kind.FORWARD for action in table.actions(group.rank))
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        last = table.num_stages - 1
+        self._stages = [
+            _Stage(
+                module,
+                index,
+                table.num_stages,
+                device,
+                input_args=tokens if index == 0 else hidden.requires_grad_(),
+                output_args=torch.empty((), device="meta", requires_grad=True) if index == last else hidden.requires_grad_(),
+                group=group.handle,
+                dw_builder=deferred[index].take if index in deferred else None,
+                around=self._enter,
+            )
+            for index, module in self.modules.items()
+        ]
+        self._runtime = _PipelineScheduleRuntime(self._stages, table.num_micro_batches, self._loss, scale_grads=False)
+        self._runtime._prepare_schedule_with_comms(
+            {rank: [_Action.from_str(str(step)) for step in steps] for rank, steps in enumerate(table.steps)}
+        )
+
+    @property
+    def has_first(self) -> bool:
+        return 0 in self.modules
+
+    @property
+    def has_last(self) -> bool:
+        return self.table.num_stages - 1 in self.modules
+
+    def step(self, tokens_BS: Sequence[Tensor], contexts: Sequence[dict[str, Any]], *, scale: float) -> Tensor:
+        """Forward and backward of all micro-batches, the loss times `scale`; the unscaled loss summed over them, float64, on
+        the rank with the last stage, elsewhere 0."""
+        self.loss_sum.zero_()
+        self._count.clear()
+        for stage in self._stages:
+            stage.has_backward = True
+            stage.clear_runtime_states()
+        inputs = [(tokens,) if self.has_first else () for tokens in tokens_BS]
+        scales = [torch.tensor(scale, device=self.device)] * len(inputs)
+        self._runtime._step_microbatches(inputs, list(contexts), scales, [], return_outputs=False)
+        return self.loss_sum
+
+    def forward(self, tokens_BS: Tensor, context: Mapping[str, Any], hidden: Tensor | None = None) -> Tensor | None:
+        """One micro-batch through all stages, without gradients: the last stage's output where that is, elsewhere None.
+        `hidden` has its shape between the stages, when that is not the schedule's."""
+        hidden = self.hidden if hidden is None else hidden
+        output = None
+        for index, module in self.modules.items():
+            if index == 0:
+                x = tokens_BS
+            elif index - 1 in self.modules:
+                x = output
+            else:
+                x = torch.empty(hidden.shape, dtype=hidden.dtype, device=self.device)
+                dist.recv(x, self._global_rank(index - 1), group=self.group.handle)
+            output = module(x, **context)
+            if index + 1 < self.table.num_stages and index + 1 not in self.modules:
+                dist.send(output, self._global_rank(index + 1), group=self.group.handle)
+        return output if self.has_last else None
+
+    def broadcast_from_last(self, tensor: Tensor) -> Tensor:
+        """What the rank with the last stage has, on all ranks of the pipeline; elsewhere `tensor` gives shape and format."""
+        result = tensor.clone()
+        dist.broadcast(result, self._global_rank(self.table.num_stages - 1), group=self.group.handle)
+        return result
+
+    def _global_rank(self, stage: int) -> int:
+        return self.group.ranks[self.table.rank_of_stage[stage]]
+
+    def _loss(self, loss: Tensor, scale: Tensor) -> Tensor:
+        self.loss_sum += loss.detach().double()
+        return loss * scale
+
+    def _enter(self, stage: int, weights_only: bool) -> AbstractContextManager[None]:
+        number = self._count[stage, weights_only]
+        self._count[stage, weights_only] += 1
+        last_of_half = number == self.table.num_micro_batches - 1
+        return self._around(StageBackward(number, last_of_half, sum(self._count.values()) == self._backwards))
+
+
+class _Stage(PipelineStage):
+    """torch's stage, with something around each of its backwards."""
+
+    def __init__(self, *args: Any, around: Callable[[int, bool], AbstractContextManager[None]], **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._around = around
+
+    def backward_one_chunk(self, *args: Any, **more: Any) -> None:
+        with self._around(self.stage_index, False):
+            super().backward_one_chunk(*args, **more)
+
+    def backward_weight_one_chunk(self, *args: Any, **more: Any) -> None:
+        with self._around(self.stage_index, True):
+            super().backward_weight_one_chunk(*args, **more)
+
+
+def splits_backward(table: ScheduleTable) -> bool:
+    """Whether some weight gradients are computed apart from their input gradients."""
+    actions = (action for steps in table.steps for step in steps for action in actions_of(step))
+    return any(action.kind is Kind.WEIGHT_GRAD for action in actions)

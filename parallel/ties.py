@@ -1,0 +1,57 @@
+"""Weights that the first and the last pipeline stage share: their gradients, summed once per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from parallel.collectives import all_reduce
+from parallel.mesh import Group
+from parallel.params import owned_specs
+
+
+class TiedGradients:
+    """Keeps the gradients of a stage's tied weights out of its backwards until `totals` sums them over the copies.
+
+    The stages' backwards of one micro-batch do not meet: a collective inside them would wait for a stage that waits for this
+    one. So each backward's gradient is added up here in fp32 and passed on as zeros, and when the schedule is done the total
+    is given to the weight once, as if by one more backward. It then takes the way of every gradient, at any ZeRO stage.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Collects from now on; every owner of a tied weight must do so."""
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._copies: dict[nn.Parameter, Group] = {}
+        self._collecting = True
+        for _, parameter, spec in owned_specs(module):
+            if spec.tied:
+                self._copies[parameter] = spec.copies
+                parameter.register_hook(self._collector(parameter))
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        return list(self._copies)
+
+    def _collector(self, parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
+        def collect(grad: Tensor) -> Tensor:
+            if not self._collecting:
+                return grad
+            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            self._sums[parameter] = self._sums[parameter] + wide if parameter in self._sums else wide
+            return torch.zeros_like(grad)
+
+        return collect
+
+    def totals(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each tied weight with the sum of its gradients over all copies and backwards since the last time, in its format.
+
+        Collective over the copies. What is accumulated while this is iterated is passed on.
+        """
+        self._collecting = False
+        try:
+            for parameter, copies in self._copies.items():
+                yield parameter, all_reduce(self._sums.pop(parameter), copies).to(parameter.dtype)
+        finally:
+            self._collecting = True

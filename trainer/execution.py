@@ -1,0 +1,177 @@
+"""How a rank runs the micro-batches of a step: its one stage on each in turn, or its stages in a pipeline's order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from parallel.attention import Documents
+from parallel.collectives import all_reduce
+from parallel.deferred import WeightGradients
+from parallel.embedding import vocabulary_shard
+from parallel.mesh import Group, Mesh
+from parallel.pipeline import Pipeline, splits_backward
+from parallel.rng import Streams
+from parallel.schedule_table import ScheduleTable
+from parallel.tensor import TensorParallel
+from trainer.batching import BatchPlan
+from trainer.model.families import TransformerConfig
+from trainer.model.transformer import Block, Stage
+from trainer.stopwatch import Stopwatch
+from trainer.zero_pipeline import ZeroInPipeline
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch on the device. `streams` None: no dropout."""
+
+    tokens_BS: Tensor
+    labels_BS: Tensor | None
+    documents: Documents
+    streams: Streams | None = None
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """What each stage takes beside its input."""
+        return {"documents": self.documents, "labels_BS": self.labels_BS, "streams": self.streams}
+
+
+class BuildStage(Protocol):
+    """Makes a stage with all that does not depend on which one it is."""
+
+    def __call__(self, blocks: Sequence[Block], *, tp: TensorParallel, **ties: Any) -> Stage: ...
+
+
+class Execution(Protocol):
+    """`module` is what DeepSpeed gets; losses are sums over targets of this data-parallel rank, the same on all its ranks."""
+
+    module: nn.Module
+
+    def attach(self, engine: Any) -> None:
+        """The DeepSpeed engine, once there is one."""
+
+    def step(self, batches: Sequence[Batch], *, factor: float, scale: float) -> Tensor:
+        """Forward and backward of all micro-batches: gradients of loss · factor, times the loss scale. The loss, float64."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Without gradients."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Of the first row: this tensor rank's [S, V/p]; no gradients."""
+
+
+class OneStage:
+    """The whole model on each rank of the data-parallel axis: DeepSpeed's own forward and backward."""
+
+    def __init__(self, module: nn.Module, watch: Stopwatch) -> None:
+        self.module = module
+        self._watch = watch
+
+    def attach(self, engine: Any) -> None:
+        self._engine = engine
+
+    def step(self, batches: Sequence[Batch], *, factor: float, scale: float) -> Tensor:
+        loss_sum = torch.zeros((), dtype=torch.float64, device=batches[0].tokens_BS.device)
+        for index, batch in enumerate(batches):
+            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            with self._watch("forward"):
+                loss = self.loss(batch)
+            with self._watch("backward"):
+                loss_sum += loss.detach().double()
+                self._backward(loss * factor, scale)
+        return loss_sum
+
+    def loss(self, batch: Batch) -> Tensor:
+        return self._engine(batch.tokens_BS, **batch.context)
+
+    def logits(self, batch: Batch) -> Tensor:
+        return self._engine.module(batch.tokens_BS, **batch.context)[0]
+
+    def _backward(self, loss: Tensor, scale: float) -> None:
+        # At stage 0 DeepSpeed trains in fp32 and scales nothing; at stages 1 to 3 it multiplies by the scale we gave it.
+        own_scale = scale if self._engine.zero_optimization_stage() == 0 else 1.0
+        self._engine.backward(loss * own_scale, scale_wrt_gas=False)
+
+
+class InPipeline:
+    """This rank's stages of a pipeline, run by torch's runtime under DeepSpeed's optimizer."""
+
+    def __init__(
+        self,
+        build: BuildStage,
+        stages: Sequence[Sequence[Block]],
+        table: ScheduleTable,
+        *,
+        plan: BatchPlan,
+        config: TransformerConfig,
+        dtype: torch.dtype,
+        mesh: Mesh,
+        tp: TensorParallel,
+        device: torch.device,
+        watch: Stopwatch,
+    ) -> None:
+        self._mesh, self._tp, self._dtype, self._watch = mesh, tp, dtype, watch
+        self._hidden_size = config.hidden_size
+        self._vocabulary_rows = vocabulary_shard(config.vocab_size, tp.group)[1]
+        mine = table.stages(mesh.pp.rank)
+        deferred = {index: WeightGradients() for index in mine} if splits_backward(table) else {}
+        last = table.num_stages - 1
+        # On one rank the last stage's head uses the first stage's embedding itself: two stages' backwards for one weight.
+        tied_over = mesh.ends if table.rank_of_stage[0] != table.rank_of_stage[last] else Group.alone()
+        built: dict[int, Stage] = {}
+        for index in mine:
+            first = built.get(0)
+            built[index] = build(
+                stages[index],
+                tp=replace(tp, deferred=deferred.get(index)),
+                tied_to=first.embedding.tokens if first is not None and first.embedding is not None else None,
+                tied_over=tied_over if index in (0, last) else None,
+            )
+        self.module = nn.ModuleDict({str(index): stage for index, stage in built.items()})
+        self._zero = ZeroInPipeline(self.module, watch)
+        self._pipeline = Pipeline(
+            built,
+            table,
+            group=mesh.pp,
+            device=device,
+            tokens=torch.empty((plan.micro_sequences, plan.seq_len), dtype=torch.int64, device="meta"),
+            hidden=self._hidden(plan.micro_sequences * plan.seq_len),
+            around=self._zero.around,
+            deferred=deferred,
+        )
+
+    def attach(self, engine: Any) -> None:
+        self._zero.attach(engine)
+
+    def step(self, batches: Sequence[Batch], *, factor: float, scale: float) -> Tensor:
+        self._zero.start()
+        with self._watch("forward"):
+            contexts = [self._context(batch) for batch in batches]
+            loss_sum = self._pipeline.step([batch.tokens_BS for batch in batches], contexts, scale=factor * scale)
+        self._zero.finish(len(batches))
+        return all_reduce(loss_sum, self._mesh.pp)  # 0 on all ranks but the one with the last stage
+
+    def loss(self, batch: Batch) -> Tensor:
+        hidden = self._hidden(batch.tokens_BS.numel())
+        loss = self._pipeline.forward(batch.tokens_BS, self._context(batch), hidden)
+        nothing = torch.zeros((), dtype=torch.float64, device=batch.tokens_BS.device)
+        return all_reduce(nothing if loss is None else loss.double(), self._mesh.pp)
+
+    def logits(self, batch: Batch) -> Tensor:
+        rows, seq_len = batch.tokens_BS.shape
+        logits_BSV = self._pipeline.forward(batch.tokens_BS, batch.context, self._hidden(rows * seq_len))
+        shape = (seq_len, self._vocabulary_rows)
+        own = torch.empty(shape, dtype=self._dtype, device=batch.tokens_BS.device) if logits_BSV is None else logits_BSV[0]
+        return self._pipeline.broadcast_from_last(own)
+
+    def _context(self, batch: Batch) -> dict[str, Any]:
+        """Labels are for the last stage."""
+        return batch.context if self._pipeline.has_last else {**batch.context, "labels_BS": None}
+
+    def _hidden(self, num_tokens: int) -> Tensor:
+        tokens = self._tp.tokens(num_tokens)
+        return torch.empty((tokens.stop - tokens.start, self._hidden_size), dtype=self._dtype, device="meta")
