@@ -53,6 +53,8 @@ class Piece:
 
     @property
     def rows(self) -> int:
+        if not self.size:
+            return 1  # a scalar
         return self.size[-1] if self.transposed else self.size[0]
 
     def box_of(self, logical: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ class Piece:
 
     def in_parameter(self, parameter: Tensor) -> Tensor:
         """The view of a (whole) local parameter that holds this piece."""
-        return parameter.narrow(0, self.row, self.rows)
+        return parameter.narrow(0, self.row, self.rows) if self.size else parameter
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,10 @@ def whole(name: str, shape: tuple[int, ...], *, role: Role, init: Init, copies: 
 
 
 class Sharded(nn.Module):
-    """A module that owns parameters and says what each of them is; `borrowed` ones are another module's (ties)."""
+    """A module that says what each of its parameters is; `borrowed` ones are another module's (ties).
+
+    The names are those of `named_parameters`, so it may also speak for parameters of modules below it that are not ours.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,13 +123,16 @@ def owned_specs(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ShardSpe
 
     TypeError for a parameter that nobody declared.
     """
+    declared: dict[str, ShardSpec | None] = {}
     for path, owner in module.named_modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            dotted = f"{path}.{name}" if path else name
-            if not isinstance(owner, Sharded) or name not in owner.specs.keys() | owner.borrowed:
-                raise TypeError(f"parameter {dotted} has no ShardSpec: declare it in a Sharded module")
-            if name in owner.specs:
-                yield dotted, parameter, owner.specs[name]
+        if isinstance(owner, Sharded):
+            names = {**owner.specs, **dict.fromkeys(owner.borrowed)}
+            declared |= {f"{path}.{name}" if path else name: spec for name, spec in names.items()}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name not in declared:
+            raise TypeError(f"parameter {name} has no ShardSpec: declare it in a Sharded module")
+        if (spec := declared[name]) is not None:
+            yield name, parameter, spec
 
 
 def complete_partial_gradients(module: nn.Module) -> None:
@@ -177,7 +185,8 @@ def draw(name: str, shape: tuple[int, ...], init: Init, seed: int) -> Tensor:
 @torch.no_grad()
 def zero_padding(parameter: Tensor, spec: ShardSpec) -> None:
     """Make the rows that no piece covers 0: they are the last, and 0 · NaN of uninitialised memory is NaN."""
-    parameter[sum(piece.rows for piece in spec.pieces) :] = 0.0
+    if parameter.dim():
+        parameter[sum(piece.rows for piece in spec.pieces) :] = 0.0
 
 
 @torch.no_grad()

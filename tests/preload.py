@@ -7,6 +7,7 @@ warnings.simplefilter("ignore")
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401 - DeepSpeed imports torch's compiler with it: 3 s
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402 - any torch optimizer imports it: 2 s
+import transformers.modeling_utils  # noqa: E402, F401 - family "auto": 3 s
 
 import trainer.engine  # noqa: E402, F401
 

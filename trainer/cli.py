@@ -215,9 +215,12 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _network(resolved: ResolvedRecipe) -> TransformerConfig | None:
-    """The network, as far as it is known without opening the tokenizer or the hub."""
+    """The network, as far as it is known without opening the tokenizer, the hub or transformers."""
     from trainer.recipe import tokenizer_vocab_size
+    from trainer.recipe.auto import AUTO
 
+    if resolved.recipe.model.family == AUTO:
+        return None
     vocab_size = tokenizer_vocab_size(resolved.recipe.data.tokenizer)
     known = resolved.hf_config is not None and (vocab_size is not None or "vocab_size" in resolved.hf_config)
     return resolved.network(vocab_size=vocab_size) if known else None
@@ -250,7 +253,11 @@ def _show_values(console: Console, resolved: ResolvedRecipe) -> None:
 
 def _show_model(console: Console, resolved: ResolvedRecipe, network: TransformerConfig | None) -> None:
     from trainer.model.costs import count_parameters
+    from trainer.recipe.auto import AUTO
 
+    if network is None and resolved.hf_config is not None and resolved.recipe.model.family == AUTO:
+        _say(console, f"model: {resolved.hf_config['model_type']}, as transformers builds it when training starts")
+        return
     if network is None:
         _say(console, f"model: known once {_missing_part(resolved)} is opened")
         return

@@ -36,12 +36,14 @@ from parallel.rng import Streams
 from parallel.tensor import TensorParallel
 from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
-from trainer.errors import DataError
+from trainer.errors import DataError, RecipeError
 from trainer.execution import Batch, Execution, InPipeline, OneStage
 from trainer.loss_scale import LossScaler
 from trainer.master_weights import MasterWeights
+from trainer.model.auto_network import AutoNetwork
+from trainer.model.auto_stage import AutoStage
 from trainer.model.blocks import blocks_of
-from trainer.model.families import TransformerConfig
+from trainer.model.network import Network
 from trainer.model.transformer import Stage
 from trainer.optimizers import make_optimizer
 from trainer.recipe.pipeline import schedule_table
@@ -79,7 +81,7 @@ class Engine:
         self,
         recipe: Recipe,
         plan: BatchPlan,
-        config: TransformerConfig,
+        config: Network,
         mesh: Mesh,
         device: torch.device,
         *,
@@ -102,7 +104,7 @@ class Engine:
         masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
         tp = TensorParallel(mesh.tp, sequence=recipe.parallel.divides_tokens, overlap=recipe.parallel.overlap)
         build = partial(
-            Stage,
+            AutoStage if isinstance(config, AutoNetwork) else Stage,
             config,
             dtype=dtype,
             recompute=recipe.train.recompute,
@@ -111,14 +113,17 @@ class Engine:
             partition=_partition(deepspeed_config, units) if self.zero_stage == 3 else lambda block: None,
         )
         self.execution: Execution
-        if recipe.parallel.pipeline == 1:
-            self.execution = OneStage(build, blocks_of(config), tp, self.watch)
+        if isinstance(config, AutoNetwork):
+            self.execution = OneStage(build(), self.watch)
+        elif recipe.parallel.pipeline == 1:
+            self.execution = OneStage(build(blocks_of(config), tp=tp), self.watch)
         else:
             table, stages = schedule_table(recipe, plan), stages_of(recipe, config)
             self.execution = InPipeline(
                 build, stages, table, plan=plan, config=config, dtype=dtype, mesh=mesh, tp=tp, device=device, watch=self.watch
             )
         module = self.execution.module
+        self.constants = module.constants if isinstance(module, AutoStage) else []  # saved like weights, never trained
         self.specs: list[tuple[nn.Parameter, ShardSpec]] = [(p, spec) for _, p, spec in owned_specs(module)]
         for parameter, spec in self.specs:
             parameter.model_parallel = spec.owned  # DeepSpeed's mark: off the first rank only these count in the norm
@@ -132,6 +137,11 @@ class Engine:
         if self.zero_stage in (1, 2):
             # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
             self.optimizer.check_grad_overflow = True
+        if isinstance(module, AutoStage) and module.looks_ahead(device):
+            raise RecipeError(
+                f"{config.architecture}: its logits at a token depend on the next one, so predicting it would teach nothing; "
+                "legal: a model with causal attention"
+            )
 
     @property
     def num_params(self) -> int:
@@ -192,6 +202,7 @@ class Engine:
             gathered = deepspeed.zero.GatheredParameters([parameter]) if self.zero_stage == 3 else contextlib.nullcontext()
             with gathered:
                 yield spec, parameter.detach()
+        yield from self.constants
 
     def gathered_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
         """On the first rank of the mesh the parameters of the whole model, elsewhere nothing; all ranks must iterate."""

@@ -68,8 +68,8 @@ class Execution(Protocol):
 class OneStage:
     """The whole model on each rank of the data-parallel axis: DeepSpeed's own forward and backward."""
 
-    def __init__(self, build: BuildStage, blocks: Sequence[Block], tp: TensorParallel, watch: Stopwatch) -> None:
-        self.module = build(blocks, tp=tp)
+    def __init__(self, module: nn.Module, watch: Stopwatch) -> None:
+        self.module = module
         self._watch = watch
 
     def attach(self, engine: Any) -> None:

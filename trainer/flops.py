@@ -8,6 +8,9 @@ is counted at half, bidirectional in full, and inside documents and windows only
 The first term is the 2·3 of forward and backward for each weight of the layers and the head (an embedding lookup multiplies
 nothing); the second is the half of 12 · H · K · n² for the two products Q Kᵀ and P V of a document of n tokens, less the
 triangle that lies beyond a layer's window of w < n tokens; bidirectional attention is the whole square. No torch here.
+
+Of a model of family "auto" the first term counts its matrices (of experts those that a token is sent to), and the second
+takes H · K and the number of layers from its config: windows are not known, and without those keys there is no second term.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
+from trainer.model.auto_network import AutoNetwork
 from trainer.model.families import TransformerConfig
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -59,8 +63,11 @@ def attention_flops(config: TransformerConfig, length: int, window: int | None) 
     return per_square * (length * length - beyond * beyond)
 
 
-def training_flops(config: TransformerConfig, document_lengths: Iterable[int]) -> int:
+def training_flops(config: TransformerConfig | AutoNetwork, document_lengths: Iterable[int]) -> int:
     """FLOPs of forward and backward over documents of these lengths [tokens]."""
+    if isinstance(config, AutoNetwork):
+        lengths = list(document_lengths)
+        return 6 * config.matmul_weights * sum(lengths) + 6 * config.attention_width * sum(n * n for n in lengths)
     layers_with = Counter(config.windows)
     tokens = attention = 0
     for length in document_lengths:

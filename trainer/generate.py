@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def continue_from_folder(folder: Path, prompt: str, *, new_tokens: int, temperat
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = _load(folder)
     tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-    length, positions = tokens["input_ids"].shape[1], model.config.max_position_embeddings
+    length = tokens["input_ids"].shape[1]
+    # Slopes (ALiBi) and state spaces have no last position.
+    positions = getattr(model.config, "max_position_embeddings", sys.maxsize)
     if length == 0:
         raise RecipeError("--prompt is empty: give at least one character")
     if length >= positions:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 
 from trainer.data import unigram_perplexity
 from trainer.engine import DTYPES
 from trainer.errors import EXIT_OK
 from trainer.generate import sample
 from trainer.meter import Meter
-from trainer.model.families import to_hf_config
 from trainer.model.hugging_face import write_folder
+from trainer.model.network import config_json, save_code
 from trainer.recipe import ResolvedRecipe
 from trainer.schedule import lr_at
 from trainer.session import Session, open_session
@@ -60,12 +61,17 @@ def export(run: Session) -> None:
     """Write the weights as a Hugging Face folder."""
     dtype = DTYPES[run.recipe.precision.dtype]
     tokenizer = run.prepared.tokenizer
+
+    def save_beside(folder: Path) -> None:
+        tokenizer.save(folder)
+        save_code(run.network, folder)
+
     write_folder(
         run.engine.gathered_tensors(),
         run.folder.export if run.place.is_first else None,
         dtype=dtype,
-        config=to_hf_config(run.network, dtype=str(dtype).removeprefix("torch."), eos_token_id=tokenizer.end_of_document),
-        save_tokenizer=tokenizer.save,
+        config=config_json(run.network, dtype=str(dtype).removeprefix("torch."), eos_token_id=tokenizer.end_of_document),
+        save_beside=save_beside,
     )
     run.tracker.note(f"weights: {run.folder.export}")
 
@@ -87,7 +93,7 @@ def finish(run: Session, summary: dict[str, object]) -> None:
             run.engine.next_logits,
             tokenizer.encode(recipe.train.sample_prompt) or [tokenizer.end_of_document],
             new_tokens=SAMPLE_TOKENS,
-            context=min(recipe.data.seq_len, run.network.max_positions),
+            context=recipe.data.seq_len,
             end=tokenizer.end_of_document,
             temperature=0.8,
             top_k=50,

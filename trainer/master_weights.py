@@ -49,7 +49,8 @@ class MasterWeights:
         def fill_and_round(block: nn.Module) -> None:
             fill(block)
             for _, parameter, _ in owned_specs(block):
-                self._shares[parameter] = self._keep(self._share_of(parameter.detach()))
+                if parameter.requires_grad:
+                    self._shares[parameter] = self._keep(self._share_of(parameter.detach()))
                 parameter.data = parameter.data.to(self._dtype)
 
         return fill_and_round if self._needed else fill

@@ -20,6 +20,7 @@ from trainer.sections import Recipe
 def make_optimizer(recipe: Recipe, parameters: list[tuple[nn.Parameter, ShardSpec]], device: torch.device) -> Optimizer:
     """The recipe's update rule. Weight decay goes by the parameter's role: matrices only."""
     keys = recipe.optimizer
+    parameters = [(p, spec) for p, spec in parameters if p.requires_grad]
     groups = [
         {"params": [p for p, spec in parameters if spec.role is Role.MATRIX], "weight_decay": keys.weight_decay},
         {"params": [p for p, spec in parameters if spec.role is not Role.MATRIX], "weight_decay": 0.0},

@@ -81,12 +81,19 @@ class Model(Section):
     """The network: a family with Hugging Face's own config names, or a Hugging Face folder."""
 
     family: str | None = Field(
-        None, description="Model family, such as gpt2 or llama; taken from from_pretrained when that is given."
+        None,
+        description="Model family, such as gpt2 or llama; taken from from_pretrained when that is given. 'auto': any model "
+        "that transformers has, by data parallelism only.",
     )
     from_pretrained: str | None = Field(
         None, min_length=1, description="Hugging Face folder, or hub name, whose config and weights start the run."
     )
     revision: str | None = Field(None, min_length=1, description="Hub revision of from_pretrained (a commit hash).")
+    trust_remote_code: bool = Field(
+        False,
+        description="Family auto: run the Python code that comes with from_pretrained; a hub name then needs a revision of "
+        "40 hex digits.",
+    )
     config: dict[str, Any] = Field(
         default_factory=dict,
         description="Hugging Face's own config names; vocab_size comes from the tokenizer when absent.",

@@ -22,11 +22,13 @@ from trainer.deepspeed_config import deepspeed_config
 from trainer.engine import Engine
 from trainer.launch import Place, together
 from trainer.matmul_peak import device_peak
-from trainer.model.families import TransformerConfig, largest_weight
+from trainer.model.auto import open_auto
 from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
 from trainer.model.names import WEIGHT_NAMES
+from trainer.model.network import Network, largest_weight
 from trainer.model.transformer import logical_specs
 from trainer.recipe import ResolvedRecipe
+from trainer.recipe.auto import AUTO
 from trainer.run_folder import RunFolder
 from trainer.sections import Recipe
 from trainer.swap_folder import private_swap_folders
@@ -43,7 +45,7 @@ class Session:
     mesh: Mesh
     plan: BatchPlan
     folder: RunFolder
-    network: TransformerConfig
+    network: Network
     prepared: PreparedData
     data: TrainData
     eval_data: EvalData | None
@@ -132,9 +134,11 @@ def _closing(tracker: Tracker) -> Callable[..., None]:
     return close
 
 
-def _network(resolved: ResolvedRecipe, prepared: PreparedData) -> tuple[TransformerConfig, Callable[[nn.Module], None]]:
+def _network(resolved: ResolvedRecipe, prepared: PreparedData) -> tuple[Network, Callable[[nn.Module], None]]:
     """The network's shape, and what gives its blocks their first weights: the seed, or a Hugging Face folder."""
     recipe, vocab_size = resolved.recipe, prepared.tokenizer.vocab_size
+    if recipe.model.family == AUTO:
+        return open_auto(recipe, prepared.tokenizer)
     if recipe.model.from_pretrained is None:
         return resolved.network(vocab_size=vocab_size), lambda block: initialise(block, recipe.run.seed)
     folder = local_folder(recipe.model.from_pretrained, recipe.model.revision)

@@ -274,3 +274,26 @@ def test_the_wheel_installs_and_trains_from_an_empty_directory(tmp_path: Path) -
     where = start(sys.executable, "-c", "import trainer; print(trainer.__file__)", cwd=empty, PYTHONPATH=str(site))
     assert where.stdout.startswith(str(site))
     assert (tmp_path / "runs" / "small" / "report.html").is_file()
+
+
+def test_a_family_that_is_not_ours_trains_exports_and_generates(tmp_path: Path) -> None:
+    config = {"model_type": "bloom", "hidden_size": 48, "n_layer": 2, "n_head": 4}
+    model = {"model__family": "auto", "model__config": config}
+    recipe = write_recipe(tmp_path, **model, zero__stage=2, train__steps=20, train__recompute="full")
+    done = start(*LAUNCHERS["torchrun"](), "train", str(recipe), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs" / "small"
+    records = read_metrics(run / "metrics.jsonl")
+    assert records[-1]["loss"] < records[0]["loss"] - 0.5
+    assert records[-1]["mfu"] > 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["sample"]
+    text = start(sys.executable, "-m", "trainer", "generate", str(run / "export"), "--prompt", "the ", cwd=tmp_path)
+    assert text.returncode == 0, text.stderr
+    # From where it stopped, on another number of ranks: the exported folder is the model.
+    again = write_recipe(tmp_path, model__from_pretrained=str(run / "export"), model__family="auto", model__config={})
+    options = ("--set", "train.steps=1", "--set", "run.name=again", "--set", "zero.stage=3")
+    done = start(sys.executable, "-m", "trainer", "train", str(again), *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = read_metrics(tmp_path / "runs" / "again" / "metrics.jsonl")[0]
+    assert abs(first["loss"] - records[-1]["loss"]) < 0.5

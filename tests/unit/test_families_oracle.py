@@ -289,7 +289,7 @@ def test_out_and_in_again(name: str, tmp_path: Path) -> None:
     theirs, ours = twins(name, tmp_path / "theirs")
     config = to_hf_config(ours.config, dtype="float32", eos_token_id=None)
     tensors = ((spec, parameter.detach()) for _, parameter, spec in owned_specs(ours))
-    write_folder(tensors, tmp_path / "ours", dtype=torch.float32, config=config, save_tokenizer=lambda folder: None)
+    write_folder(tensors, tmp_path / "ours", dtype=torch.float32, config=config, save_beside=lambda folder: None)
 
     written, original = (load_file(tmp_path / side / "model.safetensors") for side in ("ours", "theirs"))
     assert written.keys() == original.keys()

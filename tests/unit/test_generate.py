@@ -112,7 +112,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
             folder,
             dtype=torch.float32,
             config=to_hf_config(config, dtype="float32", eos_token_id=tokenizer.end_of_document),
-            save_tokenizer=tokenizer.save,
+            save_beside=tokenizer.save,
         )
         made[family] = (folder, stage, tokenizer)
     return made

@@ -61,7 +61,7 @@ def local_tensors(stage: nn.Module) -> Iterator[tuple[ShardSpec, Tensor]]:
 
 def write(stage: Stage, folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
     config = to_hf_config(stage.config, dtype=str(dtype).removeprefix("torch."), eos_token_id=None)
-    arguments = {"dtype": dtype, "config": config, "save_tokenizer": lambda folder: None, **changes}
+    arguments = {"dtype": dtype, "config": config, "save_beside": lambda folder: None, **changes}
     write_folder(local_tensors(stage), folder, **arguments)
 
 
@@ -411,7 +411,7 @@ def test_a_failure_in_the_middle_leaves_no_folder(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="the cable was pulled"):
         write_folder(
-            broken(), tmp_path / "export", dtype=torch.float32, config={}, save_tokenizer=lambda folder: None, shard_bytes=1
+            broken(), tmp_path / "export", dtype=torch.float32, config={}, save_beside=lambda folder: None, shard_bytes=1
         )
     assert nothing_left(tmp_path)
 
@@ -425,7 +425,7 @@ def test_a_failure_at_the_end_leaves_the_older_export(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        write(new_stage("gpt2", GPT2, seed=2), folder, save_tokenizer=no_room)
+        write(new_stage("gpt2", GPT2, seed=2), folder, save_beside=no_room)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -451,7 +451,7 @@ def test_a_rank_that_does_not_write_takes_part_in_the_gathering() -> None:
             taken.append(spec)
             yield spec, tensor
 
-    write_folder(tensors(), None, dtype=torch.float32, config={}, save_tokenizer=lambda folder: pytest.fail("wrote"))
+    write_folder(tensors(), None, dtype=torch.float32, config={}, save_beside=lambda folder: pytest.fail("wrote"))
     assert taken == logical_specs(translate("gpt2", GPT2))
     assert taken[0].pieces[0].name == WTE, "in the order of the model"
 
@@ -459,7 +459,7 @@ def test_a_rank_that_does_not_write_takes_part_in_the_gathering() -> None:
 def test_a_parameter_that_was_not_gathered_is_never_written(tmp_path: Path) -> None:
     tensors = [(spec, torch.empty(0)) for spec, _ in local_tensors(new_stage("gpt2", GPT2))]
     with pytest.raises(RuntimeError, match=r"wte\.weight: empty parameter"):
-        write_folder(tensors, tmp_path / "e", dtype=torch.float32, config={}, save_tokenizer=lambda folder: None)
+        write_folder(tensors, tmp_path / "e", dtype=torch.float32, config={}, save_beside=lambda folder: None)
     assert nothing_left(tmp_path)
 
 
@@ -471,7 +471,7 @@ def test_an_incomplete_tensor_is_never_written(tmp_path: Path) -> None:
     for spec, tensor in local_tensors(new_stage("gpt2", GPT2)):
         tensors.append((replace(spec, pieces=spec.pieces[:2]), tensor))
     with pytest.raises(RuntimeError, match=r"incomplete tensors: .*c_attn\.weight"):
-        write_folder(tensors, tmp_path / "e", dtype=torch.float32, config={}, save_tokenizer=lambda folder: None)
+        write_folder(tensors, tmp_path / "e", dtype=torch.float32, config={}, save_beside=lambda folder: None)
     assert nothing_left(tmp_path)
 
 

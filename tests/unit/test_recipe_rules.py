@@ -14,6 +14,8 @@ LLAMA = {
     "family": "llama",
     "config": {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 48, "intermediate_size": 96},
 }
+BLOOM = {"family": "auto", "config": {"model_type": "bloom", "hidden_size": 64}}
+PINNED = "0123456789abcdef0123456789abcdef01234567"
 PRETRAINED = {"model_type": "llama", "vocab_size": 300, "hidden_size": 8, "num_attention_heads": 2, "torch_dtype": "float16"}
 
 
@@ -21,7 +23,19 @@ PRETRAINED = {"model_type": "llama", "vocab_size": 300, "hidden_size": 8, "num_a
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, with a pretrained model in `hf` and one of a family that is not supported in `other`."""
     monkeypatch.chdir(tmp_path)
-    for name, config in {"hf": PRETRAINED, "other": {"model_type": "bloom"}, "bert": {"model_type": "bert"}}.items():
+    bloom = {"model_type": "bloom", "vocab_size": 300}
+    folders = {
+        "hf": PRETRAINED,
+        "other": bloom,
+        "bert": {"model_type": "bert"},
+        "small": {**bloom, "vocab_size": 256},
+        "short": {**bloom, "max_position_embeddings": 16},
+        "code": {**bloom, "auto_map": {"AutoConfig": "c.Config"}},
+        "elsewhere": {**bloom, "auto_map": {"AutoConfig": "owner/name--c.Config"}},
+        "quantized": {**bloom, "quantization_config": {"bits": 4}},
+        "nameless": {"vocab_size": 300},
+    }
+    for name, config in folders.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     (tmp_path / "empty").mkdir()
@@ -154,7 +168,59 @@ RULES: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
      [{"model": {"from_pretrained": "hf", "family": "llama"}}]),
     ("a pretrained family is supported",
      {"model": {"from_pretrained": "other"}}, 'model_type = "bloom" is not a supported family',
-     [{"model": {"from_pretrained": "hf"}}]),
+     [{"model": {"from_pretrained": "hf"}}, {"model": {"from_pretrained": "other", "family": "auto"}}]),
+    *((f"family auto is not divided: {axis}",
+       {"model": BLOOM, "parallel": {axis: 2}}, f'parallel.{axis} = 2: a model of family "auto"',
+       [{"model": BLOOM, "parallel": {axis: 1}}, {"model": GPT2, "parallel": {"tensor": 2}}])
+      for axis in ("tensor", "pipeline", "context")),
+    ("selective recompute is our attention's",
+     {"model": BLOOM, "train": {"recompute": "selective"}}, 'legal: "none", "full"',
+     [{"model": BLOOM, "train": {"recompute": "full"}}]),
+    ("family auto needs a model type",
+     {"model": {"family": "auto", "config": {"hidden_size": 64}}}, "or model.config with model_type",
+     [{"model": BLOOM}, {"model": {"family": "auto", "from_pretrained": "other"}}]),
+    ("family auto may be one of ours",
+     {"model": {"family": "gpt2", "from_pretrained": "hf"}}, "holds a llama",
+     [{"model": {"family": "auto", "from_pretrained": "hf"}}]),
+    ("formats have one owner in family auto too",
+     {"model": {"family": "auto", "config": {"model_type": "bloom", "torch_dtype": "bfloat16"}}}, "write precision.dtype",
+     [{"model": BLOOM, "precision": {"dtype": "bf16"}}]),
+    ("a folder's shapes are fixed in family auto too",
+     {"model": {"family": "auto", "from_pretrained": "other", "config": {"n_head": 2}}}, "legal here: rates of dropout",
+     [{"model": {"family": "auto", "from_pretrained": "other", "config": {"hidden_dropout": 0.1}}}]),
+    ("a folder's vocabulary holds the tokenizer's",
+     {"model": {"family": "auto", "from_pretrained": "small"}}, "vocab_size = 256 is less than the tokenizer's 257 symbols",
+     [{"model": {"family": "auto", "from_pretrained": "other"}}]),
+    ("a folder's positions cover the sequence",
+     {"model": {"family": "auto", "from_pretrained": "short"}}, "max_position_embeddings = 16 is less than data.seq_len = 512",
+     [{"model": {"family": "auto", "from_pretrained": "short"}, "data": {"seq_len": 16}}]),
+    ("quantized weights are not trained",
+     {"model": {"family": "auto", "from_pretrained": "quantized"}}, "quantized weights cannot be trained",
+     [{"model": {"family": "auto", "from_pretrained": "other"}}]),
+    ("a folder says what it is",
+     {"model": {"family": "auto", "from_pretrained": "nameless"}}, "model_type = null",
+     [{"model": {"family": "auto", "from_pretrained": "other"}}]),
+    ("a folder's code is not run unasked",
+     {"model": {"family": "auto", "from_pretrained": "code"}}, "legal: model.trust_remote_code true after reading it",
+     [{"model": {"family": "auto", "from_pretrained": "code", "trust_remote_code": True}}]),
+    ("no code from elsewhere",
+     {"model": {"family": "auto", "from_pretrained": "elsewhere", "trust_remote_code": True}}, "another repository",
+     [{"model": {"family": "auto", "from_pretrained": "code", "trust_remote_code": True}}]),
+    ("trust needs code",
+     {"model": {"family": "auto", "from_pretrained": "other", "trust_remote_code": True}}, "there is no code to trust",
+     [{"model": {"family": "auto", "from_pretrained": "other"}}]),
+    ("trust is family auto's",
+     {"model": {"family": "gpt2", "trust_remote_code": True}}, 'used only with model.family "auto": remove it',
+     [{"model": GPT2}]),
+    ("trust needs a folder",
+     {"model": {**BLOOM, "trust_remote_code": True}}, "model.trust_remote_code needs model.from_pretrained",
+     [{"model": BLOOM}]),
+    *((f"trusted code of the hub is pinned, not {revision}",
+       {"model": {"family": "auto", "from_pretrained": "owner/name", "trust_remote_code": True, **revision}},
+       "model.revision must pin it to a commit of 40 hex digits",
+       [{"model": {"family": "auto", "from_pretrained": "owner/name", "trust_remote_code": True, "revision": PINNED}},
+        {"model": {"family": "auto", "from_pretrained": "owner/name", **revision}}])
+      for revision in ({}, {"revision": "main"}, {"revision": PINNED[:7]}, {"revision": PINNED.upper()})),
     ("a pretrained folder has a config",
      {"model": {"from_pretrained": "empty"}}, "empty/config.json: no such file",
      [{"model": {"from_pretrained": "hf"}}]),

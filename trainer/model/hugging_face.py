@@ -33,15 +33,16 @@ NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "embed
 LEGACY = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
-def local_folder(name: str, revision: str | None) -> Path:
-    """A folder as it is; a hub name is fetched (config, safetensors, tokenizer) into the hub's own cache."""
+def local_folder(name: str, revision: str | None, *, code: bool = False) -> Path:
+    """A folder as it is; a hub name is fetched (config, safetensors, tokenizer; `code`: *.py too) into the hub's own cache."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", *(["*.py"] if code else [])]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen kinds
         raise RecipeError(
             f"model.from_pretrained = {name!r} is not a folder here and could not be fetched from the hub "
@@ -83,8 +84,12 @@ class PretrainedWeights:
         for _, parameter, spec in owned_specs(module):
             zero_padding(parameter.data, spec)
             for piece in spec.pieces:
-                box = self._read(piece)
+                box = self.read(piece)
                 piece.in_parameter(parameter.data).copy_(box.t() if piece.transposed else box)
+
+    def holds(self, specs: Sequence[ShardSpec]) -> bool:
+        """Whether every logical tensor is here under its name."""
+        return all(self._stored_name(piece.name) in self._files for spec in specs for piece in spec.pieces)
 
     def check_names(
         self, specs: Sequence[ShardSpec], *, ties: Mapping[str, Piece], is_unused: Callable[[str], bool] = lambda name: False
@@ -111,7 +116,7 @@ class PretrainedWeights:
         for first in range(0, weight.shape[0], COMPARED_ROWS):
             rows = min(COMPARED_ROWS, weight.shape[0] - first)
             box = replace(weight, start=(first, *weight.start[1:]), size=(rows, *weight.shape[1:]))
-            if not torch.equal(self._read(replace(box, name=name)), self._read(box)):
+            if not torch.equal(self.read(replace(box, name=name)), self.read(box)):
                 raise DataError(
                     f"{self.folder}: tensor {name} differs from {weight.name}, but config.json ties them: "
                     f"remove {name}, or set tie_word_embeddings to false in config.json where the family has that"
@@ -156,7 +161,8 @@ class PretrainedWeights:
         bare = [of_whole.partition(".")[2] for of_whole in names]
         return next((stored for stored in (*names, *bare) if stored in self._files), name)
 
-    def _read(self, piece: Piece) -> Tensor:
+    def read(self, piece: Piece) -> Tensor:
+        """One box of a logical tensor, as it is stored; DataError when it is missing, misshapen or not finite."""
         stored = self._stored_name(piece.name)
         if stored not in self._files:
             raise DataError(
@@ -189,10 +195,11 @@ def write_folder(
     *,
     dtype: torch.dtype,
     config: Mapping[str, Any],
-    save_tokenizer: Callable[[Path], None],
+    save_beside: Callable[[Path], None],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a Hugging Face folder, whole or not at all; `folder` None on ranks that only take part in the gathering.
+    `save_beside` puts the tokenizer, and what else belongs there, into the folder.
 
     Every logical tensor must come complete: an empty or partial one is an error, never a file.
     """
@@ -208,7 +215,7 @@ def write_folder(
         if len(files) > 1:
             _write_index(files, draft / INDEX)
         (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_tokenizer(draft)
+        save_beside(draft)
         for path in draft.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

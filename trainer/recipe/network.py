@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer.errors import RecipeError
 from trainer.model.families import FAMILIES, TransformerConfig, read_config
+from trainer.recipe.auto import AUTO, read_auto
 from trainer.recipe.layers import read_file
 from trainer.recipe.names import exists, tokenizer_vocab_size
 from trainer.recipe.pipeline import layer_findings
@@ -20,6 +21,8 @@ from trainer.sections import Finding, Recipe
 def read_network(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
     """The network in Hugging Face's names, as far as it is known without the hub, and what is wrong with it."""
     model = recipe.model
+    if model.family == AUTO:
+        return read_auto(recipe)
     if model.from_pretrained is None:
         return _from_config(recipe)
     findings: list[Finding] = []
@@ -43,7 +46,7 @@ def read_network(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
 def _from_config(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
     model = recipe.model
     if model.family is None:
-        legal = f"model.family ({', '.join(FAMILIES)}) with model.config, or model.from_pretrained"
+        legal = f"model.family ({', '.join([*FAMILIES, AUTO])}) with model.config, or model.from_pretrained"
         return None, [Finding(("model.family", "model.from_pretrained", "model"), f"no model: give {legal}")]
     findings = [
         Finding((f"model.config.{key}",), f"model.config.{key}: number formats have one owner: write precision.dtype")
@@ -52,8 +55,9 @@ def _from_config(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
     ]
     network, wrong = translate(model.family, model.config, tokenizer_vocab_size(recipe.data.tokenizer))
     for finding in wrong:
-        section = "model.config" if model.family in FAMILIES else "model.family"
-        findings.append(Finding((*_config_keys(finding), "model.family"), f"{section}: {finding.message}"))
+        known = model.family in FAMILIES
+        message = f"model.config: {finding.message}" if known else f'model.family: {finding.message}, or "{AUTO}"'
+        findings.append(Finding((*_config_keys(finding), "model.family"), message))
     findings += fit_findings(recipe, network) if network else []
     return dict(model.config), findings
 
@@ -130,6 +134,7 @@ def _pretrained_config(name: str, findings: list[Finding]) -> tuple[dict[str, An
     family = config.get("model_type")
     if family not in FAMILIES:
         message = f"{folder / 'config.json'}: model_type = {shown(family)} is not a supported family; legal: "
-        findings.append(Finding(keys, message + ", ".join(FAMILIES)))
+        by_transformers = f', or model.family "{AUTO}" for any other model of transformers (data parallelism only)'
+        findings.append(Finding(keys, message + ", ".join(FAMILIES) + by_transformers))
         return None, None
     return config, str(family)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from trainer.deepspeed_config import zero_findings
+from trainer.recipe.auto import AUTO, auto_findings
 from trainer.schedule import schedule_findings
 from trainer.sections import Finding, Recipe
 
@@ -19,6 +20,7 @@ TENSOR_KEYS = ("parallel.sequence_parallel", "parallel.overlap")
 def section_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
     """Combinations that cannot work, and keys that nothing would read; `given` holds the dotted keys that were written."""
     yield from zero_findings(recipe)
+    yield from auto_findings(recipe)
     yield from schedule_findings(recipe.schedule, recipe.train, given)
     yield from _parallel_findings(recipe, given)
     yield from _precision_findings(recipe, given)
@@ -29,7 +31,7 @@ def section_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding
 def _parallel_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
     for key in SINGLE_DEGREE:
         degree = getattr(recipe.parallel, key.rpartition(".")[2])
-        if degree > 1:
+        if degree > 1 and recipe.model.family != AUTO:
             yield Finding((key,), f"{key} = {degree}: this version has tensor, pipeline and data parallelism; legal: 1")
     if recipe.parallel.tensor == 1:
         for key in TENSOR_KEYS:

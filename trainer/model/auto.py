@@ -1,0 +1,286 @@
+"""Family "auto": a model as transformers itself builds it, its config and its first weights.
+
+First weights, and the most of them that a rank holds at a time, in fp32 besides what ZeRO leaves it:
+
+* a folder whose tensors bear the model's own names (nearly all do): one layer, read box by box;
+* a folder whose tensors transformers must convert (such as a Mixtral's experts, one by one): the whole model, in host memory;
+* from scratch: the whole model, in host memory. It is drawn as transformers draws it, from one stream of the run's seed, so
+  it depends on neither layout nor device.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from parallel.params import Role
+from parallel.rng import derive_seed
+from trainer.data.tokenizer import Tokenizer
+from trainer.errors import DataError, RecipeError
+from trainer.model.auto_network import AutoNetwork
+from trainer.model.auto_stage import Contents, contents_of
+from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
+from trainer.recipe.auto import folder_findings, size_findings
+from trainer.sections import Finding, Recipe, nearest
+
+# The Auto class of each data.task.
+AUTO_CLASSES = {"pretrain": "AutoModelForCausalLM"}
+
+Fill = Callable[[nn.Module], None]
+
+
+def open_auto(recipe: Recipe, tokenizer: Tokenizer) -> tuple[AutoNetwork, Fill]:
+    """The recipe's model, and what gives its blocks their first weights.
+
+    RecipeError or DataError, in one line each, for what transformers does not have, does not know or cannot load.
+    """
+    model, folder = recipe.model, None
+    if model.from_pretrained is not None:
+        folder = local_folder(model.from_pretrained, model.revision, code=model.trust_remote_code)
+        _refuse(folder_findings(recipe, read_config(folder)))
+    maker = _Maker(recipe, folder)
+    config = maker.config(tokenizer)
+    _refuse(_config_findings(recipe, config, tokenizer))
+    skeleton = maker.on_meta(config)
+    contents = contents_of(skeleton)
+    _refuse(_model_findings(recipe, skeleton, contents))
+    build, fill = maker.first_weights(config, skeleton, contents)
+    text = _text_config(config)
+    network = AutoNetwork(
+        hf_config=config,
+        architecture=type(skeleton).__name__,
+        build=build,
+        vocab_size=text.vocab_size,
+        matmul_weights=_matmul_weights(skeleton, contents, text),
+        attention_width=_attention_width(text),
+        largest_weight=max(parameter.numel() for parameter in skeleton.parameters()),
+        code=folder if model.trust_remote_code else None,
+    )
+    return network, fill
+
+
+class _Maker:
+    """Has transformers make the config and the model: the one place where code that came with a folder may run."""
+
+    def __init__(self, recipe: Recipe, folder: Path | None) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.auto_class = AUTO_CLASSES[recipe.data.task]
+
+    def config(self, tokenizer: Tokenizer) -> Any:
+        from transformers import AutoConfig
+
+        given = self.recipe.model.config
+        with self._transformers():
+            if self.folder is not None:
+                trusted = self.recipe.model.trust_remote_code
+                config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trusted)
+                _override(config, given)
+            else:
+                # Without a padding token: torch would keep its embedding from learning, and in our data it is a token like
+                # any other.
+                end = tokenizer.end_of_document
+                special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+                keys = {"vocab_size": tokenizer.vocab_size, **special, **given}
+                config = AutoConfig.for_model(**keys)
+                _refuse_unknown(config, given)
+        # The next token must be hidden from the tokens before it; BERT and its kin do so only as decoders.
+        if getattr(config, "is_decoder", None) is False:
+            config.is_decoder = True
+        return config
+
+    def on_meta(self, config: Any) -> Any:
+        """The model without storage for its parameters; its buffers (rotary frequencies, slopes) hold their values."""
+        with _parameters_on_meta():
+            return self._model(config)
+
+    def first_weights(self, config: Any, skeleton: Any, contents: Contents) -> tuple[Callable[[], Any], Fill]:
+        """What makes the model, and what fills its blocks."""
+        if self.folder is None:
+            return partial(self._drawn, config), _filled_already
+        weights = PretrainedWeights(self.folder)
+        specs = [*contents.parameters.values(), *contents.constants.values()]
+        if not weights.holds(specs):
+            return partial(self._converted, config), _filled_already
+        unused = [re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_load_unexpected or ()]
+        weights.check_names(specs, ties=contents.ties, is_unused=lambda name: any(p.search(name) for p in unused))
+        return partial(self._to_fill, config, weights), weights.fill
+
+    def _model(self, config: Any) -> Any:
+        import transformers
+
+        auto_class = getattr(transformers, self.auto_class)
+        with self._transformers():
+            return auto_class.from_config(
+                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=self.recipe.model.trust_remote_code
+            )
+
+    def _drawn(self, config: Any) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(self.recipe.run.seed, "weights"))
+            return self._model(config)
+
+    def _to_fill(self, config: Any, weights: PretrainedWeights) -> Any:
+        model = self.on_meta(config)
+        for name, spec in contents_of(model).constants.items():
+            model.get_buffer(name).copy_(weights.read(spec.pieces[0]))
+        return model
+
+    def _converted(self, config: Any) -> Any:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()  # every rank would draw one
+        with self._transformers():
+            model, loading = getattr(transformers, self.auto_class).from_pretrained(
+                self.folder,
+                config=copy.deepcopy(config),
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=self.recipe.model.trust_remote_code,
+                output_loading_info=True,
+            )
+        for kind, names in loading.items():
+            if names:
+                first = next(iter(sorted(map(str, names))))
+                raise DataError(f"{self.folder}: {kind.replace('_', ' ')}: {first}: config.json and the weights do not match")
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise DataError(f"{self.folder}: tensor {name} holds NaN or infinity: fetch the folder again")
+        return model
+
+    @contextmanager
+    def _transformers(self) -> Iterator[None]:
+        """What transformers says of a config or a model that it cannot make, as one line; one rank at a time where it
+        copies a folder's code into its cache, from which the other ranks of this node import it."""
+        subject = self.folder or f"model.config (model_type {self.recipe.model.config.get('model_type')})"
+        with ExitStack() as stack:
+            if self.recipe.model.trust_remote_code:
+                from transformers.utils import HF_MODULES_CACHE
+
+                Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(Path(HF_MODULES_CACHE) / "triaxis.lock", mode=0o600))
+            try:
+                yield
+            except (RecipeError, DataError):
+                raise
+            except Exception as error:  # config classes, model classes and a folder's own code raise kinds of their own
+                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                reason = " ".join(lines)[:300] or type(error).__name__
+                raise RecipeError(f"{subject}: transformers cannot make a {self.auto_class} of it: {reason}") from error
+
+
+def _filled_already(block: nn.Module) -> None:
+    """The `fill` of a model that comes with its first weights."""
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters lose their storage as they are registered, so a model of any size is built in the memory of one of them."""
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return parameter
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _refuse(findings: Iterator[Finding]) -> None:
+    if lines := [finding.message for finding in findings]:
+        raise RecipeError(lines)
+
+
+def _override(config: Any, given: dict[str, Any]) -> None:
+    for key, value in given.items():
+        if not hasattr(config, key):
+            raise RecipeError(_unknown_key(config, key))
+        setattr(config, key, value)
+
+
+def _refuse_unknown(config: Any, given: dict[str, Any]) -> None:
+    """transformers keeps a key that its config class does not have, or forgets one of text generation, without a word."""
+    from transformers import GenerationConfig
+
+    known = {*_known_keys(config), "model_type"}
+    ignored = vars(config).keys() | GenerationConfig().to_dict().keys()
+    if wrong := [key for key in given if key not in known and key in ignored]:
+        raise RecipeError([_unknown_key(config, key) for key in wrong])
+
+
+def _known_keys(config: Any) -> set[str]:
+    return {*(field.name for field in dataclasses.fields(config)), *config.attribute_map}
+
+
+def _unknown_key(config: Any, key: str) -> str:
+    meant = nearest(key, _known_keys(config))
+    return f"model.config.{key}: {type(config).__name__} has no such key" + (f"; did you mean {meant}?" if meant else "")
+
+
+def _text_config(config: Any) -> Any:
+    """The part of a config that speaks of tokens: all of it, unless the model also takes images or sound."""
+    return config.get_text_config(decoder=True)
+
+
+def _config_findings(recipe: Recipe, config: Any, tokenizer: Tokenizer) -> Iterator[Finding]:
+    text = _text_config(config)
+    if not isinstance(getattr(text, "vocab_size", None), int):
+        yield Finding((), f"{type(config).__name__} has no vocab_size: not a model of tokens")
+    positions = getattr(text, "max_position_embeddings", None)
+    yield from size_findings(recipe, getattr(text, "vocab_size", None), positions, tokenizer.vocab_size)
+    for key in ("layerdrop", "decoder_layerdrop"):
+        if getattr(text, key, 0):
+            yield Finding(
+                (), f"{key} = {getattr(text, key)}: ranks would drop different layers and wait for each other; legal: 0"
+            )
+    if getattr(text, "output_router_logits", False):
+        yield Finding((), "output_router_logits = true: the router's auxiliary loss is not trained here; legal: false")
+
+
+def _model_findings(recipe: Recipe, model: Any, contents: Contents) -> Iterator[Finding]:
+    kind = type(model).__name__
+    if recipe.train.recompute == "full" and not model.supports_gradient_checkpointing:
+        yield Finding((), f'train.recompute = "full": {kind} cannot recompute its layers; legal: "none"')
+    for name, spec in contents.constants.items():
+        if not model.get_buffer(name).is_floating_point():
+            yield Finding((), f"{kind}: {spec.pieces[0].name} holds whole numbers, which are not loaded and saved here")
+
+
+def _matmul_weights(model: Any, contents: Contents, text: Any) -> int:
+    """Elements that a token is multiplied with: matrices, of experts only those that it is sent to, and an embedding only
+    where it is also the head."""
+    parameters = dict(model.named_parameters())
+    chosen = getattr(text, "num_experts_per_tok", None)
+    total = 0
+    for name, spec in contents.parameters.items():
+        if spec.role is Role.MATRIX:
+            experts = parameters[name].shape[0] if parameters[name].dim() == 3 and chosen else 1
+            total += parameters[name].numel() * min(chosen or 1, experts) // experts
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is model.get_input_embeddings().weight:
+        total += head.weight.numel()
+    return total
+
+
+def _attention_width(text: Any) -> int:
+    """Σ over the layers that attend of heads · head size; 0 where the config does not tell."""
+    layers, heads, hidden = (getattr(text, key, None) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    if not all(isinstance(size, int) for size in (layers, heads, hidden)):
+        return 0
+    if kinds := getattr(text, "layer_types", None):
+        layers = sum(kind.endswith("attention") and kind != "linear_attention" for kind in kinds)
+    return layers * heads * (getattr(text, "head_dim", None) or hidden // heads)

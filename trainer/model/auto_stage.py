@@ -1,0 +1,254 @@
+"""A model of transformers with the interface of our own `Stage`.
+
+transformers' layers know nothing of packed documents, of our random streams or of master weights, so all three are settled
+around the model: documents become rows of their own, a micro-batch's dropout gets a seed of its own, and where weights are
+held in fp32 for a half-precision run (ZeRO-0) autocast rounds them on use, which our own layers do themselves.
+
+Shape letters: B rows of a micro-batch, S sequence, N = B · S tokens, R documents of a micro-batch, L longest of them,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from parallel.attention import Documents
+from parallel.loss import CHUNK_BYTES, IGNORE
+from parallel.mesh import Group
+from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
+from parallel.rng import Streams
+from trainer.model.auto_network import AutoNetwork
+
+LAYER = re.compile(r".*?\.\d+\.")  # the part of a parameter's name that names its layer, as in "model.layers.7."
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a model of transformers holds, by the names of `named_parameters` and `named_buffers`.
+
+    `aliases` are further names of parameters (ties), `ties` what a file may call them; `constants` are the buffers that
+    belong to a checkpoint, such as a router's balancing bias: loaded and saved, never trained.
+    """
+
+    parameters: dict[str, ShardSpec]
+    aliases: frozenset[str]
+    ties: dict[str, Piece]
+    constants: dict[str, ShardSpec]
+
+
+def contents_of(model: Any) -> Contents:
+    owners = dict(model.named_modules(remove_duplicate=False))
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    buffers = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name.rpartition(".")[2] not in owners[name.rpartition(".")[0]]._non_persistent_buffers_set
+    }
+    stored = _stored_names(model, {name: p for p, all_names in names.items() for name in all_names} | buffers)
+
+    def spec(name: str, tensor: Tensor, role: Role) -> ShardSpec:
+        return whole(stored[name], tuple(tensor.shape), role=role, init=Init(), copies=Group.alone())
+
+    parameters = {first: spec(first, p, _role(owners[first.rpartition(".")[0]], first, p)) for p, (first, *_) in names.items()}
+    return Contents(
+        parameters,
+        aliases=frozenset(alias for _, *aliases in names.values() for alias in aliases),
+        ties={stored[alias]: parameters[first].pieces[0] for first, *aliases in names.values() for alias in aliases},
+        constants={name: spec(name, buffer, Role.BIAS) for name, buffer in buffers.items()},
+    )
+
+
+def _role(owner: nn.Module, name: str, parameter: nn.Parameter) -> Role:
+    """By the kind of module and the number of dimensions."""
+    if isinstance(owner, nn.Embedding):
+        return Role.EMBEDDING
+    if parameter.dim() > 1:
+        return Role.MATRIX
+    return Role.BIAS if name.endswith("bias") else Role.NORM
+
+
+def _stored_names(model: Any, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """What files call each tensor. transformers 5 renames some while it loads (a GPT-NeoX's embed_out is its lm_head) and
+    back while it saves, and so do we; but where it also cuts or joins tensors we keep its own names, which it loads too."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    name_of = {id(tensor): name for name, tensor in empty.items()}
+    stored = {name_of.get(id(tensor)): name for name, tensor in revert_weight_conversion(model, dict(empty)).items()}
+    return {name: stored[name] for name in tensors} if stored.keys() == tensors.keys() else {name: name for name in tensors}
+
+
+class AutoStage(Sharded):
+    """The whole model; `forward` is that of `Stage`.
+
+    `fill` gives values to each block's parameters where `network.build` left them without storage; `partition` may divide
+    them over ranks at once (ZeRO-3). A block is a layer, or the parameters of one module outside the layers.
+    """
+
+    def __init__(
+        self,
+        network: AutoNetwork,
+        *,
+        dtype: torch.dtype,
+        recompute: Literal["none", "selective", "full"],
+        device: torch.device,
+        fill: Callable[[nn.Module], None],
+        partition: Callable[[nn.Module], None] = lambda block: None,
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.model = network.build()
+        contents = contents_of(self.model)
+        self.specs = {f"model.{name}": spec for name, spec in contents.parameters.items()}
+        self.borrowed = {f"model.{name}" for name in contents.aliases}
+        for block in self._blocks():
+            for parameter in block.parameters():
+                _place(parameter, device)
+            fill(block)
+            partition(block)
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(device)
+        self.rounds_on_use = next(self.model.parameters()).dtype != dtype
+        if not self.rounds_on_use:
+            self._round_constants(contents)
+        self.constants = [(spec, self.model.get_buffer(name)) for name, spec in contents.constants.items()]
+        if recompute == "full":
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        accepted = inspect.signature(self.model.forward).parameters
+        self._takes_mask = "attention_mask" in accepted
+        self._options = {"use_cache": False} if "use_cache" in accepted else {}
+
+    def forward(
+        self, tokens_BS: Tensor, documents: Documents, labels_BS: Tensor | None = None, streams: Streams | None = None
+    ) -> Tensor:
+        """The loss summed over the targets of `labels_BS`, or logits [B, S, V] without labels. `streams` None: no dropout.
+
+        Dropout follows the micro-batch, by its first sequence's place in the step: layers of transformers draw for all rows
+        at once, so other than in our own families a mask depends on `batch.micro_sequences`.
+        """
+        if self.model.training != (streams is not None):
+            self.model.train(streams is not None)
+        rows = _Rows(documents, tokens_BS.device)
+        inputs = {"input_ids": rows.split(tokens_BS, 0), **self._options}
+        if rows.padded and self._takes_mask:
+            inputs["attention_mask"] = rows.is_token_RL.long()
+        with _dropout_stream(streams, tokens_BS.device), self._autocast(tokens_BS.device):
+            logits_RLV = self.model(**inputs).logits
+        if labels_BS is None:
+            return rows.join(logits_RLV)
+        return cross_entropy_sum(logits_RLV, rows.split(labels_BS, IGNORE))
+
+    @torch.no_grad()
+    def looks_ahead(self, device: torch.device) -> bool:
+        """Whether a token's logits depend on the token after it, whose prediction would then teach nothing.
+
+        Where they do not, two rows that differ in their last token agree before it up to rounding; where they do, they differ
+        by a share of the logits themselves. Under ZeRO-3 every rank must ask together.
+        """
+        tokens_BS = torch.tensor([[1, 1], [1, 0]], device=device)
+        logits_BSV = self(tokens_BS, Documents.whole_rows(2, 2)).float()
+        return bool((logits_BSV[0] - logits_BSV[1])[:-1].abs().max() > 0.01 * logits_BSV.std())
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, dtype=self.dtype, enabled=self.rounds_on_use)
+
+    def _blocks(self) -> Iterator[_Block]:
+        parameters = dict(self.named_parameters())
+
+        def block_of(name: str) -> str:
+            layer = LAYER.match(name)
+            return layer.group() if layer else name.rpartition(".")[0]
+
+        for _, names in groupby(self.specs, key=block_of):
+            yield _Block([(parameters[name], self.specs[name]) for name in names])
+
+    def _round_constants(self, contents: Contents) -> None:
+        """As transformers loads them: in the format of the weights, but for those that the model wants in fp32."""
+        kept = {*(self.model._keep_in_fp32_modules or ()), *(self.model._keep_in_fp32_modules_strict or ())}
+        for name in contents.constants:
+            if kept.isdisjoint(name.split(".")):
+                buffer = self.model.get_buffer(name)
+                buffer.data = buffer.data.to(self.dtype)
+
+
+class _Block(Sharded):
+    """Some parameters of the model, to be filled and divided together."""
+
+    def __init__(self, parameters: list[tuple[nn.Parameter, ShardSpec]]) -> None:
+        super().__init__()
+        for index, (parameter, spec) in enumerate(parameters):
+            setattr(self, str(index), parameter)
+            self.specs[str(index)] = spec
+
+
+def _place(parameter: nn.Parameter, device: torch.device) -> None:
+    """Storage on the device, in place: other modules may hold the same parameter (ties)."""
+    if parameter.is_meta:
+        real = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+        torch.utils.swap_tensors(parameter, real)
+    else:
+        parameter.data = parameter.data.to(device)
+
+
+class _Rows:
+    """Documents of packed rows [B, S] as padded rows [R, L] of their own, and back.
+
+    Padding on the right with a mask is what every model of transformers takes, whatever its positions and its attention (or
+    recurrence), so it is exact for all of them. It costs R · L tokens instead of N; rows of one document stay as they are.
+    """
+
+    def __init__(self, documents: Documents, device: torch.device) -> None:
+        self._shape = documents.shape
+        self._lengths = [length for row in documents.lengths for length in row]
+        self.padded = len(self._lengths) > documents.shape[0]
+        lengths_R1 = torch.tensor(self._lengths, device=device)[:, None]
+        self.is_token_RL = torch.arange(max(self._lengths), device=device) < lengths_R1
+
+    def split(self, x_BS: Tensor, padding: int) -> Tensor:
+        if not self.padded:
+            return x_BS
+        return pad_sequence(x_BS.flatten().split(self._lengths), batch_first=True, padding_value=padding)
+
+    def join(self, x_RLV: Tensor) -> Tensor:
+        return x_RLV[self.is_token_RL].unflatten(0, self._shape) if self.padded else x_RLV
+
+
+@contextmanager
+def _dropout_stream(streams: Streams | None, device: torch.device) -> Iterator[None]:
+    """transformers draws dropout from torch's global generators: inside they start at the micro-batch's place in the run,
+    and afterwards they are where they were. Recomputed layers restore the state that they began with."""
+    if streams is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(streams.seeds[0])
+        yield
+
+
+def cross_entropy_sum(logits_RLV: Tensor, labels_RL: Tensor) -> Tensor:
+    """Σ over targets of −log softmax(logits)[label], fp32. In fp32 only a chunk of logits is held at a time: backward
+    computes it again, which costs no matrix product."""
+    logits_NV, labels_N = logits_RLV.flatten(0, 1), labels_RL.flatten()
+    step = max(1, CHUNK_BYTES // (4 * logits_NV.shape[1]))
+    chunks = zip(logits_NV.split(step), labels_N.split(step), strict=True)
+    return torch.stack(
+        [checkpoint(_chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    ).sum()
+
+
+def _chunk_loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    return functional.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORE, reduction="sum")
