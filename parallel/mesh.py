@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -78,27 +79,28 @@ class Mesh:
         return self.layout.coord(self.rank)
 
     @classmethod
-    def build(cls, layout: Layout) -> Mesh:
-        """Collective over all ranks: every rank makes every group, in the same order (torch's rule for `new_group`)."""
+    def build(cls, layout: Layout, timeout: timedelta | None = None) -> Mesh:
+        """Collective over all ranks: every rank makes every group, in the same order (torch's rule for `new_group`).
+        `timeout`: how long a collective waits for the others; None: torch's default, 30 minutes."""
         if layout.world_size != dist.get_world_size():
             raise ValueError(f"layout {layout} has {layout.world_size} ranks, the world has {dist.get_world_size()}")
         rank = dist.get_rank()
-        tp, pp, dp, replica = (_join(layout, rank, *axes) for axes in (("tp",), ("pp",), ("dp", "cp"), ("pp", "tp")))
-        ends = _member([(ranks[0], ranks[-1]) for ranks in layout.groups("pp")], rank) if layout.pp > 1 else None
+        tp, pp, dp, replica = (_join(layout, rank, timeout, *axes) for axes in (("tp",), ("pp",), ("dp", "cp"), ("pp", "tp")))
+        ends = _member([(ranks[0], ranks[-1]) for ranks in layout.groups("pp")], rank, timeout) if layout.pp > 1 else None
         return cls(layout=layout, rank=rank, tp=tp, pp=pp, ends=ends, dp=dp, replica=replica)
 
 
-def _join(layout: Layout, rank: int, *axes: str) -> Group:
-    group = _member(layout.groups(*axes), rank)
+def _join(layout: Layout, rank: int, timeout: timedelta | None, *axes: str) -> Group:
+    group = _member(layout.groups(*axes), rank, timeout)
     assert group is not None, "groups along any axes cover all ranks"
     return group
 
 
-def _member(groups: Sequence[tuple[int, ...]], rank: int) -> Group | None:
+def _member(groups: Sequence[tuple[int, ...]], rank: int, timeout: timedelta | None) -> Group | None:
     """Make all groups, and return the one that this rank is in."""
     mine = None
     for ranks in groups:
-        handle = dist.new_group(list(ranks))
+        handle = dist.new_group(list(ranks), timeout=timeout)
         if rank in ranks:
             mine = Group(rank=ranks.index(rank), ranks=ranks, handle=handle)
     return mine

@@ -282,8 +282,6 @@ SCHEDULES = {
         "Narayanan et al. 2019 (PipeDream-Flush in arXiv:2006.09503)",
         _one_f_one_b,
         virtual_stages=1,
-        accepts=lambda micro_batches, ranks: micro_batches >= ranks,
-        needs="at least {ranks} micro-batches, one for each stage",
     ),
     "interleaved_1f1b": Schedule(
         "Narayanan et al. 2021, arXiv:2104.04473",

@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -430,7 +431,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.disable(logging.INFO)  # DeepSpeed announces each of its settings
     place = launch.Place.from_environment({})
     try:
-        launch.join(place)
+        launch.join(place, timedelta(minutes=30))
         mesh = Mesh.build(Layout())
         figures = []
         for dtype in options.dtypes:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 EXIT_OK = 0
 EXIT_DATA = 65  # data or checkpoint damaged
 EXIT_INTERNAL = 70
+EXIT_REQUEUE = 75  # another rank is gone: start the run again
 EXIT_RECIPE = 78  # recipe wrong
+EXIT_HANG = 124  # another rank does not answer
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
 
 

@@ -7,8 +7,10 @@ them the run is one process.
 from __future__ import annotations
 
 import os
+import re
 import socket
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from trainer.errors import RecipeError, UserError
+from trainer.errors import EXIT_HANG, EXIT_REQUEUE, RecipeError, UserError
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -85,8 +87,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def join(place: Place) -> None:
-    """Bind the device, share the cores among this node's ranks, and join the process group."""
+def join(place: Place, timeout: timedelta) -> None:
+    """Bind the device, share the cores among this node's ranks, and join the process group, whose collectives wait for
+    `timeout` at most."""
     for name, value in zip(
         LAUNCHER_VARIABLES,
         (place.rank, place.local_rank, place.world_size, place.master_addr, place.master_port),
@@ -102,13 +105,70 @@ def join(place: Place) -> None:
         init_method=f"tcp://{place.master_addr}:{place.master_port}",
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timedelta(minutes=30),
+        timeout=timeout,
     )
 
 
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class PeerLost(UserError):
+    """Another rank died or does not answer."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+# How gloo and NCCL say so; torch raises both as RuntimeError.
+GONE = re.compile(r"connection (closed|reset) by peer|broken pipe|remote process exited|connection refused", re.IGNORECASE)
+SILENT = re.compile(r"timed out|timeout", re.IGNORECASE)
+ROLL_CALL_S = 3.0
+
+
+@contextmanager
+def among_ranks(doing: Callable[[], str]) -> Iterator[None]:
+    """Work that needs the other ranks: PeerLost, naming those that are missing, when one dies or does not answer.
+
+    `doing` says what this rank was at, such as "backward of step 12".
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = _lost_peer(error)
+        if reason is None:
+            raise
+        missing = _roll_call()
+        who = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
+        exit_code, what = (EXIT_REQUEUE, "is gone") if GONE.search(reason) else (EXIT_HANG, "does not answer")
+        raise PeerLost(
+            exit_code,
+            f"rank {dist.get_rank()}: {who} {what} (noticed in {doing()}): see the end of its log; start the run again",
+        ) from error
+
+
+def _lost_peer(error: BaseException | None) -> str | None:
+    """What says that a peer is lost, in an error or in those it was raised from."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, RuntimeError) and (GONE.search(text) or SILENT.search(text)):
+            return text
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _roll_call() -> list[int]:
+    """Every rank that notices a loss says that it is there; the ranks that have not after a while. [] when nobody can tell,
+    because the store itself is gone with rank 0."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"triaxis/here/{dist.get_rank()}", "1")
+        time.sleep(ROLL_CALL_S)
+        return [rank for rank in range(dist.get_world_size()) if not store.check([f"triaxis/here/{rank}"])]
+    except (RuntimeError, OSError):
+        return []
 
 
 class PeerFailed(UserError):

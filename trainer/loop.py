@@ -10,6 +10,7 @@ from trainer.data import unigram_perplexity
 from trainer.engine import DTYPES
 from trainer.errors import EXIT_OK
 from trainer.generate import sample
+from trainer.launch import among_ranks
 from trainer.meter import Meter
 from trainer.model.hugging_face import write_folder
 from trainer.model.network import config_json, save_code
@@ -32,7 +33,8 @@ def train(resolved: ResolvedRecipe, run_dir: str | None) -> int:
             with run.engine.watch("data"):
                 micro_batches = run.micro_batches(step)
             lr = lr_at(step, schedule=run.recipe.schedule, peak=run.recipe.optimizer.lr, total_steps=steps)
-            result = run.engine.step(micro_batches, step=step, lr=lr)
+            with among_ranks(lambda at=step: f"{run.engine.watch.phase} of step {at + 1}"):
+                result = run.engine.step(micro_batches, step=step, lr=lr)
             meter.record(step + 1, lr, result, micro_batches)
             if step + 1 == steps or (keys.eval_every and (step + 1) % keys.eval_every == 0):
                 evaluation = evaluate(run, steps_done=step + 1)

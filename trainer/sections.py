@@ -346,6 +346,14 @@ class Train(Section):
     sample_prompt: str | None = Field(None, description="After the last step, print a continuation of this text.")
 
 
+class Guard(Section):
+    """What ends a run that cannot go on."""
+
+    timeout_s: PositiveInt = Field(
+        1800, description="Longest wait for another rank before this one gives up with exit code 124 [s]."
+    )
+
+
 class Wandb(Section):
     """Weights & Biases."""
 
@@ -384,3 +392,4 @@ class Recipe(Section):
     schedule: Schedule = Field(default_factory=Schedule, description=Schedule.__doc__)
     train: Train = Field(default_factory=Train, description=Train.__doc__)
     tracking: Tracking = Field(default_factory=Tracking, description=Tracking.__doc__)
+    guard: Guard = Field(default_factory=Guard, description=Guard.__doc__)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -67,12 +68,15 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None) -> Iterator[Sess
     place = Place.from_environment(os.environ)
     folder = RunFolder(Path(run_dir) if run_dir else Path(recipe.run.dir) / recipe.run.name)
     with ExitStack() as stack:
-        launch.join(place)
+        timeout = timedelta(seconds=recipe.guard.timeout_s)
+        launch.join(place, timeout)
         stack.callback(launch.leave)
         with together():
             plan = BatchPlan.from_recipe(recipe, place.world_size, place.how)
         degrees = recipe.parallel
-        mesh = Mesh.build(Layout.from_world_size(place.world_size, pp=degrees.pipeline, cp=degrees.context, tp=degrees.tensor))
+        mesh = Mesh.build(
+            Layout.from_world_size(place.world_size, pp=degrees.pipeline, cp=degrees.context, tp=degrees.tensor), timeout
+        )
         with together():
             if place.is_first:
                 folder.create(resolved.given)

@@ -18,12 +18,14 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.phase = ""  # what was timed last, or still is
         self._on_cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        self.phase = name
         if not self._on_cuda:
             start = time.perf_counter()
             yield

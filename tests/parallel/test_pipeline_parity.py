@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from parallel.topology import Layout
-from tests.parallel.test_engine_parity import ADAMW, Case, G, Outcome, assert_same_training, outcome
+from tests.parallel.test_engine_parity import ADAMW, Case, Outcome, assert_same_training, outcome
 
 CPU = {"offload_optimizer": {"device": "cpu"}}
 CPU_ALL = {**CPU, "offload_param": {"device": "cpu"}}
@@ -43,12 +43,11 @@ def assert_equals_one_process(case: Case, *, relative: float = 2e-6, weights: fl
 
 # (pipeline, tensor, data), at most 8 processes.
 LAYOUTS = [(2, 1, 1), (4, 1, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2)]
-SAMPLE = {((2, 1, 1), 4, 0), ((2, 1, 1), 4, 2), ((4, 1, 1), 8, 1), ((2, 2, 1), 4, 1), ((2, 1, 2), 4, 3), ((2, 1, 2), 2, 1)}
+SAMPLE = {((2, 1, 1), 4, 0), ((2, 1, 1), 5, 2), ((4, 1, 1), 4, 1), ((2, 2, 1), 1, 1), ((2, 1, 2), 5, 3), ((2, 1, 2), 1, 1)}
 GRID = [
     pytest.param(layout, accumulation, stage, config, marks=[] if everyday else [pytest.mark.grid])
     for layout in LAYOUTS
-    for accumulation in (2, 4, 8)
-    if layout[0] <= accumulation <= G // layout[2]
+    for accumulation in (1, 4, 5)
     for stage in (0, 1, 2, 3)
     for config in (FOUR_LAYERS, UNTIED)
     for everyday in [(layout, accumulation, stage) in SAMPLE and (config is FOUR_LAYERS or stage == 1)]
@@ -61,6 +60,7 @@ def test_twenty_steps_equal_one_process(
 ) -> None:
     pp, tp, dp = layout
     case = Case(pp=pp, tp=tp, dp=dp, accumulation=accumulation, stage=stage, steps=20, clip_norm=0.3, config=config)
+    case = replace(case, sequences=20 if accumulation == 5 else 8)
     # The update is magnified over 20 steps: seen 1e-6.
     assert_equals_one_process(case, relative=1e-5, weights=2e-6)
 

@@ -71,11 +71,12 @@ RULES: list[tuple[str, Arguments, str, list[Arguments]]] = [
     ("a V has two",
      (pipeline(2, "zbv"),), 'parallel.schedule "zbv" has 2 on each rank; legal: parallel.virtual_stages 2, or',
      [(pipeline(2, "zbv", 2),), (pipeline(2, "interleaved_zero_bubble"),)]),
-    ("1f1b fills its pipeline",
-     (pipeline(8), {"global_sequences": 8, "micro_sequences": 2}),
-     "needs at least 8 micro-batches, one for each stage, but batch.global_sequences 8 / micro_sequences 2 = 4, and data "
+    ("dualpipev needs two micro-batches for each rank",
+     (pipeline(4, "dualpipev", 2), {"global_sequences": 8, "micro_sequences": 2}),
+     "needs at least 2 · 4 micro-batches, one for each stage, but batch.global_sequences 8 / micro_sequences 2 = 4, and data "
      "parallelism divides it; nearest legal: batch.global_sequences 16",
-     [(pipeline(8), {"global_sequences": 16, "micro_sequences": 2}), (pipeline(8, "gpipe"), {"global_sequences": 8})]),
+     [(pipeline(4, "dualpipev", 2), {"global_sequences": 16, "micro_sequences": 2}),
+      (pipeline(8), {"global_sequences": 8, "micro_sequences": 2})]),
     ("dualpipev fills its pipeline",
      (pipeline(4, "dualpipev", 2), {"global_sequences": 7}), "nearest legal: batch.global_sequences 8",
      [(pipeline(4, "dualpipev", 2), {"global_sequences": 8})]),
@@ -240,13 +241,13 @@ def plan_of(resolved: recipe.ResolvedRecipe, world_size: int) -> BatchPlan:
 
 
 def test_a_world_too_large_for_the_schedule_is_refused_with_its_neighbours() -> None:
-    resolved = load(pipeline(8, "1f1b"))
-    assert schedule_table(resolved.recipe, plan_of(resolved, 8)).num_micro_batches == 16
+    resolved = load(pipeline(4, "dualpipev", 2))
+    assert schedule_table(resolved.recipe, plan_of(resolved, 4)).num_micro_batches == 16
     with pytest.raises(RecipeError) as error:
-        schedule_table(resolved.recipe, plan_of(resolved, 32))
+        schedule_table(resolved.recipe, plan_of(resolved, 16))
     assert error.value.lines == [
-        'parallel.schedule = "1f1b" needs at least 8 micro-batches, one for each stage, but batch.global_sequences 16 / '
-        "(micro_sequences 1 × data-parallel 4) = 4; nearest legal: 8 micro-batches (batch.global_sequences 32)"
+        'parallel.schedule = "dualpipev" needs at least 2 · 4 micro-batches, one for each stage, but batch.global_sequences '
+        "16 / (micro_sequences 1 × data-parallel 4) = 4; nearest legal: 8 micro-batches (batch.global_sequences 32)"
     ]
 
 

@@ -99,12 +99,12 @@ class Recorder(SimpleNamespace):
 def test_single_stage_orders_are_what_torch_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SINGLE[name], "_initialize_stage", lambda *_: None)
     for ranks, virtual_stages, micro_batches in grid(name):
-        if not SCHEDULES[name].accepts(micro_batches, ranks):
+        ours = build(name, ranks=ranks, virtual_stages=virtual_stages, num_micro_batches=micro_batches)
+        simulate(ours)
+        if name == "1f1b" and micro_batches < ranks:  # the order goes on, torch's class does not
             with pytest.raises(ValueError, match="must be greater than"):
                 SINGLE[name](stand_in(ranks, ranks), micro_batches)  # type: ignore[arg-type]
             continue
-        ours = build(name, ranks=ranks, virtual_stages=virtual_stages, num_micro_batches=micro_batches)
-        simulate(ours)
         for rank in range(ranks):
             stage: Any = Recorder(ranks, rank)
             SINGLE[name](stage, micro_batches)._step_microbatches([()] * micro_batches, [{}] * micro_batches)

@@ -167,7 +167,8 @@ def test_wrong_words_are_one_line(arguments: list[str], said: str, capsys: pytes
 
 @pytest.mark.usefixtures("pipelines")
 def test_check_knows_the_schedule_s_micro_batches(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["--set=parallel.pipeline=4", "--set=batch.micro_sequences=1"]
+    pipeline = ["--set=parallel.pipeline=2", '--set=parallel.schedule="dualpipev"', "--set=parallel.virtual_stages=2"]
+    settings = [*pipeline, "--set=batch.micro_sequences=1"]
     assert cli.main(["check", QUICKSTART, *settings, "--world-size", "4"]) == 0
-    assert cli.main(["check", QUICKSTART, *settings, "--world-size", "16"]) == 78
-    assert "needs at least 4 micro-batches" in capsys.readouterr().err
+    assert cli.main(["check", QUICKSTART, *settings, "--world-size", "8"]) == 78
+    assert "needs at least 2 · 2 micro-batches" in capsys.readouterr().err
