@@ -107,8 +107,7 @@ class Pipeline:
             stage.has_backward = True
             stage.clear_runtime_states()
         inputs = [(tokens,) if self.has_first else () for tokens in tokens_BS]
-        scales = [torch.tensor(scale, device=self.device)] * len(inputs)
-        self._runtime._step_microbatches(inputs, list(contexts), scales, [], return_outputs=False)
+        self._runtime._step_microbatches(inputs, list(contexts), [scale] * len(inputs), [], return_outputs=False)
         return self.loss_sum
 
     def forward(self, tokens_BS: Tensor, context: Mapping[str, Any], hidden: Tensor | None = None) -> Tensor | None:
@@ -138,7 +137,7 @@ class Pipeline:
     def _global_rank(self, stage: int) -> int:
         return self.group.ranks[self.table.rank_of_stage[stage]]
 
-    def _loss(self, loss: Tensor, scale: Tensor) -> Tensor:
+    def _loss(self, loss: Tensor, scale: float) -> Tensor:
         self.loss_sum += loss.detach().double()
         return loss * scale
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from trainer.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, RecipeError, UserError
+from trainer.errors import EXIT_DIFFERS, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, RecipeError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,6 +90,23 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_recipe(check)
     check.add_argument("--world-size", type=_whole(1), metavar="N", help="also check the batch arithmetic for N ranks")
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    verify = command(
+        "verify",
+        _verify,
+        "Train a few steps in one process and in other layouts on this machine: are they the same training? Exit 1 if not.",
+    )
+    _add_recipe(verify)
+    verify.add_argument(
+        "--layouts",
+        nargs="+",
+        default=[],
+        metavar="LAYOUT",
+        help="such as tp2 dp4 tp2xdp2 tp2-sp (without sequence parallelism); default: all of up to 4 processes, or 8 where "
+        "there are as many cores or GPUs, that divide the model",
+    )
+    verify.add_argument("--full", action="store_true", help="the recipe's own sizes instead of a scaled-down twin")
+    verify.add_argument("--timeout", type=_whole(1), default=600, metavar="S", help="for each layout, in seconds")
 
     schedule = command("schedule", _schedule, "Draw a recipe's pipeline: who works when, bubbles, micro-batches in flight.")
     _add_recipe(schedule)
@@ -284,6 +301,26 @@ def _missing_part(resolved: ResolvedRecipe) -> str:
     if resolved.hf_config is None:
         return f"model.from_pretrained {json.dumps(resolved.recipe.model.from_pretrained)}"
     return f"data.tokenizer {json.dumps(resolved.recipe.data.tokenizer)}"
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from trainer.recipe import load
+
+    resolved = load(arguments.recipe, arguments.set)
+    from trainer.verify.command import STEPS, verify
+    from trainer.verify.table import legend, table
+
+    console = _console()
+    with console.status("one process") as status:
+        report = verify(
+            resolved, arguments.layouts, full=arguments.full, timeout_s=arguments.timeout, say=lambda text: status.update(text)
+        )
+    for change in report.changes:
+        _say(console, change)
+    console.print(table(report))
+    for line in legend(resolved.recipe.optimizer.name, resolved.recipe.zero.stage, STEPS):
+        _say(console, line)
+    return EXIT_OK if report.agrees else EXIT_DIFFERS
 
 
 def _schedule(arguments: argparse.Namespace) -> int:

@@ -170,6 +170,13 @@ def _optimizer_findings(recipe: Recipe) -> Iterator[Finding]:
             f"optimizer.name = adafactor keeps second moments per row and column, which zero.stage {stage} flattens away; "
             "legal: zero.stage 0, or optimizer.name adamw, adam, sgd or lion",
         )
+    if name == "adafactor" and recipe.parallel.tensor > 1:
+        yield Finding(
+            ("optimizer.name", "parallel.tensor"),
+            "optimizer.name = adafactor averages second moments over whole rows and columns of a weight, of which "
+            f"parallel.tensor {recipe.parallel.tensor} gives each rank a part: not the same training; legal: "
+            "parallel.tensor 1, or optimizer.name adamw, adam, sgd or lion",
+        )
     if name in ("lion", "sgd", "adafactor") and recipe.zero.offload_optimizer.device == "nvme":
         yield Finding(
             ("optimizer.name", "zero.offload_optimizer.device"),

@@ -54,7 +54,8 @@ from trainer.threaded_io import use_threads_where_async_io_is_missing
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# No recipe may ask for fp64: it is for `verify`, which tells rounding from mistakes with it, at stage 0.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ class Engine:
                 model=module, optimizer=optimizer, config=deepspeed_config, mpu=units, dist_init_required=False
             )
         self.execution.attach(self.deepspeed)
+        if dtype == torch.float64:
+            self.deepspeed.communication_data_type = dtype  # DeepSpeed's dict has no name for it
         masters.restore(self.optimizer)
         if self.zero_stage in (1, 2):
             # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
@@ -292,6 +295,9 @@ def _prepare_deepspeed(recipe: Recipe, notes: list[str]) -> None:
     if recipe.precision.dtype == "fp16" and accelerator.device_name() == "cpu":
         # The CPU accelerator denies fp16 without AVX512-FP16; torch computes it all the same, slower.
         accelerator.is_fp16_supported = lambda: True
+    if recipe.precision.dtype == "fp64":
+        reducible = accelerator.supported_dtypes()  # without float64, which the backends do reduce
+        accelerator.supported_dtypes = lambda: [*reducible, torch.float64]
     if "nvme" in (recipe.zero.offload_optimizer.device, recipe.zero.offload_param.device):
         remark = use_threads_where_async_io_is_missing()
         notes += [remark] if remark else []

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 EXIT_OK = 0
+EXIT_DIFFERS = 1  # verify: a layout does not train the same, as diff(1) says it
 EXIT_DATA = 65  # data or checkpoint damaged
 EXIT_INTERNAL = 70
 EXIT_REQUEUE = 75  # another rank is gone: start the run again
 EXIT_RECIPE = 78  # recipe wrong
-EXIT_HANG = 124  # another rank does not answer
+EXIT_HANG = 124  # another process does not answer, as timeout(1) says it
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
 
 

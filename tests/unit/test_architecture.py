@@ -186,6 +186,12 @@ WITHOUT_TORCH = {
     "trainer.schedule",
     "trainer.sections",
     "trainer.timeline",
+    "trainer.verify.compare",
+    "trainer.verify.job",
+    "trainer.verify.layouts",
+    "trainer.verify.processes",
+    "trainer.verify.table",
+    "trainer.verify.twin",
 }
 
 

@@ -1,0 +1,91 @@
+"""Layouts by name, and a recipe in one of them. No torch.
+
+A name is degrees joined by x, and whether sequence parallelism is on where that is not as the recipe says:
+
+>>> parse("dp2xtp4-sp")
+NamedLayout(layout=Layout(pp=1, dp=2, cp=1, tp=4), sequence=False)
+>>> str(parse("dp2xtp4-sp"))
+'tp4xdp2-sp'
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from parallel.topology import Layout
+from trainer.errors import RecipeError
+from trainer.recipe.rules import TENSOR_KEYS
+
+# As they are written, with the recipe's key; dp has none.
+AXES = {"pp": "pipeline", "cp": "context", "tp": "tensor", "dp": None}
+DEGREES = {key for key in AXES.values() if key}
+TENSOR_ONLY = {key.removeprefix("parallel.") for key in TENSOR_KEYS}
+
+
+@dataclass(frozen=True)
+class NamedLayout:
+    """A layout, and sequence parallelism (None: as the recipe says)."""
+
+    layout: Layout
+    sequence: bool | None = None
+
+    def __str__(self) -> str:
+        degrees = [f"{axis}{degree}" for axis in AXES if (degree := getattr(self.layout, axis)) > 1]
+        return ("x".join(degrees) or "one process") + {None: "", True: "+sp", False: "-sp"}[self.sequence]
+
+
+ONE_PROCESS = NamedLayout(Layout())
+
+
+def parse(name: str) -> NamedLayout:
+    """RecipeError that says how a layout is written."""
+    wrong = RecipeError(
+        f"--layouts {json.dumps(name)}: not a layout; write degrees of {', '.join(AXES)} joined by x, as in tp2, dp4 or "
+        "tp2xdp2, and +sp or -sp behind them to have sequence parallelism on or off"
+    )
+    degree = rf"({'|'.join(AXES)})[1-9]\d{{0,5}}"
+    written = re.fullmatch(rf"(?P<degrees>{degree}(x{degree})*)(?P<sequence>[+-]sp)?", name, re.ASCII)
+    if written is None:
+        raise wrong
+    parts = [(part[:2], int(part[2:])) for part in written["degrees"].split("x")]
+    degrees = dict(parts)
+    if len(degrees) < len(parts):
+        raise wrong
+    layout = Layout(**degrees)
+    sequence = None if written["sequence"] is None else written["sequence"] == "+sp"
+    if layout.world_size == 1:
+        raise RecipeError(f"--layouts {name}: that is one process, with which every layout is compared; legal: 2 or more")
+    if sequence is not None and layout.tp == 1:
+        raise RecipeError(f"--layouts {name}: sequence parallelism is over tensor ranks; legal: a tp of 2 or more with it")
+    return NamedLayout(layout, sequence)
+
+
+def up_to(processes: int, *, sequence: bool) -> list[NamedLayout]:
+    """All layouts of powers of two, the small ones first; tp2 also with the opposite of the recipe's sequence parallelism."""
+    powers = [2**n for n in range(processes.bit_length())]
+    layouts = [Layout(pp=pp, tp=tp, dp=dp) for pp, dp, tp in product(powers, repeat=3) if 1 < pp * dp * tp <= processes]
+    named = [NamedLayout(layout) for layout in sorted(layouts, key=lambda layout: layout.world_size)]
+    if processes >= 2:
+        named.insert(1, NamedLayout(Layout(tp=2), sequence=not sequence))
+    return named
+
+
+def recipe_in(given: Mapping[str, Any], named: NamedLayout) -> dict[str, Any]:
+    """A recipe as it is written, in another layout: without the keys that the door refuses there as unused."""
+    layout = named.layout
+    parallel = {key: value for key, value in given.get("parallel", {}).items() if _is_used(key, layout)}
+    parallel |= {key: getattr(layout, axis) for axis, key in AXES.items() if key}
+    if named.sequence is not None:
+        parallel["sequence_parallel"] = named.sequence
+    return {**given, "parallel": parallel}
+
+
+def _is_used(key: str, layout: Layout) -> bool:
+    if key in TENSOR_ONLY:
+        return layout.tp > 1
+    return key in DEGREES or layout.pp > 1  # what is left belongs to the pipeline

@@ -1,0 +1,219 @@
+"""What one rank of one layout does: the same few steps that every other layout does, and a note of what came out.
+
+Four short trainings of the recipe's model, each with its own engine:
+
+1. one SGD step, at the recipe's ZeRO stage. SGD, because Adam divides by its own second moment and hides a gradient that is
+   scaled twice or not at all.
+2. some steps of the recipe's own optimizer.
+3. one SGD step in float64 at ZeRO-0, without clipping and decay, so that the update is the gradient: DeepSpeed's ZeRO would
+   keep fp32 master weights. A difference from rounding becomes 10⁹ times smaller, a mistake stays.
+4. the steps of 2 in float64, also at ZeRO-0.
+
+Shape letters: G sequences of a step, S sequence length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from parallel.loss import IGNORE
+from parallel.mesh import Mesh
+from parallel.params import ShardSpec, initialise
+from parallel.rng import stream
+from parallel.topology import Layout
+from trainer import launch
+from trainer.batching import BatchPlan
+from trainer.data.loader import MicroBatch
+from trainer.deepspeed_config import deepspeed_config
+from trainer.engine import Engine, StepResult
+from trainer.launch import Place
+from trainer.model.families import TransformerConfig, largest_weight
+from trainer.recipe import ResolvedRecipe, load
+from trainer.sections import Optimizer, Recipe, Zero
+from trainer.verify.job import GRADIENT, UPDATE, Job, RankResult
+
+# The learning rate of an SGD step: the update is then so much larger than the weights that subtracting it from them does not
+# round it. A power of two scales exactly.
+SGD_LR = 2.0**20
+DOCUMENTS = 3  # packed into each sequence
+
+
+def run(folder: Path, rank: int) -> None:
+    """Do a job's part; `RankResult` and, on rank 0, the tensors are left in its folder."""
+    job = Job.read(folder / "job.json")
+    resolved = load(folder / "recipe.json")
+    layout = Layout(**job.degrees)
+    world = layout.world_size
+    place = Place(rank, rank, world, world, "127.0.0.1", job.port, "triaxis verify")
+    launch.join(place, timedelta(seconds=resolved.recipe.guard.timeout_s))
+    if place.device.type == "cpu":
+        torch.set_num_threads(1)  # the same in every layout: threads change the order of sums
+    trial = Trial(resolved, Mesh.build(layout), place.device)
+    result = trial.measure(job.steps, folder)
+    result.write(folder / f"rank-{rank}.json")
+    launch.leave()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A short training: its steps, and on rank 0 the logical tensors before and after."""
+
+    steps: list[StepResult]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    boxes: dict[str, str]
+
+
+class Trial:
+    """The recipe's model in one layout."""
+
+    def __init__(self, resolved: ResolvedRecipe, mesh: Mesh, device: torch.device) -> None:
+        self.resolved = resolved
+        self.mesh = mesh
+        self.device = device
+        self.network: TransformerConfig = resolved.network(vocab_size=None)
+        self.plan = BatchPlan.from_recipe(resolved.recipe, mesh.layout.world_size, "triaxis verify")
+
+    def measure(self, own_steps: int, folder: Path) -> RankResult:
+        recipe = self.resolved.recipe
+        sgd = self.train(with_sgd(recipe), 1, SGD_LR)
+        own = self.train(recipe, own_steps, recipe.optimizer.lr)
+        gradient = self.train(gradient_only(in_float64(recipe)), 1, SGD_LR)
+        double = [*gradient.steps, *self.own_steps_in_float64(own_steps)]
+        if self.mesh.rank == 0:
+            save_file(_updates(sgd), folder / UPDATE)
+            save_file(_updates(gradient), folder / GRADIENT)
+        steps = [*sgd.steps, *own.steps]
+        return RankResult(
+            losses=[step.loss for step in steps],
+            norms=[step.grad_norm for step in steps],
+            targets=[step.num_targets for step in steps],
+            losses64=[step.loss for step in double],
+            norms64=[step.grad_norm for step in double],
+            boxes=own.boxes,
+            initial={name: _digest(tensor) for name, tensor in sgd.before.items()},
+        )
+
+    def own_steps_in_float64(self, steps: int) -> list[StepResult]:
+        """None of lion: DeepSpeed's extension has no float64."""
+        recipe = self.resolved.recipe
+        return [] if recipe.optimizer.name == "lion" else self.train(in_float64(recipe), steps, recipe.optimizer.lr).steps
+
+    def train(self, recipe: Recipe, steps: int, lr: float) -> Trained:
+        with self.engine(recipe) as engine:
+            before = logical_tensors(engine.gathered_tensors())
+            results = [engine.step(self.micro_batches(step), step=step, lr=lr) for step in range(steps)]
+            after = logical_tensors(engine.gathered_tensors())
+            return Trained(results, before, after, boxes(engine.local_tensors()))
+
+    @contextmanager
+    def engine(self, recipe: Recipe) -> Iterator[Engine]:
+        engine = Engine(
+            recipe,
+            self.plan,
+            self.network,
+            self.mesh,
+            self.device,
+            deepspeed_config=deepspeed_config(recipe, self.plan, largest_weight=largest_weight(self.network)),
+            fill=self.fill_in_float64 if recipe.precision.dtype == "fp64" else self.fill,
+        )
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+    def fill(self, block: nn.Module) -> None:
+        initialise(block, self.resolved.recipe.run.seed)
+
+    def fill_in_float64(self, block: nn.Module) -> None:
+        """The same values as in fp32."""
+        self.fill(block)
+        block.double()
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's part of a step."""
+        tokens, labels, documents = self.rows(step)
+        plan = self.plan
+        first = self.mesh.dp.rank * plan.sequences_per_rank
+        starts = range(first, first + plan.sequences_per_rank, plan.micro_sequences)
+        return [
+            MicroBatch(tokens[start:stop], labels[start:stop], documents[start:stop])
+            for start in starts
+            for stop in (start + plan.micro_sequences,)
+        ]
+
+    def rows(self, step: int) -> tuple[Tensor, Tensor, tuple[tuple[int, ...], ...]]:
+        """Random tokens and labels [G, S] and documents of a step, the same in every layout.
+
+        Row r has a share r / G of its labels masked: where a mean of micro-batch means were taken, it would show.
+        """
+        G, S, V = self.plan.global_sequences, self.plan.seq_len, self.network.vocab_size
+        generator = stream(torch.device("cpu"), self.resolved.recipe.run.seed, "verify", step)
+        tokens = torch.randint(0, V, (G, S + 1), generator=generator)
+        masked = torch.rand(G, S, generator=generator) < torch.arange(G)[:, None] / G
+        labels = tokens[:, 1:].masked_fill(masked, IGNORE)
+        cuts = torch.stack([torch.randperm(S - 1, generator=generator)[: DOCUMENTS - 1] for _ in range(G)]) + 1
+        ends = [sorted(row) for row in cuts.tolist()] if self.resolved.recipe.data.isolate_documents else [[]] * G
+        documents = tuple(tuple(end - start for start, end in zip([0, *row], [*row, S], strict=True)) for row in ends)
+        return tokens[:, :-1].contiguous(), labels, documents
+
+
+def with_sgd(recipe: Recipe) -> Recipe:
+    """Plain SGD; decay, clipping and ZeRO as they are."""
+    return recipe.model_copy(
+        update={"optimizer": Optimizer(name="sgd", lr=SGD_LR, momentum=0.0, weight_decay=recipe.optimizer.weight_decay)}
+    )
+
+
+def in_float64(recipe: Recipe) -> Recipe:
+    """In the engine's format that no recipe may ask for; ZeRO-0, where the parameters are the master weights."""
+    precision = recipe.precision.model_copy(update={"dtype": "fp64"})
+    return recipe.model_copy(update={"precision": precision, "zero": Zero(stage=0)})
+
+
+def gradient_only(recipe: Recipe) -> Recipe:
+    """SGD whose update is the gradient, before anything is done to it."""
+    return recipe.model_copy(
+        update={
+            "optimizer": Optimizer(name="sgd", lr=SGD_LR, momentum=0.0, weight_decay=0.0),
+            "train": recipe.train.model_copy(update={"clip_norm": 0.0}),
+        }
+    )
+
+
+def logical_tensors(parameters: Iterable[tuple[ShardSpec, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors by name, on the CPU, from the pieces that came; what did not come is NaN."""
+    tensors: dict[str, Tensor] = {}
+    for spec, parameter in parameters:
+        for piece in spec.pieces:
+            whole = tensors.setdefault(piece.name, torch.full(piece.shape, math.nan, dtype=parameter.dtype))
+            piece.box_of(whole).copy_(piece.in_parameter(parameter))
+    return tensors
+
+
+def boxes(parameters: Iterable[tuple[ShardSpec, Tensor]]) -> dict[str, str]:
+    """Digests of the boxes that this rank holds, under their tensor's name and place in it."""
+    return {
+        f"{piece.name} {json.dumps([piece.start, piece.size])}": _digest(piece.in_parameter(parameter))
+        for spec, parameter in parameters
+        for piece in spec.pieces
+    }
+
+
+def _updates(trained: Trained) -> dict[str, Tensor]:
+    return {name: before - trained.after[name] for name, before in trained.before.items()}
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
