@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make an environment, install Triaxis, and train a GPT-style model on the sources of Python's standard library with the
-# deepspeed launcher, two ranks, ZeRO-1, bf16. Arguments go to `train`, as in: bash tools/quickstart.sh --set train.steps=50
+# deepspeed launcher, two ranks, ZeRO-1, fp32. Arguments go to `train`, as in: bash tools/quickstart.sh --set train.steps=50
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/environment.sh

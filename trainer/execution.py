@@ -14,7 +14,7 @@ from parallel.collectives import all_reduce
 from parallel.deferred import WeightGradients
 from parallel.embedding import vocabulary_shard
 from parallel.mesh import Group, Mesh
-from parallel.pipeline import Pipeline, splits_backward
+from parallel.pipeline import Pipeline
 from parallel.rng import Streams
 from parallel.schedule_table import ScheduleTable
 from parallel.tensor import TensorParallel
@@ -119,7 +119,7 @@ class InPipeline:
         self._hidden_size = config.hidden_size
         self._vocabulary_rows = vocabulary_shard(config.vocab_size, tp.group)[1]
         mine = table.stages(mesh.pp.rank)
-        deferred = {index: WeightGradients() for index in mine} if splits_backward(table) else {}
+        deferred = {index: WeightGradients() for index in mine} if table.splits_backward else {}
         last = table.num_stages - 1
         # On one rank the last stage's head uses the first stage's embedding itself: two stages' backwards for one weight.
         tied_over = mesh.ends if table.rank_of_stage[0] != table.rank_of_stage[last] else Group.alone()

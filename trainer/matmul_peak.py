@@ -23,14 +23,36 @@ def device_peak(device: torch.device, dtype: Dtype) -> tuple[float, str]:
     return measured_peak(device, dtype), f"CPU, {threads} thread{'s' if threads > 1 else ''}, {dtype} matrix product measured"
 
 
-def measured_peak(device: torch.device, dtype: Dtype, size: int = 1024, repeats: int = 9) -> float:
-    """FLOP/s of square matrix products, median; about a tenth of a second on one CPU core."""
-    a, b = (torch.ones(size, size, dtype=DTYPES[dtype], device=device) for _ in range(2))
-    seconds = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds[2:])
+def slower_than_fp32(device: torch.device, dtype: Dtype, peak: float) -> str | None:
+    """A remark for a CPU without instructions for a half format, where fp32 is many times faster."""
+    if device.type != "cpu" or dtype == "fp32":
+        return None
+    fp32 = measured_peak(device, "fp32")
+    if peak > fp32 / 2:
+        return None
+    return (
+        f"precision.dtype: {dtype} matrix products run at {peak / 1e9:.3g} GFLOP/s on this CPU, fp32 ones at {fp32 / 1e9:.3g}; "
+        "fp32 trains faster here"
+    )
+
+
+def measured_peak(device: torch.device, dtype: Dtype, size: int = 1024, repeats: int = 9, patience_s: float = 0.5) -> float:
+    """FLOP/s of square matrix products, median; about a tenth of a second on one CPU core.
+
+    Where products are slow (bf16 on a CPU without instructions for it: a hundredth of fp32) smaller ones are measured, so that
+    it takes `patience_s` or so.
+    """
+    for attempt in (128, 256, 512, size):
+        a, b = (torch.ones(attempt, attempt, dtype=DTYPES[dtype], device=device) for _ in range(2))
+        _product_s(a, b)
+        if _product_s(a, b) * 8 > patience_s / repeats:
+            break
+    return 2 * attempt**3 / statistics.median(_product_s(a, b) for _ in range(repeats))
+
+
+def _product_s(a: torch.Tensor, b: torch.Tensor) -> float:
+    start = time.perf_counter()
+    a @ b
+    if a.device.type == "cuda":
+        torch.cuda.synchronize(a.device)
+    return time.perf_counter() - start

@@ -22,7 +22,7 @@ from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.deepspeed_config import deepspeed_config
 from trainer.engine import Engine
 from trainer.launch import Place, together
-from trainer.matmul_peak import device_peak
+from trainer.matmul_peak import device_peak, slower_than_fp32
 from trainer.model.auto import open_auto
 from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
 from trainer.model.names import WEIGHT_NAMES
@@ -110,6 +110,8 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None) -> Iterator[Sess
         stack.callback(engine.close)
         log.capture()  # DeepSpeed makes loggers of its own on the way
         peak_flops, peak_source = device_peak(place.device, recipe.precision.dtype)
+        if remark := slower_than_fp32(place.device, recipe.precision.dtype, peak_flops):
+            tracker.note(remark)
         _introduce(tracker, prepared, engine, plan, f"{peak_flops / 1e12:.3g} TFLOP/s per rank ({peak_source})")
         yield Session(
             recipe=recipe,
