@@ -44,8 +44,7 @@ def measured_peak(device: torch.device, dtype: Dtype, size: int = 1024, repeats:
     """
     for attempt in (128, 256, 512, size):
         a, b = (torch.ones(attempt, attempt, dtype=DTYPES[dtype], device=device) for _ in range(2))
-        _product_s(a, b)
-        if _product_s(a, b) * 8 > patience_s / repeats:
+        if min(_product_s(a, b) for _ in range(3)) * 8 > patience_s / repeats:  # the first call sets up, any may be disturbed
             break
     return 2 * attempt**3 / statistics.median(_product_s(a, b) for _ in range(repeats))
 
