@@ -6,9 +6,11 @@ them the run is one process.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -125,7 +127,7 @@ class PeerLost(UserError):
 # How gloo and NCCL say so; torch raises both as RuntimeError.
 GONE = re.compile(r"connection (closed|reset) by peer|broken pipe|remote process exited|connection refused", re.IGNORECASE)
 SILENT = re.compile(r"timed out|timeout", re.IGNORECASE)
-ROLL_CALL_S = 3.0
+ROLL_CALL_S = 1.5
 
 
 @contextmanager
@@ -160,15 +162,23 @@ def _lost_peer(error: BaseException | None) -> str | None:
 
 
 def _roll_call() -> list[int]:
-    """Every rank that notices a loss says that it is there; the ranks that have not after a while. [] when nobody can tell,
-    because the store itself is gone with rank 0."""
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"triaxis/here/{dist.get_rank()}", "1")
-        time.sleep(ROLL_CALL_S)
-        return [rank for rank in range(dist.get_world_size()) if not store.check([f"triaxis/here/{rank}"])]
-    except (RuntimeError, OSError):
-        return []
+    """Every rank that notices a loss says so in the store; here are the ranks that have not after a while. The store lives in
+    rank 0 (or in the launcher): when it does not answer, rank 0 is the one."""
+    absent: list[int] = []
+
+    def call() -> None:
+        with contextlib.suppress(RuntimeError, OSError):
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"triaxis/here/{dist.get_rank()}", "1")
+            time.sleep(ROLL_CALL_S)
+            absent.extend(rank for rank in range(dist.get_world_size()) if not store.check([f"triaxis/here/{rank}"]))
+            return
+        absent.append(0)
+
+    caller = threading.Thread(target=call, daemon=True)  # a store whose host is stopped never returns
+    caller.start()
+    caller.join(2 * ROLL_CALL_S)
+    return [0] if caller.is_alive() else absent
 
 
 class PeerFailed(UserError):

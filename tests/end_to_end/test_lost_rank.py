@@ -1,0 +1,96 @@
+"""A pipeline stage that dies or stops ends the other ranks in time, with one line that names it; nobody is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trainer.launch import free_port
+
+ROOT = str(Path(__file__).parents[2])
+TIMEOUT_S = 8
+LOSSES = [(signal.SIGKILL, 75, "is gone"), (signal.SIGSTOP, 124, "does not answer")]
+RECIPE = {
+    "run": {"name": "run"},
+    "model": {
+        "family": "llama",
+        "config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 32,
+        },
+    },
+    "data": {"seq_len": 32, "eval_fraction": 0.0},
+    "parallel": {"pipeline": 2},
+    "batch": {"global_sequences": 4},
+    "train": {"steps": 1_000_000},
+    "guard": {"timeout_s": TIMEOUT_S},
+}
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two ranks that are training."""
+    (tmp_path / "corpus.txt").write_text("to be or not to be " * 500)
+    recipe = {**RECIPE, "data": {**RECIPE["data"], "sources": [{"path": str(tmp_path / "corpus.txt")}]}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "trainer", "train", "recipe.json"],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                **place,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+            },
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 90
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert time.monotonic() < deadline, "no step in 90 s"
+            assert all(rank.poll() is None for rank in started), [rank.communicate()[1] for rank in started]
+            time.sleep(0.1)
+        yield started
+    finally:
+        for rank in started:
+            rank.kill()
+            rank.communicate()
+
+
+def last_words(rank: subprocess.Popen[str], within_s: float) -> str:
+    """What it wrote to stderr, when it ended by itself in time."""
+    _, said = rank.communicate(timeout=within_s)
+    return said
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize(("signal_number", "exit_code", "what"), LOSSES)
+def test_the_others_end_and_name_it(
+    signal_number: signal.Signals, exit_code: int, what: str, lost: int, ranks: list[subprocess.Popen[str]]
+) -> None:
+    survivor = ranks[1 - lost]
+    os.kill(ranks[lost].pid, signal_number)
+    said = last_words(survivor, TIMEOUT_S + 20)  # 5 s are promised; a busy machine may be slow to end a process
+    assert survivor.returncode == exit_code, said
+    (line,) = [line for line in said.splitlines() if line.startswith("triaxis: error:")]
+    assert f"rank {1 - lost}: rank {lost} {what} (noticed in " in line
+    assert " of step " in line
