@@ -369,8 +369,14 @@ def test_dropout_does_not_depend_on_ranks_accumulation_or_recompute() -> None:
         assert recomputed.losses == expected.losses, "recompute alone must not change one bit"
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "tp"),
+    [
+        pytest.param(stage, tp, marks=[] if (stage, tp) in {(0, 2), (2, 1), (3, 2)} else [pytest.mark.grid])
+        for stage in (0, 1, 2, 3)
+        for tp in (1, 2)
+    ],
+)
 def test_recompute_changes_nothing(stage: int, tp: int) -> None:
     kept, *recomputed = (outcome(Case(dp=2, tp=tp, stage=stage, recompute=mode)) for mode in ("none", "selective", "full"))
     for got in recomputed:

@@ -16,6 +16,7 @@ from tests.spawn import spawn
 from trainer.model.blocks import blocks_of
 from trainer.model.families import to_hf_config, translate
 from trainer.model.hugging_face import SINGLE, PretrainedWeights, read_config
+from trainer.model.names import WEIGHT_NAMES
 from trainer.model.transformer import Stage, logical_specs
 
 MIB = 2**20
@@ -45,7 +46,8 @@ def load(mesh: Mesh, folder: Path) -> tuple[int, int]:
     before = resident("VmRSS")
     config = translate("llama", read_config(folder))
     weights = PretrainedWeights(folder)
-    weights.check_names(logical_specs(config))
+    specs = logical_specs(config)
+    weights.check_names(specs, ties=WEIGHT_NAMES["llama"].ties(specs))
     stage = Stage(
         config,
         blocks_of(config),

@@ -24,7 +24,7 @@ def one_process() -> Outcome:
 
 
 WAYS = [(1, None), (2, False), (2, True), (4, False), (4, True)]
-EVERY_DAY = {(1, 2, 0), (2, 2, 1), (2, 2, 2), (2, 2, 3), (4, 1, 0), (4, 1, 3), (4, 2, 2)}  # (tensor, data, ZeRO)
+EVERY_DAY = {(1, 2, 0), (2, 2, 1), (2, 1, 2), (2, 2, 3), (4, 1, 0), (4, 1, 3)}  # (tensor, data, ZeRO)
 GRID = [
     pytest.param(tp, sequence, dp, stage, marks=[] if (tp, dp, stage) in EVERY_DAY else [pytest.mark.grid])
     for tp, sequence in WAYS
@@ -70,8 +70,16 @@ def test_nvme_offload_under_tensor_ranks_changes_no_bit(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.swp")) > 10e6
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        pytest.param(
+            stage, dtype, marks=[] if (stage, dtype) in {(0, "bf16"), (2, "bf16"), (3, "fp16")} else [pytest.mark.grid]
+        )
+        for stage in (0, 1, 2, 3)
+        for dtype in ("bf16", "fp16")
+    ],
+)
 def test_half_formats_follow_the_fp32_run(stage: int, dtype: str, half_reference: dict[str, Outcome]) -> None:
     got = outcome(Case(dp=2, tp=2, stage=stage, dtype=dtype, optimizer=ADAMW, steps=4))
     # Partial sums over ranks are rounded to 8 (bf16) or 11 (fp16) bits where one process does not round.
@@ -85,7 +93,7 @@ def half_reference() -> dict[str, Outcome]:
     return {dtype: outcome(Case(dtype=dtype, optimizer=ADAMW, steps=4)) for dtype in ("bf16", "fp16")}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=[pytest.mark.grid]), 1, pytest.param(2, marks=[pytest.mark.grid]), 3])
 def test_a_nan_on_one_tensor_rank_skips_the_step_everywhere(stage: int) -> None:
     case = Case(dp=2, tp=2, stage=stage, optimizer=ADAMW, steps=3, poison_step=2, poisoned_rank=3)
     poisoned, untouched = outcome(case), outcome(replace(case, steps=2, poison_step=None))
