@@ -142,13 +142,16 @@ def test_a_table_that_was_written_is_drawn_again(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.splitlines()[1:] == first[1:-1]
 
 
+DUALPIPEV = ["--set", "parallel.schedule=dualpipev", "--set", "parallel.virtual_stages=2"]
+
+
 @pytest.mark.usefixtures("pipelines")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--set", "parallel.pipeline=1"], "parallel.pipeline = 1: there is no pipeline to draw; legal: 2 or more"),
         (["--gpus", "6"], "world size 6 (--gpus) is not a multiple of"),
-        (["--gpus", "16"], "= 2; nearest legal: 4 micro-batches (batch.global_sequences 16)"),
+        (["--gpus", "16", *DUALPIPEV], "= 2; nearest legal: 8 micro-batches (batch.global_sequences 32)"),
         (["--out", "x.gif"], "--out x.gif: legal endings: .svg, .png, .csv"),
         (["--out", "none/x.svg"], "--out none/x.svg: No such file or directory"),
         (["--costs", "1,2"], "'1,2' is not three durations above 0, as in 1,1,1"),
