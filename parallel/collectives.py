@@ -13,6 +13,7 @@ other's backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -73,64 +74,41 @@ def reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
     return start_reduce_scatter(tensor, group).wait()
 
 
-class _CopyToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return tensor.view_as(tensor)
+Collective = Callable[[Tensor, Group], Tensor]
+
+
+class _Pair(torch.autograd.Function):
+    """One collective forward, another on the gradient."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad, ctx.group), None
-
-
-class _ReduceFromGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
-        return all_reduce(tensor, group)
+    def forward(ctx: Any, tensor: Tensor, group: Group, forward: Collective, backward: Collective) -> Tensor:
+        ctx.group, ctx.collective = group, backward
+        return forward(tensor, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.collective(grad, ctx.group), None, None, None
 
 
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return all_gather(tensor, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(grad, ctx.group), None
-
-
-class _ScatterTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return reduce_scatter(tensor, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_gather(grad, ctx.group), None
+def _as_it_is(tensor: Tensor, group: Group) -> Tensor:
+    return tensor.view_as(tensor)
 
 
 def copy_to_group(tensor: Tensor, group: Group) -> Tensor:
     """Forward: the replicated tensor as it is. Backward: the sum of the group's gradients."""
-    return tensor if group.size == 1 else _CopyToGroup.apply(tensor, group)
+    return tensor if group.size == 1 else _Pair.apply(tensor, group, _as_it_is, all_reduce)
 
 
 def reduce_from_group(tensor: Tensor, group: Group) -> Tensor:
     """Forward: the sum of the group's partial tensors. Backward: the replicated gradient as it is."""
-    return tensor if group.size == 1 else _ReduceFromGroup.apply(tensor, group)
+    return tensor if group.size == 1 else _Pair.apply(tensor, group, all_reduce, _as_it_is)
 
 
 def gather_tokens(tensor: Tensor, group: Group) -> Tensor:
     """Forward: all ranks' tokens. Backward: this rank's tokens of the sum of the group's gradients."""
-    return tensor if group.size == 1 else _GatherTokens.apply(tensor, group)
+    return tensor if group.size == 1 else _Pair.apply(tensor, group, all_gather, reduce_scatter)
 
 
 def scatter_tokens(tensor: Tensor, group: Group) -> Tensor:
     """Forward: this rank's tokens of the sum of the group's partial tensors. Backward: all ranks' gradients."""
-    return tensor if group.size == 1 else _ScatterTokens.apply(tensor, group)
+    return tensor if group.size == 1 else _Pair.apply(tensor, group, reduce_scatter, all_gather)

@@ -1,8 +1,10 @@
-"""Every parameter of a model that is spread over ranks, one after another, on the first of them."""
+"""Every parameter of a model that is spread over ranks, one after another, on the first of them, and the logical tensors of
+which they are pieces."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -33,6 +35,16 @@ def gather_to_first(
         if spec.owned:
             dist.send(tensor.to(device).contiguous(), group.ranks[0], group=group.handle)
     _send_text(None, group, device)
+
+
+def logical_tensors(parameters: Iterable[tuple[ShardSpec, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors by name, on the CPU, from the pieces that came; what did not come is NaN."""
+    tensors: dict[str, Tensor] = {}
+    for spec, parameter in parameters:
+        for piece in spec.pieces:
+            whole = tensors.setdefault(piece.name, torch.full(piece.shape, math.nan, dtype=parameter.dtype))
+            piece.box_of(whole).copy_(piece.in_parameter(parameter))
+    return tensors
 
 
 def _collect(

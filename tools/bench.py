@@ -37,6 +37,7 @@ from rich.table import Table
 from torch import Tensor
 
 from parallel.attention import Documents
+from parallel.gather import logical_tensors
 from parallel.mesh import Mesh
 from parallel.params import Role, initialise
 from parallel.topology import Layout
@@ -48,7 +49,8 @@ from trainer.engine import DTYPES, Engine
 from trainer.errors import UserError
 from trainer.flops import Dtype, training_flops
 from trainer.matmul_peak import measured_peak
-from trainer.model.families import TransformerConfig, largest_weight, to_hf_config, translate
+from trainer.model.config import TransformerConfig, largest_weight
+from trainer.model.translation import to_hf_config, translate
 from trainer.sections import Recipe
 
 SEED = 0
@@ -162,7 +164,7 @@ class PlainLoop:
         hugging_face = to_hf_config(network, dtype=str(DTYPES[dtype]).removeprefix("torch."), eos_token_id=None)
         config = LlamaConfig(**{**hugging_face, "use_cache": False}, attn_implementation="sdpa")
         self.model = LlamaForCausalLM(config)
-        self.model.load_state_dict(logical_weights(engine))
+        self.model.load_state_dict(logical_tensors(engine.local_tensors()))  # copied into fp32
         self.model.to(device).train()
         self.parameters = self.masters = list(self.model.parameters())
         if dtype != "fp32":
@@ -193,15 +195,6 @@ class PlainLoop:
             torch._foreach_copy_([parameter.data for parameter in self.parameters], self.masters)
         self.model.zero_grad()
         return float(loss.detach()), float(norm)
-
-
-def logical_weights(engine: Engine) -> dict[str, Tensor]:
-    """The engine's weights by Hugging Face name, fp32 on the CPU. One process only: each piece is a whole tensor."""
-    return {
-        piece.name: piece.in_parameter(parameter).float().cpu().clone()
-        for spec, parameter in engine.local_tensors()
-        for piece in spec.pieces
-    }
 
 
 def peer_inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:

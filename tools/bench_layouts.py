@@ -116,6 +116,20 @@ class Figure:
     bytes_on_disk: int
 
 
+def whole_model(shape: Shape, dtype: Dtype) -> Stage:
+    """Our model as one undivided module, for the peers to divide."""
+    network = shape.network()
+    return Stage(
+        network,
+        blocks_of(network),
+        dtype=DTYPES[dtype],
+        recompute="none",
+        tp=TensorParallel.alone(),
+        device=CPU,
+        fill=lambda block: initialise(block, seed=SEED),
+    )
+
+
 class TorchLoop:
     """Our `Stage` under DDP or FSDP2, with the optimizer, clipping and normalisation of our recipe.
 
@@ -123,16 +137,7 @@ class TorchLoop:
     """
 
     def __init__(self, kind: str, shape: Shape, dtype: Dtype) -> None:
-        network = shape.network()
-        stage = Stage(
-            network,
-            blocks_of(network),
-            dtype=DTYPES[dtype],
-            recompute="none",
-            tp=TensorParallel.alone(),
-            device=CPU,
-            fill=lambda block: initialise(block, seed=SEED),
-        )
+        stage = whole_model(shape, dtype)
         spec_of = {name: spec for name, _, spec in owned_specs(stage)}
         self.model: nn.Module = stage
         if kind == REFERENCE:
@@ -202,16 +207,7 @@ class DeepSpeedPipeline:
         import deepspeed
         from deepspeed.pipe import PipelineModule
 
-        network = shape.network()
-        stage = Stage(
-            network,
-            blocks_of(network),
-            dtype=DTYPES[dtype],
-            recompute="none",
-            tp=TensorParallel.alone(),
-            device=CPU,
-            fill=lambda block: initialise(block, seed=SEED),
-        )
+        stage = whole_model(shape, dtype)
         documents = Documents.whole_rows(micro_sequences, shape.seq_len)
         blocks = [
             _InPipeline(stage, stage.embedding, documents),

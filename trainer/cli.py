@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from parallel.simulator import Costs
-    from trainer.model.families import TransformerConfig
+    from trainer.model.config import TransformerConfig
     from trainer.recipe import ResolvedRecipe
 
 DEFAULT_COLUMNS = 160  # of a pipe, where there is no terminal to ask
@@ -200,7 +200,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from trainer.batching import BatchPlan
     from trainer.deepspeed_config import deepspeed_config
-    from trainer.model.families import largest_weight
+    from trainer.model.config import largest_weight
     from trainer.recipe import load
     from trainer.recipe.pipeline import check_micro_batches
 

@@ -20,7 +20,7 @@ from parallel.schedule_table import ScheduleTable
 from parallel.tensor import TensorParallel
 from trainer.batching import BatchPlan
 from trainer.model.blocks import Block
-from trainer.model.families import TransformerConfig
+from trainer.model.config import TransformerConfig
 from trainer.model.transformer import Stage
 from trainer.stopwatch import Stopwatch
 from trainer.zero_pipeline import ZeroInPipeline

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from trainer.model.auto_network import AutoNetwork
-from trainer.model.families import TransformerConfig
+from trainer.model.config import TransformerConfig
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 

@@ -24,7 +24,8 @@ SAMPLE_TOKENS = 96
 
 def train(resolved: ResolvedRecipe, run_dir: str | None) -> int:
     """Run a recipe to its last step; the exit code."""
-    with open_session(resolved, run_dir) as run:
+    step = 0
+    with open_session(resolved, run_dir) as run, among_ranks(lambda: f"{run.engine.watch.phase} of step {step + 1}"):
         started = time.monotonic()
         keys, steps = run.recipe.train, run.recipe.train.steps
         meter = Meter(run)
@@ -33,13 +34,14 @@ def train(resolved: ResolvedRecipe, run_dir: str | None) -> int:
             with run.engine.watch("data"):
                 micro_batches = run.micro_batches(step)
             lr = lr_at(step, schedule=run.recipe.schedule, peak=run.recipe.optimizer.lr, total_steps=steps)
-            with among_ranks(lambda at=step: f"{run.engine.watch.phase} of step {at + 1}"):
-                result = run.engine.step(micro_batches, step=step, lr=lr)
+            result = run.engine.step(micro_batches, step=step, lr=lr)
             meter.record(step + 1, lr, result, micro_batches)
             if step + 1 == steps or (keys.eval_every and (step + 1) % keys.eval_every == 0):
-                evaluation = evaluate(run, steps_done=step + 1)
+                with run.engine.watch("evaluation"):
+                    evaluation = evaluate(run, steps_done=step + 1)
                 meter.restart()
-        export(run)
+        with run.engine.watch("export"):
+            export(run)
         summary = {"steps": steps, "wall_s": time.monotonic() - started}
         finish(run, {**summary, **meter.summary(), **evaluation})
     return EXIT_OK

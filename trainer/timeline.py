@@ -17,8 +17,8 @@ from parallel.schedule_table import Action, Overlap, ScheduleTable, Step, action
 from parallel.simulator import Span, Timeline, peak_in_flight
 from trainer.errors import RecipeError
 from trainer.model.blocks import Block, blocks_of
+from trainer.model.config import TransformerConfig
 from trainer.model.costs import count_parameters
-from trainer.model.families import TransformerConfig
 from trainer.recipe.pipeline import rank_of_stage
 from trainer.recipe.stages import cost_of_blocks, stages_of
 from trainer.sections import Recipe

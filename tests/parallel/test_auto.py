@@ -29,9 +29,9 @@ from trainer.data.loader import MicroBatch
 from trainer.deepspeed_config import deepspeed_config
 from trainer.engine import Engine
 from trainer.model.auto import open_auto
-from trainer.model.families import translate
 from trainer.model.hugging_face import PretrainedWeights
 from trainer.model.network import largest_weight
+from trainer.model.translation import translate
 from trainer.sections import Recipe
 
 TINY = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from parallel.gather import logical_tensors
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
 from parallel.params import initialise
@@ -26,7 +27,8 @@ from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
 from trainer.deepspeed_config import deepspeed_config
 from trainer.engine import Engine
-from trainer.model.families import largest_weight, translate
+from trainer.model.config import largest_weight
+from trainer.model.translation import translate
 from trainer.sections import Recipe
 
 G, S, V = 8, 16, 67
@@ -160,12 +162,7 @@ def run_case(mesh: Mesh, case: Case) -> Outcome:
 
 def whole_weights(engine: Engine) -> dict[str, np.ndarray]:
     """The logical tensors, put together on the first rank."""
-    weights: dict[str, torch.Tensor] = {}
-    for spec, parameter in engine.gathered_tensors():
-        for piece in spec.pieces:
-            whole = weights.setdefault(piece.name, torch.full(piece.shape, math.nan))
-            piece.box_of(whole).copy_(piece.in_parameter(parameter))
-    return {name: weight.numpy() for name, weight in weights.items()}
+    return {name: weight.float().numpy() for name, weight in logical_tensors(engine.gathered_tensors()).items()}
 
 
 def hashed(weights: dict[str, np.ndarray]) -> str:

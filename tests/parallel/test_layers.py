@@ -15,7 +15,7 @@ from parallel.attention import Documents, ParallelAttention, _Rotate
 from parallel.embedding import ReplicatedEmbedding, VocabParallelEmbedding, rotary_tables
 from parallel.linear import ColumnParallelLinear, Output, ReplicatedLinear, RowParallelLinear
 from parallel.loss import IGNORE, VocabParallelHead
-from parallel.mesh import Group, Mesh
+from parallel.mesh import Mesh
 from parallel.mlp import ParallelMLP
 from parallel.norm import LayerNorm, RMSNorm, _RMSNorm
 from parallel.params import Init, complete_partial_gradients, draw, initialise, owned_specs
@@ -67,49 +67,32 @@ def gated_mlp(tp: TensorParallel) -> nn.Module:
     )
 
 
-def attention(tp: TensorParallel) -> nn.Module:
+def attention(tp: TensorParallel, num_kv_heads: int = 4, transposed: bool = False) -> nn.Module:
+    features = 6 * num_kv_heads
     return ParallelAttention(
         hidden_size=D,
         num_heads=8,
-        num_kv_heads=4,
+        num_kv_heads=num_kv_heads,
         head_dim=6,
         query=Output("q", 48),
-        key=Output("k", 24),
-        value=Output("v", 24),
+        key=Output("kv", features, 0, 2 * features),
+        value=Output("kv", features, features, 2 * features),
         out="o",
         qkv_bias=True,
         out_bias=True,
-        transposed=False,
+        transposed=transposed,
         dropout=0.0,
         causal=True,
         init=INIT,
         out_init=INIT,
         tp=tp,
-        kv_copies=Group.alone(),
+        kv_copies=key_value_copies(num_kv_heads, tp.group),
     )
 
 
 def attention_sharing_keys(tp: TensorParallel) -> nn.Module:
     """2 key/value heads: at degree 4 two ranks share each."""
-    return ParallelAttention(
-        hidden_size=D,
-        num_heads=8,
-        num_kv_heads=2,
-        head_dim=6,
-        query=Output("q", 48),
-        key=Output("kv", 12, 0, 24),
-        value=Output("kv", 12, 12, 24),
-        out="o",
-        qkv_bias=True,
-        out_bias=True,
-        transposed=True,
-        dropout=0.0,
-        causal=True,
-        init=INIT,
-        out_init=INIT,
-        tp=tp,
-        kv_copies=key_value_copies(2, tp.group),
-    )
+    return attention(tp, num_kv_heads=2, transposed=True)
 
 
 def head(tp: TensorParallel) -> nn.Module:

@@ -20,16 +20,13 @@ from parallel.mesh import Mesh
 from parallel.params import Role, initialise, owned_specs
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
-from tests.parallel.test_engine_parity import ADAMW, LLAMA, OFFLOADS, Case, micro_batches
+from tests.parallel.test_engine_parity import ADAMW, LLAMA, OFFLOADS, Case, make_engine, micro_batches
 from tests.spawn import spawn
-from trainer.batching import BatchPlan
-from trainer.deepspeed_config import deepspeed_config
-from trainer.engine import DTYPES, Engine
+from trainer.engine import DTYPES
 from trainer.master_weights import MasterWeights
 from trainer.model.blocks import blocks_of
-from trainer.model.families import largest_weight, translate
 from trainer.model.transformer import Stage
-from trainer.sections import Recipe
+from trainer.model.translation import translate
 
 
 @dataclass(frozen=True)
@@ -45,19 +42,8 @@ def run(mesh: Mesh, case: Case, global_sequences: int = 8, mutate: Callable[[], 
     from deepspeed.utils import safe_get_full_fp32_param  # by now trainer.engine has said on which accelerator
 
     mutate()
-    batch = {"global_sequences": global_sequences, "micro_sequences": global_sequences // mesh.dp.size}
-    recipe = Recipe.model_validate({**case.recipe().model_dump(), "batch": batch})
-    plan = BatchPlan.from_recipe(recipe, mesh.layout.world_size, "the test")
-    network = translate("llama", {**LLAMA, **case.config})
-    engine = Engine(
-        recipe,
-        plan,
-        network,
-        mesh,
-        torch.device("cpu"),
-        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=largest_weight(network)),
-        fill=lambda block: initialise(block, seed=0),
-    )
+    engine = make_engine(mesh, replace(case, sequences=global_sequences, dp=mesh.dp.size))
+    plan = engine.plan
     losses = [engine.step(micro_batches(mesh, plan, step), step=step, lr=ADAMW["lr"]).loss for step in range(case.steps)]
     held, masters = set(), {}
     for parameter, spec in engine.specs:

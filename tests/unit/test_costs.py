@@ -15,9 +15,10 @@ from parallel.tensor import TensorParallel
 from tests.unit.test_transformer_oracle import MODELS, V
 from trainer.flops import training_flops
 from trainer.model.blocks import Block, blocks_of
+from trainer.model.config import TransformerConfig
 from trainer.model.costs import block_costs, block_flops, block_parameters, count_parameters
-from trainer.model.families import TransformerConfig, translate
 from trainer.model.transformer import Stage
+from trainer.model.translation import translate
 
 S = 16
 

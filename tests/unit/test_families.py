@@ -7,16 +7,10 @@ import pytest
 
 from trainer.errors import RecipeError
 from trainer.flops import matmul_weights, training_flops
+from trainer.model.config import RopeScaling, TransformerConfig, largest_weight
 from trainer.model.costs import count_parameters
-from trainer.model.families import (
-    FAMILIES,
-    PLAIN,
-    RopeScaling,
-    TransformerConfig,
-    largest_weight,
-    to_hf_config,
-    translate,
-)
+from trainer.model.families import FAMILIES, PLAIN
+from trainer.model.translation import to_hf_config, translate
 
 GPT2 = {"vocab_size": 97, "n_positions": 32, "n_embd": 24, "n_layer": 3, "n_head": 4}
 LLAMA = {

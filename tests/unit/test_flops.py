@@ -16,8 +16,9 @@ from tests.unit.test_families import BERT
 from tests.unit.test_transformer_oracle import GPT2, LLAMA, V
 from trainer.flops import PEAKS, listed_peak, matmul_weights, training_flops
 from trainer.model.blocks import blocks_of
-from trainer.model.families import TransformerConfig, translate
+from trainer.model.config import TransformerConfig
 from trainer.model.transformer import Stage
+from trainer.model.translation import translate
 
 ROWS = ((16,), (5, 11), (1, 1, 14))
 WHOLE_ROWS = ((32,), (32,))

@@ -14,9 +14,9 @@ from trainer.data.tokenizer import Tokenizer, make_tokenizer
 from trainer.errors import DataError, RecipeError, UserError
 from trainer.generate import continue_from_folder, sample
 from trainer.model.blocks import blocks_of
-from trainer.model.families import to_hf_config, translate
 from trainer.model.hugging_face import write_folder
 from trainer.model.transformer import Stage
+from trainer.model.translation import to_hf_config, translate
 
 V = 11
 

@@ -6,8 +6,9 @@ from torch import nn
 from parallel.mesh import Group
 from parallel.params import Init, Role, ShardSpec, whole
 from trainer.errors import RecipeError
-from trainer.model.families import FAMILIES, translate
+from trainer.model.families import FAMILIES
 from trainer.model.transformer import logical_specs
+from trainer.model.translation import translate
 from trainer.optimizers import make_optimizer
 from trainer.sections import Optimizer, Recipe
 

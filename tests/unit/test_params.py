@@ -24,8 +24,8 @@ from parallel.rng import derive_seed
 from parallel.tensor import TensorParallel
 from trainer.model.blocks import blocks_of
 from trainer.model.costs import count_parameters
-from trainer.model.families import translate
 from trainer.model.transformer import Stage, logical_specs
+from trainer.model.translation import translate
 
 # 67 symbols do not divide by 2 or 4: the last rank holds padding.
 LLAMA = {

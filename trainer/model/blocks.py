@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.model.families import TransformerConfig
+from trainer.model.config import TransformerConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from trainer.flops import attention_flops, head_matmul_weights, layer_matmul_weights
 from trainer.model.blocks import Block, blocks_of
-from trainer.model.families import TransformerConfig
+from trainer.model.config import TransformerConfig
 
 # What a device computes while it moves a byte, when matrix products run at half of its peak: H100 989e12 / 3.35e12 / 2 = 148,
 # A100 312e12 / 2.04e12 / 2 = 76, V100 125e12 / 0.9e12 / 2 = 69 (dense 16-bit peaks and memory bandwidths of the data sheets).

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from parallel.linear import Output
 from parallel.params import Piece, ShardSpec
-from trainer.model.families import TransformerConfig
+from trainer.model.config import TransformerConfig
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from parallel.params import Init, ShardSpec, complete_partial_gradients, materia
 from parallel.rng import Streams, dropout
 from parallel.tensor import TensorParallel
 from trainer.model.blocks import Block, blocks_of
-from trainer.model.families import RopeScaling, TransformerConfig
+from trainer.model.config import RopeScaling, TransformerConfig
 from trainer.model.names import WEIGHT_NAMES
 
 

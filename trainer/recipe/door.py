@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import RecipeError
-from trainer.model.families import TransformerConfig
+from trainer.model.config import TransformerConfig
 from trainer.recipe.keys import validate
 from trainer.recipe.layers import Layer, read_chain
 from trainer.recipe.names import name_findings

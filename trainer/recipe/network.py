@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import RecipeError
-from trainer.model.families import FAMILIES, TransformerConfig, read_config
+from trainer.model.config import TransformerConfig
+from trainer.model.families import FAMILIES
+from trainer.model.translation import read_config
 from trainer.recipe.auto import AUTO, read_auto
 from trainer.recipe.layers import read_file
 from trainer.recipe.names import exists, tokenizer_vocab_size

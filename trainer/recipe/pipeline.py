@@ -12,7 +12,7 @@ from parallel.schedule_table import ScheduleTable, read_csv
 from parallel.schedules import SCHEDULES, Schedule, build
 from parallel.simulator import simulate
 from trainer.errors import RecipeError
-from trainer.model.families import TransformerConfig
+from trainer.model.config import TransformerConfig
 from trainer.recipe.places import shown
 from trainer.sections import Finding, Parallel, Recipe, nearest
 

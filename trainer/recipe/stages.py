@@ -6,8 +6,8 @@ from itertools import accumulate, pairwise
 
 from parallel.balance import balance
 from trainer.model.blocks import Block, blocks_of
+from trainer.model.config import TransformerConfig
 from trainer.model.costs import block_costs
-from trainer.model.families import TransformerConfig
 from trainer.recipe.pipeline import rank_of_stage
 from trainer.sections import Recipe
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trainer.model.families import FAMILIES, TransformerConfig
+from trainer.model.config import TransformerConfig
+from trainer.model.families import FAMILIES
 from trainer.sections import Finding, Recipe
 
 

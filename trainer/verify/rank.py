@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from parallel.gather import logical_tensors
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
 from parallel.params import ShardSpec, initialise
@@ -38,7 +38,7 @@ from trainer.data.loader import MicroBatch
 from trainer.deepspeed_config import deepspeed_config
 from trainer.engine import Engine, StepResult
 from trainer.launch import Place
-from trainer.model.families import TransformerConfig, largest_weight
+from trainer.model.config import TransformerConfig, largest_weight
 from trainer.recipe import ResolvedRecipe, load
 from trainer.sections import Optimizer, Recipe, Zero
 from trainer.verify.job import GRADIENT, UPDATE, Job, RankResult
@@ -190,16 +190,6 @@ def gradient_only(recipe: Recipe) -> Recipe:
             "train": recipe.train.model_copy(update={"clip_norm": 0.0}),
         }
     )
-
-
-def logical_tensors(parameters: Iterable[tuple[ShardSpec, Tensor]]) -> dict[str, Tensor]:
-    """Whole tensors by name, on the CPU, from the pieces that came; what did not come is NaN."""
-    tensors: dict[str, Tensor] = {}
-    for spec, parameter in parameters:
-        for piece in spec.pieces:
-            whole = tensors.setdefault(piece.name, torch.full(piece.shape, math.nan, dtype=parameter.dtype))
-            piece.box_of(whole).copy_(piece.in_parameter(parameter))
-    return tensors
 
 
 def boxes(parameters: Iterable[tuple[ShardSpec, Tensor]]) -> dict[str, str]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from parallel.topology import Layout
 from trainer.errors import RecipeError
-from trainer.model.families import FAMILIES, TransformerConfig
+from trainer.model.config import TransformerConfig
+from trainer.model.families import FAMILIES
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
 from trainer.recipe.network import translate
 

@@ -1,0 +1,92 @@
+"""What a network of our own families is, in our own words. No torch, so that `check` can use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are slowed down so that a model reads longer texts than it was first trained on.
+
+    linear: all of them by `factor` (Chen et al. 2023, arXiv:2306.15595). llama3: those that turn less than `low_freq_factor`
+    times in `original_positions` tokens by `factor`, those that turn more than `high_freq_factor` times not at all, the
+    others in between (Grattafiori et al. 2024, arXiv:2407.21783, and Meta's reference code).
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    original_positions: int = 0
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """What the network needs to know, in our names; sizes in elements, rates as probabilities.
+
+    | field | meaning |
+    |---|---|
+    | `windows` | per layer, how many of the last tokens (itself included) a token attends to; None: its whole document |
+    | `norm_offset` | the norms multiply by weight + offset (1 in Gemma, whose weights start and decay at 0) |
+    | `norm_position` | pre: x + f(norm(x)); sandwich: x + norm(f(norm(x))); post: norm(x + f(x)), and none before the head |
+    | `embedding_norm` | embeddings are normalised before their dropout |
+    | `causal` | a token attends to itself and those before it; else to its whole document |
+    | `qk_norm` | queries and keys are normalised head by head before they are rotated |
+    | `query_scalar` | attention logits are divided by its square root |
+    | `attention_softcap`, `logit_softcap` | logits x become cap · tanh(x / cap); None: they stay |
+    | `scaled_embedding` | embeddings are multiplied by √hidden_size |
+    | `token_types` | rows of a table that tells the texts of a pair apart; 0: there is none |
+    | `head_transform` | before the logits a linear layer of the hidden size, the activation and a norm |
+    | `head_bias` | one bias for each symbol on the logits |
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    max_positions: int
+    norm: Literal["layernorm", "rmsnorm"]
+    norm_eps: float
+    norm_offset: float
+    norm_position: Literal["pre", "sandwich", "post"]
+    embedding_norm: bool
+    causal: bool
+    positions: Literal["learned", "rope"]
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    windows: tuple[int | None, ...]
+    qk_norm: bool
+    query_scalar: int
+    attention_softcap: float | None
+    logit_softcap: float | None
+    scaled_embedding: bool
+    token_types: int
+    activation: Literal["gelu", "gelu_tanh", "silu"]
+    gated_mlp: bool
+    qkv_bias: bool
+    attention_out_bias: bool
+    mlp_bias: bool
+    norm_bias: bool
+    tied_head: bool
+    head_transform: bool
+    head_bias: bool
+    embedding_dropout: float
+    attention_dropout: float
+    residual_dropout: float
+    init_std: float
+    scaled_residual_init: bool
+
+
+def largest_weight(config: TransformerConfig) -> int:
+    """Elements of the largest single weight, with queries, keys and values fused, and gate with up."""
+    D = config.hidden_size
+    fused_attention = D * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    fused_mlp = D * config.ffn_size * (2 if config.gated_mlp else 1)
+    positions = config.max_positions if config.positions == "learned" else 0
+    return max(D * max(config.vocab_size, positions, config.token_types), fused_attention, fused_mlp)

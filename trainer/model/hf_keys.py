@@ -1,0 +1,126 @@
+"""How one key of a Hugging Face config translates: reading its value into our terms, and writing it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+# Reading a value: return it in our terms, or raise ValueError with what would be right.
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A size, `smallest` to `limit`. The limits are about ten times the largest published, so that a slip of the finger is
+    refused at the door instead of filling the memory. `optional`: null stands for a value derived from others."""
+
+    limit: int
+    optional: bool = False
+    smallest: int = 1
+
+    def __call__(self, value: Any) -> int | None:
+        if value is None and self.optional:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError("a whole number")
+        if not self.smallest <= value <= self.limit:
+            raise ValueError(f"{self.smallest} to {self.limit}")
+        return value
+
+
+def rate(value: Any) -> float:
+    if not _is_number(value) or not 0.0 <= value < 1.0:
+        raise ValueError("a number in [0, 1)")
+    return float(value)
+
+
+def positive(value: Any) -> float:
+    if not _is_number(value) or not 0.0 < value < float("inf"):
+        raise ValueError("a number above 0")
+    return float(value)
+
+
+def at_least_one(value: Any) -> float:
+    if not _is_number(value) or not 1.0 <= value < float("inf"):
+        raise ValueError("a number of at least 1")
+    return float(value)
+
+
+def standard_deviation(value: Any) -> float:
+    if not _is_number(value) or not 0.0 <= value <= 1.0:
+        raise ValueError("a number in [0, 1]")
+    return float(value)
+
+
+def soft_cap(value: Any) -> float | None:
+    return None if value is None else positive(value)
+
+
+def flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+# Hugging Face's names for one function; the first name of each is the one written back.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def activation(value: Any) -> str:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise ValueError("one of " + ", ".join(ACTIVATIONS))
+    return ACTIVATIONS[value]
+
+
+def activation_name(value: str) -> str:
+    return next(name for name, ours in ACTIVATIONS.items() if ours == value)
+
+
+def gemma_activation_name(value: str) -> str:
+    """What Gemma's own folders call it."""
+    return "gelu_pytorch_tanh" if value == "gelu_tanh" else activation_name(value)
+
+
+def gemma_window(value: int | None) -> int:
+    """transformers wants a window even where `layer_types` gives it to no layer."""
+    return 4096 if value is None else value
+
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def layer_types(value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(kind in LAYER_TYPES for kind in value):
+        raise ValueError("null or a list with one of " + ", ".join(LAYER_TYPES) + " for each layer")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def as_it_is(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Key:
+    """How one Hugging Face key translates: our field(s), transformers' own default, reading and writing its value."""
+
+    fields: tuple[str, ...]
+    default: Any
+    read: Callable[[Any], Any]
+    write: Callable[[Any], Any] = as_it_is
+
+
+def key(name: str, default: Any, read: Callable[[Any], Any], write: Callable[[Any], Any] = as_it_is) -> Key:
+    return Key((name,), default, read, write)
