@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from trainer.engine import Engine
 from trainer.model.config import largest_weight
 from trainer.model.translation import translate
 from trainer.sections import Recipe
+from trainer.verify.rank import in_float64
 
 G, S, V = 8, 16, 67
 SHAPES = {"gpt2": {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": S}}
@@ -71,6 +72,8 @@ class Case:
     poisoned_rank: int = 0
 
     def recipe(self) -> Recipe:
+        if self.dtype == "fp64":  # which no recipe may ask for
+            return in_float64(replace(self, dtype="fp32").recipe())
         # A threshold of 100 elements makes ZeRO-3 divide even this small model's matrices.
         persistence = {"stage3_param_persistence_threshold": 100} if self.stage == 3 else {}
         return Recipe.model_validate(
@@ -129,8 +132,18 @@ def make_engine(mesh: Mesh, case: Case) -> Engine:
         mesh,
         torch.device("cpu"),
         deepspeed_config=deepspeed_config(recipe, plan, largest_weight=largest_weight(network)),
-        fill=lambda block: initialise(block, seed=0),
+        fill=fill_in_float64 if case.dtype == "fp64" else fill,
     )
+
+
+def fill(block: torch.nn.Module) -> None:
+    initialise(block, seed=0)
+
+
+def fill_in_float64(block: torch.nn.Module) -> None:
+    """The same values as in fp32."""
+    fill(block)
+    block.double()
 
 
 def run_case(mesh: Mesh, case: Case) -> Outcome:
@@ -144,7 +157,7 @@ def run_case(mesh: Mesh, case: Case) -> Outcome:
         results.append(engine.step(micro_batches(mesh, plan, step), step=step, lr=case.optimizer["lr"]))
     evaluation = engine.evaluate(iter(micro_batches(mesh, plan, step=99)))
     weights = whole_weights(engine)
-    local_hash = hashed({spec.pieces[0].name: p.float().numpy() for spec, p in engine.local_tensors() if spec.pieces})
+    local_hash = hashed({spec.pieces[0].name: in_numpy(p) for spec, p in engine.local_tensors() if spec.pieces})
     engine.close()
     return Outcome(
         [r.loss for r in results],
@@ -162,7 +175,12 @@ def run_case(mesh: Mesh, case: Case) -> Outcome:
 
 def whole_weights(engine: Engine) -> dict[str, np.ndarray]:
     """The logical tensors, put together on the first rank."""
-    return {name: weight.float().numpy() for name, weight in logical_tensors(engine.gathered_tensors()).items()}
+    return {name: in_numpy(weight) for name, weight in logical_tensors(engine.gathered_tensors()).items()}
+
+
+def in_numpy(weight: torch.Tensor) -> np.ndarray:
+    """bf16, which numpy lacks, as fp32."""
+    return (weight if weight.dtype == torch.float64 else weight.float()).numpy()
 
 
 def hashed(weights: dict[str, np.ndarray]) -> str:
