@@ -85,6 +85,20 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     train = command("train", _train, "Train; start it alone, or under the deepspeed launcher, torchrun or srun.")
     _add_recipe(train)
     train.add_argument("--run-dir", metavar="DIR", help="the run folder; default: run.dir/run.name")
+    train.add_argument(
+        "--resume",
+        default="auto",
+        metavar="HOW",
+        help="auto (default): go on from the run's newest whole checkpoint, if it has any; never: a new run, an old one of the "
+        "same name moves aside; or a checkpoint's folder",
+    )
+    train.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        choices=("precision", "optimizer", "tokenizer", "data"),
+        help="let this differ from what the checkpoint was saved with; may be repeated",
+    )
 
     check = command("check", _check, "Validate a recipe and show every value with its origin; needs no GPU and no torch.")
     _add_recipe(check)
@@ -184,17 +198,24 @@ def _costs(text: str) -> Costs:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from trainer.checkpoint.door import Resume, finished
     from trainer.recipe import load
 
+    resume = Resume(arguments.resume, tuple(arguments.allow_change))
     try:
         resolved = load(arguments.recipe, arguments.set)
-    except RecipeError as error:
+        done = finished(resolved, arguments.run_dir, resume)
+    except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            return error.exit_code  # rank 0 reads the same recipe and says what is wrong with it
+            return error.exit_code  # rank 0 reads the same files and says what is wrong with them
         raise
+    if done:
+        if os.environ.get("RANK", "0") == "0":
+            _say(_console(), done)
+        return EXIT_OK
     from trainer.loop import train
 
-    return train(resolved, arguments.run_dir)
+    return train(resolved, arguments.run_dir, resume)
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -51,6 +51,7 @@ from trainer.recipe.stages import stages_of
 from trainer.sections import Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.threaded_io import use_threads_where_async_io_is_missing
+from trainer.zero_state import ZeroState
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,7 @@ class Engine:
         if self.zero_stage in (1, 2):
             # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
             self.optimizer.check_grad_overflow = True
+        self.state = ZeroState(self.optimizer, self.specs, self.constants, group=mesh.dp, zero_stage=self.zero_stage)
         if isinstance(module, AutoStage) and module.looks_ahead(device):
             raise RecipeError(
                 f"{config.architecture}: its logits at a token depend on the next one, so predicting it would teach nothing; "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 
+from trainer.checkpoint.door import Resume
 from trainer.data import unigram_perplexity
 from trainer.engine import DTYPES
 from trainer.errors import EXIT_OK
@@ -13,7 +13,6 @@ from trainer.generate import sample
 from trainer.launch import among_ranks
 from trainer.meter import Meter
 from trainer.model.hugging_face import write_folder
-from trainer.model.network import config_json, save_code
 from trainer.recipe import ResolvedRecipe
 from trainer.schedule import lr_at
 from trainer.session import Session, open_session
@@ -22,15 +21,15 @@ from trainer.track.report import write_report
 SAMPLE_TOKENS = 96
 
 
-def train(resolved: ResolvedRecipe, run_dir: str | None) -> int:
+def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> int:
     """Run a recipe to its last step; the exit code."""
     step = 0
-    with open_session(resolved, run_dir) as run, among_ranks(lambda: f"{run.engine.watch.phase} of step {step + 1}"):
+    with open_session(resolved, run_dir, resume) as run, among_ranks(lambda: f"{run.engine.watch.phase} of step {step + 1}"):
         started = time.monotonic()
         keys, steps = run.recipe.train, run.recipe.train.steps
         meter = Meter(run)
         evaluation: dict[str, float] = {}
-        for step in range(steps):
+        for step in range(run.checkpoints.start_step, steps):
             with run.engine.watch("data"):
                 micro_batches = run.micro_batches(step)
             lr = lr_at(step, schedule=run.recipe.schedule, peak=run.recipe.optimizer.lr, total_steps=steps)
@@ -40,6 +39,12 @@ def train(resolved: ResolvedRecipe, run_dir: str | None) -> int:
                 with run.engine.watch("evaluation"):
                     evaluation = evaluate(run, steps_done=step + 1)
                 meter.restart()
+            if run.checkpoints.due(step + 1):
+                with run.engine.watch("saving"):
+                    run.say(run.checkpoints.save(step + 1, run.engine, {"meter": meter.state()}))
+                meter.restart()
+        with run.engine.watch("saving"):
+            run.say(run.checkpoints.wait())
         with run.engine.watch("export"):
             export(run)
         summary = {"steps": steps, "wall_s": time.monotonic() - started}
@@ -63,19 +68,12 @@ def evaluate(run: Session, *, steps_done: int) -> dict[str, float]:
 
 def export(run: Session) -> None:
     """Write the weights as a Hugging Face folder."""
-    dtype = DTYPES[run.recipe.precision.dtype]
-    tokenizer = run.prepared.tokenizer
-
-    def save_beside(folder: Path) -> None:
-        tokenizer.save(folder)
-        save_code(run.network, folder)
-
     write_folder(
         run.engine.gathered_tensors(),
         run.folder.export if run.place.is_first else None,
-        dtype=dtype,
-        config=config_json(run.network, dtype=str(dtype).removeprefix("torch."), eos_token_id=tokenizer.end_of_document),
-        save_beside=save_beside,
+        dtype=DTYPES[run.recipe.precision.dtype],
+        config=run.files.config,
+        save_beside=run.files.save_others,
     )
     run.tracker.note(f"weights: {run.folder.export}")
 

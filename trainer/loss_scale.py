@@ -6,6 +6,7 @@ is halved; handing it our scale each step avoids that and gives one behaviour at
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainer.sections import Precision
@@ -38,6 +39,16 @@ class LossScaler:
         if keys.static is not None:
             return cls(scale=keys.static)
         return cls(2.0**keys.initial_power, keys.window, keys.hysteresis, keys.minimum)
+
+    def state(self) -> dict[str, float]:
+        """What changes, for a checkpoint."""
+        return {"scale": self.scale, "good_steps": self.good_steps, "overflows_left": self.overflows_left}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """As it was saved; a static scale, or the 1 of the other formats, stays what the recipe says."""
+        if self.window:
+            self.scale = state["scale"]
+            self.good_steps, self.overflows_left = int(state["good_steps"]), int(state["overflows_left"])
 
     def update(self, *, overflow: bool) -> None:
         if not self.window:

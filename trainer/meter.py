@@ -23,10 +23,14 @@ class Meter:
 
     def __init__(self, run: Session) -> None:
         self._run = run
-        self._skipped = 0
+        self._skipped: int = run.checkpoints.memory.get("meter", {}).get("skipped", 0)
         self._last: dict[str, float | int] = {}
         self._rates: list[float] = []
         self.restart()
+
+    def state(self) -> dict[str, int]:
+        """What a resumed run must count on from."""
+        return {"skipped": self._skipped}
 
     def restart(self) -> None:
         """Begin a new span, leaving out what happened since the last record (evaluation, saving)."""
@@ -74,7 +78,9 @@ class Meter:
         self.restart()
 
     def summary(self) -> dict[str, float | int]:
-        """The closing figures: those of the last record, and the median rate."""
+        """The closing figures: those of the last record, and the median rate; few when a resumed run had no step to do."""
+        if not self._rates:
+            return self.state()
         last = {key: self._last[key] for key in ("tokens", "mfu", "memory_gib", "skipped")}
         return {"final_loss": self._last["loss"], "tokens_per_s": statistics.median(self._rates), **last}
 

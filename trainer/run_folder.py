@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import RecipeError
+from trainer.sections import Recipe
 
 
 @dataclass(frozen=True)
@@ -18,27 +19,58 @@ class RunFolder:
 
     path: Path
 
+    @classmethod
+    def of(cls, recipe: Recipe, run_dir: str | None) -> RunFolder:
+        """`run_dir`: the command line's, in place of run.dir/run.name."""
+        return cls(Path(run_dir) if run_dir else Path(recipe.run.dir) / recipe.run.name)
+
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
     @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
     def export(self) -> Path:
         return self.path / "export"
 
-    def create(self, recipe: Mapping[str, Any]) -> None:
-        """Make the folder and write the recipe as given; RecipeError when a run is already there."""
-        if self.metrics.exists():
-            raise RecipeError(
-                f"run folder {self.path} already holds a run: choose another run.name (--set run.name=NAME) or move the old one"
-            )
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def holds_a_run(self) -> bool:
+        return self.metrics.exists()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run that is here came to its end: it has closed its history."""
+        try:
+            return "ended_by" not in json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+
+    def create(self) -> None:
+        """RecipeError when it cannot be."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "recipe.json", recipe)
         except OSError as error:
             raise RecipeError(
                 f"run folder {self.path}: {error.strerror}: set run.dir to a folder that can be written"
             ) from error
+
+    def move_aside(self) -> Path:
+        """Give an older run of this name another one, so that nothing of it is lost; where it is now."""
+        names = (self.path.with_name(f"{self.path.name}.before-{n}") for n in range(1, 10_000))
+        aside = next(path for path in names if not path.exists())
+        self.path.rename(aside)
+        return aside
+
+    def write_given(self, recipe: Mapping[str, Any]) -> None:
+        """The recipe as its author wrote it, after `extends` and `--set`."""
+        write_json(self.path / "recipe.json", recipe)
 
     def write_resolved(self, resolved: Mapping[str, Any]) -> None:
         """Every value with its origin, and the exact dict that DeepSpeed got."""

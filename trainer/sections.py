@@ -57,7 +57,7 @@ def nearest(word: str, names: Iterable[str], *, within: int | None = None) -> st
 class Section(BaseModel):
     """Base of every section: unknown keys refused, wrong types refused (no "8" for 8), values frozen."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), serialize_by_alias=True)
 
 
 class Run(Section):
@@ -346,6 +346,22 @@ class Train(Section):
     sample_prompt: str | None = Field(None, description="After the last step, print a continuation of this text.")
 
 
+class Checkpoint(Section):
+    """What is kept of a run so that it can go on."""
+
+    every: Count = Field(
+        500, description="Steps between checkpoints; the last step is saved too; 0 = none, the run cannot be resumed [steps]."
+    )
+    keep: PositiveInt = Field(
+        2, description="Newest checkpoints that stay; older ones go when a newer one has been read back from the disk."
+    )
+    asynchronous: bool = Field(
+        False,
+        alias="async",
+        description="Write while training goes on: only the copy to host memory is waited for, and that memory is needed.",
+    )
+
+
 class Guard(Section):
     """What ends a run that cannot go on."""
 
@@ -391,5 +407,6 @@ class Recipe(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer, description=Optimizer.__doc__)
     schedule: Schedule = Field(default_factory=Schedule, description=Schedule.__doc__)
     train: Train = Field(default_factory=Train, description=Train.__doc__)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description=Checkpoint.__doc__)
     tracking: Tracking = Field(default_factory=Tracking, description=Tracking.__doc__)
     guard: Guard = Field(default_factory=Guard, description=Guard.__doc__)

@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from parallel.mesh import Mesh
+from parallel.messages import Messages
 from parallel.params import initialise
 from parallel.topology import Layout
 from trainer import launch
 from trainer.batching import BatchPlan
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.door import Resume, as_json
+from trainer.checkpoint.facts import data_facts, model_facts, recipe_facts
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.resume import Found
 from trainer.data import PreparedData, prepare, prepare_summary
 from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.deepspeed_config import deepspeed_config
-from trainer.engine import Engine
+from trainer.engine import DTYPES, Engine
 from trainer.launch import Place, together
 from trainer.matmul_peak import device_peak, slower_than_fp32
 from trainer.model.auto import open_auto
 from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
 from trainer.model.names import WEIGHT_NAMES
-from trainer.model.network import Network, largest_weight
+from trainer.model.network import ModelFiles, Network, largest_weight
 from trainer.model.transformer import logical_specs
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.auto import AUTO
 from trainer.run_folder import RunFolder
 from trainer.sections import Recipe
+from trainer.start import agree, claim, find, leave_behind
 from trainer.swap_folder import private_swap_folders
-from trainer.track import RunInfo, Tracker, make_tracker, open_rank_log
+from trainer.track import RunInfo, Tracker, make_tracker, open_rank_log, truncate_after
 from trainer.track.progress import work_progress
 
 
@@ -47,13 +55,19 @@ class Session:
     plan: BatchPlan
     folder: RunFolder
     network: Network
+    files: ModelFiles
     prepared: PreparedData
     data: TrainData
     eval_data: EvalData | None
     engine: Engine
     tracker: Tracker
+    checkpoints: Checkpoints
     devices: str
     peak_flops: float  # of this rank's device, FLOP/s
+
+    def say(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.tracker.note(line)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's part of a step."""
@@ -62,11 +76,11 @@ class Session:
 
 
 @contextmanager
-def open_session(resolved: ResolvedRecipe, run_dir: str | None) -> Iterator[Session]:
+def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> Iterator[Session]:
     """Make everything on every rank, and give it back when the run ends, however it ends."""
     recipe = resolved.recipe
     place = Place.from_environment(os.environ)
-    folder = RunFolder(Path(run_dir) if run_dir else Path(recipe.run.dir) / recipe.run.name)
+    folder = RunFolder.of(recipe, run_dir)
     with ExitStack() as stack:
         timeout = timedelta(seconds=recipe.guard.timeout_s)
         launch.join(place, timeout)
@@ -77,15 +91,28 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None) -> Iterator[Sess
         mesh = Mesh.build(
             Layout.from_world_size(place.world_size, pp=degrees.pipeline, cp=degrees.context, tp=degrees.tensor), timeout
         )
+        messages = Messages.among_all(timeout)
+        remarks: list[str] = []
         with together():
             if place.is_first:
-                folder.create(resolved.given)
+                remarks = claim(folder, resume)
         log = stack.enter_context(open_rank_log(folder.path, place.rank))
         with together(), work_progress(shown=place.is_first) as progress:
             cache_dir = Path(str(recipe.data.cache_dir))
             prepared = prepare(recipe.data, seed=recipe.run.seed, cache_dir=cache_dir, build=place.is_first, progress=progress)
         with together():
-            network, fill = _network(resolved, prepared)
+            found, told = find(folder, resume, messages)
+            remarks += told
+            network, fill = _network(resolved, prepared, resumed=found is not None)
+            files = ModelFiles(network, prepared.tokenizer, str(DTYPES[recipe.precision.dtype]).removeprefix("torch."))
+            facts = _facts(recipe, files, prepared)
+            if found is not None:
+                agree(found, facts, resume)
+            if place.is_first:
+                remarks += _clear_the_way(folder, found, resolved.given)
+        checkpoints = Checkpoints(
+            recipe, plan, mesh.layout, facts, CheckpointFolder(folder.checkpoints), messages, found, files.save
+        )
         dict_for_deepspeed = deepspeed_config(recipe, plan, largest_weight=largest_weight(network))
         if place.is_first:
             folder.write_resolved(resolved.as_resolved_json(dict_for_deepspeed))
@@ -100,6 +127,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None) -> Iterator[Sess
                     total_steps=recipe.train.steps,
                     world_size=place.world_size,
                     devices=devices,
+                    start_step=checkpoints.start_step,
                 ),
                 writing_rank=place.is_first,
             )
@@ -108,9 +136,13 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None) -> Iterator[Sess
             private = stack.enter_context(private_swap_folders(dict_for_deepspeed, folder.path, place.rank))
             engine = Engine(recipe, plan, network, mesh, place.device, deepspeed_config=private, fill=fill)
         stack.callback(engine.close)
+        with together():
+            checkpoints.restore(engine)
         log.capture()  # DeepSpeed makes loggers of its own on the way
         peak_flops, peak_source = device_peak(place.device, recipe.precision.dtype)
         if remark := slower_than_fp32(place.device, recipe.precision.dtype, peak_flops):
+            tracker.note(remark)
+        for remark in (*remarks, checkpoints.room(engine.num_params)):
             tracker.note(remark)
         _introduce(tracker, prepared, engine, plan, f"{peak_flops / 1e12:.3g} TFLOP/s per rank ({peak_source})")
         yield Session(
@@ -120,11 +152,13 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None) -> Iterator[Sess
             plan=plan,
             folder=folder,
             network=network,
+            files=files,
             prepared=prepared,
             data=_train_data(recipe, prepared),
             eval_data=_eval_data(recipe, prepared),
             engine=engine,
             tracker=tracker,
+            checkpoints=checkpoints,
             devices=devices,
             peak_flops=peak_flops,
         )
@@ -140,18 +174,43 @@ def _closing(tracker: Tracker) -> Callable[..., None]:
     return close
 
 
-def _network(resolved: ResolvedRecipe, prepared: PreparedData) -> tuple[Network, Callable[[nn.Module], None]]:
-    """The network's shape, and what gives its blocks their first weights: the seed, or a Hugging Face folder."""
+def _network(resolved: ResolvedRecipe, prepared: PreparedData, *, resumed: bool) -> tuple[Network, Callable[[nn.Module], None]]:
+    """The network's shape, and what gives its blocks their first weights: the seed, a Hugging Face folder, or, where a
+    checkpoint will give them all, nothing."""
     recipe, vocab_size = resolved.recipe, prepared.tokenizer.vocab_size
     if recipe.model.family == AUTO:
         return open_auto(recipe, prepared.tokenizer)
     if recipe.model.from_pretrained is None:
-        return resolved.network(vocab_size=vocab_size), lambda block: initialise(block, recipe.run.seed)
+        network = resolved.network(vocab_size=vocab_size)
+        return network, _zeros if resumed else lambda block: initialise(block, recipe.run.seed)
     folder = local_folder(recipe.model.from_pretrained, recipe.model.revision)
     network = resolved.network(vocab_size=vocab_size, pretrained=read_config(folder))
+    if resumed:
+        return network, _zeros
     weights, names, specs = PretrainedWeights(folder), WEIGHT_NAMES[network.family], logical_specs(network)
     weights.check_names(specs, ties=names.ties(specs), is_unused=names.is_for_other_heads)
     return network, weights.fill
+
+
+@torch.no_grad()
+def _zeros(block: nn.Module) -> None:
+    for parameter in block.parameters():
+        parameter.zero_()
+
+
+def _facts(recipe: Recipe, files: ModelFiles, prepared: PreparedData) -> dict[str, Any]:
+    """What must be the same to go on from this run's checkpoints."""
+    data = data_facts(tokenizer=prepared.tokenizer.fingerprint, samples=prepared.fingerprint)
+    return as_json({**recipe_facts(recipe), **model_facts(files.config), **data})
+
+
+def _clear_the_way(folder: RunFolder, found: Found | None, given: dict[str, Any]) -> list[str]:
+    """Only now is anything of an earlier start changed: its history ends where this start begins; remarks."""
+    remarks = leave_behind(found, folder) if found else []
+    for history in (folder.metrics, folder.evaluations):
+        truncate_after(history, found.manifest.step if found else 0)
+    folder.write_given(given)
+    return remarks
 
 
 def _train_data(recipe: Recipe, prepared: PreparedData) -> TrainData:

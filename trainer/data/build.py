@@ -22,12 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.data.cache import Progress
-from trainer.data.durable import make_private
 from trainer.data.shards import TokenizedShard, shard_folder
 from trainer.data.sources import Corpus
 from trainer.data.store import Contents, StoreWriter
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.workers import tokenize_shards
+from trainer.durable import make_private
 from trainer.errors import DataError
 
 MAIN = "main"

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from trainer.data.durable import make_private, read_json, sync_folder, write_json
+from trainer.durable import make_private, read_json, sync_folder, write_json
 from trainer.errors import EXIT_RECIPE, DataError, RecipeError, UserError
 
 POLL_S = 0.2

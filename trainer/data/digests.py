@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from trainer.data.durable import make_private, read_json, write_json
+from trainer.durable import make_private, read_json, write_json
 from trainer.errors import DataError
 
 CHUNK_BYTES = 1 << 20

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.durable import appearing_folder, private_file, read_json, write_json
 from trainer.data.sources import Shard
 from trainer.data.store import token_dtype
 from trainer.data.tokenizer import Tokenizer
+from trainer.durable import appearing_folder, private_file, read_json, write_json
 from trainer.errors import DataError
 
 # Tokens with the end of document, the hash that decides whether the document is held out, its length in UTF-8.

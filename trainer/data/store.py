@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.durable import make_private, private_file, read_json, sync_folder, write_json
+from trainer.durable import make_private, private_file, read_json, sync_folder, write_json
 from trainer.errors import DataError
 
 FORMAT = "triaxis-tokens"

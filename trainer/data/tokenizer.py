@@ -14,7 +14,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from trainer.data.digests import fingerprint_of
-from trainer.data.durable import make_private, private_file, read_json, write_json
+from trainer.durable import make_private, private_file, read_json, write_json
 from trainer.errors import DataError, RecipeError
 
 END_OF_DOCUMENT = "<|endoftext|>"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from trainer.model import config, translation
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.config import TransformerConfig
 
+CONFIG = "config.json"
 Network = TransformerConfig | AutoNetwork
 
 
@@ -21,6 +24,37 @@ def save_code(network: Network, folder: Path) -> None:
     """Put Python files that are part of the model beside its exported weights."""
     if isinstance(network, AutoNetwork):
         network.save_code(folder)
+
+
+class Saves(Protocol):
+    """A tokenizer, as far as it matters here."""
+
+    @property
+    def end_of_document(self) -> int: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a Hugging Face folder has beside the weights. `dtype`: of the weights, "float32", "bfloat16" or "float16"."""
+
+    network: Network
+    tokenizer: Saves
+    dtype: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return config_json(self.network, dtype=self.dtype, eos_token_id=self.tokenizer.end_of_document)
+
+    def save_others(self, folder: Path) -> None:
+        """The tokenizer, and Python files that are part of the model."""
+        self.tokenizer.save(folder)
+        save_code(self.network, folder)
+
+    def save(self, folder: Path) -> None:
+        (folder / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        self.save_others(folder)
 
 
 def config_json(network: Network, *, dtype: str, eos_token_id: int | None) -> dict[str, Any]:

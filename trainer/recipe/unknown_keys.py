@@ -49,7 +49,7 @@ def known_keys() -> tuple[str, ...]:
 def _keys_of(section: type[Section], path: KeyPath) -> list[str]:
     keys = []
     for name, info in section.model_fields.items():
-        here: KeyPath = (*path, name)
+        here: KeyPath = (*path, info.alias or name)
         keys.append(dotted(here))
         item = next((t for t in get_args(info.annotation) if isinstance(t, type) and issubclass(t, Section)), None)
         inner = info.annotation

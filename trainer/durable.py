@@ -23,9 +23,11 @@ def make_private(folder: Path) -> Path:
 
 
 @contextmanager
-def private_file(path: Path) -> Iterator[BinaryIO]:
-    """A new binary file of mode 0600, on the disk (not only in its cache) when the block ends."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE)
+def private_file(path: Path, *, must_be_new: bool = False) -> Iterator[BinaryIO]:
+    """A binary file of mode 0600, on the disk (not only in its cache) when the block ends. It replaces what is there;
+    `must_be_new`: OSError when anything is there, a symbolic link too."""
+    how = os.O_EXCL if must_be_new else os.O_TRUNC
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | how, FILE_MODE)
     with open(descriptor, "wb") as file:
         yield file
         file.flush()

@@ -1,0 +1,80 @@
+"""JSON between ranks: what they tell each other beside tensors. Nothing is pickled, so nothing that is received can run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Messages:
+    """All ranks, on a group of their own: a thread may talk on it while others compute. Messages travel in host memory.
+
+    Every rank must make the same calls in the same order. `group` None: there is one rank.
+    """
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def alone(cls) -> Messages:
+        return cls(rank=0, size=1, group=None)
+
+    @classmethod
+    def among_all(cls, timeout: timedelta | None = None) -> Messages:
+        """Collective over all ranks. `timeout`: how long one waits for the others."""
+        size = dist.get_world_size()
+        group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+        return cls(rank=dist.get_rank(), size=size, group=group)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """On the first rank every rank's value, in the order of the ranks; elsewhere None."""
+        if self.group is None:
+            return [value]
+        text = _encoded(value)
+        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([text.numel()]), group=self.group)
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: text.numel()] = text
+        received = [torch.empty_like(padded) for _ in range(self.size)] if self.is_first else None
+        dist.gather(padded, received, dst=0, group=self.group)
+        if received is None:
+            return None
+        return [_decoded(message[: int(size)]) for message, size in zip(received, sizes, strict=True)]
+
+    def broadcast(self, value: Any) -> Any:
+        """The first rank's value, on every rank."""
+        if self.group is None:
+            return value
+        text = _encoded(value) if self.is_first else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([text.numel()])
+        dist.broadcast(size, src=0, group=self.group)
+        if not self.is_first:
+            text = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(text, src=0, group=self.group)
+        return _decoded(text)
+
+    def all(self, value: Any) -> list[Any]:
+        """Every rank's value on every rank, in the order of the ranks."""
+        values: list[Any] = self.broadcast(self.gather(value))
+        return values
+
+
+def _encoded(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _decoded(text: Tensor) -> Any:
+    return json.loads(text.numpy().tobytes())

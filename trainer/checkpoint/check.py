@@ -1,0 +1,63 @@
+"""Is a checkpoint what was written? Every byte of every file is read and hashed. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from trainer.checkpoint.folder import STEP, files_in
+from trainer.checkpoint.manifest import MANIFEST, File, Manifest
+from trainer.errors import DataError
+
+CHUNK_BYTES = 4 << 20
+
+
+def read_sound(checkpoint: Path) -> Manifest:
+    """The manifest, when it is intact, lists just what is in the folder, and is of the step in the folder's name.
+    DataError that says what is wrong."""
+    manifest = Manifest.read(checkpoint)
+    named = STEP.fullmatch(checkpoint.name)
+    if named and int(named.group(1)) != manifest.step:
+        raise DataError(f"{checkpoint}: its manifest is of step {manifest.step}: put in from elsewhere")
+    listed = {file.name for file in manifest.files} | {MANIFEST}
+    present = {name for name in files_in(checkpoint) if not name.startswith(".nfs")}  # a network file system's own
+    if missing := sorted(listed - present):
+        raise DataError(f"{checkpoint}/{missing[0]}: missing")
+    if extra := sorted(present - listed):
+        raise DataError(f"{checkpoint}/{extra[0]}: not of this checkpoint: put in from elsewhere")
+    return manifest
+
+
+def check_files(checkpoint: Path, files: Iterable[File], *, from_disk: bool = False) -> None:
+    """DataError naming the first file that is not, to the byte, what the manifest says of it.
+
+    `from_disk`: let the system forget what it has of the files in memory first, so that the disk is read.
+    """
+    for file in files:
+        path = checkpoint / file.name
+        try:
+            num_bytes, sha256 = _measure(path, from_disk=from_disk)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        if num_bytes != file.num_bytes:
+            raise DataError(f"{path}: damaged ({num_bytes} bytes, {file.num_bytes} were written)")
+        if sha256 != file.sha256:
+            raise DataError(f"{path}: damaged (its checksum does not match)")
+
+
+def _measure(path: Path, *, from_disk: bool) -> tuple[int, str]:
+    """(bytes, SHA-256). Links are not followed, and nothing but a file is waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb", buffering=0) as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return status.st_size, digest.hexdigest()

@@ -1,0 +1,113 @@
+"""A run's checkpoints: what it goes on from, and what it leaves."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from parallel.messages import Messages
+from parallel.topology import Layout
+from trainer.batching import BatchPlan
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.resume import CheckpointSource, Found
+from trainer.checkpoint.save import Saved, Saver
+from trainer.engine import Engine
+from trainer.optimizers import state_names, states_per_element
+from trainer.sections import Recipe
+
+PACKAGES = ("triaxis", "torch", "deepspeed", "transformers")
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """`facts`: see `facts.py`. `found`: what the run goes on from. Every rank must call it together."""
+
+    recipe: Recipe
+    plan: BatchPlan
+    layout: Layout
+    facts: Mapping[str, Any]
+    folder: CheckpointFolder
+    messages: Messages
+    found: Found | None
+    save_beside: Callable[[Path], None]  # puts config.json, tokenizer and code into a folder
+
+    @property
+    def start_step(self) -> int:
+        """Steps done before this start."""
+        return self.found.manifest.step if self.found else 0
+
+    @property
+    def memory(self) -> Mapping[str, Any]:
+        """What the run remembered when it was saved; see `save`."""
+        return self.found.manifest.state["memory"] if self.found else {}
+
+    def restore(self, engine: Engine) -> None:
+        """Set the engine as it was saved; nothing where the run starts at step 0."""
+        if self.found is None:
+            return
+        state = self.found.manifest.state
+        source = CheckpointSource(self.found, states=state_names(self.recipe.optimizer))
+        engine.state.restore(source, updates=state["updates"])
+        engine.scaler.restore(state["loss_scale"])
+
+    def due(self, steps_done: int) -> bool:
+        every = self.recipe.checkpoint.every
+        return every > 0 and (steps_done % every == 0 or steps_done == self.recipe.train.steps)
+
+    def save(self, steps_done: int, engine: Engine, memory: Mapping[str, Any]) -> list[str]:
+        """Save at a step's end; lines to show. `memory`: JSON that the run wants back when it goes on."""
+        manifest = Manifest(
+            step=steps_done,
+            sequences=steps_done * self.plan.global_sequences,
+            time=time.time(),
+            recipe=self.recipe.model_dump(mode="json"),
+            facts=dict(self.facts),
+            layout={**asdict(self.layout), "zero": self.recipe.zero.stage},
+            state={"updates": engine.state.updates, "loss_scale": engine.scaler.state(), "memory": dict(memory)},
+            versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        )
+        return self._told(self._saver.save(manifest, engine.state, save_beside=self.save_beside))
+
+    def wait(self) -> list[str]:
+        """Until nothing is being written; lines to show."""
+        return self._told(self._saver.wait())
+
+    def room(self, num_params: int) -> str:
+        """How large a checkpoint will be, and whether the disk has room for those that are kept."""
+        keys = self.recipe.checkpoint
+        if not keys.every:
+            return "checkpoints: none (checkpoint.every = 0): the run cannot be resumed"
+        one = num_params * FP32_BYTES * (1 + states_per_element(self.recipe.optimizer))
+        there = len(self.folder.steps())
+        need = one * max(0, keys.keep + 1 - there)  # a new one is written before the oldest goes
+        free = self.folder.free_bytes()
+        line = f"checkpoints: every {keys.every} steps, {keys.keep} kept, {_size(one)} each"
+        if need <= free:
+            return f"{line}; {_size(free)} free"
+        return (
+            f"warning: {line}: {self.folder.path} needs {_size(need)} and has {_size(free)} free; make room, lower "
+            "checkpoint.keep, or set run.dir to another disk: what does not fit is not saved"
+        )
+
+    @cached_property
+    def _saver(self) -> Saver:
+        keys = self.recipe.checkpoint
+        return Saver(self.folder, self.messages, keep=keys.keep, asynchronous=keys.asynchronous)
+
+    def _told(self, saves: list[Saved]) -> list[str]:
+        return [
+            f"warning: no checkpoint of step {saved.step}: {saved.failure}; training goes on, and tries again at the next one"
+            for saved in saves
+            if saved.failure
+        ]
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"

@@ -1,0 +1,103 @@
+"""The folder of a run's checkpoints: names, drafts, the rename that commits, what is kept, what is set aside. No torch.
+
+    step-00000100/                  a checkpoint: manifest.json, rank-00000.safetensors …, hugging_face/
+    step-00000090.damaged/          set aside, with the reason in reason.txt; never read again
+    .step-00000110.draft/           being written; one that a crash left is removed by the next save
+
+A checkpoint is there from the rename of its draft, which has been written whole and is on the disk by then. No file points to
+the newest one, so none can be torn.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.checkpoint.manifest import MANIFEST
+from trainer.durable import make_private, private_file, sync_folder
+
+STEP = re.compile(r"step-(\d{8,})")
+HUGGING_FACE = "hugging_face"  # config.json, tokenizer and code: all that an export adds to the weights
+REASON = "reason.txt"
+
+
+class CheckpointFolder:
+    """Only one process may write here: the run's first rank."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def steps(self) -> list[tuple[int, Path]]:
+        """(step, folder) of every checkpoint that has its final name, the newest first. Links are not followed."""
+        try:
+            entries = list(os.scandir(self.path))
+        except FileNotFoundError:
+            return []
+        named = [(STEP.fullmatch(entry.name), entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
+        found = [(int(match.group(1)), Path(entry.path)) for match, entry in named if match]
+        return sorted(found, reverse=True)
+
+    def set_aside_ones(self) -> list[Path]:
+        """Folders that once were checkpoints."""
+        return sorted(path for path in self.path.glob("step-*.*") if path.is_dir())
+
+    def of_step(self, step: int) -> Path:
+        return self.path / f"step-{step:08d}"
+
+    def begin(self, step: int) -> Path:
+        """A new empty draft; what a crash left of earlier ones goes."""
+        make_private(self.path)
+        for left in self.path.glob(".step-*"):
+            shutil.rmtree(left)
+        draft = self.path / f".step-{step:08d}.draft"
+        draft.mkdir(mode=0o700)
+        return draft
+
+    def commit(self, draft: Path, step: int, manifest: bytes) -> Path:
+        """Write the manifest last, make all names durable, and give the draft its final name."""
+        with private_file(draft / MANIFEST, must_be_new=True) as file:
+            file.write(manifest)
+        for folder in (path for path in draft.rglob("*") if path.is_dir()):
+            sync_folder(folder)
+        sync_folder(draft)
+        final = self.of_step(step)
+        os.rename(draft, final)
+        sync_folder(self.path)
+        return final
+
+    def set_aside(self, checkpoint: Path, word: str, reason: str) -> Path:
+        """Take a checkpoint out of the choice, for good: `step-00000090.WORD`, with the reason inside."""
+        names = (f"{checkpoint.name}.{word}{f'-{n}' if n > 1 else ''}" for n in range(1, 10_000))
+        aside = next(self.path / name for name in names if not (self.path / name).exists())
+        os.rename(checkpoint, aside)
+        with private_file(aside / REASON) as file:
+            file.write(f"{reason}\n".encode())
+        sync_folder(self.path)
+        return aside
+
+    def prune(self, keep: int) -> list[Path]:
+        """Remove all but the newest `keep`; the ones that went. Each is out of the choice before its first file goes."""
+        gone = []
+        for step, path in self.steps()[keep:]:
+            doomed = self.path / f".step-{step:08d}.removed"
+            os.rename(path, doomed)
+            sync_folder(self.path)
+            shutil.rmtree(doomed)
+            gone.append(path)
+        return gone
+
+    def free_bytes(self) -> int:
+        """Of the disk that the folder is, or will be, on."""
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        return shutil.disk_usage(existing).free
+
+
+def files_in(checkpoint: Path) -> Iterator[str]:
+    """Names of everything in a checkpoint but folders, relative to it; links among them are not followed."""
+    for folder, folders, files in os.walk(checkpoint):
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        for name in (*files, *links):
+            yield (Path(folder) / name).relative_to(checkpoint).as_posix()

@@ -1,0 +1,191 @@
+"""What a checkpoint says of itself: `manifest.json`. No torch.
+
+A checkpoint holds logical tensors under Hugging Face's names, as fragments that know no layout: a box of the logical tensor
+and a range of that box's flattening. Every element of every state of a tensor is in exactly one fragment.
+
+The manifest is one JSON object in one canonical form, and ends with the SHA-256 of that form without it. So every byte of it
+counts: a file that parses, but is not to the byte what its own content is written as, is damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from trainer.errors import DataError
+
+MANIFEST = "manifest.json"
+FORMAT = "triaxis checkpoint 1"
+# Of a file in a checkpoint; no part begins with a point, so none leads out.
+FILE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,127}/){0,3}[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+# safetensors' names, with bytes per element.
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+WEIGHT = "weight"  # the state of every weight; the others have the optimizer's own names, such as exp_avg
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [offset, offset + count) of a box's flattening; the box is [start, start + size) of the logical tensor.
+
+    `transposed`: the box was flattened with its two dimensions swapped. `file`: which file of the manifest's list holds it.
+    """
+
+    file: int
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    offset: int
+    count: int
+    transposed: bool = False
+
+    def key(self, tensor: str, state: str) -> str:
+        """Its name inside the safetensors file."""
+        return f"{state}:{tensor}:{','.join(map(str, self.start))}:{self.offset}"
+
+    def as_json(self) -> list[Any]:
+        return [self.file, list(self.start), list(self.size), self.offset, self.count, int(self.transposed)]
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        file, start, size, offset, count, transposed = value
+        return cls(file, tuple(start), tuple(size), offset, count, bool(transposed))
+
+
+@dataclass(frozen=True)
+class LogicalTensor:
+    """`shape` of the logical tensor, the format of each of its states, and the fragments in which all of them lie."""
+
+    shape: tuple[int, ...]
+    dtypes: dict[str, str]
+    fragments: tuple[Fragment, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * sum(DTYPE_BYTES[dtype] for dtype in self.dtypes.values())
+
+
+@dataclass(frozen=True)
+class File:
+    name: str
+    num_bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, name: str, data: bytes) -> Self:
+        return cls(name, len(data), hashlib.sha256(data).hexdigest())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A checkpoint without its tensors.
+
+    | field | meaning |
+    |---|---|
+    | `step` | optimizer steps done, skipped ones included |
+    | `sequences` | training sequences consumed; the next is this one, counted from 0 |
+    | `time` | when it was saved [s since the epoch] |
+    | `recipe` | every value of the recipe that saved it |
+    | `facts` | what must be the same to go on: see `resume.py` |
+    | `layout` | degrees and ZeRO stage in which it was saved; nobody needs them to read it |
+    | `state` | what the run remembers beside tensors: loss scale, counters, history |
+    | `versions` | of the packages |
+    """
+
+    step: int
+    sequences: int
+    time: float
+    recipe: dict[str, Any]
+    facts: dict[str, Any]
+    layout: dict[str, Any]
+    state: dict[str, Any]
+    versions: dict[str, str]
+    files: tuple[File, ...] = ()
+    tensors: dict[str, LogicalTensor] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+    def encode(self) -> bytes:
+        body = {
+            "format": FORMAT,
+            **{key: value for key, value in vars(self).items() if key not in ("files", "tensors")},
+            "files": [[file.name, file.num_bytes, file.sha256] for file in self.files],
+            "tensors": {
+                name: [list(tensor.shape), tensor.dtypes, [fragment.as_json() for fragment in tensor.fragments]]
+                for name, tensor in self.tensors.items()
+            },
+        }
+        return _seal(body)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """ValueError that says what is wrong: its own checksum first, then whatever does not fit together."""
+        body = _unseal(data)
+        if body.pop("format", None) != FORMAT:
+            raise ValueError(f"not in the format {FORMAT!r}")
+        try:
+            files = tuple(File(*entry) for entry in body.pop("files"))
+            tensors = {
+                name: LogicalTensor(tuple(shape), dict(dtypes), tuple(map(Fragment.from_json, fragments)))
+                for name, (shape, dtypes, fragments) in body.pop("tensors").items()
+            }
+            manifest = cls(**body, files=files, tensors=tensors)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"a part is missing or misshapen ({error})") from None
+        manifest._require_sound()
+        return manifest
+
+    def _require_sound(self) -> None:
+        for file in self.files:
+            if not FILE_NAME.fullmatch(file.name):
+                raise ValueError(f"file name {file.name!r} leads out of the folder")
+        if len({file.name for file in self.files}) < len(self.files):
+            raise ValueError("a file is listed twice")
+        for name, tensor in self.tensors.items():
+            if not tensor.dtypes or not DTYPE_BYTES.keys() >= set(tensor.dtypes.values()):
+                raise ValueError(f"tensor {name} has the formats {tensor.dtypes}")
+            if not all(0 <= fragment.file < len(self.files) for fragment in tensor.fragments):
+                raise ValueError(f"tensor {name} is in a file that is not listed")
+            if sum(fragment.count for fragment in tensor.fragments) != tensor.numel:
+                raise ValueError(f"the fragments of tensor {name} do not make its shape {list(tensor.shape)}")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """DataError naming the file when it is missing, unreadable or damaged."""
+        path = folder / MANIFEST
+        try:
+            return cls.decode(path.read_bytes())
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}: not a complete checkpoint") from None
+        except ValueError as error:
+            raise DataError(f"{path}: damaged ({error})") from None
+
+
+def _seal(body: Mapping[str, Any]) -> bytes:
+    return _canonical({**body, "sha256": hashlib.sha256(_canonical(body)).hexdigest()})
+
+
+def _unseal(data: bytes) -> dict[str, Any]:
+    body = json.loads(data)  # a UnicodeDecodeError or JSONDecodeError is a ValueError
+    if not isinstance(body, dict):
+        raise ValueError("not a JSON object")
+    sealed = dict(body)
+    digest = body.pop("sha256", None)
+    if _canonical(sealed) != data or hashlib.sha256(_canonical(body)).hexdigest() != digest:
+        raise ValueError("its checksum does not match")
+    return body
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+    # Keys stay in their order: the model's tensors are listed as they come.
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode() + b"\n"

@@ -1,0 +1,84 @@
+"""Any range of any logical tensor, read from the fragments that hold it.
+
+Files are read, not mapped: pages of a mapping would count to this rank's memory until the whole file is in it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.geometry import Range, Rectangle, overlaps
+from trainer.checkpoint.manifest import Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.tensor_file import TORCH_DTYPES, TensorFile
+from trainer.errors import DataError
+
+
+class Reader:
+    """The tensors of a checkpoint whose files have been verified."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._ranges: dict[str, list[tuple[Fragment, Range]]] = {}
+        self._files: dict[int, TensorFile] = {}
+
+    def read(self, name: str, state: str, wanted: Fragment, shape: tuple[int, ...]) -> Tensor:
+        """The elements of `wanted` (whose `file` says nothing), flat, in their stored format, on the CPU.
+
+        DataError when the checkpoint has no such tensor or state, or one of another shape.
+        """
+        tensor = self._tensor(name, state, shape)
+        target = Range.of(wanted)
+        result = torch.empty(wanted.count, dtype=TORCH_DTYPES[tensor.dtypes[state]])
+        found = 0
+        for fragment, source in self._fragments(name, tensor):
+            for shared in overlaps(source, target):
+                if fragment.transposed != wanted.transposed:
+                    raise DataError(f"{self._folder}: tensor {name} is stored the other way round: not written by this version")
+                values = self._rectangle(name, state, fragment, source, shared)
+                _matrix(result, target, shared).copy_(values)
+                found += shared.count
+        if found != wanted.count:
+            raise DataError(f"{self._folder}: tensor {name} ({state}): {wanted.count - found} elements are in no fragment")
+        return result
+
+    def whole(self, name: str, state: str) -> Tensor:
+        """A logical tensor, put together."""
+        tensor = self._manifest.tensors[name]
+        start, transposed = (0,) * len(tensor.shape), any(fragment.transposed for fragment in tensor.fragments)
+        flat = self.read(name, state, Fragment(0, start, tensor.shape, 0, tensor.numel, transposed), tensor.shape)
+        return flat.view(tensor.shape[::-1]).t() if transposed else flat.view(tensor.shape)
+
+    def _tensor(self, name: str, state: str, shape: tuple[int, ...]) -> LogicalTensor:
+        tensor = self._manifest.tensors.get(name)
+        if tensor is None or state not in tensor.dtypes:
+            raise DataError(f"{self._folder}: no tensor {name} with the state {state}: another model or optimizer saved it")
+        if tensor.shape != shape:
+            raise DataError(f"{self._folder}: tensor {name} has shape {list(tensor.shape)}, the model's is {list(shape)}")
+        return tensor
+
+    def _fragments(self, name: str, tensor: LogicalTensor) -> list[tuple[Fragment, Range]]:
+        if name not in self._ranges:
+            self._ranges[name] = [(fragment, Range.of(fragment)) for fragment in tensor.fragments if fragment.count]
+        return self._ranges[name]
+
+    def _file(self, index: int) -> TensorFile:
+        if index not in self._files:
+            self._files[index] = TensorFile(self._folder / self._manifest.files[index].name)
+        return self._files[index]
+
+    def _rectangle(self, name: str, state: str, fragment: Fragment, source: Range, shared: Rectangle) -> Tensor:
+        """The shared rectangle as a matrix, from the one stretch of the file that spans it."""
+        first, last = source.index(shared.top, shared.left), source.index(shared.bottom - 1, shared.right - 1)
+        span = self._file(fragment.file).read(fragment.key(name, state), first, last + 1)
+        rows, columns = shared.bottom - shared.top, shared.right - shared.left
+        return span.as_strided((rows, columns), (source.columns, 1))
+
+
+def _matrix(flat: Tensor, range_: Range, shared: Rectangle) -> Tensor:
+    """The view of a range's values that is the shared rectangle."""
+    rows, columns = shared.bottom - shared.top, shared.right - shared.left
+    return flat.as_strided((rows, columns), (range_.columns, 1), range_.index(shared.top, shared.left))

@@ -1,0 +1,231 @@
+"""Saving: every rank writes its own file of a draft, the first rank commits it.
+
+    draft made ─► each rank: file written, fsynced, hashed ─► what each wrote, gathered ─► manifest ─► rename ─► older ones go
+
+All ranks always go through the same exchanges, whatever fails on one of them: a disk that is full, or a quota, costs this
+checkpoint, not the run, and not the checkpoints before it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from parallel.messages import Messages
+from trainer.checkpoint.check import check_files
+from trainer.checkpoint.folder import HUGGING_FACE, CheckpointFolder
+from trainer.checkpoint.manifest import File, Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.tensor_file import DTYPES, Slot, header_bytes, write_tensor_file
+from trainer.durable import FILE_MODE
+from trainer.errors import DataError
+from trainer.zero_state import Stretch, ZeroState
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save went. `failure`: "" or why there is no checkpoint; `blocked_s`: how long the ranks could not train."""
+
+    step: int
+    failure: str = ""
+    num_bytes: int = 0
+    blocked_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass
+class Saver:
+    """Writes checkpoints, in the calling thread or behind it. Every rank must call it together.
+
+    `keep`: how many stay. `asynchronous`: only the copy to host memory is waited for; a rank needs memory for it.
+    """
+
+    folder: CheckpointFolder
+    messages: Messages
+    keep: int
+    asynchronous: bool
+    _thread: threading.Thread | None = field(default=None, init=False)
+    _outcome: Saved | BaseException | None = field(default=None, init=False)
+
+    def save(self, manifest: Manifest, state: ZeroState, *, save_beside: Callable[[Path], None]) -> list[Saved]:
+        """Save at a step's end. `manifest` has no files and tensors yet; `save_beside` puts the Hugging Face config,
+        tokenizer and code into a folder. Returns what is known by now: of an earlier save behind, and of this one."""
+        earlier = self.wait()
+        started = time.monotonic()
+        stretches = state.stretches()
+        tensors: Iterable[Tensor] = state.tensors()
+        if not self.asynchronous:
+            saved = self._write(manifest, stretches, tensors, save_beside)
+            return [*earlier, replace(saved, blocked_s=time.monotonic() - started, total_s=time.monotonic() - started)]
+        copied = [tensor.to("cpu", copy=True) for tensor in tensors]
+        blocked_s = time.monotonic() - started
+
+        def behind() -> None:
+            try:
+                saved = self._write(manifest, stretches, copied, save_beside)
+                self._outcome = replace(saved, blocked_s=blocked_s, total_s=time.monotonic() - started)
+            except BaseException as error:
+                self._outcome = error
+
+        self._thread = threading.Thread(target=behind, name="checkpoint", daemon=True)  # a dying run does not wait for it
+        self._thread.start()
+        return earlier
+
+    def wait(self) -> list[Saved]:
+        """Until nothing is being written behind; what came of it. What was raised there is raised here."""
+        if self._thread is None:
+            return []
+        self._thread.join()
+        self._thread = None
+        outcome, self._outcome = self._outcome, None
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return [outcome] if outcome else []
+
+    def _write(
+        self, manifest: Manifest, stretches: Sequence[Stretch], tensors: Iterable[Tensor], save_beside: Callable[[Path], None]
+    ) -> Saved:
+        messages, step = self.messages, manifest.step
+        slots = _slots(stretches)
+        needs = messages.gather(len(header_bytes(slots)) + sum(slot.num_bytes for slot in slots.values()))
+        draft = messages.broadcast(self._begin(step, sum(needs)) if needs is not None else None)
+        if "failure" in draft:
+            return Saved(step, draft["failure"])
+        folder = Path(draft["folder"])
+        reports = messages.gather(_tried(lambda: self._write_own(folder, stretches, slots, tensors, save_beside)))
+        verdict = messages.broadcast(self._commit(manifest, folder, reports) if reports is not None else None)
+        if "failure" in verdict:
+            return Saved(step, verdict["failure"])
+        files = [File(*entry) for entry in verdict["files"]]
+        failure = self._make_room(self.folder.of_step(step), files)
+        return Saved(step, failure, num_bytes=sum(file.num_bytes for file in files))
+
+    def _begin(self, step: int, need: int) -> dict[str, Any]:
+        def begin() -> dict[str, Any]:
+            draft = self.folder.begin(step)
+            free = self.folder.free_bytes()
+            if free < need:
+                draft.rmdir()
+                raise OSError(f"{self.folder.path}: the disk is full: {need:,} bytes are needed, {free:,} are free")
+            return {"folder": str(draft)}
+
+        return _tried(begin)
+
+    def _write_own(
+        self,
+        draft: Path,
+        stretches: Sequence[Stretch],
+        slots: dict[str, Slot],
+        tensors: Iterable[Tensor],
+        save_beside: Callable[[Path], None],
+    ) -> dict[str, Any]:
+        files: list[File] = []
+        if stretches:
+            files.append(write_tensor_file(draft / _file_name(self.messages.rank), slots, tensors))
+        if self.messages.is_first:
+            files += _write_beside(draft / HUGGING_FACE, save_beside)
+        return {"files": [[file.name, file.num_bytes, file.sha256] for file in files], "ranges": _ranges(stretches)}
+
+    def _commit(self, manifest: Manifest, draft: Path, reports: list[dict[str, Any]]) -> dict[str, Any]:
+        def commit() -> dict[str, Any]:
+            failures = [f"rank {rank}: {report['failure']}" for rank, report in enumerate(reports) if "failure" in report]
+            if failures:
+                raise OSError(failures[0])
+            complete = _merged(manifest, reports)
+            for file in complete.files:
+                if not (draft / file.name).exists():
+                    raise OSError(f"{draft / file.name} was written by a rank that has another disk: give a shared run.dir")
+            self.folder.commit(draft, manifest.step, complete.encode())
+            return {"files": [[file.name, file.num_bytes, file.sha256] for file in complete.files]}
+
+        verdict = _tried(commit)
+        if "failure" in verdict:
+            shutil.rmtree(draft, ignore_errors=True)
+        return verdict
+
+    def _make_room(self, newest: Path, files: Sequence[File]) -> str:
+        """Older checkpoints go only when the ranks have read back from the disk what they wrote of the newest, each its own.
+        Why the newest is none after all, or ""."""
+        superfluous = self.messages.broadcast(len(self.folder.steps()) > self.keep if self.messages.is_first else None)
+        if not superfluous:
+            return ""
+        mine = _file_name(self.messages.rank)
+        own = [file for file in files if file.name == mine or ("/" in file.name and self.messages.is_first)]
+        verdicts = self.messages.gather(_tried(lambda: check_files(newest, own, from_disk=True)))
+
+        def judge(verdicts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+            if bad := [verdict["failure"] for verdict in verdicts if verdict]:
+                self.folder.set_aside(newest, "damaged", bad[0])
+                raise OSError(bad[0])
+            self.folder.prune(self.keep)
+            return {}
+
+        outcome = self.messages.broadcast(_tried(lambda: judge(verdicts)) if verdicts is not None else None)
+        return str(outcome.get("failure", ""))
+
+
+def _tried(attempt: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+    """What it returns, or {"failure": why}: the operating system's word and the path that it is about."""
+    try:
+        return attempt() or {}
+    except OSError as error:
+        path = f"{error.filename}: " if error.filename else ""
+        return {"failure": f"{path}{error.strerror or error}"}
+    except DataError as error:
+        return {"failure": str(error)}
+
+
+def _file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _fragment(stretch: Stretch, file: int = 0) -> Fragment:
+    piece = stretch.piece
+    return Fragment(file, piece.start, piece.size, stretch.offset, stretch.count, piece.transposed)
+
+
+def _slots(stretches: Sequence[Stretch]) -> dict[str, Slot]:
+    slots = {_fragment(s).key(s.piece.name, s.state): Slot(DTYPES[s.dtype], (s.count,)) for s in stretches}
+    assert len(slots) == len(stretches), "two stretches of one name"
+    return slots
+
+
+def _ranges(stretches: Sequence[Stretch]) -> list[list[Any]]:
+    """[tensor, shape, state, format, fragment without its file] of each."""
+    return [[s.piece.name, s.piece.shape, s.state, DTYPES[s.dtype], _fragment(s).as_json()] for s in stretches]
+
+
+def _write_beside(folder: Path, save_beside: Callable[[Path], None]) -> list[File]:
+    """What others' code writes, made private and durable."""
+    folder.mkdir(mode=0o700)
+    save_beside(folder)
+    files = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        path.chmod(FILE_MODE)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            data = file.read()
+        files.append(File.of(f"{HUGGING_FACE}/{path.relative_to(folder).as_posix()}", data))
+    return files
+
+
+def _merged(manifest: Manifest, reports: Sequence[dict[str, Any]]) -> Manifest:
+    """The manifest with all ranks' files and tensors."""
+    files = [File(*entry) for report in reports for entry in report["files"]]
+    number = {file.name: index for index, file in enumerate(files)}
+    tensors: dict[str, LogicalTensor] = {}
+    fragments: dict[str, dict[Fragment, None]] = {}
+    for rank, report in enumerate(reports):
+        for name, shape, state, dtype, at in report["ranges"]:
+            tensor = tensors.setdefault(name, LogicalTensor(tuple(shape), {}, ()))
+            tensor.dtypes[state] = dtype
+            fragments.setdefault(name, {})[replace(Fragment.from_json(at), file=number[_file_name(rank)])] = None
+    complete = {name: replace(tensor, fragments=tuple(fragments[name])) for name, tensor in tensors.items()}
+    return replace(manifest, files=tuple(files), tensors=complete)

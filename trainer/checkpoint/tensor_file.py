@@ -1,0 +1,143 @@
+"""One safetensors file, written as a stream: its header first, then one tensor after another, hashed on the way.
+
+The safetensors package wants all tensors of a file in memory at once; a rank whose optimizer state is on NVMe cannot have
+that. The format (https://github.com/huggingface/safetensors#format) is 8 bytes of header length, the header as JSON, and the
+raw little-endian values in its order. For the same reason a file is read by ranges, not mapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.manifest import DTYPE_BYTES, File
+from trainer.durable import private_file
+from trainer.errors import DataError
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+CHUNK_BYTES = 16 << 20  # copied to host memory, hashed and written at a time
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of a file before it is written: safetensors' name of its format, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        size = DTYPE_BYTES[self.dtype]
+        for dim in self.shape:
+            size *= dim
+        return size
+
+
+def write_tensor_file(
+    path: Path, slots: Mapping[str, Slot], tensors: Iterable[Tensor], *, metadata: Mapping[str, str] | None = None
+) -> File:
+    """Write the tensors, which must come in the order of their slots, to a new private file that is on the disk when this
+    returns. OSError when it cannot be; ValueError when a tensor is not what its slot says."""
+    digest, written = hashlib.sha256(), 0
+    with private_file(path, must_be_new=True) as file:
+        for part in _parts(slots, tensors, metadata):
+            file.write(part)
+            digest.update(part)
+            written += len(part)
+    return File(path.name, written, digest.hexdigest())
+
+
+def header_bytes(slots: Mapping[str, Slot], metadata: Mapping[str, str] | None = None) -> bytes:
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, slot in slots.items():
+        header[name] = {
+            "dtype": slot.dtype,
+            "shape": list(slot.shape),
+            "data_offsets": [position, position + slot.num_bytes],
+        }
+        position += slot.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that values are aligned in a mapping of the file
+    return len(text).to_bytes(8, "little") + text
+
+
+def _parts(
+    slots: Mapping[str, Slot], tensors: Iterable[Tensor], metadata: Mapping[str, str] | None
+) -> Iterator[bytes | memoryview]:
+    yield header_bytes(slots, metadata)
+    for (name, slot), tensor in zip(slots.items(), tensors, strict=True):
+        if (DTYPES[tensor.dtype], tuple(tensor.shape)) != (slot.dtype, slot.shape):
+            raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} where {slot.dtype} {list(slot.shape)} was announced")
+        yield from _values(tensor)
+
+
+def _values(tensor: Tensor) -> Iterator[memoryview]:
+    flat = tensor.detach().reshape(-1)
+    step = max(1, CHUNK_BYTES // flat.element_size())
+    for start in range(0, flat.numel(), step):
+        chunk = flat[start : start + step].cpu().contiguous()
+        yield memoryview(chunk.view(torch.uint8).numpy())
+
+
+class TensorFile:
+    """A safetensors file to read ranges from. It is open only while one is read."""
+
+    def __init__(self, path: Path) -> None:
+        """DataError when there is no such file, or its header is not one."""
+        self._path = path
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if length > path.stat().st_size:
+                    raise ValueError(f"a header of {length} bytes")
+                header = json.loads(file.read(length))
+            self._slots = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(f"{path}: cannot be read ({error})") from None
+        self._values_at = 8 + length
+
+    def read(self, name: str, first: int, end: int) -> Tensor:
+        """Elements [first, end) of a flat tensor, as they are stored; DataError when they are not there."""
+        try:
+            entry = self._slots[name]
+            dtype = TORCH_DTYPES[entry["dtype"]]
+            size = dtype.itemsize
+            begin, stop = entry["data_offsets"]
+            if not 0 <= first <= end <= (stop - begin) // size:
+                raise ValueError(f"elements {first} to {end} of {(stop - begin) // size}")
+            values = torch.empty(end - first, dtype=dtype)
+            with self._path.open("rb", buffering=0) as file:
+                file.seek(self._values_at + begin + first * size)
+                read_into(file, memoryview(values.view(torch.uint8).numpy()))
+            return values
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{self._path}: {name} cannot be read ({type(error).__name__}: {error})") from None
+
+
+def read_into(file: io.RawIOBase, buffer: memoryview) -> None:
+    """Fill the buffer from the file; ValueError when it ends before."""
+    while buffer:
+        count = file.readinto(buffer)
+        if not count:
+            raise ValueError(f"the file ends {len(buffer)} bytes early")
+        buffer = buffer[count:]

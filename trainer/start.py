@@ -1,0 +1,92 @@
+"""Where a run starts: at step 0, or from a checkpoint; and in which folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from parallel.messages import Messages
+from trainer.checkpoint.door import Resume, checkpoint_named
+from trainer.checkpoint.facts import refusals
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.resume import Found, examine, newest_whole
+from trainer.errors import DataError, RecipeError
+from trainer.run_folder import RunFolder
+from trainer.track.jsonl import read_metrics
+
+
+def claim(folder: RunFolder, resume: Resume) -> list[str]:
+    """Take the run folder, on the first rank; remarks. RecipeError or DataError rather than writing over another run."""
+    checkpoints = CheckpointFolder(folder.checkpoints)
+    remarks = []
+    if folder.holds_a_run:
+        if resume.how == "never":
+            remarks.append(f"the run that was in {folder.path} is now in {folder.move_aside()}")
+        elif resume.path is not None:
+            _require_own(folder, checkpoint_named(resume.path))
+        elif not checkpoints.steps() and not checkpoints.set_aside_ones():
+            _require_restartable(folder)
+            remarks.append("the run was ended before its first checkpoint: it begins again at step 0")
+    folder.create()
+    return remarks
+
+
+def find(folder: RunFolder, resume: Resume, messages: Messages) -> tuple[Found | None, list[str]]:
+    """The whole checkpoint to go on from, and remarks. DataError, on all ranks, when there is none left. Collective."""
+    checkpoints = CheckpointFolder(folder.checkpoints)
+    if resume.how == "never":
+        return None, []
+    if resume.path is None:
+        return newest_whole(checkpoints, messages)
+    path = Path(messages.broadcast(str(checkpoint_named(resume.path)) if messages.is_first else None))
+    return Found(path, examine(path, messages)), []
+
+
+def agree(found: Found, facts: Mapping[str, Any], resume: Resume) -> None:
+    """RecipeError when this run must not go on from that checkpoint."""
+    if lines := refusals(str(found.path), found.manifest.step, found.manifest.facts, facts, resume.allowed):
+        raise RecipeError(lines)
+
+
+def leave_behind(found: Found, folder: RunFolder) -> list[str]:
+    """Going on from an older checkpoint of this run: the newer ones leave the choice, on the first rank; remarks."""
+    checkpoints = CheckpointFolder(folder.checkpoints)
+    newer = [path for step, path in checkpoints.steps() if step > found.manifest.step]
+    return [
+        f"{path.name} is newer than what the run goes on from: set aside as "
+        f"{checkpoints.set_aside(path, 'superseded', f'the run went on from {found.path}').name}"
+        for path in newer
+    ]
+
+
+def _require_own(folder: RunFolder, checkpoint: Path) -> None:
+    if checkpoint.resolve().parent != folder.checkpoints.resolve():
+        raise RecipeError(
+            f"run folder {folder.path} already holds a run, and {checkpoint} is not a checkpoint of it: choose another "
+            "run.name (--set run.name=NAME)"
+        )
+
+
+def _require_restartable(folder: RunFolder) -> None:
+    """A run without a checkpoint begins again at step 0 if none was due yet: it was ended before its first."""
+    every = _saved_every(folder)
+    last_step = max((int(record["step"] or 0) for record in read_metrics(folder.metrics)), default=0)
+    choose = f"choose another run.name (--set run.name=NAME), or --resume never, which moves {folder.path} aside"
+    if not every:
+        raise RecipeError(f"run folder {folder.path} already holds a run, which kept no checkpoints: {choose}")
+    if last_step >= every:
+        raise DataError(
+            f"{folder.checkpoints}: no checkpoint is there, though the run reached step {last_step} and saves every {every}: "
+            f"bring the folder back (is its disk mounted?), or {choose}"
+        )
+
+
+def _saved_every(folder: RunFolder) -> int:
+    """checkpoint.every of the run that is there; 0 where that is not known."""
+    try:
+        values = json.loads((folder.path / "resolved.json").read_text(encoding="utf-8"))["values"]
+        return int(values["checkpoint.every"]["value"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
