@@ -9,6 +9,6 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402 - any torch optimizer imports it: 2 s
 import transformers.modeling_utils  # noqa: E402, F401 - family "auto": 3 s
 
-import trainer.engine  # noqa: E402, F401
+import trainer.loop  # noqa: E402, F401
 
 torch.set_num_threads(1)

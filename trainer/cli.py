@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from trainer.errors import EXIT_DIFFERS, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, RecipeError, UserError
+from trainer.errors import EXIT_DATA, EXIT_DIFFERS, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, RecipeError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -140,7 +140,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     report = command("report", _report, "Write report.html into a run folder.")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
 
-    generate = command("generate", _generate, "Continue a text with an exported model.")
+    checkpoints = command("checkpoints", _checkpoints, "List a run's checkpoints; verify every byte of them; remove old ones.")
+    checkpoints.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    checkpoints.add_argument("--verify", action="store_true", help="read and hash all files; exit 65 if one is damaged")
+    checkpoints.add_argument("--prune", type=_whole(1), metavar="KEEP", help="verify the newest, then keep only so many")
+
+    export = command("export", _export, "Write a checkpoint's weights as a Hugging Face folder, in one process.")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder, or a run's for its newest")
+    export.add_argument("out", type=Path, metavar="OUT")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the format of training")
+    export.add_argument("--verify", action="store_true", help="also compare logits: training network against transformers")
+
+    generate = command("generate", _generate, "Continue a text with an exported model, or with a checkpoint's weights.")
     generate.add_argument("folder", type=Path, metavar="FOLDER", help="a Hugging Face folder, such as RUN_DIR/export")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=_whole(1), default=64, metavar="N")
@@ -391,19 +402,66 @@ def _report(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    from trainer.checkpoint.listing import prune, survey
+
+    run = arguments.run_dir
+    listing = survey(run, verify=arguments.verify)
+    console = _console()
+    console.print(listing.table())
+    if arguments.prune is not None:
+        for gone in prune(run, arguments.prune):
+            _say(console, f"removed {gone.name}")
+    return EXIT_DATA if listing.damaged else EXIT_OK
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from trainer.checkpoint.door import checkpoint_named
+
+    checkpoint = checkpoint_named(arguments.checkpoint, option="CHECKPOINT")
+    from trainer.checkpoint.export import LOGITS_TOLERANCE, compare_logits, export
+
+    console = _console()
+    exported = export(checkpoint, arguments.out, dtype=arguments.dtype)
+    _say(
+        console,
+        f"{exported.folder}: {exported.tensors} tensors of step {exported.step} in {exported.dtype}, "
+        f"{exported.num_bytes:,} bytes, read back and equal",
+    )
+    if not arguments.verify:
+        return EXIT_OK
+    difference = compare_logits(checkpoint, arguments.out, exported.dtype)
+    _say(console, f"logits: training network and transformers differ by {difference:.1e} of the largest one")
+    return EXIT_OK if difference <= LOGITS_TOLERANCE else EXIT_DIFFERS
+
+
 def _generate(arguments: argparse.Namespace) -> int:
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="triaxis-generate-") as folder:
+        sys.stdout.write(f"{_continued(arguments, Path(folder))}\n")
+    return EXIT_OK
+
+
+def _continued(arguments: argparse.Namespace, scratch: Path) -> str:
+    """The text, from a Hugging Face folder, or from a checkpoint by way of one in `scratch`."""
+    from trainer.checkpoint.manifest import MANIFEST
+
+    folder = arguments.folder
+    if (folder / MANIFEST).is_file():
+        from trainer.checkpoint.export import export
+
+        folder = export(folder, scratch / "model").folder
     from trainer.generate import continue_from_folder
 
-    text = continue_from_folder(
-        arguments.folder,
+    return continue_from_folder(
+        folder,
         arguments.prompt,
         new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         seed=arguments.seed,
     )
-    sys.stdout.write(f"{text}\n")
-    return EXIT_OK
 
 
 def _data_prepare(arguments: argparse.Namespace) -> int:

@@ -61,6 +61,30 @@ def appearing_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def replacing_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill, made durable and put in the place of `final` when the block ends; after a failure `final` is as it
+    was. Two renames instead of deleting the older one first: it is gone only when the new one is there."""
+    draft, aside = (final.with_name(f".{final.name}.{word}") for word in ("tmp", "old"))
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        for path in (path for path in draft.rglob("*") if path.is_file()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(draft)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        final.rename(aside)
+    draft.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_json(path: Path, value: object) -> None:
     """Replace the JSON file at `path` in one durable step."""
     staging = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")

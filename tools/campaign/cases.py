@@ -42,18 +42,18 @@ WAYS = (
 )
 
 
-def write_recipe(folder: Path, *, steps: int, every: int, keep: int, dropout: float = 0.1, **more: Any) -> Path:
+def write_recipe(folder: Path, *, steps: int, every: int, keep: int, hidden: int = 32, **more: Any) -> Path:
     """A GPT-2 of 4 layers with tied embeddings and dropout on a text of its own; a step takes some milliseconds."""
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "text.txt"
     text.write_text("".join(f"{n} times {n} is {n * n}; the remainder of {n} by 7 is {n % 7}.\n\n" for n in range(2000)))
-    recipe = {
+    recipe: dict[str, Any] = {
         "run": {"name": "campaign", "dir": str(folder)},
         "model": {
             "family": "gpt2",
             "config": {
-                **{"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32},
-                **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
+                **{"n_embd": hidden, "n_layer": 4, "n_head": 4, "n_positions": 32},
+                **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1),
             },
         },
         "data": {"sources": [{"path": str(text)}], "tokenizer": "bytes", "seq_len": 32, "eval_fraction": 0.0},
@@ -63,8 +63,9 @@ def write_recipe(folder: Path, *, steps: int, every: int, keep: int, dropout: fl
         "train": {"steps": steps, "clip_norm": 0.5},
         "checkpoint": {"every": every, "keep": keep},
         "guard": {"timeout_s": 60},
-        **more,
     }
+    for section, keys in more.items():
+        recipe[section] = {**recipe.get(section, {}), **keys}
     path = folder / "recipe.json"
     path.write_text(json.dumps(recipe))
     return path

@@ -11,16 +11,20 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tools.campaign.cases import WAYS, Way, arguments, digests, first_difference, numbers, remembered, report, write_recipe
 from tools.campaign.ranks import run_ranks, train
 
+Body = Callable[[Sequence[str]], int]
 
-def run(way: Way, dtype: str, steps: int, stride: int, folder: Path) -> tuple[int, int]:
-    """(exact, all) cases."""
-    keys = (f"precision.dtype={dtype}", *(("zero.stage=1",) if dtype == "fp16" else ()))
-    recipe = write_recipe(folder, steps=steps, every=1, keep=steps + 1)
+
+def run(way: Way, dtype: str, steps: int, stride: int, folder: Path, *, resumed: Body = train, **more: Any) -> tuple[int, int]:
+    """(exact, all) cases. `resumed`: what the ranks that go on run; `more`: sections of the recipe."""
+    keys = (f"precision.dtype={dtype}",)
+    recipe = write_recipe(folder, steps=steps, every=1, keep=steps + 1, **more)
     whole = folder / "whole"
     ended = run_ranks(train, arguments(recipe, whole, way, *keys), world_size=way.processes, log=folder / "log")
     if any(ended.codes):
@@ -32,10 +36,10 @@ def run(way: Way, dtype: str, steps: int, stride: int, folder: Path) -> tuple[in
         again = folder / f"from-{step}"
         source = str(whole / "checkpoints" / f"step-{step:08d}")
         command = arguments(recipe, again, way, *keys, f"checkpoint.every={steps}", resume=source)
-        ended = run_ranks(train, command, world_size=way.processes, log=folder / "log")
+        ended = run_ranks(resumed, command, world_size=way.processes, log=folder / "log")
         outcome = {"codes": ended.codes, "first_difference": ended.said[-500:]}
-        if not any(ended.codes):
-            last = again / "checkpoints" / f"step-{steps:08d}"
+        last = again / "checkpoints" / f"step-{steps:08d}"
+        if not any(ended.codes) and last.is_dir():
             got = numbers(again), digests(last), remembered(last)
             outcome["first_difference"] = (
                 first_difference(got[0], expected[0][step:])

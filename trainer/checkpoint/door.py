@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.checkpoint.facts import model_facts, recipe_facts, refusals
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.manifest import MANIFEST, Manifest
 from trainer.errors import DataError, RecipeError
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
 from trainer.recipe.auto import AUTO
@@ -29,14 +29,15 @@ class Resume:
         return None if self.how in ("auto", "never") else self.how
 
 
-def checkpoint_named(resume: str) -> Path:
-    """The checkpoint that `--resume PATH` names: a folder with a manifest, or the newest of a run."""
-    path = Path(resume).expanduser()
+def checkpoint_named(name: str, *, option: str = "--resume") -> Path:
+    """The checkpoint that a command line names: a folder with a manifest, or the newest of a run."""
+    path = Path(name).expanduser()
     candidates = [found for folder in (path, path / "checkpoints") for _, found in CheckpointFolder(folder).steps()]
-    if (path / "manifest.json").exists():
+    if (path / MANIFEST).exists():
         return path
     if not candidates:
-        raise RecipeError(f"--resume {resume}: no checkpoint there; legal: auto, never, a checkpoint's folder, or a run's")
+        words = "auto, never, " if option == "--resume" else ""
+        raise RecipeError(f"{option} {name}: no checkpoint there; legal: {words}a checkpoint's folder, or a run's")
     return candidates[0]
 
 

@@ -15,6 +15,8 @@ from trainer.checkpoint.manifest import Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.tensor_file import TORCH_DTYPES, TensorFile
 from trainer.errors import DataError
 
+BUFFER_BYTES = 16 << 20
+
 
 class Reader:
     """The tensors of a checkpoint whose files have been verified."""
@@ -38,8 +40,7 @@ class Reader:
             for shared in overlaps(source, target):
                 if fragment.transposed != wanted.transposed:
                     raise DataError(f"{self._folder}: tensor {name} is stored the other way round: not written by this version")
-                values = self._rectangle(name, state, fragment, source, shared)
-                _matrix(result, target, shared).copy_(values)
+                self._copy(name, state, fragment, (source, target), shared, result)
                 found += shared.count
         if found != wanted.count:
             raise DataError(f"{self._folder}: tensor {name} ({state}): {wanted.count - found} elements are in no fragment")
@@ -70,15 +71,23 @@ class Reader:
             self._files[index] = TensorFile(self._folder / self._manifest.files[index].name)
         return self._files[index]
 
-    def _rectangle(self, name: str, state: str, fragment: Fragment, source: Range, shared: Rectangle) -> Tensor:
-        """The shared rectangle as a matrix, from the one stretch of the file that spans it."""
-        first, last = source.index(shared.top, shared.left), source.index(shared.bottom - 1, shared.right - 1)
-        span = self._file(fragment.file).read(fragment.key(name, state), first, last + 1)
+    def _copy(
+        self, name: str, state: str, fragment: Fragment, ranges: tuple[Range, Range], shared: Rectangle, result: Tensor
+    ) -> None:
+        """Read the elements that a fragment and the result share. Where they are consecutive in both they are read in place,
+        else through a buffer for some rows."""
+        source, target = ranges
+        file, key = self._file(fragment.file), fragment.key(name, state)
         rows, columns = shared.bottom - shared.top, shared.right - shared.left
-        return span.as_strided((rows, columns), (source.columns, 1))
-
-
-def _matrix(flat: Tensor, range_: Range, shared: Rectangle) -> Tensor:
-    """The view of a range's values that is the shared rectangle."""
-    rows, columns = shared.bottom - shared.top, shared.right - shared.left
-    return flat.as_strided((rows, columns), (range_.columns, 1), range_.index(shared.top, shared.left))
+        if rows == 1 or columns == source.columns == target.columns:
+            at = target.index(shared.top, shared.left)
+            file.read(key, source.index(shared.top, shared.left), result[at : at + shared.count])
+            return
+        step = max(1, BUFFER_BYTES // (source.columns * result.element_size()))
+        for top in range(shared.top, shared.bottom, step):
+            part = shared._replace(top=top, bottom=min(top + step, shared.bottom))
+            height = part.bottom - part.top
+            buffer = torch.empty((height - 1) * source.columns + columns, dtype=result.dtype)
+            file.read(key, source.index(part.top, part.left), buffer)
+            into = result.as_strided((height, columns), (target.columns, 1), target.index(part.top, part.left))
+            into.copy_(buffer.as_strided((height, columns), (source.columns, 1)))

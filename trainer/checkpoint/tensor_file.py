@@ -55,8 +55,8 @@ class Slot:
 def write_tensor_file(
     path: Path, slots: Mapping[str, Slot], tensors: Iterable[Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> File:
-    """Write the tensors, which must come in the order of their slots, to a new private file that is on the disk when this
-    returns. OSError when it cannot be; ValueError when a tensor is not what its slot says."""
+    """Write the tensors, which must come in the order of their slots and are converted to their formats, to a new private
+    file that is on the disk when this returns. OSError when it cannot be; ValueError for a tensor of another shape."""
     digest, written = hashlib.sha256(), 0
     with private_file(path, must_be_new=True) as file:
         for part in _parts(slots, tensors, metadata):
@@ -86,17 +86,22 @@ def _parts(
 ) -> Iterator[bytes | memoryview]:
     yield header_bytes(slots, metadata)
     for (name, slot), tensor in zip(slots.items(), tensors, strict=True):
-        if (DTYPES[tensor.dtype], tuple(tensor.shape)) != (slot.dtype, slot.shape):
-            raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} where {slot.dtype} {list(slot.shape)} was announced")
-        yield from _values(tensor)
+        if tuple(tensor.shape) != slot.shape:
+            raise ValueError(f"{name}: {list(tensor.shape)} where {list(slot.shape)} was announced")
+        for chunk in chunks(tensor):
+            yield as_bytes(chunk.to(TORCH_DTYPES[slot.dtype]))
 
 
-def _values(tensor: Tensor) -> Iterator[memoryview]:
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """The flattened tensor in pieces of host memory, so that converting and hashing need memory for one at a time."""
     flat = tensor.detach().reshape(-1)
     step = max(1, CHUNK_BYTES // flat.element_size())
     for start in range(0, flat.numel(), step):
-        chunk = flat[start : start + step].cpu().contiguous()
-        yield memoryview(chunk.view(torch.uint8).numpy())
+        yield flat[start : start + step].cpu()
+
+
+def as_bytes(values: Tensor) -> memoryview:
+    return memoryview(values.contiguous().view(torch.uint8).numpy())
 
 
 class TensorFile:
@@ -116,20 +121,20 @@ class TensorFile:
             raise DataError(f"{path}: cannot be read ({error})") from None
         self._values_at = 8 + length
 
-    def read(self, name: str, first: int, end: int) -> Tensor:
-        """Elements [first, end) of a flat tensor, as they are stored; DataError when they are not there."""
+    def dtype(self, name: str) -> torch.dtype:
+        return TORCH_DTYPES[self._slots[name]["dtype"]]
+
+    def read(self, name: str, first: int, out: Tensor) -> None:
+        """Fill `out`, contiguous and of the stored format, with the elements from `first` on of a flat tensor; DataError when
+        they are not there."""
         try:
-            entry = self._slots[name]
-            dtype = TORCH_DTYPES[entry["dtype"]]
-            size = dtype.itemsize
-            begin, stop = entry["data_offsets"]
-            if not 0 <= first <= end <= (stop - begin) // size:
-                raise ValueError(f"elements {first} to {end} of {(stop - begin) // size}")
-            values = torch.empty(end - first, dtype=dtype)
+            begin, stop = self._slots[name]["data_offsets"]
+            size, held = out.element_size(), (stop - begin) // out.element_size()
+            if self.dtype(name) != out.dtype or not 0 <= first <= first + out.numel() <= held:
+                raise ValueError(f"{out.numel()} elements of {out.dtype} from {first} on, of {held} of {self.dtype(name)}")
             with self._path.open("rb", buffering=0) as file:
                 file.seek(self._values_at + begin + first * size)
-                read_into(file, memoryview(values.view(torch.uint8).numpy()))
-            return values
+                read_into(file, as_bytes(out))
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{self._path}: {name} cannot be read ({type(error).__name__}: {error})") from None
 

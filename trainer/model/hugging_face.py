@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from parallel.params import Piece, ShardSpec, owned_specs, zero_padding
+from trainer.durable import replacing_folder
 from trainer.errors import DataError, RecipeError
 
 INDEX = "model.safetensors.index.json"
@@ -207,35 +206,21 @@ def write_folder(
         for _ in tensors:
             pass
         return
-    draft = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
+    with replacing_folder(folder) as draft:
         files = _write_tensors(tensors, draft, dtype, shard_bytes)
         if len(files) > 1:
-            _write_index(files, draft / INDEX)
+            write_index(files, draft / INDEX)
         (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_beside(draft)
-        for path in draft.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    _put_in_place(draft, folder)
 
 
-def _put_in_place(draft: Path, folder: Path) -> None:
-    """Two renames instead of deleting the older export first: it is gone only when the new one is there."""
-    aside = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if folder.exists():
-        folder.rename(aside)
-    draft.rename(folder)
-    shutil.rmtree(aside, ignore_errors=True)
+def file_name(number: int, files: int) -> str:
+    """Of the number-th (from 0) of so many files of weights, as transformers names them."""
+    return SINGLE if files == 1 else f"model-{number + 1:05d}-of-{files:05d}.safetensors"
 
 
-def _write_index(files: Mapping[str, Mapping[str, int]], path: Path) -> None:
+def write_index(files: Mapping[str, Mapping[str, int]], path: Path) -> None:
+    """Of {file: {tensor: bytes}}, where there is more than one file."""
     total = sum(size for names in files.values() for size in names.values())
     weight_map = {name: file for file, names in files.items() for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -262,7 +247,7 @@ def _write_tensors(
     flush()
     files = {}
     for number, sizes in enumerate(shards):
-        file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = file_name(number, len(shards))
         (folder / f"{number}.part").rename(folder / file)
         files[file] = sizes
     return files

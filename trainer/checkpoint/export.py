@@ -1,0 +1,163 @@
+"""From a checkpoint, of whatever layout, to a Hugging Face folder: in one process, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.checkpoint.check import check_files, read_sound
+from trainer.checkpoint.folder import HUGGING_FACE
+from trainer.checkpoint.manifest import WEIGHT, Fragment, Manifest
+from trainer.checkpoint.reader import Reader
+from trainer.checkpoint.tensor_file import TORCH_DTYPES, Slot, TensorFile, as_bytes, chunks, write_tensor_file
+from trainer.durable import replacing_folder
+from trainer.errors import DataError, RecipeError
+from trainer.model.hugging_face import INDEX, SHARD_BYTES, file_name, read_config, write_index
+
+FORMATS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+FLOATS = ("F64", "F32", "F16", "BF16")  # others, such as counters in buffers, keep their format
+# Two implementations of one network sum in another order, relative to the largest logit: seen 1e-6 in fp32.
+LOGITS_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: Path
+    step: int
+    tensors: int
+    num_bytes: int
+    dtype: str
+
+
+def export(checkpoint: Path, out: Path, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> Exported:
+    """Write `out`, whole or not at all, and read it back. `dtype`: "fp32", "bf16", "fp16"; None: the format of training.
+
+    DataError when the checkpoint is damaged, or the folder does not hold what it should when it is read back.
+    """
+    manifest = read_sound(checkpoint)
+    check_files(checkpoint, manifest.files)
+    chosen = dtype or str(manifest.recipe["precision"]["dtype"])
+    slots = {
+        name: Slot(FORMATS[chosen] if tensor.dtypes[WEIGHT] in FLOATS else tensor.dtypes[WEIGHT], tensor.shape)
+        for name, tensor in manifest.tensors.items()
+        if WEIGHT in tensor.dtypes
+    }
+    reader = Reader(checkpoint, manifest)
+    shards = list(_shards(slots, shard_bytes))
+    try:
+        with replacing_folder(out) as draft:
+            for number, names in enumerate(shards):
+                path = draft / file_name(number, len(shards))
+                tensors = (reader.whole(name, WEIGHT) for name in names)
+                write_tensor_file(path, {name: slots[name] for name in names}, tensors, metadata={"format": "pt"})
+                _compare(path, names, reader)
+            if len(shards) > 1:
+                files = {
+                    file_name(n, len(shards)): {name: slots[name].num_bytes for name in names} for n, names in enumerate(shards)
+                }
+                write_index(files, draft / INDEX)
+            _write_config(checkpoint / HUGGING_FACE, draft, TORCH_DTYPES[FORMATS[chosen]])
+            for path in (draft, *draft.rglob("*")):  # a folder to hand on, unlike the checkpoint
+                path.chmod(0o755 if path.is_dir() else 0o644)
+    except OSError as error:
+        raise RecipeError(f"{error.filename or out}: {error.strerror}: give a folder that can be written") from error
+    return Exported(out, manifest.step, len(slots), sum(slot.num_bytes for slot in slots.values()), chosen)
+
+
+def _shards(slots: Mapping[str, Slot], shard_bytes: int) -> Iterator[list[str]]:
+    """Names in the order of the model, for files of at most so many bytes (or one tensor)."""
+    names: list[str] = []
+    size = 0
+    for name, slot in slots.items():
+        if names and size + slot.num_bytes > shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += slot.num_bytes
+    yield names
+
+
+def _compare(path: Path, names: list[str], reader: Reader) -> None:
+    """DataError unless the file, read back, has every value."""
+    file = TensorFile(path)
+    for name in names:
+        at = 0
+        for chunk in chunks(reader.whole(name, WEIGHT)):
+            written = torch.empty(chunk.shape, dtype=file.dtype(name))
+            file.read(name, at, written)
+            if as_bytes(written) != as_bytes(chunk.to(written.dtype)):
+                raise DataError(f"{path}: tensor {name} reads back as something else: is the disk sound?")
+            at += chunk.numel()
+
+
+def _write_config(source: Path, draft: Path, dtype: torch.dtype) -> None:
+    shutil.copytree(source, draft, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    config = {**read_config(source), "dtype": str(dtype).removeprefix("torch.")}
+    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def compare_logits(checkpoint: Path, out: Path, dtype: str) -> float:
+    """The largest difference, relative to the largest logit, between the training model with the checkpoint's weights and the
+    exported folder in transformers, on random tokens, both in fp32 from weights in the exported format."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    manifest = read_sound(checkpoint)
+    tokens_BS = torch.randint(0, 1 << 30, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exported = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
+        tokens_BS %= exported.config.vocab_size
+        theirs = exported.eval()(tokens_BS).logits
+        del exported
+        ours = _training_logits(checkpoint, manifest, tokens_BS, TORCH_DTYPES[FORMATS[dtype]])
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    from parallel.attention import Documents
+    from parallel.tensor import TensorParallel
+    from trainer.model.blocks import blocks_of
+    from trainer.model.transformer import Stage
+    from trainer.model.translation import translate
+
+    config: dict[str, Any] = read_config(checkpoint / HUGGING_FACE)
+    family = str(manifest.recipe["model"]["family"])
+    if family == "auto":
+        raise RecipeError(
+            "--verify compares with our own network; family auto is transformers' already, and is read back anyway"
+        )
+    network = translate(family, config)
+    stage = Stage(
+        network,
+        blocks_of(network),
+        dtype=torch.float32,
+        recompute="none",
+        tp=TensorParallel.alone(),
+        device=torch.device("cpu"),
+        fill=partial(_fill, reader=Reader(checkpoint, manifest), dtype=dtype),
+    ).eval()
+    B, S = tokens_BS.shape
+    logits: Tensor = stage(tokens_BS, documents=Documents(((S,),) * B), labels_BS=None, streams=None)
+    return logits[..., : network.vocab_size]
+
+
+def _fill(block: nn.Module, *, reader: Reader, dtype: torch.dtype) -> None:
+    from parallel.params import owned_specs, zero_padding
+
+    for _, parameter, spec in owned_specs(block):
+        zero_padding(parameter.data, spec)
+        for piece in spec.pieces:
+            count = piece.in_parameter(parameter).numel()
+            wanted = Fragment(0, piece.start, piece.size, 0, count, piece.transposed)
+            values = reader.read(piece.name, WEIGHT, wanted, piece.shape).to(dtype)
+            target = piece.in_parameter(parameter.data)
+            target.copy_(values.view(target.shape))

@@ -1,0 +1,97 @@
+"""`triaxis checkpoints`: what a run has, and whether it is whole. No torch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from trainer.checkpoint.check import check_files, read_sound
+from trainer.checkpoint.folder import REASON, CheckpointFolder
+from trainer.checkpoint.manifest import Manifest
+from trainer.errors import DataError, RecipeError
+from trainer.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A checkpoint, whole or not, or a folder that was set aside. `verdict`: "" where nothing was found wrong."""
+
+    path: Path
+    manifest: Manifest | None
+    verdict: str
+    aside: bool = False
+
+
+@dataclass(frozen=True)
+class Listing:
+    """`verified`: every file was read and hashed, else only the manifests."""
+
+    entries: list[Entry]
+    verified: bool
+
+    @property
+    def damaged(self) -> bool:
+        return any(entry.verdict for entry in self.entries if not entry.aside)
+
+    def table(self) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for title in ("checkpoint", "saved", "size", "files", "layout", "verdict"):
+            table.add_column(title, overflow="fold")
+        for entry in self.entries:
+            good = "intact: every byte" if self.verified else "its manifest is intact"
+            cells = (entry.path.name, *_facts(entry.manifest), entry.verdict or good)
+            table.add_row(*(Text(cell, style="dim" if entry.aside else "") for cell in cells))
+        return table
+
+
+def survey(run_dir: Path, *, verify: bool) -> Listing:
+    """Newest first, then what was set aside. RecipeError when there is nothing."""
+    folder = _folder(run_dir)
+    entries = [_look_at(path, verify=verify) for _, path in folder.steps()]
+    entries += [_aside(path) for path in folder.set_aside_ones()]
+    if not entries:
+        raise RecipeError(f"{folder.path}: no checkpoints: give the folder of a run that keeps them (checkpoint.every above 0)")
+    return Listing(entries, verify)
+
+
+def prune(run_dir: Path, keep: int) -> list[Path]:
+    """Remove all but the newest `keep`, once the newest is found whole; DataError when it is not."""
+    folder = _folder(run_dir)
+    for _, path in folder.steps()[:1]:
+        manifest = read_sound(path)
+        check_files(path, manifest.files, from_disk=True)
+    return folder.prune(keep)
+
+
+def _folder(run_dir: Path) -> CheckpointFolder:
+    return CheckpointFolder(RunFolder(run_dir).checkpoints)
+
+
+def _look_at(path: Path, *, verify: bool) -> Entry:
+    try:
+        manifest = read_sound(path)
+        check_files(path, manifest.files if verify else ())
+    except DataError as error:
+        return Entry(path, None, f"DAMAGED: {error}")
+    return Entry(path, manifest, "")
+
+
+def _aside(path: Path) -> Entry:
+    try:
+        reason = (path / REASON).read_text(encoding="utf-8").strip()
+    except OSError:
+        reason = "no reason was left"
+    return Entry(path, None, f"set aside: {reason}", aside=True)
+
+
+def _facts(manifest: Manifest | None) -> tuple[str, str, str, str]:
+    if manifest is None:
+        return ("–",) * 4
+    saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.time))
+    degrees = {key: value for key, value in manifest.layout.items() if key in ("pp", "dp", "cp", "tp") and value > 1}
+    layout = "×".join(f"{key}{value}" for key, value in degrees.items()) or "one process"
+    return saved, f"{manifest.num_bytes / 1e6:,.1f} MB", str(len(manifest.files)), f"{layout}, ZeRO-{manifest.layout['zero']}"
