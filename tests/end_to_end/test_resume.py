@@ -1,0 +1,243 @@
+"""Going on, as a user meets it: killed runs, refusals, damaged checkpoints, and the commands that look at them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tools.campaign.cases import WAYS, Way, arguments, digests, numbers, write_recipe
+from tools.campaign.ranks import Ended, run_ranks, train
+from trainer.checkpoint.manifest import MANIFEST
+from trainer.cli import main
+from trainer.launch import free_port
+
+ONE = WAYS[0]
+ZERO1 = next(way for way in WAYS if way.name == "dp2-zero1")
+
+
+def run(recipe: Path, run_dir: Path, *words: str, way: Way = ONE, resume: str = "auto") -> Ended:
+    command = [*arguments(recipe, run_dir, way, resume=resume), *words]
+    return run_ranks(train, command, world_size=way.processes, log=run_dir.parent / "log")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe, and a run of it: 6 steps with checkpoints at 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("done")
+    recipe = write_recipe(folder, steps=6, every=2, keep=9)
+    ended = run(recipe, folder / "run", way=ZERO1)
+    assert ended.codes == (0, 0), ended.said
+    return recipe, folder / "run"
+
+
+@pytest.fixture
+def copy(done: tuple[Path, Path], tmp_path: Path) -> Path:
+    """The run, to be damaged."""
+    return Path(shutil.copytree(done[1], tmp_path / "run"))
+
+
+def test_killed_under_torchrun_and_started_again(tmp_path: Path) -> None:
+    """kill -9 of everything in the middle; the same command again ends with the record of a run that nobody killed."""
+    constant = {"schedule": {"name": "constant", "warmup_steps": 4}, "checkpoint": {"async": True}}
+    recipe = write_recipe(tmp_path, steps=1_000_000, every=5, keep=2, **constant)
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    first = torchrun(recipe, killed)
+    try:
+        deadline = time.monotonic() + 100
+        while steps_logged(killed) < 13 and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
+    steps = steps_logged(killed) + 10
+    assert steps >= 23, "the run was not killed in its middle"
+    second = torchrun(recipe, killed, "--set", f"train.steps={steps}")
+    said, _ = second.communicate(timeout=120)
+    assert second.returncode == 0, said
+    assert "resumed after step" in said
+    assert run(recipe, undisturbed, "--set", f"train.steps={steps}", way=ZERO1).codes == (0, 0)
+    assert numbers(killed) == numbers(undisturbed)
+    end = Path("checkpoints") / f"step-{steps:08d}"
+    assert digests(killed / end) == digests(undisturbed / end)
+
+
+def steps_logged(run_dir: Path) -> int:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def torchrun(recipe: Path, run_dir: Path, *words: str) -> subprocess.Popen[str]:
+    command = [
+        *("torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "trainer", "train"),
+        *arguments(recipe, run_dir, ZERO1),
+        *words,
+    ]
+    return subprocess.Popen(
+        command,
+        cwd=run_dir.parent,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+REFUSED = {
+    "model": ("model.config.n_layer=3", "model.config.n_layer: ", "was saved with 4, this run has 3", "export"),
+    "batch": ("batch.global_sequences=16", "batch.global_sequences: ", "6 steps × 8 = 48 sequences", "set it back"),
+    "precision": ("precision.dtype=bf16", "precision.dtype: ", 'saved with "fp32"', "--allow-change precision"),
+    "optimizer": ("optimizer.name=sgd", "optimizer.name: ", 'saved with "adamw"', "--allow-change optimizer"),
+    "tokenizer": ("data.tokenizer=bpe:300", "data.tokenizer: ", "was saved with", "--allow-change tokenizer"),
+    "seed": ("run.seed=7", "data.samples: ", "was saved with", "--allow-change data"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_may_not_differ_is_refused_and_changes_nothing(name: str, done: tuple[Path, Path], copy: Path) -> None:
+    setting, *words = REFUSED[name]
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and "logs" not in path.parts}
+    ended = run(done[0], copy, "--set", setting, "--set", "train.steps=8")
+    errors = [line for line in ended.said.splitlines() if line.startswith("triaxis: error:")]
+    assert ended.codes == (78,), ended.said
+    about = [line for line in errors if words[0] in line]
+    assert len(about) == 1, ended.said
+    assert all(word in about[0] for word in words)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("name", ["precision", "optimizer", "seed"])
+def test_a_named_change_is_allowed(name: str, done: tuple[Path, Path], copy: Path) -> None:
+    setting, *_ = REFUSED[name]
+    word = {"seed": "data"}.get(name, name)
+    ended = run(done[0], copy, "--set", setting, "--set", "train.steps=8", "--allow-change", word)
+    assert ended.codes == (0,), ended.said
+    assert [step for step, *_ in numbers(copy)] == list(range(1, 9))
+
+
+def test_a_damaged_newest_is_set_aside_and_the_one_before_goes_on(done: tuple[Path, Path], copy: Path) -> None:
+    expected = numbers(copy), digests(copy / "checkpoints" / "step-00000006")
+    (copy / "summary.json").unlink()
+    flip(next((copy / "checkpoints" / "step-00000006").glob("rank-00001*")))
+    ended = run(done[0], copy, way=ZERO1)
+    assert ended.codes == (0, 0), ended.said
+    assert "step-00000006 is not used" in ended.said
+    assert "rank-00001.safetensors: damaged (its checksum does not match)" in ended.said
+    assert "rank-00001" in (copy / "checkpoints" / "step-00000006.damaged" / "reason.txt").read_text()
+    assert (numbers(copy), digests(copy / "checkpoints" / "step-00000006")) == expected
+
+
+def test_when_none_is_whole_nothing_starts_from_scratch(done: tuple[Path, Path], copy: Path) -> None:
+    for checkpoint in (copy / "checkpoints").iterdir():
+        flip(next(checkpoint.glob("rank-00000*")))
+    history = (copy / "metrics.jsonl").read_bytes()
+    for _ in range(2):  # the second time they are aside already
+        ended = run(done[0], copy, "--set", "train.steps=8")
+        assert ended.codes == (65,), ended.said
+        assert "no checkpoint is whole" in ended.said
+        assert "--resume never" in ended.said
+    assert (copy / "metrics.jsonl").read_bytes() == history
+    ended = run(done[0], copy, "--set", "train.steps=8", resume="never")
+    assert ended.codes == (0,), ended.said
+    assert (copy.with_name("run.before-1") / "metrics.jsonl").read_bytes() == history
+
+
+def test_a_run_ended_before_its_first_checkpoint_begins_again(done: tuple[Path, Path], copy: Path) -> None:
+    shutil.rmtree(copy / "checkpoints")
+    ended = run(done[0], copy)
+    assert ended.codes == (65,)
+    assert "no checkpoint is there, though the run reached step 6 and saves every 2" in ended.said
+    first = (copy / "metrics.jsonl").read_bytes().splitlines(keepends=True)[0]
+    (copy / "metrics.jsonl").write_bytes(first)
+    ended = run(done[0], copy)
+    assert ended.codes == (0,), ended.said
+    assert "begins again at step 0" in ended.said
+    assert [step for step, *_ in numbers(copy)] == list(range(1, 7))
+
+
+def test_a_manifest_from_elsewhere_is_not_followed(done: tuple[Path, Path], copy: Path) -> None:
+    newest, older = (copy / "checkpoints" / f"step-0000000{step}" for step in (6, 4))
+    shutil.copy(older / MANIFEST, newest / MANIFEST)
+    ended = run(done[0], copy, "--set", "train.steps=8")
+    assert ended.codes == (0,), ended.said
+    assert "its manifest is of step 4: put in from elsewhere" in ended.said
+
+
+# ------------------------------------------------------------------------------------------------------ the commands
+
+
+def test_the_list_shows_and_verifies(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoints", str(copy)]) == 0
+    assert "dp2, ZeRO-1" in capsys.readouterr().out
+    flip(next((copy / "checkpoints" / "step-00000004").glob("rank-00001*")))
+    assert main(["checkpoints", str(copy), "--verify"]) == 65
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step-")]
+    assert [("intact" in row, "DAMAGED" in row) for row in rows] == [(True, False), (False, True), (True, False)]
+
+
+def test_prune_keeps_the_newest(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoints", str(copy), "--prune", "1"]) == 0
+    assert [path.name for path in (copy / "checkpoints").iterdir()] == ["step-00000006"]
+    flip(next((copy / "checkpoints" / "step-00000006").glob("rank-00001*")))
+    assert main(["checkpoints", str(copy), "--prune", "1"]) == 65, "a damaged newest one makes no room"
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_export_loads_in_transformers_with_the_training_models_logits(
+    dtype: str | None, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "hf"
+    assert main(["export", str(copy), str(out), "--verify", *(["--dtype", dtype] if dtype else [])]) == 0
+    assert "read back and equal" in capsys.readouterr().out
+    model, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert str(model.dtype) == f"torch.{'bfloat16' if dtype else 'float32'}"
+    assert json.loads((out / "config.json").read_text())["dtype"] == ("bfloat16" if dtype else "float32")
+
+
+def test_the_export_of_a_checkpoint_is_the_export_of_the_run(copy: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    assert main(["export", str(copy / "checkpoints" / "step-00000006"), str(tmp_path / "hf")]) == 0
+    ours, theirs = load_file(tmp_path / "hf" / "model.safetensors"), load_file(copy / "export" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+    assert (tmp_path / "hf" / "config.json").read_text() == (copy / "export" / "config.json").read_text()
+
+
+def test_a_damaged_checkpoint_is_not_exported(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(next((copy / "checkpoints" / "step-00000006").glob("rank-00000*")))
+    assert main(["export", str(copy), str(tmp_path / "hf")]) == 65
+    assert "its checksum does not match" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+
+
+def test_text_from_a_checkpoint(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = str(copy / "checkpoints" / "step-00000006")
+    assert main(["generate", checkpoint, "--prompt", "7 times ", "--max-new-tokens", "4", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.startswith("7 times ")
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.chmod(0o600)
+    path.write_bytes(data)
