@@ -96,6 +96,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         with together():
             if place.is_first:
                 remarks = claim(folder, resume)
+                stack.enter_context(folder.held())
         log = stack.enter_context(open_rank_log(folder.path, place.rank))
         with together(), work_progress(shown=place.is_first) as progress:
             cache_dir = Path(str(recipe.data.cache_dir))

@@ -23,7 +23,8 @@ def claim(folder: RunFolder, resume: Resume) -> list[str]:
     remarks = []
     if folder.holds_a_run:
         if resume.how == "never":
-            remarks.append(f"the run that was in {folder.path} is now in {folder.move_aside()}")
+            with folder.held():
+                remarks.append(f"the run that was in {folder.path} is now in {folder.move_aside()}")
         elif resume.path is not None:
             _require_own(folder, checkpoint_named(resume.path))
         elif not checkpoints.steps() and not checkpoints.set_aside_ones():

@@ -18,6 +18,7 @@ from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.cli import main
 from trainer.launch import free_port
+from trainer.run_folder import RunFolder
 
 ONE = WAYS[0]
 ZERO1 = next(way for way in WAYS if way.name == "dp2-zero1")
@@ -55,7 +56,8 @@ def test_killed_under_torchrun_and_started_again(tmp_path: Path) -> None:
         while steps_logged(killed) < 13 and time.monotonic() < deadline:
             time.sleep(0.02)
     finally:
-        os.killpg(first.pid, signal.SIGKILL)
+        for pid in (first.pid, *children(first.pid)):  # torchrun gives each rank a session of its own
+            os.kill(pid, signal.SIGKILL)
         first.communicate()
     steps = steps_logged(killed) + 10
     assert steps >= 23, "the run was not killed in its middle"
@@ -67,6 +69,10 @@ def test_killed_under_torchrun_and_started_again(tmp_path: Path) -> None:
     assert numbers(killed) == numbers(undisturbed)
     end = Path("checkpoints") / f"step-{steps:08d}"
     assert digests(killed / end) == digests(undisturbed / end)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def steps_logged(run_dir: Path) -> int:
@@ -93,7 +99,6 @@ def torchrun(recipe: Path, run_dir: Path, *words: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -167,6 +172,15 @@ def test_a_run_ended_before_its_first_checkpoint_begins_again(done: tuple[Path, 
     assert ended.codes == (0,), ended.said
     assert "begins again at step 0" in ended.said
     assert [step for step, *_ in numbers(copy)] == list(range(1, 7))
+
+
+def test_two_runs_do_not_share_a_folder(done: tuple[Path, Path], copy: Path) -> None:
+    history = (copy / "metrics.jsonl").read_bytes()
+    with RunFolder(copy).held():
+        ended = run(done[0], copy, "--set", "train.steps=8")
+    assert ended.codes == (78,), ended.said
+    assert "another process is training in it" in ended.said
+    assert (copy / "metrics.jsonl").read_bytes() == history
 
 
 def test_a_manifest_from_elsewhere_is_not_followed(done: tuple[Path, Path], copy: Path) -> None:
