@@ -66,6 +66,14 @@ class Messages:
         dist.broadcast(text, src=0, group=self.group)
         return _decoded(text)
 
+    def largest(self, value: int) -> int:
+        """Of all ranks' values."""
+        if self.group is None:
+            return value
+        number = torch.tensor(value)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.group)
+        return int(number)
+
     def all(self, value: Any) -> list[Any]:
         """Every rank's value on every rank, in the order of the ranks."""
         values: list[Any] = self.broadcast(self.gather(value))

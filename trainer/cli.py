@@ -210,8 +210,11 @@ def _costs(text: str) -> Costs:
 
 def _train(arguments: argparse.Namespace) -> int:
     from trainer.checkpoint.door import Resume, finished
+    from trainer.lifecycle import StopRequest
     from trainer.recipe import load
 
+    stop = StopRequest()
+    stop.listen()
     resume = Resume(arguments.resume, tuple(arguments.allow_change))
     try:
         resolved = load(arguments.recipe, arguments.set)
@@ -226,7 +229,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return EXIT_OK
     from trainer.loop import train
 
-    return train(resolved, arguments.run_dir, resume)
+    return train(resolved, arguments.run_dir, resume, stop)
 
 
 def _check(arguments: argparse.Namespace) -> int:

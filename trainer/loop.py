@@ -6,23 +6,18 @@ import math
 import time
 
 from trainer.checkpoint.door import Resume
-from trainer.data import unigram_perplexity
-from trainer.engine import DTYPES
-from trainer.errors import EXIT_OK
-from trainer.generate import sample
+from trainer.closing import export, finish
+from trainer.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE
 from trainer.launch import among_ranks
+from trainer.lifecycle import StopRequest
 from trainer.meter import Meter
-from trainer.model.hugging_face import write_folder
 from trainer.recipe import ResolvedRecipe
 from trainer.schedule import lr_at
 from trainer.session import Session, open_session
-from trainer.track.report import write_report
-
-SAMPLE_TOKENS = 96
 
 
-def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> int:
-    """Run a recipe to its last step; the exit code."""
+def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: StopRequest) -> int:
+    """Run a recipe to its last step, or to the end of the step in which `stop` is asked for; the exit code."""
     step = 0
     with open_session(resolved, run_dir, resume) as run, among_ranks(lambda: f"{run.engine.watch.phase} of step {step + 1}"):
         started = time.monotonic()
@@ -30,6 +25,8 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> int:
         meter = Meter(run)
         evaluation: dict[str, float] = {}
         for step in range(run.checkpoints.start_step, steps):
+            if signal := stop.agreed(run.ranks):
+                return interrupt(run, signal, meter, steps_done=step)
             with run.engine.watch("data"):
                 micro_batches = run.micro_batches(step)
             lr = lr_at(step, schedule=run.recipe.schedule, peak=run.recipe.optimizer.lr, total_steps=steps)
@@ -40,9 +37,7 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> int:
                     evaluation = evaluate(run, steps_done=step + 1)
                 meter.restart()
             if run.checkpoints.due(step + 1):
-                with run.engine.watch("saving"):
-                    run.say(run.checkpoints.save(step + 1, run.engine, {"meter": meter.state()}))
-                meter.restart()
+                save(run, meter, steps_done=step + 1)
         with run.engine.watch("saving"):
             run.say(run.checkpoints.wait())
         with run.engine.watch("export"):
@@ -50,6 +45,25 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> int:
         summary = {"steps": steps, "wall_s": time.monotonic() - started}
         finish(run, {**summary, **meter.summary(), **evaluation})
     return EXIT_OK
+
+
+def save(run: Session, meter: Meter, *, steps_done: int) -> None:
+    with run.engine.watch("saving"):
+        run.say(run.checkpoints.save(steps_done, run.engine, {"meter": meter.state()}))
+    meter.restart()
+
+
+def interrupt(run: Session, signal: str, meter: Meter, *, steps_done: int) -> int:
+    """Save what is not saved yet, and end; the exit code tells whether the run can go on when it is started again."""
+    if run.recipe.checkpoint.every and run.checkpoints.saved_step != steps_done:
+        save(run, meter, steps_done=steps_done)
+    run.say(run.checkpoints.wait())
+    saved = run.checkpoints.saved_step
+    goes_on = saved is not None or steps_done == 0
+    advice = f"the same command goes on after step {saved or 0}" if goes_on else "nothing is saved (checkpoint.every = 0)"
+    run.tracker.note(f"{signal}: ended after step {steps_done}; {advice}")
+    run.tracker.finish({"ended_by": signal, "steps": steps_done, **meter.summary()})
+    return EXIT_REQUEUE if goes_on else EXIT_INTERRUPTED
 
 
 def evaluate(run: Session, *, steps_done: int) -> dict[str, float]:
@@ -64,45 +78,3 @@ def evaluate(run: Session, *, steps_done: int) -> dict[str, float]:
     record = {"eval_loss": result.loss, "eval_perplexity": perplexity, "eval_targets": result.num_targets}
     run.tracker.evaluate({"step": steps_done, **record})
     return record
-
-
-def export(run: Session) -> None:
-    """Write the weights as a Hugging Face folder."""
-    write_folder(
-        run.engine.gathered_tensors(),
-        run.folder.export if run.place.is_first else None,
-        dtype=DTYPES[run.recipe.precision.dtype],
-        config=run.files.config,
-        save_beside=run.files.save_others,
-    )
-    run.tracker.note(f"weights: {run.folder.export}")
-
-
-def finish(run: Session, summary: dict[str, object]) -> None:
-    """What is worth knowing at the end: a sample, the baseline, the report."""
-    recipe, tokenizer = run.recipe, run.prepared.tokenizer
-    if run.eval_data is not None and run.place.is_first:
-        summary["unigram_perplexity"] = unigram_perplexity(
-            run.prepared.train,
-            run.prepared.evaluation,
-            tokenizer.vocab_size,
-            seq_len=recipe.data.seq_len,
-            isolate_documents=recipe.data.isolate_documents,
-            sequences=recipe.train.eval_sequences,
-        )
-    if recipe.train.sample_prompt is not None:
-        tokens = sample(
-            run.engine.next_logits,
-            tokenizer.encode(recipe.train.sample_prompt) or [tokenizer.end_of_document],
-            new_tokens=SAMPLE_TOKENS,
-            context=recipe.data.seq_len,
-            end=tokenizer.end_of_document,
-            temperature=0.8,
-            top_k=50,
-            seed=recipe.run.seed,
-        )
-        summary |= {"sample_prompt": recipe.train.sample_prompt, "sample": tokenizer.decode(tokens)}
-    summary |= {"num_params": run.engine.num_params, "world_size": run.place.world_size, "devices": run.devices}
-    run.tracker.finish(summary)
-    if run.place.is_first:
-        write_report(run.folder.path)

@@ -62,6 +62,7 @@ class Session:
     engine: Engine
     tracker: Tracker
     checkpoints: Checkpoints
+    ranks: Messages  # for a word at the end of a step
     devices: str
     peak_flops: float  # of this rank's device, FLOP/s
 
@@ -160,6 +161,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             engine=engine,
             tracker=tracker,
             checkpoints=checkpoints,
+            ranks=Messages.among_all(timeout),
             devices=devices,
             peak_flops=peak_flops,
         )

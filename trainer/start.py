@@ -75,6 +75,8 @@ def _require_restartable(folder: RunFolder) -> None:
     every = _saved_every(folder)
     last_step = max((int(record["step"] or 0) for record in read_metrics(folder.metrics)), default=0)
     choose = f"choose another run.name (--set run.name=NAME), or --resume never, which moves {folder.path} aside"
+    if not last_step:
+        return
     if not every:
         raise RecipeError(f"run folder {folder.path} already holds a run, which kept no checkpoints: {choose}")
     if last_step >= every:

@@ -102,6 +102,43 @@ def torchrun(recipe: Path, run_dir: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.parametrize("way", [ONE, ZERO1], ids=lambda way: way.name)
+def test_a_signal_on_one_rank_saves_the_same_step_on_all(way: Way, tmp_path: Path) -> None:
+    """Sent again and again from when the ranks can hear it: at the end of a step they save, once."""
+    recipe = write_recipe(tmp_path, steps=1_000_000, every=1000, keep=2, schedule={"name": "constant", "warmup_steps": 4})
+    run_dir = tmp_path / "run"
+
+    def send(pids: list[int]) -> None:
+        deadline = time.monotonic() + 60
+        while steps_logged(run_dir) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for _ in range(3):
+            os.kill(pids[-1], signal.SIGUSR1)
+
+    command = arguments(recipe, run_dir, way)
+    ended = run_ranks(train, command, world_size=way.processes, log=tmp_path / "log", around=send)
+    assert ended.codes == (75,) * way.processes, ended.said
+    steps = steps_logged(run_dir)
+    assert f"SIGUSR1: ended after step {steps}; the same command goes on after step {steps}" in ended.said
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
+    assert json.loads((run_dir / "summary.json").read_text())["ended_by"] == "SIGUSR1"
+
+
+def test_a_signal_where_nothing_is_kept_says_so(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, steps=1_000_000, every=0, keep=1, schedule={"name": "constant", "warmup_steps": 4})
+
+    def send(pids: list[int]) -> None:
+        deadline = time.monotonic() + 60
+        while steps_logged(tmp_path / "run") < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(pids[0], signal.SIGTERM)
+
+    command = arguments(recipe, tmp_path / "run", ONE)
+    ended = run_ranks(train, command, world_size=1, log=tmp_path / "log", around=send)
+    assert ended.codes == (130,), ended.said
+    assert "nothing is saved (checkpoint.every = 0)" in ended.said
+
+
 REFUSED = {
     "model": ("model.config.n_layer=3", "model.config.n_layer: ", "was saved with 4, this run has 3", "export"),
     "batch": ("batch.global_sequences=16", "batch.global_sequences: ", "6 steps × 8 = 48 sequences", "set it back"),

@@ -44,6 +44,12 @@ class Checkpoints:
         return self.found.manifest.step if self.found else 0
 
     @property
+    def saved_step(self) -> int | None:
+        """Of the newest checkpoint of this run, None while it has none."""
+        found = self.found.manifest.step if self.found else None
+        return found if self._saver.saved_step is None else self._saver.saved_step
+
+    @property
     def memory(self) -> Mapping[str, Any]:
         """What the run remembered when it was saved; see `save`."""
         return self.found.manifest.state["memory"] if self.found else {}

@@ -51,6 +51,7 @@ class Saver:
     messages: Messages
     keep: int
     asynchronous: bool
+    saved_step: int | None = field(default=None, init=False)  # of the last checkpoint that was written
     _thread: threading.Thread | None = field(default=None, init=False)
     _outcome: Saved | BaseException | None = field(default=None, init=False)
 
@@ -63,6 +64,7 @@ class Saver:
         tensors: Iterable[Tensor] = state.tensors()
         if not self.asynchronous:
             saved = self._write(manifest, stretches, tensors, save_beside)
+            self._remember(saved)
             return [*earlier, replace(saved, blocked_s=time.monotonic() - started, total_s=time.monotonic() - started)]
         copied = [tensor.to("cpu", copy=True) for tensor in tensors]
         blocked_s = time.monotonic() - started
@@ -87,7 +89,14 @@ class Saver:
         outcome, self._outcome = self._outcome, None
         if isinstance(outcome, BaseException):
             raise outcome
-        return [outcome] if outcome else []
+        if outcome is None:
+            return []
+        self._remember(outcome)
+        return [outcome]
+
+    def _remember(self, saved: Saved) -> None:
+        if not saved.failure:
+            self.saved_step = saved.step
 
     def _write(
         self, manifest: Manifest, stretches: Sequence[Stretch], tensors: Iterable[Tensor], save_beside: Callable[[Path], None]

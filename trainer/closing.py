@@ -1,0 +1,54 @@
+"""What a run leaves when it has reached its last step: weights, a sample, figures, the report."""
+
+from __future__ import annotations
+
+from trainer.data import unigram_perplexity
+from trainer.engine import DTYPES
+from trainer.generate import sample
+from trainer.model.hugging_face import write_folder
+from trainer.session import Session
+from trainer.track.report import write_report
+
+SAMPLE_TOKENS = 96
+
+
+def export(run: Session) -> None:
+    """Write the weights as a Hugging Face folder."""
+    write_folder(
+        run.engine.gathered_tensors(),
+        run.folder.export if run.place.is_first else None,
+        dtype=DTYPES[run.recipe.precision.dtype],
+        config=run.files.config,
+        save_beside=run.files.save_others,
+    )
+    run.tracker.note(f"weights: {run.folder.export}")
+
+
+def finish(run: Session, summary: dict[str, object]) -> None:
+    """What is worth knowing at the end: a sample, the baseline, the report."""
+    recipe, tokenizer = run.recipe, run.prepared.tokenizer
+    if run.eval_data is not None and run.place.is_first:
+        summary["unigram_perplexity"] = unigram_perplexity(
+            run.prepared.train,
+            run.prepared.evaluation,
+            tokenizer.vocab_size,
+            seq_len=recipe.data.seq_len,
+            isolate_documents=recipe.data.isolate_documents,
+            sequences=recipe.train.eval_sequences,
+        )
+    if recipe.train.sample_prompt is not None:
+        tokens = sample(
+            run.engine.next_logits,
+            tokenizer.encode(recipe.train.sample_prompt) or [tokenizer.end_of_document],
+            new_tokens=SAMPLE_TOKENS,
+            context=recipe.data.seq_len,
+            end=tokenizer.end_of_document,
+            temperature=0.8,
+            top_k=50,
+            seed=recipe.run.seed,
+        )
+        summary |= {"sample_prompt": recipe.train.sample_prompt, "sample": tokenizer.decode(tokens)}
+    summary |= {"num_params": run.engine.num_params, "world_size": run.place.world_size, "devices": run.devices}
+    run.tracker.finish(summary)
+    if run.place.is_first:
+        write_report(run.folder.path)

@@ -1,0 +1,40 @@
+"""Signals that ask a run to end. No torch.
+
+A cluster warns before it takes the machines: SIGUSR1 (sbatch --signal), SIGTERM (preemption, a time limit); SIGINT is Ctrl-C.
+A signal may reach one rank only, at any moment, more than once. So a handler sets a flag and does nothing else; at the end of
+each step the ranks agree whether one of them has it, save that same step, and end with exit code 75: start me again.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Protocol
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+class Ranks(Protocol):
+    """What tells each rank the largest value of all."""
+
+    def largest(self, value: int) -> int: ...
+
+
+class StopRequest:
+    """Whether a signal has asked this process to end. SIGQUIT (Ctrl-\\) still ends it at once."""
+
+    def __init__(self) -> None:
+        self._signal = 0
+
+    def listen(self) -> None:
+        """From now on; only the main thread may call it."""
+        for number in SIGNALS:
+            signal.signal(number, self._heard)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    def agreed(self, ranks: Ranks) -> str:
+        """The name of a signal that a rank has heard, the same on all, or "". Every rank must ask together."""
+        number = ranks.largest(self._signal)
+        return signal.Signals(number).name if number else ""
