@@ -48,9 +48,11 @@ class BuildStage(Protocol):
 
 
 class Execution(Protocol):
-    """`module` is what DeepSpeed gets; losses are sums over targets of this data-parallel rank, the same on all its ranks."""
+    """`module` is what DeepSpeed gets; losses are sums over targets of this data-parallel rank, the same on all its ranks.
+    `reads_tokens`: this rank needs tokens or labels, not only where documents end."""
 
     module: nn.Module
+    reads_tokens: bool
 
     def attach(self, engine: Any) -> None:
         """The DeepSpeed engine, once there is one."""
@@ -67,6 +69,8 @@ class Execution(Protocol):
 
 class OneStage:
     """The whole model on each rank of the data-parallel axis: DeepSpeed's own forward and backward."""
+
+    reads_tokens = True
 
     def __init__(self, module: nn.Module, watch: Stopwatch) -> None:
         self.module = module
@@ -119,6 +123,7 @@ class InPipeline:
         self._hidden_size = config.hidden_size
         self._vocabulary_rows = vocabulary_shard(config.vocab_size, tp.group)[1]
         mine = table.stages(mesh.pp.rank)
+        self.reads_tokens = bool({0, table.num_stages - 1} & set(mine))
         deferred = {index: WeightGradients() for index in mine} if table.splits_backward else {}
         last = table.num_stages - 1
         # On one rank the last stage's head uses the first stage's embedding itself: two stages' backwards for one weight.

@@ -72,8 +72,9 @@ class Session:
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's part of a step."""
-        dp = self.mesh.dp
-        return list(self.data.micro_batches(step, dp_rank=dp.rank, dp=dp.size, micro_sequences=self.plan.micro_sequences))
+        dp, read = self.mesh.dp, self.engine.execution.reads_tokens
+        micro_sequences = self.plan.micro_sequences
+        return list(self.data.micro_batches(step, dp_rank=dp.rank, dp=dp.size, micro_sequences=micro_sequences, read=read))
 
 
 @contextmanager

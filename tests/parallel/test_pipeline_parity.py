@@ -175,3 +175,35 @@ def tied_copy(mesh: Any, case: Case) -> np.ndarray | None:
     tied = [parameter.detach().numpy().copy() for parameter, spec in engine.specs if spec.tied]
     engine.close()
     return tied[0] if tied else None
+
+
+def test_stages_between_read_no_tokens(tmp_path: Path) -> None:
+    """Four stages learn as one process does, though the two between have only where documents end."""
+    from tools.campaign.cases import WAYS, Way, arguments, write_recipe
+    from tools.campaign.ranks import run_ranks
+    from trainer.track import read_metrics
+
+    recipe = write_recipe(tmp_path, steps=4, every=0, keep=1)
+    losses = {}
+    for way in (WAYS[0], Way("pp4", 4, ("parallel.pipeline=4",))):
+        run = tmp_path / way.name
+        ended = run_ranks(train_without_tokens, arguments(recipe, run, way), world_size=way.processes, log=tmp_path / "log")
+        assert not any(ended.codes), ended.said
+        losses[way.name] = [record["loss"] for record in read_metrics(run / "metrics.jsonl")]
+    np.testing.assert_allclose(losses["pp4"], losses["one"], rtol=2e-6)
+
+
+def train_without_tokens(command: list[str]) -> int:
+    """`train`, where ranks 1 and 2 cannot read a store."""
+    import os
+
+    from tools.campaign.ranks import train
+    from trainer.data.store import TokenStore
+
+    if os.environ["RANK"] in ("1", "2"):
+
+        def unreadable(store: TokenStore, begin: int, end: int) -> np.ndarray:
+            raise AssertionError("a stage between has read tokens")
+
+        TokenStore.slice = unreadable
+    return train(command)

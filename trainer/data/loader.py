@@ -65,8 +65,10 @@ class TrainData:
         """Tokens that the stores hold together, in whole sequences."""
         return self.num_samples * self._seq_len
 
-    def micro_batches(self, step: int, *, dp_rank: int, dp: int, micro_sequences: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of a step (0 is the first), B = micro_sequences."""
+    def micro_batches(
+        self, step: int, *, dp_rank: int, dp: int, micro_sequences: int, read: bool = True
+    ) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of a step (0 is the first), B = micro_sequences. `read` False: without their tokens."""
         mine, rest = divmod(self._global_sequences, dp)
         assert rest == 0 and mine % micro_sequences == 0, (self._global_sequences, dp, micro_sequences)  # noqa: PT018
         first = step * self._global_sequences + dp_rank * mine
@@ -77,6 +79,7 @@ class TrainData:
                 sample * self._seq_len,
                 seq_len=self._seq_len,
                 isolate_documents=self._isolate_documents,
+                read=read,
             )
             for source, sample in zip(sources.tolist(), samples.tolist(), strict=True)
         ]

@@ -23,17 +23,19 @@ class Row:
     documents: tuple[int, ...]  # lengths of the documents in the row, summing to S
 
 
-def row_at(store: TokenStore, begin: int, *, seq_len: int, isolate_documents: bool) -> Row:
+def row_at(store: TokenStore, begin: int, *, seq_len: int, isolate_documents: bool, read: bool = True) -> Row:
     """The row whose first token is token `begin` of the store; where the store ends early, filler without targets.
 
     With `isolate_documents` the row is divided where documents end, and the last token of a document predicts nothing: what
-    follows belongs to another. Without, the row is one document.
+    follows belongs to another. Without, the row is one document. `read` False: its documents and targets are right, its
+    tokens are filler, for ranks that need none.
     """
-    stream = store.slice(begin, begin + seq_len + 1)
-    length = len(stream) - 1
+    length = min(seq_len, store.num_tokens - begin - 1)
     row = filler_row(store, seq_len)
-    row.tokens[:length] = stream[:-1]
-    row.next_tokens[:length] = stream[1:]
+    if read:
+        stream = store.slice(begin, begin + length + 1)
+        row.tokens[:length] = stream[:-1]
+        row.next_tokens[:length] = stream[1:]
     row.is_target[:length] = True
     if not isolate_documents:
         return row
