@@ -51,6 +51,17 @@ def rows_of(micro_batches: list[MicroBatch]) -> list[tuple]:
     ]
 
 
+def test_rows_without_tokens_have_their_targets_and_documents(
+    stores: list[TokenStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"dp_rank": 1, "dp": 2, "micro_sequences": 2}
+    expected = [batch for step in range(9) for batch in train_data(stores).micro_batches(step, **place)]
+    monkeypatch.setattr(TokenStore, "slice", lambda *_: pytest.fail("a token was read"))
+    got = [batch for step in range(9) for batch in train_data(stores).micro_batches(step, **place, read=False)]
+    assert [batch.documents for batch in got] == [batch.documents for batch in expected]
+    assert [batch.num_targets for batch in got] == [batch.num_targets for batch in expected]
+
+
 @pytest.mark.parametrize("dp", [1, 2, 4])
 @pytest.mark.parametrize("micro_sequences", [1, 2])
 def test_order_does_not_depend_on_the_layout(stores: list[TokenStore], dp: int, micro_sequences: int) -> None:
