@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +34,24 @@ def private_file(path: Path, *, must_be_new: bool = False) -> Iterator[BinaryIO]
         yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A file to read, unbuffered. OSError for anything else: links are not followed, and a pipe is not waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    file = open(descriptor, "rb", buffering=0)  # noqa: SIM115 - the caller's
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def remove(path: Path) -> None:
+    """Whatever is there, and all below it; a link, not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from trainer.checkpoint.folder import STEP, files_in
 from trainer.checkpoint.manifest import MANIFEST, File, Manifest
+from trainer.durable import open_regular
 from trainer.errors import DataError
 
 CHUNK_BYTES = 4 << 20
@@ -39,7 +40,9 @@ def check_files(checkpoint: Path, files: Iterable[File], *, from_disk: bool = Fa
     for file in files:
         path = checkpoint / file.name
         try:
-            num_bytes, sha256 = _measure(path, from_disk=from_disk)
+            with open_regular(path) as opened:
+                num_bytes = os.fstat(opened.fileno()).st_size
+                sha256 = _digest(opened, from_disk=from_disk) if num_bytes == file.num_bytes else ""
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
         if num_bytes != file.num_bytes:
@@ -48,16 +51,10 @@ def check_files(checkpoint: Path, files: Iterable[File], *, from_disk: bool = Fa
             raise DataError(f"{path}: damaged (its checksum does not match)")
 
 
-def _measure(path: Path, *, from_disk: bool) -> tuple[int, str]:
-    """(bytes, SHA-256). Links are not followed, and nothing but a file is waited for."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(descriptor, "rb", buffering=0) as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("not a regular file")
-        if from_disk and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return status.st_size, digest.hexdigest()
+def _digest(file: BinaryIO, *, from_disk: bool) -> str:
+    if from_disk and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    while count := file.readinto(buffer):  # type: ignore[attr-defined]
+        digest.update(buffer[:count])
+    return digest.hexdigest()

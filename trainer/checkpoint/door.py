@@ -32,13 +32,16 @@ class Resume:
 def checkpoint_named(name: str, *, option: str = "--resume") -> Path:
     """The checkpoint that a command line names: a folder with a manifest, or the newest of a run."""
     path = Path(name).expanduser()
-    candidates = [found for folder in (path, path / "checkpoints") for _, found in CheckpointFolder(folder).steps()]
-    if (path / MANIFEST).exists():
-        return path
-    if not candidates:
+    try:
+        if (path / MANIFEST).exists():
+            return path
+        found = [checkpoint for folder in (path, path / "checkpoints") for _, checkpoint in CheckpointFolder(folder).steps()]
+    except (OSError, ValueError):  # no name of a file at all
+        found = []
+    if not found:
         words = "auto, never, " if option == "--resume" else ""
         raise RecipeError(f"{option} {name}: no checkpoint there; legal: {words}a checkpoint's folder, or a run's")
-    return candidates[0]
+    return found[0]
 
 
 def finished(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> str:

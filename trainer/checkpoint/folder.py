@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.checkpoint.manifest import MANIFEST
-from trainer.durable import make_private, private_file, sync_folder
+from trainer.durable import make_private, private_file, remove, sync_folder
 
-STEP = re.compile(r"step-(\d{8,})")
+STEP = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
 HUGGING_FACE = "hugging_face"  # config.json, tokenizer and code: all that an export adds to the weights
 REASON = "reason.txt"
 
@@ -34,7 +34,7 @@ class CheckpointFolder:
         """(step, folder) of every checkpoint that has its final name, the newest first. Links are not followed."""
         try:
             entries = list(os.scandir(self.path))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         named = [(STEP.fullmatch(entry.name), entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
         found = [(int(match.group(1)), Path(entry.path)) for match, entry in named if match]
@@ -51,7 +51,7 @@ class CheckpointFolder:
         """A new empty draft; what a crash left of earlier ones goes."""
         make_private(self.path)
         for left in self.path.glob(".step-*"):
-            shutil.rmtree(left)
+            remove(left)
         draft = self.path / f".step-{step:08d}.draft"
         draft.mkdir(mode=0o700)
         return draft
@@ -73,7 +73,8 @@ class CheckpointFolder:
         names = (f"{checkpoint.name}.{word}{f'-{n}' if n > 1 else ''}" for n in range(1, 10_000))
         aside = next(self.path / name for name in names if not (self.path / name).exists())
         os.rename(checkpoint, aside)
-        with private_file(aside / REASON) as file:
+        remove(aside / REASON)  # it may be a link, planted to be written through
+        with private_file(aside / REASON, must_be_new=True) as file:
             file.write(f"{reason}\n".encode())
         sync_folder(self.path)
         return aside

@@ -10,7 +10,7 @@ Coordinates are (row, column) of the logical tensor seen as a matrix, transposed
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class Rectangle(NamedTuple):
         return Rectangle(top, bottom, left, right) if top < bottom and left < right else None
 
     @property
-    def count(self) -> int:
+    def area(self) -> int:
         return (self.bottom - self.top) * (self.right - self.left)
 
 
@@ -83,6 +83,17 @@ def overlaps(a: Range, b: Range) -> Iterator[Rectangle]:
         for theirs in b.rectangles():
             if shared := mine.overlap(theirs):
                 yield shared
+
+
+def disjoint(rectangles: Iterable[Rectangle]) -> bool:
+    """Whether no element is in two of them."""
+    open_ones: list[Rectangle] = []
+    for rectangle in sorted(rectangles):
+        open_ones = [other for other in open_ones if other.bottom > rectangle.top]
+        if any(other.overlap(rectangle) for other in open_ones):
+            return False
+        open_ones.append(rectangle)
+    return True
 
 
 def _as_matrix(dims: tuple[int, ...], *, of_sizes: bool = False) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from trainer.durable import open_regular
 from trainer.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -53,7 +54,7 @@ class Fragment:
     @classmethod
     def from_json(cls, value: Any) -> Self:
         file, start, size, offset, count, transposed = value
-        return cls(file, tuple(start), tuple(size), offset, count, bool(transposed))
+        return cls(_whole(file), _wholes(start), _wholes(size), _whole(offset), _whole(count), bool(_whole(transposed)))
 
 
 @dataclass(frozen=True)
@@ -136,16 +137,17 @@ class Manifest:
         try:
             files = tuple(File(*entry) for entry in body.pop("files"))
             tensors = {
-                name: LogicalTensor(tuple(shape), dict(dtypes), tuple(map(Fragment.from_json, fragments)))
+                name: LogicalTensor(_wholes(shape), dict(dtypes), tuple(map(Fragment.from_json, fragments)))
                 for name, (shape, dtypes, fragments) in body.pop("tensors").items()
             }
             manifest = cls(**body, files=files, tensors=tensors)
+            manifest.require_sound()
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a part is missing or misshapen ({error})") from None
-        manifest._require_sound()
         return manifest
 
-    def _require_sound(self) -> None:
+    def require_sound(self) -> None:
+        """ValueError when it could not be read again: names that lead out, fragments that do not make their tensor."""
         for file in self.files:
             if not FILE_NAME.fullmatch(file.name):
                 raise ValueError(f"file name {file.name!r} leads out of the folder")
@@ -164,11 +166,22 @@ class Manifest:
         """DataError naming the file when it is missing, unreadable or damaged."""
         path = folder / MANIFEST
         try:
-            return cls.decode(path.read_bytes())
+            with open_regular(path) as file:
+                return cls.decode(file.read())
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}: not a complete checkpoint") from None
         except ValueError as error:
             raise DataError(f"{path}: damaged ({error})") from None
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} is no whole number of at least 0")
+    return value
+
+
+def _wholes(values: Any) -> tuple[int, ...]:
+    return tuple(map(_whole, values))
 
 
 def _seal(body: Mapping[str, Any]) -> bytes:
@@ -176,7 +189,10 @@ def _seal(body: Mapping[str, Any]) -> bytes:
 
 
 def _unseal(data: bytes) -> dict[str, Any]:
-    body = json.loads(data)  # a UnicodeDecodeError or JSONDecodeError is a ValueError
+    try:
+        body = json.loads(data)  # a UnicodeDecodeError or JSONDecodeError is a ValueError
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(body, dict):
         raise ValueError("not a JSON object")
     sealed = dict(body)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.geometry import Range, Rectangle, overlaps
+from trainer.checkpoint.geometry import Range, Rectangle, disjoint, overlaps
 from trainer.checkpoint.manifest import Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.tensor_file import TORCH_DTYPES, TensorFile
 from trainer.errors import DataError
@@ -35,15 +35,17 @@ class Reader:
         tensor = self._tensor(name, state, shape)
         target = Range.of(wanted)
         result = torch.empty(wanted.count, dtype=TORCH_DTYPES[tensor.dtypes[state]])
-        found = 0
+        parts: list[Rectangle] = []
         for fragment, source in self._fragments(name, tensor):
             for shared in overlaps(source, target):
                 if fragment.transposed != wanted.transposed:
                     raise DataError(f"{self._folder}: tensor {name} is stored the other way round: not written by this version")
                 self._copy(name, state, fragment, (source, target), shared, result)
-                found += shared.count
-        if found != wanted.count:
-            raise DataError(f"{self._folder}: tensor {name} ({state}): {wanted.count - found} elements are in no fragment")
+                parts.append(shared)
+        if missing := wanted.count - sum(part.area for part in parts):
+            raise DataError(f"{self._folder}: tensor {name} ({state}): {missing} elements are in no fragment")
+        if not disjoint(parts):
+            raise DataError(f"{self._folder}: tensor {name} ({state}): some elements are in two fragments, others in none")
         return result
 
     def whole(self, name: str, state: str) -> Tensor:
@@ -81,7 +83,7 @@ class Reader:
         rows, columns = shared.bottom - shared.top, shared.right - shared.left
         if rows == 1 or columns == source.columns == target.columns:
             at = target.index(shared.top, shared.left)
-            file.read(key, source.index(shared.top, shared.left), result[at : at + shared.count])
+            file.read(key, source.index(shared.top, shared.left), result[at : at + shared.area])
             return
         step = max(1, BUFFER_BYTES // (source.columns * result.element_size()))
         for top in range(shared.top, shared.bottom, step):

@@ -46,7 +46,7 @@ def newest_whole(folder: CheckpointFolder, messages: Messages) -> tuple[Found | 
             reason = str(error)
         aside = messages.broadcast(str(folder.set_aside(path, "damaged", reason)) if messages.is_first else None)
         remarks.append(f"warning: checkpoint {path.name} is not used: {reason}; set aside as {Path(aside).name}")
-    lost = messages.broadcast([path.name for path in folder.set_aside_ones() if ".damaged" in path.name])
+    lost = messages.broadcast([path.name for path in folder.set_aside_ones()])
     if lost:
         raise DataError(
             *remarks,

@@ -148,6 +148,7 @@ class Saver:
             if failures:
                 raise OSError(failures[0])
             complete = _merged(manifest, reports)
+            complete.require_sound()
             for file in complete.files:
                 if not (draft / file.name).exists():
                     raise OSError(f"{draft / file.name} was written by a rank that has another disk: give a shared run.dir")
@@ -187,7 +188,7 @@ def _tried(attempt: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
     except OSError as error:
         path = f"{error.filename}: " if error.filename else ""
         return {"failure": f"{path}{error.strerror or error}"}
-    except DataError as error:
+    except (DataError, ValueError) as error:
         return {"failure": str(error)}
 
 

@@ -8,17 +8,18 @@ raw little-endian values in its order. For the same reason a file is read by ran
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from trainer.checkpoint.manifest import DTYPE_BYTES, File
-from trainer.durable import private_file
+from trainer.durable import open_regular, private_file
 from trainer.errors import DataError
 
 DTYPES = {
@@ -101,25 +102,41 @@ def chunks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def as_bytes(values: Tensor) -> memoryview:
-    return memoryview(values.contiguous().view(torch.uint8).numpy())
+    """The values of a flat tensor; those of a contiguous one in place."""
+    flat = values.contiguous().as_strided((values.numel(),), (1,))  # one element may claim any stride
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 class TensorFile:
     """A safetensors file to read ranges from. It is open only while one is read."""
 
     def __init__(self, path: Path) -> None:
-        """DataError when there is no such file, or its header is not one."""
+        """DataError when there is no such file, or its header does not describe it."""
         self._path = path
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
+                num_bytes = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
-                if length > path.stat().st_size:
-                    raise ValueError(f"a header of {length} bytes")
-                header = json.loads(file.read(length))
-            self._slots = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        except (OSError, ValueError, AttributeError) as error:
-            raise DataError(f"{path}: cannot be read ({error})") from None
-        self._values_at = 8 + length
+                if not 0 < length <= num_bytes - 8:
+                    raise ValueError(f"a header of {length} bytes in a file of {num_bytes}")
+                header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+            header.pop("__metadata__", None)
+            self._slots: dict[str, Any] = header
+            self._values_at = 8 + length
+            self._require_tiled(num_bytes - self._values_at)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+
+    def _require_tiled(self, num_bytes: int) -> None:
+        """ValueError unless the tensors lie one after another, each as large as its shape says, and fill the file."""
+        position = 0
+        for name, slot in sorted(self._slots.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = slot["data_offsets"]
+            if begin != position or end - begin != Slot(slot["dtype"], tuple(slot["shape"])).num_bytes or type(end) is not int:
+                raise ValueError(f"{name} is not where and as large as it should be")
+            position = end
+        if position != num_bytes:
+            raise ValueError(f"{num_bytes} bytes of values where {position} are described")
 
     def dtype(self, name: str) -> torch.dtype:
         return TORCH_DTYPES[self._slots[name]["dtype"]]
@@ -132,17 +149,23 @@ class TensorFile:
             size, held = out.element_size(), (stop - begin) // out.element_size()
             if self.dtype(name) != out.dtype or not 0 <= first <= first + out.numel() <= held:
                 raise ValueError(f"{out.numel()} elements of {out.dtype} from {first} on, of {held} of {self.dtype(name)}")
-            with self._path.open("rb", buffering=0) as file:
+            with open_regular(self._path) as file:
                 file.seek(self._values_at + begin + first * size)
                 read_into(file, as_bytes(out))
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{self._path}: {name} cannot be read ({type(error).__name__}: {error})") from None
 
 
-def read_into(file: io.RawIOBase, buffer: memoryview) -> None:
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return dict(pairs)
+
+
+def read_into(file: BinaryIO, buffer: memoryview) -> None:
     """Fill the buffer from the file; ValueError when it ends before."""
     while buffer:
-        count = file.readinto(buffer)
+        count = file.readinto(buffer)  # type: ignore[attr-defined]
         if not count:
             raise ValueError(f"the file ends {len(buffer)} bytes early")
         buffer = buffer[count:]

@@ -55,7 +55,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}: a Hugging Face folder needs config.json") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}): fetch the folder again") from error
     if not isinstance(config, dict):
         raise DataError(f"{path}: not a JSON object: fetch the folder again")
@@ -139,7 +139,7 @@ class PretrainedWeights:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             entries = dict(weight_map)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{index}: no valid weight_map ({error}): fetch the folder again") from error
         listing: dict[str, list[str]] = {}
         for name, file in entries.items():
