@@ -13,6 +13,7 @@ import io
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +62,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, the same on every rank. `grad_norm` is before clipping; inf when the step was skipped."""
+    """One optimizer step, the same on every rank. `grad_norm` is before clipping; inf when it was not finite, which skips the
+    step, as a norm above the caller's limit does."""
 
     loss: float
     num_targets: int
@@ -154,25 +156,43 @@ class Engine:
         owned = sum(math.prod(piece.size) for _, spec in self.specs if spec.owned for piece in spec.pieces)
         return self._total(owned, self.mesh.replica)
 
-    def step(self, micro_batches: Sequence[MicroBatch], *, step: int, lr: float) -> StepResult:
-        """One optimizer step on this rank's micro-batches; `step` counts from 0 and names the dropout stream."""
+    def step(self, micro_batches: Sequence[MicroBatch], *, step: int, lr: float, norm_limit: float = math.inf) -> StepResult:
+        """One optimizer step on this rank's micro-batches; `step` counts from 0 and names the dropout stream. `norm_limit`
+        (ZeRO-0 only): a gradient norm above it skips the step."""
+        scale = self.scaler.scale
+        loss_sum, num_targets = self._gradients(micro_batches, step, scale)
+        with self.watch("optimizer"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            grad_norm, skipped = self._update(scale, norm_limit)
+            self.scaler.update(overflow=skipped and math.isinf(grad_norm))
+        loss = float(all_reduce(loss_sum, self.mesh.dp)) / num_targets
+        return StepResult(loss, num_targets, grad_norm, scale, skipped)
+
+    def replay(self, micro_batches: Sequence[MicroBatch], *, step: int, scale: float) -> None:
+        """Forward and backward of a step that was skipped, once more, for hooks to watch. It is the same to the bit: weights
+        stayed, dropout is named after the step. Every gradient is made NaN as it leaves autograd, so that this is skipped
+        too, at any ZeRO stage, also where the first NaN does not come again."""
+        trained = [parameter for parameter, _ in self.specs if parameter.requires_grad]
+        spoilers = [parameter.register_hook(lambda grad: torch.full_like(grad, math.nan)) for parameter in trained]
+        try:
+            self._gradients(micro_batches, step, scale)
+            self._update(scale, math.inf)
+        finally:
+            for spoiler in spoilers:
+                spoiler.remove()
+
+    def _gradients(self, micro_batches: Sequence[MicroBatch], step: int, scale: float) -> tuple[Tensor, int]:
+        """Forward and backward: (this data-parallel rank's loss, summed over its targets; the step's targets)."""
         self.deepspeed.train()
         num_targets = self._total(sum(batch.num_targets for batch in micro_batches), self.mesh.dp)
         if num_targets == 0:
             raise DataError(f"step {step} has no target: every label of its {self.plan.global_sequences} sequences is masked")
         factor = self.plan.loss_factor(num_targets)
-        scale = self.scaler.scale
         if self.zero_stage and self.recipe.precision.dtype == "fp16":
             self.optimizer.override_loss_scale(scale)
         batches = [self._batch(batch, self._streams(step, index)) for index, batch in enumerate(micro_batches)]
-        loss_sum = self.execution.step(batches, factor=factor, scale=scale)
-        with self.watch("optimizer"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            grad_norm, skipped = self._update(scale)
-            self.scaler.update(overflow=skipped)
-        loss = float(all_reduce(loss_sum, self.mesh.dp)) / num_targets
-        return StepResult(loss, num_targets, grad_norm, scale, skipped)
+        return self.execution.step(batches, factor=factor, scale=scale), num_targets
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[MicroBatch]) -> EvalResult:
@@ -226,17 +246,20 @@ class Engine:
         labels_BS = batch.labels_BS.to(self.device, non_blocking=True)
         return Batch(tokens_BS, labels_BS, Documents(batch.documents), streams)
 
-    def _update(self, scale: float) -> tuple[float, bool]:
-        """Apply the accumulated gradient, or skip when it is not finite; (norm before clipping, skipped)."""
+    def _update(self, scale: float, norm_limit: float) -> tuple[float, bool]:
+        """Apply the accumulated gradient, or skip when it is not finite or too large; (norm before clipping, skipped)."""
         if self.zero_stage:
             self.deepspeed.step()
+            if self.optimizer.overflow and self.zero_stage < 3:
+                # With CPU offload DeepSpeed 0.19 keeps a half format's sums, NaN and all: no later step would be finite.
+                vars(self.optimizer).get("averaged_gradients", {}).clear()
             return float(self.deepspeed.get_global_grad_norm()), bool(self.optimizer.overflow)
         parameters = [p for p, _ in self.specs if p.grad is not None]
         owned = torch.nn.utils.get_total_norm([p.grad for p, spec in self.specs if p.grad is not None and spec.owned])
         norm = all_reduce(owned.square(), self.mesh.replica).sqrt() / scale
-        if not torch.isfinite(norm):
+        if not float(norm) <= min(norm_limit, sys.float_info.max):  # NaN is in no order
             self.deepspeed.zero_grad()
-            return float("inf"), True
+            return float(norm) if torch.isfinite(norm) else math.inf, True
         clip = self.recipe.train.clip_norm
         # 1e-6 as in torch's and DeepSpeed's own clipping, so that all stages take the same step.
         shrink = min(1.0, clip / (float(norm) + 1e-6)) / scale if clip else 1.0 / scale

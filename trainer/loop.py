@@ -8,6 +8,7 @@ import time
 from trainer.checkpoint.door import Resume
 from trainer.closing import export, finish
 from trainer.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE
+from trainer.guard import Guard
 from trainer.launch import among_ranks
 from trainer.lifecycle import StopRequest
 from trainer.meter import Meter
@@ -22,22 +23,23 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
     with open_session(resolved, run_dir, resume) as run, among_ranks(lambda: f"{run.engine.watch.phase} of step {step + 1}"):
         started = time.monotonic()
         keys, steps = run.recipe.train, run.recipe.train.steps
-        meter = Meter(run)
+        meter, guard = Meter(run), Guard(run)
         evaluation: dict[str, float] = {}
         for step in range(run.checkpoints.start_step, steps):
             if signal := stop.agreed(run.ranks):
-                return interrupt(run, signal, meter, steps_done=step)
+                return interrupt(run, signal, meter, guard, steps_done=step)
             with run.engine.watch("data"):
                 micro_batches = run.micro_batches(step)
             lr = lr_at(step, schedule=run.recipe.schedule, peak=run.recipe.optimizer.lr, total_steps=steps)
-            result = run.engine.step(micro_batches, step=step, lr=lr)
+            result = run.engine.step(micro_batches, step=step, lr=lr, norm_limit=guard.norm_limit)
             meter.record(step + 1, lr, result, micro_batches)
+            guard.judge(step, lr, result, micro_batches)
             if step + 1 == steps or (keys.eval_every and (step + 1) % keys.eval_every == 0):
                 with run.engine.watch("evaluation"):
                     evaluation = evaluate(run, steps_done=step + 1)
                 meter.restart()
             if run.checkpoints.due(step + 1):
-                save(run, meter, steps_done=step + 1)
+                save(run, meter, guard, steps_done=step + 1)
         with run.engine.watch("saving"):
             run.say(run.checkpoints.wait())
         with run.engine.watch("export"):
@@ -47,16 +49,16 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
     return EXIT_OK
 
 
-def save(run: Session, meter: Meter, *, steps_done: int) -> None:
+def save(run: Session, meter: Meter, guard: Guard, *, steps_done: int) -> None:
     with run.engine.watch("saving"):
-        run.say(run.checkpoints.save(steps_done, run.engine, {"meter": meter.state()}))
+        run.say(run.checkpoints.save(steps_done, run.engine, {"meter": meter.state(), "guard": guard.state()}))
     meter.restart()
 
 
-def interrupt(run: Session, signal: str, meter: Meter, *, steps_done: int) -> int:
+def interrupt(run: Session, signal: str, meter: Meter, guard: Guard, *, steps_done: int) -> int:
     """Save what is not saved yet, and end; the exit code tells whether the run can go on when it is started again."""
     if run.recipe.checkpoint.every and run.checkpoints.saved_step != steps_done:
-        save(run, meter, steps_done=steps_done)
+        save(run, meter, guard, steps_done=steps_done)
     run.say(run.checkpoints.wait())
     saved = run.checkpoints.saved_step
     goes_on = saved is not None or steps_done == 0

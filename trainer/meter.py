@@ -44,12 +44,7 @@ class Meter:
         self._steps += 1
         # Of this rank's micro-batches; the ranks that hold one copy of the model together share the work.
         self._flops += training_flops(run.network, (n for batch in micro_batches for row in batch.documents for n in row))
-        if result.skipped:
-            self._skipped += 1
-            run.tracker.note(
-                f"step {steps_done} skipped: the gradient is not finite "
-                f"(loss {result.loss:.4g}, loss scale {result.loss_scale:g})"
-            )
+        self._skipped += result.skipped
         if steps_done % run.recipe.train.log_every and steps_done != run.recipe.train.steps:
             return
         spent = run.engine.watch.lap()

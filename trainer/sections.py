@@ -368,6 +368,30 @@ class Guard(Section):
     timeout_s: PositiveInt = Field(
         1800, description="Longest wait for another rank before this one gives up with exit code 124 [s]."
     )
+    max_skipped: Count = Field(
+        25,
+        description="Skipped steps in a row that end the run with exit code 93; 0 = never. With a dynamic loss scale only "
+        "those at its minimum count [steps].",
+    )
+    on_spike: Literal["off", "warn", "skip"] = Field(
+        "off",
+        description="What happens when loss or gradient norm is far above its last values: off, warn (a line), or skip "
+        "(a line, and a gradient with such a norm is not applied; ZeRO-0 only).",
+    )
+    spike_window: int = Field(
+        100, ge=8, le=100_000, description="Last values that a new one is compared with; none is judged before [steps]."
+    )
+    spike_threshold: float = Field(
+        10.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="How far above their median a spike is [robust standard deviations: 1.4826 × median absolute deviation].",
+    )
+    check_every: Count = Field(
+        100,
+        description="Steps between comparisons of weights that several ranks hold alike; a difference ends the run with exit "
+        "code 65; 0 = never [steps].",
+    )
 
 
 class Wandb(Section):

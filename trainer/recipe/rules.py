@@ -15,6 +15,8 @@ OPTIMIZER_KEYS = {"betas": ("adamw", "adam", "lion"), "eps": ("adamw", "adam"), 
 SINGLE_DEGREE = ("parallel.context",)
 # What only tensor parallelism reads.
 TENSOR_KEYS = ("parallel.sequence_parallel", "parallel.overlap")
+# What only the search for spikes reads.
+SPIKE_KEYS = ("guard.spike_window", "guard.spike_threshold")
 
 
 def section_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
@@ -26,6 +28,7 @@ def section_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding
     yield from _precision_findings(recipe, given)
     yield from _optimizer_findings(recipe, given)
     yield from _evaluation_findings(recipe, given)
+    yield from _guard_findings(recipe, given)
 
 
 def _parallel_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
@@ -75,4 +78,17 @@ def _evaluation_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Fin
         yield Finding(
             ("data.eval_fraction", "data.eval_sources"),
             "data.eval_fraction holds out documents of data.sources, but data.eval_sources is given: remove one of them",
+        )
+
+
+def _guard_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
+    if recipe.guard.on_spike == "off":
+        for key in SPIKE_KEYS:
+            if key in given:
+                yield Finding((key, "guard.on_spike"), f'{key} is used only with guard.on_spike "warn" or "skip": remove it')
+    if recipe.guard.on_spike == "skip" and recipe.zero.stage:
+        yield Finding(
+            ("guard.on_spike", "zero.stage"),
+            f'guard.on_spike "skip" works at zero.stage 0, not {recipe.zero.stage}, where DeepSpeed learns the norm only while '
+            'it applies the gradient: legal: "off", "warn"',
         )

@@ -1,0 +1,161 @@
+"""The guard in real runs: poisoned steps are skipped and explained, wrong replicas found, decisions kept over a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tools.campaign import nan_injection
+from tools.campaign.cases import WAYS, Way, arguments, digests, numbers, remembered, write_recipe
+from tools.campaign.ranks import run_ranks, train
+from trainer.errors import EXIT_DATA, EXIT_NO_PROGRESS
+from trainer.track import read_metrics
+
+BY_NAME = {way.name: way for way in WAYS} | {
+    "dp4": Way("dp4", 4),
+    "dp2xtp2": Way("dp2xtp2", 4, ("parallel.tensor=2",)),
+    "zbv": Way("zbv", 2, ("parallel.pipeline=2", "parallel.schedule=zbv", "parallel.virtual_stages=2")),
+    "cpu-zero2": Way("cpu-zero2", 2, ("zero.stage=2", "zero.offload_optimizer.device=cpu")),
+    "full": Way("full", 2, ("parallel.tensor=2", "train.recompute=full")),
+}
+EVERY_DAY = {("tp2xpp2", "fp32"), ("dp2-zero3", "bf16"), ("dp2-zero1", "fp16")}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if (name, dtype) in EVERY_DAY else [pytest.mark.grid])
+        for name in BY_NAME
+        if name != "dp4"
+        for dtype in ("fp32", "bf16", "fp16")
+    ],
+)
+def test_a_poisoned_step_is_skipped_everywhere_and_its_culprit_named(name: str, dtype: str, tmp_path: Path) -> None:
+    """Loss, one gradient element or one output, on one rank; weights and moments keep every bit, also through the replay."""
+    count, failures = nan_injection.run(BY_NAME[name], dtype, steps=12, count=9, seed=7, folder=tmp_path)
+    assert count == 9
+    assert failures == {}
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("name", ["one", "dp2-zero3"])
+def test_the_culprit_is_named_in_any_model_of_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nan_injection, "KINDS", ("gradient",))
+    config = {"model_type": "gpt_neox", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"intermediate_size": 48, "max_position_embeddings": 64}
+    model = {"family": "auto", "config": {**config, **sizes}}
+    count, failures = nan_injection.run(BY_NAME[name], "fp32", steps=8, count=6, seed=3, folder=tmp_path, model=model)
+    assert (count, failures) == (6, {})
+
+
+def change_weight(name: str, rank: int, step: int, value: float | None, command: Sequence[str]) -> int:
+    """`train`, in which element 5 of what one rank holds of a weight changes after a step: to `value`, or by its last bit."""
+    import trainer.guard
+
+    judge = trainer.guard.Guard.judge
+
+    def judged(guard: Any, now: int, *rest: Any) -> None:
+        engine = guard._run.engine
+        if now == step and engine.mesh.rank == rank:
+            parameter = next(p for p, spec in engine.specs if spec.pieces[0].name == name)
+            held = getattr(parameter, "ds_tensor", parameter).detach().view(-1)
+            if value is None:
+                held.view({2: torch.int16, 4: torch.int32}[held.element_size()])[5] ^= 1
+            else:
+                held[5] = value
+        judge(guard, now, *rest)
+
+    trainer.guard.Guard.judge = judged  # type: ignore[method-assign]
+    return train(command)
+
+
+FLIPS = [
+    # (layout, format, weight, rank, what must be said)
+    ("dp4", "fp32", "transformer.h.2.mlp.c_fc.weight", 2, "rank 2 differs from 0, 1, 3"),
+    ("dp2-zero2", "bf16", "transformer.h.0.ln_1.weight", 1, "ranks 0, 1 differ"),
+    ("pp2", "fp32", "transformer.wte.weight", 1, "ranks 0, 1 differ"),  # the ends' copies of the tied weight
+    ("tp2", "fp32", "transformer.h.3.ln_2.bias", 0, "ranks 0, 1 differ"),  # copies over tensor ranks
+    ("dp2-zero1", "fp16", "transformer.h.3.attn.c_proj.weight", 0, "ranks 0, 1 differ"),
+    ("tp2xpp2", "fp32", "transformer.h.1.ln_2.bias", 1, "ranks 0, 1 differ"),
+    ("dp2xtp2", "fp32", "transformer.h.1.mlp.c_fc.weight", 3, "ranks 1, 3 differ"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "weight", "rank", "said"),
+    [pytest.param(*flip, marks=[pytest.mark.grid] if place > 2 else []) for place, flip in enumerate(FLIPS)],
+)
+def test_one_flipped_bit_on_one_replica_ends_the_run_and_is_named(
+    name: str, dtype: str, weight: str, rank: int, said: str, tmp_path: Path
+) -> None:
+    way = BY_NAME[name]
+    recipe = write_recipe(tmp_path, steps=8, every=0, keep=1, precision={"dtype": dtype}, guard={"check_every": 2})
+    body = partial(change_weight, weight, rank, 5, None)
+    ended = run_ranks(body, arguments(recipe, tmp_path / "run", way), world_size=way.processes, log=tmp_path / "log")
+    assert ended.codes == (EXIT_DATA,) * way.processes, ended.said
+    line = f"after step 6: weight {weight} is not the same: {said}; last compared equal after step 4"
+    assert line in ended.said
+    assert ended.said.count("triaxis: error:") == 1
+
+
+@pytest.mark.parametrize("name", ["one", "dp2-zero3", pytest.param("dp2-zero0", marks=pytest.mark.grid)])
+def test_a_weight_that_is_nan_ends_the_run_with_code_93(name: str, tmp_path: Path) -> None:
+    way, weight = BY_NAME[name], "transformer.h.2.mlp.c_fc.weight"
+    recipe = write_recipe(tmp_path, steps=9, every=0, keep=1, guard={"max_skipped": 3, "check_every": 0})
+    body = partial(change_weight, weight, way.processes - 1, 1, math.nan)
+    ended = run_ranks(body, arguments(recipe, tmp_path / "run", way), world_size=way.processes, log=tmp_path / "log")
+    assert ended.codes == (EXIT_NO_PROGRESS,) * way.processes, ended.said
+    assert "3 steps in a row were skipped" in ended.said
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 5
+    records = sorted((tmp_path / "run" / "guard").iterdir())
+    assert [path.name for path in records] == ["step-00000003.json", "step-00000004.json", "step-00000005.json"]
+    record = json.loads(records[0].read_text())
+    assert (record["what"], record["ranks"]) == (f"weight {weight}", [way.processes - 1])
+    assert record["sequences_of_ranks"][0][0] == 16
+
+
+def spikes_at(steps: Sequence[int], forget: bool, command: Sequence[str]) -> int:
+    """`train`, with gradients 100 times too large at some steps; `forget`: a mistake, the history is not taken back."""
+    from trainer.checkpoint.checkpoints import Checkpoints
+    from trainer.engine import Engine
+
+    gradients = Engine._gradients
+
+    def spiking(engine: Engine, micro_batches: Any, step: int, scale: float) -> Any:
+        return gradients(engine, micro_batches, step, scale * (100.0 if step in steps else 1.0))
+
+    Engine._gradients = spiking  # type: ignore[method-assign]
+    if forget:
+        Checkpoints.memory = {}  # type: ignore[method-assign,assignment]
+    return train(command)
+
+
+@pytest.mark.parametrize("name", ["one", pytest.param("tp2xpp2", marks=pytest.mark.grid)])
+def test_the_first_steps_after_a_resume_are_judged_as_in_the_undisturbed_run(name: str, tmp_path: Path) -> None:
+    way, steps, at = BY_NAME[name], 16, (12, 13)
+    guard = {"on_spike": "skip", "spike_window": 8, "max_skipped": 9}
+    recipe = write_recipe(tmp_path, steps=steps, every=4, keep=9, guard=guard)
+    run = tmp_path / "run"
+
+    def start(forget: bool = False, **resume: str) -> str:
+        command = arguments(recipe, run, way, **resume)
+        ended = run_ranks(partial(spikes_at, at, forget), command, world_size=way.processes, log=tmp_path / "log")
+        assert not any(ended.codes), ended.said
+        return ended.said
+
+    said = start()
+    last, twelfth = run / "checkpoints" / f"step-{steps:08d}", run / "checkpoints" / "step-00000012"
+    assert "step 13 skipped: the gradient norm" in said
+    assert [record["skipped"] for record in read_metrics(run / "metrics.jsonl")][-5:] == [0, 1, 2, 2, 2]
+    whole = numbers(run), digests(last), remembered(last)
+    start(resume=str(twelfth))
+    assert (numbers(run), digests(last), remembered(last)) == whole
+    start(forget=True, resume=str(twelfth))
+    assert numbers(run) != whole[0], "a forgotten history must be seen"
