@@ -5,10 +5,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/environment.sh
 
-# The report is looked at in a real browser; where none can be installed those tests skip and say so.
-if ! command -v chromium >/dev/null && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
-    (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium) \
-        >/dev/null 2>&1 || echo "chromium could not be installed: the browser tests will skip"
+# The report is looked at in a real browser, and jobs run in a real SLURM; where these cannot be installed their tests skip and
+# say so. RUNLEVEL=1 keeps Debian from starting SLURM's daemons of its own.
+install() {
+    (apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "$@") \
+        >/dev/null 2>&1
+}
+if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+    command -v chromium >/dev/null || install chromium ||
+        echo "chromium could not be installed: the browser tests will skip"
+    command -v slurmctld >/dev/null || install slurmctld slurmd slurm-client munge ||
+        echo "slurm could not be installed: the SLURM tests will skip"
 fi
 environment "[dev]"
 export DS_ACCELERATOR=${DS_ACCELERATOR:-$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')}

@@ -159,6 +159,20 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     generate.add_argument("--top-k", type=_whole(1), default=50, metavar="K", help="sample among the K likeliest")
     generate.add_argument("--seed", type=_whole(0), default=0, metavar="S")
 
+    submit = command("submit", _submit, "Write the sbatch script of a recipe for N nodes, check it, and hand it in to SLURM.")
+    _add_recipe(submit)
+    submit.add_argument("--nodes", type=_whole(1), required=True, metavar="N")
+    submit.add_argument("--ranks-per-node", type=_whole(1), required=True, metavar="R", help="one for each GPU")
+    submit.add_argument("--template", metavar="NAME", help="of slurm/; default: single-node, or multi-node with several nodes")
+    submit.add_argument("--site", type=Path, metavar="FILE", help="partition, account, modules, … as JSON; see slurm/README.md")
+    submit.add_argument("--time", default="00:30:00", metavar="HH:MM:SS", help="of one job, which is queued again until done")
+    submit.add_argument("--grace", type=_whole(1), default=120, metavar="S", help="to save in, before the time is over")
+    submit.add_argument(
+        "--sweep", type=Path, metavar="FILE", help="for --template array: a JSON list of KEY=VALUE on each line"
+    )
+    submit.add_argument("--run-dir", metavar="DIR", help="the run folder; default: run.dir/run.name")
+    submit.add_argument("--dry-run", action="store_true", help="write and print the script; submit nothing")
+
     data = commands.add_parser("data", help="Prepare or inspect tokenized data.", allow_abbrev=False)
     actions = data.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
     _add_recipe(command("prepare", _data_prepare, "Tokenize a recipe's sources now, before a queue.", into=actions))
@@ -212,6 +226,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from trainer.checkpoint.door import Resume, finished
     from trainer.lifecycle import StopRequest
     from trainer.recipe import load
+    from trainer.slurm_environment import speaks_first
 
     stop = StopRequest()
     stop.listen()
@@ -220,11 +235,11 @@ def _train(arguments: argparse.Namespace) -> int:
         resolved = load(arguments.recipe, arguments.set)
         done = finished(resolved, arguments.run_dir, resume)
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
+        if not speaks_first(os.environ):
             return error.exit_code  # rank 0 reads the same files and says what is wrong with them
         raise
     if done:
-        if os.environ.get("RANK", "0") == "0":
+        if speaks_first(os.environ):
             _say(_console(), done)
         return EXIT_OK
     from trainer.loop import train
@@ -465,6 +480,49 @@ def _continued(arguments: argparse.Namespace, scratch: Path) -> str:
         top_k=arguments.top_k,
         seed=arguments.seed,
     )
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from trainer.recipe import load
+    from trainer.run_folder import RunFolder
+    from trainer.submit import Order, hand_in, read_site, read_sweep, render, write_script
+
+    site, sweep = read_site(arguments.site), read_sweep(arguments.sweep) if arguments.sweep else ()
+    for settings in sweep or [()]:
+        resolved = load(arguments.recipe, [*arguments.set, *settings])
+        _check_division(resolved, arguments.nodes * arguments.ranks_per_node, "--nodes × --ranks-per-node")
+    recipe = load(arguments.recipe, arguments.set).recipe
+    order = Order(
+        recipe=arguments.recipe.absolute(),
+        run_dir=RunFolder.of(recipe, arguments.run_dir).path.absolute(),
+        name=recipe.run.name,
+        nodes=arguments.nodes,
+        ranks_per_node=arguments.ranks_per_node,
+        template=arguments.template or ("single-node" if arguments.nodes == 1 else "multi-node"),
+        time=arguments.time,
+        grace_s=arguments.grace,
+        settings=tuple(arguments.set),
+        sweep=sweep,
+    )
+    text = render(order, site)
+    script = write_script(order, text)
+    if arguments.dry_run:
+        sys.stdout.write(text)
+    else:
+        _say(_console(), f"job {hand_in(script, site)}: {script}")
+    return EXIT_OK
+
+
+def _check_division(resolved: ResolvedRecipe, world_size: int, how: str) -> None:
+    """RecipeError when that many ranks cannot train the recipe."""
+    from trainer.batching import BatchPlan
+    from trainer.deepspeed_config import deepspeed_config
+    from trainer.model.config import largest_weight
+    from trainer.recipe.pipeline import check_micro_batches
+
+    plan, network = BatchPlan.from_recipe(resolved.recipe, world_size, how), _network(resolved)
+    check_micro_batches(resolved.recipe, plan)
+    deepspeed_config(resolved.recipe, plan, largest_weight=largest_weight(network) if network is not None else None)
 
 
 def _data_prepare(arguments: argparse.Namespace) -> int:

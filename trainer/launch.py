@@ -1,7 +1,7 @@
 """From the environment of a launcher to this process's place: rank, device, backend, threads.
 
-The `deepspeed` launcher and `torchrun` set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without any of
-them the run is one process.
+The `deepspeed` launcher and `torchrun` set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; `srun` and `mpirun` have
+variables of their own (`slurm_environment.py`). Without any of them the run is one process.
 """
 
 from __future__ import annotations
@@ -21,34 +21,31 @@ import torch
 import torch.distributed as dist
 
 from trainer.errors import EXIT_HANG, EXIT_REQUEUE, RecipeError, UserError
+from trainer.slurm_environment import Seat, check_launcher_in_step, in_a_step, seat_of_srun_or_mpirun
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
-class Place:
-    """This process among the others. `how` says where that is known from, for messages."""
+class Place(Seat):
+    """A seat with a device."""
 
-    rank: int
-    local_rank: int
-    world_size: int
-    local_world_size: int
-    master_addr: str
-    master_port: int
-    how: str
+    own_gpu: bool = False  # srun shows each task one GPU, and not all of the node's
 
     @property
-    def is_first(self) -> bool:
-        """Whether this process speaks and writes for the run."""
-        return self.rank == 0
+    def gpu(self) -> int:
+        """Its number among those that this process sees."""
+        return 0 if self.own_gpu else self.local_rank
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda", self.gpu) if torch.cuda.is_available() else torch.device("cpu")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Place:
         """RecipeError when only some of the launcher's variables are set, or one is not what it must be."""
+        if not environment.get("RANK") and (seat := seat_of_srun_or_mpirun(environment)):
+            return cls(**vars(seat), own_gpu=_fits_the_gpus(seat, environment))
         given = [name for name in LAUNCHER_VARIABLES if environment.get(name)]
         if not given:
             return cls(0, 0, 1, 1, "127.0.0.1", free_port(), "no launcher: one process")
@@ -72,8 +69,28 @@ class Place:
                 f"LOCAL_RANK={local_rank} and {local_name}={local_world_size} do not fit WORLD_SIZE={world_size}: "
                 "the launcher's variables contradict each other"
             )
+        check_launcher_in_step(environment, world_size, f"WORLD_SIZE={world_size} of the launcher")
         how = f"RANK={rank} and WORLD_SIZE={world_size} of the launcher"
         return cls(rank, local_rank, world_size, local_world_size, environment["MASTER_ADDR"], port, how)
+
+
+# What of srun's flags gives each task a GPU of its own, by the variable that tells of it.
+GPU_BINDING = ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_TRES_PER_TASK")
+
+
+def _fits_the_gpus(seat: Seat, environment: Mapping[str, str]) -> bool:
+    """Whether this process sees one GPU, its own. RecipeError when a node has more ranks than GPUs."""
+    if not torch.cuda.is_available():
+        return False
+    visible = torch.cuda.device_count()
+    if visible == 1 and seat.local_world_size > 1 and any(environment.get(name) for name in GPU_BINDING):
+        return True
+    if seat.local_world_size > visible:
+        change = "#SBATCH --ntasks-per-node or --gpus-per-node" if in_a_step(environment) else "mpirun's processes per node"
+        raise RecipeError(
+            f"{seat.local_world_size} ranks on this node, but {visible} GPUs are visible: change {change}, one rank to a GPU"
+        )
+    return False
 
 
 def _integer(environment: Mapping[str, str], name: str) -> int:
@@ -94,10 +111,11 @@ def join(place: Place, timeout: timedelta) -> None:
     `timeout` at most."""
     for name, value in zip(
         LAUNCHER_VARIABLES,
-        (place.rank, place.local_rank, place.world_size, place.master_addr, place.master_port),
+        (place.rank, place.gpu, place.world_size, place.master_addr, place.master_port),
         strict=True,
     ):
-        os.environ[name] = str(value)  # DeepSpeed reads them too
+        os.environ[name] = str(value)  # DeepSpeed reads them too, LOCAL_RANK as the number of the GPU
+    _check_host(place)
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
     if "OMP_NUM_THREADS" not in os.environ:
@@ -109,6 +127,17 @@ def join(place: Place, timeout: timedelta) -> None:
         world_size=place.world_size,
         timeout=timeout,
     )
+
+
+def _check_host(place: Place) -> None:
+    """RecipeError when the first rank's host has no address here: the store would try for `timeout`, without its name."""
+    try:
+        socket.getaddrinfo(place.master_addr, place.master_port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:  # the latter for a name that no host can have
+        raise RecipeError(
+            f"MASTER_ADDR={place.master_addr} ({place.how}): this machine finds no such host ({error}): set MASTER_ADDR to a "
+            "name or address of the first node that every node resolves"
+        ) from None
 
 
 def leave() -> None:

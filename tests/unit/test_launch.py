@@ -1,4 +1,5 @@
 import socket
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -7,7 +8,7 @@ from parallel.mesh import Mesh
 from parallel.topology import Layout
 from tests.spawn import spawn
 from trainer.errors import DataError, RecipeError, UserError
-from trainer.launch import PeerFailed, Place, free_port, together
+from trainer.launch import PeerFailed, Place, free_port, join, together
 
 TORCHRUN = {
     "RANK": "3",
@@ -128,3 +129,48 @@ def test_all_ranks_end_with_the_code_of_the_first_failure() -> None:
     """The launcher reports one of the ranks, no matter which."""
     assert spawn(fail_with, Layout(dp=2), [RecipeError, DataError]) == [78, 78]
     assert spawn(fail_with, Layout(dp=2), [DataError, RecipeError]) == [65, 65]
+
+
+SRUN = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+    "SLURM_STEP_NODELIST": "n1",
+}
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+
+
+def test_more_tasks_than_gpus_name_the_line_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 1)
+    with pytest.raises(RecipeError, match="2 ranks on this node, but 1 GPUs are visible: change #SBATCH --ntasks-per-node"):
+        Place.from_environment(SRUN)
+    with_gpus(monkeypatch, 2)
+    assert Place.from_environment(SRUN).device.index == 1
+    with_gpus(monkeypatch, 0)
+    assert Place.from_environment(SRUN).device.type == "cpu"
+
+
+def test_a_task_that_sees_only_its_own_gpu_uses_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 1)
+    place = Place.from_environment({**SRUN, "SLURM_GPUS_PER_TASK": "1"})
+    assert (place.local_rank, place.device.index) == (1, 0)
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 70])
+def test_a_host_that_nobody_knows_is_one_line(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "")  # what `join` sets goes with the test
+    place = Place.from_environment({**TORCHRUN, "MASTER_ADDR": host})
+    with pytest.raises(RecipeError) as caught:
+        join(place, timedelta(seconds=5))
+    assert len(caught.value.lines) == 1
+    assert f"MASTER_ADDR={host}" in caught.value.lines[0]
+    assert "finds no such host" in caught.value.lines[0]
