@@ -34,7 +34,7 @@ def sample(cases: Iterable[Any], every_day: Collection[Any]) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    sample(product(BY_NAME, ("fp32", "bf16")), {("one", "fp32"), ("dp2-zero3", "bf16"), ("tp2xpp2", "fp32")}),
+    sample(product(BY_NAME, ("fp32", "bf16")), {("dp2-zero3", "bf16"), ("tp2xpp2", "fp32")}),
 )
 def test_a_resumed_run_is_the_undisturbed_one(name: str, dtype: str, tmp_path: Path) -> None:
     exact, total = exactness.run(BY_NAME[name], dtype, STEPS, 3, tmp_path)
@@ -57,7 +57,7 @@ OTHERS: dict[str, tuple[Way, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", sample(zip(OTHERS, strict=True), {("cpu-zero2",), ("fp16",), ("adafactor",), ("async",)}))
+@pytest.mark.parametrize("name", sample(zip(OTHERS, strict=True), {("cpu-zero2",), ("fp16",)}))
 def test_every_kind_of_state_is_resumed(name: str, tmp_path: Path) -> None:
     way, dtype, more = OTHERS[name]
     exact, total = exactness.run(way, dtype, STEPS, 4, tmp_path, **more)
@@ -234,7 +234,7 @@ MISTAKES: list[tuple[Callable[[], None], str, str, dict[str, Any]]] = [
 ]
 
 
-EVERY_DAY = {"moments_forgotten", "weights_not_rounded_again", "share_of_the_first_rank", "loss_scale_forgotten"}
+EVERY_DAY = {"moments_forgotten", "weights_not_rounded_again"}
 
 
 def train_with(mistake: str, command: Sequence[str]) -> int:

@@ -232,6 +232,7 @@ def assert_same_training(got: Outcome, expected: Outcome, *, relative: float, we
         np.testing.assert_allclose(got.weights[name], weight, rtol=0, atol=weights, err_msg=name)
 
 
+NAN_EVERY_DAY = {(0, "fp16"), (1, "bf16"), (2, "fp32"), (3, "bf16")}
 LAYOUTS = [(dp, accumulation) for dp in (1, 2, 4) for accumulation in (1, 4) if dp * accumulation <= G]
 
 
@@ -243,7 +244,10 @@ def reference(request: pytest.FixtureRequest) -> tuple[float, Outcome]:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize(("dp", "accumulation"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("dp", "accumulation"),
+    [pytest.param(*layout, marks=[] if layout in {(1, 4), (2, 4)} else [pytest.mark.grid]) for layout in LAYOUTS],
+)
 def test_sgd_equals_one_process(dp: int, accumulation: int, stage: int, reference: tuple[float, Outcome]) -> None:
     clip_norm, expected = reference
     got = outcome(Case(dp=dp, accumulation=accumulation, stage=stage, clip_norm=clip_norm))
@@ -340,8 +344,14 @@ def accumulate_many(mesh: Mesh, stage: int) -> tuple[float, float]:
     return norms[0], norms[1]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        pytest.param(stage, dtype, marks=[] if (stage, dtype) in NAN_EVERY_DAY else [pytest.mark.grid])
+        for stage in (0, 1, 2, 3)
+        for dtype in ("fp32", "bf16", "fp16")
+    ],
+)
 def test_a_nan_on_one_rank_skips_the_step_everywhere(stage: int, dtype: str) -> None:
     case = Case(dp=2, stage=stage, dtype=dtype, optimizer=ADAMW, steps=3, poison_step=2)
     poisoned, untouched = outcome(case), outcome(Case(dp=2, stage=stage, dtype=dtype, optimizer=ADAMW, steps=2))

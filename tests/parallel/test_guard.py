@@ -25,7 +25,7 @@ BY_NAME = {way.name: way for way in WAYS} | {
     "cpu-zero2": Way("cpu-zero2", 2, ("zero.stage=2", "zero.offload_optimizer.device=cpu")),
     "full": Way("full", 2, ("parallel.tensor=2", "train.recompute=full")),
 }
-EVERY_DAY = {("tp2xpp2", "fp32"), ("dp2-zero3", "bf16"), ("dp2-zero1", "fp16")}
+EVERY_DAY = {("tp2xpp2", "fp32"), ("dp2-zero3", "bf16")}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ FLIPS = [
 
 @pytest.mark.parametrize(
     ("name", "dtype", "weight", "rank", "said"),
-    [pytest.param(*flip, marks=[pytest.mark.grid] if place > 2 else []) for place, flip in enumerate(FLIPS)],
+    [pytest.param(*flip, marks=[pytest.mark.grid] if place > 0 else []) for place, flip in enumerate(FLIPS)],
 )
 def test_one_flipped_bit_on_one_replica_ends_the_run_and_is_named(
     name: str, dtype: str, weight: str, rank: int, said: str, tmp_path: Path
@@ -105,7 +105,7 @@ def test_one_flipped_bit_on_one_replica_ends_the_run_and_is_named(
     assert ended.said.count("triaxis: error:") == 1
 
 
-@pytest.mark.parametrize("name", ["one", "dp2-zero3", pytest.param("dp2-zero0", marks=pytest.mark.grid)])
+@pytest.mark.parametrize("name", ["dp2-zero3", *(pytest.param(name, marks=pytest.mark.grid) for name in ("one", "dp2-zero0"))])
 def test_a_weight_that_is_nan_ends_the_run_with_code_93(name: str, tmp_path: Path) -> None:
     way, weight = BY_NAME[name], "transformer.h.2.mlp.c_fc.weight"
     recipe = write_recipe(tmp_path, steps=9, every=0, keep=1, guard={"max_skipped": 3, "check_every": 0})

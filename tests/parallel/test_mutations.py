@@ -113,7 +113,7 @@ def honest() -> Outcome:
     return outcome(Case(clip_norm=0.3, steps=2))
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.grid)])
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_the_parity_check_catches(mutate: Callable[[], None], stage: int, honest: Outcome) -> None:
     case = Case(dp=2, accumulation=2, stage=stage, clip_norm=0.3, steps=2)

@@ -42,6 +42,7 @@ def trains(lab: Lab, run_dir: Path) -> None:
     lab.until(lambda: steps_logged(run_dir) >= 5, 120, f"{run_dir} trains")
 
 
+@pytest.mark.grid
 @pytest.mark.timeout(600)
 def test_torchrun_on_each_node_is_the_run_of_srun(lab: Lab, recipe: Path, undisturbed: Path) -> None:
     run_dir = recipe.parent / "torchrun"
@@ -73,6 +74,7 @@ def never_trains(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
+@pytest.mark.grid
 @pytest.mark.timeout(600)
 def test_three_restarts_without_progress_end_it(lab: Lab, recipe: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
