@@ -10,11 +10,13 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import stat
 import struct
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -343,19 +345,40 @@ def test_a_link_for_a_folder_is_refused(newest: Path, tmp_path: Path) -> None:
     assert f"{newest / HUGGING_FACE}" in reason_why(newest)
 
 
-def test_a_device_for_a_manifest_is_not_read(newest: Path) -> None:
-    """/dev/zero never ends: reading it whole would take all memory. The limit on memory is for a reader that tries."""
-    import resource
-
-    (newest / MANIFEST).unlink()
-    (newest / MANIFEST).symlink_to("/dev/zero")
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """A GiB more than there is in use, so that a reader that wants all of it fails here, and not the machine."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), before[1]))
     try:
-        assert reason_why(newest).startswith(f"{newest / MANIFEST}: ")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_a_device_for_a_manifest_is_not_read(newest: Path) -> None:
+    """/dev/zero never ends."""
+    (newest / MANIFEST).unlink()
+    (newest / MANIFEST).symlink_to("/dev/zero")
+    with little_memory():
+        assert reason_why(newest).startswith(f"{newest / MANIFEST}: ")
+
+
+def test_an_enormous_manifest_is_not_read(newest: Path) -> None:
+    """A hole of a tebibyte takes no room on the disk."""
+    os.truncate(newest / MANIFEST, 1 << 40)
+    with little_memory():
+        assert reason_why(newest).startswith(f"{newest / MANIFEST}: ")
+
+
+def test_a_dangling_link_under_the_name_for_what_is_set_aside_is_passed_over(newest: Path, tmp_path: Path) -> None:
+    newest.with_name(f"{newest.name}.damaged").symlink_to(tmp_path / "nowhere")
+    (newest / "extra").write_bytes(b"")
+    found, _ = newest_whole(CheckpointFolder(newest.parent), ALONE)
+    assert found is not None
+    assert found.path.name == "step-00000010"
+    assert (newest.with_name(f"{newest.name}.damaged-2") / REASON).is_file()
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])

@@ -71,7 +71,7 @@ class CheckpointFolder:
     def set_aside(self, checkpoint: Path, word: str, reason: str) -> Path:
         """Take a checkpoint out of the choice, for good: `step-00000090.WORD`, with the reason inside."""
         names = (f"{checkpoint.name}.{word}{f'-{n}' if n > 1 else ''}" for n in range(1, 10_000))
-        aside = next(self.path / name for name in names if not (self.path / name).exists())
+        aside = next(self.path / name for name in names if not os.path.lexists(self.path / name))
         os.rename(checkpoint, aside)
         remove(aside / REASON)  # it may be a link, planted to be written through
         with private_file(aside / REASON, must_be_new=True) as file:

@@ -12,6 +12,7 @@ from rich.text import Text
 from trainer.checkpoint.check import check_files, read_sound
 from trainer.checkpoint.folder import REASON, CheckpointFolder
 from trainer.checkpoint.manifest import Manifest
+from trainer.durable import open_regular
 from trainer.errors import DataError, RecipeError
 from trainer.run_folder import RunFolder
 
@@ -82,7 +83,8 @@ def _look_at(path: Path, *, verify: bool) -> Entry:
 
 def _aside(path: Path) -> Entry:
     try:
-        reason = (path / REASON).read_text(encoding="utf-8").strip()
+        with open_regular(path / REASON) as file:
+            reason = file.read(4096).decode(errors="replace").strip()
     except OSError:
         reason = "no reason was left"
     return Entry(path, None, f"set aside: {reason}", aside=True)

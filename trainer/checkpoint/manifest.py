@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from trainer.durable import open_regular
 from trainer.errors import DataError
 
 MANIFEST = "manifest.json"
+LONGEST = 1 << 30  # bytes of a manifest: some ten million fragments; a file with a hole may claim any length
 FORMAT = "triaxis checkpoint 1"
 # Of a file in a checkpoint; no part begins with a point, so none leads out.
 FILE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,127}/){0,3}[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -167,6 +169,8 @@ class Manifest:
         path = folder / MANIFEST
         try:
             with open_regular(path) as file:
+                if (num_bytes := os.fstat(file.fileno()).st_size) > LONGEST:
+                    raise ValueError(f"{num_bytes:,} bytes")
                 return cls.decode(file.read())
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}: not a complete checkpoint") from None

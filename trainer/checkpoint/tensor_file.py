@@ -132,7 +132,8 @@ class TensorFile:
         position = 0
         for name, slot in sorted(self._slots.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = slot["data_offsets"]
-            if begin != position or end - begin != Slot(slot["dtype"], tuple(slot["shape"])).num_bytes or type(end) is not int:
+            size = Slot(slot["dtype"], tuple(slot["shape"])).num_bytes
+            if {type(begin), type(end)} != {int} or begin != position or end - begin != size:
                 raise ValueError(f"{name} is not where and as large as it should be")
             position = end
         if position != num_bytes:
