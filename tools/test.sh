@@ -14,6 +14,8 @@ install() {
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
     command -v chromium >/dev/null || install chromium ||
         echo "chromium could not be installed: the browser tests will skip"
+    command -v strace >/dev/null || install strace ||
+        echo "strace could not be installed: the tests that kill a run at a system call will skip"
     command -v slurmctld >/dev/null || install slurmctld slurmd slurm-client munge ||
         echo "slurm could not be installed: the SLURM tests will skip"
 fi

@@ -71,7 +71,7 @@ def _require_own(folder: RunFolder, checkpoint: Path) -> None:
 
 
 def _require_restartable(folder: RunFolder) -> None:
-    """A run without a checkpoint begins again at step 0 if none was due yet: it was ended before its first."""
+    """A run without a checkpoint begins again at step 0 if it was ended before its first, or while that was written."""
     every = _saved_every(folder)
     last_step = max((int(record["step"] or 0) for record in read_metrics(folder.metrics)), default=0)
     choose = f"choose another run.name (--set run.name=NAME), or --resume never, which moves {folder.path} aside"
@@ -79,7 +79,7 @@ def _require_restartable(folder: RunFolder) -> None:
         return
     if not every:
         raise RecipeError(f"run folder {folder.path} already holds a run, which kept no checkpoints: {choose}")
-    if last_step >= every:
+    if last_step >= 2 * every:  # until its second save is due the first may have been under way
         raise DataError(
             f"{folder.checkpoints}: no checkpoint is there, though the run reached step {last_step} and saves every {every}: "
             f"bring the folder back (is its disk mounted?), or {choose}"

@@ -108,7 +108,7 @@ class Saver:
         if "failure" in draft:
             return Saved(step, draft["failure"])
         folder = Path(draft["folder"])
-        reports = messages.gather(_tried(lambda: self._write_own(folder, stretches, slots, tensors, save_beside)))
+        reports = messages.gather(_tried(lambda: self._write_own(folder, stretches, slots, tensors, save_beside), folder))
         verdict = messages.broadcast(self._commit(manifest, folder, reports) if reports is not None else None)
         if "failure" in verdict:
             return Saved(step, verdict["failure"])
@@ -125,7 +125,7 @@ class Saver:
                 raise OSError(f"{self.folder.path}: the disk is full: {need:,} bytes are needed, {free:,} are free")
             return {"folder": str(draft)}
 
-        return _tried(begin)
+        return _tried(begin, self.folder.path)
 
     def _write_own(
         self,
@@ -155,7 +155,7 @@ class Saver:
             self.folder.commit(draft, manifest.step, complete.encode())
             return {"files": [[file.name, file.num_bytes, file.sha256] for file in complete.files]}
 
-        verdict = _tried(commit)
+        verdict = _tried(commit, draft)
         if "failure" in verdict:
             shutil.rmtree(draft, ignore_errors=True)
         return verdict
@@ -168,7 +168,7 @@ class Saver:
             return ""
         mine = _file_name(self.messages.rank)
         own = [file for file in files if file.name == mine or ("/" in file.name and self.messages.is_first)]
-        verdicts = self.messages.gather(_tried(lambda: check_files(newest, own, from_disk=True)))
+        verdicts = self.messages.gather(_tried(lambda: check_files(newest, own, from_disk=True), newest))
 
         def judge(verdicts: Sequence[dict[str, Any]]) -> dict[str, Any]:
             if bad := [verdict["failure"] for verdict in verdicts if verdict]:
@@ -177,17 +177,17 @@ class Saver:
             self.folder.prune(self.keep)
             return {}
 
-        outcome = self.messages.broadcast(_tried(lambda: judge(verdicts)) if verdicts is not None else None)
+        judged = _tried(lambda: judge(verdicts), self.folder.path) if verdicts is not None else None
+        outcome = self.messages.broadcast(judged)
         return str(outcome.get("failure", ""))
 
 
-def _tried(attempt: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-    """What it returns, or {"failure": why}: the operating system's word and the path that it is about."""
+def _tried(attempt: Callable[[], dict[str, Any] | None], about: Path) -> dict[str, Any]:
+    """What it returns, or {"failure": why}. A write that fails does not say of which file; then `about` is named."""
     try:
         return attempt() or {}
     except OSError as error:
-        path = f"{error.filename}: " if error.filename else ""
-        return {"failure": f"{path}{error.strerror or error}"}
+        return {"failure": str(error) if error.errno is None else f"{error.filename or about}: {error.strerror}"}
     except (DataError, ValueError) as error:
         return {"failure": str(error)}
 

@@ -1,0 +1,60 @@
+"""Everyday slices of two campaigns: a rank that is killed at a system call of a save, and a disk that fills during one.
+
+All cases: `python -m tools.campaign.kill_in_save` and `python -m tools.campaign.disk_full`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.campaign import disk_full, kill_in_save
+
+ROOT = Path(__file__).parents[2]
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+needs_private_mounts = pytest.mark.skipif(
+    not disk_full.can_mount(), reason="unshare cannot mount a tmpfs in a namespace of its own here"
+)
+
+
+@needs_strace
+@pytest.mark.parametrize("scene", [pytest.param("one:sync", marks=pytest.mark.grid), "one:async"])
+def test_a_run_that_is_killed_in_a_save_goes_on_to_the_same_bits(scene: str, tmp_path: Path) -> None:
+    # Every 31st of 242 system calls: from before the draft to the removal of the older checkpoint.
+    tally = kill_in_save.run(scene, tmp_path, saves=[2], stride=31)
+    assert tally.points >= 6
+    assert tally.killed == tally.resumed == tally.identical == tally.passed == tally.points
+
+
+@needs_strace
+def test_a_run_that_is_killed_in_its_first_save_begins_again(tmp_path: Path) -> None:
+    # Before the draft, in it, before the rename, and after it.
+    tally = kill_in_save.run("one:sync", tmp_path, saves=[1], only=["mkdir:1", "write:5", "rename:2", "fsync:11"])
+    assert tally.passed == tally.killed == tally.points == 4
+
+
+@needs_strace
+@needs_private_mounts
+def test_training_goes_on_when_the_disk_fills_and_says_so_in_one_line() -> None:
+    # The save sees it beforehand; the disk fills in its tensors, in its last file; a system call fails in the middle.
+    cases = ["60%", "all-but-1-pages", "write:9/ENOSPC"]
+    command = ["--scenes", "one:sync", "--kinds", "short", "filling", "errors", "--only", *cases]
+    ended = subprocess.run(
+        [sys.executable, "-m", "tools.campaign.disk_full", *command],
+        cwd=ROOT,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    said = ended.stdout + ended.stderr
+    total: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    assert (total["n"], total["passed"], ended.returncode) == (4, 4, 0), said
