@@ -62,6 +62,7 @@ ERRORS = {
         ("openat", "write", "fsync", "close", "chmod", "rename", "unlinkat", "rmdir", "newfstatat", "getdents64", "read"),
     ),
 }
+NOT_SAVED, NOT_REMOVED = "warning: no checkpoint of step", "warning: checkpoints older than"
 NO_SPACE = ERRORS["ENOSPC"][0]
 SEEN_BEFORE = r"the disk is full: [\d,]+ bytes are needed, [\d,]+ are free"
 
@@ -220,7 +221,7 @@ def judged(scene: Scene, ended: Ended, expected: Expected, reason: str, *, must_
     outcome: dict[str, Any] = {
         "struck": bool(lines),
         "ended": not any(ended.codes),
-        "told": (len(lines) == 1 and HIT not in steps and well_told(scene, lines, reason)) or (not lines and HIT in steps),
+        "told": told_of(HIT in steps, lines) and well_told(scene, lines, reason),
         "kept": not damage and before == HIT - 1 if must_fail else not damage and before >= HIT - 1,
         "there": damage or steps,
         "said": [line.replace(str(scene.checkpoints), "CKPTS") for line in lines],
@@ -259,7 +260,17 @@ def judged_when_full_to_the_end(scene: Scene, ended: Ended, expected: Expected) 
 
 
 def warnings(ended: Ended) -> list[str]:
-    return [line for line in ended.said.splitlines() if line.startswith("warning: no checkpoint of step")]
+    return [line for line in ended.said.splitlines() if line.startswith((NOT_SAVED, NOT_REMOVED))]
+
+
+def told_of(saved: bool, lines: Sequence[str]) -> bool:
+    """Whether what is said fits what is there: a missing checkpoint is told once; of one that is there, at most that an older
+    one stayed."""
+    return (
+        len(lines) <= 1 and all(line.startswith(NOT_REMOVED) for line in lines)
+        if saved
+        else (len(lines) == 1 and lines[0].startswith(NOT_SAVED))
+    )
 
 
 def well_told(scene: Scene, lines: Sequence[str], reason: str) -> bool:

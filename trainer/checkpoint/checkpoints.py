@@ -110,8 +110,10 @@ class Checkpoints:
     def _told(self, saves: list[Saved]) -> list[str]:
         return [
             f"warning: no checkpoint of step {saved.step}: {saved.failure}; training goes on, and tries again at the next one"
-            for saved in saves
             if saved.failure
+            else f"warning: checkpoints older than step {saved.step} stay: {saved.litter}; the next save removes them"
+            for saved in saves
+            if saved.failure or saved.litter
         ]
 
 

@@ -31,10 +31,12 @@ from trainer.zero_state import Stretch, ZeroState
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save went. `failure`: "" or why there is no checkpoint; `blocked_s`: how long the ranks could not train."""
+    """How a save went. `failure`: "" or why there is no checkpoint; `litter`: "" or why older ones are still there;
+    `blocked_s`: how long the ranks could not train."""
 
     step: int
     failure: str = ""
+    litter: str = ""
     num_bytes: int = 0
     blocked_s: float = 0.0
     total_s: float = 0.0
@@ -113,8 +115,8 @@ class Saver:
         if "failure" in verdict:
             return Saved(step, verdict["failure"])
         files = [File(*entry) for entry in verdict["files"]]
-        failure = self._make_room(self.folder.of_step(step), files)
-        return Saved(step, failure, num_bytes=sum(file.num_bytes for file in files))
+        outcome = self._make_room(self.folder.of_step(step), files)
+        return Saved(step, **outcome, num_bytes=sum(file.num_bytes for file in files))
 
     def _begin(self, step: int, need: int) -> dict[str, Any]:
         def begin() -> dict[str, Any]:
@@ -160,12 +162,12 @@ class Saver:
             shutil.rmtree(draft, ignore_errors=True)
         return verdict
 
-    def _make_room(self, newest: Path, files: Sequence[File]) -> str:
+    def _make_room(self, newest: Path, files: Sequence[File]) -> dict[str, str]:
         """Older checkpoints go only when the ranks have read back from the disk what they wrote of the newest, each its own.
-        Why the newest is none after all, or ""."""
+        {"failure": why the newest is none after all}, {"litter": why older ones stayed}, or {}."""
         superfluous = self.messages.broadcast(len(self.folder.steps()) > self.keep if self.messages.is_first else None)
         if not superfluous:
-            return ""
+            return {}
         mine = _file_name(self.messages.rank)
         own = [file for file in files if file.name == mine or ("/" in file.name and self.messages.is_first)]
         verdicts = self.messages.gather(_tried(lambda: check_files(newest, own, from_disk=True), newest))
@@ -174,20 +176,21 @@ class Saver:
             if bad := [verdict["failure"] for verdict in verdicts if verdict]:
                 self.folder.set_aside(newest, "damaged", bad[0])
                 raise OSError(bad[0])
-            self.folder.prune(self.keep)
-            return {}
+            pruned = _tried(lambda: {"gone": self.folder.prune(self.keep)}, self.folder.path)
+            return {"litter": pruned["failure"]} if "failure" in pruned else {}
 
         judged = _tried(lambda: judge(verdicts), self.folder.path) if verdicts is not None else None
-        outcome = self.messages.broadcast(judged)
-        return str(outcome.get("failure", ""))
+        outcome: dict[str, str] = self.messages.broadcast(judged)
+        return outcome
 
 
 def _tried(attempt: Callable[[], dict[str, Any] | None], about: Path) -> dict[str, Any]:
-    """What it returns, or {"failure": why}. A write that fails does not say of which file; then `about` is named."""
+    """What it returns, or {"failure": why}. A write that fails does not say of which file, and `rmtree` only its last name;
+    then `about` is named."""
     try:
         return attempt() or {}
     except OSError as error:
-        return {"failure": str(error) if error.errno is None else f"{error.filename or about}: {error.strerror}"}
+        return {"failure": str(error) if error.errno is None else f"{about / (error.filename or '')}: {error.strerror}"}
     except (DataError, ValueError) as error:
         return {"failure": str(error)}
 
