@@ -65,7 +65,11 @@ class CheckpointFolder:
         sync_folder(draft)
         final = self.of_step(step)
         os.rename(draft, final)
-        sync_folder(self.path)
+        try:
+            sync_folder(self.path)
+        except OSError:
+            os.rename(final, draft)  # its name may not last, so it is none
+            raise
         return final
 
     def set_aside(self, checkpoint: Path, word: str, reason: str) -> Path:

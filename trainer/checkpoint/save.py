@@ -162,11 +162,17 @@ class Saver:
             shutil.rmtree(draft, ignore_errors=True)
         return verdict
 
+    def _count(self) -> dict[str, Any]:
+        return {"there": len(self.folder.steps())}
+
     def _make_room(self, newest: Path, files: Sequence[File]) -> dict[str, str]:
         """Older checkpoints go only when the ranks have read back from the disk what they wrote of the newest, each its own.
         {"failure": why the newest is none after all}, {"litter": why older ones stayed}, or {}."""
-        superfluous = self.messages.broadcast(len(self.folder.steps()) > self.keep if self.messages.is_first else None)
-        if not superfluous:
+        counted = _tried(self._count, self.folder.path) if self.messages.is_first else None
+        number = self.messages.broadcast(counted)
+        if "failure" in number:
+            return {"litter": number["failure"]}
+        if number["there"] <= self.keep:
             return {}
         mine = _file_name(self.messages.rank)
         own = [file for file in files if file.name == mine or ("/" in file.name and self.messages.is_first)]
