@@ -79,7 +79,7 @@ def _require_restartable(folder: RunFolder) -> None:
         return
     if not every:
         raise RecipeError(f"run folder {folder.path} already holds a run, which kept no checkpoints: {choose}")
-    if last_step >= 2 * every:  # until its second save is due the first may have been under way
+    if last_step > 2 * every:  # until its second save begins, after that step is logged, the first may have been under way
         raise DataError(
             f"{folder.checkpoints}: no checkpoint is there, though the run reached step {last_step} and saves every {every}: "
             f"bring the folder back (is its disk mounted?), or {choose}"

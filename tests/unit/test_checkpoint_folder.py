@@ -390,7 +390,7 @@ def test_a_new_folder_is_made(run: RunFolder) -> None:
     assert find(run, Resume("auto"), ALONE) == (None, [])
 
 
-@pytest.mark.parametrize("reached", [0, 1, 3, 4, 7])  # from 4 on its first checkpoint may have been under way
+@pytest.mark.parametrize("reached", [0, 1, 3, 4, 8])  # from 4 on its first checkpoint may have been under way
 def test_a_run_that_was_ended_before_its_first_checkpoint_begins_again(reached: int, run: RunFolder) -> None:
     (remark,) = claim(begun(run, reached=reached, every=4), Resume())
     assert remark == "the run was ended before its first checkpoint: it begins again at step 0"
@@ -399,7 +399,7 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_begins_again(reached: 
 
 @pytest.mark.parametrize("leave", ["nothing", "an empty folder", "a draft"])
 def test_a_run_that_has_lost_its_checkpoints_does_not_begin_again(leave: str, run: RunFolder) -> None:
-    begun(run, reached=8, every=4)
+    begun(run, reached=9, every=4)
     if leave != "nothing":
         run.checkpoints.mkdir()
     if leave == "a draft":
@@ -409,7 +409,7 @@ def test_a_run_that_has_lost_its_checkpoints_does_not_begin_again(leave: str, ru
         claim(run, Resume())
     assert caught.value.exit_code == 65
     assert caught.value.lines == [
-        f"{run.checkpoints}: no checkpoint is there, though the run reached step 8 and saves every 4: bring the folder back "
+        f"{run.checkpoints}: no checkpoint is there, though the run reached step 9 and saves every 4: bring the folder back "
         f"(is its disk mounted?), or choose another run.name (--set run.name=NAME), or --resume never, which moves {run.path} "
         "aside"
     ]
