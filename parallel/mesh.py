@@ -86,21 +86,22 @@ class Mesh:
             raise ValueError(f"layout {layout} has {layout.world_size} ranks, the world has {dist.get_world_size()}")
         rank = dist.get_rank()
         tp, pp, dp, replica = (_join(layout, rank, timeout, *axes) for axes in (("tp",), ("pp",), ("dp", "cp"), ("pp", "tp")))
-        ends = _member([(ranks[0], ranks[-1]) for ranks in layout.groups("pp")], rank, timeout) if layout.pp > 1 else None
+        both_ends = [(ranks[0], ranks[-1]) for ranks in layout.groups("pp")]
+        ends = _member(both_ends, rank, timeout, "ends") if layout.pp > 1 else None
         return cls(layout=layout, rank=rank, tp=tp, pp=pp, ends=ends, dp=dp, replica=replica)
 
 
 def _join(layout: Layout, rank: int, timeout: timedelta | None, *axes: str) -> Group:
-    group = _member(layout.groups(*axes), rank, timeout)
+    group = _member(layout.groups(*axes), rank, timeout, "×".join(axes))
     assert group is not None, "groups along any axes cover all ranks"
     return group
 
 
-def _member(groups: Sequence[tuple[int, ...]], rank: int, timeout: timedelta | None) -> Group | None:
-    """Make all groups, and return the one that this rank is in."""
+def _member(groups: Sequence[tuple[int, ...]], rank: int, timeout: timedelta | None, name: str) -> Group | None:
+    """Make all groups, and return the one that this rank is in. `name`: what torch's flight recorder calls them."""
     mine = None
     for ranks in groups:
-        handle = dist.new_group(list(ranks), timeout=timeout)
+        handle = dist.new_group(list(ranks), timeout=timeout, group_desc=name)
         if rank in ranks:
             mine = Group(rank=ranks.index(rank), ranks=ranks, handle=handle)
     return mine

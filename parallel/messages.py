@@ -31,7 +31,7 @@ class Messages:
     def among_all(cls, timeout: timedelta | None = None) -> Messages:
         """Collective over all ranks. `timeout`: how long one waits for the others."""
         size = dist.get_world_size()
-        group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+        group = dist.new_group(backend="gloo", timeout=timeout, group_desc="messages") if size > 1 else None
         return cls(rank=dist.get_rank(), size=size, group=group)
 
     @property

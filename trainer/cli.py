@@ -242,6 +242,8 @@ def _train(arguments: argparse.Namespace) -> int:
         if speaks_first(os.environ):
             _say(_console(), done)
         return EXIT_OK
+    # Else torch's C++ writes 25 lines of frames to stderr when a peer is gone; we say it in one.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from trainer.loop import train
 
     return train(resolved, arguments.run_dir, resume, stop)

@@ -91,13 +91,14 @@ class Engine:
         *,
         deepspeed_config: dict[str, Any],
         fill: Callable[[nn.Module], None],
+        watch: Stopwatch | None = None,
     ) -> None:
         """`fill` gives each block its initial or loaded weights. `deepspeed_config` is passed on as it is."""
         self.recipe = recipe
         self.plan = plan
         self.mesh = mesh
         self.device = device
-        self.watch = Stopwatch(device)
+        self.watch = watch or Stopwatch(device)
         self.notes: list[str] = []  # remarks for the console
         self.scaler = LossScaler.from_recipe(recipe.precision)
         self.zero_stage = recipe.zero.stage
@@ -203,6 +204,7 @@ class Engine:
         for batch in micro_batches:
             loss_sum += self.execution.loss(self._batch(batch, None)).double()
             targets += batch.num_targets
+            self.watch.tick()
         num_targets = self._total(targets, self.mesh.dp)
         if num_targets == 0:
             raise DataError("the evaluation has no target: every label is masked")

@@ -6,13 +6,9 @@ variables of their own (`slurm_environment.py`). Without any of them the run is 
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from trainer.errors import EXIT_HANG, EXIT_REQUEUE, RecipeError, UserError
+from trainer.errors import RecipeError, UserError
 from trainer.slurm_environment import Seat, check_launcher_in_step, in_a_step, seat_of_srun_or_mpirun
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -143,71 +139,6 @@ def _check_host(place: Place) -> None:
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-class PeerLost(UserError):
-    """Another rank died or does not answer."""
-
-    def __init__(self, exit_code: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-# How gloo and NCCL say so; torch raises both as RuntimeError.
-GONE = re.compile(r"connection (closed|reset) by peer|broken pipe|remote process exited|connection refused", re.IGNORECASE)
-SILENT = re.compile(r"timed out|timeout", re.IGNORECASE)
-ROLL_CALL_S = 1.5
-
-
-@contextmanager
-def among_ranks(doing: Callable[[], str]) -> Iterator[None]:
-    """Work that needs the other ranks: PeerLost, naming those that are missing, when one dies or does not answer.
-
-    `doing` says what this rank was at, such as "backward of step 12".
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        reason = _lost_peer(error)
-        if reason is None:
-            raise
-        missing = _roll_call()
-        who = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
-        exit_code, what = (EXIT_REQUEUE, "is gone") if GONE.search(reason) else (EXIT_HANG, "does not answer")
-        raise PeerLost(
-            exit_code,
-            f"rank {dist.get_rank()}: {who} {what} (noticed in {doing()}): see the end of its log; start the run again",
-        ) from error
-
-
-def _lost_peer(error: BaseException | None) -> str | None:
-    """What says that a peer is lost, in an error or in those it was raised from."""
-    while error is not None:
-        text = str(error)
-        if isinstance(error, RuntimeError) and (GONE.search(text) or SILENT.search(text)):
-            return text
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _roll_call() -> list[int]:
-    """Every rank that notices a loss says so in the store; here are the ranks that have not after a while. The store lives in
-    rank 0 (or in the launcher): when it does not answer, rank 0 is the one."""
-    absent: list[int] = []
-
-    def call() -> None:
-        with contextlib.suppress(RuntimeError, OSError):
-            store = dist.distributed_c10d._get_default_store()
-            store.set(f"triaxis/here/{dist.get_rank()}", "1")
-            time.sleep(ROLL_CALL_S)
-            absent.extend(rank for rank in range(dist.get_world_size()) if not store.check([f"triaxis/here/{rank}"]))
-            return
-        absent.append(0)
-
-    caller = threading.Thread(target=call, daemon=True)  # a store whose host is stopped never returns
-    caller.start()
-    caller.join(2 * ROLL_CALL_S)
-    return [0] if caller.is_alive() else absent
 
 
 class PeerFailed(UserError):

@@ -9,7 +9,6 @@ from trainer.checkpoint.door import Resume
 from trainer.closing import export, finish
 from trainer.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE
 from trainer.guard import Guard
-from trainer.launch import among_ranks
 from trainer.lifecycle import StopRequest
 from trainer.meter import Meter
 from trainer.recipe import ResolvedRecipe
@@ -19,13 +18,13 @@ from trainer.session import Session, open_session
 
 def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: StopRequest) -> int:
     """Run a recipe to its last step, or to the end of the step in which `stop` is asked for; the exit code."""
-    step = 0
-    with open_session(resolved, run_dir, resume) as run, among_ranks(lambda: f"{run.engine.watch.phase} of step {step + 1}"):
+    with open_session(resolved, run_dir, resume) as run:
         started = time.monotonic()
         keys, steps = run.recipe.train, run.recipe.train.steps
         meter, guard = Meter(run), Guard(run)
         evaluation: dict[str, float] = {}
         for step in range(run.checkpoints.start_step, steps):
+            run.engine.watch.begin_step(step + 1)
             if signal := stop.agreed(run.ranks):
                 return interrupt(run, signal, meter, guard, steps_done=step)
             with run.engine.watch("data"):

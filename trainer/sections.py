@@ -366,7 +366,13 @@ class Guard(Section):
     """What ends a run that cannot go on."""
 
     timeout_s: PositiveInt = Field(
-        1800, description="Longest wait for another rank before this one gives up with exit code 124 [s]."
+        600,
+        description="Longest time within a step in which no rank gets on; then the run ends with exit code 124 and a page that "
+        "names the culprit [s].",
+    )
+    long_timeout_s: PositiveInt = Field(
+        3600,
+        description="The same outside of steps and in the first one: start, evaluation, saving, export [s].",
     )
     max_skipped: Count = Field(
         25,

@@ -40,9 +40,15 @@ from trainer.recipe.auto import AUTO
 from trainer.run_folder import RunFolder
 from trainer.sections import Recipe
 from trainer.start import agree, claim, find, leave_behind
+from trainer.stopwatch import Stopwatch
 from trainer.swap_folder import private_swap_folders
 from trainer.track import RunInfo, Tracker, make_tracker, open_rank_log, truncate_after
 from trainer.track.progress import work_progress
+from trainer.watchdog.beats import Limits
+from trainer.watchdog.lost import among_ranks
+from trainer.watchdog.watchdog import Watchdog
+
+BACKSTOP_S = 60  # after the watchdog torch ends the wait: should the threads of a rank not run
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,11 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
     place = Place.from_environment(os.environ)
     folder = RunFolder.of(recipe, run_dir)
     with ExitStack() as stack:
-        timeout = timedelta(seconds=recipe.guard.timeout_s)
+        limits = Limits(step_s=recipe.guard.timeout_s, long_s=recipe.guard.long_timeout_s)
+        timeout = timedelta(seconds=limits.longest_s + BACKSTOP_S)
         launch.join(place, timeout)
         stack.callback(launch.leave)
+        watch = Stopwatch(place.device)
         with together():
             plan = BatchPlan.from_recipe(recipe, place.world_size, place.how)
         degrees = recipe.parallel
@@ -100,9 +108,13 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
                 remarks = claim(folder, resume)
                 stack.enter_context(folder.held())
         log = stack.enter_context(open_rank_log(folder.path, place.rank))
+        watchdog = stack.enter_context(Watchdog(watch, limits, log.path.parent, recipe.run.name))
+        stack.enter_context(among_ranks(watchdog, lambda: watch.doing))
+        watch.begin("reading the data")
         with together(), work_progress(shown=place.is_first) as progress:
             cache_dir = Path(str(recipe.data.cache_dir))
             prepared = prepare(recipe.data, seed=recipe.run.seed, cache_dir=cache_dir, build=place.is_first, progress=progress)
+        watch.begin("looking for a checkpoint")
         with together():
             found, told = find(folder, resume, messages)
             remarks += told
@@ -135,18 +147,22 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
                 writing_rank=place.is_first,
             )
         stack.push(_closing(tracker))
+        watch.begin("building the model")
         with together():
             private = stack.enter_context(private_swap_folders(dict_for_deepspeed, folder.path, place.rank))
-            engine = Engine(recipe, plan, network, mesh, place.device, deepspeed_config=private, fill=fill)
+            engine = Engine(recipe, plan, network, mesh, place.device, deepspeed_config=private, fill=fill, watch=watch)
         stack.callback(engine.close)
+        watch.begin("restoring the checkpoint")
         with together():
             checkpoints.restore(engine)
+        watch.begin("start")
         log.capture()  # DeepSpeed makes loggers of its own on the way
         peak_flops, peak_source = device_peak(place.device, recipe.precision.dtype)
         if remark := slower_than_fp32(place.device, recipe.precision.dtype, peak_flops):
             tracker.note(remark)
         for remark in (*remarks, checkpoints.room(engine.num_params)):
             tracker.note(remark)
+        stack.enter_context(among_ranks(watchdog, lambda: watch.doing))  # so that the tracker hears who was lost
         _introduce(tracker, prepared, engine, plan, f"{peak_flops / 1e12:.3g} TFLOP/s per rank ({peak_source})")
         yield Session(
             recipe=recipe,

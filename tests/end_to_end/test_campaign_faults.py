@@ -1,6 +1,7 @@
-"""Everyday slices of two campaigns: a rank that is killed at a system call of a save, and a disk that fills during one.
+"""Everyday slices of three campaigns: a rank that is killed at a system call of a save, a disk that fills during one, a rank
+that no longer gets on.
 
-All cases: `python -m tools.campaign.kill_in_save` and `python -m tools.campaign.disk_full`.
+All cases: `python -m tools.campaign.kill_in_save`, `python -m tools.campaign.disk_full`, `python -m tools.campaign.hangs`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tools.campaign import disk_full, kill_in_save
+from tools.campaign import disk_full, hangs, kill_in_save
 
 ROOT = Path(__file__).parents[2]
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
@@ -58,3 +59,23 @@ def test_training_goes_on_when_the_disk_fills_and_says_so_in_one_line() -> None:
     said = ended.stdout + ended.stderr
     total: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     assert (total["n"], total["passed"], ended.returncode) == (4, 4, 0), said
+
+
+# Case numbers of the campaign's seed 0: which rank, in which step, in the data or in the step.
+HANGS = [
+    (3, "pp2", "skip"),
+    (5, "dp2-zero1", "gil"),
+    *(
+        pytest.param(case, layout, fault, marks=pytest.mark.grid)
+        for case, (layout, fault) in enumerate(
+            [("dp2-zero1", "loop"), ("tp2", "file"), ("dp2-zero3", "skip"), ("tp2", "extra"), ("pp2", "stop"), ("pp2", "kill")]
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "layout", "fault"), HANGS)
+def test_a_rank_that_does_not_get_on_is_named_and_all_ranks_end(case: int, layout: str, fault: str, tmp_path: Path) -> None:
+    outcome = hangs.one_case(case, 0, [layout], [fault], tmp_path)
+    assert outcome["passed"], outcome
+    assert list(tmp_path.iterdir()) == []

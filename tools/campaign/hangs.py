@@ -1,0 +1,246 @@
+"""One rank stops getting on: is that seen in time, is the right rank named, do all ranks end?
+
+    python -m tools.campaign.hangs --cases 200
+    python -m tools.campaign.hangs --calm 50000      (false alarms: slow evaluations, slow saves, nobody hangs)
+
+Faults, on a rank and in a step drawn by the case's seed:
+    stop   SIGSTOP                                    gil    C code that keeps the interpreter to itself
+    loop   Python that never ends, in the data        file   a read from a pipe that nobody writes to
+    skip   one collective left out                    extra  one collective too many
+    kill   SIGKILL
+
+A case passes when every rank has ended within the limit and 5 s (a kill: within 5 s; another may end the rank at fault),
+the line names the rank at fault and no other, and the page is in the run folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tools.campaign.cases import WAYS, arguments, report, write_recipe
+from tools.campaign.ranks import Ended, run_ranks, train
+from trainer.engine import Engine
+from trainer.errors import EXIT_HANG, EXIT_OK, EXIT_REQUEUE
+from trainer.session import Session
+
+LIMIT_S = 4
+STEPS = 1_000_000
+FAULTS = ("stop", "gil", "loop", "file", "skip", "extra", "kill")
+PROMISED_S = 5.0
+LAYOUTS = ("dp2-zero1", "dp2-zero3", "tp2", "pp2", "tp2xpp2")
+
+
+def fall_silent(fault: str, pipe: str) -> None:
+    """On the rank at fault; does not come back."""
+    match fault:
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "gil":
+            ctypes.PyDLL(None).sleep(10_000)
+        case "loop":
+            while True:
+                pass
+        case "file":
+            os.open(pipe, os.O_RDONLY)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave_one_out(of: dist.ProcessGroup) -> None:
+    """The next all-reduce of that group does nothing on this rank."""
+    real = dist.all_reduce
+
+    def once(tensor: torch.Tensor, *args: Any, group: dist.ProcessGroup | None = None, **named: Any) -> Any:
+        if group is not of:
+            return real(tensor, *args, group=group, **named)
+        dist.all_reduce = real
+        return None
+
+    dist.all_reduce = once
+
+
+def train_with_a_fault(words: Sequence[str], fault: str, at_fault: int, step: int, place: str, mark: str) -> int:
+    """`train`, with a fault on one rank: in its data or in its forward pass."""
+    if int(os.environ["RANK"]) == at_fault:
+        _plant(fault, step, place, mark)
+    return train(words)
+
+
+def _plant(fault: str, step: int, place: str, mark: str) -> None:
+    def strike(run: Engine) -> None:
+        Path(mark).write_text(repr(time.time()))
+        if fault in ("skip", "extra"):
+            group = next(g.handle for g in (run.mesh.dp, run.mesh.tp, run.mesh.replica) if g.handle is not None and g.size > 1)
+            if fault == "skip":
+                leave_one_out(group)
+            else:
+                dist.all_reduce(torch.zeros(3), group=group)
+        else:
+            fall_silent(fault, f"{mark}.pipe")
+
+    real_step, real_data = Engine.step, Session.micro_batches
+
+    def step_with(self: Engine, micro_batches: Any, *, step: int, **named: Any) -> Any:
+        if step == planned and place == "step":
+            strike(self)
+        return real_step(self, micro_batches, step=step, **named)
+
+    def data_with(self: Session, number: int) -> Any:
+        if number == planned and place == "data":
+            strike(self.engine)
+        return real_data(self, number)
+
+    planned = step
+    Engine.step, Session.micro_batches = step_with, data_with  # type: ignore[method-assign]
+
+
+def one_case(case: int, seed: int, names: Sequence[str], faults: Sequence[str], scratch: Path) -> dict[str, Any]:
+    stream = random.Random(f"{seed} {case}")
+    way = next(way for way in WAYS if way.name == names[case % len(names)])
+    fault = faults[case // len(names) % len(faults)]
+    at_fault, step = stream.randrange(way.processes), stream.randrange(3, 30)
+    place = stream.choice(["data", "step"])
+    folder = scratch / f"case-{case}"
+    recipe = write_recipe(folder, steps=STEPS, every=0, keep=1, guard={"timeout_s": LIMIT_S})
+    mark = folder / "mark"
+    os.mkfifo(f"{mark}.pipe")
+    ended = run_ranks(
+        train_with_a_fault,
+        arguments(recipe, folder / "run", way),
+        *(fault, at_fault, step, place, str(mark)),
+        world_size=way.processes,
+        log=folder / "log",
+        timeout_s=60.0,
+    )
+    outcome = judged(ended, fault, at_fault, folder)
+    shutil.rmtree(folder)
+    return {"case": case, "layout": way.name, "fault": fault, "rank": at_fault, "step": step, "place": place, **outcome}
+
+
+def judged(ended: Ended, fault: str, at_fault: int, folder: Path) -> dict[str, Any]:
+    struck = float((folder / "mark").read_text()) if (folder / "mark").exists() else None
+    if struck is None:
+        return {"passed": False, "said": ended.said[-2000:]}
+    lines = [line for line in ended.said.splitlines() if line.startswith("triaxis: error: rank ")]
+    named = [re.match(r"triaxis: error: rank \d+: rank ([\d, ]+) ", line) for line in lines]
+    blamed = {int(rank) for match in named if match for rank in match.group(1).split(",")}
+    allowed = {EXIT_HANG, EXIT_REQUEUE, -signal.SIGKILL}
+    if fault in ("skip", "extra"):
+        allowed.add(-signal.SIGABRT)  # gloo ends a process that receives more than it expects
+    # From the fault to the end of the last rank; the ranks' processes are joined as they end.
+    took_s = time.time() - struck
+    detected_s = took_s - (0 if fault == "kill" else LIMIT_S)
+    good = {
+        "in_time": detected_s <= PROMISED_S,
+        "named": blamed == {at_fault},
+        "ended": set(ended.codes) <= allowed and any(code in (EXIT_HANG, EXIT_REQUEUE) for code in ended.codes),
+        "page": bool(list((folder / "run" / "logs").glob("autopsy-*.txt"))),
+    }
+    outcome = {"passed": all(good.values()), **good, "late_s": round(detected_s, 2), "codes": ended.codes}
+    return outcome if outcome["passed"] else outcome | {"blamed": sorted(blamed), "said": ended.said[-6000:]}
+
+
+def hangs(cases: int, seed: int, names: Sequence[str], faults: Sequence[str]) -> bool:
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="triaxis-hangs-") as scratch:
+        for case in range(cases):
+            outcomes.append(one_case(case, seed, names, faults, Path(scratch)))
+            report(campaign="hangs", seed=seed, **outcomes[-1])
+    for fault in faults:
+        of_it = [outcome for outcome in outcomes if outcome["fault"] == fault]
+        if of_it:
+            report(campaign="hangs", fault=fault, **_figures(of_it))
+    report(campaign="hangs", seed=seed, **_figures(outcomes))
+    return all(outcome["passed"] for outcome in outcomes)
+
+
+def _figures(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    late = sorted(outcome["late_s"] for outcome in outcomes if "late_s" in outcome)
+    counts = {key: sum(bool(o.get(key)) for o in outcomes) for key in ("passed", "in_time", "named", "ended", "page")}
+    p99 = late[min(len(late) - 1, int(0.99 * len(late)))] if late else None
+    return {"n": len(outcomes), **counts, "late_p50_s": statistics.median(late) if late else None, "late_p99_s": p99}
+
+
+# --------------------------------------------------------------------------------------------------------- false alarms
+
+SLOW_EVERY, SLOW_S = 10_000, 2.5  # an evaluation and a save that take twice the limit of a step
+CALM_LIMIT_S = 1
+
+
+def train_slowly_at_times(words: Sequence[str]) -> int:
+    import trainer.loop as loop
+
+    def slow(real: Callable[..., Any]) -> Callable[..., Any]:
+        def slower(run: Any, *args: Any, steps_done: int) -> Any:
+            if steps_done % SLOW_EVERY == 0 and os.environ["RANK"] == "0":
+                with run.engine.watch("evaluation" if real.__name__ == "evaluate" else "saving"):
+                    time.sleep(SLOW_S)
+            return real(run, *args, steps_done=steps_done)
+
+        return slower
+
+    loop.evaluate, loop.save = slow(loop.evaluate), slow(loop.save)
+    return train(words)
+
+
+def calm(steps: int, names: Sequence[str]) -> bool:
+    """`steps` steps in each layout in which nobody hangs, with a limit of 1 s."""
+    quiet = True
+    with tempfile.TemporaryDirectory(prefix="triaxis-calm-") as scratch:
+        for way in (way for way in WAYS if way.name in names):
+            recipe = write_recipe(
+                Path(scratch) / way.name,
+                steps=steps,
+                every=SLOW_EVERY,
+                keep=1,
+                hidden=16,
+                guard={"timeout_s": CALM_LIMIT_S},
+                train={"eval_every": SLOW_EVERY, "log_every": 1000},
+                data={"eval_fraction": 0.05},
+                batch={"global_sequences": 2, "micro_sequences": 1},
+            )
+            ended = run_ranks(
+                train_slowly_at_times,
+                arguments(recipe, Path(scratch) / way.name / "run", way),
+                world_size=way.processes,
+                log=Path(scratch) / "log",
+                timeout_s=7200.0,
+            )
+            alarms = ended.said.count("Autopsy of run")
+            done = set(ended.codes) == {EXIT_OK}
+            quiet &= done and not alarms
+            said = {} if done else {"said": ended.said[-3000:]}
+            report(campaign="calm", layout=way.name, steps=steps, alarms=alarms, done=done, wall_s=round(ended.wall_s), **said)
+    return quiet
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
+    parser.add_argument("--calm", type=int, metavar="STEPS", help="so many steps in which nobody hangs, instead")
+    options = parser.parse_args()
+    if options.calm:
+        return int(not calm(options.calm, options.layouts))
+    return int(not hangs(options.cases, options.seed, options.layouts, options.faults))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

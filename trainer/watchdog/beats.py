@@ -1,0 +1,98 @@
+"""What each rank says of itself a few times a second, and when their silence is a hang. No torch, no clock of another host.
+
+A rank gets on when its phase, its step or its micro-batch changes. How long it has not is measured on its own clock; how long
+it has not been heard of, on the listener's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+IN_A_STEP = ("boundary", "data", "forward", "backward", "optimizer")
+DONE = "done"  # how a rank ended that reached its end
+SILENT_S = 3.0  # a thread that tells something twice a second and has not for so long is not running
+
+
+@dataclass(frozen=True)
+class Beat:
+    """`idle_s`: how long this rank has not got on; `limit_s`: how long it may. `started`: of the process, in clock ticks since
+    its host was booted, so that another process with its number is not taken for it. `ended`: "" or how."""
+
+    rank: int
+    host: str
+    pid: int
+    started: int
+    count: int
+    step: int
+    phase: str
+    doing: str
+    idle_s: float
+    limit_s: float
+    ended: str = ""
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, text: str | bytes) -> Beat:
+        return cls(**json.loads(text))
+
+    @property
+    def at(self) -> str:
+        return f"{self.phase} of step {self.step}" if self.step else self.phase
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Longest times without getting on: within a step, once one is done; and everywhere else (start, first step, evaluation,
+    saving)."""
+
+    step_s: float
+    long_s: float
+
+    @property
+    def longest_s(self) -> float:
+        return max(self.long_s, self.step_s)
+
+    def of(self, phase: str, *, settled: bool) -> float:
+        return self.step_s if settled and phase in IN_A_STEP else self.longest_s
+
+
+@dataclass
+class Roll:
+    """The last beat of each rank, and when it came."""
+
+    limits: Limits
+    beats: dict[int, Beat] = field(default_factory=dict)
+    heard: dict[int, float] = field(default_factory=dict)
+
+    def hear(self, beats: Iterable[Beat], now: float) -> None:
+        for beat in beats:
+            last = self.beats.get(beat.rank)
+            if last is None or last.count != beat.count:
+                self.beats[beat.rank], self.heard[beat.rank] = beat, now
+
+    def idle_s(self, rank: int, now: float) -> float:
+        """At least so long has it not got on, if it says nothing more."""
+        return self.beats[rank].idle_s + now - self.heard[rank]
+
+    def has_ended(self, rank: int) -> bool:
+        return rank in self.beats and bool(self.beats[rank].ended)
+
+    def silent(self, now: float) -> list[int]:
+        """Ranks that have neither ended nor been heard of."""
+        return [rank for rank, beat in self.beats.items() if not beat.ended and now - self.heard[rank] > SILENT_S]
+
+    def longest_s(self, now: float) -> float:
+        return max((self.idle_s(rank, now) for rank, beat in self.beats.items() if not beat.ended), default=0.0)
+
+    def hang(self, now: float) -> bool:
+        """Nobody gets on though each should have; or one has not for longer than anything may take.
+
+        While one rank is within its limit the others may be waiting for it: for the first rank that saves, say.
+        """
+        running = [rank for rank, beat in self.beats.items() if not beat.ended]
+        over = [rank for rank in running if self.idle_s(rank, now) >= self.beats[rank].limit_s]
+        return bool(running) and (over == running or self.longest_s(now) >= self.limits.longest_s)

@@ -1,0 +1,42 @@
+"""What a lost peer looks like from inside a collective."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from trainer.errors import EXIT_HANG, EXIT_REQUEUE, UserError
+from trainer.watchdog.watchdog import Watchdog
+
+# How gloo and NCCL say so; torch raises both as RuntimeError.
+GONE = re.compile(r"connection (closed|reset) by peer|broken pipe|remote process exited|connection refused", re.IGNORECASE)
+SILENT = re.compile(r"timed out|timeout", re.IGNORECASE)
+
+
+@contextmanager
+def among_ranks(watchdog: Watchdog, doing: Callable[[], str]) -> Iterator[None]:
+    """Work that needs the other ranks: PeerLost, naming those that are missing, when one dies or nobody gets on; PeerFailed on
+    the ranks that need not say it too. `doing` says what this rank was at, such as "backward of step 12"."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if outcome := watchdog.outcome:  # the watchdog woke this rank
+            raise outcome from error
+        if not (reason := _lost_peer(error)):
+            raise
+        if GONE.search(reason):
+            raise watchdog.peer_lost(EXIT_REQUEUE, f"a connection broke in {doing()}", error) from error
+        raise watchdog.peer_lost(EXIT_HANG, f"no answer in {doing()}", error) from error
+
+
+def _lost_peer(error: BaseException | None) -> str:
+    """What says that a peer is lost, in an error or in those it was raised from."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, RuntimeError) and (GONE.search(text) or SILENT.search(text)):
+            return text
+        error = error.__cause__ or error.__context__
+    return ""

@@ -1,0 +1,334 @@
+"""Watches a run from a thread of each rank, and ends it on all ranks when it does not get on.
+
+    every half second: own beat ─► store; rank 0 reads all beats (the next ranks too, once they stand still themselves)
+    a hang, or a rank that noticed a lost peer ─► one verdict in the store ─► each rank: stack, collectives ─► store
+    ─► who gave the verdict writes the page ─► all ranks end: waiting ones are woken, those that cannot wake are killed
+
+The store lives in the process of rank 0, in a thread that needs no interpreter; when rank 0 is stopped the store is silent, and
+then each rank knows who is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+
+from trainer.durable import private_file
+from trainer.errors import EXIT_HANG, UserError
+from trainer.launch import PeerFailed
+from trainer.stopwatch import Stopwatch
+from trainer.watchdog.autopsy import Report, Scene, find, page
+from trainer.watchdog.beats import DONE, SILENT_S, Beat, Limits, Roll
+from trainer.watchdog.flight_recorder import collectives
+from trainer.watchdog.stacks import (
+    LastResort,
+    innermost_of_ours,
+    stack_of,
+    stack_of_error,
+    start_of,
+    state_of,
+    written_stack,
+)
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 0.5
+JUDGES = 4  # the first ranks; if all of them stand on a node that is gone, so does the store
+STORE_S = 5.0  # longest that the store may take for one exchange
+REPORTS_S = 2.0  # longest wait for what ranks that still beat have to say
+WAKING_S = 1.5  # longest wait for the training to wake
+LEAVING_S = 10.0  # longest wait until it has then given back what it holds
+
+
+class PeerLost(UserError):
+    """Another rank died or does not answer."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`by`: the rank that gave it, hears the others and writes the page; `exit_code`: what all end with; `noticed`: by what."""
+
+    by: int
+    exit_code: int
+    noticed: str
+
+
+class Watchdog:
+    """Of one rank, while it is entered. `watch` says what the rank is at; `logs`: where pages and stacks go."""
+
+    def __init__(self, watch: Stopwatch, limits: Limits, logs: Path, run_name: str) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._watch, self._limits, self._logs, self._run_name = watch, limits, logs, run_name
+        self._main = threading.get_ident()
+        self._host, self._pid = socket.gethostname(), os.getpid()
+        self._started = start_of(self._pid)
+        self._count = 0
+        self._roll = Roll(limits)
+        self._store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own
+        self._answered = time.monotonic()  # when the store last did
+        self._over, self._awake = threading.Event(), threading.Event()
+        self._lock = threading.Lock()  # the training and the two threads may all want to end the run
+        self._outcome: UserError | None = None
+        self._failed_at: list[str] = []  # where the training was when it noticed a lost peer
+        self._last_resort = LastResort(self._stack_file(self.rank))
+        self._threads = [
+            threading.Thread(target=self._beat_on, name="watchdog", daemon=True),
+            threading.Thread(target=self._mind_the_store, name="watchdog of the store", daemon=True),
+        ]
+
+    def __enter__(self) -> Watchdog:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Others may still be at it, or wait for this rank: what ended it is said once more."""
+        self._over.set()
+        self._threads[0].join(STORE_S)
+        if not self._threads[0].is_alive() and self._outcome is None:
+            with contextlib.suppress(RuntimeError, OSError):
+                self._say(ended=DONE if kind is None else f"{kind.__name__}: {error}")
+        self._last_resort.close()
+
+    # ------------------------------------------------------------------------------------------------------ every beat
+
+    def _beat_on(self) -> None:
+        try:
+            while not self._over.wait(BEAT_S):
+                self._exchange()
+        except (RuntimeError, OSError) as error:  # the store went with rank 0; the training will notice
+            logger.info("the watchdog's store is gone: %s", error)
+
+    def _exchange(self) -> None:
+        self._last_resort.put_off()
+        beat = self._say()
+        self._answered = time.monotonic()
+        if self._store.check([self._key("verdict")]):
+            self._end(self._told())
+        elif self.rank == 0 or (self.rank < JUDGES and beat.idle_s > beat.limit_s / 2):
+            self._judge()
+        else:
+            self._hear([0])  # its process holds the store: what it was at must be known when the store is silent
+
+    def _say(self, ended: str = "") -> Beat:
+        beat = replace(self._beat(), ended=ended)
+        self._store.set(self._key("beat", self.rank), beat.encode())
+        return beat
+
+    def _beat(self) -> Beat:
+        self._count += 1
+        watch = self._watch
+        return Beat(
+            rank=self.rank,
+            host=self._host,
+            pid=self._pid,
+            started=self._started,
+            count=self._count,
+            step=watch.step,
+            phase=watch.phase,
+            doing=innermost_of_ours(self._stack()),
+            idle_s=time.monotonic() - watch.changed,
+            limit_s=self._limits.of(watch.phase, settled=watch.settled),
+        )
+
+    def _stack(self) -> list[str]:
+        return self._failed_at or stack_of(self._main)
+
+    def _hear(self, ranks: Sequence[int]) -> bool:
+        """Read their last beats; False while one of them has not begun."""
+        keys = [self._key("beat", rank) for rank in ranks]
+        if not self._store.check(keys):
+            return False
+        self._roll.hear(map(Beat.decode, self._store.multi_get(keys)), time.monotonic())
+        return True
+
+    def _judge(self) -> None:
+        if self._hear(range(self.size)) and self._roll.hang(time.monotonic()):
+            self._end(self._verdict(EXIT_HANG, f"no rank got on for {self._roll.longest_s(time.monotonic()):.0f} s"))
+
+    def _mind_the_store(self) -> None:
+        """A store that does not answer holds the other thread for ever; this one never talks to it."""
+        while not self._over.wait(BEAT_S):
+            beat = self._beat()
+            if self.rank and time.monotonic() - self._answered > STORE_S and beat.idle_s >= beat.limit_s:
+                self._end(self._without_store(EXIT_HANG, f"no answer for {beat.idle_s:.0f} s"))
+                return
+
+    # -------------------------------------------------------------------------------------------------------- the end
+
+    def peer_lost(self, exit_code: int, noticed: str, error: BaseException) -> UserError:
+        """From the training, when a collective failed with `error`: what this rank ends with, as all others do."""
+        self._awake.set()
+        self._failed_at = stack_of_error(error)
+        return self._verdict(exit_code, noticed)
+
+    @property
+    def outcome(self) -> UserError | None:
+        """What this rank ends with, once the run is over."""
+        if self._outcome is not None:
+            self._awake.set()
+        return self._outcome
+
+    def _verdict(self, exit_code: int, noticed: str) -> UserError:
+        """The first verdict counts; from here on all ranks go the same way."""
+        mine = json.dumps(asdict(Verdict(self.rank, exit_code, noticed)))
+        try:
+            self._store.compare_set(self._key("verdict"), "", mine)
+        except (RuntimeError, OSError):
+            return self._without_store(exit_code, noticed)
+        return self._told()
+
+    def _told(self) -> UserError:
+        with self._lock:
+            if self._outcome is None:
+                verdict = Verdict(**json.loads(self._store.get(self._key("verdict"))))
+                try:
+                    self._outcome = self._examine(verdict)
+                except (RuntimeError, OSError) as error:
+                    logger.info("the watchdog's store is gone: %s", error)
+                    self._outcome = self._alone(verdict.exit_code, verdict.noticed)
+        return self._outcome
+
+    def _without_store(self, exit_code: int, noticed: str) -> UserError:
+        with self._lock:
+            if self._outcome is None:
+                self._outcome = self._alone(exit_code, noticed)
+        return self._outcome
+
+    def _examine(self, verdict: Verdict) -> UserError:
+        """Each rank says what it is at; who gave the verdict hears them and writes the page, the others wait for it."""
+        silent = self._silent_ranks()
+        self._store.set(self._key("report", self.rank), json.dumps(self._report(silent).as_json()))
+        if verdict.by != self.rank:
+            self._wait_for([self._key("page")], REPORTS_S + SILENT_S)
+            self._store.set(self._key("read", self.rank), "1")
+            self._keep_the_store(set(silent))
+            self._kill(silent)
+            return PeerFailed(verdict.exit_code)
+        scene = self._scene(silent)
+        line = self._publish(scene, verdict.noticed, everywhere=True)
+        self._store.set(self._key("page"), line)
+        self._store.set(self._key("read", self.rank), "1")
+        self._keep_the_store(set(scene.silent))
+        self._kill(scene.silent)
+        return PeerLost(verdict.exit_code, line)
+
+    def _keep_the_store(self, silent: set[int]) -> None:
+        """On the rank that holds it: until the others know how they end."""
+        if self.rank == 0:
+            self._wait_for([self._key("read", rank) for rank in range(self.size) if rank not in silent], REPORTS_S)
+
+    def _alone(self, exit_code: int, noticed: str) -> UserError:
+        """The store, and so rank 0, does not answer: each rank knows as much, the next one writes the page."""
+        beat = self._roll.beats.get(0)
+        silent = {0: beat} if beat else {}
+        scene = Scene({self.rank: self._report(silent)}, silent, {}, {})
+        line = self._publish(scene, noticed, everywhere=self.rank == 1)
+        self._kill(silent)
+        return PeerLost(exit_code, line)
+
+    def _silent_ranks(self) -> dict[int, Beat]:
+        """Those that do not beat: listened to until a silent rank is told from a slow one, or its host knows better."""
+        began = time.monotonic()
+        while True:
+            self._say()
+            self._hear([rank for rank in range(self.size) if self._store.check([self._key("beat", rank)])])
+            now, beats = time.monotonic(), self._roll.beats
+            gone = {rank for rank, beat in beats.items() if not beat.ended and self._has_ended(beat)}
+            silent = gone | set(self._roll.silent(now))
+            heard = [rank for rank in beats if self._roll.heard[rank] > began or beats[rank].ended]
+            if len(silent.union(heard)) >= self.size or now - began > SILENT_S + BEAT_S:
+                return {rank: beats[rank] for rank in sorted(silent)}
+            time.sleep(BEAT_S / 5)
+
+    def _has_ended(self, beat: Beat) -> bool:
+        return beat.host == self._host and not state_of(beat.pid, beat.started)
+
+    def _report(self, silent: dict[int, Beat]) -> Report:
+        near = {rank: beat for rank, beat in silent.items() if beat.host == self._host}
+        states = {rank: state_of(beat.pid, beat.started) for rank, beat in near.items()}
+        return Report(self._beat(), tuple(self._stack()), tuple(collectives()), states)
+
+    def _scene(self, silent: dict[int, Beat]) -> Scene:
+        others = [rank for rank in range(self.size) if rank not in silent and not self._roll.has_ended(rank)]
+        self._wait_for([self._key("report", rank) for rank in others], REPORTS_S)
+        there = [rank for rank in others if self._store.check([self._key("report", rank)])]
+        texts = self._store.multi_get([self._key("report", rank) for rank in there]) if there else []
+        reports = {rank: Report.from_json(json.loads(text)) for rank, text in zip(there, texts, strict=True)}
+        missing = {rank: beat for rank, beat in self._roll.beats.items() if rank not in reports}
+        now = time.monotonic()
+        return Scene(
+            reports,
+            missing,
+            {rank: written_stack(self._stack_file(rank)) for rank in missing},
+            {rank: self._roll.idle_s(rank, now) for rank in self._roll.beats},
+        )
+
+    def _wait_for(self, keys: list[str], patience_s: float) -> None:
+        deadline = time.monotonic() + patience_s
+        while not self._store.check(keys) and time.monotonic() < deadline:
+            self._say()
+            time.sleep(BEAT_S / 5)
+
+    def _publish(self, scene: Scene, noticed: str, *, everywhere: bool) -> str:
+        """The page, on the terminal and in a file beside the ranks' logs, or in this rank's log; its line. A full disk must not
+        keep the run from ending."""
+        finding, now = find(scene), datetime.now(UTC)
+        path = self._logs / f"autopsy-{now:%Y%m%dT%H%M%S}.txt"
+        who = f"rank {', '.join(map(str, finding.ranks))} {finding.what}" if finding.ranks else finding.what
+        line = f"rank {self.rank}: {who} ({noticed}; this rank was in {self._beat().at}); start the run again"
+        ranks = f"{self.size} rank{'s' if self.size > 1 else ''}"
+        text = page(f"Autopsy of run {self._run_name}, {ranks}, {now:%Y-%m-%d %H:%M:%S} UTC", line, scene, finding)
+        if not everywhere:
+            logger.error("%s", text)
+            return line
+        sys.stderr.write(f"\n{text}\n")
+        sys.stderr.flush()
+        with contextlib.suppress(OSError), private_file(path) as file:
+            file.write(f"{text}\n".encode())
+        return f"{line}; what each rank did: {path}"
+
+    def _kill(self, silent: Mapping[int, Beat]) -> None:
+        """A process of this host that is stopped, or whose interpreter does not run, cannot end itself."""
+        for beat in silent.values():
+            if beat.host == self._host and beat.pid != self._pid and state_of(beat.pid, beat.started):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(beat.pid, signal.SIGKILL)
+
+    def _end(self, outcome: UserError) -> None:
+        """From a thread beside the training: wake it, or end without it. What a run leaves on the disk is whole at any time."""
+        for group in list(dist.distributed_c10d._world.pg_names):
+            with contextlib.suppress(RuntimeError):
+                group.abort()
+        if self._awake.wait(WAKING_S) and not self._over.wait(LEAVING_S):
+            logger.error("the training does not leave")
+        if not self._over.is_set():
+            for line in outcome.lines:
+                sys.stderr.write(f"triaxis: error: {line}\n")
+            sys.stderr.flush()
+            logging.shutdown()
+            os._exit(outcome.exit_code)
+
+    def _key(self, kind: str, rank: int | None = None) -> str:
+        return f"triaxis/watchdog/{kind}" if rank is None else f"triaxis/watchdog/{kind}/{rank}"
+
+    def _stack_file(self, rank: int) -> Path:
+        return self._logs / f"rank-{rank:05d}.stack"
