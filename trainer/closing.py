@@ -48,6 +48,7 @@ def finish(run: Session, summary: dict[str, object]) -> None:
             seed=recipe.run.seed,
         )
         summary |= {"sample_prompt": recipe.train.sample_prompt, "sample": tokenizer.decode(tokens)}
+    summary |= run.goodput(recipe.train.steps)
     summary |= {"num_params": run.engine.num_params, "world_size": run.place.world_size, "devices": run.devices}
     run.tracker.finish(summary)
     if run.place.is_first:

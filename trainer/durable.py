@@ -109,7 +109,7 @@ def write_json(path: Path, value: object) -> None:
     """Replace the JSON file at `path` in one durable step."""
     staging = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with private_file(staging) as file:
-        file.write(json.dumps(value, indent=1, allow_nan=False).encode())
+        file.write(f"{json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)}\n".encode())
     os.replace(staging, path)
     sync_folder(path.parent)
 

@@ -43,14 +43,15 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
             run.say(run.checkpoints.wait())
         with run.engine.watch("export"):
             export(run)
-        summary = {"steps": steps, "wall_s": time.monotonic() - started}
-        finish(run, {**summary, **meter.summary(), **evaluation})
+            summary = {"steps": steps, "wall_s": time.monotonic() - started}
+            finish(run, {**summary, **meter.summary(), **evaluation})
     return EXIT_OK
 
 
 def save(run: Session, meter: Meter, guard: Guard, *, steps_done: int) -> None:
     with run.engine.watch("saving"):
         run.say(run.checkpoints.save(steps_done, run.engine, {"meter": meter.state(), "guard": guard.state()}))
+        run.account(steps_done, always=True)
     meter.restart()
 
 
@@ -63,7 +64,7 @@ def interrupt(run: Session, signal: str, meter: Meter, guard: Guard, *, steps_do
     goes_on = saved is not None or steps_done == 0
     advice = f"the same command goes on after step {saved or 0}" if goes_on else "nothing is saved (checkpoint.every = 0)"
     run.tracker.note(f"{signal}: ended after step {steps_done}; {advice}")
-    run.tracker.finish({"ended_by": signal, "steps": steps_done, **meter.summary()})
+    run.tracker.finish({"ended_by": signal, "steps": steps_done, **meter.summary(), **run.goodput(steps_done)})
     return EXIT_REQUEUE if goes_on else EXIT_INTERRUPTED
 
 

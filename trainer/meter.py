@@ -70,6 +70,7 @@ class Meter:
         }
         self._rates.append(self._last["tokens_per_s"])
         run.tracker.log(self._last)
+        run.account(steps_done)
         self.restart()
 
     def summary(self) -> dict[str, float | int]:

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.folder import CheckpointFolder
+from trainer.durable import write_json
 from trainer.errors import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_REQUEUE
-from trainer.run_folder import RunFolder, write_json
+from trainer.run_folder import RunFolder
 
 IDLE_RESTARTS = 3
 RECORD = "requeue.json"

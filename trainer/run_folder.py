@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from trainer.durable import write_json
 from trainer.errors import RecipeError
 from trainer.sections import Recipe
 
@@ -98,14 +98,3 @@ class RunFolder:
     def write_resolved(self, resolved: Mapping[str, Any]) -> None:
         """Every value with its origin, and the exact dict that DeepSpeed got."""
         write_json(self.path / "resolved.json", resolved)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

@@ -28,6 +28,7 @@ from trainer.data import PreparedData, prepare, prepare_summary
 from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.deepspeed_config import deepspeed_config
 from trainer.engine import DTYPES, Engine
+from trainer.goodput import Ledger
 from trainer.launch import Place, together
 from trainer.matmul_peak import device_peak, slower_than_fp32
 from trainer.model.auto import open_auto
@@ -42,7 +43,7 @@ from trainer.sections import Recipe
 from trainer.start import agree, claim, find, leave_behind
 from trainer.stopwatch import Stopwatch
 from trainer.swap_folder import private_swap_folders
-from trainer.track import RunInfo, Tracker, make_tracker, open_rank_log, truncate_after
+from trainer.track import RunInfo, Tracker, make_tracker, open_rank_log, read_metrics, truncate_after
 from trainer.track.progress import work_progress
 from trainer.watchdog.beats import Limits
 from trainer.watchdog.lost import among_ranks
@@ -69,12 +70,25 @@ class Session:
     tracker: Tracker
     checkpoints: Checkpoints
     ranks: Messages  # for a word at the end of a step
+    watchdog: Watchdog
+    ledger: Ledger | None  # on the first rank
     devices: str
     peak_flops: float  # of this rank's device, FLOP/s
 
     def say(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.tracker.note(line)
+
+    def account(self, step: int, *, always: bool = False) -> None:
+        if self.ledger is not None:
+            self.ledger.write(step, self.engine.watch.totals(), self.watchdog.waiting(), always=always)
+
+    def goodput(self, step: int) -> dict[str, float]:
+        """{"goodput": the share of the time that the run was given in which it trained}; {} off the first rank."""
+        if self.ledger is None:
+            return {}
+        shares = self.ledger.shares(step, self.engine.watch.totals(), self.watchdog.waiting())
+        return {name: share for name, share in shares.items() if name == "goodput"}
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's part of a step."""
@@ -123,8 +137,12 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             facts = _facts(recipe, files, prepared)
             if found is not None:
                 agree(found, facts, resume)
+            ledger = None
             if place.is_first:
+                ledger = _open_ledger(folder, found)
                 remarks += _clear_the_way(folder, found, resolved.given)
+        if ledger is not None:
+            stack.callback(lambda: ledger.write(watch.step, watch.totals(), watchdog.waiting(), always=True))
         checkpoints = Checkpoints(
             recipe, plan, mesh.layout, facts, CheckpointFolder(folder.checkpoints), messages, found, files.save
         )
@@ -179,6 +197,8 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             tracker=tracker,
             checkpoints=checkpoints,
             ranks=Messages.among_all(timeout),
+            watchdog=watchdog,
+            ledger=ledger,
             devices=devices,
             peak_flops=peak_flops,
         )
@@ -222,6 +242,12 @@ def _facts(recipe: Recipe, files: ModelFiles, prepared: PreparedData) -> dict[st
     """What must be the same to go on from this run's checkpoints."""
     data = data_facts(tokenizer=prepared.tokenizer.fingerprint, samples=prepared.fingerprint)
     return as_json({**recipe_facts(recipe), **model_facts(files.config), **data})
+
+
+def _open_ledger(folder: RunFolder, found: Found | None) -> Ledger:
+    from_step = found.manifest.step if found else 0
+    times = {int(record["step"] or 0): float(record["time"] or 0.0) for record in read_metrics(folder.metrics)}
+    return Ledger(folder.path, from_step=from_step, times=times)
 
 
 def _clear_the_way(folder: RunFolder, found: Found | None, given: dict[str, Any]) -> list[str]:

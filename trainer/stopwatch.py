@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Where the time of a step goes, and that of a whole process; what this rank is at, for whoever watches it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ class Stopwatch:
     """Sums seconds by name: `with watch("forward"): …`, then `lap()` → {name: seconds} since the last lap.
 
     On a GPU the spans are measured by events on the stream, so that timing does not make the host wait inside the step;
-    `lap` waits once, at its end.
+    `lap` waits once, at its end. `totals()` are the host's seconds since the beginning, each counted once: what is timed
+    inside of another part is not the other's.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.phase = "start"  # what was timed last, or still is
+        self.phase = "start"  # what was begun last
         self.step = 0  # that is under way, counted from 1; 0 before the first
         self.settled = False  # a step of this process is done: from here on they all take alike
         self.changed = time.monotonic()  # when this rank last got on
         self._on_cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._totals: dict[str, float] = defaultdict(float)
+        self._under_way = ["start"]  # the parts that this moment is inside of
+        self._counted = self.changed
 
     @property
     def doing(self) -> str:
         return f"{self.phase} of step {self.step}" if self.step else self.phase
 
     def begin(self, phase: str) -> None:
-        """What is not timed is watched all the same."""
-        self.phase = phase
-        self.tick()
+        """What lasts until the next one begins, but for the parts inside of it."""
+        self._count()
+        self._under_way[0] = self.phase = phase
 
     def begin_step(self, step: int) -> None:
         self.settled, self.step = self.step > 0, step
@@ -45,19 +49,15 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self.begin(name)
-        if not self._on_cuda:
-            start = time.perf_counter()
-            yield
-            self._seconds[name] += time.perf_counter() - start
-            self.tick()
-            return
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        yield
-        last.record()
-        self._events.append((name, first, last))
-        self.tick()
+        self._count()
+        self._under_way.append(name)
+        self.phase = name
+        try:
+            with self._events_around(name) if self._on_cuda else self._clock_around(name):
+                yield
+        finally:
+            self._count()
+            self._under_way.pop()
 
     def lap(self) -> dict[str, float]:
         if self._events:
@@ -68,3 +68,27 @@ class Stopwatch:
         self._seconds.clear()
         self._events.clear()
         return laps
+
+    def totals(self) -> dict[str, float]:
+        """Seconds of each part since this was made; together they are all of them."""
+        self._count()
+        return dict(self._totals)
+
+    def _count(self) -> None:
+        now = time.monotonic()
+        self._totals[self._under_way[-1]] += now - self._counted
+        self._counted = self.changed = now
+
+    @contextmanager
+    def _clock_around(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
+
+    @contextmanager
+    def _events_around(self, name: str) -> Iterator[None]:
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        yield
+        last.record()
+        self._events.append((name, first, last))

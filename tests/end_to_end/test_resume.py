@@ -17,6 +17,7 @@ from tools.campaign.cases import WAYS, Way, arguments, digests, numbers, write_r
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.cli import main
+from trainer.goodput import read_starts, shares_of
 from trainer.launch import free_port
 from trainer.run_folder import RunFolder
 
@@ -69,6 +70,10 @@ def test_killed_under_torchrun_and_started_again(tmp_path: Path) -> None:
     assert numbers(killed) == numbers(undisturbed)
     end = Path("checkpoints") / f"step-{steps:08d}"
     assert digests(killed / end) == digests(undisturbed / end)
+    shares, starts = shares_of(read_starts(killed)), read_starts(killed)
+    assert [start["to_step"] for start in starts][1:] == [steps], "what was before the kill stays written"
+    assert shares["explained"] >= 0.97, shares
+    assert shares["communication"] > 0.0
 
 
 def children(pid: int) -> list[int]:

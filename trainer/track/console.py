@@ -146,6 +146,7 @@ SUMMARY_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "skipped": ("skipped steps", short),
     "num_params": ("parameters", scaled),
     "wall_s": ("wall time", duration),
+    "goodput": ("  of the time given, trained", percent),
 }
 
 

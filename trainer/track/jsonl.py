@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from trainer.durable import write_json
 from trainer.errors import DataError
-from trainer.run_folder import write_json
 from trainer.track.tracker import RunInfo
 
 METRICS = "metrics.jsonl"

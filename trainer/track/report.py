@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import DataError, RecipeError
+from trainer.goodput import read_starts, shares_of
 from trainer.track.jsonl import EVALUATIONS, METRICS, Number, read_metrics, read_summary
 from trainer.track.secrets import redact
 from trainer.track.text import duration, percent, printable, scaled, short
@@ -140,7 +141,7 @@ def _render(
         name=run_dir.resolve().name,
         description=value_of.get("description") or "",
         facts=list(_facts(history, summary)),
-        headlines=list(_headlines(history, evaluations, summary, value_of)),
+        headlines=list(_headlines(history, evaluations, summary, value_of, shares_of(read_starts(run_dir)))),
         figures=figures(history, evaluations, clip_norm=value_of.get("train.clip_norm")),
         num_records=history.num_records,
         evaluations=list(_evaluation_rows(evaluations)),
@@ -163,7 +164,11 @@ def _facts(history: History, summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _headlines(
-    history: History, evaluations: History, summary: Mapping[str, Any], value_of: Mapping[str, Any]
+    history: History,
+    evaluations: History,
+    summary: Mapping[str, Any],
+    value_of: Mapping[str, Any],
+    shares: Mapping[str, float],
 ) -> Iterator[Headline]:
     if history.num_records:
         steps, total = history.last("step"), value_of.get("train.steps")
@@ -190,9 +195,18 @@ def _headlines(
     if wall_s is not None:
         step_time = history.median("step_time_s")
         yield Headline("Wall time", duration(wall_s), f"{duration(step_time)} per step, median" if step_time else "")
+    if shares:
+        yield Headline("Goodput", percent(shares["goodput"]), _elsewhere(shares))
     skipped = summary.get("skipped", history.last("skipped"))
     if skipped is not None:
         yield Headline("Skipped steps", short(skipped), "overflow or not finite", "bad" if skipped else "")
+
+
+def _elsewhere(shares: Mapping[str, float]) -> str:
+    """What the time that trained nothing was for: the three largest."""
+    others = {kind: shares[kind] for kind in ("init", "save", "evaluation", "guard", "export", "lost", "other")}
+    largest = sorted(others, key=lambda kind: -others[kind])[:3]
+    return "time that trained; " + ", ".join(f"{kind} {percent(others[kind])}" for kind in largest)
 
 
 def _wall_s(history: History) -> float | None:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer import sections
-from trainer.run_folder import write_json
+from trainer.durable import write_json
 from trainer.track.secrets import redact
 from trainer.track.tracker import RunInfo
 

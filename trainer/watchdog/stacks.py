@@ -65,7 +65,7 @@ def innermost_of_ours(stack: Sequence[str]) -> str:
 
 
 def is_waiting(stack: Sequence[str]) -> bool:
-    return bool(stack) and stack[0].startswith(WAITING)
+    return bool(stack) and (stack[0].startswith(WAITING) or stack[0].endswith(" wait"))
 
 
 class LastResort:

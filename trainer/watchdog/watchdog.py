@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -37,6 +38,7 @@ from trainer.watchdog.flight_recorder import collectives
 from trainer.watchdog.stacks import (
     LastResort,
     innermost_of_ours,
+    is_waiting,
     stack_of,
     stack_of_error,
     start_of,
@@ -47,6 +49,7 @@ from trainer.watchdog.stacks import (
 logger = logging.getLogger(__name__)
 
 BEAT_S = 0.5
+SAMPLES_PER_BEAT = 5  # of where the training is: 20 µs each
 JUDGES = 4  # the first ranks; if all of them stand on a node that is gone, so does the store
 STORE_S = 5.0  # longest that the store may take for one exchange
 REPORTS_S = 2.0  # longest wait for what ranks that still beat have to say
@@ -81,6 +84,8 @@ class Watchdog:
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._started = start_of(self._pid)
         self._count = 0
+        self._sampled: Counter[str] = Counter()
+        self._waited: Counter[str] = Counter()
         self._roll = Roll(limits)
         self._store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own
         self._answered = time.monotonic()  # when the store last did
@@ -112,10 +117,21 @@ class Watchdog:
 
     def _beat_on(self) -> None:
         try:
-            while not self._over.wait(BEAT_S):
-                self._exchange()
+            while not self._over.wait(BEAT_S / SAMPLES_PER_BEAT):
+                self._sample()
+                if self._sampled.total() % SAMPLES_PER_BEAT == 0:
+                    self._exchange()
         except (RuntimeError, OSError) as error:  # the store went with rank 0; the training will notice
             logger.info("the watchdog's store is gone: %s", error)
+
+    def _sample(self) -> None:
+        phase, stack = self._watch.phase, stack_of(self._main)
+        self._sampled[phase] += 1
+        self._waited[phase] += is_waiting(stack)
+
+    def waiting(self) -> dict[str, float]:
+        """Of each phase, the share of its time in which this rank was seen to wait for others."""
+        return {phase: self._waited[phase] / count for phase, count in self._sampled.copy().items()}
 
     def _exchange(self) -> None:
         self._last_resort.put_off()
