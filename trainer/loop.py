@@ -33,6 +33,7 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
             result = run.engine.step(micro_batches, step=step, lr=lr, norm_limit=guard.norm_limit)
             meter.record(step + 1, lr, result, micro_batches)
             guard.judge(step, lr, result, micro_batches)
+            run.say(run.watchdog.remarks())
             if step + 1 == steps or (keys.eval_every and (step + 1) % keys.eval_every == 0):
                 with run.engine.watch("evaluation"):
                     evaluation = evaluate(run, steps_done=step + 1)

@@ -79,3 +79,10 @@ def test_a_rank_that_does_not_get_on_is_named_and_all_ranks_end(case: int, layou
     outcome = hangs.one_case(case, 0, [layout], [fault], tmp_path)
     assert outcome["passed"], outcome
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("cause", ["data", "computation", "wandering"])
+def test_a_slow_rank_is_named_and_slowness_that_wanders_is_not(cause: str, tmp_path: Path) -> None:
+    outcome = hangs.slow_case(1, "dp2-zero1", cause, tmp_path)
+    assert outcome["passed"], outcome

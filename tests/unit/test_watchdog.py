@@ -19,6 +19,7 @@ from trainer.stopwatch import Stopwatch
 from trainer.watchdog.autopsy import Finding, Report, Scene, find, page
 from trainer.watchdog.beats import DONE, SILENT_S, Beat, Limits, Roll
 from trainer.watchdog.flight_recorder import Collective, usual_instead
+from trainer.watchdog.slow import SlowRanks
 from trainer.watchdog.stacks import (
     NO_PYTHON_S,
     innermost_of_ours,
@@ -34,7 +35,7 @@ LIMITS = Limits(step_s=10, long_s=100)
 
 def beat(rank: int, *, count: int = 1, phase: str = "backward", idle_s: float = 0.0, ended: str = "") -> Beat:
     limit_s = LIMITS.of(phase, settled=True)
-    return Beat(rank, "host", 100 + rank, 1, count, 7, phase, "trainer/loop.py:3 train", idle_s, limit_s, ended)
+    return Beat(rank, "host", 100 + rank, 1, count, 7, phase, "trainer/loop.py:3 train", idle_s, limit_s, ended=ended)
 
 
 def test_a_beat_comes_back_as_it_was_sent() -> None:
@@ -313,3 +314,67 @@ def test_a_process_that_holds_its_interpreter_leaves_its_stack(tmp_path: Path) -
         holder.communicate()
     assert state_of(holder.pid, started) == ""
     assert written_stack(tmp_path / "none") == []
+
+
+# ------------------------------------------------------------------------------------------------------------ slow ranks
+
+
+def heard(
+    slow: SlowRanks, windows: Sequence[Sequence[tuple[float, float]]], *, steps: int = 20, answer_s: Sequence[float] = ()
+) -> list[list[str]]:
+    """`windows`: of each, (data, compute) of each rank in seconds a step; what is said after each."""
+    ranks = range(len(windows[0]))
+    data, compute, said = [0.0 for _ in ranks], [0.0 for _ in ranks], []
+    for number, window in enumerate([[(0.0, 0.0) for _ in ranks], *windows]):
+        for rank, (on_data, computing) in enumerate(window):
+            data[rank] += on_data * steps
+            compute[rank] += computing * steps
+        beats = [
+            replace(beat(r, count=number), step=steps * number, data_s=data[r], compute_s=compute[r], answer_s=a)
+            for r, a in zip(ranks, answer_s or [0.001 for _ in ranks], strict=True)
+        ]
+        said.append(slow.hear(beats, 30.0 * number))  # a step takes 1.5 s
+    return said[1:]
+
+
+EVEN = [(0.01, 0.8)] * 4
+
+
+def test_a_rank_that_computes_for_longer_is_named_once() -> None:
+    said = heard(SlowRanks([(0, 1, 2, 3)]), [[*EVEN[:2], (0.01, 1.3), EVEN[0]]] * 6)
+    assert [len(lines) for lines in said] == [0, 0, 1, 0, 0, 0], "after three windows, and not again"
+    assert said[2] == ["rank 2 is slow in computation: 1.3 s a step, where 0.8 s are usual"]
+
+
+def test_a_rank_that_is_slow_in_its_data() -> None:
+    said = heard(SlowRanks([(0, 1), (2, 3)]), [[*EVEN[:3], (0.4, 0.8)]] * 3)
+    assert said[-1] == ["rank 3 is slow in its data: 0.4 s a step, where 0.01 s are usual"]
+
+
+def test_a_rank_whose_messages_are_slow() -> None:
+    said = heard(SlowRanks([(0, 1, 2, 3)]), [EVEN] * 3, answer_s=[0.001, 0.08, 0.001, 0.001])
+    assert said[-1] == ["rank 1 is slow in communication: a message takes 0.08 s, where 0.001 s are usual"]
+
+
+def test_slowness_that_wanders_is_nobodys() -> None:
+    slow = [[(0.01, 1.4 if rank == number % 4 else 0.8) for rank in range(4)] for number in range(24)]
+    assert not any(heard(SlowRanks([(0, 1, 2, 3)]), slow))
+
+
+def test_stages_are_not_compared_with_each_other() -> None:
+    uneven = [(0.01, 0.8), (0.01, 0.8), (0.01, 2.0), (0.01, 2.0)]
+    assert not any(heard(SlowRanks([(0, 1), (2, 3)]), [uneven] * 6))
+
+
+def test_a_stage_of_one_rank_is_compared_with_its_past() -> None:
+    before, after = [(0.01, 0.8), (0.01, 1.0)], [(0.01, 0.8), (0.01, 1.6)]
+    said = heard(SlowRanks([(0,), (1,)]), [before] * 4 + [after] * 3)
+    assert said[-1] == ["rank 1 is slow in computation: 1.6 s a step, where 1 s are usual"]
+
+
+def test_a_multiple_of_next_to_nothing_is_nothing() -> None:
+    assert not any(heard(SlowRanks([(0, 1, 2, 3)]), [[*EVEN[:3], (0.05, 0.8)]] * 6))
+
+
+def test_a_window_has_enough_steps() -> None:
+    assert not any(heard(SlowRanks([(0, 1, 2, 3)]), [[*EVEN[:3], (0.01, 5.0)]] * 3, steps=1))

@@ -2,6 +2,7 @@
 
     python -m tools.campaign.hangs --cases 200
     python -m tools.campaign.hangs --calm 50000      (false alarms: slow evaluations, slow saves, nobody hangs)
+    python -m tools.campaign.hangs --slow 20         (one rank is slow in its data or its computation; or the slowness wanders)
 
 Faults, on a rank and in a step drawn by the case's seed:
     stop   SIGSTOP                                    gil    C code that keeps the interpreter to itself
@@ -176,6 +177,73 @@ def _figures(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"n": len(outcomes), **counts, "late_p50_s": statistics.median(late) if late else None, "late_p99_s": p99}
 
 
+# ----------------------------------------------------------------------------------------------------------- slow ranks
+
+SLOW_RUN_STEPS, SLOW_WINDOW_S = 200, 2.0
+DELAY_S = 0.04  # a step takes about as long
+
+
+def train_with_a_slow_rank(words: Sequence[str], at_fault: int, cause: str) -> int:
+    """Rank `at_fault` takes longer in each step; with the cause "wandering", another one in each step."""
+    import trainer.watchdog.slow as slow
+
+    slow.WINDOW_S = SLOW_WINDOW_S
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    real_step, real_data = Engine.step, Session.micro_batches
+
+    def is_slow(step: int) -> bool:
+        return rank == (step % ranks if cause == "wandering" else at_fault)
+
+    def step_with(self: Engine, micro_batches: Any, *, step: int, **named: Any) -> Any:
+        if cause != "data" and is_slow(step):
+            with self.watch("forward"):
+                time.sleep(DELAY_S)
+        return real_step(self, micro_batches, step=step, **named)
+
+    def data_with(self: Session, number: int) -> Any:
+        if cause == "data" and is_slow(number):
+            time.sleep(DELAY_S)
+        return real_data(self, number)
+
+    Engine.step, Session.micro_batches = step_with, data_with  # type: ignore[method-assign]
+    return train(words)
+
+
+def slow_case(case: int, layout: str, cause: str, scratch: Path) -> dict[str, Any]:
+    """Is the slow rank named, with the cause, and nobody else? Nobody at all when it wanders."""
+    way = next(way for way in WAYS if way.name == layout)
+    at_fault = case % way.processes
+    folder = scratch / f"slow-{case}"
+    recipe = write_recipe(folder, steps=SLOW_RUN_STEPS, every=0, keep=1)
+    words = arguments(recipe, folder / "run", way)
+    ended = run_ranks(
+        train_with_a_slow_rank, words, at_fault, cause, world_size=way.processes, log=folder / "log", timeout_s=180.0
+    )
+    named = sorted(set(re.findall(r"^rank (\d+) is slow in (its data|computation|communication)", ended.said, re.MULTILINE)))
+    expected = [] if cause == "wandering" else [(str(at_fault), "its data" if cause == "data" else "computation")]
+    shutil.rmtree(folder)
+    done = set(ended.codes) == {EXIT_OK}
+    return {
+        "case": case,
+        "layout": layout,
+        "cause": cause,
+        "rank": at_fault,
+        "passed": done and named == expected,
+        "named": named,
+    }
+
+
+def slow_ranks(cases: int, names: Sequence[str]) -> bool:
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="triaxis-slow-") as scratch:
+        for case in range(cases):
+            cause = ("data", "computation", "wandering")[case // len(names) % 3]
+            outcomes.append(slow_case(case, names[case % len(names)], cause, Path(scratch)))
+            report(campaign="slow", **outcomes[-1])
+    report(campaign="slow", n=cases, passed=sum(outcome["passed"] for outcome in outcomes))
+    return all(outcome["passed"] for outcome in outcomes)
+
+
 # --------------------------------------------------------------------------------------------------------- false alarms
 
 SLOW_EVERY, SLOW_S = 10_000, 2.5  # an evaluation and a save that take twice the limit of a step
@@ -236,7 +304,10 @@ def main() -> int:
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--calm", type=int, metavar="STEPS", help="so many steps in which nobody hangs, instead")
+    parser.add_argument("--slow", type=int, metavar="CASES", help="so many runs with a rank that is slow, instead")
     options = parser.parse_args()
+    if options.slow:
+        return int(not slow_ranks(options.slow, [name for name in options.layouts if name != "pp2"]))
     if options.calm:
         return int(not calm(options.calm, options.layouts))
     return int(not hangs(options.cases, options.seed, options.layouts, options.faults))

@@ -6,6 +6,7 @@ gone, one page says who is missing and what each rank was doing, and all ranks e
     stacks.py           where in the code this rank is, also when its interpreter does not run
     autopsy.py          who did it, and the page
     watchdog.py         the threads, and how all ranks end
+    slow.py             which rank is slow, and at what
     lost.py             what a lost peer looks like from inside a collective
 
 Ranks talk through torch's store, not through collectives: those are what hangs.

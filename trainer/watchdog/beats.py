@@ -18,7 +18,8 @@ SILENT_S = 3.0  # a thread that tells something twice a second and has not for s
 @dataclass(frozen=True)
 class Beat:
     """`idle_s`: how long this rank has not got on; `limit_s`: how long it may. `started`: of the process, in clock ticks since
-    its host was booted, so that another process with its number is not taken for it. `ended`: "" or how."""
+    its host was booted, so that another process with its number is not taken for it. `data_s`, `compute_s`: spent since its
+    start on its data and computing, without waiting; `answer_s`: what the store took to answer. `ended`: "" or how."""
 
     rank: int
     host: str
@@ -30,6 +31,9 @@ class Beat:
     doing: str
     idle_s: float
     limit_s: float
+    data_s: float = 0.0
+    compute_s: float = 0.0
+    answer_s: float = 0.0
     ended: str = ""
 
     def encode(self) -> str:

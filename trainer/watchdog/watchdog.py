@@ -19,11 +19,12 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 
 import torch.distributed as dist
@@ -35,6 +36,7 @@ from trainer.stopwatch import Stopwatch
 from trainer.watchdog.autopsy import Report, Scene, find, page
 from trainer.watchdog.beats import DONE, SILENT_S, Beat, Limits, Roll
 from trainer.watchdog.flight_recorder import collectives
+from trainer.watchdog.slow import SlowRanks
 from trainer.watchdog.stacks import (
     LastResort,
     innermost_of_ours,
@@ -75,9 +77,10 @@ class Verdict:
 
 
 class Watchdog:
-    """Of one rank, while it is entered. `watch` says what the rank is at; `logs`: where pages and stacks go."""
+    """Of one rank, while it is entered. `watch` says what the rank is at; `logs`: where pages and stacks go; `peers`: groups of
+    ranks that do the same work."""
 
-    def __init__(self, watch: Stopwatch, limits: Limits, logs: Path, run_name: str) -> None:
+    def __init__(self, watch: Stopwatch, limits: Limits, logs: Path, run_name: str, peers: Sequence[Sequence[int]]) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._watch, self._limits, self._logs, self._run_name = watch, limits, logs, run_name
         self._main = threading.get_ident()
@@ -86,6 +89,11 @@ class Watchdog:
         self._count = 0
         self._sampled: Counter[str] = Counter()
         self._waited: Counter[str] = Counter()
+        self._worked_s: dict[str, float] = defaultdict(float)
+        self._sampled_at = time.monotonic()
+        self._slow = SlowRanks(peers)
+        self._remarks: SimpleQueue[str] = SimpleQueue()
+        self._answer_s = 0.0
         self._roll = Roll(limits)
         self._store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own
         self._answered = time.monotonic()  # when the store last did
@@ -125,9 +133,12 @@ class Watchdog:
             logger.info("the watchdog's store is gone: %s", error)
 
     def _sample(self) -> None:
-        phase, stack = self._watch.phase, stack_of(self._main)
+        phase, waits, now = self._watch.phase, is_waiting(stack_of(self._main)), time.monotonic()
         self._sampled[phase] += 1
-        self._waited[phase] += is_waiting(stack)
+        self._waited[phase] += waits
+        if not waits:
+            self._worked_s[phase] += now - self._sampled_at
+        self._sampled_at = now
 
     def waiting(self) -> dict[str, float]:
         """Of each phase, the share of its time in which this rank was seen to wait for others."""
@@ -135,8 +146,11 @@ class Watchdog:
 
     def _exchange(self) -> None:
         self._last_resort.put_off()
+        asked = time.monotonic()
         beat = self._say()
+        self._store.check([self._key("beat", self.rank)])
         self._answered = time.monotonic()
+        self._answer_s = self._answered - asked
         if self._store.check([self._key("verdict")]):
             self._end(self._told())
         elif self.rank == 0 or (self.rank < JUDGES and beat.idle_s > beat.limit_s / 2):
@@ -163,6 +177,9 @@ class Watchdog:
             doing=innermost_of_ours(self._stack()),
             idle_s=time.monotonic() - watch.changed,
             limit_s=self._limits.of(watch.phase, settled=watch.settled),
+            data_s=self._worked_s["data"],
+            compute_s=sum(self._worked_s[phase] for phase in ("forward", "backward", "optimizer")),
+            answer_s=self._answer_s,
         )
 
     def _stack(self) -> list[str]:
@@ -177,8 +194,18 @@ class Watchdog:
         return True
 
     def _judge(self) -> None:
-        if self._hear(range(self.size)) and self._roll.hang(time.monotonic()):
-            self._end(self._verdict(EXIT_HANG, f"no rank got on for {self._roll.longest_s(time.monotonic()):.0f} s"))
+        if not self._hear(range(self.size)):
+            return
+        now = time.monotonic()
+        if self._roll.hang(now):
+            self._end(self._verdict(EXIT_HANG, f"no rank got on for {self._roll.longest_s(now):.0f} s"))
+        for line in self._slow.hear(self._roll.beats.values(), now):
+            self._remarks.put(line)
+
+    def remarks(self) -> Iterator[str]:
+        """Lines about slow ranks, on the first rank, each once."""
+        while not self._remarks.empty():
+            yield self._remarks.get()
 
     def _mind_the_store(self) -> None:
         """A store that does not answer holds the other thread for ever; this one never talks to it."""
