@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from trainer.errors import RecipeError
+from trainer.redaction import redact
 from trainer.sections import Recipe
 
 LOCK_PATIENCE_S = 5.0  # an ended run's last rank may still be closing its files
@@ -101,10 +102,10 @@ class RunFolder:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, and without secrets: run folders are shared, mailed and archived."""
     draft = path.with_name(f".{path.name}.tmp")
     with draft.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
+        json.dump(redact(value), file, indent=2, ensure_ascii=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
