@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,7 +82,12 @@ def _of_environment() -> tuple[str, ...]:
 
 
 class RedactedRecord(logging.LogRecord):
-    """A log record whose message is redacted, whoever logs it and wherever it goes."""
+    """A log record whose message and traceback are redacted, whoever logs it and wherever it goes."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        if self.exc_info and self.exc_info[0]:
+            self.exc_text = redact_text("".join(traceback.format_exception(*self.exc_info)).rstrip())
 
     def getMessage(self) -> str:
         return redact_text(super().getMessage())

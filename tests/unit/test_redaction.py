@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import pytest
 
@@ -78,5 +79,11 @@ def test_values_of_secret_variables_wherever_they_turn_up(monkeypatch: pytest.Mo
 
 
 def test_a_log_record_is_redacted_after_its_arguments_are_in_it() -> None:
-    record = RedactedRecord("a", logging.INFO, "f", 1, "from %s://me:%s@host", ("https", "pw"), None)
-    assert logging.Formatter("%(message)s").format(record) == f"from https://{REDACTED}@host"
+    try:
+        raise KeyError("https://me:pw@elsewhere")
+    except KeyError:
+        failure = sys.exc_info()
+    record = RedactedRecord("a", logging.INFO, "f", 1, "from %s://me:%s@host", ("https", "pw"), failure)
+    said = logging.Formatter("%(message)s").format(record)
+    assert said.startswith(f"from https://{REDACTED}@host\nTraceback")
+    assert said.endswith(f"KeyError: 'https://{REDACTED}@elsewhere'")

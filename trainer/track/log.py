@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from trainer.redaction import redact_text
-
 
 class RankLog:
     """Where the records of this process go until `close`."""
@@ -16,7 +14,7 @@ class RankLog:
     def __init__(self, path: Path, rank: int) -> None:
         self.path = path
         self._handler = logging.FileHandler(path, encoding="utf-8", delay=False)
-        self._handler.setFormatter(_Redacted(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
+        self._handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
         self._root_level = logging.root.level
         self._taken: list[tuple[logging.Logger, bool, list[logging.Handler]]] = []
         logging.root.addHandler(self._handler)
@@ -59,13 +57,6 @@ class RankLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-class _Redacted(logging.Formatter):
-    """What an exception says, and a traceback, are put together only here."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redact_text(super().format(record))
 
 
 def open_rank_log(folder: Path, rank: int) -> RankLog:
