@@ -103,7 +103,8 @@ def table(cases: Sequence[dict[str, Any]]) -> list[str]:
     for kind in (*KINDS, "all"):
         of_kind = [case for case in cases if kind in (case["kind"], "all")]
         figures = (median(case[key] for case in of_kind) for key in ("s_to_train_again", "steps_done_twice"))
-        rows.append((kind, str(len(of_kind)), str(sum(case["identical"] for case in of_kind)), *map(str, figures)))
+        shown = ("–" if figure is None else str(figure) for figure in figures)
+        rows.append((kind, str(len(of_kind)), str(sum(case["identical"] for case in of_kind)), *shown))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -133,11 +134,11 @@ def one_run(lab: Lab, folder: Path, kinds: list[str], seed: str) -> Iterator[dic
         begun = time.monotonic()
         lost = disturb(lab, kind, job, draw)
         queued_again(lab, job, restarts, f"{kind}: queued again\n{said(run_dir)}")
-        went_on = newest_step(RunFolder(run_dir))
         if number == len(kinds) - 1:
-            set_end(recipe, went_on + TO_GO)  # SLURM starts it some seconds from now
+            set_end(recipe, steps_logged(run_dir) + TO_GO)  # SLURM starts it some seconds from now
         mend(lab, kind, job, lost)
         lab.until(lambda: lab.job(job).state == "RUNNING", PATIENCE_S, f"{kind}: runs again\n{said(run_dir)}")
+        went_on = newest_step(RunFolder(run_dir))  # its ranks have not come so far as to save
         trains(lab, run_dir, job)
         cases.append(
             {
