@@ -169,10 +169,13 @@ def test_out_of_time_at_two_nodes_of_two_ranks(template: str, lab: Lab, recipe: 
     run_dir, mine = tmp_path / "run", tmp_path / "recipe.json"
     endless = recipe.read_text().replace(f'"steps": {STEPS}', '"steps": 1000000').replace("cosine", "constant")
     mine.write_text(endless)
-    job = lab.submit(mine, run_dir, "--template", template, "--time", "00:02:00", "--grace", "60")
+    job = lab.submit(mine, run_dir, "--template", template, "--grace", "30")
+    trains(lab, run_dir)
+    lab.bring_the_end_near(job, 30)
     lab.until(lambda: lab.job(job).restarts == 1, 200, f"the time comes near\n{said(run_dir)}")
     end = steps_logged(run_dir) + 20
     mine.write_text(endless.replace("1000000", str(end)))
+    lab.limit(job, minutes=30)
     ended = lab.until_ended(job)
     assert outcome(ended) == DONE, said(run_dir)
     assert "SIGUSR1: ended after step" in said(run_dir)

@@ -186,8 +186,7 @@ def disturb(lab: Lab, kind: str, job: str, draw: random.Random) -> str:
         case "warned":
             lab.run("scancel", "--signal=USR1", "--batch", job)
         case "time over":
-            # SLURM warns GRACE_S before the end, or half a minute earlier.
-            lab.limit(job, minutes=1 + (lab.seconds_run(job) + GRACE_S + 15) // 60)
+            lab.bring_the_end_near(job, GRACE_S)
         case "requeued":
             lab.run("scontrol", "requeue", job)
         case "preempted" | "preempted with grace":

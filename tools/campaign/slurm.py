@@ -111,6 +111,10 @@ class Lab:
         """Since its latest start."""
         return seconds(re.findall(r"RunTime=(\S+)", self.run("scontrol", "--oneliner", "show", "job", job))[0])
 
+    def bring_the_end_near(self, job: str, grace_s: int) -> None:
+        """A limit that SLURM will warn of within a minute and a half: it does so grace_s before, or half a minute earlier."""
+        self.limit(job, minutes=1 + (self.seconds_run(job) + grace_s + 15) // 60)
+
     def clear(self) -> None:
         """No jobs, and all nodes there."""
         for job in self.run("squeue", "--noheader", "--format=%A").split():
