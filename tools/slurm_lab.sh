@@ -4,6 +4,7 @@
 #   bash tools/slurm_lab.sh start FOLDER [NODES]     up in about two seconds (2 nodes); what runs already stays
 #   SLURM_CONF=FOLDER/slurm.conf sbatch ...          partitions: main (default), low, and high, which requeues jobs of low
 #   bash tools/slurm_lab.sh lose FOLDER NODE         a power cut: the node's daemon and every process of its jobs end at once
+#   bash tools/slurm_lab.sh silence FOLDER NODE      the node's daemon ends alone: the node is DOWN, what its jobs started lives on
 #   bash tools/slurm_lab.sh return FOLDER NODE       the node is there again
 #   bash tools/slurm_lab.sh stop FOLDER              cancel all jobs, end the daemons, leave FOLDER/log and nothing else
 #
@@ -17,7 +18,7 @@ fail() {
     exit 1
 }
 
-[ $# -ge 2 ] || fail "usage: slurm_lab.sh start|stop|lose|return FOLDER [NODES or NODE]"
+[ $# -ge 2 ] || fail "usage: slurm_lab.sh start|stop|lose|silence|return FOLDER [NODES or NODE]"
 action=$1 folder=$(realpath -m -- "$2") argument=${3:-}
 case $folder in *[!A-Za-z0-9._/-]*) fail "$folder: only letters, digits, '.', '_' and '-' can be in the folder's name" ;; esac
 export SLURM_CONF=$folder/slurm.conf
@@ -224,10 +225,17 @@ lose() {
     [ -z "$daemon$processes" ] || kill -KILL $daemon $processes 2>/dev/null || true
 }
 
+silence() {
+    local daemon
+    daemon=$(running slurmd "$folder/run/slurmd-$1.pid") || return 0
+    kill -KILL "$daemon" 2>/dev/null || true
+}
+
 case $action in
     start) start ;;
     stop) stop ;;
     lose) lose "${argument:?which node?}" ;;
+    silence) silence "${argument:?which node?}" ;;
     return) start_node "${argument:?which node?}" ;;
-    *) fail "unknown action $action: start, stop, lose or return" ;;
+    *) fail "unknown action $action: start, stop, lose, silence or return" ;;
 esac

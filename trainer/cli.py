@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer.errors import EXIT_DATA, EXIT_DIFFERS, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, RecipeError, UserError
+from trainer.redaction import RedactedRecord, redact, redact_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +28,7 @@ DEFAULT_COLUMNS = 160  # of a pipe, where there is no terminal to ask
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit codes are in `errors.py`."""
+    logging.setLogRecordFactory(RedactedRecord)  # libraries have loggers and handlers of their own
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         run: Callable[[argparse.Namespace], int] = arguments.run
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except Exception:
-        traceback.print_exc()
+        sys.stderr.write(redact_text(traceback.format_exc()))
         return EXIT_INTERNAL
 
 
@@ -279,7 +282,7 @@ def _check(arguments: argparse.Namespace) -> int:
             f"{plan.num_micro_batches} micro-batches; {plan.tokens_per_step:,} tokens",
         )
         _say(console, "DeepSpeed gets:")
-        _say(console, json.dumps(config, indent=2))
+        _say(console, json.dumps(redact(config), indent=2))
     return EXIT_OK
 
 
@@ -303,7 +306,7 @@ def _console() -> Console:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True)
+    console.print(redact_text(text), soft_wrap=True)
 
 
 def _show_values(console: Console, resolved: ResolvedRecipe) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trainer.redaction import redact_text
+
 EXIT_OK = 0
 EXIT_DIFFERS = 1  # verify: a layout does not train the same, as diff(1) says it
 EXIT_DATA = 65  # data or checkpoint damaged
@@ -19,13 +21,13 @@ EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
 
 
 class UserError(Exception):
-    """Something the user can mend: each line names what, where, the value and the remedy."""
+    """Something the user can mend: each line names what, where, the value (less the secrets in it) and the remedy."""
 
     exit_code = EXIT_INTERNAL
 
     def __init__(self, *lines: str | Sequence[str]) -> None:
         flat = [line for item in lines for line in ([item] if isinstance(item, str) else item)]
-        self.lines = [_printable(" ".join(line.split())) for line in flat]
+        self.lines = [_printable(redact_text(" ".join(line.split()))) for line in flat]
         super().__init__("\n".join(self.lines))
 
 

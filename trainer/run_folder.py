@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from trainer.durable import write_json
 from trainer.errors import RecipeError
+from trainer.redaction import redact
 from trainer.sections import Recipe
 
 LOCK_PATIENCE_S = 5.0  # an ended run's last rank may still be closing its files
@@ -20,7 +21,8 @@ LOCK_PATIENCE_S = 5.0  # an ended run's last rank may still be closing its files
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run's files; see the README's table."""
+    """Paths of a run's files; see the README's table. What is written here is without secrets: such folders are shared, mailed
+    and archived."""
 
     path: Path
 
@@ -93,8 +95,8 @@ class RunFolder:
 
     def write_given(self, recipe: Mapping[str, Any]) -> None:
         """The recipe as its author wrote it, after `extends` and `--set`."""
-        write_json(self.path / "recipe.json", recipe)
+        write_json(self.path / "recipe.json", redact(recipe))
 
     def write_resolved(self, resolved: Mapping[str, Any]) -> None:
         """Every value with its origin, and the exact dict that DeepSpeed got."""
-        write_json(self.path / "resolved.json", resolved)
+        write_json(self.path / "resolved.json", redact(resolved))

@@ -1,8 +1,8 @@
 """`triaxis submit`: an sbatch script from a recipe and a template of slurm/, checked, quoted and handed in. No torch.
 
 A value reaches the script only through `plain` (it must look like what it is) or `quoted` (bash reads back the same bytes), and
-none may hold a control character or "#SBATCH". The job gets the variables of an allow-list: their names are in the script,
-their values are not.
+none may hold a control character, "#SBATCH" or a secret. The job gets the variables of an allow-list: their names are in the
+script, their values are not.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError
 from trainer.durable import make_private, private_file
 from trainer.errors import RecipeError
 from trainer.recipe.json_reader import JSONSyntaxError, Reader
+from trainer.redaction import holds_secret
 from trainer.sections import PositiveInt, Section, nearest
 
 TEMPLATES = Path(__file__).parents[1] / "slurm"
@@ -239,7 +240,14 @@ def seconds(time: str) -> int:
 
 
 def _settings(settings: Sequence[str]) -> str:
-    return " ".join(f"--set {quoted('--set', setting)}" for setting in settings)
+    return " ".join(f"--set {_setting(setting)}" for setting in settings)
+
+
+def _setting(setting: str) -> str:
+    key, _, value = setting.partition("=")
+    if holds_secret(value, key):
+        raise _secret(f"--set {key}")
+    return quoted("--set", setting)
 
 
 def _variable(name: str, value: str) -> tuple[str, str]:
@@ -288,7 +296,16 @@ def _sound(what: str, value: str) -> str:
         raise RecipeError(f"{what} {value!r} has a control character or line break: no such value goes into a job's script")
     if "#SBATCH" in value.upper():
         raise RecipeError(f"{what} {value!r} holds #SBATCH: no such value goes into a job's script")
+    if holds_secret(value):
+        raise _secret(what)
     return value
+
+
+def _secret(what: str) -> RecipeError:
+    return RecipeError(
+        f"{what} holds a secret, which the job's script and the command lines of its ranks would show: write it into the "
+        "recipe file, which only they read, or into a variable that the site's `export` names"
+    )
 
 
 def write_script(order: Order, text: str) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tools.campaign.cases import digests, numbers, write_recipe
+from tools.campaign.preemption import KINDS, one_run
 from tools.campaign.slurm import Job, Lab, said, steps_logged
 
 STEPS = 120
@@ -122,6 +123,63 @@ def test_cancelled_stays_cancelled(lab: Lab, recipe: Path) -> None:
     lab.until(lambda: not lab.run("squeue", "--noheader", f"--jobs={job}"), 60, "the job leaves")
     assert lab.job(job).state == "CANCELLED"
     assert "queued again" not in said(run_dir).replace("not queued again", "")
+
+
+@pytest.mark.timeout(600)
+def test_a_recipe_that_is_wrong_by_then_ends_the_job(lab: Lab, recipe: Path, tmp_path: Path) -> None:
+    """It was right when it was submitted."""
+    run_dir, mine = tmp_path / "run", tmp_path / "recipe.json"
+    mine.write_text(recipe.read_text())
+    lab.submit(mine, run_dir, "--dry-run", nodes=1, ranks=1)
+    mine.write_text(recipe.read_text().replace("global_sequences", "global_sequence"))
+    job = lab.run("sbatch", "--parsable", str(run_dir / "job.sbatch"))
+    ended = lab.until_ended(job)
+    assert (outcome(ended), ended.restarts) == (("FAILED", 78), 0), said(run_dir)
+    assert "did you mean batch.global_sequences?" in said(run_dir)
+    assert "the ranks ended with 78: not queued again" in said(run_dir)
+
+
+@pytest.mark.grid
+@pytest.mark.timeout(600)
+def test_a_debug_job_is_never_queued_again(lab: Lab, recipe: Path) -> None:
+    run_dir = recipe.parent / "debug"
+    job = lab.submit(recipe, run_dir, "--template", "debug", nodes=1)
+    trains(lab, run_dir)
+    lab.run("scancel", "--signal=USR1", "--batch", job)
+    ended = lab.until_ended(job)
+    assert (outcome(ended), ended.restarts) == (("FAILED", 75), 0), said(run_dir)
+    assert "SIGUSR1: ended after step" in said(run_dir)
+
+
+@pytest.mark.grid
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", KINDS)
+def test_disturbed_in_every_way_and_finished(kind: str, lab: Lab, tmp_path: Path) -> None:
+    """The campaign's own case: a job without an end is disturbed, and ends as one that was not."""
+    (case,) = one_run(lab, tmp_path / "case", [kind], seed="1")
+    assert case["kind"] == kind
+    assert case["identical"], said(tmp_path / "case" / "disturbed")
+
+
+@pytest.mark.grid
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("template", ["multi-node", "torchrun"])
+def test_out_of_time_at_two_nodes_of_two_ranks(template: str, lab: Lab, recipe: Path, tmp_path: Path) -> None:
+    """SLURM itself sends the signal that --signal names; the job goes on under its id and reaches its end."""
+    run_dir, mine = tmp_path / "run", tmp_path / "recipe.json"
+    endless = recipe.read_text().replace(f'"steps": {STEPS}', '"steps": 1000000').replace("cosine", "constant")
+    mine.write_text(endless)
+    job = lab.submit(mine, run_dir, "--template", template, "--grace", "30")
+    trains(lab, run_dir)
+    lab.bring_the_end_near(job, 30)
+    lab.until(lambda: lab.job(job).restarts == 1, 200, f"the time comes near\n{said(run_dir)}")
+    end = steps_logged(run_dir) + 20
+    mine.write_text(endless.replace("1000000", str(end)))
+    lab.limit(job, minutes=30)
+    ended = lab.until_ended(job)
+    assert outcome(ended) == DONE, said(run_dir)
+    assert "SIGUSR1: ended after step" in said(run_dir)
+    assert [record[0] for record in numbers(run_dir)] == list(range(1, end + 1))
 
 
 @pytest.mark.grid

@@ -201,6 +201,7 @@ WITHOUT_TORCH = {
     "trainer.model.translation",
     "trainer.recipe",
     "trainer.lifecycle",
+    "trainer.redaction",
     "trainer.requeue",
     "trainer.run_folder",
     "trainer.schedule",

@@ -248,6 +248,14 @@ def test_an_old_failure_does_not_stop_a_new_start(tmp_path: Path, monkeypatch: p
         waiting.folder("b" * 16, lambda staging: None, what="building")
 
 
+def test_a_failure_that_others_read_is_without_secrets(tmp_path: Path) -> None:
+    building = cache.Cache(tmp_path / "cache", request="r" * 16, build=True, progress=Heard())
+    with pytest.raises(ValueError, match="hunter2"), building.reporting_outcome():
+        raise ValueError("https://me:hunter2@host/ is not to be had")
+    outcome = json.loads((tmp_path / "cache" / f"{'r' * 16}.outcome.json").read_text())
+    assert outcome["failed"] == ["ValueError: https://[redacted]@host/ is not to be had"]
+
+
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path

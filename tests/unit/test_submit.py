@@ -208,6 +208,27 @@ def test_no_secret_is_written_into_a_script(name: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
+    ("order", "site", "what"),
+    [
+        (ORDER, Site(environment={"HTTPS_PROXY": "http://me:hunter2@proxy:3128"}), "environment.HTTPS_PROXY"),
+        (ORDER, Site(modules=["a", "ghp_" + "hunter2" * 6]), "modules"),
+        (replace(ORDER, settings=("data.sources[0].path=https://me:hunter2@host/",)), Site(), "--set data.sources[0].path"),
+        (replace(ORDER, settings=("model.config.api_key=hunter2",)), Site(), "--set model.config.api_key"),
+        (replace(ORDER, template="array", sweep=(("a.token=hunter2",),)), Site(), "--set a.token"),
+        (
+            replace(ORDER, template="container"),
+            Site(container=Container(image="docker://me:hunter2@registry/image")),
+            "container",
+        ),
+    ],
+)
+def test_a_secret_in_any_value_is_refused_without_being_said(order: Order, site: Site, what: str) -> None:
+    said = refused(order, site)
+    assert said.startswith(f"{what} holds a secret")
+    assert "hunter2" not in said
+
+
+@pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"template": "multinode"}, "did you mean multi-node?"),

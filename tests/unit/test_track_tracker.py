@@ -12,7 +12,6 @@ from rich.console import Console
 from trainer.sections import Tracking
 from trainer.track import CompositeTracker, NullTracker, RunInfo, make_tracker, open_rank_log
 from trainer.track.console import ConsoleTracker
-from trainer.track.secrets import REDACTED, redact
 from trainer.track.text import duration, percent, printable, scaled, short, tick
 from trainer.track.tracker import BestEffort
 
@@ -135,29 +134,6 @@ def test_numbers_as_people_read_them() -> None:
     ]  # fmt: skip
     assert percent(0.375) == "37.5 %"
     assert printable("a\tb\n\x1b[0m") == "a\tb\n�[0m"
-
-
-# ---------------------------------------------------------------------------------------------------------- secrets
-
-
-def test_redaction_reaches_keys_urls_and_nothing_else() -> None:
-    recipe = {
-        "hub": {"hf_token": "hf_x", "api_key": "k", "nested": [{"password": "p"}]},
-        "credentials": {"user": "u"},
-        "data": {"path": "https://me:pw@host/x?sig=1&access_token=t", "tokenizer": "bpe:4096", "tokens": "many"},
-        "model": {"eos_token_id": 2},
-    }
-    assert redact(recipe) == {
-        "hub": {"hf_token": REDACTED, "api_key": REDACTED, "nested": [{"password": REDACTED}]},
-        "credentials": {"user": REDACTED},
-        "data": {
-            "path": f"https://{REDACTED}@host/x?sig=1&access_token={REDACTED}",
-            "tokenizer": "bpe:4096",
-            "tokens": "many",
-        },
-        "model": {"eos_token_id": 2},
-    }
-    assert redact("x", "data.api_key") == REDACTED
 
 
 # -------------------------------------------------------------------------------------------------------------- log

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.submit import seconds
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "slurm_lab.sh"
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -60,6 +62,10 @@ class Lab:
         """A power cut of one node."""
         self._lab("lose", node)
 
+    def silence(self, node: str) -> None:
+        """Its daemon ends; the processes of its jobs do not."""
+        self._lab("silence", node)
+
     def bring_back(self, node: str) -> None:
         self._lab("return", node)
 
@@ -89,6 +95,37 @@ class Lab:
             *("--nodes", str(nodes), "--ranks-per-node", str(ranks), *words),
         )
         return said.removeprefix("job ").partition(":")[0]
+
+    def give_grace(self, partition: str, seconds: int) -> None:
+        """How long the partition's jobs live on after the word that they are preempted."""
+        self.run("scontrol", "update", f"PartitionName={partition}", f"GraceTime={seconds}")
+
+    def preempt(self) -> None:
+        """A job of more weight that takes all nodes for a second."""
+        self.run("sbatch", "--partition=high", f"--nodes={self.nodes}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+
+    def limit(self, job: str, *, minutes: int) -> None:
+        self.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+
+    def seconds_run(self, job: str) -> int:
+        """Since its latest start."""
+        return seconds(re.findall(r"RunTime=(\S+)", self.run("scontrol", "--oneliner", "show", "job", job))[0])
+
+    def bring_the_end_near(self, job: str, grace_s: int) -> None:
+        """A limit that SLURM will warn of within a minute and a half: it does so grace_s before, or half a minute earlier."""
+        self.limit(job, minutes=1 + (self.seconds_run(job) + grace_s + 15) // 60)
+
+    def clear(self) -> None:
+        """No jobs, and all nodes there."""
+        for job in self.run("squeue", "--noheader", "--format=%A").split():
+            self.run("scancel", job)
+        for node in range(1, self.nodes + 1):
+            self.bring_back(f"lab{node}")
+        self.until(lambda: not self.run("squeue", "--noheader"), 120, "all jobs leave")
+
+    def nodes_of(self, job: str) -> list[str]:
+        """The first one runs the job's script."""
+        return self.run("scontrol", "show", "hostnames", self.run("squeue", "-h", "-j", job, "-o", "%N")).split()
 
     def job(self, job: str) -> Job:
         told = dict(re.findall(r"(\w+)=(\S+)", self.run("scontrol", "--oneliner", "show", "job", job)))

@@ -19,6 +19,7 @@ from trainer.checkpoint.resume import CheckpointSource, Found
 from trainer.checkpoint.save import Saved, Saver
 from trainer.engine import Engine
 from trainer.optimizers import state_names, states_per_element
+from trainer.redaction import redact
 from trainer.sections import Recipe
 
 PACKAGES = ("triaxis", "torch", "deepspeed", "transformers")
@@ -73,7 +74,7 @@ class Checkpoints:
             step=steps_done,
             sequences=steps_done * self.plan.global_sequences,
             time=time.time(),
-            recipe=self.recipe.model_dump(mode="json"),
+            recipe=redact(self.recipe.model_dump(mode="json")),
             facts=dict(self.facts),
             layout={**asdict(self.layout), "zero": self.recipe.zero.stage},
             state={"updates": engine.state.updates, "loss_scale": engine.scaler.state(), "memory": dict(memory)},

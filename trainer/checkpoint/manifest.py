@@ -96,7 +96,7 @@ class Manifest:
     | `step` | optimizer steps done, skipped ones included |
     | `sequences` | training sequences consumed; the next is this one, counted from 0 |
     | `time` | when it was saved [s since the epoch] |
-    | `recipe` | every value of the recipe that saved it |
+    | `recipe` | every value of the recipe that saved it, without secrets |
     | `facts` | what must be the same to go on: see `resume.py` |
     | `layout` | degrees and ZeRO stage in which it was saved; nobody needs them to read it |
     | `state` | what the run remembers beside tensors: loss scale, counters, history |

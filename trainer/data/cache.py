@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from trainer.durable import make_private, read_json, sync_folder, write_json
 from trainer.errors import EXIT_RECIPE, DataError, RecipeError, UserError
+from trainer.redaction import redact
 
 POLL_S = 0.2
 REMIND_S = 30.0  # how often a waiter says that it still waits
@@ -95,7 +96,7 @@ class Cache:
         lines = failure.lines if isinstance(failure, UserError) else [f"{type(failure).__name__}: {failure}"]
         exit_code = failure.exit_code if isinstance(failure, UserError) else UserError.exit_code
         with suppress(OSError):  # a full disk has no room for word either; the launcher ends those who wait
-            write_json(self._outcome, {"failed": lines if failure else [], "exit_code": exit_code})
+            write_json(self._outcome, {"failed": redact(lines) if failure else [], "exit_code": exit_code})
 
     @contextmanager
     def _lock(self, final: Path, what: str) -> Iterator[None]:

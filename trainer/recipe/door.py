@@ -16,6 +16,7 @@ from trainer.recipe.network import fit_findings, read_network, translate
 from trainer.recipe.pipeline import pipeline_findings
 from trainer.recipe.places import KeyPath, Problem, dotted, first_mark
 from trainer.recipe.rules import section_findings
+from trainer.redaction import redact
 from trainer.schedule import decay_steps
 from trainer.sections import Recipe
 
@@ -52,12 +53,14 @@ class ResolvedRecipe:
         return config
 
     def as_resolved_json(self, deepspeed_config: dict[str, Any] | None = None) -> dict[str, Any]:
-        """For resolved.json: every value with its origin, and, once the world size is known, DeepSpeed's dict."""
+        """For resolved.json and the screen: every value with its origin, and, once the world size is known, DeepSpeed's dict;
+        no secrets."""
         values = {
             dotted(path): {"value": value, "origin": self.origins[dotted(path)]}
             for path, value in _leaves(self.recipe.model_dump())
         }
-        return {"values": values} | ({} if deepspeed_config is None else {"deepspeed_config": deepspeed_config})
+        resolved = {"values": values} | ({} if deepspeed_config is None else {"deepspeed_config": deepspeed_config})
+        return dict(redact(resolved))
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:

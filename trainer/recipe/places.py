@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.redaction import redact
+
 KeyPath = tuple[str | int, ...]
 
 
@@ -56,8 +58,8 @@ def printable(key: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON, cut to fit into a line."""
-    text = json.dumps(value)
+    """A value as JSON, without secrets, cut to fit into a line."""
+    text = json.dumps(redact(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from trainer.redaction import redact_text
 from trainer.track.text import duration, percent, printable, scaled, short
 from trainer.track.tracker import RunInfo
 
@@ -52,7 +53,7 @@ class ConsoleTracker:
         self.note(f"step {record['step']}: eval loss {loss}, perplexity {perplexity}")
 
     def note(self, line: str) -> None:
-        self._console.print(Text(printable(line)), soft_wrap=True)
+        self._console.print(Text(printable(redact_text(line))), soft_wrap=True)
 
     def finish(self, summary: Mapping[str, object]) -> None:
         self._write_waiting()

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from trainer.durable import write_json
 from trainer.errors import DataError
+from trainer.redaction import redact
 from trainer.track.tracker import RunInfo
 
 METRICS = "metrics.jsonl"
@@ -166,4 +167,4 @@ class JsonlTracker:
     def finish(self, summary: Mapping[str, object]) -> None:
         self._metrics.close()
         self._evaluations.close()
-        write_json(self._folder / SUMMARY, to_json(summary))
+        write_json(self._folder / SUMMARY, redact(to_json(summary)))

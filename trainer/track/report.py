@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from trainer.errors import DataError, RecipeError
 from trainer.goodput import read_starts, shares_of
+from trainer.redaction import redact
 from trainer.track.jsonl import EVALUATIONS, METRICS, Number, read_metrics, read_summary
-from trainer.track.secrets import redact
 from trainer.track.text import duration, percent, printable, scaled, short
 
 Column = NDArray[np.float64]

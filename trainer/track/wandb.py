@@ -32,7 +32,7 @@ from typing import IO, Any
 
 from trainer import sections
 from trainer.durable import write_json
-from trainer.track.secrets import redact
+from trainer.redaction import redact, redact_text
 from trainer.track.tracker import RunInfo
 
 START_LIMIT_S = 30.0  # for W&B to accept the run; its own default is 90 s
@@ -60,7 +60,7 @@ class WandbTracker:
         self._order = {
             "project": self._wandb.project,
             "entity": self._wandb.entity,
-            "tags": self._wandb.tags,
+            "tags": redact(self._wandb.tags),
             "id": self._wandb.id or _kept_id(run.folder),
             "name": run.name,
             "dir": str(run.folder),
@@ -263,7 +263,7 @@ def _serve() -> None:
         run.finish(exit_code=0 if finished else 1)  # a run that was killed closes the pipe without a summary
         code = 0
     except BaseException as error:
-        answers.write(" ".join(f"{type(error).__name__}: {error}".split())[:300] + "\n")
+        answers.write(redact_text(" ".join(f"{type(error).__name__}: {error}".split()))[:300] + "\n")
         code = 1
     answers.flush()
     os._exit(code)  # W&B's exit hooks wait for a server that was given its time already

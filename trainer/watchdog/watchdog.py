@@ -32,6 +32,7 @@ import torch.distributed as dist
 from trainer.durable import private_file
 from trainer.errors import EXIT_HANG, UserError
 from trainer.launch import PeerFailed
+from trainer.redaction import redact_text
 from trainer.stopwatch import Stopwatch
 from trainer.watchdog.autopsy import Report, Scene, find, page
 from trainer.watchdog.beats import DONE, SILENT_S, Beat, Limits, Roll
@@ -337,9 +338,10 @@ class Watchdog:
         finding, now = find(scene), datetime.now(UTC)
         path = self._logs / f"autopsy-{now:%Y%m%dT%H%M%S}.txt"
         who = f"rank {', '.join(map(str, finding.ranks))} {finding.what}" if finding.ranks else finding.what
-        line = f"rank {self.rank}: {who} ({noticed}; this rank was in {self._beat().at}); start the run again"
+        line = redact_text(f"rank {self.rank}: {who} ({noticed}; this rank was in {self._beat().at}); start the run again")
         ranks = f"{self.size} rank{'s' if self.size > 1 else ''}"
-        text = page(f"Autopsy of run {self._run_name}, {ranks}, {now:%Y-%m-%d %H:%M:%S} UTC", line, scene, finding)
+        title = f"Autopsy of run {self._run_name}, {ranks}, {now:%Y-%m-%d %H:%M:%S} UTC"
+        text = redact_text(page(title, line, scene, finding))
         if not everywhere:
             logger.error("%s", text)
             return line
