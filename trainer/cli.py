@@ -538,7 +538,7 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
     for note in prepared.notes:
         _say(_console(), note)
     for row in prepare_summary(prepared):
-        _say(_console(), f"{row.source} ({row.part}): {row.documents:,} documents, {row.tokens:,} tokens")
+        _say(_console(), str(row))
     return EXIT_OK
 
 

@@ -251,7 +251,7 @@ def _devices(place: Place) -> str:
 
 def _introduce(tracker: Tracker, prepared: PreparedData, engine: Engine, plan: BatchPlan, peak: str) -> None:
     for row in prepare_summary(prepared):
-        tracker.note(f"data: {row.source} ({row.part}): {row.documents:,} documents, {row.tokens:,} tokens")
+        tracker.note(f"data: {row}")
     for note in (*prepared.notes, *engine.notes):
         tracker.note(note)
     tracker.note(
