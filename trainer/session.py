@@ -107,7 +107,8 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             found, told = find(folder, resume, messages)
             remarks += told
             network, fill = _network(resolved, prepared, resumed=found is not None)
-            files = ModelFiles(network, prepared.tokenizer, str(DTYPES[recipe.precision.dtype]).removeprefix("torch."))
+            dtype, chat = str(DTYPES[recipe.precision.dtype]).removeprefix("torch."), prepared.chat
+            files = ModelFiles(network, prepared.tokenizer, dtype, chat.end_of_turn if chat else None)
             facts = _facts(recipe, files, prepared)
             if found is not None:
                 agree(found, facts, resume)

@@ -97,7 +97,8 @@ def _task_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Findi
         yield Finding(
             ("model.family", "model.from_pretrained", "data.task"),
             f"model.family = {json.dumps(network.family)} sees the next token, which data.task {recipe.data.task} "
-            f"predicts: it needs a masked-language task, which this version does not have; legal families: {legal}",
+            f"predicts: it needs a masked-language task, which this version does not have; legal families for "
+            f"{recipe.data.task}: {legal}",
         )
 
 
