@@ -21,6 +21,12 @@ NAMES = {
 def chat_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
     """`given`: the dotted keys that were written."""
     is_chat = recipe.data.task == "sft"
+    if is_chat and not any(key.startswith("data.sources") for key in given):
+        yield Finding(
+            ("data.sources", "data.task"),
+            'data.sources is "stdlib" where it is not given, source code, which holds no conversations: data.task "sft" needs '
+            'data.sources with rows, such as [{"path": "chats.jsonl"}]',
+        )
     if not is_chat and "data.learn" in given:
         yield Finding(("data.learn", "data.task"), 'data.learn is used only with data.task "sft": remove it')
     for group in ("sources", "eval_sources"):
@@ -36,12 +42,6 @@ def _source_findings(source: Source, where: str, task: str, given: Collection[st
             yield Finding(
                 (f"{where}.{name}", "data.task"), f'{where}.{name} is used only with data.task "{user}": remove it{hint}'
             )
-    if task == "sft" and source.path == "stdlib":
-        yield Finding(
-            (f"{where}.path", "data.sources", "data.task"),
-            f'{where}.path = "stdlib" is source code, which holds no conversations: data.task "sft" needs data.sources with '
-            'rows, such as [{"path": "chats.jsonl"}]',
-        )
     named = set(source.fields.model_dump(exclude_none=True)) if source.fields else set()
     shapes = {source.shape: NAMES[source.shape]} if source.shape else NAMES
     if not any(named <= set(names) for names in shapes.values()):
