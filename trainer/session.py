@@ -107,6 +107,8 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             found, told = find(folder, resume, messages)
             remarks += told
             network, fill = _network(resolved, prepared, resumed=found is not None)
+            if prepared.chat and recipe.train.sample_prompt is not None:
+                prepared.chat.prompt(recipe.train.sample_prompt)  # refused now rather than after the last step
             dtype, chat = str(DTYPES[recipe.precision.dtype]).removeprefix("torch."), prepared.chat
             files = ModelFiles(network, prepared.tokenizer, dtype, chat.end_of_turn if chat else None)
             facts = _facts(recipe, files, prepared)

@@ -344,10 +344,20 @@ def test_a_broken_template_names_its_line() -> None:
 
 
 def test_a_template_says_why_it_refuses() -> None:
-    with pytest.raises(
-        Fault, match="the chat template refuses this conversation: roles must alternate; mend or remove the row"
-    ):
+    with pytest.raises(Fault, match="the chat template refuses this conversation: roles must alternate; mend or remove it"):
         chat_with(MISTRAL).render(talk("x", "y", first="assistant"))
+
+
+def test_a_prompt_that_the_template_refuses_is_the_recipes_fault() -> None:
+    picky = CHATML.replace(
+        "{% for", "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}{% for", 1
+    )
+    chat = chat_with(picky)
+    with pytest.raises(
+        RecipeError, match=r"train\.sample_prompt = 'hi': the chat template refuses this conversation: no system"
+    ):
+        chat.prompt("hi")
+    assert chat.end_of_turn == chat.tokenizer.end_of_document
 
 
 def test_a_template_that_changes_contents_needs_marks() -> None:

@@ -126,7 +126,7 @@ def test_what_is_cut_or_left_out_is_counted_and_said_at_every_start(tmp_path: Pa
     for _ in range(2):
         found = prepared(path)
         assert found.notes == (
-            f"data: {path}: 1 of 7 conversations were longer than 80 tokens: truncated, {lost} targets lost",
+            f"data: {path}: 1 of 7 conversations were longer than 80 tokens: truncated, {lost} answer tokens lost",
             f"data: {path}: 1 of 7 conversations left out: the first answer begins beyond 80 tokens",
             f"data: {path}: 2 of 7 conversations left out: no answer, or only empty ones",
         )

@@ -13,7 +13,9 @@ import numpy.typing as npt
 from trainer.data.chat_template import ChatTemplate, Span
 from trainer.data.conversations import Conversation, Message
 from trainer.data.digests import fingerprint_of
+from trainer.data.fault import Fault
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import RecipeError
 
 VERSION = 1  # of all that decides the tokens and targets of a conversation
 # Around the spelling of a special token in a content: it is that text, not that token.
@@ -87,14 +89,20 @@ class Chat:
         return Encoded(ids[:kept], is_target[:kept], lost) if is_target[:kept].any() else None
 
     def prompt(self, text: str) -> list[int]:
-        """The tokens after which the assistant answers a user's message."""
+        """The tokens after which the assistant answers a user's message; RecipeError when the template refuses it."""
         message = Message("user", self._mark_spelt(text), False)
-        return self._tokens(self._template.render([message], add_generation_prompt=True))[0]
+        try:
+            return self._tokens(self._template.render([message], add_generation_prompt=True))[0]
+        except Fault as fault:
+            raise RecipeError(f"train.sample_prompt = {text[:60]!r}: {fault}: give another, or none") from None
 
     @property
     def end_of_turn(self) -> int:
         """The token by which the assistant ends its turn."""
-        probe = self.encode(self.render(PROBE))
+        try:
+            probe = self.encode(self.render(PROBE))
+        except Fault:  # it wants more than a question and an answer; the end of a document ends all
+            probe = None
         return probe.ids[-1] if probe is not None else self.tokenizer.end_of_document
 
     def _mark_spelt(self, content: str) -> str:

@@ -114,7 +114,7 @@ class ChatTemplate:
                 f"data.tokenizer: its chat template is not safe: {first_line(error)}; do not use this tokenizer"
             ) from None
         except Exception as error:  # a template can fail in as many ways as a program
-            raise Fault(f"the chat template refuses this conversation: {first_line(error)}; mend or remove the row") from None
+            raise Fault(f"the chat template refuses this conversation: {first_line(error)}; mend or remove it") from None
 
 
 REMEDY = "mark the answers in the template with {% generation %} … {% endgeneration %}"

@@ -95,7 +95,7 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
             facts = [VERSION, corpus.fingerprint, tokenizer.fingerprint, fraction, *([chat.fingerprint] if chat else [])]
             folder = cache.folder(fingerprint_of(facts), make, what=f"tokenizing {corpus.name}")
             if chat:
-                notes.extend(_left_out(folder, corpus, data.seq_len))
+                notes.extend(_left_out(folder, corpus, data))
             return _open(folder, corpus, tokenizer, verify="sampled" if build else "header")
 
         opened = [stores(corpus, held_out_fraction) for corpus in corpora]
@@ -176,20 +176,21 @@ def _open(folder: Path, corpus: Corpus, tokenizer: Tokenizer, verify: Verify) ->
     return found
 
 
-def _left_out(folder: Path, corpus: Corpus, seq_len: int) -> Iterator[str]:
+def _left_out(folder: Path, corpus: Corpus, data: sections.Data) -> Iterator[str]:
     """Remarks about conversations that are not trained whole."""
     try:
         left_out = LeftOut(**read_json(folder / LEFT_OUT))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder / LEFT_OUT}: damaged: {error}; delete {folder} to tokenize again") from None
+    lost = "answer tokens" if data.learn == "answers" else "targets"
     where, of_all = f"data: {corpus.name}", f"of {left_out.conversations:,} conversations"
     if left_out.truncated:
         yield (
-            f"{where}: {left_out.truncated:,} {of_all} were longer than {seq_len:,} tokens: truncated, "
-            f"{left_out.lost_targets:,} targets lost"
+            f"{where}: {left_out.truncated:,} {of_all} were longer than {data.seq_len:,} tokens: truncated, "
+            f"{left_out.lost_targets:,} {lost} lost"
         )
     if left_out.too_long:
-        yield f"{where}: {left_out.too_long:,} {of_all} left out: the first answer begins beyond {seq_len:,} tokens"
+        yield f"{where}: {left_out.too_long:,} {of_all} left out: the first answer begins beyond {data.seq_len:,} tokens"
     if left_out.unanswered:
         yield f"{where}: {left_out.unanswered:,} {of_all} left out: no answer, or only empty ones"
 

@@ -100,7 +100,7 @@ class TokenizedShard:
                 _mapped(folder / "tokens.bin", token_dtype(vocab_size)),
                 _mapped(folder / "documents.bin", DOCUMENT),
             )
-            return cls(tokens, documents, targets, LeftOut(**stated["left_out"]))
+            return cls(tokens, documents, targets, LeftOut(**stated.get("left_out", {})))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder}: damaged: {error}; delete {folder.parent.parent} to tokenize again") from None
 
