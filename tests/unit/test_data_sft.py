@@ -246,6 +246,7 @@ def test_every_document_is_in_one_row_that_it_fits(lengths: list[int]) -> None:
 
 def test_packing_is_the_best_fit() -> None:
     assert pack(np.array([3, 7, 5, 5, 2, 8]), 10) == [[1, 0], [2, 3], [5, 4]]
+    assert pack(np.array([8, 7, 2]), 10) == [[0, 2], [1]], "the tightest room, not the first or the largest"
 
 
 def test_packing_many_is_quick_and_tight() -> None:
