@@ -543,7 +543,7 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
     for note in prepared.notes:
         _say(_console(), note)
     for row in prepare_summary(prepared):
-        _say(_console(), f"{row.source} ({row.part}): {row.documents:,} documents, {row.tokens:,} tokens")
+        _say(_console(), str(row))
     return EXIT_OK
 
 
@@ -556,9 +556,10 @@ def _data_inspect(arguments: argparse.Namespace) -> int:
         raise RecipeError(f"{arguments.folder}: no tokenized data (header.json) there; give a folder such as runs/data")
     for header in headers:
         store = TokenStore.open(header.parent, verify="full")
+        targets = f"{store.packing.targets:,} of them targets, " if store.packing else ""
         _say(
             _console(),
-            f"{header.parent}: {store.num_documents:,} documents, {store.num_tokens:,} tokens, "
+            f"{header.parent}: {store.num_documents:,} documents, {store.num_tokens:,} tokens, {targets}"
             f"vocabulary {store.contents.vocab_size:,}: intact",
         )
     return EXIT_OK

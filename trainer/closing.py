@@ -37,12 +37,14 @@ def finish(run: Session, summary: dict[str, object]) -> None:
             sequences=recipe.train.eval_sequences,
         )
     if recipe.train.sample_prompt is not None:
+        chat = run.prepared.chat
+        prompt = (chat.prompt if chat else tokenizer.encode)(recipe.train.sample_prompt)
         tokens = sample(
             run.engine.next_logits,
-            tokenizer.encode(recipe.train.sample_prompt) or [tokenizer.end_of_document],
+            prompt or [tokenizer.end_of_document],
             new_tokens=SAMPLE_TOKENS,
             context=recipe.data.seq_len,
-            end=tokenizer.end_of_document,
+            end=chat.end_of_turn if chat else tokenizer.end_of_document,
             temperature=0.8,
             top_k=50,
             seed=recipe.run.seed,

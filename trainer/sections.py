@@ -100,6 +100,19 @@ class Model(Section):
     )
 
 
+class Fields(Section):
+    """What a source of conversations calls the fields of a row; absent: as here."""
+
+    messages: str | None = Field(None, min_length=1, description="Turns, each with role and content.")
+    conversations: str | None = Field(None, min_length=1, description="Turns, each with from and value.")
+    prompt: str | None = Field(None, min_length=1, description="What is asked.")
+    completion: str | None = Field(None, min_length=1, description="What is answered to the prompt.")
+    instruction: str | None = Field(None, min_length=1, description="What is asked.")
+    input: str | None = Field(None, min_length=1, description="What the instruction is about.")
+    output: str | None = Field(None, min_length=1, description="What is answered to the instruction.")
+    system: str | None = Field(None, min_length=1, description="What is said before the first turn.")
+
+
 class Source(Section):
     """One source of documents."""
 
@@ -113,12 +126,27 @@ class Source(Section):
     )
     field: str = Field("text", min_length=1, description="Field that holds the text, in JSONL, Parquet, Arrow and hub data.")
     split: str = Field("train", min_length=1, description="Split of a hub data set.")
+    shape: Literal["messages", "sharegpt", "prompt", "alpaca"] | None = Field(
+        None,
+        description="sft: what rows are: messages (role, content), sharegpt (from, value), prompt (prompt, completion) or "
+        "alpaca (instruction, input, output); absent: by the fields of each row.",
+    )
+    fields: Fields | None = Field(
+        None, description='sft: what this source calls them, such as {"prompt": "question", "completion": "answer"}.'
+    )
 
 
 class Data(Section):
     """Documents, tokenizer, packing."""
 
-    task: Literal["pretrain"] = Field("pretrain", description="What is learned: pretrain = the next token of packed documents.")
+    task: Literal["pretrain", "sft"] = Field(
+        "pretrain",
+        description="What is learned: pretrain = the next token of packed documents; sft = the assistant's turns of packed "
+        "conversations, written by the tokenizer's chat template.",
+    )
+    learn: Literal["answers", "all"] = Field(
+        "answers", description="sft: whose tokens are targets: those of the assistant's turns, or all."
+    )
     seq_len: PositiveInt = Field(512, le=2**24, description="Length of a training sequence [tokens].")
     sources: list[Source] = Field(
         default_factory=lambda: [Source(path="stdlib")], min_length=1, description="Where training documents come from."
@@ -343,7 +371,9 @@ class Train(Section):
         description="Activations computed again in backward instead of kept: none, selective (the attention core) or full "
         "(each layer).",
     )
-    sample_prompt: str | None = Field(None, description="After the last step, print a continuation of this text.")
+    sample_prompt: str | None = Field(
+        None, description="After the last step, print a continuation of this text; sft: the answer to it."
+    )
 
 
 class Checkpoint(Section):

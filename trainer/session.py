@@ -134,7 +134,10 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             found, told = find(folder, resume, messages)
             remarks += told
             network, fill = _network(resolved, prepared, resumed=found is not None)
-            files = ModelFiles(network, prepared.tokenizer, str(DTYPES[recipe.precision.dtype]).removeprefix("torch."))
+            if prepared.chat and recipe.train.sample_prompt is not None:
+                prepared.chat.prompt(recipe.train.sample_prompt)  # refused now rather than after the last step
+            dtype, chat = str(DTYPES[recipe.precision.dtype]).removeprefix("torch."), prepared.chat
+            files = ModelFiles(network, prepared.tokenizer, dtype, chat.end_of_turn if chat else None)
             facts = _facts(recipe, files, prepared)
             if found is not None:
                 agree(found, facts, resume)
@@ -294,7 +297,7 @@ def _devices(place: Place) -> str:
 
 def _introduce(tracker: Tracker, prepared: PreparedData, engine: Engine, plan: BatchPlan, peak: str) -> None:
     for row in prepare_summary(prepared):
-        tracker.note(f"data: {row.source} ({row.part}): {row.documents:,} documents, {row.tokens:,} tokens")
+        tracker.note(f"data: {row}")
     for note in (*prepared.notes, *engine.notes):
         tracker.note(note)
     tracker.note(

@@ -14,6 +14,7 @@ LLAMA = {
     "family": "llama",
     "config": {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 48, "intermediate_size": 96},
 }
+CHATS = {"task": "sft", "sources": [{"path": "corpus.txt"}]}
 BLOOM = {"family": "auto", "config": {"model_type": "bloom", "hidden_size": 64}}
 PINNED = "0123456789abcdef0123456789abcdef01234567"
 PRETRAINED = {"model_type": "llama", "vocab_size": 300, "hidden_size": 8, "num_attention_heads": 2, "torch_dtype": "float16"}
@@ -154,6 +155,37 @@ RULES: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
      {"model": {"family": "bert"}}, 'model.family = "bert" sees the next token, which data.task pretrain predicts: it needs a '
      "masked-language task, which this version does not have; legal families for pretrain: gpt2, llama, mistral, qwen2, qwen3",
      [{"model": {"family": "gpt2"}, "data": {"task": "pretrain"}}]),
+    ("conversations have no text field",
+     {"data": {"task": "sft", "sources": [{"path": "corpus.txt", "field": "t"}]}},
+     'data.sources[0].field is used only with data.task "pretrain": remove it; what rows call their fields is said in fields',
+     [{"data": {"sources": [{"path": "corpus.txt", "field": "t"}]}}, {"data": CHATS}]),
+    *((f"texts have no {key}",
+       {"data": {"eval_sources": [{"path": "corpus.txt", key: value}]}},
+       f'data.eval_sources[0].{key} is used only with data.task "sft": remove it',
+       [{"data": {**CHATS, "eval_sources": [{"path": "corpus.txt", key: value}]}},
+        {"data": {"eval_sources": [{"path": "corpus.txt"}]}}])
+      for key, value in {"shape": "alpaca", "fields": {"prompt": "q"}}.items()),
+    ("texts are learned whole",
+     {"data": {"learn": "all"}}, 'data.learn is used only with data.task "sft": remove it',
+     [{"data": {**CHATS, "learn": "all"}}, {}]),
+    ("source code holds no conversations",
+     {"data": {"task": "sft"}}, 'data.sources is "stdlib" where it is not given, source code, which holds no conversations',
+     [{"data": CHATS}]),
+    ("fields are of one shape",
+     {"data": {"task": "sft", "sources": [{"path": "corpus.txt", "fields": {"prompt": "q", "output": "a"}}]}},
+     'data.sources[0].fields names ["output", "prompt"], not of one shape; legal: messages, system (messages); conv',
+     [{"data": {"task": "sft", "sources": [{"path": "corpus.txt", "fields": {"prompt": "q", "completion": "a"}}]}}]),
+    ("fields are spelt as they are, and nothing is said of a source that was not read",
+     {"data": {"task": "sft", "sources": [{"path": "corpus.txt", "fields": {"promt": "q"}}]}},
+     "unknown key data.sources[0].fields.promt; did you mean data.sources[0].fields.prompt?",
+     [{"data": {"task": "sft", "sources": [{"path": "corpus.txt", "fields": {"prompt": "q"}}]}}]),
+    ("fields are of the shape that is named",
+     {"data": {"task": "sft", "sources": [{"path": "corpus.txt", "shape": "alpaca", "fields": {"prompt": "q"}}]}},
+     'names ["prompt"], not of one shape; legal: instruction, input, output, system (alpaca)',
+     [{"data": {"task": "sft", "sources": [{"path": "corpus.txt", "shape": "alpaca", "fields": {"output": "a"}}]}}]),
+    ("a bidirectional family learns no answers",
+     {"model": {"family": "bert"}, "data": CHATS}, "sees the next token, which data.task sft predicts",
+     [{"model": {"family": "gpt2"}, "data": CHATS}]),
     ("a bidirectional folder is not for the next token",
      {"model": {"from_pretrained": "bert"}}, 'model.family = "bert" sees the next token',
      [{"model": {"from_pretrained": "hf"}}]),

@@ -22,14 +22,15 @@ def unigram_perplexity(
     isolate_documents: bool,
     sequences: int,
 ) -> float:
-    """exp of the mean −log p over the targets of an evaluation, p = (count in training + 1) / (all + vocab_size).
+    """exp of the mean −log p over the targets of an evaluation, p = (count in training + 1) / (all + vocab_size),
+    both counted over tokens that are to be predicted.
 
     `seq_len`, `isolate_documents` and `sequences` as for `EvalData`, so that the targets are those of the evaluation itself.
     ValueError when there is no target.
     """
     counts = np.ones(vocab_size, np.int64)
     for store in train_stores:
-        for chunk in islice(store.chunks(), MAX_CHUNKS):
+        for chunk in islice(store.target_chunks(), MAX_CHUNKS):
             counts += np.bincount(chunk, minlength=vocab_size)
     targets = np.zeros(vocab_size, np.int64)
     for row in held_out_rows(eval_stores, seq_len=seq_len, isolate_documents=isolate_documents, sequences=sequences):

@@ -8,14 +8,17 @@ from functools import partial
 from pathlib import Path
 
 from trainer import sections
-from trainer.data.build import HELD_OUT, MAIN, build_stores
+from trainer.data.build import HELD_OUT, LEFT_OUT, MAIN, build_stores
 from trainer.data.cache import Cache, Progress
+from trainer.data.chat import Chat
 from trainer.data.digests import Digests, fingerprint_of
 from trainer.data.rows import order_fingerprint
 from trainer.data.sampling import num_windows
+from trainer.data.shards import LeftOut
 from trainer.data.sources import Corpus, look_at
-from trainer.data.store import VERSION, TokenStore, Verify
+from trainer.data.store import VERSION, Packing, TokenStore, Verify
 from trainer.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, make_tokenizer, train_bpe
+from trainer.durable import read_json
 from trainer.errors import DataError, RecipeError
 
 BPE_TRAINING_BYTES = 256 << 20  # of text: merges hardly change beyond, and counting words takes memory
@@ -26,6 +29,7 @@ class PreparedData:
     """Everything a run needs to know of its data."""
 
     tokenizer: Tokenizer
+    chat: Chat | None  # how conversations are written; None: documents are texts
     sources: tuple[str, ...]  # names, one per training store
     train: tuple[TokenStore, ...]
     weights: tuple[float, ...]  # one per training store, as the recipe gives them
@@ -44,6 +48,18 @@ class SourceRow:
     documents: int
     tokens: int
     text_bytes: int
+    packing: Packing | None
+
+    def __str__(self) -> str:
+        name = f"{self.source} ({self.part})"
+        if self.packing is None:
+            return f"{name}: {self.documents:,} documents, {self.tokens:,} tokens"
+        rows = self.tokens // self.packing.row_tokens
+        share = self.packing.filler / self.tokens
+        return (
+            f"{name}: {self.documents:,} conversations in {rows:,} sequences of {self.packing.row_tokens:,} tokens "
+            f"({share:.1%} filler), {self.packing.targets:,} targets"
+        )
 
 
 def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, progress: Progress) -> PreparedData:
@@ -56,23 +72,30 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
     cache = Cache(cache_dir, request=request, build=build, progress=progress)
     with cache.reporting_outcome():
         digests = Digests(cache_dir)
-        look = partial(look_at, digests=digests)
+        look = partial(look_at, digests=digests, chat=data.task == "sft")
         corpora = [look(source, where=f"data.sources[{i}]") for i, source in enumerate(data.sources)]
         eval_corpora = [look(source, where=f"data.eval_sources[{i}]") for i, source in enumerate(data.eval_sources)]
         tokenizer = _tokenizer(data.tokenizer, corpora, cache, progress)
+        chat = Chat(tokenizer, seq_len=data.seq_len, learned=data.learn) if data.task == "sft" else None
+        tokenizer = chat.tokenizer if chat else tokenizer
         held_out_fraction = 0.0 if eval_corpora else data.eval_fraction
+
+        notes: list[str] = []
 
         def stores(corpus: Corpus, fraction: float) -> dict[str, TokenStore]:
             make = partial(
                 build_stores,
                 corpus=corpus,
                 tokenizer=tokenizer,
+                chat=chat,
                 held_out_fraction=fraction,
                 workers=data.workers,
                 progress=progress,
             )
-            fingerprint = fingerprint_of([VERSION, corpus.fingerprint, tokenizer.fingerprint, fraction])
-            folder = cache.folder(fingerprint, make, what=f"tokenizing {corpus.name}")
+            facts = [VERSION, corpus.fingerprint, tokenizer.fingerprint, fraction, *([chat.fingerprint] if chat else [])]
+            folder = cache.folder(fingerprint_of(facts), make, what=f"tokenizing {corpus.name}")
+            if chat:
+                notes.extend(_left_out(folder, corpus, data))
             return _open(folder, corpus, tokenizer, verify="sampled" if build else "header")
 
         opened = [stores(corpus, held_out_fraction) for corpus in corpora]
@@ -82,15 +105,17 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
         held_out = [(corpus.name, found[HELD_OUT]) for corpus, found in zip(corpora, opened, strict=True) if HELD_OUT in found]
         held_out += [(corpus.name, stores(corpus, 0.0)[MAIN]) for corpus in eval_corpora]
     weights = tuple(source.weight for source in data.sources)
-    notes = [note for corpus in (*corpora, *eval_corpora) for note in corpus.notes]
+    notes += [note for corpus in (*corpora, *eval_corpora) for note in corpus.notes]
     if held_out_fraction:
+        one = "conversation" if chat else "document"
         notes += [
-            f"{corpus.where}: {corpus.name} is a single document, so nothing of it is held out for evaluation"
+            f"{corpus.where}: {corpus.name} is a single {one}, so nothing of it is held out for evaluation"
             for corpus, found in zip(corpora, opened, strict=True)
             if HELD_OUT not in found
         ]
     return PreparedData(
         tokenizer=tokenizer,
+        chat=chat,
         sources=tuple(corpus.name for corpus in corpora),
         train=tuple(train),
         weights=weights,
@@ -110,7 +135,8 @@ def prepare_summary(prepared: PreparedData) -> list[SourceRow]:
         *((name, "held out", store) for name, store in zip(prepared.eval_sources, prepared.evaluation, strict=True)),
     ]
     return [
-        SourceRow(name, part, store.num_documents, store.num_tokens, store.contents.text_bytes) for name, part, store in parts
+        SourceRow(name, part, store.num_documents, store.num_tokens, store.contents.text_bytes, store.packing)
+        for name, part, store in parts
     ]
 
 
@@ -135,7 +161,7 @@ def _sample(corpora: Sequence[Corpus], progress: Progress, what: str) -> Iterato
     done = 0
     for shard in shards:
         progress(done, total, what)
-        yield from shard.documents()
+        yield from shard.texts()
         done += shard.size
     progress(done, total, what)
 
@@ -148,6 +174,25 @@ def _open(folder: Path, corpus: Corpus, tokenizer: Tokenizer, verify: Verify) ->
         if (store.contents.source, store.contents.tokenizer) != (corpus.fingerprint, tokenizer.fingerprint):
             raise DataError(f"{store.path}: holds another source or tokenizer than its name says; delete {folder}")
     return found
+
+
+def _left_out(folder: Path, corpus: Corpus, data: sections.Data) -> Iterator[str]:
+    """Remarks about conversations that are not trained whole."""
+    try:
+        left_out = LeftOut(**read_json(folder / LEFT_OUT))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{folder / LEFT_OUT}: damaged: {error}; delete {folder} to tokenize again") from None
+    lost = "answer tokens" if data.learn == "answers" else "targets"
+    where, of_all = f"data: {corpus.name}", f"of {left_out.conversations:,} conversations"
+    if left_out.truncated:
+        yield (
+            f"{where}: {left_out.truncated:,} {of_all} were longer than {data.seq_len:,} tokens: truncated, "
+            f"{left_out.lost_targets:,} {lost} lost"
+        )
+    if left_out.too_long:
+        yield f"{where}: {left_out.too_long:,} {of_all} left out: the first answer begins beyond {data.seq_len:,} tokens"
+    if left_out.unanswered:
+        yield f"{where}: {left_out.unanswered:,} {of_all} left out: no answer, or only empty ones"
 
 
 def _require_one_sequence(corpus: Corpus, store: TokenStore, seq_len: int) -> None:

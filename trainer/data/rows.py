@@ -26,9 +26,9 @@ class Row:
 def row_at(store: TokenStore, begin: int, *, seq_len: int, isolate_documents: bool, read: bool = True) -> Row:
     """The row whose first token is token `begin` of the store; where the store ends early, filler without targets.
 
-    With `isolate_documents` the row is divided where documents end, and the last token of a document predicts nothing: what
-    follows belongs to another. Without, the row is one document. `read` False: its documents and targets are right, its
-    tokens are filler, for ranks that need none.
+    Targets are what the store says. With `isolate_documents` the row is divided where documents end, and the last token of a
+    document predicts nothing: what follows belongs to another. Without, the row is one document. `read` False: its documents
+    and targets are right, its tokens are filler, for ranks that need none.
     """
     length = min(seq_len, store.num_tokens - begin - 1)
     row = filler_row(store, seq_len)
@@ -36,7 +36,7 @@ def row_at(store: TokenStore, begin: int, *, seq_len: int, isolate_documents: bo
         stream = store.slice(begin, begin + length + 1)
         row.tokens[:length] = stream[:-1]
         row.next_tokens[:length] = stream[1:]
-    row.is_target[:length] = True
+    row.is_target[:length] = store.targets(begin + 1, begin + length + 1)
     if not isolate_documents:
         return row
     ends = store.document_ends(begin, begin + length)

@@ -1,4 +1,4 @@
-"""Sources of documents: what a recipe names → shards that worker processes read alone → texts.
+"""Sources of documents: what a recipe names → shards that worker processes read alone → texts or conversations.
 
 A `Corpus` is one source looked at from outside: its shards, its fingerprint, and what was passed over. A `Shard` says in plain
 JSON which documents one worker reads; the documents of a source are those of its shards in order, whoever reads them.
@@ -20,11 +20,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer import sections
+from trainer.data.conversations import ChatRows, Conversation
 from trainer.data.digests import Digests, Stamp, fingerprint_of, unreadable
-from trainer.errors import DataError, RecipeError
+from trainer.data.fault import Fault, first_line, kind_of, require_characters
+from trainer.errors import DataError, RecipeError, UserError
 
 MIN_SHARD_BYTES = 2 << 20  # a few seconds of one core: what a killed build loses at most per worker
 MAX_SHARDS = 1024  # per source, so that a huge source does not become a huge folder
@@ -39,8 +41,11 @@ TEXT_SUFFIXES = frozenset(
 )
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson")
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
+ROW_FILES = (*JSONL_SUFFIXES, *TABLE_SUFFIXES)
 NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-Rows = Iterable[dict[str, Any]]
+Row = dict[str, Any]
+Rows = Iterable[Row]
+Record = TypeVar("Record")
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
@@ -74,16 +79,35 @@ class Shard:
     path: str = ""
     field: str = ""
     split: str = ""
+    chat: ChatRows | None = None  # how rows become conversations; None: they are texts
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Shard:
         """Undo `dataclasses.asdict` and JSON."""
         files = tuple(LocalFile(**{**file, "stamp": Stamp(**file["stamp"])}) for file in value["files"])
-        return cls(**{**value, "files": files})
+        chat = ChatRows(**value["chat"]) if value.get("chat") else None
+        return cls(**{**value, "files": files, "chat": chat})
 
     def documents(self) -> Iterator[str]:
         """The texts in order, empty ones included. DataError names the file and place of damage, or a file that changed."""
-        yield from READERS[self.kind](self)
+        yield from self._read(lambda row: _text_of_field(row, self.field))
+
+    def conversations(self, make: Callable[[Conversation], Record]) -> Iterator[Record]:
+        """What `make` makes of each conversation, in order; errors as for `documents`, and `make` may raise Fault too."""
+        rows = self.chat
+        assert rows is not None
+        yield from self._read(lambda row: make(rows.conversation_of(row)))
+
+    def texts(self) -> Iterator[str]:
+        """What a tokenizer is trained on: documents, or what is said in conversations."""
+        if self.chat is None:
+            yield from self.documents()
+        else:
+            for conversation in self.conversations(lambda conversation: conversation):
+                yield from (message.content for message in conversation)
+
+    def _read(self, of_row: Callable[[Row], Any]) -> Iterator[Any]:
+        yield from READERS[self.kind](self, of_row)
         for file in self.files:
             file.stamp.require_unchanged(file.path)
 
@@ -107,13 +131,38 @@ class Corpus:
         for shard in self.shards:
             yield from shard.documents()
 
+    def as_conversations(self, source: sections.Source) -> Corpus:
+        """The same source, its rows read as conversations; RecipeError when no file of it has rows."""
+        texts = [file.name for shard in self.shards if shard.kind in ("text", "python") for file in shard.files]
+        shards = [shard for shard in self.shards if shard.kind not in ("text", "python")]
+        if not shards:
+            raise RecipeError(
+                f"{self.where}.path: {source.path!r} is text ({texts[0]}), which holds no conversations; data.task sft reads "
+                f"{', '.join(ROW_FILES)}, saved and hub data sets (a JSON list becomes rows by jq -c '.[]')"
+            )
+        notes = [f"{self.where}: text files passed over in {source.path}: {', '.join(texts)}"] if texts else []
+        fields = source.fields.model_dump(exclude_none=True) if source.fields else {}
+        rows = ChatRows(source.shape or "", fields)
+        fingerprint = fingerprint_of(["conversations", self.fingerprint, rows.shape, rows.fields])
+        return replace(
+            self,
+            shards=tuple(replace(shard, chat=rows) for shard in shards),
+            fingerprint=fingerprint,
+            notes=(*self.notes, *notes),
+        )
 
-def look_at(source: sections.Source, *, where: str, digests: Digests) -> Corpus:
+
+def look_at(source: sections.Source, *, where: str, digests: Digests, chat: bool = False) -> Corpus:
     """Find what `source` names and divide it into shards.
 
-    `where` is the recipe's name of the source for messages. RecipeError when there is nothing of that name, DataError when it
-    holds no document or cannot be read.
+    `where` is the recipe's name of the source for messages. `chat`: its rows are conversations, not texts. RecipeError when
+    there is nothing of that name, DataError when it holds no document or cannot be read.
     """
+    corpus = _find(source, where, digests)
+    return corpus.as_conversations(source) if chat else corpus
+
+
+def _find(source: sections.Source, where: str, digests: Digests) -> Corpus:
     if source.path == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         files = [path for path in _walk(root, skip=NOT_LIBRARY) if path.suffix == ".py"]
@@ -249,7 +298,7 @@ def _corpus_of_hub(source: sections.Source, where: str) -> Corpus:
         parts = _open_hub(source.path, source.split).num_shards
     except Exception as error:  # datasets, its hub client and its HTTP client each raise kinds of their own
         raise RecipeError(
-            f"{where}.path: no file or folder {source.path!r} here, and not to be had from the hub: {_first_line(error)}; "
+            f"{where}.path: no file or folder {source.path!r} here, and not to be had from the hub: {first_line(error)}; "
             "correct the path, or data.sources[].split, or bring the data here as a folder"
         ) from None
     shards = [
@@ -262,13 +311,15 @@ def _corpus_of_hub(source: sections.Source, where: str) -> Corpus:
 
 # ---------------------------------------------------------------------------------------------- readers, one per kind
 
+OfRow = Callable[[Row], Any]  # a record of a row; raises Fault
 
-def _read_text(shard: Shard) -> Iterator[str]:
+
+def _read_text(shard: Shard, of_row: OfRow) -> Iterator[str]:
     for file in shard.files:
         yield _decode(_content(file.path), "utf-8-sig", file.path)
 
 
-def _read_python(shard: Shard) -> Iterator[str]:
+def _read_python(shard: Shard, of_row: OfRow) -> Iterator[str]:
     """Python sources as `tokenize.open` reads them: the encoding their first lines declare, newlines made one."""
     for file in shard.files:
         content = _content(file.path)
@@ -279,7 +330,7 @@ def _read_python(shard: Shard) -> Iterator[str]:
         yield _decode(content, encoding, file.path).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _read_jsonl(shard: Shard) -> Iterator[str]:
+def _read_jsonl(shard: Shard, of_row: OfRow) -> Iterator[Any]:
     """Documents of the lines that begin in [begin, end): every line belongs to one range, wherever the cuts fall."""
     path = shard.files[0].path
     try:
@@ -287,7 +338,7 @@ def _read_jsonl(shard: Shard) -> Iterator[str]:
             offset = _seek_line(lines, shard.begin)
             while offset < shard.end and (line := lines.readline()):
                 if line.strip():
-                    yield _text_of_line(line, shard.field)
+                    yield of_row(_row_of_line(line))
                 offset += len(line)
     except Fault as fault:
         raise DataError(f"{path}:{_line_number(path, offset)}: {fault}") from None
@@ -308,14 +359,14 @@ def _line_number(path: str, offset: int) -> int:
         return file.read(offset).count(b"\n") + 1
 
 
-def _read_jsonl_gz(shard: Shard) -> Iterator[str]:
+def _read_jsonl_gz(shard: Shard, of_row: OfRow) -> Iterator[Any]:
     path = shard.files[0].path
     number = 0
     try:
         with gzip.open(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):  # noqa: B007  (named in the message below)
                 if line.strip():
-                    yield _text_of_line(line, shard.field)
+                    yield of_row(_row_of_line(line))
     except Fault as fault:
         raise DataError(f"{path}:{number}: {fault}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -324,7 +375,7 @@ def _read_jsonl_gz(shard: Shard) -> Iterator[str]:
         raise unreadable(path, error) from None
 
 
-def _read_table(shard: Shard) -> Iterator[str]:
+def _read_table(shard: Shard, of_row: OfRow) -> Iterator[Any]:
     import datasets
 
     path = shard.files[0].path
@@ -334,26 +385,26 @@ def _read_table(shard: Shard) -> Iterator[str]:
         rows: Rows = datasets.load_dataset(kind, data_files={"train": [path]}, split="train", streaming=True)
         return rows
 
-    return _texts_of_rows(open_rows, shard, path, first_row=0)
+    return _records_of_rows(open_rows, of_row, path, first_row=0)
 
 
-def _read_saved(shard: Shard) -> Iterator[str]:
+def _read_saved(shard: Shard, of_row: OfRow) -> Iterator[Any]:
     def open_rows() -> Rows:
         rows: Rows = _open_saved(shard.path, shard.split, shard.where).select(range(shard.begin, shard.end))
         return rows
 
-    return _texts_of_rows(open_rows, shard, shard.path, first_row=shard.begin)
+    return _records_of_rows(open_rows, of_row, shard.path, first_row=shard.begin)
 
 
-def _read_hub(shard: Shard) -> Iterator[str]:
+def _read_hub(shard: Shard, of_row: OfRow) -> Iterator[Any]:
     def open_rows() -> Rows:
         rows: Rows = _open_hub(shard.path, shard.split).shard(num_shards=shard.end, index=shard.begin)
         return rows
 
-    return _texts_of_rows(open_rows, shard, f"{shard.path} (part {shard.begin + 1} of {shard.end})", first_row=0)
+    return _records_of_rows(open_rows, of_row, f"{shard.path} (part {shard.begin + 1} of {shard.end})", first_row=0)
 
 
-READERS: dict[str, Callable[[Shard], Iterator[str]]] = {
+READERS: dict[str, Callable[[Shard, OfRow], Iterator[Any]]] = {
     "text": _read_text,
     "python": _read_python,
     "jsonl": _read_jsonl,
@@ -370,7 +421,7 @@ def _open_saved(root: str, split: str, where: str) -> Any:
     try:
         saved = datasets.load_from_disk(root)
     except Exception as error:  # datasets raises whatever its reader raises
-        raise DataError(f"{root}: a damaged or empty saved data set: {_first_line(error)}; save it again") from None
+        raise DataError(f"{root}: a damaged or empty saved data set: {first_line(error)}; save it again") from None
     if not isinstance(saved, datasets.DatasetDict):
         return saved
     if split not in saved:
@@ -384,15 +435,17 @@ def _open_hub(name: str, split: str) -> Any:
     return datasets.load_dataset(name, split=split, streaming=True)
 
 
-def _texts_of_rows(open_rows: Callable[[], Rows], shard: Shard, name: str, first_row: int) -> Iterator[str]:
+def _records_of_rows(open_rows: Callable[[], Rows], of_row: OfRow, name: str, first_row: int) -> Iterator[Any]:
     number = first_row
     try:
         for number, row in enumerate(open_rows(), start=first_row):  # noqa: B007  (named in the messages below)
-            yield _text_of_field(row, shard.field)
+            yield of_row(row)
     except Fault as fault:
         raise DataError(f"{name}: row {number}: {fault}") from None
+    except UserError:
+        raise
     except Exception as error:  # datasets raises whatever its reader raises
-        raise DataError(f"{name}: cannot be read beyond row {number}: {_first_line(error)}; fetch or write it again") from None
+        raise DataError(f"{name}: cannot be read beyond row {number}: {first_line(error)}; fetch or write it again") from None
 
 
 # ---------------------------------------------------------------------------------------------------- damage, named
@@ -416,39 +469,23 @@ def _decode(content: bytes, encoding: str, path: str) -> str:
         ) from None
 
 
-class Fault(Exception):
-    """What is wrong with one record; its reader adds where."""
-
-
-def _text_of_line(line: bytes, field: str) -> str:
+def _row_of_line(line: bytes) -> Row:
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise Fault(f"byte {error.start} of the line is not utf-8; convert the file or remove the line") from None
     except (ValueError, RecursionError) as error:
-        raise Fault(f"not JSON: {_first_line(error)}; mend or remove the line") from None
+        raise Fault(f"not JSON: {first_line(error)}; mend or remove the line") from None
     if not isinstance(value, dict):
-        raise Fault(f"a JSON object is needed, this is {_kind(value)}; mend or remove the line")
-    return _text_of_field(value, field)
+        raise Fault(f"a JSON object is needed, this is {kind_of(value)}; mend or remove the line")
+    return value
 
 
-def _text_of_field(row: dict[str, Any], field: str) -> str:
+def _text_of_field(row: Row, field: str) -> str:
     """row[field], which must be a string that UTF-8 can hold."""
     if field not in row:
         raise Fault(f"no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}; set data.sources[].field")
     text = row[field]
     if not isinstance(text, str):
-        raise Fault(f"field {field!r} is {_kind(text)}, not text; mend the data or set data.sources[].field")
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise Fault(f"field {field!r} holds half of a surrogate pair, which is no character; mend or remove it")
-    return text
-
-
-def _kind(value: object) -> str:
-    names = {"NoneType": "null", "int": "a number", "float": "a number", "list": "a list", "dict": "an object", "str": "text"}
-    return names.get(type(value).__name__, type(value).__name__)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+        raise Fault(f"field {field!r} is {kind_of(text)}, not text; mend the data or set data.sources[].field")
+    return require_characters(text, f"field {field!r}")

@@ -1,7 +1,8 @@
-"""Tokens on disk: a folder of two raw arrays and a header, read through the page cache, checked by block.
+"""Tokens on disk: a folder of raw arrays and a header, read through the page cache, checked by block.
 
 tokens.bin      every document's tokens, each document ended by the end-of-document token; little-endian u2 or u4
 documents.bin   where each document begins, and the number of tokens at last; little-endian i8, documents + 1 of them
+targets.bin     only where not every token is learned: 1 for a token that is to be predicted, 0 for another; u1, tokens of them
 header.json     format, dtype, counts, fingerprints, SHA-256 of each 16 MiB block of each file, and of itself; written last
 """
 
@@ -45,6 +46,19 @@ class Contents:
     text_bytes: int = 0  # UTF-8 length of the documents [bytes]
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Of a store with targets.bin: whole documents lie in rows of equal length, so that no row cuts one.
+
+    What is left of a row is filled with end-of-document tokens, which belong to its last document and are no targets. One
+    more follows the last row, so that every token of a row has a next one.
+    """
+
+    row_tokens: int
+    targets: int
+    filler: int  # tokens
+
+
 class TokenStore:
     """One memory-mapped store, read only. Opening costs the header; pages come as they are touched."""
 
@@ -56,6 +70,8 @@ class TokenStore:
         self.fingerprint: str = header["sha256"][:32]
         self.tokens = np.memmap(path / "tokens.bin", dtype=np.dtype(header["dtype"]), mode="r")
         self.documents = np.memmap(path / "documents.bin", dtype="<i8", mode="r")
+        self.packing = Packing(**header["packing"]) if "packing" in header else None
+        self._targets = np.memmap(path / "targets.bin", dtype="u1", mode="r") if self.packing else None
 
     @classmethod
     def open(cls, path: Path, *, verify: Verify = "header") -> TokenStore:
@@ -80,6 +96,12 @@ class TokenStore:
         """Tokens [begin, end) as a copy, int64 [end - begin]."""
         return self.tokens[begin:end].astype(np.int64)
 
+    def targets(self, begin: int, end: int) -> npt.NDArray[np.bool_]:
+        """Which of the tokens [begin, end) are to be predicted, bool [end - begin]: all, where the store does not say."""
+        if self._targets is None:
+            return np.ones(end - begin, dtype=bool)
+        return self._targets[begin:end].astype(bool)
+
     def document_ends(self, begin: int, end: int) -> npt.NDArray[np.int64]:
         """Where documents end in (begin, end], counted from `begin`, one past their last token; int64 [documents ending]."""
         first, last = np.searchsorted(self.documents, [begin, end], side="right")
@@ -90,12 +112,21 @@ class TokenStore:
         for begin in range(0, self.num_tokens, size_tokens):
             yield self.tokens[begin : begin + size_tokens]
 
+    def target_chunks(self, size_tokens: int = 1 << 22) -> Iterator[npt.NDArray[Any]]:
+        """All tokens that are to be predicted, in order."""
+        for number, chunk in enumerate(self.chunks(size_tokens)):
+            yield (
+                chunk if self._targets is None else chunk[self.targets(number * size_tokens, number * size_tokens + len(chunk))]
+            )
+
     def _check_values(self) -> None:
         largest = max(int(chunk.max()) for chunk in self.chunks())
         if largest >= self.contents.vocab_size:
             raise _damage(
                 self.path / "tokens.bin", f"holds token {largest}, beyond the vocabulary of {self.contents.vocab_size}"
             )
+        if self._targets is not None and int(self._targets.max()) > 1:
+            raise _damage(self.path / "targets.bin", "holds something else than 0 and 1")
         begins = self.documents
         if begins[0] != 0 or begins[-1] != self.num_tokens or bool(np.any(begins[1:] <= begins[:-1])):
             raise _damage(self.path / "documents.bin", f"does not divide {self.num_tokens} tokens into documents")
@@ -104,12 +135,13 @@ class TokenStore:
 class StoreWriter:
     """Writes one store, document by document or many at once; nothing is a store before `finish`."""
 
-    def __init__(self, path: Path, vocab_size: int) -> None:
+    def __init__(self, path: Path, vocab_size: int, *, with_targets: bool = False) -> None:
         self._path = make_private(path)
         self._dtype = token_dtype(vocab_size)
         self._stack = ExitStack()
         self._tokens = BlockHasher(self._stack.enter_context(private_file(path / "tokens.bin")))
         self._documents = BlockHasher(self._stack.enter_context(private_file(path / "documents.bin")))
+        self._targets = BlockHasher(self._stack.enter_context(private_file(path / "targets.bin"))) if with_targets else None
         self._documents.write(_bytes_of(np.zeros(1), np.dtype("<i8")))
         self.num_tokens = 0
         self.num_documents = 0
@@ -120,15 +152,20 @@ class StoreWriter:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def append(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> None:
-        """Add documents: their tokens one after the other [sum of lengths], and their lengths [documents]."""
+    def append(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64], targets: npt.NDArray[Any] | None = None) -> None:
+        """Add documents: their tokens one after the other [sum of lengths], their lengths [documents], and, `with_targets`,
+        which of the tokens are to be predicted [sum of lengths]."""
+        if self._targets is not None:
+            assert targets is not None
+            assert len(targets) == len(tokens)
+            self._targets.write(_bytes_of(targets, np.dtype("u1")))
         ends = self.num_tokens + np.cumsum(lengths)
         self._tokens.write(_bytes_of(tokens, self._dtype))
         self._documents.write(_bytes_of(ends, np.dtype("<i8")))
         self.num_tokens += len(tokens)
         self.num_documents += len(lengths)
 
-    def finish(self, contents: Contents) -> None:
+    def finish(self, contents: Contents, packing: Packing | None = None) -> None:
         """Make the arrays durable, then the header that makes them a store."""
         self._stack.close()
         header: dict[str, Any] = {
@@ -140,6 +177,10 @@ class StoreWriter:
             "contents": vars(contents),
             "files": {"tokens.bin": self._tokens.summary(), "documents.bin": self._documents.summary()},
         }
+        if self._targets is not None:
+            assert packing is not None
+            header["packing"] = vars(packing)
+            header["files"]["targets.bin"] = self._targets.summary()
         write_json(self._path / "header.json", header | {"sha256": _header_hash(header)})
         sync_folder(self._path)
 

@@ -1,18 +1,21 @@
 """Texts ↔ tokens: byte-level, trained on the corpus, or from Hugging Face, all behind one class.
 
 `tokenizers` does the work; `transformers` is imported only for a hub name or a folder without tokenizer.json.
-A text never yields the end-of-document token, not even a text that spells it: only we put it between documents.
+A text never yields the end-of-document token, not even a text that spells it: only we put it between documents, and a chat
+template at the end of turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from trainer.data.chat_template import DEFAULT_TEMPLATE
 from trainer.data.digests import fingerprint_of
 from trainer.durable import make_private, private_file, read_json, write_json
 from trainer.errors import DataError, RecipeError
@@ -20,13 +23,17 @@ from trainer.errors import DataError, RecipeError
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_BPE = 257  # 256 bytes and the end of document
 KEPT_CONFIG = ("bos_token", "unk_token", "pad_token", "chat_template", "model_max_length")
+SPECIAL_TOKENS = ("bos_token", "unk_token", "pad_token")  # of these, what a chat template may write; eos_token besides
 
 
 class Tokenizer:
     """Texts ↔ token ids in [0, vocab_size)."""
 
-    def __init__(self, backend: Backend, *, end_of_document: str, config: dict[str, Any] | None = None) -> None:
-        """`config`: what else a Hugging Face tokenizer_config.json said and a saved one should say again."""
+    def __init__(
+        self, backend: Backend, *, end_of_document: str, config: dict[str, Any] | None = None, for_chat: bool = False
+    ) -> None:
+        """`config`: what else a Hugging Face tokenizer_config.json said and a saved one should say again. `for_chat`: a saved
+        one takes special tokens that are spelt in a text, as its chat template spells them."""
         token_id = backend.token_to_id(end_of_document)
         if token_id is None:
             raise RecipeError(
@@ -41,6 +48,7 @@ class Tokenizer:
         self._backend = backend
         self._eos_token = end_of_document
         self._config = {key: value for key, value in (config or {}).items() if key in KEPT_CONFIG}
+        self._for_chat = for_chat
         self._ids_are_bytes = self.vocab_size == SMALLEST_BPE and backend.to_str() == _bytes_backend().to_str()
 
     @property
@@ -58,6 +66,53 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def for_chat(self) -> Tokenizer:
+        """This tokenizer with a chat template: its own, or ours where it has none."""
+        config = {**self._config, "chat_template": self.chat_template}
+        backend = Backend.from_str(self._backend.to_str())
+        if self.end_of_document not in self.special_ids:  # a template writes it as text, which must become that token
+            backend.add_special_tokens([AddedToken(self._eos_token, special=True, normalized=False)])
+        return Tokenizer(backend, end_of_document=self._eos_token, config=config, for_chat=True)
+
+    @property
+    def chat_template(self) -> str:
+        """Of several that a tokenizer brings, the one named "default"."""
+        template = self._config.get("chat_template") or DEFAULT_TEMPLATE
+        if isinstance(template, list):  # as tokenizer_config.json has several
+            template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not isinstance(template, str):
+            raise RecipeError('data.tokenizer: none of its chat templates is named "default"; name one so')
+        return template
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """What a chat template may write by name."""
+        spelt = {name: _spelling(self._config.get(name)) for name in SPECIAL_TOKENS}
+        return {name: token for name, token in spelt.items() if token is not None} | {"eos_token": self._eos_token}
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens, and of added ones that the chat template writes: what ends turns is one of them."""
+        added, template = self._backend.get_added_tokens_decoder(), self.chat_template
+        return frozenset(number for number, token in added.items() if token.special or token.content in template)
+
+    @property
+    def special_spellings(self) -> list[str]:
+        return [
+            token.content for number, token in self._backend.get_added_tokens_decoder().items() if number in self.special_ids
+        ]
+
+    def encode_with_offsets(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens, and where in the text each stands; `special`: a spelt special token is that token."""
+        self._backend.encode_special_tokens = not special
+        try:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+        finally:
+            self._backend.encode_special_tokens = True
+        return encoding.ids, encoding.offsets
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the tokens, added tokens spelt out; bytes that are no UTF-8 become U+FFFD."""
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
@@ -71,7 +126,7 @@ class Tokenizer:
                 **self._config,
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": self._eos_token,
-                "split_special_tokens": True,
+                "split_special_tokens": not self._for_chat,
                 "clean_up_tokenization_spaces": False,
             },
         )
@@ -138,6 +193,12 @@ def _load_folder(folder: Path) -> Tokenizer:
     except (OSError, ValueError) as error:
         raise DataError(f"{config_path}: not readable JSON: {error}; mend the file") from None
     try:
+        template = folder / "chat_template.jinja"  # where transformers saves it since version 4.53
+        if template.is_file():
+            config["chat_template"] = template.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{template}: not readable as UTF-8 text: {error}; mend the file") from None
+    try:
         backend = Backend.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain Exception for damaged files
         raise DataError(f"{folder / 'tokenizer.json'}: damaged: {error}; fetch it again") from None
@@ -161,11 +222,16 @@ def _load_with_transformers(name: str) -> Tokenizer:
 
 
 def _eos_of(config: dict[str, Any], place: str) -> str:
-    eos = config.get("eos_token")
-    spelling = eos.get("content") if isinstance(eos, dict) else eos
-    if not isinstance(spelling, str):
+    spelling = _spelling(config.get("eos_token"))
+    if spelling is None:
         raise RecipeError(f"data.tokenizer: {place} names no eos_token, which ends documents; add one to it")
     return spelling
+
+
+def _spelling(token: Any) -> str | None:
+    """A special token as tokenizer_config.json has it, a text or an object with the text."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _bytes_backend() -> Backend:

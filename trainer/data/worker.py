@@ -1,4 +1,5 @@
-"""A tokenizing process: `python -m trainer.data.worker TOKENIZER SHARDS`, started by workers.py.
+"""A tokenizing process: `python -m trainer.data.worker TOKENIZER SHARDS [CHAT]`, started by workers.py. CHAT: the settings of
+conversations, as JSON; without, documents are texts.
 
 Reads one task per line, {"number", "shard"}, and answers each by one line: {"number"} when the shard is durable, or
 {"failed": lines, "exit_code"}. It ends at once when its input does: whoever started it has ended too.
@@ -13,6 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
+from trainer.data.chat import Chat
 from trainer.data.shards import shard_folder, tokenize_shard
 from trainer.data.sources import Shard
 from trainer.data.tokenizer import load_tokenizer
@@ -20,14 +22,15 @@ from trainer.errors import DataError, UserError
 
 
 def main() -> None:
-    tokenizer_folder, shards = map(Path, sys.argv[1:])
+    tokenizer_folder, shards = map(Path, sys.argv[1:3])
     tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
     tokenizer = load_tokenizer(str(tokenizer_folder))
+    chat = Chat(tokenizer, **json.loads(sys.argv[3])) if sys.argv[3:] else None
     while True:
         task = json.loads(tasks.get())
         try:
-            tokenize_shard(Shard.from_json(task["shard"]), tokenizer, shard_folder(shards, task["number"]))
+            tokenize_shard(Shard.from_json(task["shard"]), tokenizer, shard_folder(shards, task["number"]), chat)
             reply = {"number": task["number"]}
         except UserError as error:
             reply = {"failed": error.lines, "exit_code": error.exit_code}

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import trainer
 from trainer.data.sources import Shard
@@ -27,13 +28,16 @@ ENVIRONMENT = {
 KINDS = {kind.exit_code: kind for kind in (UserError, DataError, RecipeError)}
 
 
-def tokenize_shards(shards: dict[int, Shard], *, tokenizer: Path, into: Path, workers: int) -> Iterator[int]:
+def tokenize_shards(
+    shards: dict[int, Shard], *, tokenizer: Path, into: Path, workers: int, chat: dict[str, Any] | None = None
+) -> Iterator[int]:
     """Have numbered shards tokenized by the tokenizer saved in a folder; yields each number when its shard is durable.
 
-    `into` receives one folder per shard. Raises the first UserError that a worker meets, and ends the others.
+    `into` receives one folder per shard. `chat`: settings of conversations. Raises the first UserError that a worker meets,
+    and ends the others.
     """
     waiting = iter(shards.items())
-    crew = [Worker(tokenizer, into) for _ in range(min(workers, len(shards)))]
+    crew = [Worker(tokenizer, into, chat) for _ in range(min(workers, len(shards)))]
     try:
         for worker in crew:
             worker.hand(*next(waiting))
@@ -53,11 +57,12 @@ def tokenize_shards(shards: dict[int, Shard], *, tokenizer: Path, into: Path, wo
 class Worker:
     """One `python -m trainer.data.worker`, from outside. It sends one reply for each task."""
 
-    def __init__(self, tokenizer: Path, into: Path) -> None:
+    def __init__(self, tokenizer: Path, into: Path, chat: dict[str, Any] | None) -> None:
         package_root = str(Path(trainer.__file__).parent.parent)
+        settings = [json.dumps(chat)] if chat else []
         inherited = os.environ.get("PYTHONPATH")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.data.worker", str(tokenizer), str(into)],
+            [sys.executable, "-m", "trainer.data.worker", str(tokenizer), str(into), *settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ

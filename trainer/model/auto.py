@@ -35,7 +35,7 @@ from trainer.recipe.auto import folder_findings, size_findings
 from trainer.sections import Finding, Recipe, nearest
 
 # The Auto class of each data.task.
-AUTO_CLASSES = {"pretrain": "AutoModelForCausalLM"}
+AUTO_CLASSES = {"pretrain": "AutoModelForCausalLM", "sft": "AutoModelForCausalLM"}
 
 Fill = Callable[[nn.Module], None]
 

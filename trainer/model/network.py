@@ -12,6 +12,7 @@ from trainer.model.auto_network import AutoNetwork
 from trainer.model.config import TransformerConfig
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 Network = TransformerConfig | AutoNetwork
 
 
@@ -37,19 +38,27 @@ class Saves(Protocol):
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What a Hugging Face folder has beside the weights. `dtype`: of the weights, "float32", "bfloat16" or "float16"."""
+    """What a Hugging Face folder has beside the weights. `dtype`: of the weights, "float32", "bfloat16" or "float16".
+
+    `end_of_turn`: the token that ends an assistant's turn, where conversations are learned.
+    """
 
     network: Network
     tokenizer: Saves
     dtype: str
+    end_of_turn: int | None = None
 
     @property
     def config(self) -> dict[str, Any]:
         return config_json(self.network, dtype=self.dtype, eos_token_id=self.tokenizer.end_of_document)
 
     def save_others(self, folder: Path) -> None:
-        """The tokenizer, and Python files that are part of the model."""
+        """The tokenizer, where generation ends, and Python files that are part of the model."""
         self.tokenizer.save(folder)
+        end = self.tokenizer.end_of_document
+        if self.end_of_turn not in (None, end):  # which config.json does not name
+            ends = {"eos_token_id": [self.end_of_turn, end]}
+            (folder / GENERATION_CONFIG).write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
         save_code(self.network, folder)
 
     def save(self, folder: Path) -> None:

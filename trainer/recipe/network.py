@@ -92,12 +92,13 @@ def fit_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding
 
 
 def _task_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:
-    if recipe.data.task == "pretrain" and not network.causal:
+    if not network.causal:
         legal = ", ".join(family.name for family in FAMILIES.values() if family.causal)
         yield Finding(
             ("model.family", "model.from_pretrained", "data.task"),
-            f"model.family = {json.dumps(network.family)} sees the next token, which data.task pretrain predicts: it needs a "
-            f"masked-language task, which this version does not have; legal families for pretrain: {legal}",
+            f"model.family = {json.dumps(network.family)} sees the next token, which data.task {recipe.data.task} "
+            f"predicts: it needs a masked-language task, which this version does not have; legal families for "
+            f"{recipe.data.task}: {legal}",
         )
 
 

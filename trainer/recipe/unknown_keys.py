@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from functools import cache
-from typing import get_args
+from typing import get_args, get_origin
 
 from trainer.deepspeed_config import REFUSED, refusal
 from trainer.recipe.places import KeyPath, dotted
@@ -54,7 +54,7 @@ def _keys_of(section: type[Section], path: KeyPath) -> list[str]:
         item = next((t for t in get_args(info.annotation) if isinstance(t, type) and issubclass(t, Section)), None)
         inner = info.annotation
         if item is not None:
-            keys += _keys_of(item, (*here, 0))
+            keys += _keys_of(item, (*here, 0) if get_origin(info.annotation) is list else here)
         elif isinstance(inner, type) and issubclass(inner, Section):
             keys += _keys_of(inner, here)
     return keys

@@ -1,0 +1,207 @@
+"""Rows of every shape become the same conversation; a row of none is told what it lacks."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from trainer import sections
+from trainer.data.conversations import SHAPES, ChatRows, Conversation, Message
+from trainer.data.digests import Digests
+from trainer.data.fault import Fault
+from trainer.data.sources import Corpus, look_at
+from trainer.errors import DataError, RecipeError
+from trainer.recipe.chat import NAMES
+
+ASKED, ANSWERED = Message("user", "why?", False), Message("assistant", "so.", True)
+SYSTEM = Message("system", "be brief", False)
+EXCHANGE = (ASKED, ANSWERED)
+TURNS = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}]
+SAID = [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so."}]
+ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], Conversation]] = {
+    "messages": ({"messages": TURNS, "id": 7}, {}, EXCHANGE),
+    "content in parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "why?"}]}, TURNS[1]]},
+        {},
+        EXCHANGE,
+    ),
+    "sharegpt": ({"conversations": SAID}, {}, EXCHANGE),
+    "sharegpt in roles": ({"conversations": TURNS}, {}, EXCHANGE),
+    "sharegpt with system": ({"conversations": SAID, "system": "be brief"}, {}, (SYSTEM, *EXCHANGE)),
+    "prompt": ({"prompt": "why?", "completion": "so."}, {}, EXCHANGE),
+    "prompt of messages": ({"prompt": TURNS[:1], "completion": TURNS[1:]}, {}, EXCHANGE),
+    "alpaca": ({"instruction": "why?", "output": "so."}, {}, EXCHANGE),
+    "alpaca, empty input": ({"instruction": "why?", "input": "", "output": "so."}, {}, EXCHANGE),
+    "alpaca with input": (
+        {"instruction": "Say", "input": "it", "output": "so."},
+        {},
+        (Message("user", "Say\n\nit", False), ANSWERED),
+    ),
+    "question and answer": (
+        {"question": "why?", "answer": "so."},
+        {"fields": {"prompt": "question", "completion": "answer"}},
+        EXCHANGE,
+    ),
+    "another name for messages": ({"dialog": TURNS}, {"fields": {"messages": "dialog"}}, EXCHANGE),
+    "both, and messages win": ({"messages": TURNS, "prompt": "x", "completion": "y"}, {}, EXCHANGE),
+    "both, and the shape decides": ({"messages": 3, "prompt": "why?", "completion": "so."}, {"shape": "prompt"}, EXCHANGE),
+    "null is no field": ({"messages": None, "prompt": "why?", "completion": "so."}, {}, EXCHANGE),
+    "no answer": ({"messages": TURNS[:1]}, {}, (ASKED,)),
+    "a turn of weight 0": (
+        {"messages": [{**TURNS[1], "weight": 0}, *TURNS]},
+        {},
+        (Message("assistant", "so.", False), *EXCHANGE),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_shape_is_read(name: str) -> None:
+    row, keys, expected = ROWS[name]
+    assert ChatRows(**keys).conversation_of(row) == expected
+
+
+def test_what_a_prompt_says_is_not_learned() -> None:
+    row = {"prompt": [*TURNS, TURNS[0]], "completion": TURNS[1:]}
+    assert [turn.counts for turn in ChatRows().conversation_of(row)] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "message"),
+    [
+        (
+            {"text": "x", "id": 1},
+            {},
+            r"no conversation: it has 'text', 'id', and needs 'messages' \(messages\) or "
+            r"'conversations' \(sharegpt\) or 'prompt' \+ 'completion' \(prompt\) or 'instruction' \+ 'output' \(alpaca\); "
+            "mend the row, or name",
+        ),
+        ({}, {}, "it has no field"),
+        (
+            {"question": "x"},
+            {"fields": {"prompt": "question", "completion": "answer"}},
+            r"it has 'question', and needs 'question' \+ 'answer' \(prompt\)",
+        ),
+        ({"prompt": "x", "completion": "y"}, {"shape": "alpaca"}, r"needs 'instruction' \+ 'output' \(alpaca\)"),
+        ({"messages": "x"}, {}, "'messages' is text, not a list of turns"),
+        ({"messages": ["x"]}, {}, r"messages\[0\] is text; a turn is \{\"role\": \"…\", \"content\": \"…\"\}"),
+        ({"messages": [{"role": "user"}]}, {}, r"messages\[0\] has 'role'; a turn is"),
+        (
+            {"messages": [{"role": "narrator", "content": "x"}]},
+            {},
+            r"messages\[0\]: role is 'narrator'; legal: system, user, assistant",
+        ),
+        ({"messages": [{"role": "user", "content": 3}]}, {}, r"messages\[0\]: content is a number, not text"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}, {}, r"messages\[0\] calls tools"),
+        (
+            {"messages": [{**TURNS[1], "weight": 0.5}]},
+            {},
+            r"messages\[0\]: weight is '0.5'; legal: 1 \(learned\) and 0 \(not\)",
+        ),
+        ({"conversations": [{"from": "human", "value": [1]}]}, {}, r"conversations\[0\]: value is a list"),
+        ({"prompt": 3, "completion": "x"}, {}, "'prompt' is a number, not text"),
+        ({"instruction": "x", "input": 3, "output": "y"}, {}, "'input' is a number, not text"),
+        ({"prompt": "a\ud800", "completion": "x"}, {}, "'prompt' holds half of a surrogate pair"),
+        ({"prompt": "a\ufdd0", "completion": "x"}, {}, r"'prompt' holds U\+FDD0, which Unicode keeps for programs' own marks"),
+    ],
+)
+def test_a_row_that_is_none(row: dict[str, Any], keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(Fault, match=message):
+        ChatRows(**keys).conversation_of(row)
+
+
+def test_the_door_knows_the_same_names() -> None:
+    assert {name: {*shape.needs, *shape.may} for name, shape in SHAPES.items()} == {name: {*n} for name, n in NAMES.items()}
+    assert {name for names in NAMES.values() for name in names} == set(sections.Fields.model_fields)
+
+
+# ---------------------------------------------------------------------------------------------------------- kinds of files
+
+QUESTIONS = [{"question": f"what is {i}?", "answer": f"it is {i}"} for i in range(5)]
+GSM = {"fields": {"prompt": "question", "completion": "answer"}}
+
+
+def as_jsonl(folder: Path) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    return path
+
+
+def as_gz(folder: Path) -> Path:
+    path = folder / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(as_jsonl(folder).read_bytes()))
+    return path
+
+
+def as_parquet(folder: Path) -> Path:
+    datasets.Dataset.from_list(QUESTIONS).to_parquet(folder / "rows.parquet")
+    return folder / "rows.parquet"
+
+
+def as_saved(folder: Path) -> Path:
+    datasets.Dataset.from_list(QUESTIONS).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def as_folder(folder: Path) -> Path:
+    inside = folder / "snapshot"
+    inside.mkdir()
+    as_jsonl(inside)
+    (inside / "README.md").write_text("about it")
+    return inside
+
+
+def corpus_of(path: Path, **keys: Any) -> Corpus:
+    source = sections.Source.model_validate({"path": str(path), **keys})
+    return look_at(source, where="data.sources[0]", digests=Digests(path.parent / "cache"), chat=True)
+
+
+def contents_of(corpus: Corpus) -> list[tuple[str, ...]]:
+    return [
+        tuple(turn.content for turn in conversation)
+        for shard in corpus.shards
+        for conversation in shard.conversations(lambda conversation: conversation)
+    ]
+
+
+@pytest.mark.parametrize("write", [as_jsonl, as_gz, as_parquet, as_saved, as_folder])
+def test_every_kind_of_file_with_rows(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    corpus = corpus_of(write(tmp_path), **GSM)
+    assert contents_of(corpus) == [(row["question"], row["answer"]) for row in QUESTIONS]
+    texts = [text for shard in corpus.shards for text in shard.texts()]
+    assert texts == [text for row in QUESTIONS for text in row.values()]
+    passed_over = (f"data.sources[0]: text files passed over in {tmp_path / 'snapshot'}: README.md",)
+    assert corpus.notes == (passed_over if write is as_folder else ())
+
+
+def test_how_rows_are_read_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    path = as_jsonl(tmp_path)
+    turned = {"fields": {"prompt": "answer", "completion": "question"}}
+    prints = {corpus_of(path, **keys).fingerprint for keys in (GSM, turned, {**GSM, "shape": "prompt"}, {})}
+    text = look_at(sections.Source(path=str(path)), where="", digests=Digests(tmp_path / "cache"))
+    assert len({*prints, text.fingerprint}) == 5
+
+
+@pytest.mark.parametrize("write", [as_jsonl, as_gz, as_parquet])
+def test_a_bad_row_is_named_by_its_place(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    path = write(tmp_path)
+    place = f"{path}: row 0" if write is as_parquet else f"{path}:1"
+    with pytest.raises(DataError, match=f"{place}: no conversation: it has 'question', 'answer'") as caught:
+        contents_of(corpus_of(path))
+    assert caught.value.exit_code == 65
+
+
+def test_text_holds_no_conversations(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[]  ")
+    with pytest.raises(
+        RecipeError, match=r"data\.sources\[0\]\.path: .*list\.json' is text \(list\.json\), which holds no"
+    ) as caught:
+        corpus_of(tmp_path / "list.json")
+    assert caught.value.exit_code == 78
+    assert "jq -c '.[]'" in str(caught.value)
