@@ -24,10 +24,9 @@ LEDGER = "goodput.json"
 WRITTEN_EVERY_S = 30.0  # a kill leaves at most this much of the last start untold
 KINDS = ("init", "data", "compute", "communication", "save", "evaluation", "guard", "export", "other", "lost")
 TRAINING = ("data", "compute", "communication")
+STARTING = ("start", "reading the data", "looking for a checkpoint", "building the model", "restoring the checkpoint")
 KIND_OF = {
-    **dict.fromkeys(
-        ("start", "reading the data", "looking for a checkpoint", "building the model", "restoring the checkpoint"), "init"
-    ),
+    **dict.fromkeys((*STARTING, "rewinding"), "init"),
     **dict.fromkeys(("forward", "backward", "optimizer"), "compute"),
     **{"data": "data", "saving": "save", "evaluation": "evaluation", "guard": "guard", "export": "export"},
 }
@@ -44,6 +43,7 @@ class Ledger:
             _close(self._starts[-1], from_step, times)
         self._began, self._before_s = time.time() - age_of_this_process(), age_of_this_process()
         self._from_step = from_step
+        self._lost_s = 0.0
         self._written = -math.inf
 
     def write(self, step: int, totals: Mapping[str, float], waiting: Mapping[str, float], *, always: bool = False) -> None:
@@ -66,8 +66,12 @@ class Ledger:
             "from_step": self._from_step,
             "to_step": step,
             "seconds": seconds,
-            "lost_s": 0.0,
+            "lost_s": self._lost_s,
         }
+
+    def lose(self, seconds: float) -> None:
+        """What was trained in them is undone."""
+        self._lost_s += seconds
 
     def shares(self, step: int, totals: Mapping[str, float], waiting: Mapping[str, float]) -> dict[str, float]:
         return shares_of([*self._starts, self.of_now(step, totals, waiting)])
@@ -122,4 +126,4 @@ def _close(start: dict[str, Any], from_step: int, times: Mapping[int, float]) ->
     start["until"] += untold
     start["seconds"]["compute"] += untold
     trained = sum(start["seconds"][kind] for kind in TRAINING)
-    start["lost_s"] = min(lost_s(times, from_step), trained)
+    start["lost_s"] = min(start["lost_s"] + lost_s(times, from_step), trained)

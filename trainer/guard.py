@@ -20,6 +20,7 @@ from trainer.guard_window import SpikeWindow
 from trainer.launch import PeerFailed
 from trainer.session import Session
 
+REWINDS = 3  # in a row to one checkpoint: what comes after it spikes whatever the data
 REPLAY_FILES = 20  # a few hundred bytes each; the newest tell as much as all
 
 
@@ -37,6 +38,7 @@ class Guard:
         self._keys = run.recipe.guard
         memory = run.checkpoints.memory.get("guard", {})
         self._in_a_row: int = memory.get("skipped_in_a_row", 0)
+        self._must_rewind = False
         self._agreed: int = run.checkpoints.start_step  # after this step all replicas were the same
         self._windows = {
             name: SpikeWindow(self._keys.spike_window, self._keys.spike_threshold, memory.get(name, ()))
@@ -46,6 +48,11 @@ class Guard:
     def state(self) -> dict[str, Any]:
         """What a resumed run must judge by."""
         return {"skipped_in_a_row": self._in_a_row, **{name: window.values for name, window in self._windows.items()}}
+
+    @property
+    def must_rewind(self) -> bool:
+        """Whether the last step's spike is to be undone."""
+        return self._must_rewind
 
     @property
     def norm_limit(self) -> float:
@@ -99,17 +106,20 @@ class Guard:
         if culprit.micro_batch is None:
             return []
         places = {layout.peers(rank, "dp", "cp").index(rank) for rank in culprit.ranks}
+        first = self._first_sequence(step)
         firsts = [
-            step * plan.global_sequences + place * plan.sequences_per_rank + culprit.micro_batch * plan.micro_sequences
-            for place in sorted(places)
+            first + place * plan.sequences_per_rank + culprit.micro_batch * plan.micro_sequences for place in sorted(places)
         ]
         return [first + n for first in firsts for n in range(plan.micro_sequences)]
+
+    def _first_sequence(self, step: int) -> int:
+        return (step + self._run.skipped_data) * self._run.plan.global_sequences
 
     def _record(self, step: int, result: StepResult, culprit: Culprit | None, reason: str) -> None:
         if not self._run.place.is_first:
             return
         plan, recipe = self._run.plan, self._run.recipe
-        first = step * plan.global_sequences
+        first = self._first_sequence(step)
         record = {
             "step": step + 1,
             "reason": reason,
@@ -143,7 +153,23 @@ class Guard:
                     f"step {step + 1}: spike: {name} {value:.4g} is above {limit:.4g}, {self._keys.spike_threshold:g} robust "
                     f"deviations over the median of the last {self._keys.spike_window} steps"
                 )
+                self._must_rewind |= self._may_rewind()
             window.add(value)
+
+    def _may_rewind(self) -> bool:
+        if self._keys.on_spike != "rewind":
+            return False
+        saved, rewinds = self._run.checkpoints.saved_step, self._run.checkpoints.rewinds
+        if saved is None:
+            self._run.tracker.note("there is no checkpoint to go back to yet: training goes on")
+        elif rewinds >= REWINDS and saved == self._run.checkpoints.start_step:
+            self._end(
+                NoProgress(
+                    f"{rewinds} times in a row the loss or gradient norm spiked after step {saved}, each time on other data: "
+                    "lower optimizer.lr, or go on from an earlier checkpoint (--resume PATH)"
+                )
+            )
+        return saved is not None
 
     def _count(self, result: StepResult) -> None:
         scaler = self._run.engine.scaler

@@ -23,7 +23,8 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
         keys, steps = run.recipe.train, run.recipe.train.steps
         meter, guard = Meter(run), Guard(run)
         evaluation: dict[str, float] = {}
-        for step in range(run.checkpoints.start_step, steps):
+        step = run.checkpoints.start_step
+        while step < steps:
             run.engine.watch.begin_step(step + 1)
             if signal := stop.agreed(run.ranks):
                 return interrupt(run, signal, meter, guard, steps_done=step)
@@ -34,12 +35,18 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
             meter.record(step + 1, lr, result, micro_batches)
             guard.judge(step, lr, result, micro_batches)
             run.say(run.watchdog.remarks())
+            if guard.must_rewind:
+                with run.engine.watch("rewinding"):
+                    step = run.rewind(step + 1)
+                meter, guard = Meter(run), Guard(run)
+                continue
             if step + 1 == steps or (keys.eval_every and (step + 1) % keys.eval_every == 0):
                 with run.engine.watch("evaluation"):
                     evaluation = evaluate(run, steps_done=step + 1)
                 meter.restart()
             if run.checkpoints.due(step + 1):
                 save(run, meter, guard, steps_done=step + 1)
+            step += 1
         with run.engine.watch("saving"):
             run.say(run.checkpoints.wait())
         with run.engine.watch("export"):
@@ -51,7 +58,8 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
 
 def save(run: Session, meter: Meter, guard: Guard, *, steps_done: int) -> None:
     with run.engine.watch("saving"):
-        run.say(run.checkpoints.save(steps_done, run.engine, {"meter": meter.state(), "guard": guard.state()}))
+        memory = {"meter": meter.state(), "guard": guard.state(), "data": {"skipped_steps": run.skipped_data}}
+        run.say(run.checkpoints.save(steps_done, run.engine, memory))
         run.account(steps_done, always=True)
     meter.restart()
 

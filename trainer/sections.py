@@ -409,10 +409,11 @@ class Guard(Section):
         description="Skipped steps in a row that end the run with exit code 93; 0 = never. With a dynamic loss scale only "
         "those at its minimum count [steps].",
     )
-    on_spike: Literal["off", "warn", "skip"] = Field(
+    on_spike: Literal["off", "warn", "skip", "rewind"] = Field(
         "off",
-        description="What happens when loss or gradient norm is far above its last values: off, warn (a line), or skip "
-        "(a line, and a gradient with such a norm is not applied; ZeRO-0 only).",
+        description="What happens when loss or gradient norm is far above its last values: off, warn (a line), skip (a "
+        "gradient with such a norm is not applied; ZeRO-0 only), or rewind (back to the newest checkpoint, and on with the "
+        "data after the spike).",
     )
     spike_window: int = Field(
         100, ge=8, le=100_000, description="Last values that a new one is compared with; none is judged before [steps]."

@@ -28,7 +28,7 @@ from trainer.data import PreparedData, prepare, prepare_summary
 from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.deepspeed_config import deepspeed_config
 from trainer.engine import DTYPES, Engine
-from trainer.goodput import Ledger
+from trainer.goodput import Ledger, lost_s
 from trainer.launch import Place, together
 from trainer.matmul_peak import device_peak, slower_than_fp32
 from trainer.model.auto import open_auto
@@ -52,7 +52,7 @@ from trainer.watchdog.watchdog import Watchdog
 BACKSTOP_S = 60  # after the watchdog torch ends the wait: should the threads of a rank not run
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
     """A run that is ready to train."""
 
@@ -74,6 +74,7 @@ class Session:
     ledger: Ledger | None  # on the first rank
     devices: str
     peak_flops: float  # of this rank's device, FLOP/s
+    newly_skipped: int = 0  # steps of data left out since the run went on from a checkpoint
 
     def say(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -90,8 +91,30 @@ class Session:
         shares = self.ledger.shares(step, self.engine.watch.totals(), self.watchdog.waiting())
         return {name: share for name, share in shares.items() if name == "goodput"}
 
+    @property
+    def skipped_data(self) -> int:
+        """Steps whose data is left out from here on, because of spikes."""
+        skipped: int = self.checkpoints.memory.get("data", {}).get("skipped_steps", 0)
+        return skipped + self.newly_skipped
+
+    def rewind(self, steps_done: int) -> int:
+        """After a spike in the last of `steps_done` steps: everything as the newest checkpoint has it, but for the data, which
+        goes on after the spike; the number of steps done now."""
+        skipped = self.skipped_data
+        times = {int(record["step"] or 0): float(record["time"] or 0.0) for record in read_metrics(self.folder.metrics)}
+        lines = self.checkpoints.rewind(self.engine)
+        step = self.checkpoints.start_step
+        self.newly_skipped = skipped + steps_done - step - self.checkpoints.memory.get("data", {}).get("skipped_steps", 0)
+        self.tracker.rewind(step)
+        if self.ledger is not None:
+            self.ledger.lose(lost_s(times, step))
+        sequences = (steps_done - step) * self.plan.global_sequences
+        self.say([*lines, f"rewound to step {step}; the data of {steps_done - step} steps ({sequences} sequences) is left out"])
+        return step
+
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's part of a step."""
+        step += self.skipped_data
         dp, read = self.mesh.dp, self.engine.execution.reads_tokens
         micro_sequences = self.plan.micro_sequences
         return list(self.data.micro_batches(step, dp_rank=dp.rank, dp=dp.size, micro_sequences=micro_sequences, read=read))

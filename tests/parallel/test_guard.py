@@ -159,3 +159,56 @@ def test_the_first_steps_after_a_resume_are_judged_as_in_the_undisturbed_run(nam
     assert (numbers(run), digests(last), remembered(last)) == whole
     start(forget=True, resume=str(twelfth))
     assert numbers(run) != whole[0], "a forgotten history must be seen"
+
+
+def bad_data_at(positions: Sequence[int], leave_out: tuple[int, int], command: Sequence[str]) -> int:
+    """`train`, in which the data of some steps gives gradients 100 times too large. `leave_out` (step, steps): from that step
+    on so many steps of data are left out, as a rewind would do it."""
+    from trainer.batching import BatchPlan
+    from trainer.data.loader import TrainData
+
+    factor, read, under_way = BatchPlan.loss_factor, TrainData.micro_batches, [0]
+    first, count = leave_out
+
+    def reading(data: TrainData, step: int, **named: Any) -> Any:
+        under_way[0] = step + (count if step >= first else 0)
+        return read(data, under_way[0], **named)
+
+    def spiking(plan: BatchPlan, num_targets: int) -> float:
+        return factor(plan, num_targets) * (100.0 if under_way[0] in positions else 1.0)
+
+    BatchPlan.loss_factor, TrainData.micro_batches = spiking, reading  # type: ignore[method-assign]
+    return train(command)
+
+
+OTHERS = [pytest.param(name, marks=pytest.mark.grid) for name in ("one", "dp2-zero3", "cpu-zero2", "tp2xpp2")]
+
+
+@pytest.mark.parametrize("name", ["dp2-zero1", *OTHERS])
+def test_a_spike_is_undone_and_its_data_left_out(name: str, tmp_path: Path) -> None:
+    """The run that rewinds is, to the bit, the one to which that data was never given; also when it is resumed later."""
+    way, steps = BY_NAME[name], 16
+    guard = {"on_spike": "rewind", "spike_window": 8, "max_skipped": 9}
+    recipe = write_recipe(tmp_path, steps=steps, every=4, keep=9, guard=guard, checkpoint={"async": True})
+
+    def start(run: Path, bad: Sequence[int], leave_out: tuple[int, int], **resume: str) -> str:
+        command = arguments(recipe, run, way, **resume)
+        ended = run_ranks(partial(bad_data_at, bad, leave_out), command, world_size=way.processes, log=tmp_path / "log")
+        assert not any(ended.codes), ended.said
+        return ended.said
+
+    rewound, spared, never = tmp_path / "rewound", tmp_path / "spared", (steps, 0)
+    said = start(rewound, [10], never)
+    assert "step 11: spike: grad_norm" in said
+    assert "rewound to step 8; the data of 3 steps (24 sequences) is left out" in said
+    start(spared, [10], (8, 3))
+    assert numbers(rewound) == numbers(spared), "each step once"
+    last = Path("checkpoints") / f"step-{steps:08d}"
+    assert digests(rewound / last) == digests(spared / last)
+    memory = remembered(rewound / last)
+    assert memory["memory"]["data"] == {"skipped_steps": 3}
+    assert memory["sequences"] == (steps + 3) * 8
+    whole = numbers(rewound), digests(rewound / last)
+    start(rewound, [10], never, resume=str(rewound / "checkpoints" / "step-00000012"))
+    assert (numbers(rewound), digests(rewound / last)) == whole
+    assert "rewound to" not in start(rewound, [10], never, resume=str(rewound / "checkpoints" / "step-00000012"))

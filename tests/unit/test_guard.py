@@ -21,7 +21,7 @@ from tests.unit.test_loss_scale import reference
 from trainer.batching import BatchPlan
 from trainer.engine import StepResult
 from trainer.errors import EXIT_NO_PROGRESS
-from trainer.guard import REPLAY_FILES, Guard, NoProgress
+from trainer.guard import REPLAY_FILES, REWINDS, Guard, NoProgress
 from trainer.guard_checksum import CHUNK, Held, checksum, disagreements, odd_ones_out
 from trainer.guard_culprit import GRADIENT, OUTPUT, WEIGHT, Finding
 from trainer.guard_window import SpikeWindow
@@ -177,10 +177,13 @@ class FakeRun:
         self.place = SimpleNamespace(is_first=first)
         self.folder = SimpleNamespace(path=folder)
         self.tracker = SimpleNamespace(note=self.notes.append)
-        self.checkpoints = SimpleNamespace(memory={"guard": memory} if memory else {}, start_step=0, wait=list)
+        self.checkpoints = SimpleNamespace(
+            memory={"guard": memory} if memory else {}, start_step=0, wait=list, saved_step=None, rewinds=0
+        )
         self.engine = SimpleNamespace(scaler=LossScaler.from_recipe(self.recipe.precision), zero_stage=0)
         self.plan = BatchPlan(global_sequences=8, micro_sequences=2, dp=2, num_micro_batches=2, seq_len=16)
         self.mesh = SimpleNamespace(layout=Layout(dp=2))
+        self.skipped_data = 0
 
     def say(self, lines: list[str]) -> None:
         self.notes.extend(lines)
@@ -290,6 +293,31 @@ def test_a_spike_is_told_and_off_keeps_no_history(tmp_path: Path, monkeypatch: p
     assert guard.state() == {"skipped_in_a_row": 0}
 
 
+def test_a_spike_before_the_first_checkpoint_is_told_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = FakeRun(tmp_path, guard={**SPIKES, "on_spike": "rewind"})
+    guard = guard_of(run, monkeypatch)
+    for step in range(9):
+        guard.judge(step, 0.1, result(loss=90.0 if step == 8 else 2.0), [])
+    assert run.notes[-1] == "there is no checkpoint to go back to yet: training goes on"
+    assert not guard.must_rewind
+
+
+def test_spikes_after_one_checkpoint_whatever_the_data_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = FakeRun(tmp_path, guard={**SPIKES, "on_spike": "rewind"})
+    guard = guard_of(run, monkeypatch)
+    for step in range(8):
+        guard.judge(step, 0.1, result(loss=2.0), [])
+    run.checkpoints.saved_step = run.checkpoints.start_step = 4
+    run.checkpoints.rewinds = REWINDS - 1
+    guard.judge(8, 0.1, result(loss=90.0), [])
+    assert guard.must_rewind
+    run.checkpoints.rewinds = REWINDS
+    with pytest.raises(
+        NoProgress, match=r"3 times in a row .* spiked after step 4, each time on other data: lower optimizer\.lr"
+    ):
+        guard.judge(9, 0.1, result(loss=90.0), [])
+
+
 def test_the_sequences_of_a_micro_batch_are_those_of_its_place_in_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +326,8 @@ def test_the_sequences_of_a_micro_batch_are_those_of_its_place_in_the_step(
     guard = guard_of(FakeRun(tmp_path), monkeypatch)
     assert guard._sequences(3, Culprit("loss", (1,), 1)) == [30, 31]  # 3 · 8 + 1 · 4 + 1 · 2
     assert guard._sequences(3, Culprit("loss", (0, 1), 0)) == [24, 25, 28, 29]
+    guard._run.skipped_data = 2  # type: ignore[misc]
+    assert guard._sequences(1, Culprit("loss", (0, 1), 0)) == [24, 25, 28, 29], "of the data, not of the step"
     assert guard._sequences(3, Culprit("weight x", (0,), None)) == []
 
 
@@ -307,7 +337,9 @@ def test_the_sequences_of_a_micro_batch_are_those_of_its_place_in_the_step(
 @pytest.mark.parametrize(
     ("sections", "given", "said"),
     [
-        ({"guard": {"on_spike": "skip"}, "zero": {"stage": 1}}, {"guard.on_spike"}, 'legal: "off", "warn"'),
+        ({"guard": {"on_spike": "skip"}, "zero": {"stage": 1}}, {"guard.on_spike"}, 'legal: "off", "warn", "rewind"'),
+        ({"guard": {"on_spike": "rewind"}, "zero": {"stage": 3}}, {"guard.on_spike"}, ""),
+        ({"guard": {"on_spike": "rewind"}, "checkpoint": {"every": 0}}, {"guard.on_spike"}, "set checkpoint.every"),
         ({"guard": {"spike_window": 50}}, {"guard.spike_window"}, "used only with guard.on_spike"),
         ({"guard": {"spike_threshold": 5.0}}, {"guard.spike_threshold"}, "used only with guard.on_spike"),
         ({"guard": {"on_spike": "skip"}}, {"guard.on_spike"}, ""),

@@ -15,9 +15,10 @@ from parallel.topology import Layout
 from trainer.batching import BatchPlan
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.resume import CheckpointSource, Found
+from trainer.checkpoint.resume import CheckpointSource, Found, newest_whole
 from trainer.checkpoint.save import Saved, Saver
 from trainer.engine import Engine
+from trainer.errors import DataError
 from trainer.optimizers import state_names, states_per_element
 from trainer.redaction import redact
 from trainer.sections import Recipe
@@ -26,9 +27,9 @@ PACKAGES = ("triaxis", "torch", "deepspeed", "transformers")
 FP32_BYTES = 4
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoints:
-    """`facts`: see `facts.py`. `found`: what the run goes on from. Every rank must call it together."""
+    """`facts`: see `facts.py`. `found`: what the run went on from last. Every rank must call it together."""
 
     recipe: Recipe
     plan: BatchPlan
@@ -38,6 +39,7 @@ class Checkpoints:
     messages: Messages
     found: Found | None
     save_beside: Callable[[Path], None]  # puts config.json, tokenizer and code into a folder
+    rewinds: int = 0  # in a row to `found`
 
     @property
     def start_step(self) -> int:
@@ -64,6 +66,17 @@ class Checkpoints:
         engine.state.restore(source, updates=state["updates"])
         engine.scaler.restore(state["loss_scale"])
 
+    def rewind(self, engine: Engine) -> list[str]:
+        """Set the engine as the newest checkpoint has it; lines to show. DataError when none is whole."""
+        lines = self.wait()
+        found, remarks = newest_whole(self.folder, self.messages)
+        if found is None:
+            raise DataError(f"{self.folder.path}: the checkpoints are gone: bring the folder back (is its disk mounted?)")
+        self.rewinds = self.rewinds + 1 if self.found is not None and self.found.manifest.step == found.manifest.step else 1
+        self.found = found
+        self.restore(engine)
+        return [*lines, *remarks]
+
     def due(self, steps_done: int) -> bool:
         every = self.recipe.checkpoint.every
         return every > 0 and (steps_done % every == 0 or steps_done == self.recipe.train.steps)
@@ -72,7 +85,7 @@ class Checkpoints:
         """Save at a step's end; lines to show. `memory`: JSON that the run wants back when it goes on."""
         manifest = Manifest(
             step=steps_done,
-            sequences=steps_done * self.plan.global_sequences,
+            sequences=(steps_done + memory.get("data", {}).get("skipped_steps", 0)) * self.plan.global_sequences,
             time=time.time(),
             recipe=redact(self.recipe.model_dump(mode="json")),
             facts=dict(self.facts),

@@ -87,10 +87,15 @@ def _guard_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]
     if recipe.guard.on_spike == "off":
         for key in SPIKE_KEYS:
             if key in given:
-                yield Finding((key, "guard.on_spike"), f'{key} is used only with guard.on_spike "warn" or "skip": remove it')
+                yield Finding((key, "guard.on_spike"), f'{key} is used only with guard.on_spike other than "off": remove it')
     if recipe.guard.on_spike == "skip" and recipe.zero.stage:
         yield Finding(
             ("guard.on_spike", "zero.stage"),
             f'guard.on_spike "skip" works at zero.stage 0, not {recipe.zero.stage}, where DeepSpeed learns the norm only while '
-            'it applies the gradient: legal: "off", "warn"',
+            'it applies the gradient: legal: "off", "warn", "rewind"',
+        )
+    if recipe.guard.on_spike == "rewind" and not recipe.checkpoint.every:
+        yield Finding(
+            ("guard.on_spike", "checkpoint.every"),
+            'guard.on_spike "rewind" goes back to a checkpoint, and checkpoint.every 0 keeps none: set checkpoint.every',
         )

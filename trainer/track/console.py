@@ -52,6 +52,9 @@ class ConsoleTracker:
         loss, perplexity = short(record.get("eval_loss")), short(record.get("eval_perplexity"))
         self.note(f"step {record['step']}: eval loss {loss}, perplexity {perplexity}")
 
+    def rewind(self, step: int) -> None:
+        """The bar goes back with the next record."""
+
     def note(self, line: str) -> None:
         self._console.print(Text(printable(redact_text(line))), soft_wrap=True)
 

@@ -65,6 +65,12 @@ class MetricsFile:
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
+    def rewind(self, step: int) -> None:
+        """Without the records after `step`."""
+        self._file.close()
+        truncate_after(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         if not self._file.closed:
             self.sync()
@@ -163,6 +169,10 @@ class JsonlTracker:
 
     def note(self, line: str) -> None:
         """Notes are for people; the history holds numbers."""
+
+    def rewind(self, step: int) -> None:
+        self._metrics.rewind(step)
+        self._evaluations.rewind(step)
 
     def finish(self, summary: Mapping[str, object]) -> None:
         self._metrics.close()

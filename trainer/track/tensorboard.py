@@ -31,9 +31,9 @@ class TensorBoardTracker:
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{run.start_step}"
         self._writer: Any = RecordWriter((folder / name).open("wb"))
         self._write(file_version="brain.Event:2")
-        if run.start_step:  # tells TensorBoard to forget what an earlier attempt logged from here on
-            restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._write(step=run.start_step + 1, session_log=restart)
+        self._restart: Any = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        if run.start_step:
+            self.rewind(run.start_step)
         self._flush()
 
     def log(self, record: Mapping[str, float | int | None]) -> None:
@@ -44,6 +44,10 @@ class TensorBoardTracker:
 
     def note(self, line: str) -> None:
         """Notes are for the console."""
+
+    def rewind(self, step: int) -> None:
+        """Tells TensorBoard to forget what was logged after that step."""
+        self._write(step=step + 1, session_log=self._restart)
 
     def finish(self, summary: Mapping[str, object]) -> None:
         self._writer.close()

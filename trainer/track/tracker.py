@@ -34,7 +34,8 @@ class Tracker(Protocol):
     """Hears of a run, on the one rank that writes.
 
     A training record has `step` (optimizer steps done) and the keys of design §2; an evaluation has `step`, `eval_loss`,
-    `eval_perplexity`, `eval_targets`. `finish` is called once, also when the run ends early.
+    `eval_perplexity`, `eval_targets`. After `rewind` the steps after `step` come again, in place of those that were told.
+    `finish` is called once, also when the run ends early.
     """
 
     def start(self, run: RunInfo) -> None: ...
@@ -44,6 +45,8 @@ class Tracker(Protocol):
     def evaluate(self, record: Mapping[str, float | int | None]) -> None: ...
 
     def note(self, line: str) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
 
     def finish(self, summary: Mapping[str, object]) -> None: ...
 
@@ -58,6 +61,8 @@ class NullTracker:
     def evaluate(self, record: Mapping[str, float | int | None]) -> None: ...
 
     def note(self, line: str) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
 
     def finish(self, summary: Mapping[str, object]) -> None: ...
 
@@ -80,6 +85,9 @@ class BestEffort:
 
     def note(self, line: str) -> None:
         self._try(self._mirror.note, line)
+
+    def rewind(self, step: int) -> None:
+        self._try(self._mirror.rewind, step)
 
     def finish(self, summary: Mapping[str, object]) -> None:
         self._try(self._mirror.finish, summary)
@@ -117,6 +125,10 @@ class CompositeTracker:
     def note(self, line: str) -> None:
         for tracker in self._trackers:
             tracker.note(line)
+
+    def rewind(self, step: int) -> None:
+        for tracker in self._trackers:
+            tracker.rewind(step)
 
     def finish(self, summary: Mapping[str, object]) -> None:
         errors: list[Exception] = []

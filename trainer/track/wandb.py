@@ -81,6 +81,9 @@ class WandbTracker:
             }
         )
 
+    def rewind(self, step: int) -> None:
+        """Every plot is over the field `step`: what comes again is drawn over what was there."""
+
     def note(self, line: str) -> None:
         """Notes are for the console."""
 
