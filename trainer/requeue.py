@@ -4,7 +4,7 @@
 
 It ends with 75 if so, and else with what the script must end with.
 
-Only a job that was interrupted goes on: its ranks ended with 75, or a signal ended them. A job that SLURM itself is ending
+Only a job that was interrupted goes on: its ranks ended with 75 or for a hang (124), or a signal ended them. A job that SLURM itself is ending
 (cancelled, preempted, out of time, a lost node) is left to SLURM, or a requeue would bring a cancelled job back. And not for
 ever: three restarts in a row that left no later checkpoint end the job with 93.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.durable import write_json
-from trainer.errors import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_REQUEUE
+from trainer.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_REQUEUE
 from trainer.run_folder import RunFolder
 
 IDLE_RESTARTS = 3
@@ -62,10 +62,10 @@ def verdict(folder: RunFolder, code: int, since: int, environment: Mapping[str, 
 
 def was_interrupted(folder: RunFolder, code: int, since: int) -> bool:
     """By the code of srun: the largest of the ranks', 128 + n where signal n ended one. torchrun ends with 1 instead, so the
-    run folder is asked: a rank that saved and ended for a signal says so there."""
+    run folder is asked: a rank that saved and ended for a signal says so there, and one that missed another left a page."""
     if code == TORCHRUN_FAILED:
-        return ended_by_signal(folder, since)
-    return code == EXIT_REQUEUE or (128 < code <= 128 + 64 and code != EXIT_INTERRUPTED)
+        return ended_by_signal(folder, since) or ended_for_another_rank(folder, since)
+    return code in (EXIT_REQUEUE, EXIT_HANG) or (128 < code <= 128 + 64 and code != EXIT_INTERRUPTED)
 
 
 def ended_by_signal(folder: RunFolder, since: int) -> bool:
@@ -78,6 +78,14 @@ def ended_by_signal(folder: RunFolder, since: int) -> bool:
     if not isinstance(summary, dict) or "ended_by" not in summary or written < since:
         return False
     return summary.get("steps") in (0, newest_step(folder))
+
+
+def ended_for_another_rank(folder: RunFolder, since: int) -> bool:
+    """Whether an autopsy was written since then: a rank was gone, or did not get on."""
+    try:
+        return any(page.stat().st_mtime >= since for page in (folder.path / "logs").glob("autopsy-*.txt"))
+    except OSError:
+        return False
 
 
 def newest_step(folder: RunFolder) -> int:

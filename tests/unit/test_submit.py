@@ -353,7 +353,7 @@ def reach(folder: RunFolder, step: int) -> None:
         (75, 75),
         (78, 78),
         (93, 93),
-        (124, 124),
+        (124, 75),
         (130, 130),
         (137, 75),
         (138, 75),
@@ -405,6 +405,11 @@ def test_torchrun_ends_with_1_and_the_run_folder_says_why(running: Path) -> None
     environment = {"SLURM_JOB_ID": "1"}
     assert requeue.verdict(folder, 1, now, environment)[0] == 75
     assert requeue.verdict(folder, 1, now + 10, environment)[0] == 1, "that was an earlier job"
+    (folder.path / "logs").mkdir()
+    (folder.path / "logs" / "autopsy-20260101T000000.txt").write_text("rank 1 is gone")
+    assert requeue.verdict(folder, 1, now, environment)[0] == 75
+    assert requeue.verdict(folder, 1, now + 10, environment)[0] == 1
+    (folder.path / "logs" / "autopsy-20260101T000000.txt").unlink()
     summary.write_text(json.dumps({"ended_by": "SIGUSR1", "steps": 7}))
     assert requeue.verdict(folder, 1, now, environment)[0] == 1, "not saved"
     summary.write_text(json.dumps({"steps": 5}))
