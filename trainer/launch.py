@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from trainer.binding import bind
 from trainer.errors import RecipeError, UserError
 from trainer.slurm_environment import Seat, check_launcher_in_step, in_a_step, seat_of_srun_or_mpirun
 
@@ -114,6 +115,7 @@ def join(place: Place, timeout: timedelta) -> None:
     _check_host(place)
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
+    bind(place, _pci_address(place.device))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
     dist.init_process_group(
@@ -123,6 +125,14 @@ def join(place: Place, timeout: timedelta) -> None:
         world_size=place.world_size,
         timeout=timeout,
     )
+
+
+def _pci_address(device: torch.device) -> str | None:
+    """Of a GPU, as /sys names it; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    card = torch.cuda.get_device_properties(device)
+    return f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"
 
 
 def _check_host(place: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ from parallel.params import initialise
 from parallel.topology import Layout
 from trainer import launch
 from trainer.batching import BatchPlan
+from trainer.binding import placed
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.door import Resume, as_json
 from trainer.checkpoint.facts import data_facts, model_facts, recipe_facts
@@ -48,6 +50,8 @@ from trainer.track.progress import work_progress
 from trainer.watchdog.beats import Limits
 from trainer.watchdog.lost import among_ranks
 from trainer.watchdog.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 BACKSTOP_S = 60  # after the watchdog torch ends the wait: should the threads of a rank not run
 
@@ -145,6 +149,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
                 remarks = claim(folder, resume)
                 stack.enter_context(folder.held())
         log = stack.enter_context(open_rank_log(folder.path, place.rank))
+        logger.info(placed(place.rank, str(place.device)))
         alike = mesh.layout.groups("dp", "cp", "tp")
         watchdog = stack.enter_context(Watchdog(watch, limits, log.path.parent, recipe.run.name, alike))
         stack.enter_context(among_ranks(watchdog, lambda: watch.doing))
