@@ -52,6 +52,7 @@ from trainer.recipe.stages import stages_of
 from trainer.sections import Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.threaded_io import use_threads_where_async_io_is_missing
+from trainer.tuning.adapt import adaptation
 from trainer.zero_state import ZeroState
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class Engine:
         masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
         tp = TensorParallel(mesh.tp, sequence=recipe.parallel.divides_tokens, overlap=recipe.parallel.overlap)
         build = partial(
-            AutoStage if isinstance(config, AutoNetwork) else Stage,
+            AutoStage if isinstance(config, AutoNetwork) else partial(Stage, adapt=adaptation(recipe.tuning, config)),
             config,
             dtype=dtype,
             recompute=recipe.train.recompute,

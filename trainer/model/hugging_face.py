@@ -79,8 +79,10 @@ class PretrainedWeights:
         self._files = {name: file for file, names in listing.items() for name in names}
 
     def fill(self, module: nn.Module) -> None:
-        """Set a block's parameters; DataError naming the tensor that is missing, misshapen or not finite."""
+        """Set a block's own parameters; DataError naming the tensor that is missing, misshapen or not finite."""
         for _, parameter, spec in owned_specs(module):
+            if spec.added:
+                continue
             zero_padding(parameter.data, spec)
             for piece in spec.pieces:
                 box = self.read(piece)
