@@ -346,12 +346,15 @@ class Train(Section):
     sample_prompt: str | None = Field(None, description="After the last step, print a continuation of this text.")
 
 
+Target = Literal["attention", "mlp", "q", "k", "v", "o", "gate", "up", "down"]
+
+
 class Tuning(Section):
     """Parameter-efficient tuning: the model's own weights stay as they are, a few others are trained beside them."""
 
     method: Literal["lora"] | None = Field(None, description="Way of tuning; absent: all weights are trained.")
-    targets: list[Literal["attention", "mlp", "q", "k", "v", "o", "gate", "up", "down"]] = Field(
-        default_factory=lambda: ["attention", "mlp"],
+    targets: list[Target] = Field(
+        default_factory=lambda: list[Target](("attention", "mlp")),
         min_length=1,
         description="Linear layers that are adapted: attention (= q, k, v, o), mlp (= gate, up, down), or single ones.",
     )

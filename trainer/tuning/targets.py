@@ -10,6 +10,7 @@ from trainer.sections import Finding, Tuning
 
 GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 TARGETS = "tuning.targets"
+PARTS = (".lora_A.weight", ".lora_B.weight")  # of an adapted module, as peft ends their names
 
 
 def roles_of(tuning: Tuning) -> set[str]:
@@ -39,6 +40,16 @@ def targeted_modules(tuning: Tuning, config: TransformerConfig) -> list[str]:
         if role in wanted
     )
     return list(dict.fromkeys(found))
+
+
+def parts_of(module: str) -> list[str]:
+    """Logical names of what is trained beside a module's weight."""
+    return [module + part for part in PARTS]
+
+
+def is_added(name: str) -> bool:
+    """Whether a logical tensor is none of the model's own."""
+    return name.endswith(PARTS)
 
 
 def target_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Finding]:

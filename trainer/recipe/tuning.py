@@ -1,0 +1,24 @@
+"""What a recipe may ask of parameter-efficient tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from trainer.recipe.auto import AUTO
+from trainer.sections import Finding, Recipe
+
+METHOD = "tuning.method"
+
+
+def tuning_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
+    """Keys that nothing would read, and what tuning does not go with."""
+    if recipe.tuning.method is None:
+        for key in sorted(key for key in given if key.startswith("tuning.") and "[" not in key and key != METHOD):
+            yield Finding((key, METHOD), f"{key} is used only with {METHOD}: give one, or remove it")
+        return
+    if recipe.model.family == AUTO:
+        yield Finding(
+            (METHOD, "model.family"),
+            f'{METHOD} = "{recipe.tuning.method}" adapts our own layers, which family "auto" does not have: remove '
+            "it, or take one of the families that are built here",
+        )
