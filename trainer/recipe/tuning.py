@@ -22,3 +22,9 @@ def tuning_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]
             f'{METHOD} = "{recipe.tuning.method}" adapts our own layers, which family "auto" does not have: remove '
             "it, or take one of the families that are built here",
         )
+    if recipe.zero.offload_param.device == "nvme":
+        yield Finding(
+            ("zero.offload_param.device", METHOD),
+            f'zero.offload_param.device = "nvme": DeepSpeed 0.19 runs out of swap buffers where weights are frozen ({METHOD}); '
+            'legal: "cpu" or "none"',
+        )
