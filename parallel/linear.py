@@ -10,7 +10,7 @@ gradient accumulates in fp32; where DeepSpeed already holds low-precision copies
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,8 +42,11 @@ class Shard:
 class Adapter(Protocol):
     """What parameter-efficient tuning puts around a linear layer; a module, so that its parameters are the layer's."""
 
-    def __call__(self, base: Callable[[Tensor], Tensor], x_NI: Tensor, streams: Streams | None) -> Tensor:
-        """The layer's output for this input; `base` is the layer without it, `streams` None: no dropout."""
+    def __call__(self, layer: Any, x_NI: Tensor, streams: Streams | None) -> Tensor:
+        """The output for this input of the layer (whose own part is `layer.plain`); `streams` None: no dropout."""
+
+    def start_from(self, layer: Any) -> None:
+        """Set what follows from the layer's own weights."""
 
 
 class _ColumnParallelLinear(torch.autograd.Function):
@@ -208,17 +211,23 @@ class ColumnParallelLinear(Sharded):
 
     def forward(self, x_NI: Tensor, streams: Streams | None = None) -> Tensor:
         """`streams`: for the dropout of an adapter."""
-        return self._plain(x_NI) if self.adapter is None else self.adapter(self._plain, x_NI, streams)
+        return self.plain(x_NI) if self.adapter is None else self.adapter(self, x_NI, streams)
 
-    def _plain(self, x_NI: Tensor) -> Tensor:
+    def derive(self) -> None:
+        if self.adapter is not None:
+            self.adapter.start_from(self)
+
+    def plain(self, x_NI: Tensor) -> Tensor:
+        """Without an adapter."""
         if self.tp.group.size == 1 and self.tp.deferred is None:
-            return _linear(x_NI, self.weight, self._given("bias"))
-        later = _Later(self.tp.deferred, (self.weight, self._given("shared_weight")))
+            return _linear(x_NI, self.weight, self.given("bias"))
+        later = _Later(self.tp.deferred, (self.weight, self.given("shared_weight")))
         weight, shared_weight = later.seen_by_autograd(0), later.seen_by_autograd(1)
-        bias, shared_bias = self._given("bias"), self._given("shared_bias")
+        bias, shared_bias = self.given("bias"), self.given("shared_bias")
         return _ColumnParallelLinear.apply(x_NI, self.tp, later, weight, bias, shared_weight, shared_bias)
 
-    def _given(self, name: str) -> nn.Parameter | None:
+    def given(self, name: str) -> nn.Parameter | None:
+        """A parameter that the layer may have."""
         return getattr(self, name) if name in self.specs else None
 
 
@@ -251,9 +260,14 @@ class RowParallelLinear(Sharded):
 
     def forward(self, x_NI: Tensor, streams: Streams | None = None) -> Tensor:
         """`streams`: for the dropout of an adapter."""
-        return self._plain(x_NI) if self.adapter is None else self.adapter(self._plain, x_NI, streams)
+        return self.plain(x_NI) if self.adapter is None else self.adapter(self, x_NI, streams)
 
-    def _plain(self, x_NI: Tensor) -> Tensor:
+    def derive(self) -> None:
+        if self.adapter is not None:
+            self.adapter.start_from(self)
+
+    def plain(self, x_NI: Tensor) -> Tensor:
+        """Without an adapter."""
         if self.tp.deferred is None:
             y_NO = self.tp.leave(_linear(x_NI, self.weight, None))
         else:

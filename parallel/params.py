@@ -116,6 +116,9 @@ class Sharded(nn.Module):
         setattr(self, name, nn.Parameter(torch.empty(shape)))
         self.specs[name] = spec
 
+    def derive(self) -> None:
+        """Set what follows from other parameters; called when those were drawn or loaded."""
+
     def borrow(self, name: str, owner: Sharded) -> None:
         """Use another module's parameter of the same name: one logical tensor, one gradient, owned there."""
         setattr(self, name, getattr(owner, name))
@@ -180,6 +183,9 @@ def initialise(module: nn.Module, seed: int, *, only_added: bool = False) -> Non
             if piece.name not in drawn:
                 drawn[piece.name] = draw(piece.name, piece.shape, spec.init, seed)
         copy_pieces(parameter, spec, drawn)
+    for owner in module.modules():
+        if isinstance(owner, Sharded):
+            owner.derive()
 
 
 def draw(name: str, shape: tuple[int, ...], init: Init, seed: int) -> Tensor:

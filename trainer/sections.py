@@ -352,16 +352,23 @@ Target = Literal["attention", "mlp", "q", "k", "v", "o", "gate", "up", "down"]
 class Tuning(Section):
     """Parameter-efficient tuning: the model's own weights stay as they are, a few others are trained beside them."""
 
-    method: Literal["lora"] | None = Field(None, description="Way of tuning; absent: all weights are trained.")
-    targets: list[Target] = Field(
-        default_factory=lambda: list[Target](("attention", "mlp")),
-        min_length=1,
-        description="Linear layers that are adapted: attention (= q, k, v, o), mlp (= gate, up, down), or single ones.",
+    method: Literal["lora", "dora", "ia3", "bitfit"] | None = Field(
+        None,
+        description="Way of tuning: low-rank factors beside weights (lora), those and the lengths of rows (dora), vectors that "
+        "rescale features (ia3), or all biases (bitfit); absent: all weights are trained.",
     )
-    rank: PositiveInt = Field(8, le=2**16, description="Inner size of the low-rank factors.")
-    alpha: float = Field(16.0, gt=0.0, allow_inf_nan=False, description="What the factors add is multiplied with alpha / rank.")
-    rank_stabilized: bool = Field(False, description="Multiply with alpha / sqrt(rank) instead, as rsLoRA does.")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Rate of dropout on what the first factor sees.")
+    targets: list[Target] | None = Field(
+        None,
+        min_length=1,
+        description="Linear layers that are adapted: attention (= q, k, v, o), mlp (= gate, up, down), or single ones; absent: "
+        "all of them, for ia3 k, v and down. Not for bitfit.",
+    )
+    rank: PositiveInt = Field(8, le=2**16, description="Inner size of the low-rank factors (lora, dora).")
+    alpha: float = Field(
+        16.0, gt=0.0, allow_inf_nan=False, description="What the factors add is multiplied with alpha / rank (lora, dora)."
+    )
+    rank_stabilized: bool = Field(False, description="Multiply with alpha / sqrt(rank) instead, as rsLoRA does (lora, dora).")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Rate of dropout on what the first factor sees (lora).")
     merge: bool = Field(
         False,
         description="The run's export is the whole model with what was learned added to its weights, instead of an adapter in "

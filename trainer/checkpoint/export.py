@@ -25,9 +25,9 @@ from trainer.model.hugging_face import INDEX, SHARD_BYTES, file_name, read_confi
 from trainer.model.translation import translate
 from trainer.sections import Recipe
 from trainer.tuning.merge import merge as merged_weight
-from trainer.tuning.merge import parts_by_weight
+from trainer.tuning.merge import merged_tensors
 from trainer.tuning.peft_format import PREFIX, WEIGHTS, adapter_config, write_config
-from trainer.tuning.targets import is_added
+from trainer.tuning.targets import PARTS, is_added
 
 FORMATS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 FLOATS = ("F64", "F32", "F16", "BF16")  # others, such as counters in buffers, keep their format
@@ -44,8 +44,8 @@ class Tuned:
 
     @classmethod
     def of(cls, checkpoint: Path, manifest: Manifest) -> Tuned | None:
-        """None where all weights were trained."""
-        if not manifest.recipe.get("tuning", {}).get("method"):
+        """None where the model's own weights were trained, all of them or the biases."""
+        if manifest.recipe.get("tuning", {}).get("method") not in PARTS:
             return None
         recipe = Recipe.model_validate(manifest.recipe)
         return cls(recipe, translate(str(recipe.model.family), read_config(checkpoint / HUGGING_FACE)))
@@ -56,7 +56,7 @@ class Contents:
 
     def __init__(self, checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, adapter: bool) -> None:
         self._reader, self._tuned, self._adapter = Reader(checkpoint, manifest), tuned, adapter
-        self._parts = parts_by_weight(tuned.recipe.tuning, tuned.network) if tuned is not None and not adapter else {}
+        self._parts = merged_tensors(tuned.recipe.tuning, tuned.network) if tuned is not None and not adapter else {}
         self.tensors = {
             name: tensor
             for name, tensor in manifest.tensors.items()
@@ -71,7 +71,7 @@ class Contents:
         if self._tuned is None or name not in self._parts:
             return weight
         parts = [self._reader.whole(part, WEIGHT) for part in self._parts[name]]
-        return merged_weight(weight, parts, tuning=self._tuned.recipe.tuning, network=self._tuned.network)
+        return merged_weight(weight, parts, name=name, tuning=self._tuned.recipe.tuning, network=self._tuned.network)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def export(
     chosen = dtype or str(manifest.recipe["precision"]["dtype"])
     tuned = Tuned.of(checkpoint, manifest)
     if merge and tuned is None:
-        raise RecipeError(f"--merge: {checkpoint} has no adapter (tuning.method was not given): export it without")
+        raise RecipeError(f"--merge: {checkpoint} has no adapter (tuning.method none or bitfit): export it without")
     adapter = tuned is not None and not merge
     contents = Contents(checkpoint, manifest, tuned, adapter=adapter)
     slots = {

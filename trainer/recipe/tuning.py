@@ -8,6 +8,15 @@ from trainer.recipe.auto import AUTO
 from trainer.sections import Finding, Recipe
 
 METHOD = "tuning.method"
+# Which methods read which key.
+READERS = {
+    "targets": ("lora", "dora", "ia3"),
+    "rank": ("lora", "dora"),
+    "alpha": ("lora", "dora"),
+    "rank_stabilized": ("lora", "dora"),
+    "dropout": ("lora",),
+    "merge": ("lora", "dora", "ia3"),
+}
 
 
 def tuning_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
@@ -16,6 +25,12 @@ def tuning_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]
         for key in sorted(key for key in given if key.startswith("tuning.") and "[" not in key and key != METHOD):
             yield Finding((key, METHOD), f"{key} is used only with {METHOD}: give one, or remove it")
         return
+    for key, methods in READERS.items():
+        if f"tuning.{key}" in given and recipe.tuning.method not in methods:
+            yield Finding(
+                (f"tuning.{key}", METHOD),
+                f"tuning.{key} is used by {', '.join(methods)}, not by {recipe.tuning.method}: remove it",
+            )
     if recipe.model.family == AUTO:
         yield Finding(
             (METHOD, "model.family"),

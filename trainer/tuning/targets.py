@@ -10,12 +10,25 @@ from trainer.sections import Finding, Tuning
 
 GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 TARGETS = "tuning.targets"
-PARTS = (".lora_A.weight", ".lora_B.weight")  # of an adapted module, as peft ends their names
+# What is adapted when the recipe does not say: all for low-rank factors (Dettmers et al. 2023, arXiv:2305.14314, §4), and
+# what the paper of (IA)³ rescales.
+DEFAULTS = {"lora": ("attention", "mlp"), "dora": ("attention", "mlp"), "ia3": ("k", "v", "down")}
+# What is trained beside an adapted module, as peft ends the names.
+PARTS = {
+    "lora": (".lora_A.weight", ".lora_B.weight"),
+    "dora": (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"),
+    "ia3": (".ia3_l",),
+}
+
+
+def targets_of(tuning: Tuning) -> tuple[str, ...]:
+    """Words of the recipe, or the method's own."""
+    return tuple(tuning.targets) if tuning.targets is not None else DEFAULTS.get(str(tuning.method), ())
 
 
 def roles_of(tuning: Tuning) -> set[str]:
     """Single projections."""
-    return {role for target in tuning.targets for role in GROUPS.get(target, (target,))}
+    return {role for target in targets_of(tuning) for role in GROUPS.get(target, (target,))}
 
 
 def modules_by_role(config: TransformerConfig, layer: int) -> dict[str, str]:
@@ -42,23 +55,36 @@ def targeted_modules(tuning: Tuning, config: TransformerConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def parts_of(module: str) -> list[str]:
+def parts_of(tuning: Tuning, module: str) -> list[str]:
     """Logical names of what is trained beside a module's weight."""
-    return [module + part for part in PARTS]
+    return [module + part for part in PARTS[str(tuning.method)]]
 
 
 def is_added(name: str) -> bool:
     """Whether a logical tensor is none of the model's own."""
-    return name.endswith(PARTS)
+    return any(name.endswith(parts) for parts in PARTS.values())
 
 
 def target_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Finding]:
     """Words for what the family does not have, or has only together with others."""
-    if tuning.method is None:
-        return
+    if tuning.method == "bitfit":
+        yield from _bias_findings(config)
+    elif tuning.method is not None:
+        yield from _projection_findings(tuning, config)
+
+
+def _bias_findings(config: TransformerConfig) -> Iterator[Finding]:
+    if not (config.qkv_bias or config.attention_out_bias or config.mlp_bias or config.norm_bias):
+        yield Finding(
+            ("tuning.method", "model.family", "model.from_pretrained"),
+            f'tuning.method = "bitfit" trains biases, and this {config.family} has none; legal: {", ".join(PARTS)}',
+        )
+
+
+def _projection_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Finding]:
     modules, wanted = modules_by_role(config, 0), roles_of(tuning)
     keys = (TARGETS, "model.family", "model.from_pretrained", "tuning.method")
-    for target in tuning.targets:
+    for target in targets_of(tuning):
         if target not in GROUPS and target not in modules:
             legal = ", ".join([*GROUPS, *modules])
             yield Finding(keys, f'{TARGETS}: family {config.family} has no projection "{target}"; legal: {legal}')
