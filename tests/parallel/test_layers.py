@@ -22,6 +22,7 @@ from parallel.mlp import ParallelMLP
 from parallel.norm import LayerNorm, RMSNorm, _RMSNorm
 from parallel.outputs import Output
 from parallel.params import Init, complete_partial_gradients, draw, initialise, owned_specs
+from parallel.rescaling import InputRescaling, OutputRescaling
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.spawn import spawn
@@ -114,14 +115,15 @@ def positions(tp: TensorParallel) -> nn.Module:
     return ReplicatedEmbedding(11, D, name="p", init=INIT, tp=tp)
 
 
-def with_lora(layer: nn.Module, *modules: str) -> nn.Module:
+def with_lora(layer: nn.Module, *modules: str, magnitude: bool = False) -> nn.Module:
     """The layer frozen, with factors beside it that both start off 0: else A would have no gradient."""
+    keys = LowRank(rank=3, scale=0.7, magnitude=magnitude)
     layer.requires_grad_(False)
     for linear in list(layer.modules()):
         if isinstance(linear, ColumnParallelLinear):
-            linear.adapter = ColumnLowRank(linear, modules, LowRank(rank=3, scale=0.7))
+            linear.adapter = ColumnLowRank(linear, modules, keys)
         elif isinstance(linear, RowParallelLinear):
-            linear.adapter = RowLowRank(linear, LowRank(rank=3, scale=0.7))
+            linear.adapter = RowLowRank(linear, keys)
     for module in layer.modules():
         if isinstance(module, ColumnLowRank | RowLowRank):
             module.specs = {name: replace(spec, init=INIT) for name, spec in module.specs.items()}
@@ -149,6 +151,22 @@ def attention_sharing_keys_lora(tp: TensorParallel) -> nn.Module:
     return with_lora(attention_sharing_keys(tp), "q", "kv")
 
 
+def attention_sharing_keys_dora(tp: TensorParallel) -> nn.Module:
+    return with_lora(attention_sharing_keys(tp), "q", "kv", magnitude=True)
+
+
+def column_ia3(tp: TensorParallel) -> nn.Module:
+    layer = column(tp).requires_grad_(False)
+    layer.adapter = OutputRescaling(layer, ["b"])
+    return layer
+
+
+def row_ia3(tp: TensorParallel) -> nn.Module:
+    layer = row(tp).requires_grad_(False)
+    layer.adapter = InputRescaling(layer)
+    return layer
+
+
 MAKERS = (
     column,
     column_transposed,
@@ -158,6 +176,9 @@ MAKERS = (
     row_lora,
     gated_mlp_lora,
     attention_sharing_keys_lora,
+    attention_sharing_keys_dora,
+    column_ia3,
+    row_ia3,
     replicated,
     embedding,
     positions,

@@ -9,18 +9,21 @@ import torch
 
 from parallel.low_rank import first_factor
 from parallel.mesh import Group
-from parallel.params import draw, owned_specs
+from parallel.params import draw, initialise, owned_specs
 from parallel.tensor import TensorParallel
 from trainer.census import Census
 from trainer.checkpoint.facts import recipe_facts, refusals
 from trainer.flops import matmul_weights, training_flops
 from trainer.model.blocks import blocks_of
+from trainer.model.config import TransformerConfig
+from trainer.model.hugging_face import assembled
 from trainer.model.transformer import Stage
 from trainer.model.translation import translate
 from trainer.sections import Recipe, Tuning
 from trainer.tuning.adapt import adaptation, scale_of
-from trainer.tuning.peft_format import target_modules
-from trainer.tuning.targets import targeted_modules
+from trainer.tuning.merge import merged
+from trainer.tuning.peft_format import adapter_config, target_modules
+from trainer.tuning.targets import is_added, targeted_modules
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
 LLAMA = translate("llama", {"vocab_size": 67, **SIZES})
@@ -41,6 +44,42 @@ GPT2 = translate("gpt2", {"vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head"
 )
 def test_peft_is_told_which_modules_are_meant(config: object, targets: list[str], expected: list[str]) -> None:
     assert target_modules(Tuning(method="lora", targets=targets), config) == expected
+
+
+def test_rescaled_inputs_are_told_apart() -> None:
+    recipe = Recipe.model_validate({"tuning": {"method": "ia3", "targets": ["attention", "down"]}})
+    config = adapter_config(recipe, GPT2)
+    assert config["peft_type"] == "IA3"
+    assert config["target_modules"] == ["c_attn", "c_proj"]
+    assert config["feedforward_modules"] == ["c_proj"]
+    config = adapter_config(Recipe.model_validate({"tuning": {"method": "ia3"}}), LLAMA)
+    assert config["target_modules"] == ["down_proj", "k_proj", "v_proj"]
+    assert config["feedforward_modules"] == ["down_proj"]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("network", [LLAMA, GPT2])
+def test_a_merged_stream_has_the_models_own_names(method: str, network: TransformerConfig) -> None:
+    """Parts may come after their weights, and biases that nobody scales pass through."""
+    tuning = Tuning(method=method, targets=["attention", "mlp"])
+    stage = Stage(
+        network,
+        blocks_of(network),
+        dtype=torch.float32,
+        recompute="none",
+        tp=TensorParallel.alone(),
+        device=torch.device("cpu"),
+        adapt=adaptation(tuning, network),
+        fill=lambda block: initialise(block, seed=0),
+    )
+    specs = [(spec, parameter.detach()) for _, parameter, spec in owned_specs(stage)]
+    before = dict(assembled(specs))
+    after = dict(merged(assembled(specs), tuning=tuning, network=network))
+    assert list(after) != []
+    assert after.keys() == {name for name in before if not is_added(name)}
+    for name, tensor in after.items():
+        # Every method starts where the model is: B = 0, lengths as they are, scales 1.
+        torch.testing.assert_close(tensor, before[name], rtol=1e-6, atol=1e-7)
 
 
 def test_every_layer_is_adapted_in_the_order_of_the_model() -> None:
