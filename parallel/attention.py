@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
+from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Group
 from parallel.norm import QueryKeyNorm
+from parallel.outputs import Output
 from parallel.params import Init
 from parallel.rng import Streams, dropout
 from parallel.soft_cap import soft_cap
@@ -289,7 +290,7 @@ class ParallelAttention(torch.nn.Module):
     def forward(self, x_ND: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None) -> Tensor:
         """`streams` None: nothing is dropped (evaluation)."""
         H, G = self.num_heads, self.num_kv_heads
-        qkv_BSNK = self.qkv(x_ND).view(*documents.shape, H + 2 * G, self.head_dim)
+        qkv_BSNK = self.qkv(x_ND, streams).view(*documents.shape, H + 2 * G, self.head_dim)
         qk, v_BSGK = qkv_BSNK.split([H + G, G], dim=2)
         if self.qk_norm is not None:
             qk = self.qk_norm(qk, H)
@@ -299,7 +300,7 @@ class ParallelAttention(torch.nn.Module):
             )
         else:
             y_BSHK = self._core(qk, v_BSGK, documents, rotation, streams)
-        return self.out(y_BSHK.flatten(2).flatten(0, 1))
+        return self.out(y_BSHK.flatten(2).flatten(0, 1), streams)
 
     def _core(
         self, qk: Tensor, v_BSGK: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None

@@ -72,6 +72,7 @@ def _header(spec: ShardSpec, tensor: Tensor) -> dict[str, Any]:
         "pieces": [asdict(piece) for piece in spec.pieces],
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),
+        "added": spec.added,
     }
 
 
@@ -82,7 +83,8 @@ def _receive_parameter(header: dict[str, Any], source: int, group: Group, device
     )
     tensor = torch.empty(header["shape"], dtype=getattr(torch, header["dtype"]), device=device)
     dist.recv(tensor, source, group=group.handle)
-    return ShardSpec(Role(header["role"]), Init(**header["init"]), pieces, copies=Group.alone()), tensor
+    spec = ShardSpec(Role(header["role"]), Init(**header["init"]), pieces, copies=Group.alone(), added=header["added"])
+    return spec, tensor
 
 
 def _send_text(header: dict[str, Any] | None, group: Group, device: torch.device) -> None:

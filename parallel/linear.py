@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,26 +22,31 @@ from torch.nn import functional
 from parallel.collectives import Pending, all_gather, start_all_gather, start_all_reduce, start_reduce_scatter
 from parallel.deferred import WeightGradients
 from parallel.mesh import Group
+from parallel.outputs import Output
 from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
+from parallel.rng import Streams
 from parallel.tensor import TensorParallel
 
 
 @dataclass(frozen=True)
-class Output:
-    """Output features that a fused layer produces for one purpose, and where they live in Hugging Face's tensors.
+class Shard:
+    """The features of an output that a rank has: [first, first + features) of its Hugging Face module, from `row` on of the
+    local weight."""
 
-    `name` is the Hugging Face module ("model.layers.0.self_attn.q_proj"); they are its features
-    [offset, offset + features) of `total` (a module that fuses q, k and v itself is named by all three).
-    """
-
-    name: str
+    output: Output
+    first: int
     features: int
-    offset: int = 0
-    total: int | None = None
+    row: int
 
-    @property
-    def of(self) -> int:
-        return self.features if self.total is None else self.total
+
+class Adapter(Protocol):
+    """What parameter-efficient tuning puts around a linear layer; a module, so that its parameters are the layer's."""
+
+    def __call__(self, layer: Any, x_NI: Tensor, streams: Streams | None) -> Tensor:
+        """The output for this input of the layer (whose own part is `layer.plain`); `streams` None: no dropout."""
+
+    def start_from(self, layer: Any) -> None:
+        """Set what follows from the layer's own weights."""
 
 
 class _ColumnParallelLinear(torch.autograd.Function):
@@ -67,7 +72,6 @@ class _ColumnParallelLinear(torch.autograd.Function):
         ctx.tp = tp
         ctx.later = later
         ctx.save_for_backward(x_NI, weight, shared_weight)
-        ctx.biased = bias is not None
         all_NI = all_gather(x_NI, tp.group) if tp.sequence else x_NI
         y_NO = _linear(all_NI, weight, bias)
         return y_NO if shared_weight is None else torch.cat([y_NO, _linear(all_NI, shared_weight, shared_bias)], -1)
@@ -91,7 +95,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
             summing.wait()
         all_NI = gathering.wait()
         dws = [ctx.later.gradient(index, w, dy, all_NI) for index, (w, dy) in enumerate(zip(weights, parts, strict=True))]
-        dbs = [dy.sum(0).to(weight.dtype) if ctx.biased else None for dy in parts]
+        dbs = [dy.sum(0).to(weight.dtype) if ctx.needs_input_grad[4] else None for dy in parts]
         (dw, shared_dw), (db, shared_db) = ((*grads, None)[:2] for grads in (dws, dbs))
         return summing.wait(), None, None, dw, db, shared_dw, shared_db
 
@@ -126,15 +130,17 @@ class _Later:
         return weight if weight is None or self.deferred is None else weight.detach()
 
     def gradient(self, index: int, weight: Tensor, dy_NO: Tensor, x_NI: Tensor) -> Tensor | None:
-        """dYᵀ X in the weight's format; None when it is left for later."""
+        """dYᵀ X in the weight's format; None when it is left for later, or the weight is frozen."""
+        leaf = self.weights[index]
+        assert leaf is not None
+        if not leaf.requires_grad:
+            return None
 
         def product() -> Tensor:
             return (dy_NO.t() @ x_NI).to(weight.dtype)
 
         if self.deferred is None:
             return product()
-        leaf = self.weights[index]
-        assert leaf is not None
         self.deferred.put(leaf, product)
         return None
 
@@ -172,43 +178,56 @@ class ColumnParallelLinear(Sharded):
         super().__init__()
         self.tp = tp
         self.in_features, self.init, self.transposed = in_features, init, transposed
-        self.local_features = self._declare("", outputs, bias, Group.alone())
-        self.shared_features: list[int] = []
+        self.copies = Group.alone() if copies is None else copies
+        self.local_shards = self._declare("", outputs, bias, Group.alone())
+        self.shared_shards: list[Shard] = []
         if shared:
             assert copies is not None, "shared outputs need to know who shares them"
-            self.shared_features = self._declare("shared_", shared, bias, copies)
+            self.shared_shards = self._declare("shared_", shared, bias, copies)
+        self.adapter: Adapter | None = None
 
-    def _declare(self, prefix: str, outputs: Sequence[Output], bias: bool, copies: Group) -> list[int]:
-        """Weight and bias of outputs that are cut into one part for each `copies` ranks; the features of each here."""
+    def _declare(self, prefix: str, outputs: Sequence[Output], bias: bool, copies: Group) -> list[Shard]:
+        """Weight and bias of outputs that are cut into one part for each `copies` ranks; what is here of each."""
         parts, part = self.tp.group.size // copies.size, self.tp.group.rank // copies.size
-        weights, biases, features = [], [], []
+        weights, biases, shards = [], [], []
         for out in outputs:
             if out.features % parts:
                 raise ValueError(f"{out.name}: output features = {out.features} does not divide over {parts} ranks")
-            local, row = out.features // parts, sum(features)
+            local, row = out.features // parts, sum(shard.features for shard in shards)
             first = out.offset + part * local
             shape, start, size = (out.of, self.in_features), (first, 0), (local, self.in_features)
             if self.transposed:
                 shape, start, size = shape[::-1], start[::-1], size[::-1]
             weights.append(Piece(f"{out.name}.weight", shape, start, size, row, self.transposed))
             biases.append(Piece(f"{out.name}.bias", (out.of,), (first,), (local,), row))
-            features.append(local)
+            shards.append(Shard(out, first, local, row))
+        features = sum(shard.features for shard in shards)
         partial = copies.size > 1
         spec = ShardSpec(Role.MATRIX, self.init, tuple(weights), copies, partial)
-        self.declare(f"{prefix}weight", (sum(features), self.in_features), spec)
+        self.declare(f"{prefix}weight", (features, self.in_features), spec)
         if bias:
-            self.declare(f"{prefix}bias", (sum(features),), ShardSpec(Role.BIAS, Init(), tuple(biases), copies, partial))
-        return features
+            self.declare(f"{prefix}bias", (features,), ShardSpec(Role.BIAS, Init(), tuple(biases), copies, partial))
+        return shards
 
-    def forward(self, x_NI: Tensor) -> Tensor:
+    def forward(self, x_NI: Tensor, streams: Streams | None = None) -> Tensor:
+        """`streams`: for the dropout of an adapter."""
+        return self.plain(x_NI) if self.adapter is None else self.adapter(self, x_NI, streams)
+
+    def derive(self) -> None:
+        if self.adapter is not None:
+            self.adapter.start_from(self)
+
+    def plain(self, x_NI: Tensor) -> Tensor:
+        """Without an adapter."""
         if self.tp.group.size == 1 and self.tp.deferred is None:
-            return _linear(x_NI, self.weight, self._given("bias"))
-        later = _Later(self.tp.deferred, (self.weight, self._given("shared_weight")))
+            return _linear(x_NI, self.weight, self.given("bias"))
+        later = _Later(self.tp.deferred, (self.weight, self.given("shared_weight")))
         weight, shared_weight = later.seen_by_autograd(0), later.seen_by_autograd(1)
-        bias, shared_bias = self._given("bias"), self._given("shared_bias")
+        bias, shared_bias = self.given("bias"), self.given("shared_bias")
         return _ColumnParallelLinear.apply(x_NI, self.tp, later, weight, bias, shared_weight, shared_bias)
 
-    def _given(self, name: str) -> nn.Parameter | None:
+    def given(self, name: str) -> nn.Parameter | None:
+        """A parameter that the layer may have."""
         return getattr(self, name) if name in self.specs else None
 
 
@@ -225,6 +244,8 @@ class RowParallelLinear(Sharded):
     ) -> None:
         super().__init__()
         self.tp = tp
+        self.name, self.in_features, self.out_features = name, in_features, out_features
+        self.adapter: Adapter | None = None
         local = tp.group.part(in_features, f"{name}: input features")
         shape, start, size = (out_features, in_features), (0, tp.group.rank * local), (out_features, local)
         if transposed:
@@ -237,7 +258,16 @@ class RowParallelLinear(Sharded):
         else:
             self.bias = None
 
-    def forward(self, x_NI: Tensor) -> Tensor:
+    def forward(self, x_NI: Tensor, streams: Streams | None = None) -> Tensor:
+        """`streams`: for the dropout of an adapter."""
+        return self.plain(x_NI) if self.adapter is None else self.adapter(self, x_NI, streams)
+
+    def derive(self) -> None:
+        if self.adapter is not None:
+            self.adapter.start_from(self)
+
+    def plain(self, x_NI: Tensor) -> Tensor:
+        """Without an adapter."""
         if self.tp.deferred is None:
             y_NO = self.tp.leave(_linear(x_NI, self.weight, None))
         else:

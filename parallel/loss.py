@@ -46,6 +46,7 @@ class _CrossEntropySum(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         wants_grad = any(ctx.needs_input_grad)
+        trains_weight, trains_bias = ctx.needs_input_grad[1:3]
         w_VD = weight_VD.to(h_ND.dtype)
         first, rows = vocabulary_shard(vocab_size, group)
         padding = first + rows - vocab_size
@@ -53,8 +54,8 @@ class _CrossEntropySum(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=h_ND.device)
         grad_h = torch.empty_like(h_ND) if wants_grad else None
         # Several chunks are summed in fp32: in bf16 the sum would lose what later chunks add.
-        grad_w = torch.zeros(w_VD.shape, dtype=wide, device=w_VD.device) if wants_grad else None
-        grad_b = torch.zeros(bias_V.shape, dtype=wide, device=w_VD.device) if wants_grad and bias_V is not None else None
+        grad_w = torch.zeros(w_VD.shape, dtype=wide, device=w_VD.device) if trains_weight else None
+        grad_b = torch.zeros(bias_V.shape, dtype=wide, device=w_VD.device) if trains_bias and bias_V is not None else None
         step = max(1, CHUNK_BYTES // (4 * rows))
         for start in range(0, h_ND.shape[0], step):
             part = slice(start, start + step)
@@ -78,7 +79,7 @@ class _CrossEntropySum(torch.autograd.Function):
             probabilities = logits.exp_()
             totals = all_reduce(torch.stack([probabilities.sum(-1), target]), group)
             loss += (totals[0].log() - totals[1]).masked_fill(~is_target, 0.0).sum()
-            if grad_h is None or grad_w is None:
+            if grad_h is None:
                 continue
             # d loss / d logits = softmax − one-hot on targets, exactly 0 elsewhere (masked: NaN · 0 is NaN).
             probabilities.div_(totals[0].unsqueeze(-1))
@@ -90,7 +91,8 @@ class _CrossEntropySum(torch.autograd.Function):
                 grad_b += probabilities.sum(0)
             delta = probabilities.to(h_ND.dtype)
             grad_h[part] = delta @ w_VD
-            grad_w += delta.t() @ h_ND[part]
+            if grad_w is not None:
+                grad_w += delta.t() @ h_ND[part]
         if grad_h is not None:
             ctx.save_for_backward(grad_h, grad_w, grad_b)
             ctx.weight_dtype = weight_VD.dtype
@@ -100,8 +102,8 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_w, grad_b = ctx.saved_tensors
-        bias = None if grad_b is None else (grad_b * grad).to(ctx.weight_dtype)
-        return grad_h * grad, (grad_w * grad).to(ctx.weight_dtype), bias, None, None, None, None
+        weight, bias = (None if grads is None else (grads * grad).to(ctx.weight_dtype) for grads in (grad_w, grad_b))
+        return grad_h * grad, weight, bias, None, None, None, None
 
 
 class VocabParallelHead(Sharded):

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
-from parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
+from parallel.linear import ColumnParallelLinear, RowParallelLinear
+from parallel.outputs import Output
 from parallel.params import Init
+from parallel.rng import Streams
 from parallel.tensor import TensorParallel
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -46,9 +48,10 @@ class ParallelMLP(nn.Module):
         self.up = ColumnParallelLinear(hidden_size, inputs, bias=bias, init=init, transposed=transposed, tp=tp)
         self.down = RowParallelLinear(ffn_size, hidden_size, name=out, bias=bias, init=out_init, transposed=transposed, tp=tp)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        h_NF = self.up(x_ND)
+    def forward(self, x_ND: Tensor, streams: Streams | None = None) -> Tensor:
+        """`streams`: for the dropout of adapters."""
+        h_NF = self.up(x_ND, streams)
         if self.gated:
             gate_NF, up_NF = h_NF.chunk(2, dim=-1)
-            return self.down(self.activation(gate_NF) * up_NF)
-        return self.down(self.activation(h_NF))
+            return self.down(self.activation(gate_NF) * up_NF, streams)
+        return self.down(self.activation(h_NF), streams)

@@ -39,13 +39,15 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         normal, weight, scale = ctx.saved_tensors
-        grad_weight = (grad * normal).flatten(0, -1 - weight.dim()).sum(0, dtype=scale.dtype)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # else frozen
+            grad_weight = (grad * normal).flatten(0, -1 - weight.dim()).sum(0, dtype=scale.dtype).to(weight.dtype)
         grad_normal = (grad * _gain(weight, grad.dtype, ctx.offset)).to(grad.dtype)
         along = (grad_normal * normal).sum(-1, keepdim=True, dtype=scale.dtype) / normal.shape[-1]
         across = torch.addcmul(grad_normal, normal, along.to(grad.dtype), value=-1.0)
-        return (across * scale).to(grad.dtype), grad_weight.to(weight.dtype), None, None
+        return (across * scale).to(grad.dtype), grad_weight, None, None
 
 
 def _gain(weight: Tensor, dtype: torch.dtype, offset: float) -> Tensor:

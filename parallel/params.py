@@ -30,10 +30,12 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Init:
-    """How a logical tensor starts: normal with this standard deviation around this mean (std 0: constant)."""
+    """How a logical tensor starts: normal with this standard deviation around this mean (std 0: constant), or, with a bound,
+    uniform in [−bound, bound)."""
 
     mean: float = 0.0
     std: float = 0.0
+    bound: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class ShardSpec:
     counted in norms and saved there only. `partial`: each copy's gradient is only the part that this rank's tokens or heads
     give, so that gradients must be summed over the copies (`complete_partial_gradients`); otherwise theirs are equal already.
     `tied`: used in two pipeline stages, whose backwards do not meet: its gradients are summed once per step
-    (`parallel.ties`), over the copies where the stages are on different ranks.
+    (`parallel.ties`), over the copies where the stages are on different ranks. `added`: not one of the model's own weights
+    but put beside them for tuning; it is drawn also where those are loaded.
     """
 
     role: Role
@@ -85,6 +88,7 @@ class ShardSpec:
     copies: Group
     partial: bool = False
     tied: bool = False
+    added: bool = False
 
     @property
     def owned(self) -> bool:
@@ -111,6 +115,9 @@ class Sharded(nn.Module):
         """Register an uninitialised fp32 parameter on the current default device, with its spec."""
         setattr(self, name, nn.Parameter(torch.empty(shape)))
         self.specs[name] = spec
+
+    def derive(self) -> None:
+        """Set what follows from other parameters; called when those were drawn or loaded."""
 
     def borrow(self, name: str, owner: Sharded) -> None:
         """Use another module's parameter of the same name: one logical tensor, one gradient, owned there."""
@@ -143,7 +150,7 @@ def complete_partial_gradients(module: nn.Module) -> None:
     offloads it, so it holds at every ZeRO stage.
     """
     for _, parameter, spec in owned_specs(module):
-        if spec.partial and spec.copies.size > 1:
+        if spec.partial and spec.copies.size > 1 and parameter.requires_grad:
             parameter.register_hook(partial(_summed, copies=spec.copies))
 
 
@@ -157,28 +164,37 @@ def materialise(module: nn.Module, device: torch.device) -> None:
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.is_meta:
-                setattr(owner, name, nn.Parameter(torch.empty_like(parameter, device=device)))
+                empty = torch.empty_like(parameter, device=device)
+                setattr(owner, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
 
 
-def initialise(module: nn.Module, seed: int) -> None:
-    """Fill materialised parameters with their initial values, which depend on (seed, logical name) only.
+def initialise(module: nn.Module, seed: int, *, only_added: bool = False) -> None:
+    """Fill materialised parameters with their initial values, which depend on (seed, logical name) only; `only_added`: the
+    model's own have been loaded.
 
     Each logical tensor is drawn whole in fp32 on the CPU and sliced, so that every layout starts from bit-identical
     weights. Peak extra memory: one logical tensor.
     """
     for _, parameter, spec in owned_specs(module):
+        if only_added and not spec.added:
+            continue
         drawn: dict[str, Tensor] = {}
         for piece in spec.pieces:
             if piece.name not in drawn:
                 drawn[piece.name] = draw(piece.name, piece.shape, spec.init, seed)
         copy_pieces(parameter, spec, drawn)
+    for owner in module.modules():
+        if isinstance(owner, Sharded):
+            owner.derive()
 
 
 def draw(name: str, shape: tuple[int, ...], init: Init, seed: int) -> Tensor:
     """The whole initial logical tensor, fp32, on the CPU."""
-    if init.std == 0.0:
+    if init.std == init.bound == 0.0:
         return torch.full(shape, init.mean, device="cpu")
     generator = stream(torch.device("cpu"), seed, "weights", name)
+    if init.bound:
+        return torch.empty(shape, device="cpu").uniform_(-init.bound, init.bound, generator=generator)
     return torch.empty(shape, device="cpu").normal_(init.mean, init.std, generator=generator)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,10 @@ class Pipeline:
         hidden: Tensor,
         around: Around,
         deferred: Mapping[int, WeightGradients],
+        leaves_weights: bool = True,
     ) -> None:
+        """`leaves_weights`: whether any layer trains a weight whose gradient it may leave; a frozen model's halves for weight
+        gradients are empty, and nothing is told of them."""
         self.table = table
         self.group = group
         self.device = device
@@ -68,7 +71,9 @@ class Pipeline:
         self.modules = dict(sorted(modules.items()))
         self._around = around
         self._count: Counter[tuple[int, bool]] = Counter()
-        self._backwards = sum(action.kind is not Kind.FORWARD for action in table.actions(group.rank))
+        self._leaves_weights = leaves_weights
+        silent = {Kind.FORWARD} if leaves_weights else {Kind.FORWARD, Kind.WEIGHT_GRAD}
+        self._backwards = sum(action.kind not in silent for action in table.actions(group.rank))
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         last = table.num_stages - 1
         self._stages = [
@@ -142,6 +147,8 @@ class Pipeline:
         return loss * scale
 
     def _enter(self, stage: int, weights_only: bool) -> AbstractContextManager[None]:
+        if weights_only and not self._leaves_weights:
+            return nullcontext()
         number = self._count[stage, weights_only]
         self._count[stage, weights_only] += 1
         last_of_half = number == self.table.num_micro_batches - 1

@@ -26,7 +26,7 @@ class TiedGradients:
         self._copies: dict[nn.Parameter, Group] = {}
         self._collecting = True
         for _, parameter, spec in owned_specs(module):
-            if spec.tied:
+            if spec.tied and parameter.requires_grad:
                 self._copies[parameter] = spec.copies
                 parameter.register_hook(self._collector(parameter))
 

@@ -152,6 +152,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder, or a run's for its newest")
     export.add_argument("out", type=Path, metavar="OUT")
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the format of training")
+    export.add_argument(
+        "--merge",
+        action="store_true",
+        help="of a tuned model: all of it, what was learned added, instead of an adapter for peft",
+    )
     export.add_argument("--verify", action="store_true", help="also compare logits: training network against transformers")
 
     generate = command("generate", _generate, "Continue a text with an exported model, or with a checkpoint's weights.")
@@ -445,7 +450,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from trainer.checkpoint.export import LOGITS_TOLERANCE, compare_logits, export
 
     console = _console()
-    exported = export(checkpoint, arguments.out, dtype=arguments.dtype)
+    exported = export(checkpoint, arguments.out, dtype=arguments.dtype, merge=arguments.merge)
     _say(
         console,
         f"{exported.folder}: {exported.tensors} tensors of step {exported.step} in {exported.dtype}, "
@@ -472,9 +477,11 @@ def _continued(arguments: argparse.Namespace, scratch: Path) -> str:
 
     folder = arguments.folder
     if (folder / MANIFEST).is_file():
-        from trainer.checkpoint.export import export
+        from trainer.checkpoint.export import Tuned, export
+        from trainer.checkpoint.manifest import Manifest
 
-        folder = export(folder, scratch / "model").folder
+        tuned = Tuned.of(folder, Manifest.read(folder)) is not None
+        folder = export(folder, scratch / "model", merge=tuned).folder
     from trainer.generate import continue_from_folder
 
     return continue_from_folder(

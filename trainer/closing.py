@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from trainer.data import unigram_perplexity
 from trainer.engine import DTYPES
 from trainer.generate import sample
-from trainer.model.hugging_face import write_folder
+from trainer.model.hugging_face import assembled, write_folder
 from trainer.session import Session
 from trainer.track.report import write_report
+from trainer.tuning.merge import merged
+from trainer.tuning.peft_format import adapter_config, leaves_adapter, write_adapter
 
 SAMPLE_TOKENS = 96
 
 
 def export(run: Session) -> None:
-    """Write the weights as a Hugging Face folder."""
+    """Write the weights as a Hugging Face folder, or what was trained beside them as an adapter."""
+    tensors, dtype = run.engine.gathered_tensors(), DTYPES[run.recipe.precision.dtype]
+    folder = run.folder.export if run.place.is_first else None
+    if leaves_adapter(run.recipe):
+        config = adapter_config(run.recipe, run.network)
+        write_adapter(assembled(tensors), folder, dtype=dtype, config=config, save_beside=run.files.save_others)
+        run.tracker.note(f"adapter: {run.folder.export}")
+        return
     write_folder(
-        run.engine.gathered_tensors(),
-        run.folder.export if run.place.is_first else None,
-        dtype=DTYPES[run.recipe.precision.dtype],
+        tensors,
+        folder,
+        dtype=dtype,
         config=run.files.config,
         save_beside=run.files.save_others,
+        through=partial(merged, tuning=run.recipe.tuning, network=run.network),
     )
     run.tracker.note(f"weights: {run.folder.export}")
 

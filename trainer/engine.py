@@ -52,6 +52,7 @@ from trainer.recipe.stages import stages_of
 from trainer.sections import Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.threaded_io import use_threads_where_async_io_is_missing
+from trainer.tuning.adapt import adaptation
 from trainer.zero_state import ZeroState
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class Engine:
         masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
         tp = TensorParallel(mesh.tp, sequence=recipe.parallel.divides_tokens, overlap=recipe.parallel.overlap)
         build = partial(
-            AutoStage if isinstance(config, AutoNetwork) else Stage,
+            AutoStage if isinstance(config, AutoNetwork) else partial(Stage, adapt=adaptation(recipe.tuning, config)),
             config,
             dtype=dtype,
             recompute=recipe.train.recompute,
@@ -244,8 +245,7 @@ class Engine:
         self.deepspeed.destroy()
 
     def _batch(self, batch: MicroBatch, streams: Streams | None) -> Batch:
-        tokens_BS = batch.tokens_BS.to(self.device, non_blocking=True)
-        labels_BS = batch.labels_BS.to(self.device, non_blocking=True)
+        tokens_BS, labels_BS = (part.to(self.device, non_blocking=True) for part in (batch.tokens_BS, batch.labels_BS))
         return Batch(tokens_BS, labels_BS, Documents(batch.documents), streams)
 
     def _update(self, scale: float, norm_limit: float) -> tuple[float, bool]:

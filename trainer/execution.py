@@ -14,6 +14,7 @@ from parallel.collectives import all_reduce
 from parallel.deferred import WeightGradients
 from parallel.embedding import vocabulary_shard
 from parallel.mesh import Group, Mesh
+from parallel.params import Role, owned_specs
 from parallel.pipeline import Pipeline
 from parallel.rng import Streams
 from parallel.schedule_table import ScheduleTable
@@ -148,6 +149,9 @@ class InPipeline:
             hidden=self._hidden(plan.micro_sequences * plan.seq_len),
             around=self._zero.around,
             deferred=deferred,
+            leaves_weights=any(
+                p.requires_grad and spec.role is Role.MATRIX and not spec.added for _, p, spec in owned_specs(self.module)
+            ),
         )
 
     def attach(self, engine: Any) -> None:

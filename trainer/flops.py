@@ -9,6 +9,8 @@ The first term is the 2·3 of forward and backward for each weight of the layers
 nothing); the second is the half of 12 · H · K · n² for the two products Q Kᵀ and P V of a document of n tokens, less the
 triangle that lies beyond a layer's window of w < n tokens; bidirectional attention is the whole square. No torch here.
 
+A frozen weight (tuning) has no gradient of its own, so it costs 4 in place of 6; those trained beside it cost 6.
+
 Of a model of family "auto" the first term counts its matrices (of experts those that a token is sent to), and the second
 takes H · K and the number of layers from its config: windows are not known, and without those keys there is no second term.
 """
@@ -63,8 +65,11 @@ def attention_flops(config: TransformerConfig, length: int, window: int | None) 
     return per_square * (length * length - beyond * beyond)
 
 
-def training_flops(config: TransformerConfig | AutoNetwork, document_lengths: Iterable[int]) -> int:
-    """FLOPs of forward and backward over documents of these lengths [tokens]."""
+def training_flops(
+    config: TransformerConfig | AutoNetwork, document_lengths: Iterable[int], *, trained_beside: int | None = None
+) -> int:
+    """FLOPs of forward and backward over documents of these lengths [tokens]. `trained_beside`: how many weights are trained
+    beside the network's own, which are frozen; None: its own are trained."""
     if isinstance(config, AutoNetwork):
         lengths = list(document_lengths)
         return 6 * config.matmul_weights * sum(lengths) + 6 * config.attention_width * sum(n * n for n in lengths)
@@ -73,6 +78,8 @@ def training_flops(config: TransformerConfig | AutoNetwork, document_lengths: It
     for length in document_lengths:
         tokens += length
         attention += sum(layers * attention_flops(config, length, window) for window, layers in layers_with.items())
+    if trained_beside is not None:
+        return (4 * matmul_weights(config) + 6 * trained_beside) * tokens + attention
     return 6 * matmul_weights(config) * tokens + attention
 
 

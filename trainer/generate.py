@@ -51,6 +51,11 @@ def continue_from_folder(folder: Path, prompt: str, *, new_tokens: int, temperat
     At most `new_tokens` tokens, up to the end of the document or the model's last position. RecipeError for a prompt that
     leaves no room, DataError for a folder that does not load whole.
     """
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise RecipeError(
+            f"{folder}: an adapter without the model that it belongs to: give the checkpoint, or write a whole model with "
+            "triaxis export --merge"
+        )
     if not (folder / "config.json").is_file():
         raise RecipeError(f"{folder}: no config.json there: give a Hugging Face folder, such as RUN_DIR/export")
     device = "cuda" if torch.cuda.is_available() else "cpu"

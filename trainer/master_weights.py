@@ -44,16 +44,19 @@ class MasterWeights:
         self._shares: dict[nn.Parameter, Callable[[], Tensor]] = {}
 
     def rounding(self, fill: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-        """A `fill` that leaves the block in the compute format, its fp32 values kept aside."""
+        """A `fill` that leaves the block in the compute format, the fp32 values of what is trained kept aside. At stage 0 only
+        frozen weights are rounded: the layers would do it at every use."""
 
         def fill_and_round(block: nn.Module) -> None:
             fill(block)
             for _, parameter, _ in owned_specs(block):
+                if parameter.requires_grad and not self._needed:
+                    continue
                 if parameter.requires_grad:
                     self._shares[parameter] = self._keep(self._share_of(parameter.detach()))
                 parameter.data = parameter.data.to(self._dtype)
 
-        return fill_and_round if self._needed else fill
+        return fill_and_round
 
     def restore(self, optimizer: Any) -> None:
         """Write the values to the master weights of DeepSpeed's optimizer. Collective over the group at stages 1 and 2."""

@@ -43,7 +43,8 @@ class Meter:
         run = self._run
         self._steps += 1
         # Of this rank's micro-batches; the ranks that hold one copy of the model together share the work.
-        self._flops += training_flops(run.network, (n for batch in micro_batches for row in batch.documents for n in row))
+        lengths = (n for batch in micro_batches for row in batch.documents for n in row)
+        self._flops += training_flops(run.network, lengths, trained_beside=run.census.trained_beside)
         self._skipped += result.skipped
         if steps_done % run.recipe.train.log_every and steps_done != run.recipe.train.steps:
             return

@@ -4,9 +4,9 @@
 
 It ends with 75 if so, and else with what the script must end with.
 
-Only a job that was interrupted goes on: its ranks ended with 75 or for a hang (124), or a signal ended them. A job that SLURM itself is ending
-(cancelled, preempted, out of time, a lost node) is left to SLURM, or a requeue would bring a cancelled job back. And not for
-ever: three restarts in a row that left no later checkpoint end the job with 93.
+Only a job that was interrupted goes on: its ranks ended with 75, or for a hang with 124, or a signal ended them. A job that
+SLURM itself is ending (cancelled, preempted, out of time, a lost node) is left to SLURM, or a requeue would bring a cancelled
+job back. And not for ever: three restarts in a row that left no later checkpoint end the job with 93.
 """
 
 from __future__ import annotations

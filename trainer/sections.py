@@ -376,6 +376,36 @@ class Train(Section):
     )
 
 
+Target = Literal["attention", "mlp", "q", "k", "v", "o", "gate", "up", "down"]
+
+
+class Tuning(Section):
+    """Parameter-efficient tuning: the model's own weights stay as they are, a few others are trained beside them."""
+
+    method: Literal["lora", "dora", "ia3", "bitfit"] | None = Field(
+        None,
+        description="Way of tuning: low-rank factors beside weights (lora), those and the lengths of rows (dora), vectors that "
+        "rescale features (ia3), or all biases (bitfit); absent: all weights are trained.",
+    )
+    targets: list[Target] | None = Field(
+        None,
+        min_length=1,
+        description="Linear layers that are adapted: attention (= q, k, v, o), mlp (= gate, up, down), or single ones; absent: "
+        "all of them, for ia3 k, v and down. Not for bitfit.",
+    )
+    rank: PositiveInt = Field(8, le=2**16, description="Inner size of the low-rank factors (lora, dora).")
+    alpha: float = Field(
+        16.0, gt=0.0, allow_inf_nan=False, description="What the factors add is multiplied with alpha / rank (lora, dora)."
+    )
+    rank_stabilized: bool = Field(False, description="Multiply with alpha / sqrt(rank) instead, as rsLoRA does (lora, dora).")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Rate of dropout on what the first factor sees (lora).")
+    merge: bool = Field(
+        False,
+        description="The run's export is the whole model with what was learned added to its weights, instead of an adapter in "
+        "peft's format. Always so without model.from_pretrained: no folder has the weights that the adapter belongs to.",
+    )
+
+
 class Checkpoint(Section):
     """What is kept of a run so that it can go on."""
 
@@ -468,6 +498,7 @@ class Recipe(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer, description=Optimizer.__doc__)
     schedule: Schedule = Field(default_factory=Schedule, description=Schedule.__doc__)
     train: Train = Field(default_factory=Train, description=Train.__doc__)
+    tuning: Tuning = Field(default_factory=Tuning, description=Tuning.__doc__)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description=Checkpoint.__doc__)
     tracking: Tracking = Field(default_factory=Tracking, description=Tracking.__doc__)
     guard: Guard = Field(default_factory=Guard, description=Guard.__doc__)

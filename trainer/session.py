@@ -21,6 +21,7 @@ from parallel.topology import Layout
 from trainer import launch
 from trainer.batching import BatchPlan
 from trainer.binding import placed
+from trainer.census import Census
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.door import Resume, as_json
 from trainer.checkpoint.facts import data_facts, model_facts, recipe_facts
@@ -71,6 +72,7 @@ class Session:
     data: TrainData
     eval_data: EvalData | None
     engine: Engine
+    census: Census
     tracker: Tracker
     checkpoints: Checkpoints
     ranks: Messages  # for a word at the end of a step
@@ -210,10 +212,12 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         peak_flops, peak_source = device_peak(place.device, recipe.precision.dtype)
         if remark := slower_than_fp32(place.device, recipe.precision.dtype, peak_flops):
             tracker.note(remark)
-        for remark in (*remarks, checkpoints.room(engine.num_params)):
+        census = Census.take(engine.specs, mesh.replica, place.device)
+        for remark in (*remarks, checkpoints.room(census)):
             tracker.note(remark)
         stack.enter_context(among_ranks(watchdog, lambda: watch.doing))  # so that the tracker hears who was lost
-        _introduce(tracker, prepared, engine, plan, f"{peak_flops / 1e12:.3g} TFLOP/s per rank ({peak_source})")
+        peak = f"{peak_flops / 1e12:.3g} TFLOP/s per rank ({peak_source})"
+        _introduce(tracker, prepared, engine, plan, census, peak)
         yield Session(
             recipe=recipe,
             place=place,
@@ -226,6 +230,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             data=_train_data(recipe, prepared),
             eval_data=_eval_data(recipe, prepared),
             engine=engine,
+            census=census,
             tracker=tracker,
             checkpoints=checkpoints,
             ranks=Messages.among_all(timeout),
@@ -261,7 +266,12 @@ def _network(resolved: ResolvedRecipe, prepared: PreparedData, *, resumed: bool)
         return network, _zeros
     weights, names, specs = PretrainedWeights(folder), WEIGHT_NAMES[network.family], logical_specs(network)
     weights.check_names(specs, ties=names.ties(specs), is_unused=names.is_for_other_heads)
-    return network, weights.fill
+
+    def fill(block: nn.Module) -> None:
+        weights.fill(block)
+        initialise(block, recipe.run.seed, only_added=True)
+
+    return network, fill
 
 
 @torch.no_grad()
@@ -323,7 +333,7 @@ def _devices(place: Place) -> str:
     )
 
 
-def _introduce(tracker: Tracker, prepared: PreparedData, engine: Engine, plan: BatchPlan, peak: str) -> None:
+def _introduce(tracker: Tracker, prepared: PreparedData, engine: Engine, plan: BatchPlan, census: Census, peak: str) -> None:
     for row in prepare_summary(prepared):
         tracker.note(f"data: {row}")
     for note in (*prepared.notes, *engine.notes):
@@ -332,4 +342,9 @@ def _introduce(tracker: Tracker, prepared: PreparedData, engine: Engine, plan: B
         f"step: {plan.global_sequences} sequences = micro {plan.micro_sequences} × data-parallel {plan.dp} × "
         f"{plan.num_micro_batches} micro-batches; {plan.tokens_per_step:,} tokens"
     )
-    tracker.note(f"MFU = model FLOPs (6 · matmul weights · tokens + causal attention inside documents) / {peak}")
+    weights = "6 · matmul weights"
+    if census.frozen:
+        whole = census.trained + census.frozen
+        tracker.note(f"tuning: {census.trained:,} of {whole:,} parameters are trained ({census.trained / whole:.3%})")
+        weights = "(4 · frozen + 6 · trained matmul weights)"
+    tracker.note(f"MFU = model FLOPs ({weights} · tokens + causal attention inside documents) / {peak}")

@@ -66,6 +66,7 @@ class Case:
     loss_scale: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
     recompute: str = "none"
+    tuning: dict[str, Any] = field(default_factory=dict)
     family: str = "llama"
     config: dict[str, Any] = field(default_factory=dict)
     poison_step: int | None = None
@@ -95,6 +96,7 @@ class Case:
                 "zero": {"stage": self.stage, **persistence, **self.zero},
                 "optimizer": {"weight_decay": 0.01, **self.optimizer},
                 "train": {"clip_norm": self.clip_norm, "recompute": self.recompute},
+                "tuning": self.tuning,
             }
         )
 

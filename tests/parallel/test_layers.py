@@ -5,6 +5,7 @@ fp32 to 1e-5 and float64 to 1e-12: a rounding difference shrinks with the format
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 
 from parallel.attention import Documents, ParallelAttention, _Rotate
 from parallel.embedding import ReplicatedEmbedding, VocabParallelEmbedding, rotary_tables
-from parallel.linear import ColumnParallelLinear, Output, ReplicatedLinear, RowParallelLinear
+from parallel.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from parallel.loss import IGNORE, VocabParallelHead
+from parallel.low_rank import ColumnLowRank, LowRank, RowLowRank
 from parallel.mesh import Mesh
 from parallel.mlp import ParallelMLP
 from parallel.norm import LayerNorm, RMSNorm, _RMSNorm
+from parallel.outputs import Output
 from parallel.params import Init, complete_partial_gradients, draw, initialise, owned_specs
+from parallel.rescaling import InputRescaling, OutputRescaling
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.spawn import spawn
@@ -111,10 +115,70 @@ def positions(tp: TensorParallel) -> nn.Module:
     return ReplicatedEmbedding(11, D, name="p", init=INIT, tp=tp)
 
 
+def with_lora(layer: nn.Module, *modules: str, magnitude: bool = False) -> nn.Module:
+    """The layer frozen, with factors beside it that both start off 0: else A would have no gradient."""
+    keys = LowRank(rank=3, scale=0.7, magnitude=magnitude)
+    layer.requires_grad_(False)
+    for linear in list(layer.modules()):
+        if isinstance(linear, ColumnParallelLinear):
+            linear.adapter = ColumnLowRank(linear, modules, keys)
+        elif isinstance(linear, RowParallelLinear):
+            linear.adapter = RowLowRank(linear, keys)
+    for module in layer.modules():
+        if isinstance(module, ColumnLowRank | RowLowRank):
+            module.specs = {name: replace(spec, init=INIT) for name, spec in module.specs.items()}
+    return layer
+
+
+def column_lora(tp: TensorParallel) -> nn.Module:
+    return with_lora(column(tp), "b")
+
+
+def column_lora_fused(tp: TensorParallel) -> nn.Module:
+    """One module of three outputs has one A."""
+    return with_lora(column_transposed(tp), "f")
+
+
+def row_lora(tp: TensorParallel) -> nn.Module:
+    return with_lora(row(tp))
+
+
+def gated_mlp_lora(tp: TensorParallel) -> nn.Module:
+    return with_lora(gated_mlp(tp), "g", "u")
+
+
+def attention_sharing_keys_lora(tp: TensorParallel) -> nn.Module:
+    return with_lora(attention_sharing_keys(tp), "q", "kv")
+
+
+def attention_sharing_keys_dora(tp: TensorParallel) -> nn.Module:
+    return with_lora(attention_sharing_keys(tp), "q", "kv", magnitude=True)
+
+
+def column_ia3(tp: TensorParallel) -> nn.Module:
+    layer = column(tp).requires_grad_(False)
+    layer.adapter = OutputRescaling(layer, ["b"])
+    return layer
+
+
+def row_ia3(tp: TensorParallel) -> nn.Module:
+    layer = row(tp).requires_grad_(False)
+    layer.adapter = InputRescaling(layer)
+    return layer
+
+
 MAKERS = (
     column,
     column_transposed,
     row,
+    column_lora,
+    column_lora_fused,
+    row_lora,
+    gated_mlp_lora,
+    attention_sharing_keys_lora,
+    attention_sharing_keys_dora,
+    column_ia3,
+    row_ia3,
     replicated,
     embedding,
     positions,
@@ -149,7 +213,7 @@ def whole_input(name: str, dtype: torch.dtype) -> Tensor:
 
 def part_of_input(name: str, x: Tensor, tp: TensorParallel) -> tuple[slice, ...]:
     """What of the input this rank has: row-parallel layers some features, the others all or some tokens."""
-    if name == "row":
+    if name.startswith("row"):
         part = D // tp.group.size
         return slice(None), slice(tp.group.rank * part, (tp.group.rank + 1) * part)
     return (tp.tokens(N) if x.is_floating_point() else slice(None),)
@@ -159,7 +223,7 @@ def part_of_output(name: str, layer: nn.Module, y: Tensor, tp: TensorParallel) -
     """What of the whole output this rank has: column-parallel layers some of each fused output's features."""
     if name.startswith("column"):
         shares, at = [], 0
-        for local in layer.local_features:
+        for local in (shard.features for shard in layer.local_shards):
             shares.append(y[:, at + tp.group.rank * local : at + (tp.group.rank + 1) * local])
             at += local * tp.group.size
         return torch.cat(shares, -1)
@@ -188,16 +252,21 @@ def compare(name: str, tp: TensorParallel, dtype: torch.dtype, tolerance: float)
         close(x_layer.grad, x_twin.grad[part])
     logical: dict[str, Tensor] = {}
     for _, parameter, spec in owned_specs(twin):
+        if not parameter.requires_grad:
+            continue
         for piece in spec.pieces:
             whole = logical.setdefault(piece.name, torch.zeros(piece.shape))
             piece.box_of(whole).copy_(piece.in_parameter(parameter.grad))
     for _, parameter, spec in owned_specs(layer):
+        if not parameter.requires_grad:
+            assert parameter.grad is None
+            continue
         covered = 0
         for piece in spec.pieces:
             close(piece.in_parameter(parameter.grad), piece.box_of(logical[piece.name]))
             covered += piece.rows
         assert not parameter.grad[covered:].any(), "padding rows got a gradient"
-    return torch.cat([got.detach().flatten(), *(p.grad.flatten() for p in layer.parameters())])
+    return torch.cat([got.detach().flatten(), *(p.grad.flatten() for p in layer.parameters() if p.requires_grad)])
 
 
 @pytest.mark.parametrize("tp", [2, 4])

@@ -175,6 +175,7 @@ def owned_libraries(source: Source) -> list[str]:
 
 WITHOUT_TORCH = {
     "parallel.balance",
+    "parallel.outputs",
     "parallel.schedule_table",
     "parallel.schedules",
     "parallel.simulator",
@@ -198,6 +199,7 @@ WITHOUT_TORCH = {
     "trainer.model.costs",
     "trainer.model.config",
     "trainer.model.families",
+    "trainer.model.names",
     "trainer.model.translation",
     "trainer.recipe",
     "trainer.lifecycle",
@@ -209,6 +211,7 @@ WITHOUT_TORCH = {
     "trainer.slurm_environment",
     "trainer.submit",
     "trainer.timeline",
+    "trainer.tuning.targets",
     "trainer.verify.compare",
     "trainer.verify.job",
     "trainer.verify.layouts",

@@ -168,10 +168,10 @@ def test_the_twin_divides_wherever_the_recipe_does(written: dict[str, Any], tens
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_has_a_twin(path: Path) -> None:
     resolved = load(path)
-    if resolved.hf_config is None:  # its network is on the hub
-        with pytest.raises(RecipeError, match="to verify it, give the folder to which it was fetched"):
-            network_of(resolved)
-        return
+    if resolved.hf_config is None:  # still on the hub
+        sizes = {"hidden_size": 64, "num_attention_heads": 8, "max_position_embeddings": 8192}
+        folder = {"model_type": "llama", "vocab_size": 300, **sizes}
+        resolved = replace(resolved, hf_config=folder)
     named = [ONE_PROCESS, parse("dp2")]
     for twin in (scaled_down(resolved, [each.layout for each in named]), full_size(resolved)):
         assert all(passes_the_door(twin.given, each) for each in named)

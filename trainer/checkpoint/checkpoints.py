@@ -13,6 +13,7 @@ from typing import Any
 from parallel.messages import Messages
 from parallel.topology import Layout
 from trainer.batching import BatchPlan
+from trainer.census import Census
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.resume import CheckpointSource, Found, newest_whole
@@ -99,12 +100,12 @@ class Checkpoints:
         """Until nothing is being written; lines to show."""
         return self._told(self._saver.wait())
 
-    def room(self, num_params: int) -> str:
+    def room(self, census: Census) -> str:
         """How large a checkpoint will be, and whether the disk has room for those that are kept."""
         keys = self.recipe.checkpoint
         if not keys.every:
             return "checkpoints: none (checkpoint.every = 0): the run cannot be resumed"
-        one = num_params * FP32_BYTES * (1 + states_per_element(self.recipe.optimizer))
+        one = census.frozen_bytes + census.trained * FP32_BYTES * (1 + states_per_element(self.recipe.optimizer))
         there = len(self.folder.steps())
         need = one * max(0, keys.keep + 1 - there)  # a new one is written before the oldest goes
         free = self.folder.free_bytes()

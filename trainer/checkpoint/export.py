@@ -20,12 +20,58 @@ from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import TORCH_DTYPES, Slot, TensorFile, as_bytes, chunks, write_tensor_file
 from trainer.durable import replacing_folder
 from trainer.errors import DataError, RecipeError
+from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import INDEX, SHARD_BYTES, file_name, read_config, write_index
+from trainer.model.translation import translate
+from trainer.sections import Recipe
+from trainer.tuning.merge import merge as merged_weight
+from trainer.tuning.merge import merged_tensors
+from trainer.tuning.peft_format import PREFIX, WEIGHTS, adapter_config, write_config
+from trainer.tuning.targets import PARTS, is_added
 
 FORMATS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 FLOATS = ("F64", "F32", "F16", "BF16")  # others, such as counters in buffers, keep their format
 # Two implementations of one network sum in another order, relative to the largest logit: seen 1e-6 in fp32.
 LOGITS_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The recipe and the network of a checkpoint with an adapter."""
+
+    recipe: Recipe
+    network: TransformerConfig
+
+    @classmethod
+    def of(cls, checkpoint: Path, manifest: Manifest) -> Tuned | None:
+        """None where the model's own weights were trained, all of them or the biases."""
+        if manifest.recipe.get("tuning", {}).get("method") not in PARTS:
+            return None
+        recipe = Recipe.model_validate(manifest.recipe)
+        return cls(recipe, translate(str(recipe.model.family), read_config(checkpoint / HUGGING_FACE)))
+
+
+class Contents:
+    """The logical tensors to export: all of a checkpoint, or, of one with an adapter, those of the adapter or of the model."""
+
+    def __init__(self, checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, adapter: bool) -> None:
+        self._reader, self._tuned, self._adapter = Reader(checkpoint, manifest), tuned, adapter
+        self._parts = merged_tensors(tuned.recipe.tuning, tuned.network) if tuned is not None and not adapter else {}
+        self.tensors = {
+            name: tensor
+            for name, tensor in manifest.tensors.items()
+            if WEIGHT in tensor.dtypes and (tuned is None or is_added(name) == adapter)
+        }
+
+    def written_name(self, name: str) -> str:
+        return PREFIX + name if self._adapter else name
+
+    def whole(self, name: str) -> Tensor:
+        weight = self._reader.whole(name, WEIGHT)
+        if self._tuned is None or name not in self._parts:
+            return weight
+        parts = [self._reader.whole(part, WEIGHT) for part in self._parts[name]]
+        return merged_weight(weight, parts, name=name, tuning=self._tuned.recipe.tuning, network=self._tuned.network)
 
 
 @dataclass(frozen=True)
@@ -37,34 +83,41 @@ class Exported:
     dtype: str
 
 
-def export(checkpoint: Path, out: Path, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> Exported:
+def export(
+    checkpoint: Path, out: Path, *, dtype: str | None = None, merge: bool = False, shard_bytes: int = SHARD_BYTES
+) -> Exported:
     """Write `out`, whole or not at all, and read it back. `dtype`: "fp32", "bf16", "fp16"; None: the format of training.
+    Of a tuned model an adapter is written, or, with `merge`, the model with what was learned added to its weights.
 
     DataError when the checkpoint is damaged, or the folder does not hold what it should when it is read back.
     """
     manifest = read_sound(checkpoint)
     check_files(checkpoint, manifest.files)
     chosen = dtype or str(manifest.recipe["precision"]["dtype"])
+    tuned = Tuned.of(checkpoint, manifest)
+    if merge and tuned is None:
+        raise RecipeError(f"--merge: {checkpoint} has no adapter (tuning.method none or bitfit): export it without")
+    adapter = tuned is not None and not merge
+    contents = Contents(checkpoint, manifest, tuned, adapter=adapter)
     slots = {
-        name: Slot(FORMATS[chosen] if tensor.dtypes[WEIGHT] in FLOATS else tensor.dtypes[WEIGHT], tensor.shape)
-        for name, tensor in manifest.tensors.items()
-        if WEIGHT in tensor.dtypes
+        name: Slot(FORMATS[chosen] if stored.dtypes[WEIGHT] in FLOATS else stored.dtypes[WEIGHT], stored.shape)
+        for name, stored in contents.tensors.items()
     }
-    reader = Reader(checkpoint, manifest)
-    shards = list(_shards(slots, shard_bytes))
+    shards = [list(slots)] if adapter else list(_shards(slots, shard_bytes))
     try:
         with replacing_folder(out) as draft:
             for number, names in enumerate(shards):
-                path = draft / file_name(number, len(shards))
-                tensors = (reader.whole(name, WEIGHT) for name in names)
-                write_tensor_file(path, {name: slots[name] for name in names}, tensors, metadata={"format": "pt"})
-                _compare(path, names, reader)
+                path = draft / (WEIGHTS if adapter else file_name(number, len(shards)))
+                tensors = (contents.whole(name) for name in names)
+                named = {contents.written_name(name): slots[name] for name in names}
+                write_tensor_file(path, named, tensors, metadata={"format": "pt"})
+                _compare(path, names, contents)
             if len(shards) > 1:
                 files = {
                     file_name(n, len(shards)): {name: slots[name].num_bytes for name in names} for n, names in enumerate(shards)
                 }
                 write_index(files, draft / INDEX)
-            _write_config(checkpoint / HUGGING_FACE, draft, TORCH_DTYPES[FORMATS[chosen]])
+            _write_config(checkpoint / HUGGING_FACE, draft, TORCH_DTYPES[FORMATS[chosen]], tuned if adapter else None)
             for path in (draft, *draft.rglob("*")):  # a folder to hand on, unlike the checkpoint
                 path.chmod(0o755 if path.is_dir() else 0o644)
     except OSError as error:
@@ -85,28 +138,39 @@ def _shards(slots: Mapping[str, Slot], shard_bytes: int) -> Iterator[list[str]]:
     yield names
 
 
-def _compare(path: Path, names: list[str], reader: Reader) -> None:
+def _compare(path: Path, names: list[str], contents: Contents) -> None:
     """DataError unless the file, read back, has every value."""
     file = TensorFile(path)
     for name in names:
         at = 0
-        for chunk in chunks(reader.whole(name, WEIGHT)):
-            written = torch.empty(chunk.shape, dtype=file.dtype(name))
-            file.read(name, at, written)
+        own = contents.written_name(name)
+        for chunk in chunks(contents.whole(name)):
+            written = torch.empty(chunk.shape, dtype=file.dtype(own))
+            file.read(own, at, written)
             if as_bytes(written) != as_bytes(chunk.to(written.dtype)):
                 raise DataError(f"{path}: tensor {name} reads back as something else: is the disk sound?")
             at += chunk.numel()
 
 
-def _write_config(source: Path, draft: Path, dtype: torch.dtype) -> None:
+def _write_config(source: Path, draft: Path, dtype: torch.dtype, adapter: Tuned | None) -> None:
+    """`adapter`: whose config is written in place of the model's, which the adapter's folder must not have."""
     shutil.copytree(source, draft, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    if adapter is not None:
+        (draft / "config.json").unlink()
+        write_config(adapter_config(adapter.recipe, adapter.network), draft)
+        return
     config = {**read_config(source), "dtype": str(dtype).removeprefix("torch.")}
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def compare_logits(checkpoint: Path, out: Path, dtype: str) -> float:
     """The largest difference, relative to the largest logit, between the training model with the checkpoint's weights and the
-    exported folder in transformers, on random tokens, both in fp32 from weights in the exported format."""
+    exported folder in transformers, on random tokens, both in fp32 from weights in the exported format. A tuned model is
+    compared with the adapter beside its weights on one side, and merged, without rounding, on the other."""
+    if (tuned := Tuned.of(checkpoint, read_sound(checkpoint))) and not (out / "config.json").exists():
+        raise RecipeError("--verify compares whole models: add --merge --dtype fp32")
+    if tuned and dtype != "fp32":
+        raise RecipeError(f"--verify of a merged model needs --dtype fp32: in {dtype} the sum is rounded, its parts are not")
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -127,7 +191,7 @@ def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dt
     from parallel.tensor import TensorParallel
     from trainer.model.blocks import blocks_of
     from trainer.model.transformer import Stage
-    from trainer.model.translation import translate
+    from trainer.tuning.adapt import adaptation
 
     config: dict[str, Any] = read_config(checkpoint / HUGGING_FACE)
     family = str(manifest.recipe["model"]["family"])
@@ -143,6 +207,7 @@ def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dt
         recompute="none",
         tp=TensorParallel.alone(),
         device=torch.device("cpu"),
+        adapt=adaptation(tuned.recipe.tuning, network) if (tuned := Tuned.of(checkpoint, manifest)) else lambda block: None,
         fill=partial(_fill, reader=Reader(checkpoint, manifest), dtype=dtype),
     ).eval()
     B, S = tokens_BS.shape

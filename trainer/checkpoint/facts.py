@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from trainer.sections import Recipe
+from trainer.sections import Recipe, Tuning
 
 # What `--allow-change WORD` lets differ, and what becomes of it.
 CHANGES = {
@@ -29,6 +29,7 @@ NOT_OF_THE_MODEL = (
     "bos_token_id",
     "use_cache",
 )
+TUNING_FACTS = ("targets", "rank", "alpha", "rank_stabilized")
 MODEL = "model.config."
 
 
@@ -38,7 +39,14 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
         "batch.global_sequences": recipe.batch.global_sequences,
         "precision.dtype": recipe.precision.dtype,
         "optimizer.name": recipe.optimizer.name,
+        **_tuning_facts(recipe.tuning),
     }
+
+
+def _tuning_facts(tuning: Tuning) -> dict[str, Any]:
+    """What decides which tensors there are and what they do; dropout may change."""
+    keys = ("method", *TUNING_FACTS) if tuning.method else ("method",)
+    return {f"tuning.{key}": getattr(tuning, key) for key in keys}
 
 
 def model_facts(config_json: Mapping[str, Any]) -> dict[str, Any]:

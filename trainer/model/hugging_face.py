@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from parallel.params import Piece, ShardSpec, owned_specs, zero_padding
 from trainer.durable import replacing_folder
 from trainer.errors import DataError, RecipeError
+
+NamedTensor = tuple[str, Tensor]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -79,8 +81,10 @@ class PretrainedWeights:
         self._files = {name: file for file, names in listing.items() for name in names}
 
     def fill(self, module: nn.Module) -> None:
-        """Set a block's parameters; DataError naming the tensor that is missing, misshapen or not finite."""
+        """Set a block's own parameters; DataError naming the tensor that is missing, misshapen or not finite."""
         for _, parameter, spec in owned_specs(module):
+            if spec.added:
+                continue
             zero_padding(parameter.data, spec)
             for piece in spec.pieces:
                 box = self.read(piece)
@@ -195,10 +199,12 @@ def write_folder(
     dtype: torch.dtype,
     config: Mapping[str, Any],
     save_beside: Callable[[Path], None],
+    through: Callable[[Iterable[NamedTensor]], Iterable[NamedTensor]] = lambda tensors: tensors,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a Hugging Face folder, whole or not at all; `folder` None on ranks that only take part in the gathering.
-    `save_beside` puts the tokenizer, and what else belongs there, into the folder.
+    `save_beside` puts the tokenizer, and what else belongs there, into the folder. `through`: what is done to the logical
+    tensors before they are rounded to `dtype`.
 
     Every logical tensor must come complete: an empty or partial one is an error, never a file.
     """
@@ -207,7 +213,7 @@ def write_folder(
             pass
         return
     with replacing_folder(folder) as draft:
-        files = _write_tensors(tensors, draft, dtype, shard_bytes)
+        files = _write_tensors(through(assembled(tensors)), draft, dtype, shard_bytes)
         if len(files) > 1:
             write_index(files, draft / INDEX)
         (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -228,7 +234,7 @@ def write_index(files: Mapping[str, Mapping[str, int]], path: Path) -> None:
 
 
 def _write_tensors(
-    tensors: Iterable[tuple[ShardSpec, Tensor]], folder: Path, dtype: torch.dtype, shard_bytes: int
+    tensors: Iterable[NamedTensor], folder: Path, dtype: torch.dtype, shard_bytes: int
 ) -> dict[str, dict[str, int]]:
     """Save logical tensors in files of at most `shard_bytes` (or one tensor); {file: {tensor: bytes}}."""
     shards: list[dict[str, int]] = []
@@ -240,7 +246,8 @@ def _write_tensors(
             shards.append({name: tensor.nbytes for name, tensor in pending.items()})
             pending.clear()
 
-    for name, tensor in _assembled(tensors, dtype):
+    for name, whole in tensors:
+        tensor = whole.to(dtype)
         if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard_bytes:
             flush()
         pending[name] = tensor
@@ -253,14 +260,14 @@ def _write_tensors(
     return files
 
 
-def _assembled(tensors: Iterable[tuple[ShardSpec, Tensor]], dtype: torch.dtype) -> Iterable[tuple[str, Tensor]]:
-    """Put the pieces of each logical tensor together; yields it when it is complete."""
+def assembled(tensors: Iterable[tuple[ShardSpec, Tensor]]) -> Iterator[NamedTensor]:
+    """Put the pieces of each logical tensor together on the CPU; yields it when it is complete."""
     partial: dict[str, tuple[Tensor, int]] = {}
     for spec, parameter in tensors:
         for piece in spec.pieces:
             if parameter.numel() == 0:
                 raise RuntimeError(f"{piece.name}: empty parameter; it was not gathered")
-            logical, filled = partial.pop(piece.name, (torch.empty(piece.shape, dtype=dtype), 0))
+            logical, filled = partial.pop(piece.name, (torch.empty(piece.shape, dtype=parameter.dtype), 0))
             piece.box_of(logical).copy_(piece.in_parameter(parameter))
             filled += math.prod(piece.size)
             if filled == logical.numel():

@@ -1,6 +1,6 @@
 """Where each weight lives in a family's Hugging Face checkpoint: one table per family.
 
-Adding a family: its config translation goes to `families.py`, its names here.
+Adding a family: its config translation goes to `families.py`, its names here. No torch, so that `check` can name modules.
 """
 
 from __future__ import annotations
@@ -8,10 +8,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from parallel.linear import Output
-from parallel.params import Piece, ShardSpec
+from parallel.outputs import Output
 from trainer.model.config import TransformerConfig
+
+if TYPE_CHECKING:
+    from parallel.params import Piece, ShardSpec
 
 
 @dataclass(frozen=True)

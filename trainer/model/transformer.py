@@ -181,7 +181,7 @@ class Layer(nn.Module):
         attended = self.attention(self.attention_norm(x_ND), documents, rotation, streams)
         attended = self.attention_dropout(self.attention_post_norm(attended), documents, streams)
         x_ND = self.attention_residual_norm(x_ND + attended)
-        fed_forward = self.mlp(self.mlp_norm(x_ND))
+        fed_forward = self.mlp(self.mlp_norm(x_ND), streams)
         fed_forward = self.mlp_dropout(self.mlp_post_norm(fed_forward), documents, streams)
         return self.mlp_residual_norm(x_ND + fed_forward)
 
@@ -249,8 +249,9 @@ class Head(nn.Module):
 class Stage(nn.Module):
     """A contiguous part of the model.
 
-    `fill` gives values to each block's parameters after it was materialised (initial or loaded ones); `partition` may
-    divide them over ranks at once (ZeRO-3). Every rank of the tensor group must build its stage together.
+    `adapt` may freeze a block's parameters and put others beside them (tuning); `fill` gives values to them after they were
+    materialised (initial or loaded ones); `partition` may divide them over ranks at once (ZeRO-3). Every rank of the tensor
+    group must build its stage together.
 
     A tied head shares the weight of the embedding in this stage, or of `tied_to`, the embedding in another stage on this
     rank; or holds a copy of it, when the first and the last stage are on different ranks: `tied_over` these two. `tied_over`
@@ -267,6 +268,7 @@ class Stage(nn.Module):
         tp: TensorParallel,
         device: torch.device,
         fill: Callable[[nn.Module], None],
+        adapt: Callable[[nn.Module], None] = lambda block: None,
         partition: Callable[[nn.Module], None] = lambda block: None,
         tied_to: VocabParallelEmbedding | None = None,
         tied_over: Group | None = None,
@@ -287,6 +289,7 @@ class Stage(nn.Module):
         for block in blocks:
             with torch.device("meta"):
                 built = self._build(block)
+                adapt(built)
             materialise(built, device)
             fill(built)
             partition(built)

@@ -18,6 +18,7 @@ from trainer.recipe.pipeline import layer_findings
 from trainer.recipe.places import printable, shown
 from trainer.recipe.tensor import tensor_findings
 from trainer.sections import Finding, Recipe
+from trainer.tuning.targets import target_findings
 
 
 def read_network(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
@@ -89,6 +90,7 @@ def fit_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding
     yield from _position_findings(recipe, network)
     yield from tensor_findings(recipe, network)
     yield from layer_findings(recipe, network)
+    yield from target_findings(recipe.tuning, network)
 
 
 def _task_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:

@@ -83,7 +83,7 @@ def _recipe(
 ) -> dict[str, Any]:
     """Everything that a layout could have to do with is kept as it was written."""
     recipe, given = resolved.recipe, resolved.given
-    kept: dict[str, Any] = {section: given[section] for section in ("parallel", "optimizer") if section in given}
+    kept: dict[str, Any] = {section: given[section] for section in ("parallel", "optimizer", "tuning") if section in given}
     policy = {key: value for key, value in given.get("deepspeed", {}).items() if key != "aio"}
     return {
         **kept,

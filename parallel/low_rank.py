@@ -1,0 +1,230 @@
+"""LoRA around parallel linear layers: Y = X Wᵀ + s · X Aᵀ Bᵀ with W frozen (Hu et al. 2021, arXiv:2106.09685); and DoRA,
+which trains how long each row of W + s · B A is beside where it points: Y = (X Wᵀ + s · X Aᵀ Bᵀ) · m / ‖W + s · B A‖
+(Liu et al. 2024, arXiv:2402.09353), the norm taken for a constant in backward, as in §4.3 there.
+
+Shape letters: N tokens of a micro-batch, I input features, O output features, R rank; a capital keeps its letter when it is
+local. A logical projection has A [R, I] and B [O, R] of its own, named after its Hugging Face module, whatever is fused here.
+
+The factor that lies at the divided dimension is divided as W is, the other is whole on every rank, and what passes between
+the two is R wide, so that is what the ranks exchange:
+
+| layer | A | B | between them |
+|---|---|---|---|
+| column-parallel | whole, of this rank's tokens: partial under sequence parallelism | rows as those of W | into the region |
+| row-parallel | columns as those of W | whole, of this rank's tokens: partial under sequence parallelism | out of it |
+
+m is divided as the rows of W; a row-parallel layer's norm is the sum over the ranks of what their columns add to its square.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from parallel.collectives import all_reduce
+from parallel.linear import ColumnParallelLinear, RowParallelLinear, Shard
+from parallel.mesh import Group
+from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
+from parallel.rng import Streams, dropout
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """`scale`: what X Aᵀ Bᵀ is multiplied with; `dropout`: rate on the X that A sees; `magnitude`: m is trained too (DoRA)."""
+
+    rank: int
+    scale: float
+    dropout: float = 0.0
+    magnitude: bool = False
+
+
+@dataclass(frozen=True)
+class InputDropout:
+    """Dropout of what A of one module sees; `features`: those of its inputs that this rank has."""
+
+    module: str
+    rate: float
+    in_features: int
+    features: slice
+
+    def __call__(self, x_NI: Tensor, streams: Streams | None, tokens: slice, num_tokens: int) -> Tensor:
+        """`tokens`: which of the micro-batch's `num_tokens` x has; `streams` None: x as it is."""
+        if not self.rate or streams is None:
+            return x_NI
+        shape = num_tokens // len(streams.seeds), self.in_features
+        keeps_NI = streams.keeps_features(f"{self.module}.lora", self.rate, shape, tokens, x_NI.device)
+        return dropout(x_NI, keeps_NI[:, self.features], self.rate)
+
+
+def first_factor(rank: int, in_features: int) -> Init:
+    """A starts uniform in ±1/√I, which is what peft draws (kaiming_uniform with a = √5); B at 0, so that Y starts as X Wᵀ."""
+    return Init(bound=1.0 / math.sqrt(in_features))
+
+
+class ColumnLowRank(Sharded):
+    """Beside a column-parallel layer, for those of its outputs that are of `modules`.
+
+    Forward: X [N, I] or this rank's tokens of it → H = X Aᵀ [N, R] of each module, all in one product where nothing is
+    dropped → all tokens → Y + s · H Bᵀ. Communication with sequence parallelism: an all-gather of H forward, a reduce-scatter
+    of its gradient backward; without: an all-reduce backward.
+    """
+
+    def __init__(self, layer: ColumnParallelLinear, modules: Collection[str], keys: LowRank) -> None:
+        super().__init__()
+        self.tp, self.keys = layer.tp, keys
+        shards = [*layer.local_shards, *layer.shared_shards]
+        # A module that holds q, k and v has one A for all of them, as it has in peft.
+        self.modules_here = list(dict.fromkeys(s.output.name for s in shards if s.output.name in modules))
+        self.features = [shard.features for shard in shards]
+        self.own_shards = len(layer.local_shards)
+        self.module_of = [
+            self.modules_here.index(s.output.name) if s.output.name in self.modules_here else None for s in shards
+        ]
+        R, I = keys.rank, layer.in_features  # noqa: E741
+        pieces = tuple(
+            Piece(f"{module}.lora_A.weight", (R, I), (0, 0), (R, I), index * R)
+            for index, module in enumerate(self.modules_here)
+        )
+        copies, partial = self.tp.group, self.tp.sequence
+        spec = ShardSpec(Role.MATRIX, first_factor(R, I), pieces, copies, partial, added=True)
+        self.declare("lora_A", (R * len(pieces), I), spec)
+        self._declare_second("", layer.local_shards, Group.alone())
+        self._declare_second("shared_", layer.shared_shards, layer.copies)
+        self.dropouts = [InputDropout(module, keys.dropout, I, slice(None)) for module in self.modules_here]
+
+    def _declare_second(self, prefix: str, shards: list[Shard], copies: Group) -> None:
+        adapted = [shard for shard in shards if shard.output.name in self.modules_here]
+        pieces, rows, R = [], 0, self.keys.rank
+        for s in adapted:
+            pieces.append(Piece(f"{s.output.name}.lora_B.weight", (s.output.of, R), (s.first, 0), (s.features, R), rows))
+            rows += s.features
+        if adapted:
+            spec = ShardSpec(Role.MATRIX, Init(), tuple(pieces), copies, copies.size > 1, added=True)
+            self.declare(f"{prefix}lora_B", (rows, R), spec)
+        if adapted and self.keys.magnitude:
+            lengths = tuple(
+                _lengths(p.name.removesuffix(".lora_B.weight"), p.shape[0], p.start[0], p.size[0], p.row) for p in pieces
+            )
+            spec = ShardSpec(Role.NORM, Init(), lengths, copies, copies.size > 1, added=True)
+            self.declare(f"{prefix}magnitude", (rows,), spec)
+
+    def forward(self, layer: ColumnParallelLinear, x_NI: Tensor, streams: Streams | None) -> Tensor:
+        h_NR = self.tp.enter(self._inside(x_NI, streams))
+        hs, seconds, lengths = h_NR.split(self.keys.rank, -1), self._rows("lora_B"), self._rows("magnitude")
+        firsts = self.lora_A.split(self.keys.rank)
+        parts = []
+        ours = self._of_layer(layer, "weight"), self._of_layer(layer, "bias")
+        for y, module, weight, bias in zip(layer.plain(x_NI).split(self.features, -1), self.module_of, *ours, strict=True):
+            if module is None:
+                parts.append(y)
+                continue
+            b_OR = next(seconds)
+            changed = torch.addmm(y, hs[module], b_OR.to(y.dtype).t(), alpha=self.keys.scale)
+            if self.keys.magnitude:
+                norm_O = _row_squares(weight, b_OR, firsts[module], self.keys.scale).sqrt()
+                changed = _rescaled(changed, next(lengths) / norm_O, bias)
+            parts.append(changed)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    @torch.no_grad()
+    def start_from(self, layer: ColumnParallelLinear) -> None:
+        if not self.keys.magnitude:
+            return
+        weights = [w for w, module in zip(self._of_layer(layer, "weight"), self.module_of, strict=True) if module is not None]
+        for length, weight in zip(self._rows("magnitude"), weights, strict=True):
+            length.copy_(weight.double().square().sum(-1).sqrt())
+
+    def _rows(self, name: str) -> Iterator[Tensor]:
+        """Of this parameter, what belongs to each adapted shard in turn."""
+        for prefix, part in (("", slice(0, self.own_shards)), ("shared_", slice(self.own_shards, None))):
+            shards = zip(self.features[part], self.module_of[part], strict=True)
+            sizes = [features for features, module in shards if module is not None]
+            if sizes and f"{prefix}{name}" in self.specs:
+                yield from getattr(self, f"{prefix}{name}").split(sizes)
+
+    def _of_layer(self, layer: ColumnParallelLinear, name: str) -> list[Tensor | None]:
+        """Of this parameter of the layer, what belongs to each shard; None where there is none."""
+        own, shared = layer.given(name), layer.given(f"shared_{name}")
+        if own is None:
+            return [None] * len(self.features)
+        parts = list(own.split(self.features[: self.own_shards]))
+        return parts if shared is None else [*parts, *shared.split(self.features[self.own_shards :])]
+
+    def _inside(self, x_NI: Tensor, streams: Streams | None) -> Tensor:
+        """X Aᵀ of every module, side by side, of the tokens in x."""
+        a_RI = self.lora_A.to(x_NI.dtype)
+        if not self.keys.dropout or streams is None:
+            return functional.linear(x_NI, a_RI)
+        num_tokens = x_NI.shape[0] * (self.tp.group.size if self.tp.sequence else 1)
+        tokens = self.tp.tokens(num_tokens)
+        firsts = zip(self.dropouts, a_RI.split(self.keys.rank), strict=True)
+        return torch.cat([functional.linear(drop(x_NI, streams, tokens, num_tokens), a) for drop, a in firsts], -1)
+
+
+class RowLowRank(Sharded):
+    """Beside a row-parallel layer.
+
+    Forward: X_i [N, I/p] → H = Σ_i X_i A_iᵀ [N, R], or this rank's tokens of it → Y + s · H Bᵀ. Communication: an all-reduce
+    of H forward; with sequence parallelism a reduce-scatter of it forward, an all-gather of its gradient backward.
+    """
+
+    def __init__(self, layer: RowParallelLinear, keys: LowRank) -> None:
+        super().__init__()
+        self.tp, self.keys = layer.tp, keys
+        group, R, O = self.tp.group, keys.rank, layer.out_features  # noqa: E741
+        local = group.part(layer.in_features, f"{layer.name}: input features")
+        first = group.rank * local
+        piece = Piece(f"{layer.name}.lora_A.weight", (R, layer.in_features), (0, first), (R, local))
+        spec = ShardSpec(Role.MATRIX, first_factor(R, layer.in_features), (piece,), Group.alone(), added=True)
+        self.declare("lora_A", (R, local), spec)
+        shape = (O, R)
+        spec = whole(
+            f"{layer.name}.lora_B.weight", shape, role=Role.MATRIX, init=Init(), copies=group, partial=self.tp.sequence
+        )
+        self.declare("lora_B", shape, replace(spec, added=True))
+        if keys.magnitude:
+            lengths = _lengths(layer.name, O, 0, O, 0)
+            self.declare("magnitude", (O,), ShardSpec(Role.NORM, Init(), (lengths,), group, self.tp.sequence, added=True))
+        self.drop = InputDropout(layer.name, keys.dropout, layer.in_features, slice(first, first + local))
+
+    def forward(self, layer: RowParallelLinear, x_NI: Tensor, streams: Streams | None) -> Tensor:
+        num_tokens = x_NI.shape[0]
+        x_in_NI = self.drop(x_NI, streams, slice(0, num_tokens), num_tokens)
+        h_NR = self.tp.leave(functional.linear(x_in_NI, self.lora_A.to(x_NI.dtype)))
+        y_NO = torch.addmm(layer.plain(x_NI), h_NR, self.lora_B.to(x_NI.dtype).t(), alpha=self.keys.scale)
+        if not self.keys.magnitude:
+            return y_NO
+        squares_O = _row_squares(layer.weight, self.lora_B, self.lora_A, self.keys.scale)
+        return _rescaled(y_NO, self.magnitude / all_reduce(squares_O, self.tp.group).sqrt(), layer.bias)
+
+    @torch.no_grad()
+    def start_from(self, layer: RowParallelLinear) -> None:
+        if self.keys.magnitude:
+            squares_O = layer.weight.double().square().sum(-1)
+            self.magnitude.copy_(all_reduce(squares_O, self.tp.group).sqrt())
+
+
+@torch.no_grad()
+def _row_squares(weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float) -> Tensor:
+    """What these columns add to ‖W + s · B A‖² of each row, in fp32 at least."""
+    wide = torch.promote_types(a_RI.dtype, torch.float32)
+    return torch.addmm(weight_OI.to(wide), b_OR.to(wide), a_RI.to(wide), alpha=scale).square().sum(-1)
+
+
+def _rescaled(y_NO: Tensor, factor_O: Tensor, bias_O: Tensor | None) -> Tensor:
+    """What the weights give, times the factor; the bias as it is."""
+    factor_O = factor_O.to(y_NO.dtype)
+    if bias_O is None:
+        return y_NO * factor_O
+    bias_O = bias_O.to(y_NO.dtype)
+    return (y_NO - bias_O) * factor_O + bias_O
+
+
+def _lengths(module: str, of: int, first: int, features: int, row: int) -> Piece:
+    """The piece of the magnitudes of a module's rows, as peft names them."""
+    return Piece(f"{module}.lora_magnitude_vector", (of,), (first,), (features,), row)

@@ -1,0 +1,154 @@
+"""Tuning without ranks: which modules the words mean, how many weights are trained, what the step costs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from parallel.low_rank import first_factor
+from parallel.mesh import Group
+from parallel.params import draw, initialise, owned_specs
+from parallel.tensor import TensorParallel
+from trainer.census import Census
+from trainer.checkpoint.facts import recipe_facts, refusals
+from trainer.flops import matmul_weights, training_flops
+from trainer.model.blocks import blocks_of
+from trainer.model.config import TransformerConfig
+from trainer.model.hugging_face import assembled
+from trainer.model.transformer import Stage
+from trainer.model.translation import translate
+from trainer.sections import Recipe, Tuning
+from trainer.tuning.adapt import adaptation, scale_of
+from trainer.tuning.merge import merged
+from trainer.tuning.peft_format import adapter_config, target_modules
+from trainer.tuning.targets import is_added, targeted_modules
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+LLAMA = translate("llama", {"vocab_size": 67, **SIZES})
+PHI3 = translate("phi3", {"vocab_size": 67, **SIZES})
+GPT2 = translate("gpt2", {"vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16})
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "expected"),
+    [
+        (LLAMA, ["attention"], ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        (LLAMA, ["q", "down"], ["down_proj", "q_proj"]),
+        (PHI3, ["attention", "mlp"], ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
+        (GPT2, ["attention", "mlp"], ["c_attn", "c_fc", "c_proj"]),
+        (GPT2, ["attention"], ["attn.c_proj", "c_attn"]),  # the MLP's c_proj is another
+        (GPT2, ["down"], ["mlp.c_proj"]),
+    ],
+)
+def test_peft_is_told_which_modules_are_meant(config: object, targets: list[str], expected: list[str]) -> None:
+    assert target_modules(Tuning(method="lora", targets=targets), config) == expected
+
+
+def test_rescaled_inputs_are_told_apart() -> None:
+    recipe = Recipe.model_validate({"tuning": {"method": "ia3", "targets": ["attention", "down"]}})
+    config = adapter_config(recipe, GPT2)
+    assert config["peft_type"] == "IA3"
+    assert config["target_modules"] == ["c_attn", "c_proj"]
+    assert config["feedforward_modules"] == ["c_proj"]
+    config = adapter_config(Recipe.model_validate({"tuning": {"method": "ia3"}}), LLAMA)
+    assert config["target_modules"] == ["down_proj", "k_proj", "v_proj"]
+    assert config["feedforward_modules"] == ["down_proj"]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("network", [LLAMA, GPT2])
+def test_a_merged_stream_has_the_models_own_names(method: str, network: TransformerConfig) -> None:
+    """Parts may come after their weights, and biases that nobody scales pass through."""
+    tuning = Tuning(method=method, targets=["attention", "mlp"])
+    stage = Stage(
+        network,
+        blocks_of(network),
+        dtype=torch.float32,
+        recompute="none",
+        tp=TensorParallel.alone(),
+        device=torch.device("cpu"),
+        adapt=adaptation(tuning, network),
+        fill=lambda block: initialise(block, seed=0),
+    )
+    specs = [(spec, parameter.detach()) for _, parameter, spec in owned_specs(stage)]
+    before = dict(assembled(specs))
+    after = dict(merged(assembled(specs), tuning=tuning, network=network))
+    assert list(after) != []
+    assert after.keys() == {name for name in before if not is_added(name)}
+    for name, tensor in after.items():
+        # Every method starts where the model is: B = 0, lengths as they are, scales 1.
+        torch.testing.assert_close(tensor, before[name], rtol=1e-6, atol=1e-7)
+
+
+def test_every_layer_is_adapted_in_the_order_of_the_model() -> None:
+    modules = targeted_modules(Tuning(method="lora", targets=["o", "v"]), LLAMA)
+    assert modules == [f"model.layers.{layer}.self_attn.{module}" for layer in (0, 1) for module in ("v_proj", "o_proj")]
+
+
+def test_scaling_is_that_of_the_papers() -> None:
+    assert scale_of(Tuning(method="lora", rank=64, alpha=32.0)) == 0.5
+    assert scale_of(Tuning(method="lora", rank=64, alpha=32.0, rank_stabilized=True)) == 4.0
+
+
+def test_the_first_factor_starts_as_kaiming_uniform_makes_it() -> None:
+    """With a = √5 its bound is √(6 / ((1 + 5) · I)) (He et al. 2015, arXiv:1502.01852)."""
+    assert first_factor(4, 64).bound == pytest.approx(math.sqrt(6.0 / ((1.0 + 5.0) * 64)))
+    drawn = draw("a", (200, 64), first_factor(200, 64), seed=0)
+    assert float(drawn.abs().max()) == pytest.approx(0.125, rel=1e-3)
+    assert float(drawn.std()) == pytest.approx(0.125 / math.sqrt(3), rel=0.02)
+    assert not torch.equal(drawn, draw("b", (200, 64), first_factor(200, 64), seed=0))
+
+
+def test_what_is_trained_is_counted_apart() -> None:
+    tuning = Tuning(method="lora", targets=["q", "down"], rank=4)
+    stage = Stage(
+        LLAMA,
+        blocks_of(LLAMA),
+        dtype=torch.float32,
+        recompute="none",
+        tp=TensorParallel.alone(),
+        device=torch.device("meta"),
+        adapt=adaptation(tuning, LLAMA),
+        fill=lambda block: None,
+    )
+    census = Census.take([(p, spec) for _, p, spec in owned_specs(stage)], Group.alone(), torch.device("cpu"))
+    of_layer = 4 * (32 + 32) + 4 * (48 + 32)
+    assert census.trained == census.trained_beside == 2 * of_layer
+    assert census.frozen_bytes == 4 * census.frozen
+    # A frozen weight costs its forward and its input's gradient, one beside it its own gradient too.
+    frozen = training_flops(LLAMA, [10], trained_beside=census.trained)
+    whole = training_flops(LLAMA, [10])
+    assert frozen - whole == 10 * (6 * census.trained - 2 * matmul_weights(LLAMA))
+
+
+def test_a_run_without_tuning_has_no_census_of_frozen_weights() -> None:
+    stage = Stage(
+        LLAMA,
+        blocks_of(LLAMA),
+        dtype=torch.float32,
+        recompute="none",
+        tp=TensorParallel.alone(),
+        device=torch.device("meta"),
+        fill=lambda block: None,
+    )
+    census = Census.take([(p, spec) for _, p, spec in owned_specs(stage)], Group.alone(), torch.device("cpu"))
+    assert (census.frozen, census.trained_beside) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [({"rank": 8}, "tuning.rank"), ({"targets": ["q"]}, "tuning.targets"), ({"dropout": 0.5}, None), ({"merge": True}, None)],
+)
+def test_what_a_checkpoint_of_an_adapter_can_be_gone_on_with(change: dict[str, object], refused: str | None) -> None:
+    tuning = {"method": "lora", "rank": 4}
+    saved, given = (recipe_facts(Recipe.model_validate({"tuning": keys})) for keys in (tuning, {**tuning, **change}))
+    lines = refusals("c", 1, saved, given, ())
+    assert [line.partition(":")[0] for line in lines] == ([refused] if refused else [])
+
+
+def test_a_checkpoint_of_all_weights_does_not_go_on_as_an_adapter() -> None:
+    saved, given = recipe_facts(Recipe()), recipe_facts(Recipe.model_validate({"tuning": {"method": "lora"}}))
+    (line,) = refusals("c", 1, saved, given, ())
+    assert line.startswith('tuning.method: c was saved with null, this run has "lora": it is another model')

@@ -1,0 +1,38 @@
+"""How many parameters a run trains, and how many it only holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from parallel.collectives import all_reduce
+from parallel.mesh import Group
+from parallel.params import ShardSpec
+
+
+class Census(NamedTuple):
+    """Elements of the whole logical model, tied ones once. `frozen_bytes`: in the format in which they are held."""
+
+    trained: int
+    frozen: int
+    frozen_bytes: int
+
+    @classmethod
+    def take(cls, specs: Iterable[tuple[nn.Parameter, ShardSpec]], replica: Group, device: torch.device) -> Census:
+        """`replica`: the ranks that hold one copy of the model together; each must ask."""
+        counts = torch.zeros(3, dtype=torch.int64, device=device)
+        for parameter, spec in specs:
+            if not spec.owned:
+                continue
+            elements = sum(torch.Size(piece.size).numel() for piece in spec.pieces)
+            held = [elements, 0, 0] if parameter.requires_grad else [0, elements, elements * parameter.element_size()]
+            counts += torch.tensor(held, device=device)
+        return cls(*all_reduce(counts, replica).tolist())
+
+    @property
+    def trained_beside(self) -> int | None:
+        """Elements trained beside a frozen network; None where the network itself is trained."""
+        return self.trained if self.frozen else None

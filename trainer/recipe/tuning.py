@@ -1,0 +1,45 @@
+"""What a recipe may ask of parameter-efficient tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from trainer.recipe.auto import AUTO
+from trainer.sections import Finding, Recipe
+
+METHOD = "tuning.method"
+# Which methods read which key.
+READERS = {
+    "targets": ("lora", "dora", "ia3"),
+    "rank": ("lora", "dora"),
+    "alpha": ("lora", "dora"),
+    "rank_stabilized": ("lora", "dora"),
+    "dropout": ("lora",),
+    "merge": ("lora", "dora", "ia3"),
+}
+
+
+def tuning_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
+    """Keys that nothing would read, and what tuning does not go with."""
+    if recipe.tuning.method is None:
+        for key in sorted(key for key in given if key.startswith("tuning.") and "[" not in key and key != METHOD):
+            yield Finding((key, METHOD), f"{key} is used only with {METHOD}: give one, or remove it")
+        return
+    for key, methods in READERS.items():
+        if f"tuning.{key}" in given and recipe.tuning.method not in methods:
+            yield Finding(
+                (f"tuning.{key}", METHOD),
+                f"tuning.{key} is used by {', '.join(methods)}, not by {recipe.tuning.method}: remove it",
+            )
+    if recipe.model.family == AUTO:
+        yield Finding(
+            (METHOD, "model.family"),
+            f'{METHOD} = "{recipe.tuning.method}" adapts our own layers, which family "auto" does not have: remove '
+            "it, or take one of the families that are built here",
+        )
+    if recipe.zero.offload_param.device == "nvme":
+        yield Finding(
+            ("zero.offload_param.device", METHOD),
+            f'zero.offload_param.device = "nvme": DeepSpeed 0.19 runs out of swap buffers where weights are frozen ({METHOD}); '
+            'legal: "cpu" or "none"',
+        )

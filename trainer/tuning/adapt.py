@@ -1,0 +1,67 @@
+"""Freezing the network and putting what is trained beside it, block by block, before any storage is there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+
+from torch import nn
+
+from parallel.linear import ColumnParallelLinear, RowParallelLinear
+from parallel.low_rank import ColumnLowRank, LowRank, RowLowRank
+from parallel.params import Sharded
+from parallel.rescaling import InputRescaling, OutputRescaling
+from trainer.model.config import TransformerConfig
+from trainer.sections import Tuning
+from trainer.tuning.targets import targeted_modules
+
+BIASES = ("bias", "shared_bias")  # what our layers and norms call them
+
+
+def adaptation(tuning: Tuning, config: TransformerConfig) -> Callable[[nn.Module], None]:
+    """What a `Stage` does to each of its blocks."""
+    if tuning.method is None:
+        return lambda block: None
+    modules = frozenset(targeted_modules(tuning, config))
+
+    def adapt(block: nn.Module) -> None:
+        block.requires_grad_(False)
+        if tuning.method == "bitfit":
+            _thaw_biases(block)
+        else:
+            _put_beside(block, modules, tuning)
+
+    return adapt
+
+
+def scale_of(tuning: Tuning) -> float:
+    """alpha / r (Hu et al. 2021, arXiv:2106.09685, §4.1), or alpha / √r, with which the learning rate need not change with the
+    rank (Kalajdzievski 2023, arXiv:2312.03732)."""
+    return tuning.alpha / (math.sqrt(tuning.rank) if tuning.rank_stabilized else tuning.rank)
+
+
+def _thaw_biases(block: nn.Module) -> None:
+    """All biases, those of norms too (Ben Zaken et al. 2021, arXiv:2106.10199)."""
+    for owner in block.modules():
+        if isinstance(owner, Sharded):
+            for name in owner.specs.keys() & set(BIASES):
+                getattr(owner, name).requires_grad_(True)
+
+
+def _put_beside(block: nn.Module, modules: Collection[str], tuning: Tuning) -> None:
+    for layer in list(block.modules()):
+        if isinstance(layer, ColumnParallelLinear):
+            if any(shard.output.name in modules for shard in (*layer.local_shards, *layer.shared_shards)):
+                layer.adapter = _column(layer, modules, tuning)
+        elif isinstance(layer, RowParallelLinear) and layer.name in modules:
+            layer.adapter = InputRescaling(layer) if tuning.method == "ia3" else RowLowRank(layer, _low_rank(tuning))
+
+
+def _column(layer: ColumnParallelLinear, modules: Collection[str], tuning: Tuning) -> ColumnLowRank | OutputRescaling:
+    if tuning.method == "ia3":
+        return OutputRescaling(layer, modules)
+    return ColumnLowRank(layer, modules, _low_rank(tuning))
+
+
+def _low_rank(tuning: Tuning) -> LowRank:
+    return LowRank(tuning.rank, scale_of(tuning), tuning.dropout, magnitude=tuning.method == "dora")

@@ -1,0 +1,67 @@
+"""What was learned, put into the weights that it was learned for: a model like any other, without an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from trainer.model.config import TransformerConfig
+from trainer.model.hugging_face import NamedTensor
+from trainer.model.names import WEIGHT_NAMES
+from trainer.model.network import Network
+from trainer.sections import Tuning
+from trainer.tuning.adapt import scale_of
+from trainer.tuning.targets import PARTS, is_added, parts_of, targeted_modules
+
+
+def merged(tensors: Iterable[NamedTensor], *, tuning: Tuning, network: Network) -> Iterator[NamedTensor]:
+    """The model's own tensors, the adapted ones with what was learned; each waits for its parts, which come with its layer."""
+    if tuning.method not in PARTS or not isinstance(network, TransformerConfig):
+        yield from tensors
+        return
+    parts_by_name = merged_tensors(tuning, network)
+    waiting: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if name in parts_by_name:
+            waiting[name] = tensor
+        elif is_added(name):
+            parts[name] = tensor
+        else:
+            yield name, tensor
+        for ready in [each for each in waiting if parts.keys() >= set(parts_by_name[each])]:
+            values = [parts[part] for part in parts_by_name[ready]]
+            yield ready, merge(waiting.pop(ready), values, name=ready, tuning=tuning, network=network)
+    assert not waiting, f"never complete: {', '.join(waiting)}"
+
+
+def merged_tensors(tuning: Tuning, network: TransformerConfig) -> dict[str, list[str]]:
+    """For each tensor that changes, the names of the parts that change it: weights, and the biases of what is rescaled."""
+    kinds = ("weight", "bias") if tuning.method == "ia3" else ("weight",)
+    outputs_end = (WEIGHT_NAMES[network.family].attention_out, WEIGHT_NAMES[network.family].mlp_out)
+    inputs_are_scaled = tuple(name.rpartition("}")[2] + ".bias" for name in outputs_end)
+    names = {f"{module}.{kind}": parts_of(tuning, module) for module in targeted_modules(tuning, network) for kind in kinds}
+    return {name: parts for name, parts in names.items() if not name.endswith(inputs_are_scaled)}
+
+
+def merge(tensor: Tensor, parts: Sequence[Tensor], *, name: str, tuning: Tuning, network: TransformerConfig) -> Tensor:
+    """Computed and left in fp32 at least."""
+    wide = torch.promote_types(parts[0].dtype, torch.float32)
+    parts, tensor = [part.to(wide) for part in parts], tensor.to(wide)
+    if name.endswith(".bias"):
+        return tensor * parts[0].flatten()
+    transposed = WEIGHT_NAMES[network.family].transposed
+    weight_OI = tensor.t() if transposed else tensor
+    weight_OI = weight_OI * parts[0] if tuning.method == "ia3" else _with_factors(weight_OI, parts, scale_of(tuning))
+    return weight_OI.t().contiguous() if transposed else weight_OI
+
+
+def _with_factors(weight_OI: Tensor, parts: Sequence[Tensor], scale: float) -> Tensor:
+    """W + s · B A, its rows stretched to their lengths where there are such (DoRA)."""
+    a_RI, b_OR, *lengths = parts
+    changed_OI = weight_OI + scale * (b_OR @ a_RI)
+    if not lengths:
+        return changed_OI
+    return changed_OI * (lengths[0] / torch.linalg.vector_norm(changed_OI, dim=-1)).unsqueeze(-1)

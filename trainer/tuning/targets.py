@@ -1,0 +1,99 @@
+"""Which modules of a network the recipe's words mean. No torch, so that `check` can say it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trainer.model.config import TransformerConfig
+from trainer.model.names import WEIGHT_NAMES
+from trainer.sections import Finding, Tuning
+
+GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+TARGETS = "tuning.targets"
+# What is adapted when the recipe does not say: all for low-rank factors (Dettmers et al. 2023, arXiv:2305.14314, §4), and
+# what the paper of (IA)³ rescales.
+DEFAULTS = {"lora": ("attention", "mlp"), "dora": ("attention", "mlp"), "ia3": ("k", "v", "down")}
+# What is trained beside an adapted module, as peft ends the names.
+PARTS = {
+    "lora": (".lora_A.weight", ".lora_B.weight"),
+    "dora": (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"),
+    "ia3": (".ia3_l",),
+}
+
+
+def targets_of(tuning: Tuning) -> tuple[str, ...]:
+    """Words of the recipe, or the method's own."""
+    return tuple(tuning.targets) if tuning.targets is not None else DEFAULTS.get(str(tuning.method), ())
+
+
+def roles_of(tuning: Tuning) -> set[str]:
+    """Single projections."""
+    return {role for target in targets_of(tuning) for role in GROUPS.get(target, (target,))}
+
+
+def modules_by_role(config: TransformerConfig, layer: int) -> dict[str, str]:
+    """The Hugging Face module of each linear projection of a layer; several have the same where the family fuses them."""
+    names = WEIGHT_NAMES[config.family]
+    inputs = names.mlp_inputs(config, layer)
+    return {
+        **{role: output.name for role, output in zip("qkv", names.query_key_value(config, layer), strict=True)},
+        "o": names.attention_out.format(layer=layer),
+        **{role: output.name for role, output in zip(("gate", "up")[-len(inputs) :], inputs, strict=True)},
+        "down": names.mlp_out.format(layer=layer),
+    }
+
+
+def targeted_modules(tuning: Tuning, config: TransformerConfig) -> list[str]:
+    """Hugging Face's names of all modules that are adapted, in the order of the model."""
+    wanted = roles_of(tuning)
+    found = (
+        module
+        for layer in range(config.num_layers)
+        for role, module in modules_by_role(config, layer).items()
+        if role in wanted
+    )
+    return list(dict.fromkeys(found))
+
+
+def parts_of(tuning: Tuning, module: str) -> list[str]:
+    """Logical names of what is trained beside a module's weight."""
+    return [module + part for part in PARTS[str(tuning.method)]]
+
+
+def is_added(name: str) -> bool:
+    """Whether a logical tensor is none of the model's own."""
+    return any(name.endswith(parts) for parts in PARTS.values())
+
+
+def target_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Finding]:
+    """Words for what the family does not have, or has only together with others."""
+    if tuning.method == "bitfit":
+        yield from _bias_findings(config)
+    elif tuning.method is not None:
+        yield from _projection_findings(tuning, config)
+
+
+def _bias_findings(config: TransformerConfig) -> Iterator[Finding]:
+    if not (config.qkv_bias or config.attention_out_bias or config.mlp_bias or config.norm_bias):
+        yield Finding(
+            ("tuning.method", "model.family", "model.from_pretrained"),
+            f'tuning.method = "bitfit" trains biases, and this {config.family} has none; legal: {", ".join(PARTS)}',
+        )
+
+
+def _projection_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Finding]:
+    modules, wanted = modules_by_role(config, 0), roles_of(tuning)
+    keys = (TARGETS, "model.family", "model.from_pretrained", "tuning.method")
+    for target in targets_of(tuning):
+        if target not in GROUPS and target not in modules:
+            legal = ", ".join([*GROUPS, *modules])
+            yield Finding(keys, f'{TARGETS}: family {config.family} has no projection "{target}"; legal: {legal}')
+    for module in dict.fromkeys(modules.values()):
+        fused = [role for role, of in modules.items() if of == module]
+        if not wanted.isdisjoint(fused) and not wanted.issuperset(fused):
+            asked = ", ".join(role for role in fused if role in wanted)
+            yield Finding(
+                keys,
+                f"{TARGETS}: family {config.family} holds {', '.join(fused)} in one module ({module.rpartition('.')[2]}), and "
+                f"peft's format has one adapter for it, not one for {asked} alone; legal: all of {', '.join(fused)}, or none",
+            )
