@@ -65,5 +65,6 @@ def finish(run: Session, summary: dict[str, object]) -> None:
     summary |= run.goodput(recipe.train.steps)
     summary |= {"num_params": run.engine.num_params, "world_size": run.place.world_size, "devices": run.devices}
     run.tracker.finish(summary)
+    run.end_account(recipe.train.steps)
     if run.place.is_first:
         write_report(run.folder.path)

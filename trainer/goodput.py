@@ -45,12 +45,19 @@ class Ledger:
         self._from_step = from_step
         self._lost_s = 0.0
         self._written = -math.inf
+        self._ended = False
 
     def write(self, step: int, totals: Mapping[str, float], waiting: Mapping[str, float], *, always: bool = False) -> None:
         """`totals`: seconds by phase since this was made; `waiting`: by phase, the share of it that waited for other ranks."""
         if always or time.monotonic() - self._written >= WRITTEN_EVERY_S:
             self._written = time.monotonic()
             write_json(self._path, {"starts": [*self._starts, self.of_now(step, totals, waiting)]})
+
+    def end(self, step: int, totals: Mapping[str, float], waiting: Mapping[str, float]) -> None:
+        """The last word of this start; the first one counts, so that a report made of it stays true."""
+        if not self._ended:
+            self._ended = True
+            self.write(step, totals, waiting, always=True)
 
     def of_now(self, step: int, totals: Mapping[str, float], waiting: Mapping[str, float]) -> dict[str, Any]:
         seconds = dict.fromkeys(KINDS[:-1], 0.0)

@@ -90,6 +90,10 @@ class Session:
         if self.ledger is not None:
             self.ledger.write(step, self.engine.watch.totals(), self.watchdog.waiting(), always=always)
 
+    def end_account(self, step: int) -> None:
+        if self.ledger is not None:
+            self.ledger.end(step, self.engine.watch.totals(), self.watchdog.waiting())
+
     def goodput(self, step: int) -> dict[str, float]:
         """{"goodput": the share of the time that the run was given in which it trained}; {} off the first rank."""
         if self.ledger is None:
@@ -176,7 +180,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
                 ledger = _open_ledger(folder, found)
                 remarks += _clear_the_way(folder, found, resolved.given)
         if ledger is not None:
-            stack.callback(lambda: ledger.write(watch.step, watch.totals(), watchdog.waiting(), always=True))
+            stack.callback(lambda: ledger.end(watch.step, watch.totals(), watchdog.waiting()))
         checkpoints = Checkpoints(
             recipe, plan, mesh.layout, facts, CheckpointFolder(folder.checkpoints), messages, found, files.save
         )
