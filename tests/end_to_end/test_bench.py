@@ -50,6 +50,7 @@ def test_one_process_beside_the_plain_loop(tmp_path: Path) -> None:
         assert_spread(figure["peak_share"])
 
 
+@pytest.mark.grid
 def test_two_processes_beside_ddp(tmp_path: Path) -> None:
     contenders = ("torch FSDP2", "ZeRO-2", "ZeRO-3, all on CPU")
     arguments = ("--quick", "--dtypes", "bf16", "--json", str(tmp_path / "figures.jsonl"), "--contenders", *contenders)

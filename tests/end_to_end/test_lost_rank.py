@@ -21,9 +21,8 @@ TIMEOUT_S = 8
 KILLED, STOPPED = (signal.SIGKILL, 75, "is gone"), (signal.SIGSTOP, 124, "is stopped (SIGSTOP")
 LOSSES = [
     (*KILLED, 1),
-    (*STOPPED, 0),
     pytest.param(*KILLED, 0, marks=pytest.mark.grid),
-    pytest.param(*STOPPED, 1, marks=pytest.mark.grid),
+    *(pytest.param(*STOPPED, rank, marks=pytest.mark.grid) for rank in (0, 1)),
 ]
 RECIPE = {
     "run": {"name": "run"},

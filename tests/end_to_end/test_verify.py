@@ -55,7 +55,9 @@ def rows(done: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:
     return {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line[:2] in ("tp", "dp", "on")}
 
 
-@pytest.mark.parametrize(("model", "stage"), [(LLAMA, 2), (GPT2, 1)], ids=["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("model", "stage"), [pytest.param(LLAMA, 2, id="llama", marks=pytest.mark.grid), pytest.param(GPT2, 1, id="gpt2")]
+)
 def test_right_layouts_agree(model: dict[str, Any], stage: int, tmp_path: Path) -> None:
     done = verify(tmp_path, model, stage, *LAYOUTS)
     assert (done.returncode, done.stderr) == (0, "")
@@ -102,6 +104,7 @@ def test_a_mistake_in_the_gradients_is_found_and_named(tmp_path: Path) -> None:
     assert rows(done)["tp2"][7:] == ["mistake", "model.layers.0.input_layernorm.weight", "(gradient)"]
 
 
+@pytest.mark.grid
 def test_a_mistake_after_the_gradients_and_a_refused_layout(tmp_path: Path) -> None:
     """Embeddings decay, which the gradient in float64 does not show; and 16 heads do not divide by 3."""
     done = verify(tmp_path, LLAMA, 3, "dp2", "tp3", mistake=DECAY)
