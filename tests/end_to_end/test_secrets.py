@@ -271,8 +271,8 @@ def evaluate(run, *, steps_done):
     try:
         raise KeyError(text)
     except KeyError:
-        logging.getLogger("a.library").exception(text)
-    late = logging.getLogger("a.late.library")  # with a handler that nobody could take away yet
+        logging.getLogger("a.dependency").exception(text)
+    late = logging.getLogger("a.late.dependency")  # with a handler that nobody could take away yet
     late.propagate = False
     late.addHandler(logging.StreamHandler())
     late.warning("late: %s", text)

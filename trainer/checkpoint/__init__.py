@@ -1,4 +1,4 @@
-"""Checkpoints without a layout: saved once, read in any, atomic, hashed, without pickle.
+"""Checkpoints without a layout: saved once, read in any, atomic, hashed; nothing in one can run.
 
 | file | job |
 |---|---|
