@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.durable import write_json
+from trainer.watchdog.stacks import start_of
 
 LEDGER = "goodput.json"
 WRITTEN_EVERY_S = 30.0  # a kill leaves at most this much of the last start untold
@@ -123,8 +124,8 @@ def lost_s(times: Mapping[int, float], from_step: int) -> float:
 
 def age_of_this_process() -> float:
     """Seconds since it was started."""
-    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-    return float(Path("/proc/uptime").read_text().split()[0]) - started
+    started_s = start_of(os.getpid()) / os.sysconf("SC_CLK_TCK")
+    return float(Path("/proc/uptime").read_text().split()[0]) - started_s
 
 
 def _close(start: dict[str, Any], from_step: int, times: Mapping[int, float]) -> None:

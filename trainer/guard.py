@@ -38,7 +38,7 @@ class Guard:
         self._keys = run.recipe.guard
         memory = run.checkpoints.memory.get("guard", {})
         self._in_a_row: int = memory.get("skipped_in_a_row", 0)
-        self._must_rewind = False
+        self.must_rewind = False  # the last step's spike is to be undone
         self._agreed: int = run.checkpoints.start_step  # after this step all replicas were the same
         self._windows = {
             name: SpikeWindow(self._keys.spike_window, self._keys.spike_threshold, memory.get(name, ()))
@@ -48,11 +48,6 @@ class Guard:
     def state(self) -> dict[str, Any]:
         """What a resumed run must judge by."""
         return {"skipped_in_a_row": self._in_a_row, **{name: window.values for name, window in self._windows.items()}}
-
-    @property
-    def must_rewind(self) -> bool:
-        """Whether the last step's spike is to be undone."""
-        return self._must_rewind
 
     @property
     def norm_limit(self) -> float:
@@ -153,7 +148,7 @@ class Guard:
                     f"step {step + 1}: spike: {name} {value:.4g} is above {limit:.4g}, {self._keys.spike_threshold:g} robust "
                     f"deviations over the median of the last {self._keys.spike_window} steps"
                 )
-                self._must_rewind |= self._may_rewind()
+                self.must_rewind |= self._may_rewind()
             window.add(value)
 
     def _may_rewind(self) -> bool:

@@ -104,17 +104,22 @@ class Session:
     @property
     def skipped_data(self) -> int:
         """Steps whose data is left out from here on, because of spikes."""
+        return self._skipped_before + self.newly_skipped
+
+    @property
+    def _skipped_before(self) -> int:
+        """Of them, those that the checkpoint knows of."""
         skipped: int = self.checkpoints.memory.get("data", {}).get("skipped_steps", 0)
-        return skipped + self.newly_skipped
+        return skipped
 
     def rewind(self, steps_done: int) -> int:
         """After a spike in the last of `steps_done` steps: everything as the newest checkpoint has it, but for the data, which
         goes on after the spike; the number of steps done now."""
         skipped = self.skipped_data
-        times = {int(record["step"] or 0): float(record["time"] or 0.0) for record in read_metrics(self.folder.metrics)}
+        times = _times_of_steps(self.folder)
         lines = self.checkpoints.rewind(self.engine)
         step = self.checkpoints.start_step
-        self.newly_skipped = skipped + steps_done - step - self.checkpoints.memory.get("data", {}).get("skipped_steps", 0)
+        self.newly_skipped = skipped + steps_done - step - self._skipped_before
         self.tracker.rewind(step)
         if self.ledger is not None:
             self.ledger.lose(lost_s(times, step))
@@ -292,8 +297,12 @@ def _facts(recipe: Recipe, files: ModelFiles, prepared: PreparedData) -> dict[st
 
 def _open_ledger(folder: RunFolder, found: Found | None) -> Ledger:
     from_step = found.manifest.step if found else 0
-    times = {int(record["step"] or 0): float(record["time"] or 0.0) for record in read_metrics(folder.metrics)}
-    return Ledger(folder.path, from_step=from_step, times=times)
+    return Ledger(folder.path, from_step=from_step, times=_times_of_steps(folder))
+
+
+def _times_of_steps(folder: RunFolder) -> dict[int, float]:
+    """When each step was logged."""
+    return {int(record["step"] or 0): float(record["time"] or 0.0) for record in read_metrics(folder.metrics)}
 
 
 def _clear_the_way(folder: RunFolder, found: Found | None, given: dict[str, Any]) -> list[str]:

@@ -147,12 +147,11 @@ class Watchdog:
 
     def _exchange(self) -> None:
         self._last_resort.put_off()
-        asked = time.monotonic()
-        beat = self._say()
-        self._store.check([self._key("beat", self.rank)])
+        beat, asked = self._say(), time.monotonic()
+        is_over = self._store.check([self._key("verdict")])
         self._answered = time.monotonic()
         self._answer_s = self._answered - asked
-        if self._store.check([self._key("verdict")]):
+        if is_over:
             self._end(self._told())
         elif self.rank == 0 or (self.rank < JUDGES and beat.idle_s > beat.limit_s / 2):
             self._judge()
@@ -176,8 +175,8 @@ class Watchdog:
             step=watch.step,
             phase=watch.phase,
             doing=innermost_of_ours(self._stack()),
-            idle_s=time.monotonic() - watch.changed,
-            limit_s=self._limits.of(watch.phase, settled=watch.settled),
+            idle_s=self._idle_s,
+            limit_s=self._limit_s,
             data_s=self._worked_s["data"],
             compute_s=sum(self._worked_s[phase] for phase in ("forward", "backward", "optimizer")),
             answer_s=self._answer_s,
@@ -211,10 +210,18 @@ class Watchdog:
     def _mind_the_store(self) -> None:
         """A store that does not answer holds the other thread for ever; this one never talks to it."""
         while not self._over.wait(BEAT_S):
-            beat = self._beat()
-            if self.rank and time.monotonic() - self._answered > STORE_S and beat.idle_s >= beat.limit_s:
-                self._end(self._without_store(EXIT_HANG, f"no answer for {beat.idle_s:.0f} s"))
+            overdue = self.rank > 0 and time.monotonic() - self._answered > STORE_S
+            if overdue and self._idle_s >= self._limit_s:
+                self._end(self._without_store(EXIT_HANG, f"no answer for {self._idle_s:.0f} s"))
                 return
+
+    @property
+    def _idle_s(self) -> float:
+        return time.monotonic() - self._watch.changed
+
+    @property
+    def _limit_s(self) -> float:
+        return self._limits.of(self._watch.phase, settled=self._watch.settled)
 
     # -------------------------------------------------------------------------------------------------------- the end
 
@@ -338,7 +345,7 @@ class Watchdog:
         finding, now = find(scene), datetime.now(UTC)
         path = self._logs / f"autopsy-{now:%Y%m%dT%H%M%S}.txt"
         who = f"rank {', '.join(map(str, finding.ranks))} {finding.what}" if finding.ranks else finding.what
-        line = redact_text(f"rank {self.rank}: {who} ({noticed}; this rank was in {self._beat().at}); start the run again")
+        line = redact_text(f"rank {self.rank}: {who} ({noticed}; this rank was in {self._watch.doing}); start the run again")
         ranks = f"{self.size} rank{'s' if self.size > 1 else ''}"
         title = f"Autopsy of run {self._run_name}, {ranks}, {now:%Y-%m-%d %H:%M:%S} UTC"
         text = redact_text(page(title, line, scene, finding))
