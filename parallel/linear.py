@@ -150,7 +150,27 @@ def _linear(x_NI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return functional.linear(x_NI, weight.to(x_NI.dtype), None if bias is None else bias.to(x_NI.dtype))
 
 
-class ColumnParallelLinear(Sharded):
+class _Adaptable(Sharded):
+    """A layer that may have an adapter beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapter: Adapter | None = None
+
+    def forward(self, x_NI: Tensor, streams: Streams | None = None) -> Tensor:
+        """`streams`: for the dropout of an adapter."""
+        return self.plain(x_NI) if self.adapter is None else self.adapter(self, x_NI, streams)
+
+    def derive(self) -> None:
+        if self.adapter is not None:
+            self.adapter.start_from(self)
+
+    def plain(self, x_NI: Tensor) -> Tensor:
+        """Without an adapter."""
+        raise NotImplementedError
+
+
+class ColumnParallelLinear(_Adaptable):
     """Y = X Aᵀ + b with the rows of A, the output features, divided: A = [A_1; …; A_p], Y_i = X A_iᵀ + b_i.
 
     Several outputs (q, k, v or gate, up) are fused in one matrix product. Each is divided on its own, so a rank's weight
@@ -184,7 +204,6 @@ class ColumnParallelLinear(Sharded):
         if shared:
             assert copies is not None, "shared outputs need to know who shares them"
             self.shared_shards = self._declare("shared_", shared, bias, copies)
-        self.adapter: Adapter | None = None
 
     def _declare(self, prefix: str, outputs: Sequence[Output], bias: bool, copies: Group) -> list[Shard]:
         """Weight and bias of outputs that are cut into one part for each `copies` ranks; what is here of each."""
@@ -209,14 +228,6 @@ class ColumnParallelLinear(Sharded):
             self.declare(f"{prefix}bias", (features,), ShardSpec(Role.BIAS, Init(), tuple(biases), copies, partial))
         return shards
 
-    def forward(self, x_NI: Tensor, streams: Streams | None = None) -> Tensor:
-        """`streams`: for the dropout of an adapter."""
-        return self.plain(x_NI) if self.adapter is None else self.adapter(self, x_NI, streams)
-
-    def derive(self) -> None:
-        if self.adapter is not None:
-            self.adapter.start_from(self)
-
     def plain(self, x_NI: Tensor) -> Tensor:
         """Without an adapter."""
         if self.tp.group.size == 1 and self.tp.deferred is None:
@@ -231,7 +242,7 @@ class ColumnParallelLinear(Sharded):
         return getattr(self, name) if name in self.specs else None
 
 
-class RowParallelLinear(Sharded):
+class RowParallelLinear(_Adaptable):
     """Y = X Aᵀ + b with the columns of A, the input features, divided: Y = Σ_i X_i A_iᵀ + b.
 
     Forward: X_i [N, I/p] → Y [N, O], or this rank's tokens of it; the bias is added once, after the sum over the group.
@@ -245,7 +256,6 @@ class RowParallelLinear(Sharded):
         super().__init__()
         self.tp = tp
         self.name, self.in_features, self.out_features = name, in_features, out_features
-        self.adapter: Adapter | None = None
         local = tp.group.part(in_features, f"{name}: input features")
         shape, start, size = (out_features, in_features), (0, tp.group.rank * local), (out_features, local)
         if transposed:
@@ -257,14 +267,6 @@ class RowParallelLinear(Sharded):
             self.declare("bias", (out_features,), spec)
         else:
             self.bias = None
-
-    def forward(self, x_NI: Tensor, streams: Streams | None = None) -> Tensor:
-        """`streams`: for the dropout of an adapter."""
-        return self.plain(x_NI) if self.adapter is None else self.adapter(self, x_NI, streams)
-
-    def derive(self) -> None:
-        if self.adapter is not None:
-            self.adapter.start_from(self)
 
     def plain(self, x_NI: Tensor) -> Tensor:
         """Without an adapter."""

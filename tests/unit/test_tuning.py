@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from parallel.low_rank import first_factor
 from parallel.mesh import Group
@@ -57,21 +59,25 @@ def test_rescaled_inputs_are_told_apart() -> None:
     assert config["feedforward_modules"] == ["down_proj"]
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
-@pytest.mark.parametrize("network", [LLAMA, GPT2])
-def test_a_merged_stream_has_the_models_own_names(method: str, network: TransformerConfig) -> None:
-    """Parts may come after their weights, and biases that nobody scales pass through."""
-    tuning = Tuning(method=method, targets=["attention", "mlp"])
-    stage = Stage(
+def whole_model(network: TransformerConfig, tuning: Tuning, device: str, fill: Callable[[nn.Module], None]) -> Stage:
+    return Stage(
         network,
         blocks_of(network),
         dtype=torch.float32,
         recompute="none",
         tp=TensorParallel.alone(),
-        device=torch.device("cpu"),
+        device=torch.device(device),
         adapt=adaptation(tuning, network),
-        fill=lambda block: initialise(block, seed=0),
+        fill=fill,
     )
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("network", [LLAMA, GPT2])
+def test_a_merged_stream_has_the_models_own_names(method: str, network: TransformerConfig) -> None:
+    """Parts may come after their weights, and biases that nobody scales pass through."""
+    tuning = Tuning(method=method, targets=["attention", "mlp"])
+    stage = whole_model(network, tuning, "cpu", lambda block: initialise(block, seed=0))
     specs = [(spec, parameter.detach()) for _, parameter, spec in owned_specs(stage)]
     before = dict(assembled(specs))
     after = dict(merged(assembled(specs), tuning=tuning, network=network))
@@ -103,16 +109,7 @@ def test_the_first_factor_starts_as_kaiming_uniform_makes_it() -> None:
 
 def test_what_is_trained_is_counted_apart() -> None:
     tuning = Tuning(method="lora", targets=["q", "down"], rank=4)
-    stage = Stage(
-        LLAMA,
-        blocks_of(LLAMA),
-        dtype=torch.float32,
-        recompute="none",
-        tp=TensorParallel.alone(),
-        device=torch.device("meta"),
-        adapt=adaptation(tuning, LLAMA),
-        fill=lambda block: None,
-    )
+    stage = whole_model(LLAMA, tuning, "meta", lambda block: None)
     census = Census.take([(p, spec) for _, p, spec in owned_specs(stage)], Group.alone(), torch.device("cpu"))
     of_layer = 4 * (32 + 32) + 4 * (48 + 32)
     assert census.trained == census.trained_beside == 2 * of_layer
