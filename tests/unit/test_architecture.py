@@ -140,7 +140,7 @@ OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
         ),
     ),
     "wandb": (True, ("trainer/track/wandb.py",)),
-    "datasets": (True, ("trainer/data/sources.py",)),
+    "datasets": (True, ("trainer/data/readers.py",)),
     "tensorboard": (True, ("trainer/track/tensorboard.py",)),
     "matplotlib": (False, ("trainer/track/plots.py", "trainer/timeline.py")),
     "transformers": (
@@ -360,7 +360,7 @@ BAD: list[tuple[Rule, str, str]] = [
     (owned_libraries, "trainer/track/wandb.py", "import wandb"),
     (owned_libraries, "trainer/track/wandb.py", "class A:\n    import wandb"),
     (owned_libraries, "trainer/data/build.py", "def f():\n    import datasets"),
-    (owned_libraries, "trainer/data/sources.py", "import datasets"),
+    (owned_libraries, "trainer/data/readers.py", "import datasets"),
     (owned_libraries, "trainer/track/report.py", "from matplotlib import pyplot"),
     (owned_libraries, "trainer/track/tracker.py", "def f():\n    import tensorboard"),
     (owned_libraries, "trainer/model/hugging_face.py", "def f():\n    import transformers"),

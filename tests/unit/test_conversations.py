@@ -64,12 +64,12 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], Conversation]] = {
 @pytest.mark.parametrize("name", ROWS)
 def test_every_shape_is_read(name: str) -> None:
     row, keys, expected = ROWS[name]
-    assert ChatRows(**keys).conversation_of(row) == expected
+    assert ChatRows(**keys).example_of(row) == expected
 
 
 def test_what_a_prompt_says_is_not_learned() -> None:
     row = {"prompt": [*TURNS, TURNS[0]], "completion": TURNS[1:]}
-    assert [turn.counts for turn in ChatRows().conversation_of(row)] == [False, False, False, True]
+    assert [turn.counts for turn in ChatRows().example_of(row)] == [False, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_what_a_prompt_says_is_not_learned() -> None:
 )
 def test_a_row_that_is_none(row: dict[str, Any], keys: dict[str, Any], message: str) -> None:
     with pytest.raises(Fault, match=message):
-        ChatRows(**keys).conversation_of(row)
+        ChatRows(**keys).example_of(row)
 
 
 def test_the_door_knows_the_same_names() -> None:
@@ -159,14 +159,14 @@ def as_folder(folder: Path) -> Path:
 
 def corpus_of(path: Path, **keys: Any) -> Corpus:
     source = sections.Source.model_validate({"path": str(path), **keys})
-    return look_at(source, where="data.sources[0]", digests=Digests(path.parent / "cache"), chat=True)
+    return look_at(source, where="data.sources[0]", digests=Digests(path.parent / "cache")).in_rows(source, "sft")
 
 
 def contents_of(corpus: Corpus) -> list[tuple[str, ...]]:
     return [
         tuple(turn.content for turn in conversation)
         for shard in corpus.shards
-        for conversation in shard.conversations(lambda conversation: conversation)
+        for conversation in shard.examples(lambda conversation: conversation)
     ]
 
 

@@ -177,7 +177,7 @@ def test_the_unigram_baseline_is_the_formula(corpus: Path, tmp_path: Path) -> No
     ("content", "keys", "kind", "message"),
     [
         ('{"text": "fine"}\nbroken\n', {}, DataError, r"corpus.jsonl:2: not JSON"),
-        ('{"text": ""}\n', {}, DataError, r"data.sources\[0\]: .* holds no token"),
+        ('{"text": ""}\n', {}, DataError, r"data.sources\[0\]: .* holds nothing to learn: its documents are empty"),
         (
             '{"text": "short"}\n',
             {},

@@ -74,7 +74,10 @@ def test_an_epoch_learns_every_answer_once_with_its_question_before_it(isolate: 
         tokens, labels = batch.tokens_BS[0], batch.labels_BS[0]
         documents = batch.documents[0] if isolate else tuple(np.diff([0, *starts(found, tokens), S]).tolist())
         for begin, size in zip(np.cumsum([0, *documents]), documents, strict=False):
-            conversation = found.tokenizer.decode(tokens[begin : begin + size].tolist())
+            inside = tokens[begin : begin + size].tolist()
+            if set(inside) == {found.tokenizer.end_of_document}:  # what is left of the row
+                continue
+            conversation = found.tokenizer.decode(inside)
             asked = [row for row in ROWS if f"user\n{row['prompt']}<" in conversation]
             assert len(asked) == 1, "a row holds whole conversations"
             assert asked[0]["completion"] in answers_of(found, [batch])
@@ -130,7 +133,8 @@ def test_what_is_cut_or_left_out_is_counted_and_said_at_every_start(tmp_path: Pa
             f"data: {path}: 1 of 7 conversations left out: the first answer begins beyond 80 tokens",
             f"data: {path}: 2 of 7 conversations left out: no answer, or only empty ones",
         )
-        assert found.train[0].num_documents == 4
+        assert found.train[0].packing is not None
+        assert found.train[0].packing.examples == 4
     cut = next(batch for batch in epoch(found) if batch.labels_BS[0, -2] == ord("a"))
     assert cut.num_targets == 80 - prompt_tokens
     assert prepared(path, seq_len=256).notes[0].startswith(f"data: {path}: 2 of 7 conversations left out: no answer")
@@ -209,9 +213,9 @@ def test_every_flipped_bit_of_the_mask_is_found(tmp_path: Path) -> None:
 
 def test_damaged_counts_are_named(tmp_path: Path) -> None:
     found = prepared(write(tmp_path))
-    counts = found.train[0].path.parent / "left_out.json"
+    counts = found.train[0].path.parent / "counts.json"
     counts.write_text("{}}")
-    with pytest.raises(DataError, match=r"left_out\.json: damaged"):
+    with pytest.raises(DataError, match=r"counts\.json: damaged"):
         prepared(tmp_path / "chats.jsonl")
 
 

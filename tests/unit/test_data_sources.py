@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from trainer import sections
 from trainer.data import sources
 from trainer.data.digests import Digests
-from trainer.data.sources import Corpus, Shard, look_at
+from trainer.data.readers import Shard
+from trainer.data.sources import Corpus, look_at
 from trainer.data.workers import ENVIRONMENT
 from trainer.errors import DataError, RecipeError
 
@@ -39,7 +40,7 @@ def corpus_of(path: Path | str, digests: Digests, **keys: str) -> Corpus:
 
 def texts_of(corpus: Corpus) -> list[str]:
     """The documents as a worker would read them: shard by shard, each gone through JSON."""
-    shards = [Shard.from_json(json.loads(json.dumps(asdict(shard)))) for shard in corpus.shards]
+    shards = [Shard.from_json(json.loads(json.dumps(asdict(shard))), None) for shard in corpus.shards]
     return [text for shard in shards for text in shard.documents()]
 
 
@@ -321,8 +322,8 @@ def test_readers_import_no_torch(tmp_path: Path, digests: Digests) -> None:
     datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / "a.parquet")
     (shard,) = corpus_of(tmp_path / "a.parquet", digests).shards
     program = (
-        "import sys, json, trainer.data.worker; from trainer.data.sources import Shard\n"
-        "assert len(list(Shard.from_json(json.loads(sys.argv[1])).documents())) == 5\n"
+        "import sys, json, trainer.data.worker; from trainer.data.readers import Shard\n"
+        "assert len(list(Shard.from_json(json.loads(sys.argv[1]), None).documents())) == 5\n"
         "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, json.dumps(asdict(shard))], check=True, env=os.environ | ENVIRONMENT)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from trainer.data import store as store_module
-from trainer.data.store import Contents, StoreWriter, TokenStore, token_dtype
+from trainer.data.store import VERSION, Contents, StoreWriter, TokenStore, token_dtype
 from trainer.errors import DataError
 
 LENGTHS = np.array([3, 1, 6, 2], np.int64)
@@ -106,8 +106,8 @@ def test_every_damaged_header_is_found(path: Path) -> None:
 
 def test_another_version_is_refused(path: Path) -> None:
     header = json.loads((path / "header.json").read_text())
-    (path / "header.json").write_text(json.dumps(header | {"version": 2}))
-    with pytest.raises(DataError, match=r"format 'triaxis-tokens' version 2, not 'triaxis-tokens' 1"):
+    (path / "header.json").write_text(json.dumps(header | {"version": VERSION + 1}))
+    with pytest.raises(DataError, match=rf"format 'triaxis-tokens' version {VERSION + 1}, not 'triaxis-tokens' {VERSION}"):
         TokenStore.open(path)
 
 

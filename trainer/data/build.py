@@ -1,10 +1,10 @@
-"""A corpus → its token stores: shards tokenized side by side, then laid end to end, or conversations in rows.
+"""A corpus → its token stores: shards tokenized side by side, then laid end to end, or a task's examples in rows.
 
 Inside the folder being built:
 
     tokenizer/      what the workers load; stays with the stores
     shards/00042/   one tokenized shard; appears whole, so a killed build redoes unfinished shards only
-    left_out.json   of conversations: how many were left out or cut
+    counts.json     of examples: how many were left out or cut
     main/           the store of the documents that are not held out
     held_out/       the store of those that are; absent when there are none
 """
@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.data.cache import Progress
-from trainer.data.chat import Chat
+from trainer.data.examples import NO_LABEL, Examples, RowLayout
 from trainer.data.packing import pack
-from trainer.data.shards import LeftOut, TokenizedShard, shard_folder
+from trainer.data.shards import TokenizedShard, shard_folder
 from trainer.data.sources import Corpus
 from trainer.data.store import Contents, Packing, StoreWriter
 from trainer.data.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ from trainer.errors import DataError
 
 MAIN = "main"
 HELD_OUT = "held_out"
-LEFT_OUT = "left_out.json"
+COUNTS = "counts.json"
 
 
 def build_stores(
@@ -44,15 +44,16 @@ def build_stores(
     corpus: Corpus,
     tokenizer: Tokenizer,
     *,
-    chat: Chat | None = None,
+    task: str,
+    examples: Examples | None,
     held_out_fraction: float,
     workers: int,
     progress: Progress,
 ) -> None:
     """Fill `folder` with the stores of `corpus`, using the finished shards of an earlier build that was killed.
 
-    `chat`: its rows are conversations. `workers`: processes that tokenize; 0 = one per core this process may use. DataError
-    when the corpus is damaged, changes meanwhile, or holds no token.
+    `examples`: what writes its rows, where `task` learns from rows. `workers`: processes that tokenize; 0 = one per core this
+    process may use. DataError when the corpus is damaged, changes meanwhile, or holds nothing to learn.
     """
     tokenizer.save(folder / "tokenizer")
     shards = make_private(folder / "shards")
@@ -65,12 +66,12 @@ def build_stores(
         tokenizer=folder / "tokenizer",
         into=shards,
         workers=workers or _usable_cores(),
-        chat=chat.settings if chat else None,
+        examples=(task, examples.settings) if examples else None,
     )
     for number in crew:
         done += todo[number].size
         progress(done, corpus.size, what)
-    _lay_out(folder, corpus, tokenizer, chat, held_out_fraction)
+    _lay_out(folder, corpus, tokenizer, examples, held_out_fraction)
     shutil.rmtree(shards)
 
 
@@ -96,14 +97,16 @@ def choose_held_out(hashes: npt.NDArray[np.uint64], fraction: float) -> npt.NDAr
     return held_out
 
 
-def _lay_out(folder: Path, corpus: Corpus, tokenizer: Tokenizer, chat: Chat | None, held_out_fraction: float) -> None:
+def _lay_out(folder: Path, corpus: Corpus, tokenizer: Tokenizer, examples: Examples | None, held_out_fraction: float) -> None:
     paths = [shard_folder(folder / "shards", number) for number in range(len(corpus.shards))]
     shards = [TokenizedShard.open(path, tokenizer.vocab_size) for path in paths]
     documents = np.concatenate([shard.documents for shard in shards])
-    left_out = sum((shard.left_out for shard in shards), LeftOut())
+    counts = sum((shard.counts for shard in shards), Counter())
     if not len(documents):
-        raise DataError(_nothing(corpus) if chat is None else _no_conversation(corpus, left_out))
-    held_out = choose_held_out(documents["hash"], held_out_fraction)
+        nothing = examples.nothing(counts) if examples else "its documents are empty; correct the path or the field"
+        raise DataError(f"{corpus.where}: {corpus.name!r} holds nothing to learn: {nothing}")
+    each = examples.layout.documents_each if examples else 1
+    held_out = np.repeat(choose_held_out(documents["hash"][::each], held_out_fraction), each)
     parts = {False: MAIN, True: HELD_OUT} if held_out.any() else {False: MAIN}
     contents = {
         side: Contents(
@@ -115,24 +118,14 @@ def _lay_out(folder: Path, corpus: Corpus, tokenizer: Tokenizer, chat: Chat | No
         )
         for side in parts
     }
-    if chat is None:
+    if examples is None:
         _lay_end_to_end(folder, shards, held_out, parts, contents)
         return
+    tokenized = _TokenizedDocuments(shards)
     for side, name in parts.items():
-        _lay_in_rows(folder / name, shards, np.flatnonzero(held_out == side), chat.seq_len, contents[side])
-    write_json(folder / LEFT_OUT, asdict(left_out))
-
-
-def _nothing(corpus: Corpus) -> str:
-    return f"{corpus.where}: {corpus.name!r} holds no token: its documents are empty; correct the path or the field"
-
-
-def _no_conversation(corpus: Corpus, left_out: LeftOut) -> str:
-    return (
-        f"{corpus.where}: {corpus.name!r} holds nothing to learn: of its {left_out.conversations} conversations "
-        f"{left_out.unanswered} have no answer, and of {left_out.too_long} the first answer begins beyond data.seq_len; raise "
-        "data.seq_len, or correct the path or the fields"
-    )
+        chosen = np.flatnonzero(held_out[::each] == side)
+        _lay_in_rows(folder / name, tokenized, chosen, examples.layout, contents[side])
+    write_json(folder / COUNTS, counts)
 
 
 def _lay_end_to_end(
@@ -152,42 +145,49 @@ def _lay_end_to_end(
             writer.finish(contents[side])
 
 
+class _TokenizedDocuments:
+    """The documents of all shards, counted through."""
+
+    def __init__(self, shards: list[TokenizedShard]) -> None:
+        self._shards = shards
+        self._firsts = np.cumsum([0, *(len(shard.documents) for shard in shards)])
+        self._begins = [np.cumsum([0, *shard.documents["tokens"]]) for shard in shards]
+        records = np.concatenate([shard.documents for shard in shards])
+        self.lengths: npt.NDArray[np.int64] = records["tokens"]
+        self.labels: npt.NDArray[np.int32] = records["label"]
+
+    def read(self, document: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Its tokens, and which of them are to be predicted."""
+        number = int(np.searchsorted(self._firsts, document, side="right")) - 1
+        shard, begin = self._shards[number], int(self._begins[number][document - self._firsts[number]])
+        span = slice(begin, begin + int(self.lengths[document]))
+        assert shard.targets is not None
+        return shard.tokens[span], shard.targets[span]
+
+
 def _lay_in_rows(
-    path: Path, shards: list[TokenizedShard], chosen: npt.NDArray[np.int64], seq_len: int, contents: Contents
+    path: Path, documents: _TokenizedDocuments, chosen: npt.NDArray[np.int64], layout: RowLayout, contents: Contents
 ) -> None:
-    """The chosen documents, counted over all shards, as a store of rows of `seq_len` tokens."""
-    lengths = np.concatenate([shard.documents["tokens"] for shard in shards])
-    firsts = np.cumsum([0, *(len(shard.documents) for shard in shards)])
-    begins = [np.cumsum([0, *shard.documents["tokens"]]) for shard in shards]
-    end = contents.end_of_document
+    """The chosen examples, counted over all shards, as a store of rows."""
+    rows = pack(layout.room(documents.lengths)[chosen], layout.capacity)
     targets = filler = 0
-    rows = pack(lengths[chosen], seq_len)
-    with StoreWriter(path, contents.vocab_size, with_targets=True) as writer:
+    with StoreWriter(path, contents.vocab_size, with_targets=True, with_labels=layout.labelled) as writer:
         for number, row in enumerate(rows):
-            documents = chosen[row]
-            left = seq_len - int(lengths[documents].sum()) + (number == len(rows) - 1)  # and the one after the last row
-            pieces, marks = [], []
-            for document in documents.tolist():
-                shard = int(np.searchsorted(firsts, document, side="right")) - 1
-                begin = int(begins[shard][document - firsts[shard]])
-                span = slice(begin, begin + int(lengths[document]))
-                pieces.append(shards[shard].tokens[span])
-                marks.append(_marks(shards[shard])[span])
-            row_lengths = lengths[documents].astype(np.int64)
-            row_lengths[-1] += left
-            writer.append(
-                np.concatenate([*pieces, np.full(left, end, pieces[0].dtype)]),
-                row_lengths,
-                np.concatenate([*marks, np.zeros(left, np.uint8)]),
-            )
-            targets += int(sum(mark.sum() for mark in marks))
-            filler += left
-        writer.finish(contents, Packing(row_tokens=seq_len, targets=targets, filler=filler))
-
-
-def _marks(shard: TokenizedShard) -> npt.NDArray[Any]:
-    assert shard.targets is not None
-    return shard.targets
+            parts = layout.documents_of(chosen[row])
+            for part, inside in enumerate(parts):
+                is_end = number == len(rows) - 1 and part == len(parts) - 1
+                left = layout.part_tokens - int(documents.lengths[inside].sum()) + is_end  # and the one after the last row
+                pieces, marks = zip(*map(documents.read, inside.tolist()), strict=True)
+                lengths, labels = documents.lengths[inside], documents.labels[inside]
+                if left:
+                    pieces = (*pieces, np.full(left, contents.end_of_document, pieces[0].dtype))
+                    marks = (*marks, np.zeros(left, np.uint8))
+                    lengths, labels = np.append(lengths, left), np.append(labels, np.int32(NO_LABEL))
+                writer.append(np.concatenate(pieces), lengths, np.concatenate(marks), labels)
+                targets += int((labels != NO_LABEL).sum()) if layout.labelled else int(sum(mark.sum() for mark in marks))
+                filler += left
+        packing = Packing(row_tokens=layout.row_tokens, examples=len(chosen), targets=targets, filler=filler)
+        writer.finish(contents, packing)
 
 
 def _runs(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from trainer import sections
 from trainer.data.chat_template import ChatTemplate, Span
 from trainer.data.conversations import Conversation, Message
 from trainer.data.digests import fingerprint_of
+from trainer.data.examples import Document, Examples, RowLayout, Tokenized
 from trainer.data.fault import Fault
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import RecipeError
@@ -43,25 +47,60 @@ class Encoded:
     lost: int
 
 
-class Chat:
+class Chat(Examples):
     """A tokenizer and its chat template, or ours where it has none."""
+
+    noun = "conversations"
 
     def __init__(self, tokenizer: Tokenizer, *, seq_len: int, learned: Learned) -> None:
         """RecipeError when the template is not valid."""
-        self.tokenizer = tokenizer.for_chat()
-        self.settings: dict[str, Any] = {"seq_len": seq_len, "learned": learned}
+        super().__init__(tokenizer.for_chat(), seq_len=seq_len, learned=learned)
         self._template = ChatTemplate(self.tokenizer.chat_template, self.tokenizer.special_tokens)
-        self.seq_len = seq_len
+        self.layout = RowLayout(seq_len)
         self._learned = learned
         spellings = sorted(self.tokenizer.special_spellings, key=len, reverse=True)
         self._spelt = re.compile("|".join(map(re.escape, spellings)))
 
+    @classmethod
+    def from_recipe(cls, data: sections.Data, tokenizer: Tokenizer) -> Chat:
+        return cls(tokenizer, seq_len=data.seq_len, learned=data.learn)
+
     @property
     def fingerprint(self) -> str:
-        """Equal where every conversation gives the same tokens and targets."""
         tokenizer = self.tokenizer
-        settings = [self.seq_len, self._learned, tokenizer.chat_template, tokenizer.special_tokens]
+        settings = [self.settings, tokenizer.chat_template, tokenizer.special_tokens]
         return fingerprint_of(["chat", VERSION, tokenizer.fingerprint, settings])
+
+    def tokenize(self, example: Conversation) -> Tokenized:
+        rendered = self.render(example)
+        encoded = self.encode(rendered)
+        counts = Counter(
+            read=1,
+            unanswered=int(not rendered.answers),
+            too_long=int(bool(rendered.answers) and encoded is None),
+            truncated=int(encoded is not None and encoded.lost > 0),
+            lost_targets=encoded.lost if encoded is not None else 0,
+        )
+        content = json.dumps([[turn.role, turn.content] for turn in example], ensure_ascii=False).encode()
+        return Tokenized((Document(encoded.ids, encoded.is_target),) if encoded else (), content, counts)
+
+    def remarks(self, counts: Mapping[str, int]) -> Iterator[str]:
+        of_all, limit = f"of {counts['read']:,} conversations", f"{self.layout.part_tokens:,} tokens"
+        lost = "answer tokens" if self._learned == "answers" else "targets"
+        if counts["truncated"]:
+            yield (
+                f"{counts['truncated']:,} {of_all} were longer than {limit}: truncated, {counts['lost_targets']:,} {lost} lost"
+            )
+        if counts["too_long"]:
+            yield f"{counts['too_long']:,} {of_all} left out: the first answer begins beyond {limit}"
+        if counts["unanswered"]:
+            yield f"{counts['unanswered']:,} {of_all} left out: no answer, or only empty ones"
+
+    def nothing(self, counts: Mapping[str, int]) -> str:
+        return (
+            f"of its {counts['read']} conversations {counts['unanswered']} have no answer, and of {counts['too_long']} the "
+            "first answer begins beyond data.seq_len; raise data.seq_len, or correct the path or the fields"
+        )
 
     def render(self, conversation: Conversation) -> Rendered:
         """Fault for a conversation that the template refuses."""
@@ -84,7 +123,7 @@ class Chat:
             is_target[:] = True
         is_target[0] = False  # nothing comes before it
         size = int(np.flatnonzero(is_target)[-1]) + 1  # what follows the last target teaches nothing
-        kept = min(size, self.seq_len)
+        kept = min(size, self.layout.part_tokens)
         lost = int(is_target[kept:size].sum())
         return Encoded(ids[:kept], is_target[:kept], lost) if is_target[:kept].any() else None
 

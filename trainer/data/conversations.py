@@ -10,11 +10,13 @@ Each but the first may have "system", a text. Files that name these fields other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer import sections
 from trainer.data.fault import Fault, kind_of, require_characters
+from trainer.data.row_format import RowFormat
 
 # Other words for the roles, as they are found in published data.
 ROLES = {
@@ -39,7 +41,7 @@ Conversation = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
-class ChatRows:
+class ChatRows(RowFormat):
     """How the rows of a source become conversations.
 
     `shape`: a key of SHAPES; "": by the fields that a row has. `fields`: our name of a field → the name in this source.
@@ -48,11 +50,17 @@ class ChatRows:
     shape: str = ""
     fields: dict[str, str] = field(default_factory=dict)
 
-    def conversation_of(self, row: Mapping[str, Any]) -> Conversation:
-        """Fault when the row is none."""
+    @classmethod
+    def of_source(cls, source: sections.Source) -> ChatRows:
+        return cls(source.shape or "", source.fields.model_dump(exclude_none=True) if source.fields else {})
+
+    def example_of(self, row: Mapping[str, Any]) -> Conversation:
         shape = self._shape_of(row)
         named = {**row, **{ours: row[theirs] for ours, theirs in self.fields.items() if theirs in row}}
         return SHAPES[shape].read(named)
+
+    def texts_of(self, example: Conversation) -> Iterator[str]:
+        yield from (message.content for message in example)
 
     def _shape_of(self, row: Mapping[str, Any]) -> str:
         has = {ours for ours, theirs in self.fields.items() if row.get(theirs) is not None}

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from trainer import sections
-from trainer.data.build import HELD_OUT, LEFT_OUT, MAIN, build_stores
+from trainer.data.build import COUNTS, HELD_OUT, MAIN, build_stores
 from trainer.data.cache import Cache, Progress
 from trainer.data.chat import Chat
 from trainer.data.digests import Digests, fingerprint_of
+from trainer.data.examples import Examples
 from trainer.data.rows import order_fingerprint
 from trainer.data.sampling import num_windows
-from trainer.data.shards import LeftOut
 from trainer.data.sources import Corpus, look_at
 from trainer.data.store import VERSION, Packing, TokenStore, Verify
+from trainer.data.tasks import ROW_TASKS, examples_of
 from trainer.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, make_tokenizer, train_bpe
 from trainer.durable import read_json
 from trainer.errors import DataError, RecipeError
@@ -29,7 +31,7 @@ class PreparedData:
     """Everything a run needs to know of its data."""
 
     tokenizer: Tokenizer
-    chat: Chat | None  # how conversations are written; None: documents are texts
+    examples: Examples | None  # how examples are written; None: documents are texts
     sources: tuple[str, ...]  # names, one per training store
     train: tuple[TokenStore, ...]
     weights: tuple[float, ...]  # one per training store, as the recipe gives them
@@ -37,6 +39,11 @@ class PreparedData:
     eval_sources: tuple[str, ...]  # names, one per evaluation store
     fingerprint: str  # equal when every training sample is; saved with checkpoints
     notes: tuple[str, ...]  # one-line remarks for the console
+
+    @property
+    def chat(self) -> Chat | None:
+        """How conversations are written; None: the task learns from something else."""
+        return self.examples if isinstance(self.examples, Chat) else None
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class SourceRow:
     tokens: int
     text_bytes: int
     packing: Packing | None
+    noun: str
 
     def __str__(self) -> str:
         name = f"{self.source} ({self.part})"
@@ -57,7 +65,7 @@ class SourceRow:
         rows = self.tokens // self.packing.row_tokens
         share = self.packing.filler / self.tokens
         return (
-            f"{name}: {self.documents:,} conversations in {rows:,} sequences of {self.packing.row_tokens:,} tokens "
+            f"{name}: {self.packing.examples:,} {self.noun} in {rows:,} sequences of {self.packing.row_tokens:,} tokens "
             f"({share:.1%} filler), {self.packing.targets:,} targets"
         )
 
@@ -72,12 +80,10 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
     cache = Cache(cache_dir, request=request, build=build, progress=progress)
     with cache.reporting_outcome():
         digests = Digests(cache_dir)
-        look = partial(look_at, digests=digests, chat=data.task == "sft")
-        corpora = [look(source, where=f"data.sources[{i}]") for i, source in enumerate(data.sources)]
-        eval_corpora = [look(source, where=f"data.eval_sources[{i}]") for i, source in enumerate(data.eval_sources)]
+        corpora, eval_corpora = (_look(data, group, digests) for group in ("sources", "eval_sources"))
         tokenizer = _tokenizer(data.tokenizer, corpora, cache, progress)
-        chat = Chat(tokenizer, seq_len=data.seq_len, learned=data.learn) if data.task == "sft" else None
-        tokenizer = chat.tokenizer if chat else tokenizer
+        examples = examples_of(data, tokenizer)
+        tokenizer = examples.tokenizer if examples else tokenizer
         held_out_fraction = 0.0 if eval_corpora else data.eval_fraction
 
         notes: list[str] = []
@@ -87,15 +93,23 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
                 build_stores,
                 corpus=corpus,
                 tokenizer=tokenizer,
-                chat=chat,
+                task=data.task,
+                examples=examples,
                 held_out_fraction=fraction,
                 workers=data.workers,
                 progress=progress,
             )
-            facts = [VERSION, corpus.fingerprint, tokenizer.fingerprint, fraction, *([chat.fingerprint] if chat else [])]
+            facts = [
+                VERSION,
+                corpus.fingerprint,
+                tokenizer.fingerprint,
+                fraction,
+                *([examples.fingerprint] if examples else []),
+            ]
             folder = cache.folder(fingerprint_of(facts), make, what=f"tokenizing {corpus.name}")
-            if chat:
-                notes.extend(_left_out(folder, corpus, data))
+            if examples:
+                counts = _counts(folder)
+                notes.extend(f"data: {corpus.name}: {remark}" for remark in examples.remarks(counts))
             return _open(folder, corpus, tokenizer, verify="sampled" if build else "header")
 
         opened = [stores(corpus, held_out_fraction) for corpus in corpora]
@@ -107,15 +121,15 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
     weights = tuple(source.weight for source in data.sources)
     notes += [note for corpus in (*corpora, *eval_corpora) for note in corpus.notes]
     if held_out_fraction:
-        one = "conversation" if chat else "document"
+        noun = examples.noun if examples else "documents"
         notes += [
-            f"{corpus.where}: {corpus.name} is a single {one}, so nothing of it is held out for evaluation"
+            f"{corpus.where}: {corpus.name} is a single {noun.removesuffix('s')}, so nothing of it is held out for evaluation"
             for corpus, found in zip(corpora, opened, strict=True)
             if HELD_OUT not in found
         ]
     return PreparedData(
         tokenizer=tokenizer,
-        chat=chat,
+        examples=examples,
         sources=tuple(corpus.name for corpus in corpora),
         train=tuple(train),
         weights=weights,
@@ -134,10 +148,24 @@ def prepare_summary(prepared: PreparedData) -> list[SourceRow]:
         *((name, "train", store) for name, store in zip(prepared.sources, prepared.train, strict=True)),
         *((name, "held out", store) for name, store in zip(prepared.eval_sources, prepared.evaluation, strict=True)),
     ]
+    noun = prepared.examples.noun if prepared.examples else "documents"
     return [
-        SourceRow(name, part, store.num_documents, store.num_tokens, store.contents.text_bytes, store.packing)
+        SourceRow(name, part, _documents(store), store.num_tokens, store.contents.text_bytes, store.packing, noun)
         for name, part, store in parts
     ]
+
+
+def _documents(store: TokenStore) -> int:
+    return store.packing.examples if store.packing else store.num_documents
+
+
+def _look(data: sections.Data, group: str, digests: Digests) -> list[Corpus]:
+    """The sources in one of the lists of `data`."""
+    sources = getattr(data, group)
+    corpora = [look_at(source, where=f"data.{group}[{number}]", digests=digests) for number, source in enumerate(sources)]
+    if data.task not in ROW_TASKS:
+        return corpora
+    return [corpus.in_rows(source, data.task) for corpus, source in zip(corpora, sources, strict=True)]
 
 
 def _tokenizer(spec: str, corpora: Sequence[Corpus], cache: Cache, progress: Progress) -> Tokenizer:
@@ -176,23 +204,12 @@ def _open(folder: Path, corpus: Corpus, tokenizer: Tokenizer, verify: Verify) ->
     return found
 
 
-def _left_out(folder: Path, corpus: Corpus, data: sections.Data) -> Iterator[str]:
-    """Remarks about conversations that are not trained whole."""
+def _counts(folder: Path) -> Counter[str]:
+    """What became of the examples of a source."""
     try:
-        left_out = LeftOut(**read_json(folder / LEFT_OUT))
+        return Counter(read_json(folder / COUNTS))
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{folder / LEFT_OUT}: damaged: {error}; delete {folder} to tokenize again") from None
-    lost = "answer tokens" if data.learn == "answers" else "targets"
-    where, of_all = f"data: {corpus.name}", f"of {left_out.conversations:,} conversations"
-    if left_out.truncated:
-        yield (
-            f"{where}: {left_out.truncated:,} {of_all} were longer than {data.seq_len:,} tokens: truncated, "
-            f"{left_out.lost_targets:,} {lost} lost"
-        )
-    if left_out.too_long:
-        yield f"{where}: {left_out.too_long:,} {of_all} left out: the first answer begins beyond {data.seq_len:,} tokens"
-    if left_out.unanswered:
-        yield f"{where}: {left_out.unanswered:,} {of_all} left out: no answer, or only empty ones"
+        raise DataError(f"{folder / COUNTS}: damaged: {error}; delete {folder} to tokenize again") from None
 
 
 def _require_one_sequence(corpus: Corpus, store: TokenStore, seq_len: int) -> None:

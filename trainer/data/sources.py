@@ -1,32 +1,26 @@
-"""Sources of documents: what a recipe names → shards that worker processes read alone → texts or conversations.
+"""Sources: what a recipe names → shards that worker processes read alone.
 
-A `Corpus` is one source looked at from outside: its shards, its fingerprint, and what was passed over. A `Shard` says in plain
-JSON which documents one worker reads; the documents of a source are those of its shards in order, whoever reads them.
-`datasets` is imported here only, when a source needs it.
+A `Corpus` is one source looked at from outside: its shards, its fingerprint, and what was passed over. The documents or
+examples of a source are those of its shards in order, whoever reads them.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 import os
 import re
 import sysconfig
-import tokenize
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
 
 from trainer import sections
-from trainer.data.conversations import ChatRows, Conversation
-from trainer.data.digests import Digests, Stamp, fingerprint_of, unreadable
-from trainer.data.fault import Fault, first_line, kind_of, require_characters
-from trainer.errors import DataError, RecipeError, UserError
+from trainer.data.digests import Digests, fingerprint_of, unreadable
+from trainer.data.fault import first_line
+from trainer.data.readers import TABLE_SUFFIXES, LocalFile, Shard, hub_revision, open_hub, open_saved
+from trainer.data.tasks import ROW_TASKS
+from trainer.errors import DataError, RecipeError
 
 MIN_SHARD_BYTES = 2 << 20  # a few seconds of one core: what a killed build loses at most per worker
 MAX_SHARDS = 1024  # per source, so that a huge source does not become a huge folder
@@ -40,76 +34,9 @@ TEXT_SUFFIXES = frozenset(
     )
 )
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson")
-TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 ROW_FILES = (*JSONL_SUFFIXES, *TABLE_SUFFIXES)
 NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-Row = dict[str, Any]
-Rows = Iterable[Row]
-Record = TypeVar("Record")
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-
-
-@dataclass(frozen=True)
-class LocalFile:
-    """One file of a source."""
-
-    path: str  # absolute
-    name: str  # relative to the source: the fingerprint must not change when a corpus moves
-    stamp: Stamp
-    digest: str
-
-    @property
-    def size(self) -> int:
-        return self.stamp.size
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The documents that one worker reads alone: whole files, or the range [begin, end) of one.
-
-    The range is in bytes for JSON lines, in rows for a saved data set, and "part begin of end" for a hub data set.
-    """
-
-    kind: str  # a key of READERS
-    where: str  # the recipe's name of the source, such as data.sources[0]
-    files: tuple[LocalFile, ...] = ()
-    begin: int = 0
-    end: int = 0
-    size: int = 1  # for progress [bytes; parts of a hub data set]
-    path: str = ""
-    field: str = ""
-    split: str = ""
-    chat: ChatRows | None = None  # how rows become conversations; None: they are texts
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Shard:
-        """Undo `dataclasses.asdict` and JSON."""
-        files = tuple(LocalFile(**{**file, "stamp": Stamp(**file["stamp"])}) for file in value["files"])
-        chat = ChatRows(**value["chat"]) if value.get("chat") else None
-        return cls(**{**value, "files": files, "chat": chat})
-
-    def documents(self) -> Iterator[str]:
-        """The texts in order, empty ones included. DataError names the file and place of damage, or a file that changed."""
-        yield from self._read(lambda row: _text_of_field(row, self.field))
-
-    def conversations(self, make: Callable[[Conversation], Record]) -> Iterator[Record]:
-        """What `make` makes of each conversation, in order; errors as for `documents`, and `make` may raise Fault too."""
-        rows = self.chat
-        assert rows is not None
-        yield from self._read(lambda row: make(rows.conversation_of(row)))
-
-    def texts(self) -> Iterator[str]:
-        """What a tokenizer is trained on: documents, or what is said in conversations."""
-        if self.chat is None:
-            yield from self.documents()
-        else:
-            for conversation in self.conversations(lambda conversation: conversation):
-                yield from (message.content for message in conversation)
-
-    def _read(self, of_row: Callable[[Row], Any]) -> Iterator[Any]:
-        yield from READERS[self.kind](self, of_row)
-        for file in self.files:
-            file.stamp.require_unchanged(file.path)
 
 
 @dataclass(frozen=True)
@@ -131,38 +58,32 @@ class Corpus:
         for shard in self.shards:
             yield from shard.documents()
 
-    def as_conversations(self, source: sections.Source) -> Corpus:
-        """The same source, its rows read as conversations; RecipeError when no file of it has rows."""
+    def in_rows(self, source: sections.Source, task: str) -> Corpus:
+        """The same source, its rows read as the examples of a task; RecipeError when no file of it has rows."""
+        format, examples = ROW_TASKS[task]
         texts = [file.name for shard in self.shards if shard.kind in ("text", "python") for file in shard.files]
         shards = [shard for shard in self.shards if shard.kind not in ("text", "python")]
         if not shards:
             raise RecipeError(
-                f"{self.where}.path: {source.path!r} is text ({texts[0]}), which holds no conversations; data.task sft reads "
-                f"{', '.join(ROW_FILES)}, saved and hub data sets (a JSON list becomes rows by jq -c '.[]')"
+                f"{self.where}.path: {source.path!r} is text ({texts[0]}), which holds no {examples.noun}; data.task {task} "
+                f"reads {', '.join(ROW_FILES)}, saved and hub data sets (a JSON list becomes rows by jq -c '.[]')"
             )
         notes = [f"{self.where}: text files passed over in {source.path}: {', '.join(texts)}"] if texts else []
-        fields = source.fields.model_dump(exclude_none=True) if source.fields else {}
-        rows = ChatRows(source.shape or "", fields)
-        fingerprint = fingerprint_of(["conversations", self.fingerprint, rows.shape, rows.fields])
+        rows = format.of_source(source)
         return replace(
             self,
-            shards=tuple(replace(shard, chat=rows) for shard in shards),
-            fingerprint=fingerprint,
+            shards=tuple(replace(shard, format=rows) for shard in shards),
+            fingerprint=fingerprint_of([task, self.fingerprint, asdict(rows)]),
             notes=(*self.notes, *notes),
         )
 
 
-def look_at(source: sections.Source, *, where: str, digests: Digests, chat: bool = False) -> Corpus:
+def look_at(source: sections.Source, *, where: str, digests: Digests) -> Corpus:
     """Find what `source` names and divide it into shards.
 
-    `where` is the recipe's name of the source for messages. `chat`: its rows are conversations, not texts. RecipeError when
-    there is nothing of that name, DataError when it holds no document or cannot be read.
+    `where` is the recipe's name of the source for messages. RecipeError when there is nothing of that name, DataError when it
+    holds no document or cannot be read.
     """
-    corpus = _find(source, where, digests)
-    return corpus.as_conversations(source) if chat else corpus
-
-
-def _find(source: sections.Source, where: str, digests: Digests) -> Corpus:
     if source.path == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         files = [path for path in _walk(root, skip=NOT_LIBRARY) if path.suffix == ".py"]
@@ -274,7 +195,7 @@ def _corpus_of_saved(source: sections.Source, where: str, root: Path, digests: D
         LocalFile(path, Path(path).relative_to(root).as_posix(), stamp, digest)
         for path, (stamp, digest) in zip(paths, digests.of(paths), strict=True)
     )
-    rows = len(_open_saved(str(root), source.split, where))
+    rows = len(open_saved(str(root), source.split, where))
     if not rows:
         raise DataError(f"{where}: {source.path!r} holds no document (0 rows in split {source.split!r}); correct the path")
     size = sum(file.size for file in files)
@@ -291,11 +212,9 @@ def _corpus_of_saved(source: sections.Source, where: str, root: Path, digests: D
 
 def _corpus_of_hub(source: sections.Source, where: str) -> Corpus:
     """A hub data set; its revision is part of the fingerprint, so that a changed data set is tokenized anew."""
-    import datasets
-
     try:
-        revision = datasets.load_dataset_builder(source.path).hash
-        parts = _open_hub(source.path, source.split).num_shards
+        revision = hub_revision(source.path)
+        parts = open_hub(source.path, source.split).num_shards
     except Exception as error:  # datasets, its hub client and its HTTP client each raise kinds of their own
         raise RecipeError(
             f"{where}.path: no file or folder {source.path!r} here, and not to be had from the hub: {first_line(error)}; "
@@ -307,185 +226,3 @@ def _corpus_of_hub(source: sections.Source, where: str) -> Corpus:
     ]
     facts = {"kind": "hub", "path": source.path, "revision": revision, "field": source.field, "split": source.split}
     return Corpus(source.path, where, tuple(shards), fingerprint_of(facts))
-
-
-# ---------------------------------------------------------------------------------------------- readers, one per kind
-
-OfRow = Callable[[Row], Any]  # a record of a row; raises Fault
-
-
-def _read_text(shard: Shard, of_row: OfRow) -> Iterator[str]:
-    for file in shard.files:
-        yield _decode(_content(file.path), "utf-8-sig", file.path)
-
-
-def _read_python(shard: Shard, of_row: OfRow) -> Iterator[str]:
-    """Python sources as `tokenize.open` reads them: the encoding their first lines declare, newlines made one."""
-    for file in shard.files:
-        content = _content(file.path)
-        try:
-            encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
-        except SyntaxError as error:
-            raise DataError(f"{file.path}: {error.msg}; remove it from the source") from None
-        yield _decode(content, encoding, file.path).replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _read_jsonl(shard: Shard, of_row: OfRow) -> Iterator[Any]:
-    """Documents of the lines that begin in [begin, end): every line belongs to one range, wherever the cuts fall."""
-    path = shard.files[0].path
-    try:
-        with open(path, "rb") as lines:
-            offset = _seek_line(lines, shard.begin)
-            while offset < shard.end and (line := lines.readline()):
-                if line.strip():
-                    yield of_row(_row_of_line(line))
-                offset += len(line)
-    except Fault as fault:
-        raise DataError(f"{path}:{_line_number(path, offset)}: {fault}") from None
-    except OSError as error:
-        raise unreadable(path, error) from None
-
-
-def _seek_line(lines: io.BufferedReader, begin: int) -> int:
-    """Stand at the first line that begins at or after `begin`; returns where that is."""
-    if begin:
-        lines.seek(begin - 1)
-        lines.readline()
-    return lines.tell()
-
-
-def _line_number(path: str, offset: int) -> int:
-    with open(path, "rb") as file:
-        return file.read(offset).count(b"\n") + 1
-
-
-def _read_jsonl_gz(shard: Shard, of_row: OfRow) -> Iterator[Any]:
-    path = shard.files[0].path
-    number = 0
-    try:
-        with gzip.open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):  # noqa: B007  (named in the message below)
-                if line.strip():
-                    yield of_row(_row_of_line(line))
-    except Fault as fault:
-        raise DataError(f"{path}:{number}: {fault}") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file: {error}; fetch or compress it again") from None
-    except OSError as error:
-        raise unreadable(path, error) from None
-
-
-def _read_table(shard: Shard, of_row: OfRow) -> Iterator[Any]:
-    import datasets
-
-    path = shard.files[0].path
-
-    def open_rows() -> Rows:
-        kind = TABLE_SUFFIXES[Path(path).suffix]
-        rows: Rows = datasets.load_dataset(kind, data_files={"train": [path]}, split="train", streaming=True)
-        return rows
-
-    return _records_of_rows(open_rows, of_row, path, first_row=0)
-
-
-def _read_saved(shard: Shard, of_row: OfRow) -> Iterator[Any]:
-    def open_rows() -> Rows:
-        rows: Rows = _open_saved(shard.path, shard.split, shard.where).select(range(shard.begin, shard.end))
-        return rows
-
-    return _records_of_rows(open_rows, of_row, shard.path, first_row=shard.begin)
-
-
-def _read_hub(shard: Shard, of_row: OfRow) -> Iterator[Any]:
-    def open_rows() -> Rows:
-        rows: Rows = _open_hub(shard.path, shard.split).shard(num_shards=shard.end, index=shard.begin)
-        return rows
-
-    return _records_of_rows(open_rows, of_row, f"{shard.path} (part {shard.begin + 1} of {shard.end})", first_row=0)
-
-
-READERS: dict[str, Callable[[Shard, OfRow], Iterator[Any]]] = {
-    "text": _read_text,
-    "python": _read_python,
-    "jsonl": _read_jsonl,
-    "jsonl.gz": _read_jsonl_gz,
-    "table": _read_table,
-    "saved": _read_saved,
-    "hub": _read_hub,
-}
-
-
-def _open_saved(root: str, split: str, where: str) -> Any:
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(root)
-    except Exception as error:  # datasets raises whatever its reader raises
-        raise DataError(f"{root}: a damaged or empty saved data set: {first_line(error)}; save it again") from None
-    if not isinstance(saved, datasets.DatasetDict):
-        return saved
-    if split not in saved:
-        raise RecipeError(f"{where}.split: {root} has no split {split!r}; it has {', '.join(sorted(saved))}")
-    return saved[split]
-
-
-def _open_hub(name: str, split: str) -> Any:
-    import datasets
-
-    return datasets.load_dataset(name, split=split, streaming=True)
-
-
-def _records_of_rows(open_rows: Callable[[], Rows], of_row: OfRow, name: str, first_row: int) -> Iterator[Any]:
-    number = first_row
-    try:
-        for number, row in enumerate(open_rows(), start=first_row):  # noqa: B007  (named in the messages below)
-            yield of_row(row)
-    except Fault as fault:
-        raise DataError(f"{name}: row {number}: {fault}") from None
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises whatever its reader raises
-        raise DataError(f"{name}: cannot be read beyond row {number}: {first_line(error)}; fetch or write it again") from None
-
-
-# ---------------------------------------------------------------------------------------------------- damage, named
-
-
-def _content(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from None
-
-
-def _decode(content: bytes, encoding: str, path: str) -> str:
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}: byte {error.start} (0x{content[error.start]:02x}) is not {encoding.removesuffix('-sig')} text; "
-            "convert the file or remove it from the source"
-        ) from None
-
-
-def _row_of_line(line: bytes) -> Row:
-    try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise Fault(f"byte {error.start} of the line is not utf-8; convert the file or remove the line") from None
-    except (ValueError, RecursionError) as error:
-        raise Fault(f"not JSON: {first_line(error)}; mend or remove the line") from None
-    if not isinstance(value, dict):
-        raise Fault(f"a JSON object is needed, this is {kind_of(value)}; mend or remove the line")
-    return value
-
-
-def _text_of_field(row: Row, field: str) -> str:
-    """row[field], which must be a string that UTF-8 can hold."""
-    if field not in row:
-        raise Fault(f"no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}; set data.sources[].field")
-    text = row[field]
-    if not isinstance(text, str):
-        raise Fault(f"field {field!r} is {kind_of(text)}, not text; mend the data or set data.sources[].field")
-    return require_characters(text, f"field {field!r}")

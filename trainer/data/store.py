@@ -3,6 +3,7 @@
 tokens.bin      every document's tokens, each document ended by the end-of-document token; little-endian u2 or u4
 documents.bin   where each document begins, and the number of tokens at last; little-endian i8, documents + 1 of them
 targets.bin     only where not every token is learned: 1 for a token that is to be predicted, 0 for another; u1, tokens of them
+labels.bin      only where documents have classes: that of each document, -1 for none; little-endian i4, documents of them
 header.json     format, dtype, counts, fingerprints, SHA-256 of each 16 MiB block of each file, and of itself; written last
 """
 
@@ -23,7 +24,7 @@ from trainer.durable import make_private, private_file, read_json, sync_folder, 
 from trainer.errors import DataError
 
 FORMAT = "triaxis-tokens"
-VERSION = 1
+VERSION = 2
 BLOCK_BYTES = 16 << 20
 SAMPLED_BLOCKS = 64  # 1 GiB: about a second of hashing
 
@@ -48,13 +49,14 @@ class Contents:
 
 @dataclass(frozen=True)
 class Packing:
-    """Of a store with targets.bin: whole documents lie in rows of equal length, so that no row cuts one.
+    """Of a store with targets.bin: whole examples lie in rows of equal length, so that no row cuts one.
 
-    What is left of a row is filled with end-of-document tokens, which belong to its last document and are no targets. One
-    more follows the last row, so that every token of a row has a next one.
+    What is left of a row, or of each of its parts, is a document of end-of-document tokens, none of them a target. One more
+    such token follows the last row, so that every token of a row has a next one.
     """
 
     row_tokens: int
+    examples: int
     targets: int
     filler: int  # tokens
 
@@ -72,6 +74,7 @@ class TokenStore:
         self.documents = np.memmap(path / "documents.bin", dtype="<i8", mode="r")
         self.packing = Packing(**header["packing"]) if "packing" in header else None
         self._targets = np.memmap(path / "targets.bin", dtype="u1", mode="r") if self.packing else None
+        self._labels = np.memmap(path / "labels.bin", dtype="<i4", mode="r") if "labels.bin" in header["files"] else None
 
     @classmethod
     def open(cls, path: Path, *, verify: Verify = "header") -> TokenStore:
@@ -101,6 +104,12 @@ class TokenStore:
         if self._targets is None:
             return np.ones(end - begin, dtype=bool)
         return self._targets[begin:end].astype(bool)
+
+    def labels(self, begin: int, end: int) -> npt.NDArray[np.int64]:
+        """The classes of the documents that begin in [begin, end), -1 for none, int64 [documents beginning]."""
+        assert self._labels is not None
+        first, last = np.searchsorted(self.documents, [begin, end], side="left")
+        return self._labels[first:last].astype(np.int64)
 
     def document_ends(self, begin: int, end: int) -> npt.NDArray[np.int64]:
         """Where documents end in (begin, end], counted from `begin`, one past their last token; int64 [documents ending]."""
@@ -135,13 +144,14 @@ class TokenStore:
 class StoreWriter:
     """Writes one store, document by document or many at once; nothing is a store before `finish`."""
 
-    def __init__(self, path: Path, vocab_size: int, *, with_targets: bool = False) -> None:
+    def __init__(self, path: Path, vocab_size: int, *, with_targets: bool = False, with_labels: bool = False) -> None:
         self._path = make_private(path)
         self._dtype = token_dtype(vocab_size)
         self._stack = ExitStack()
         self._tokens = BlockHasher(self._stack.enter_context(private_file(path / "tokens.bin")))
         self._documents = BlockHasher(self._stack.enter_context(private_file(path / "documents.bin")))
         self._targets = BlockHasher(self._stack.enter_context(private_file(path / "targets.bin"))) if with_targets else None
+        self._labels = BlockHasher(self._stack.enter_context(private_file(path / "labels.bin"))) if with_labels else None
         self._documents.write(_bytes_of(np.zeros(1), np.dtype("<i8")))
         self.num_tokens = 0
         self.num_documents = 0
@@ -152,9 +162,19 @@ class StoreWriter:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def append(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64], targets: npt.NDArray[Any] | None = None) -> None:
-        """Add documents: their tokens one after the other [sum of lengths], their lengths [documents], and, `with_targets`,
-        which of the tokens are to be predicted [sum of lengths]."""
+    def append(
+        self,
+        tokens: npt.NDArray[Any],
+        lengths: npt.NDArray[np.int64],
+        targets: npt.NDArray[Any] | None = None,
+        labels: npt.NDArray[Any] | None = None,
+    ) -> None:
+        """Add documents: their tokens one after the other [sum of lengths], their lengths [documents], `with_targets` which
+        of the tokens are to be predicted [sum of lengths], and `with_labels` their classes [documents]."""
+        if self._labels is not None:
+            assert labels is not None
+            assert len(labels) == len(lengths)
+            self._labels.write(_bytes_of(labels, np.dtype("<i4")))
         if self._targets is not None:
             assert targets is not None
             assert len(targets) == len(tokens)
@@ -181,6 +201,8 @@ class StoreWriter:
             assert packing is not None
             header["packing"] = vars(packing)
             header["files"]["targets.bin"] = self._targets.summary()
+        if self._labels is not None:
+            header["files"]["labels.bin"] = self._labels.summary()
         write_json(self._path / "header.json", header | {"sha256": _header_hash(header)})
         sync_folder(self._path)
 

@@ -1,5 +1,5 @@
-"""A tokenizing process: `python -m trainer.data.worker TOKENIZER SHARDS [CHAT]`, started by workers.py. CHAT: the settings of
-conversations, as JSON; without, documents are texts.
+"""A tokenizing process: `python -m trainer.data.worker TOKENIZER SHARDS [TASK SETTINGS]`, started by workers.py. TASK: one that
+learns from rows, and the settings of its examples as JSON; without, documents are texts.
 
 Reads one task per line, {"number", "shard"}, and answers each by one line: {"number"} when the shard is durable, or
 {"failed": lines, "exit_code"}. It ends at once when its input does: whoever started it has ended too.
@@ -14,9 +14,9 @@ import sys
 import threading
 from pathlib import Path
 
-from trainer.data.chat import Chat
+from trainer.data.readers import Shard
 from trainer.data.shards import shard_folder, tokenize_shard
-from trainer.data.sources import Shard
+from trainer.data.tasks import ROW_TASKS, examples_again
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import DataError, UserError
 
@@ -26,11 +26,14 @@ def main() -> None:
     tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
     tokenizer = load_tokenizer(str(tokenizer_folder))
-    chat = Chat(tokenizer, **json.loads(sys.argv[3])) if sys.argv[3:] else None
+    task_name, settings = sys.argv[3:] or ("", "{}")
+    examples = examples_again(task_name, tokenizer, json.loads(settings)) if task_name else None
+    format = ROW_TASKS[task_name].format if task_name else None
     while True:
         task = json.loads(tasks.get())
         try:
-            tokenize_shard(Shard.from_json(task["shard"]), tokenizer, shard_folder(shards, task["number"]), chat)
+            shard = Shard.from_json(task["shard"], format)
+            tokenize_shard(shard, tokenizer, shard_folder(shards, task["number"]), examples)
             reply = {"number": task["number"]}
         except UserError as error:
             reply = {"failed": error.lines, "exit_code": error.exit_code}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import trainer
-from trainer.data.sources import Shard
+from trainer.data.readers import Shard
 from trainer.errors import DataError, RecipeError, UserError
 
 ENVIRONMENT = {
@@ -29,15 +29,15 @@ KINDS = {kind.exit_code: kind for kind in (UserError, DataError, RecipeError)}
 
 
 def tokenize_shards(
-    shards: dict[int, Shard], *, tokenizer: Path, into: Path, workers: int, chat: dict[str, Any] | None = None
+    shards: dict[int, Shard], *, tokenizer: Path, into: Path, workers: int, examples: tuple[str, dict[str, Any]] | None = None
 ) -> Iterator[int]:
     """Have numbered shards tokenized by the tokenizer saved in a folder; yields each number when its shard is durable.
 
-    `into` receives one folder per shard. `chat`: settings of conversations. Raises the first UserError that a worker meets,
-    and ends the others.
+    `into` receives one folder per shard. `examples`: the name and settings of a task that learns from rows. Raises the first
+    UserError that a worker meets, and ends the others.
     """
     waiting = iter(shards.items())
-    crew = [Worker(tokenizer, into, chat) for _ in range(min(workers, len(shards)))]
+    crew = [Worker(tokenizer, into, examples) for _ in range(min(workers, len(shards)))]
     try:
         for worker in crew:
             worker.hand(*next(waiting))
@@ -57,9 +57,9 @@ def tokenize_shards(
 class Worker:
     """One `python -m trainer.data.worker`, from outside. It sends one reply for each task."""
 
-    def __init__(self, tokenizer: Path, into: Path, chat: dict[str, Any] | None) -> None:
+    def __init__(self, tokenizer: Path, into: Path, examples: tuple[str, dict[str, Any]] | None) -> None:
         package_root = str(Path(trainer.__file__).parent.parent)
-        settings = [json.dumps(chat)] if chat else []
+        settings = [examples[0], json.dumps(examples[1])] if examples else []
         inherited = os.environ.get("PYTHONPATH")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "trainer.data.worker", str(tokenizer), str(into), *settings],

@@ -1,0 +1,34 @@
+"""The tasks that learn from rows. All others learn from texts, laid end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from trainer import sections
+from trainer.data.chat import Chat
+from trainer.data.conversations import ChatRows
+from trainer.data.examples import Examples
+from trainer.data.row_format import RowFormat
+from trainer.data.tokenizer import Tokenizer
+
+
+class Task(NamedTuple):
+    """`format` reads rows, `examples` writes what was read; see `examples.py`."""
+
+    format: type[RowFormat]
+    examples: type[Examples]
+
+
+ROW_TASKS: Mapping[str, Task] = {"sft": Task(ChatRows, Chat)}
+
+
+def examples_of(data: sections.Data, tokenizer: Tokenizer) -> Examples | None:
+    """None for a task that learns from texts."""
+    task = ROW_TASKS.get(data.task)
+    return task.examples.from_recipe(data, tokenizer) if task else None
+
+
+def examples_again(task: str, tokenizer: Tokenizer, settings: dict[str, Any]) -> Examples:
+    """What another process has made, from its settings."""
+    return ROW_TASKS[task].examples(tokenizer, **settings)
