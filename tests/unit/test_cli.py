@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,15 +19,11 @@ def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_shipped_recipe_passes_check(recipe: Path, record_property: pytest.FixtureRequest) -> None:
+def test_every_shipped_recipe_passes_check(recipe: Path) -> None:
     degrees = load(recipe).recipe.parallel
     replica = degrees.tensor * degrees.pipeline * degrees.context
-    began = time.perf_counter()
     done = python("-m", "trainer", "check", str(recipe), "--world-size", str(replica))
-    took_s = time.perf_counter() - began
-    record_property("check_s", took_s)
     assert (done.returncode, done.stderr) == (0, "")
-    assert took_s < 10, f"check took {took_s:.2f} s; wanted below 1 s on an idle machine"
 
 
 def test_recipes_describe_themselves_and_are_listed() -> None:
@@ -38,6 +33,7 @@ def test_recipes_describe_themselves_and_are_listed() -> None:
         assert f"ds_configs/{recipe.name}" in description
         assert "deepspeed --" in description
         assert "torchrun" in description
+        assert f"triaxis submit ds_configs/{recipe.name}" in description
         assert f"`{recipe.name}`" in listed
 
 

@@ -66,6 +66,16 @@ def test_nobody_gets_on() -> None:
     assert roll(beat(0, idle_s=10), beat(1, idle_s=11)).hang(0.0)
 
 
+def test_a_silent_one_may_have_come_to_where_the_others_are() -> None:
+    made = roll(beat(0, idle_s=1), beat(1, phase="start"))
+    made.hear([beat(0, count=2, idle_s=10)], 9.0)
+    assert not made.hang(9.0), "rank 1 was not silent for as long as rank 0 may take"
+    made.hear([beat(0, count=3, idle_s=11)], 10.0)
+    assert made.hang(10.0)
+    made.hear([beat(0, count=4, idle_s=12), beat(1, count=2, phase="start", idle_s=11)], 11.0)
+    assert not made.hang(11.0), "rank 1 beats, and may take longer"
+
+
 def test_one_that_is_within_its_limit_may_be_what_the_others_wait_for() -> None:
     waiting = [beat(0, idle_s=60), beat(1, idle_s=60)]
     assert not roll(*waiting, beat(2, phase="saving", idle_s=60)).hang(0.0)

@@ -95,8 +95,12 @@ class Roll:
     def hang(self, now: float) -> bool:
         """Nobody gets on though each should have; or one has not for longer than anything may take.
 
-        While one rank is within its limit the others may be waiting for it: for the first rank that saves, say.
+        While one rank is within its limit the others may be waiting for it: for the first rank that saves, say. A silent
+        one has no longer limit than the others: what it said last may be half a second old, and it may since have come from
+        its first step, which may take long, to where they are.
         """
         running = [rank for rank, beat in self.beats.items() if not beat.ended]
-        over = [rank for rank in running if self.idle_s(rank, now) >= self.beats[rank].limit_s]
+        limits = {rank: self.beats[rank].limit_s for rank in running}
+        limits |= dict.fromkeys(set(self.silent(now)), min(limits.values(), default=0.0))
+        over = [rank for rank in running if self.idle_s(rank, now) >= limits[rank]]
         return bool(running) and (over == running or self.longest_s(now) >= self.limits.longest_s)
