@@ -5,6 +5,7 @@ Shape letters: N tokens of a micro-batch, D model, V vocabulary (local: this ran
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,31 +50,23 @@ class _CrossEntropySum(torch.autograd.Function):
         trains_weight, trains_bias = ctx.needs_input_grad[1:3]
         w_VD = weight_VD.to(h_ND.dtype)
         first, rows = vocabulary_shard(vocab_size, group)
-        padding = first + rows - vocab_size
-        wide = torch.float64 if h_ND.dtype == torch.float64 else torch.float32
+        wide = _wide(h_ND)
         loss = torch.zeros((), dtype=wide, device=h_ND.device)
         grad_h = torch.empty_like(h_ND) if wants_grad else None
         # Several chunks are summed in fp32: in bf16 the sum would lose what later chunks add.
         grad_w = torch.zeros(w_VD.shape, dtype=wide, device=w_VD.device) if trains_weight else None
         grad_b = torch.zeros(bias_V.shape, dtype=wide, device=w_VD.device) if trains_bias and bias_V is not None else None
-        step = max(1, CHUNK_BYTES // (4 * rows))
-        for start in range(0, h_ND.shape[0], step):
-            part = slice(start, start + step)
+        for part in _chunks(h_ND.shape[0], rows):
             labels = labels_N[part]
             is_target = labels != IGNORE
             local = labels - first
             is_here = is_target & (local >= 0) & (local < rows)
             column = local.masked_fill(~is_here, 0).unsqueeze(-1)
 
-            logits = (h_ND[part] @ w_VD.t()).to(wide)
-            if bias_V is not None:
-                logits.add_(bias_V)
-            if softcap is not None:
-                logits = logits.div_(softcap).tanh_()
-                slope = 1.0 - logits.square() if wants_grad else None
-                logits.mul_(softcap)
-            if padding > 0:
-                logits[:, max(0, rows - padding) :] = -torch.inf
+            logits = _logits(h_ND[part], w_VD, bias_V, softcap)
+            if softcap is not None and wants_grad:
+                slope = 1.0 - logits.div(softcap).square_()
+            _mask_padding(logits, first, vocab_size)
             logits.sub_(all_reduce(logits.amax(-1, keepdim=True), group, dist.ReduceOp.MAX))
             target = logits.gather(-1, column).squeeze(-1).masked_fill(~is_here, 0.0)
             probabilities = logits.exp_()
@@ -106,12 +99,73 @@ class _CrossEntropySum(torch.autograd.Function):
         return grad_h * grad, weight, bias, None, None, None, None
 
 
+@torch.no_grad()
+def cross_entropy_and_hits(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    vocab_size: int,
+    group: Group,
+    softcap: float | None,
+) -> Tensor:
+    """The loss of `_CrossEntropySum`, and of how many targets the label has the highest logit (of equal ones the lowest id
+    counts), float64 [2], the same on every rank. Communication per chunk: maximum, lowest id, then denominator and target
+    logit together."""
+    w_VD = weight_VD.to(h_ND.dtype)
+    first, rows = vocabulary_shard(vocab_size, group)
+    sums = torch.zeros(2, dtype=torch.float64, device=h_ND.device)
+    for part in _chunks(h_ND.shape[0], rows):
+        labels = labels_N[part]
+        is_target = labels != IGNORE
+        local = labels - first
+        is_here = is_target & (local >= 0) & (local < rows)
+
+        logits = _logits(h_ND[part], w_VD, bias_V, softcap)
+        _mask_padding(logits, first, vocab_size)
+        highest, column = logits.max(-1)  # the first of equal ones
+        overall = all_reduce(highest, group, dist.ReduceOp.MAX)
+        guess = all_reduce(torch.where(highest == overall, first + column, vocab_size), group, dist.ReduceOp.MIN)
+        logits.sub_(overall.unsqueeze(-1))
+        target = logits.gather(-1, local.masked_fill(~is_here, 0).unsqueeze(-1)).squeeze(-1).masked_fill(~is_here, 0.0)
+        totals = all_reduce(torch.stack([logits.exp_().sum(-1), target]), group)
+        sums[0] += (totals[0].log() - totals[1]).masked_fill(~is_target, 0.0).sum()
+        sums[1] += (is_target & (guess == labels)).sum()
+    return sums
+
+
+def _wide(h_ND: Tensor) -> torch.dtype:
+    return torch.float64 if h_ND.dtype == torch.float64 else torch.float32
+
+
+def _chunks(num_tokens: int, rows: int) -> Iterator[slice]:
+    """Tokens whose logits over `rows` of the vocabulary are held together."""
+    step = max(1, CHUNK_BYTES // (4 * rows))
+    return (slice(start, start + step) for start in range(0, num_tokens, step))
+
+
+def _logits(h_ND: Tensor, w_VD: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
+    """cap(h Wᵀ + b), wide, [N, V/p]."""
+    logits = (h_ND @ w_VD.t()).to(_wide(h_ND))
+    if bias_V is not None:
+        logits.add_(bias_V)
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _mask_padding(logits_NV: Tensor, first: int, vocab_size: int) -> None:
+    rows = logits_NV.shape[-1]
+    padding = first + rows - vocab_size
+    if padding > 0:
+        logits_NV[:, max(0, rows - padding) :] = -torch.inf
+
+
 class VocabParallelHead(Sharded):
     """Logits' matrix W [V/p, D], its own, borrowed from the embedding, or a copy of the embedding of the first pipeline stage
     (`tied_over` the ranks of both), their bias [V/p], and the loss that goes with them.
 
     `forward` with labels [N] (IGNORE where there is no target): h [N, D], or this rank's tokens of it → the loss summed over
-    targets, an fp32 scalar, the same on every rank of the group. Without labels: this rank's logits [N, V/p], for sampling
+    targets, an fp32 scalar, the same on every rank of the group; `measured`, without gradients, that and the number of targets
+    whose label has the highest logit, float64 [2]. Without labels: this rank's logits [N, V/p], for sampling
     and oracles. `bias`: its logical tensor's name, None: there is none. `softcap`: logits x become softcap · tanh(x / softcap).
     """
 
@@ -144,10 +198,11 @@ class VocabParallelHead(Sharded):
             rows = vocabulary_shard(vocab_size, tp.group)[1]
             self.declare("bias", (rows,), ShardSpec(Role.BIAS, Init(), (piece,), Group.alone()))
 
-    def forward(self, h_ND: Tensor, labels_N: Tensor | None = None) -> Tensor:
+    def forward(self, h_ND: Tensor, labels_N: Tensor | None = None, *, measured: bool = False) -> Tensor:
         h_ND = self.tp.enter(h_ND)
         if labels_N is None:
             bias = None if self.bias is None else self.bias.to(h_ND.dtype)
             logits_NV = functional.linear(h_ND, self.weight.to(h_ND.dtype), bias)
             return logits_NV if self.softcap is None else soft_cap(logits_NV, self.softcap)
-        return _CrossEntropySum.apply(h_ND, self.weight, self.bias, labels_N, self.vocab_size, self.tp.group, self.softcap)
+        loss = cross_entropy_and_hits if measured else _CrossEntropySum.apply
+        return loss(h_ND, self.weight, self.bias, labels_N, self.vocab_size, self.tp.group, self.softcap)

@@ -37,10 +37,12 @@ from parallel.rng import Streams
 from parallel.tensor import TensorParallel
 from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
+from trainer.deepspeed_units import Units
 from trainer.errors import DataError, RecipeError
 from trainer.execution import Batch, Execution, InPipeline, OneStage
 from trainer.loss_scale import LossScaler
 from trainer.master_weights import MasterWeights
+from trainer.measures import EvalResult, measures_of
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.auto_stage import AutoStage
 from trainer.model.blocks import blocks_of
@@ -73,12 +75,6 @@ class StepResult:
     skipped: bool
 
 
-@dataclass(frozen=True)
-class EvalResult:
-    loss: float
-    num_targets: int
-
-
 class Engine:
     """Trains this rank's part of the model."""
 
@@ -104,8 +100,9 @@ class Engine:
         self.scaler = LossScaler.from_recipe(recipe.precision)
         self.zero_stage = recipe.zero.stage
         self.vocab_size = config.vocab_size
+        self.measures = measures_of(recipe.data.task)
         _prepare_deepspeed(recipe, self.notes)
-        units = _Units(mesh)
+        units = Units(mesh)
         dtype = DTYPES[recipe.precision.dtype]
         masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
         tp = TensorParallel(mesh.tp, sequence=recipe.parallel.divides_tokens, overlap=recipe.parallel.overlap)
@@ -126,7 +123,17 @@ class Engine:
         else:
             table, stages = schedule_table(recipe, plan), stages_of(recipe, config)
             self.execution = InPipeline(
-                build, stages, table, plan=plan, config=config, dtype=dtype, mesh=mesh, tp=tp, device=device, watch=self.watch
+                build,
+                stages,
+                table,
+                plan=plan,
+                config=config,
+                dtype=dtype,
+                mesh=mesh,
+                tp=tp,
+                device=device,
+                watch=self.watch,
+                num_sums=self.measures.num_sums,
             )
         module = self.execution.module
         self.constants = module.constants if isinstance(module, AutoStage) else []  # saved like weights, never trained
@@ -198,18 +205,18 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[MicroBatch]) -> EvalResult:
-        """Mean loss over the targets of all ranks' micro-batches; each rank must bring the same number of them."""
+        """The task's statistics over all ranks' micro-batches; each rank must bring the same number of them."""
         self.deepspeed.eval()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(self.measures.num_sums, dtype=torch.float64, device=self.device)
         targets = 0
         for batch in micro_batches:
-            loss_sum += self.execution.loss(self._batch(batch, None)).double()
+            sums += self.execution.sums(self._batch(batch, None))
             targets += batch.num_targets
             self.watch.tick()
         num_targets = self._total(targets, self.mesh.dp)
         if num_targets == 0:
             raise DataError("the evaluation has no target: every label is masked")
-        return EvalResult(float(all_reduce(loss_sum, self.mesh.dp)) / num_targets, num_targets)
+        return EvalResult(tuple(all_reduce(sums, self.mesh.dp).tolist()), num_targets)
 
     @torch.no_grad()
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
@@ -289,29 +296,6 @@ class _LogLines(io.TextIOBase):
         return len(text)
 
 
-class _Units:
-    """The mesh in the words that DeepSpeed asks for (its `mpu`).
-
-    Its "model parallel" ranks are those that hold one copy of the model together: gradient norms are summed over them, and
-    their first counts all of its parameters, marked or not. The tensor group is not told apart: DeepSpeed would then take
-    the first tensor rank of every pipeline stage for that first one.
-    """
-
-    def __init__(self, mesh: Mesh) -> None:
-        self._groups: dict[str, Group] = {"data_parallel": mesh.dp, "model_parallel": mesh.replica}
-
-    def __getattr__(self, name: str) -> Callable[[], Any]:
-        for prefix, group in self._groups.items():
-            answers = {
-                f"get_{prefix}_group": group.handle,
-                f"get_{prefix}_rank": group.rank,
-                f"get_{prefix}_world_size": group.size,
-            }
-            if name in answers:
-                return lambda: answers[name]
-        raise AttributeError(name)
-
-
 def _prepare_deepspeed(recipe: Recipe, notes: list[str]) -> None:
     """Settle before `initialize` what DeepSpeed would otherwise decide by itself."""
     if not deepspeed.comm.is_initialized():
@@ -332,7 +316,7 @@ def _prepare_deepspeed(recipe: Recipe, notes: list[str]) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _partition(deepspeed_config: dict[str, Any], units: _Units) -> Callable[[nn.Module], None]:
+def _partition(deepspeed_config: dict[str, Any], units: Units) -> Callable[[nn.Module], None]:
     """Divide a block's weights over the data-parallel ranks as soon as it is built (ZeRO-3)."""
     swapper: list[Any] = []
 

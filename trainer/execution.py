@@ -49,7 +49,8 @@ class BuildStage(Protocol):
 
 
 class Execution(Protocol):
-    """`module` is what DeepSpeed gets; losses are sums over targets of this data-parallel rank, the same on all its ranks.
+    """`module` is what DeepSpeed gets; losses are sums over targets of this data-parallel rank, the same on all its ranks; so
+    are the statistics of an evaluation.
     `reads_tokens`: this rank needs tokens or labels, not only where documents end."""
 
     module: nn.Module
@@ -61,8 +62,8 @@ class Execution(Protocol):
     def step(self, batches: Sequence[Batch], *, factor: float, scale: float) -> Tensor:
         """Forward and backward of all micro-batches: gradients of loss · factor, times the loss scale. The loss, float64."""
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Without gradients."""
+    def sums(self, batch: Batch) -> Tensor:
+        """The task's statistics of a micro-batch, float64 [num_sums], the loss first; no gradients."""
 
     def logits(self, batch: Batch) -> Tensor:
         """Of the first row: this tensor rank's [S, V/p]; no gradients."""
@@ -85,14 +86,14 @@ class OneStage:
         for index, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             with self._watch("forward"):
-                loss = self.loss(batch)
+                loss = self._engine(batch.tokens_BS, **batch.context)
             with self._watch("backward"):
                 loss_sum += loss.detach().double()
                 self._backward(loss * factor, scale)
         return loss_sum
 
-    def loss(self, batch: Batch) -> Tensor:
-        return self._engine(batch.tokens_BS, **batch.context)
+    def sums(self, batch: Batch) -> Tensor:
+        return self._engine(batch.tokens_BS, **batch.context, measured=True)
 
     def logits(self, batch: Batch) -> Tensor:
         return self._engine.module(batch.tokens_BS, **batch.context)[0]
@@ -119,8 +120,10 @@ class InPipeline:
         tp: TensorParallel,
         device: torch.device,
         watch: Stopwatch,
+        num_sums: int,
     ) -> None:
         self._mesh, self._tp, self._dtype, self._watch = mesh, tp, dtype, watch
+        self._num_sums = num_sums
         self._hidden_size = config.hidden_size
         self._vocabulary_rows = vocabulary_shard(config.vocab_size, tp.group)[1]
         mine = table.stages(mesh.pp.rank)
@@ -165,11 +168,11 @@ class InPipeline:
         self._zero.finish(len(batches))
         return all_reduce(loss_sum, self._mesh.pp)  # 0 on all ranks but the one with the last stage
 
-    def loss(self, batch: Batch) -> Tensor:
+    def sums(self, batch: Batch) -> Tensor:
         hidden = self._hidden(batch.tokens_BS.numel())
-        loss = self._pipeline.forward(batch.tokens_BS, self._context(batch), hidden)
-        nothing = torch.zeros((), dtype=torch.float64, device=batch.tokens_BS.device)
-        return all_reduce(nothing if loss is None else loss.double(), self._mesh.pp)
+        sums = self._pipeline.forward(batch.tokens_BS, {**self._context(batch), "measured": True}, hidden)
+        nothing = torch.zeros(self._num_sums, dtype=torch.float64, device=batch.tokens_BS.device)
+        return all_reduce(nothing if sums is None else sums, self._mesh.pp)
 
     def logits(self, batch: Batch) -> Tensor:
         rows, seq_len = batch.tokens_BS.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 from trainer.checkpoint.door import Resume
@@ -78,14 +77,12 @@ def interrupt(run: Session, signal: str, meter: Meter, guard: Guard, *, steps_do
 
 
 def evaluate(run: Session, *, steps_done: int) -> dict[str, float]:
-    """Loss and perplexity on held-out documents; {} when nothing is held out."""
+    """What the task measures on held-out data; {} when nothing is held out."""
     if run.eval_data is None:
         return {}
     batches = run.eval_data.micro_batches(
         dp_rank=run.mesh.dp.rank, dp=run.mesh.dp.size, micro_sequences=run.plan.micro_sequences
     )
-    result = run.engine.evaluate(batches)
-    perplexity = math.exp(min(result.loss, 700.0))  # beyond, a float overflows
-    record = {"eval_loss": result.loss, "eval_perplexity": perplexity, "eval_targets": result.num_targets}
+    record = run.engine.measures.record(run.engine.evaluate(batches))
     run.tracker.evaluate({"step": steps_done, **record})
     return record

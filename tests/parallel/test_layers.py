@@ -21,7 +21,7 @@ from parallel.mesh import Mesh
 from parallel.mlp import ParallelMLP
 from parallel.norm import LayerNorm, RMSNorm, _RMSNorm
 from parallel.outputs import Output
-from parallel.params import Init, complete_partial_gradients, draw, initialise, owned_specs
+from parallel.params import Init, complete_partial_gradients, copy_pieces, draw, initialise, owned_specs
 from parallel.rescaling import InputRescaling, OutputRescaling
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
@@ -283,6 +283,37 @@ def compare_all(mesh: Mesh, dtype: torch.dtype, tolerance: float) -> None:
                 for overlap in (True, False)
             )
             assert torch.equal(overlapped, alone), f"{name}: overlap changes the result"
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_divided_head_counts_the_same_hits(tp: int) -> None:
+    spawn(compare_hits, Layout(tp=tp))
+
+
+def compare_hits(mesh: Mesh) -> None:
+    """Three equal rows of W that lie on different ranks tie for the highest logit of many tokens: the lowest id counts."""
+    torch.set_default_dtype(torch.float64)
+    alone = TensorParallel.alone()
+    logical = {name: draw(name, shape, INIT, 1) for name, shape in (("h", (37, D)), ("b", (37,)))}
+    for name in logical:
+        logical[name][[17, 36]] = logical[name][4].clone()
+    x = draw("x", (N, D), Init(std=1.0), 3)
+    x[::2] = 4.0 * logical["h"][4]
+    labels_N = torch.tensor([4, 17, 36, IGNORE])[torch.arange(N) % 4]
+    sums = []
+    for place in (alone, TensorParallel(mesh.tp, sequence=False), TensorParallel(mesh.tp, sequence=True)):
+        layer = head_with_bias(place)
+        for _, parameter, spec in owned_specs(layer):
+            copy_pieces(parameter, spec, logical)
+        sums.append(layer(x[place.tokens(N)], labels_N, measured=True))
+    assert sums[0][1] >= N // 4, "the lowest of the equal rows is a hit"
+    assert sums[0][1] == (alone_guesses(logical, x) == labels_N).sum()
+    for other in sums[1:]:
+        torch.testing.assert_close(other, sums[0], rtol=1e-12, atol=0)
+
+
+def alone_guesses(logical: dict[str, Tensor], x: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, logical["h"], logical["b"]).argmax(-1)
 
 
 def test_rms_norm_has_the_gradients_of_its_formula() -> None:

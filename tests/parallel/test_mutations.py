@@ -17,6 +17,7 @@ from torch import nn
 
 import trainer.engine
 from parallel import linear, params, ties
+from parallel.attention import Documents
 from parallel.collectives import Pending
 from parallel.deferred import WeightGradients
 from parallel.linear import RowParallelLinear
@@ -33,14 +34,19 @@ from trainer.batching import BatchPlan
 from trainer.engine import Engine
 from trainer.execution import OneStage
 from trainer.model import transformer
+from trainer.model.transformer import Head
 from trainer.zero_pipeline import ZeroInPipeline
 
 
 def mean_of_micro_batch_means() -> None:
     """Each micro-batch divides by its own targets (transformers#34191)."""
-    forward = OneStage.loss
+    forward = Head.forward
+
+    def mean(head: Head, x_ND: torch.Tensor, documents: Documents, labels_BS: torch.Tensor, **how: Any) -> torch.Tensor:
+        return forward(head, x_ND, documents, labels_BS, **how) / (labels_BS != IGNORE).sum()
+
     BatchPlan.loss_factor = lambda plan, num_targets: 1.0 / plan.num_micro_batches
-    OneStage.loss = lambda stage, batch: forward(stage, batch) / (batch.labels_BS != IGNORE).sum()
+    Head.forward = mean
 
 
 def forgotten_data_parallel_degree() -> None:
@@ -163,9 +169,9 @@ def unmasked_padding() -> None:
     """The logits of padding rows take part in the softmax."""
     forward = VocabParallelHead.forward
 
-    def unmasked(head: VocabParallelHead, *args: Any) -> torch.Tensor:
+    def unmasked(head: VocabParallelHead, *args: Any, measured: bool) -> torch.Tensor:
         head.vocab_size = head.weight.shape[0] * head.tp.group.size
-        return forward(head, *args)
+        return forward(head, *args, measured=measured)
 
     VocabParallelHead.forward = unmasked
 

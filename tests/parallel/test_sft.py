@@ -83,7 +83,7 @@ def train(mesh: Mesh, folder: Path) -> dict[str, Any]:
         "loss": [result.loss for result in results],
         "norm": [result.grad_norm for result in results],
         "targets": [result.num_targets for result in results],
-        "evaluation": [evaluation.loss, evaluation.num_targets],
+        "evaluation": [*evaluation.sums, evaluation.num_targets],
         "learned": learned,
         "weights": weights,
     }

@@ -203,6 +203,7 @@ WITHOUT_TORCH = {
     "trainer.model.translation",
     "trainer.recipe",
     "trainer.lifecycle",
+    "trainer.measures",
     "trainer.redaction",
     "trainer.requeue",
     "trainer.run_folder",

@@ -417,6 +417,28 @@ def test_cross_entropy_has_the_gradients_of_its_formula(
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_an_evaluation_counts_labels_with_the_highest_logit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several chunks; of equal logits the lowest id counts, and what is no target does not."""
+    monkeypatch.setattr("parallel.loss.CHUNK_BYTES", 4 * 37 * 4)
+    head = VocabParallelHead(37, 12, name="h", init=Init(std=0.5), tp=TensorParallel.alone(), tied_to=None, softcap=2.0)
+    initialise(head, seed=1)
+    head.double()
+    with torch.no_grad():
+        head.weight[20] = head.weight[5]
+    hidden = torch.randn(15, 12, dtype=torch.float64)
+    hidden[0] = 4 * head.weight[5].detach() / head.weight[5].norm()
+    guesses = head(hidden).argmax(-1)
+    labels = guesses.clone()
+    labels[1::3] = (labels[1::3] + 1) % 37
+    labels[2::3] = IGNORE
+    loss, hits = head(hidden, labels, measured=True).tolist()
+    assert hits == 5
+    assert loss == pytest.approx(head(hidden, labels).item(), rel=1e-12)
+    assert guesses[0] == 5, "the two rows must tie for the highest"
+    for label, right in ((5, 1), (20, 0)):
+        assert head(hidden[:1], torch.tensor([label]), measured=True)[1] == right
+
+
 def test_an_offset_norm_in_bf16_keeps_small_weights() -> None:
     """1 + 0.001 in bf16 is 1: the offset is added in fp32."""
     layer = RMSNorm(64, eps=1e-6, name="n", tp=TensorParallel.alone(), offset=1.0)

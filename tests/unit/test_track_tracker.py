@@ -89,7 +89,7 @@ def console_output(*, terminal: bool, steps: int, clock: list[float], monkeypatc
     for step in range(1, steps + 1):
         clock[0] += 0.5
         tracker.log({"step": step, "loss": 3.0, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_s": 1234.0, "step_time_s": 0.5})
-    tracker.evaluate({"step": steps, "eval_loss": 2.5, "eval_perplexity": 12.18})
+    tracker.evaluate({"step": steps, "eval_loss": 2.5, "eval_perplexity": 12.18, "eval_accuracy": 0.25})
     tracker.finish({"final_loss": 3.0, "wall_s": 75.0, "sample": "bell\x07\x1b[31m"})
     return text.getvalue()
 
@@ -101,7 +101,7 @@ def test_a_log_file_gets_few_plain_lines_with_the_first_and_the_last(tmp_path: P
     assert steps[-1] == 99
     assert len(steps) == pytest.approx(99 * 0.5 / 2.0, abs=2)
     assert "ETA 47 s" in out.splitlines()[2]
-    assert "step 99: eval loss 2.5, perplexity 12.18" in out
+    assert "step 99: eval loss 2.5, perplexity 12.18, accuracy 25.0 %" in out
     assert "1 min 15 s" in out
     assert not [sign for sign in out if ord(sign) < 32 and sign != "\n"]
 

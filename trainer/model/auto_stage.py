@@ -133,9 +133,16 @@ class AutoStage(Sharded):
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
 
     def forward(
-        self, tokens_BS: Tensor, documents: Documents, labels_BS: Tensor | None = None, streams: Streams | None = None
+        self,
+        tokens_BS: Tensor,
+        documents: Documents,
+        labels_BS: Tensor | None = None,
+        streams: Streams | None = None,
+        *,
+        measured: bool = False,
     ) -> Tensor:
-        """The loss summed over the targets of `labels_BS`, or logits [B, S, V] without labels. `streams` None: no dropout.
+        """The loss summed over the targets of `labels_BS`, `measured` that and the number of targets whose label has the
+        highest logit, float64 [2]; or logits [B, S, V] without labels. `streams` None: no dropout.
 
         Dropout follows the micro-batch, by its first sequence's place in the step: layers of transformers draw for all rows
         at once, so other than in our own families a mask depends on `batch.micro_sequences`.
@@ -150,7 +157,9 @@ class AutoStage(Sharded):
             logits_RLV = self.model(**inputs).logits
         if labels_BS is None:
             return rows.join(logits_RLV)
-        return cross_entropy_sum(logits_RLV, rows.split(labels_BS, IGNORE))
+        labels_RL = rows.split(labels_BS, IGNORE)
+        loss = cross_entropy_sum(logits_RLV, labels_RL)
+        return torch.stack([loss.double(), (logits_RLV.argmax(-1) == labels_RL).sum().double()]) if measured else loss
 
     @torch.no_grad()
     def looks_ahead(self, device: torch.device) -> bool:

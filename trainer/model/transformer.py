@@ -238,11 +238,11 @@ class Head(nn.Module):
             softcap=config.logit_softcap,
         )
 
-    def forward(self, x_ND: Tensor, documents: Documents, labels_BS: Tensor | None) -> Tensor:
-        """The loss summed over targets, or without labels this rank's logits [B, S, V/p]."""
+    def forward(self, x_ND: Tensor, documents: Documents, labels_BS: Tensor | None, *, measured: bool) -> Tensor:
+        """The loss summed over targets; `measured`, the task's statistics; without labels this rank's logits [B, S, V/p]."""
         x_ND = self.transform(self.norm(x_ND))
         if labels_BS is not None:
-            return self.logits(x_ND, labels_BS.flatten())
+            return self.logits(x_ND, labels_BS.flatten(), measured=measured)
         return self.logits(x_ND).unflatten(0, documents.shape)
 
 
@@ -314,10 +314,17 @@ class Stage(nn.Module):
         return self.head
 
     def forward(
-        self, x: Tensor, documents: Documents, labels_BS: Tensor | None = None, streams: Streams | None = None
+        self,
+        x: Tensor,
+        documents: Documents,
+        labels_BS: Tensor | None = None,
+        streams: Streams | None = None,
+        *,
+        measured: bool = False,
     ) -> Tensor:
         """First stage: x = tokens [B, S]; others: hidden [N, D]. Last stage: the loss summed over the targets of
-        `labels_BS`, or this rank's logits [B, S, V/p] without labels; others: hidden [N, D]. `streams` None: no dropout."""
+        `labels_BS`, or `measured`, without gradients, the statistics that the task's `Measures` reads, float64, the loss
+        first; this rank's logits [B, S, V/p] without labels. Others: hidden [N, D]. `streams` None: no dropout."""
         if self.embedding is not None:
             x = self.embedding(x, documents, streams)
         rotation = self._rotation(documents, x.device)
@@ -326,7 +333,7 @@ class Stage(nn.Module):
                 x = checkpoint(layer, x, documents, rotation, streams, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, documents, rotation, streams)
-        return x if self.head is None else self.head(x, documents, labels_BS)
+        return x if self.head is None else self.head(x, documents, labels_BS, measured=measured)
 
     def _rotation(self, documents: Documents, device: torch.device) -> Rotation | None:
         if self.config.positions != "rope":

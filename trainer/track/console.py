@@ -49,8 +49,8 @@ class ConsoleTracker:
 
     def evaluate(self, record: Record) -> None:
         self._write_waiting()
-        loss, perplexity = short(record.get("eval_loss")), short(record.get("eval_perplexity"))
-        self.note(f"step {record['step']}: eval loss {loss}, perplexity {perplexity}")
+        measured = ", ".join(f"{label} {say(record[key])}" for key, (label, say) in EVAL_WORDS.items() if key in record)
+        self.note(f"step {record['step']}: {measured}")
 
     def rewind(self, step: int) -> None:
         """The bar goes back with the next record."""
@@ -136,12 +136,20 @@ class _Remaining(ProgressColumn):
         return Text(f"ETA {duration(self._pace.remaining_s())}")
 
 
+# What is said of an evaluation in a line.
+EVAL_WORDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "eval_loss": ("eval loss", short),
+    "eval_perplexity": ("perplexity", short),
+    "eval_accuracy": ("accuracy", percent),
+}
+
 # Key of the summary → how to say it; also the order of the table. Keys that are not here are for the report alone.
 SUMMARY_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "steps": ("steps", scaled),
     "final_loss": ("final loss", short),
     "eval_loss": ("eval loss", short),
     "eval_perplexity": ("eval perplexity", short),
+    "eval_accuracy": ("eval accuracy", percent),
     "unigram_perplexity": ("  of word counts alone (unigram)", short),
     "tokens": ("tokens", scaled),
     "tokens_per_s": ("tokens/s", scaled),

@@ -33,9 +33,9 @@ class RunInfo:
 class Tracker(Protocol):
     """Hears of a run, on the one rank that writes.
 
-    A training record has `step` (optimizer steps done) and the keys of design §2; an evaluation has `step`, `eval_loss`,
-    `eval_perplexity`, `eval_targets`. After `rewind` the steps after `step` come again, in place of those that were told.
-    `finish` is called once, also when the run ends early.
+    A training record has `step` (optimizer steps done) and the keys of design §2; an evaluation has `step` and what the
+    task measures (`measures.py`), `eval_loss` first. After `rewind` the steps after `step` come again, in place of those that
+    were told. `finish` is called once, also when the run ends early.
     """
 
     def start(self, run: RunInfo) -> None: ...
