@@ -15,6 +15,7 @@ import torch
 from tools.campaign import nan_injection
 from tools.campaign.cases import WAYS, Way, arguments, digests, numbers, remembered, write_recipe
 from tools.campaign.ranks import run_ranks, train
+from tools.campaign.spikes import plant_spikes
 from trainer.errors import EXIT_DATA, EXIT_NO_PROGRESS
 from trainer.track import read_metrics
 
@@ -162,22 +163,8 @@ def test_the_first_steps_after_a_resume_are_judged_as_in_the_undisturbed_run(nam
 
 
 def bad_data_at(positions: Sequence[int], leave_out: tuple[int, int], command: Sequence[str]) -> int:
-    """`train`, in which the data of some steps gives gradients 100 times too large. `leave_out` (step, steps): from that step
-    on so many steps of data are left out, as a rewind would do it."""
-    from trainer.batching import BatchPlan
-    from trainer.data.loader import TrainData
-
-    factor, read, under_way = BatchPlan.loss_factor, TrainData.micro_batches, [0]
-    first, count = leave_out
-
-    def reading(data: TrainData, step: int, **named: Any) -> Any:
-        under_way[0] = step + (count if step >= first else 0)
-        return read(data, under_way[0], **named)
-
-    def spiking(plan: BatchPlan, num_targets: int) -> float:
-        return factor(plan, num_targets) * (100.0 if under_way[0] in positions else 1.0)
-
-    BatchPlan.loss_factor, TrainData.micro_batches = spiking, reading  # type: ignore[method-assign]
+    """`train`, in which the data of some steps spikes, and some is left out as a rewind would do it."""
+    plant_spikes(positions, leave_out)
     return train(command)
 
 

@@ -303,20 +303,21 @@ def whole_steps(checkpoints: Path) -> list[int]:
 @dataclass(frozen=True)
 class Scene:
     """A layout and a way to save, of which `keep` are kept. All its runs are in one folder; the disturbed one is always
-    `folder/run`, whose paths strace is told."""
+    `folder/run`, whose paths strace is told. `keys`: of the recipe, as `--set` takes them."""
 
     way: Way
     asynchronous: bool
     folder: Path
     steps: int
     keep: int
+    keys: tuple[str, ...] = ()
 
     @classmethod
-    def named(cls, name: str, folder: Path, *, steps: int, keep: int) -> Scene:
+    def named(cls, name: str, folder: Path, *, steps: int, keep: int, keys: Sequence[str] = ()) -> Scene:
         """`name`: LAYOUT:sync or LAYOUT:async."""
         layout, _, mode = name.partition(":")
         way = next(way for way in WAYS if way.name == layout)
-        return cls(way, mode == "async", folder / name.replace(":", "-"), steps, keep)
+        return cls(way, mode == "async", folder / name.replace(":", "-"), steps, keep, tuple(keys))
 
     @property
     def run_dir(self) -> Path:
@@ -341,9 +342,9 @@ class Scene:
     def train(self, name: str, *keys: str, resume: str = "auto") -> Ended:
         return self.on_ranks(train_without_extras, self.command(name, *keys, resume=resume))
 
-    def on_ranks(self, body: Callable[..., int], *parts: Any) -> Ended:
+    def on_ranks(self, body: Callable[..., int], *parts: Any, around: Callable[[list[int]], None] | None = None) -> Ended:
         log = self.folder / "log"
-        return on_a_free_port(lambda: run_ranks(body, *parts, world_size=self.way.processes, log=log))
+        return on_a_free_port(lambda: run_ranks(body, *parts, world_size=self.way.processes, log=log, around=around))
 
     def held(self, step: int, victim: int) -> Held:
         """The disturbed run, in which a rank waits before it saves that step."""
@@ -375,7 +376,7 @@ class Scene:
 
     def command(self, name: str, *keys: str, resume: str = "auto") -> list[str]:
         mode = f"checkpoint.async={str(self.asynchronous).lower()}"
-        return arguments(self.folder / "recipe.json", self.folder / name, self.way, mode, *keys, resume=resume)
+        return arguments(self.folder / "recipe.json", self.folder / name, self.way, mode, *self.keys, *keys, resume=resume)
 
     def _last(self, run_dir: Path) -> Path:
         return run_dir / "checkpoints" / f"step-{self.steps:08d}"

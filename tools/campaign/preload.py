@@ -1,5 +1,6 @@
-"""Imported once by the fork server of `ranks`."""
+"""Imported once by the fork server of `ranks`, with all that a run imports on its way: each rank would take seconds for it."""
 
+import encodings.idna  # noqa: F401 - any look-up of a host
 import logging
 import os
 import warnings
@@ -8,10 +9,19 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 warnings.simplefilter("ignore")
 logging.getLogger().setLevel(logging.WARNING)
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401 - DeepSpeed imports torch's compiler with it: 3 s
+import deepspeed.module_inject.auto_ep_layer  # noqa: E402 - DeepSpeed's engine asks for it, for mori and setuptools
+import deepspeed.ops.op_builder.all_ops  # noqa: E402
+import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: E402
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401 - it imports torch's compiler: 3 s
+import numpy.ctypeslib  # noqa: E402
+import numpy.ma  # noqa: E402, F401 - numpy.unique
+import rich._emoji_codes  # noqa: E402, F401
+import setuptools  # noqa: E402, F401
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402 - any torch optimizer imports it: 2 s
 
-import trainer.loop  # noqa: E402, F401
+import trainer.cli  # noqa: E402
+import trainer.loop  # noqa: E402
+import trainer.track.console  # noqa: E402, F401
 
 torch.set_num_threads(1)

@@ -1,0 +1,165 @@
+"""Which phase of a run a rank is in, by name, and how many calls it has made there: moments that are the same in every run.
+
+The names are those of the trainer's stopwatch, and of the functions in `PARTS` for what it does not tell apart. A moment is a
+phase, the how manieth time that the rank comes to it, and the how manieth call, Python's or C's, that its thread makes there.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pkgutil
+import signal
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from trainer.stopwatch import Stopwatch
+
+# Innermost first: what `renaming a save` takes is not `committing a save`.
+PARTS = {
+    "joining the group": "trainer.launch.join",
+    "making the groups": "trainer.session.Mesh.build",
+    "claiming the folder": "trainer.session.claim",
+    "clearing the way": "trainer.session._clear_the_way",
+    "ending for a signal": "trainer.loop.interrupt",
+    "copying for a save": "trainer.checkpoint.save.Saver.save",
+    "agreeing on a save": "trainer.checkpoint.save.Saver._write",
+    "beginning a draft": "trainer.checkpoint.save.Saver._begin",
+    "writing a file of a save": "trainer.checkpoint.save.write_tensor_file",
+    "writing beside a save": "trainer.checkpoint.save._write_beside",
+    "committing a save": "trainer.checkpoint.save.Saver._commit",
+    "renaming a save": "trainer.checkpoint.folder.CheckpointFolder.commit",
+    "reading a save back": "trainer.checkpoint.save.Saver._make_room",
+    "removing an older save": "trainer.checkpoint.folder.CheckpointFolder.prune",
+    "closing": "trainer.loop.finish",
+    "writing the report": "trainer.closing.write_report",
+    "closing the engine": "trainer.engine.Engine.close",
+    "leaving the group": "trainer.launch.leave",
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """`entry` counts from 1; `call` 0 is before the first."""
+
+    phase: str
+    entry: int
+    call: int
+
+
+@dataclass
+class _Visit:
+    """A stay in a phase."""
+
+    phase: str
+    entry: int
+    calls: int = 0
+
+
+class Phases:
+    """On one rank, planted into its trainer: counts the calls of each visit, or kills the process at a moment.
+
+    A visit that ends before its moment, because fewer calls were made than in the run that was counted, ends with it.
+    """
+
+    def __init__(self, moment: Moment | None = None) -> None:
+        self.visits: dict[str, list[_Visit]] = defaultdict(list)
+        self._moment = moment
+        self._of_thread = threading.local()
+
+    def plant(self) -> None:
+        for phase, path in PARTS.items():
+            owner, _, name = path.rpartition(".")
+            _replace(pkgutil.resolve_name(owner), name, functools.partial(self._within, phase))
+        real_init, real_begin, real_call = Stopwatch.__init__, Stopwatch.begin, Stopwatch.__call__
+
+        def init(watch: Stopwatch, *args: Any) -> None:
+            real_init(watch, *args)
+            self._begin(watch.phase)
+
+        def begin(watch: Stopwatch, phase: str) -> None:
+            self._begin(phase)
+            real_begin(watch, phase)
+
+        @contextmanager
+        def call(watch: Stopwatch, phase: str) -> Iterator[None]:
+            with real_call(watch, phase), self._inside(phase):
+                yield
+
+        Stopwatch.__init__, Stopwatch.begin, Stopwatch.__call__ = init, begin, call  # type: ignore[assignment, method-assign]
+
+    @property
+    def calls(self) -> dict[str, list[int]]:
+        """Of each visit, by phase."""
+        return {phase: [visit.calls for visit in visits] for phase, visits in self.visits.items()}
+
+    def _within(self, phase: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def within(*args: Any, **named: Any) -> Any:
+            with self._inside(phase):
+                return real(*args, **named)
+
+        return within
+
+    @property
+    def _stack(self) -> list[_Visit]:
+        """Of this thread; the first is what lasts until the next one begins."""
+        stack: list[_Visit] = self._of_thread.__dict__.setdefault("stack", [])
+        return stack
+
+    def _begin(self, phase: str) -> None:
+        if self._stack:
+            self._leave(self._stack[0])
+        self._stack[:1] = [self._come_to(phase)]
+        self._listen()
+
+    @contextmanager
+    def _inside(self, phase: str) -> Iterator[None]:
+        self._stack.append(self._come_to(phase))
+        self._listen()
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+            self._leave(self._stack.pop())
+            self._listen()
+
+    def _come_to(self, phase: str) -> _Visit:
+        visit = _Visit(phase, len(self.visits[phase]) + 1)
+        self.visits[phase].append(visit)
+        if self._moment == Moment(phase, visit.entry, 0):
+            die()
+        return visit
+
+    def _leave(self, visit: _Visit) -> None:
+        if self._is_it(visit):
+            die()
+
+    def _is_it(self, visit: _Visit) -> bool:
+        return self._moment is not None and (visit.phase, visit.entry) == (self._moment.phase, self._moment.entry)
+
+    def _listen(self) -> None:
+        """Python tells a thread of each of its calls while it is in a visit that counts."""
+        wanted = self._stack and (self._moment is None or self._is_it(self._stack[-1]))
+        sys.setprofile(self._hear if wanted else None)
+
+    def _hear(self, frame: FrameType, event: str, what: Any) -> None:
+        if event in ("call", "c_call"):
+            visit = self._stack[-1]
+            visit.calls += 1
+            if self._moment is not None and visit.calls >= self._moment.call:
+                die()
+
+
+def _replace(owner: Any, name: str, change: Callable[[Any], Any]) -> None:
+    setattr(owner, name, change(getattr(owner, name)))
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,25 @@
+"""Data that spikes: what a rewind is tried with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.batching import BatchPlan
+from trainer.data.loader import TrainData
+
+
+def plant_spikes(positions: Sequence[int], leave_out: tuple[int, int] = (0, 0)) -> None:
+    """On a rank, before it trains: the data of some steps gives gradients 100 times too large. `leave_out` (step, steps): from
+    that step on so many steps of data are left out, as a rewind would do it."""
+    factor, read, under_way = BatchPlan.loss_factor, TrainData.micro_batches, [0]
+    first, count = leave_out
+
+    def reading(data: TrainData, step: int, **named: Any) -> Any:
+        under_way[0] = step + (count if step >= first else 0)
+        return read(data, under_way[0], **named)
+
+    def spiking(plan: BatchPlan, num_targets: int) -> float:
+        return factor(plan, num_targets) * (100.0 if under_way[0] in positions else 1.0)
+
+    BatchPlan.loss_factor, TrainData.micro_batches = spiking, reading  # type: ignore[method-assign]
