@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -106,12 +107,29 @@ def replacing_folder(final: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace the JSON file at `path` in one durable step."""
-    staging = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with private_file(staging) as file:
-        file.write(f"{json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)}\n".encode())
-    os.replace(staging, path)
+    """Replace the JSON file at `path` in one durable step. Writers take turns at one draft beside it, so that one that is
+    killed leaves nothing but what the next one takes over."""
+    text = f"{json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)}\n"
+    draft = path.with_name(f".{path.name}.tmp")
+    with _turn_at(draft) as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(draft, path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def _turn_at(draft: Path) -> Iterator[BinaryIO]:
+    """The draft, empty and this writer's alone for the block; others wait for it, and then find that it has been renamed."""
+    while True:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, FILE_MODE), "wb") as file:
+            with suppress(OSError):  # a file system without locks: there two writers must not meet
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if draft.exists() and os.path.samestat(draft.stat(), os.fstat(file.fileno())):
+                file.truncate(0)
+                yield file
+                return
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -44,6 +44,10 @@ class RunFolder:
         return self.path / "export"
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -53,11 +57,12 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run that is here came to its end: it has closed its history."""
+        """Whether the run that is here came to its end: it has closed its history, and left its report, the last of all."""
         try:
-            return "ended_by" not in json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
+        return "ended_by" not in summary and self.report.exists()
 
     def create(self) -> None:
         """RecipeError when it cannot be."""

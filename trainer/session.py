@@ -43,7 +43,7 @@ from trainer.recipe import ResolvedRecipe
 from trainer.recipe.auto import AUTO
 from trainer.run_folder import RunFolder
 from trainer.sections import Recipe
-from trainer.start import agree, claim, find, leave_behind
+from trainer.start import agree, claim, find, leave_behind, make_room
 from trainer.stopwatch import Stopwatch
 from trainer.swap_folder import private_swap_folders
 from trainer.track import RunInfo, Tracker, make_tracker, open_rank_log, read_metrics, truncate_after
@@ -183,7 +183,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             ledger = None
             if place.is_first:
                 ledger = _open_ledger(folder, found)
-                remarks += _clear_the_way(folder, found, resolved.given)
+                remarks += _clear_the_way(folder, found, resolved)
         if ledger is not None:
             stack.callback(lambda: ledger.end(watch.step, watch.totals(), watchdog.waiting()))
         checkpoints = Checkpoints(
@@ -305,12 +305,12 @@ def _times_of_steps(folder: RunFolder) -> dict[int, float]:
     return {int(record["step"] or 0): float(record["time"] or 0.0) for record in read_metrics(folder.metrics)}
 
 
-def _clear_the_way(folder: RunFolder, found: Found | None, given: dict[str, Any]) -> list[str]:
+def _clear_the_way(folder: RunFolder, found: Found | None, resolved: ResolvedRecipe) -> list[str]:
     """Only now is anything of an earlier start changed: its history ends where this start begins; remarks."""
-    remarks = leave_behind(found, folder) if found else []
+    remarks = [*leave_behind(found, folder), *make_room(folder, resolved.recipe.checkpoint.keep)] if found else []
     for history in (folder.metrics, folder.evaluations):
         truncate_after(history, found.manifest.step if found else 0)
-    folder.write_given(given)
+    folder.write_given(resolved.given)
     return remarks
 
 

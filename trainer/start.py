@@ -62,6 +62,18 @@ def leave_behind(found: Found, folder: RunFolder) -> list[str]:
     ]
 
 
+def make_room(folder: RunFolder, keep: int) -> list[str]:
+    """A start that was killed after its last save may not have come to remove what that one replaced; on the first rank, once
+    the newest checkpoint is known to be whole; remarks."""
+    try:
+        return [
+            f"{path.name} was to be removed before the run was ended"
+            for path in CheckpointFolder(folder.checkpoints).prune(keep)
+        ]
+    except OSError as error:
+        return [f"warning: older checkpoints stay: {error}; the next save removes them"]
+
+
 def _require_own(folder: RunFolder, checkpoint: Path) -> None:
     if checkpoint.resolve().parent != folder.checkpoints.resolve():
         raise RecipeError(

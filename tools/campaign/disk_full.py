@@ -40,8 +40,8 @@ from typing import Any
 from unittest.mock import patch
 
 from tools.campaign.cases import WAYS, digests, report
-from tools.campaign.kill_in_save import Point, Scene, Undisturbed, train_without_extras, whole_steps
-from tools.campaign.ranks import Ended
+from tools.campaign.kill_in_save import Point, Scene, Undisturbed, whole_steps
+from tools.campaign.ranks import Ended, train
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.save import Saver
 from trainer.errors import DataError
@@ -91,7 +91,7 @@ class Filling:
 def train_on_filling_disk(command: Sequence[str], filling: Filling) -> int:
     """On this rank: a run whose first rank fills the disk around the third save."""
     if os.environ["RANK"] != "0":
-        return train_without_extras(command)
+        return train(command)
     look, write = Saver._begin, Saver._write
 
     def looking(saver: Saver, step: int, need: int) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def train_on_filling_disk(command: Sequence[str], filling: Filling) -> int:
                 give_back(filling.disk(saver.folder.path))
 
     with patch.object(Saver, "_begin", looking), patch.object(Saver, "_write", writing):
-        return train_without_extras(command)
+        return train(command)
 
 
 def fill(disk: Path, filling: Filling) -> None:

@@ -221,17 +221,10 @@ def _points(trace: str) -> list[Point]:
 # ------------------------------------------------------------------------------------------------------- what is run
 
 
-def train_without_extras(command: Sequence[str]) -> int:
-    """`python -m trainer train …` on this rank, without two things that take half of so short a run and write no checkpoint:
-    the measurement of the device's peak at its start, the drawings of the report at its end."""
-    with patch("trainer.matmul_peak.measured_peak", return_value=1e9), patch("trainer.track.report._render", return_value=""):
-        return train(command)
-
-
 def train_held(command: Sequence[str], step: int, victim: int, gate: Connection) -> int:
-    """The same; the victim stops at the gate before and after it has written the checkpoint of that step."""
+    """`train`; the victim stops at the gate before and after it has written the checkpoint of that step."""
     if int(os.environ["RANK"]) != victim:
-        return train_without_extras(command)
+        return train(command)
     write = Saver._write  # in the background it is what the thread does
 
     def held(saver: Saver, manifest: Any, *rest: Any) -> Any:
@@ -245,7 +238,7 @@ def train_held(command: Sequence[str], step: int, victim: int, gate: Connection)
             wait_at(gate)
 
     with patch.object(Saver, "_write", held):
-        return train_without_extras(command)
+        return train(command)
 
 
 def write_small_recipe(folder: Path, *, steps: int, keep: int) -> Path:
@@ -340,7 +333,7 @@ class Scene:
         return Undisturbed.of(self.whole, self.steps)
 
     def train(self, name: str, *keys: str, resume: str = "auto") -> Ended:
-        return self.on_ranks(train_without_extras, self.command(name, *keys, resume=resume))
+        return self.on_ranks(train, self.command(name, *keys, resume=resume))
 
     def on_ranks(self, body: Callable[..., int], *parts: Any, around: Callable[[list[int]], None] | None = None) -> Ended:
         log = self.folder / "log"

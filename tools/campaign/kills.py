@@ -39,9 +39,9 @@ from pathlib import Path
 from typing import Any
 
 from tools.campaign.cases import report
-from tools.campaign.kill_in_save import KILLED, Scene, Undisturbed, train_without_extras, whole_steps, write_small_recipe
+from tools.campaign.kill_in_save import KILLED, Scene, Undisturbed, whole_steps, write_small_recipe
 from tools.campaign.phases import Moment, Phases
-from tools.campaign.ranks import Ended
+from tools.campaign.ranks import Ended, train
 from tools.campaign.spikes import plant_spikes
 from trainer.errors import EXIT_OK, EXIT_REQUEUE, DataError
 from trainer.stopwatch import Stopwatch
@@ -106,7 +106,7 @@ STORIES = {
 
 def train_in_a_story(words: Sequence[str], story: str) -> int:
     STORIES[story].again()
-    return train_without_extras(words)
+    return train(words)
 
 
 def train_and_count(words: Sequence[str], story: str, counted: str) -> int:
@@ -114,7 +114,7 @@ def train_and_count(words: Sequence[str], story: str, counted: str) -> int:
     STORIES[story].plant()
     phases = Phases()
     phases.plant()
-    code = train_without_extras(words)
+    code = train(words)
     sys.setprofile(None)
     Path(counted, f"{os.environ['RANK']}.json").write_text(json.dumps(phases.calls))
     return code
@@ -124,7 +124,7 @@ def train_and_die(words: Sequence[str], story: str, victim: int, phase: str, ent
     STORIES[story].plant()
     if int(os.environ["RANK"]) == victim:
         Phases(Moment(phase, entry, call)).plant()
-    return train_without_extras(words)
+    return train(words)
 
 
 # ------------------------------------------------------------------------------------------------------------ scenes
@@ -146,6 +146,7 @@ class Stage:
     def __init__(self, name: str, folder: Path) -> None:
         self.scene = Scene.named(name, folder, steps=STORIES["anew"].steps, keep=1, keys=KEYS)
         write_small_recipe(self.scene.folder, steps=self.scene.steps, keep=1)
+        os.utime(self.scene.folder / "text.txt", (0, 0))  # the hash of a file that has just changed is not remembered
         self.told: dict[str, Told] = {}
         for story in STORIES:
             self.told[story] = self._tell(story)
@@ -190,9 +191,9 @@ class Stage:
 
 
 def files_of(run_dir: Path) -> frozenset[str]:
-    """Names of all that a run leaves, but for the pages that tell of lost ranks."""
+    """Names of all that a run leaves, but for what tells of lost ranks: pages, and the stacks of ranks that were killed."""
     names = (path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*"))
-    return frozenset(name for name in names if not name.startswith("logs/autopsy-"))
+    return frozenset(name for name in names if not re.fullmatch(r"logs/(autopsy-.*|.*\.stack)", name))
 
 
 # ------------------------------------------------------------------------------------------------------------- cases
