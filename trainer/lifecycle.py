@@ -12,6 +12,8 @@ from types import FrameType
 from typing import Protocol
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+WANTED, LOST = 1001, 1002  # no signals: a later start of this SLURM job waits for the run folder, or has it already
+REASONS = {WANTED: "SLURM has started this job again", LOST: "another start of this job has taken the run folder"}
 
 
 class Ranks(Protocol):
@@ -34,7 +36,8 @@ class StopRequest:
     def _heard(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
 
-    def agreed(self, ranks: Ranks) -> str:
-        """The name of a signal that a rank has heard, the same on all, or "". Every rank must ask together."""
-        number = ranks.largest(self._signal)
-        return signal.Signals(number).name if number else ""
+    def agreed(self, ranks: Ranks, word: int = 0) -> str:
+        """Why the run is to end, the same on all ranks: the name of a signal that one has heard, or what a rank's `word` stands
+        for; "" while it goes on. Every rank must ask together."""
+        number = ranks.largest(max(self._signal, word))
+        return REASONS.get(number) or (signal.Signals(number).name if number else "")

@@ -8,7 +8,7 @@ from trainer.checkpoint.door import Resume
 from trainer.closing import export, finish
 from trainer.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE
 from trainer.guard import Guard
-from trainer.lifecycle import StopRequest
+from trainer.lifecycle import LOST, REASONS, StopRequest
 from trainer.meter import Meter
 from trainer.recipe import ResolvedRecipe
 from trainer.schedule import lr_at
@@ -25,8 +25,8 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
         step = run.checkpoints.start_step
         while step < steps:
             run.engine.watch.begin_step(step + 1)
-            if signal := stop.agreed(run.ranks):
-                return interrupt(run, signal, meter, guard, steps_done=step)
+            if reason := stop.agreed(run.ranks, run.word):
+                return interrupt(run, reason, meter, guard, steps_done=step)
             with run.engine.watch("data"):
                 micro_batches = run.micro_batches(step)
             lr = lr_at(step, schedule=run.recipe.schedule, peak=run.recipe.optimizer.lr, total_steps=steps)
@@ -63,16 +63,18 @@ def save(run: Session, meter: Meter, guard: Guard, *, steps_done: int) -> None:
     meter.restart()
 
 
-def interrupt(run: Session, signal: str, meter: Meter, guard: Guard, *, steps_done: int) -> int:
+def interrupt(run: Session, reason: str, meter: Meter, guard: Guard, *, steps_done: int) -> int:
     """Save what is not saved yet, and end; the exit code tells whether the run can go on when it is started again."""
+    if reason == REASONS[LOST]:
+        run.leave_to_the_next(reason)
     if run.recipe.checkpoint.every and run.checkpoints.saved_step != steps_done:
         save(run, meter, guard, steps_done=steps_done)
     run.say(run.checkpoints.wait())
     saved = run.checkpoints.saved_step
     goes_on = saved is not None or steps_done == 0
     advice = f"the same command goes on after step {saved or 0}" if goes_on else "nothing is saved (checkpoint.every = 0)"
-    run.tracker.note(f"{signal}: ended after step {steps_done}; {advice}")
-    run.tracker.finish({"ended_by": signal, "steps": steps_done, **meter.summary(), **run.goodput(steps_done)})
+    run.tracker.note(f"{reason}: ended after step {steps_done}; {advice}")
+    run.tracker.finish({"ended_by": reason, "steps": steps_done, **meter.summary(), **run.goodput(steps_done)})
     return EXIT_REQUEUE if goes_on else EXIT_INTERRUPTED
 
 

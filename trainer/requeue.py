@@ -24,7 +24,9 @@ from typing import Any
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.durable import write_json
 from trainer.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_REQUEUE
+from trainer.hold import JobStart
 from trainer.run_folder import RunFolder
+from trainer.slurm_environment import job_name
 
 IDLE_RESTARTS = 3
 RECORD = "requeue.json"
@@ -49,8 +51,11 @@ def verdict(folder: RunFolder, code: int, since: int, environment: Mapping[str, 
     """The script's exit code, 75 for a requeue, and the line that says why."""
     if not was_interrupted(folder, code, since):
         return code, f"the ranks ended with {code}: not queued again"
-    if (state := job_state(environment)) != "RUNNING":
+    state, restarts = job_state(environment)
+    if state != "RUNNING":
         return LEFT_TO_SLURM, f"the ranks ended with {code}, the job is {state}: left to SLURM"
+    if restarts > JobStart.from_environment(environment).restarts:
+        return LEFT_TO_SLURM, f"the ranks ended with {code}, SLURM has started the job again meanwhile: left to that start"
     idle, step = count_restart(folder, environment.get("SLURM_JOB_ID", ""))
     if idle >= IDLE_RESTARTS:
         return EXIT_NO_PROGRESS, (
@@ -111,21 +116,17 @@ def _record(folder: RunFolder) -> dict[str, Any]:
         return {"job": None, "step": 0, "idle": 0}
 
 
-def job_state(environment: Mapping[str, str]) -> str:
-    """As `squeue` names it: RUNNING while nothing but the ranks has ended."""
-    command = ["squeue", "--noheader", "--format=%T", f"--jobs={job_name(environment)}"]
+def job_state(environment: Mapping[str, str]) -> tuple[str, int]:
+    """As `squeue` tells of the job: RUNNING while nothing but the ranks has ended, and how often it has been queued again."""
+    command = ["squeue", "--noheader", "--Format=State:|,RestartCnt:|", f"--jobs={job_name(environment)}"]
     for _ in range(ASK_SLURM):
         try:
-            return subprocess.run(command, capture_output=True, text=True, timeout=SLURM_ANSWERS_S, check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
+            said = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_ANSWERS_S, check=True).stdout
+            state, restarts, *_ = said.strip().split("|")
+            return state.strip(), int(restarts)
+        except (OSError, subprocess.SubprocessError, ValueError):
             time.sleep(ASK_SLURM)
-    return "UNKNOWN"
-
-
-def job_name(environment: Mapping[str, str]) -> str:
-    """An array task has a job id of its own, but for one of them it is the whole array's."""
-    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID", "")
+    return "UNKNOWN", 0
 
 
 if __name__ == "__main__":

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from trainer.durable import write_json
 from trainer.errors import RecipeError
 from trainer.redaction import redact
 from trainer.sections import Recipe
-
-LOCK_PATIENCE_S = 5.0  # an ended run's last rank may still be closing its files
 
 
 @dataclass(frozen=True)
@@ -72,24 +67,6 @@ class RunFolder:
             raise RecipeError(
                 f"run folder {self.path}: {error.strerror}: set run.dir to a folder that can be written"
             ) from error
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """This process alone writes here for the block; the system lets go when the process ends, however it ends.
-
-        RecipeError when another one does: two runs in one folder would write over each other's history and checkpoints.
-        """
-        lock = FileLock(self.path / ".lock", mode=0o600)
-        try:
-            lock.acquire(timeout=LOCK_PATIENCE_S)
-        except Timeout:
-            raise RecipeError(
-                f"run folder {self.path}: another process is training in it: end that one first, or choose another run.name"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     def move_aside(self) -> Path:
         """Give an older run of this name another one, so that nothing of it is lost; where it is now."""

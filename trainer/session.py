@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -31,8 +32,11 @@ from trainer.data import PreparedData, prepare, prepare_summary
 from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.deepspeed_config import deepspeed_config
 from trainer.engine import DTYPES, Engine
+from trainer.errors import EXIT_REQUEUE
 from trainer.goodput import Ledger, lost_s
-from trainer.launch import Place, together
+from trainer.hold import Hold, JobStart, held
+from trainer.launch import PeerFailed, Place, together
+from trainer.lifecycle import LOST, WANTED
 from trainer.matmul_peak import device_peak, slower_than_fp32
 from trainer.model.auto import open_auto
 from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
@@ -43,7 +47,7 @@ from trainer.recipe import ResolvedRecipe
 from trainer.recipe.auto import AUTO
 from trainer.run_folder import RunFolder
 from trainer.sections import Recipe
-from trainer.start import agree, claim, find, leave_behind, make_room
+from trainer.start import agree, begin_again, claim, find, leave_behind, make_room
 from trainer.stopwatch import Stopwatch
 from trainer.swap_folder import private_swap_folders
 from trainer.track import RunInfo, Tracker, make_tracker, open_rank_log, read_metrics, truncate_after
@@ -77,6 +81,7 @@ class Session:
     checkpoints: Checkpoints
     ranks: Messages  # for a word at the end of a step
     watchdog: Watchdog
+    hold: Hold | None  # on the first rank
     ledger: Ledger | None  # on the first rank
     devices: str
     peak_flops: float  # of this rank's device, FLOP/s
@@ -85,6 +90,21 @@ class Session:
     def say(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.tracker.note(line)
+
+    @property
+    def word(self) -> int:
+        """What this rank has to say for the end of the run; see `StopRequest.agreed`."""
+        if self.hold is None:
+            return 0
+        return LOST if self.hold.is_lost else WANTED if self.hold.is_wanted else 0
+
+    def leave_to_the_next(self, reason: str) -> NoReturn:
+        """The run folder is another start's: nothing more may be written there, nor what else would be at the end."""
+        if not self.place.is_first:
+            raise PeerFailed(EXIT_REQUEUE)
+        sys.stderr.write(f"triaxis: error: run folder {self.folder.path}: {reason}: this one ends, and writes nothing more\n")
+        sys.stderr.flush()
+        os._exit(EXIT_REQUEUE)
 
     def account(self, step: int, *, always: bool = False) -> None:
         if self.ledger is not None:
@@ -155,10 +175,13 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         )
         messages = Messages.among_all(timeout)
         remarks: list[str] = []
+        hold = None
         with together():
             if place.is_first:
                 remarks = claim(folder, resume)
-                stack.enter_context(folder.held())
+                start = JobStart.from_environment(os.environ)
+                hold = stack.enter_context(held(folder.path, start, patience_s=limits.step_s))
+                remarks += begin_again(folder, resume)
         log = stack.enter_context(open_rank_log(folder.path, place.rank))
         logger.info(placed(place.rank, str(place.device)))
         alike = mesh.layout.groups("dp", "cp", "tp")
@@ -243,6 +266,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             tracker=tracker,
             checkpoints=checkpoints,
             ranks=Messages.among_all(timeout),
+            hold=hold,
             watchdog=watchdog,
             ledger=ledger,
             devices=devices,

@@ -73,6 +73,12 @@ def speaks_first(environment: Environment) -> bool:
     return next((environment[name] for name in names if environment.get(name)), "0") == "0"
 
 
+def job_name(environment: Environment) -> str:
+    """An array task has a job id of its own, but for one of them it is the whole array's."""
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID", "")
+
+
 def check_launcher_in_step(environment: Environment, world_size: int, what: str) -> None:
     """torchrun or mpirun inside srun: one of them on each node, not one in each task. RecipeError otherwise."""
     if not in_a_step(environment):

@@ -13,25 +13,32 @@ from trainer.checkpoint.facts import refusals
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.resume import Found, examine, newest_whole
 from trainer.errors import DataError, RecipeError
+from trainer.hold import JobStart, held
 from trainer.run_folder import RunFolder
 from trainer.track.jsonl import read_metrics
 
 
 def claim(folder: RunFolder, resume: Resume) -> list[str]:
     """Take the run folder, on the first rank; remarks. RecipeError or DataError rather than writing over another run."""
-    checkpoints = CheckpointFolder(folder.checkpoints)
     remarks = []
     if folder.holds_a_run:
         if resume.how == "never":
-            with folder.held():
+            with held(folder.path, JobStart()):
                 remarks.append(f"the run that was in {folder.path} is now in {folder.move_aside()}")
         elif resume.path is not None:
             _require_own(folder, checkpoint_named(resume.path))
-        elif not checkpoints.steps() and not checkpoints.set_aside_ones():
-            _require_restartable(folder)
-            remarks.append("the run was ended before its first checkpoint: it begins again at step 0")
     folder.create()
     return remarks
+
+
+def begin_again(folder: RunFolder, resume: Resume) -> list[str]:
+    """Whether the run that is there may begin at step 0, where it has left nothing to go on from, once nobody else writes
+    there; remarks. RecipeError or DataError when it may not."""
+    checkpoints = CheckpointFolder(folder.checkpoints)
+    if resume.path is not None or not folder.holds_a_run or checkpoints.steps() or checkpoints.set_aside_ones():
+        return []
+    _require_restartable(folder)
+    return ["the run was ended before its first checkpoint: it begins again at step 0"]
 
 
 def find(folder: RunFolder, resume: Resume, messages: Messages) -> tuple[Found | None, list[str]]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +19,9 @@ from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.cli import main
 from trainer.goodput import read_starts, shares_of
+from trainer.hold import HOLDER, WANTED, JobStart, held
 from trainer.launch import free_port
-from trainer.run_folder import RunFolder
+from trainer.session import Session
 
 ONE = WAYS[0]
 ZERO1 = next(way for way in WAYS if way.name == "dp2-zero1")
@@ -218,11 +220,81 @@ def test_a_run_ended_before_its_first_checkpoint_begins_again(done: tuple[Path, 
 
 def test_two_runs_do_not_share_a_folder(done: tuple[Path, Path], copy: Path) -> None:
     history = (copy / "metrics.jsonl").read_bytes()
-    with RunFolder(copy).held():
+    with held(copy, JobStart()):
         ended = run(done[0], copy, "--set", "train.steps=8")
     assert ended.codes == (78,), ended.said
     assert "another process is training in it" in ended.said
     assert (copy / "metrics.jsonl").read_bytes() == history
+
+
+def train_as(restarts: int, waits_at: int | None, command: list[str]) -> int:
+    """`train` as a start of SLURM job 7. `waits_at`: at that step until another start wants the run folder."""
+    os.environ.update(SLURM_JOB_ID="7", SLURM_RESTART_COUNT=str(restarts))
+    read = Session.micro_batches
+
+    def reading(session: Session, step: int) -> Any:
+        while step == waits_at and not (session.folder.path / WANTED).exists():
+            time.sleep(0.01)
+        return read(session, step)
+
+    Session.micro_batches = reading  # type: ignore[method-assign]
+    return train(command)
+
+
+@pytest.mark.parametrize("way", [pytest.param(ONE, marks=pytest.mark.grid), ZERO1], ids=lambda way: way.name)
+def test_ranks_that_slurm_has_lost_give_way_to_the_next_start_of_the_job(way: Way, tmp_path: Path) -> None:
+    """They live on when their node's daemon ends, and hold the run folder."""
+    recipe = write_recipe(tmp_path, steps=9, every=3, keep=9)
+    run_dir, undisturbed, later = tmp_path / "run", tmp_path / "undisturbed", []
+
+    def start_again(pids: list[int]) -> None:
+        deadline = time.monotonic() + 60
+        while steps_logged(run_dir) < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        command = arguments(recipe, run_dir, way)
+        later.append(run_ranks(train_as, 1, None, command, world_size=way.processes, log=tmp_path / "later"))
+
+    command = arguments(recipe, run_dir, way)
+    lost = run_ranks(train_as, 0, 4, command, world_size=way.processes, log=tmp_path / "log", around=start_again)
+    (second,) = later
+    assert lost.codes == (75,) * way.processes, lost.said
+    assert "SLURM has started this job again: ended after step 5; the same command goes on after step 5" in lost.said
+    assert second.codes == (0,) * way.processes, second.said
+    assert second.said.count("the ranks of this job's earlier start live on") == 1
+    assert "resumed after step 5" in second.said
+    assert not (run_dir / WANTED).exists()
+    assert run(recipe, undisturbed, way=way).codes == (0,) * way.processes
+    assert numbers(run_dir) == numbers(undisturbed)
+    assert digests(run_dir / "checkpoints" / "step-00000009") == digests(undisturbed / "checkpoints" / "step-00000009")
+
+
+def take_over(run_dir: Path) -> None:
+    """As a later start of job 7 on a file system whose locks do not reach it."""
+    (run_dir / HOLDER).unlink()
+    (run_dir / HOLDER).write_text(json.dumps({"job": "7", "restarts": 1, "host": "elsewhere", "pid": 1}))
+
+
+def train_and_lose(step: int, command: list[str]) -> int:
+    """`train` as a start of SLURM job 7, whose run folder is taken over in a step."""
+    read = Session.micro_batches
+
+    def reading(session: Session, now: int) -> Any:
+        if now == step and session.place.is_first:
+            take_over(session.folder.path)
+        return read(session, now)
+
+    os.environ.update(SLURM_JOB_ID="7")
+    Session.micro_batches = reading  # type: ignore[method-assign]
+    return train(command)
+
+
+def test_a_start_whose_folder_was_taken_over_writes_nothing_more(tmp_path: Path) -> None:
+    recipe, run_dir = write_recipe(tmp_path, steps=9, every=7, keep=9), tmp_path / "run"
+    ended = run_ranks(train_and_lose, 4, arguments(recipe, run_dir, ZERO1), world_size=2, log=tmp_path / "log")
+    assert ended.codes == (75, 75), ended.said
+    assert ended.said.count("another start of this job has taken the run folder: this one ends, and writes nothing more") == 1
+    assert not (run_dir / "summary.json").exists()
+    assert not list((run_dir / "checkpoints").glob("*"))
 
 
 def test_a_manifest_from_elsewhere_is_not_followed(done: tuple[Path, Path], copy: Path) -> None:

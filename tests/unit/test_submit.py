@@ -335,7 +335,8 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tools = tmp_path / "tools"
     tools.mkdir()
     (tmp_path / "state").write_text("RUNNING")
-    fake(tools, "squeue", f'echo "$@" >{tmp_path}/asked; cat {tmp_path}/state')
+    (tmp_path / "restarts").write_text("0")
+    fake(tools, "squeue", f'echo "$@" >{tmp_path}/asked; echo "$(cat {tmp_path}/state)|$(cat {tmp_path}/restarts)|"')
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     return tmp_path
 
@@ -372,6 +373,16 @@ def test_only_an_interrupted_run_is_queued_again(code: int, expected: int, runni
 def test_a_job_that_slurm_ends_is_left_to_it(state: str, running: Path) -> None:
     (running / "state").write_text(state)
     assert requeue.verdict(RunFolder(running / "run"), 75, 0, {"SLURM_JOB_ID": "1"})[0] == 143
+
+
+def test_ranks_that_slurm_has_lost_leave_the_job_to_its_next_start(running: Path) -> None:
+    """Their script lives on beside them: a requeue by it would end that start."""
+    folder = RunFolder(running / "run")
+    (running / "restarts").write_text("1")
+    code, why = requeue.verdict(folder, 75, 0, {"SLURM_JOB_ID": "1"})
+    assert (code, why.partition(", ")[2]) == (143, "SLURM has started the job again meanwhile: left to that start")
+    assert not (folder.path / requeue.RECORD).exists()
+    assert requeue.verdict(folder, 75, 0, {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "1"})[0] == 75
 
 
 def test_three_restarts_without_a_later_checkpoint_end_it(running: Path) -> None:
