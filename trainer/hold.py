@@ -60,7 +60,7 @@ class Hold:
 
     folder: Path
     start: JobStart
-    mark: os.stat_result
+    mark: tuple[int, int]
 
     @property
     def is_wanted(self) -> bool:
@@ -76,7 +76,7 @@ class Hold:
         if not self.start.job:
             return False
         try:
-            if os.path.samestat((self.folder / HOLDER).stat(), self.mark):
+            if _mark(self.folder / HOLDER) == self.mark:
                 return False
         except OSError:
             return False
@@ -107,7 +107,7 @@ def held(
         write_json(
             folder / HOLDER, {"job": start.job, "restarts": start.restarts, "host": socket.gethostname(), "pid": os.getpid()}
         )
-        yield Hold(folder, start, (folder / HOLDER).stat())
+        yield Hold(folder, start, _mark(folder / HOLDER))
     finally:
         lock.release()
 
@@ -139,6 +139,12 @@ def _acquired(lock: FileLock, patience_s: float) -> bool:
     except Timeout:
         return False
     return True
+
+
+def _mark(path: Path) -> tuple[int, int]:
+    """Another one for each file that was put there: the number of one that is gone may come again, its time does not."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ from trainer.swap_folder import private_swap_folders
 from trainer.track import RunInfo, Tracker, make_tracker, open_rank_log, read_metrics, truncate_after
 from trainer.track.progress import work_progress
 from trainer.watchdog.beats import Limits
-from trainer.watchdog.lost import among_ranks
+from trainer.watchdog.lost import among_ranks, among_strangers
 from trainer.watchdog.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -164,6 +164,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
     with ExitStack() as stack:
         limits = Limits(step_s=recipe.guard.timeout_s, long_s=recipe.guard.long_timeout_s)
         timeout = timedelta(seconds=limits.longest_s + BACKSTOP_S)
+        stack.enter_context(among_strangers(place.rank))
         launch.join(place, timeout)
         stack.callback(launch.leave)
         watch = Stopwatch(place.device)

@@ -84,7 +84,7 @@ def test_no_job_has_no_later_start(tmp_path: Path) -> None:
     with held(tmp_path, JobStart()) as mine:
         (tmp_path / WANTED).write_text(json.dumps({"job": "", "restarts": 1}))
         assert not mine.is_wanted
-        assert not Hold(tmp_path, JobStart(), tmp_path.stat()).is_lost
+        assert not Hold(tmp_path, JobStart(), (0, 0)).is_lost
 
 
 def test_what_slurm_says_of_a_start() -> None:

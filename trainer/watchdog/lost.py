@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from trainer.errors import EXIT_HANG, EXIT_REQUEUE, UserError
-from trainer.watchdog.watchdog import Watchdog
+from trainer.watchdog.watchdog import PeerLost, Watchdog
 
 # How gloo and NCCL say so; torch raises both as RuntimeError.
 GONE = re.compile(r"connection (closed|reset) by peer|broken pipe|remote process exited|connection refused", re.IGNORECASE)
@@ -30,6 +30,22 @@ def among_ranks(watchdog: Watchdog, doing: Callable[[], str]) -> Iterator[None]:
         if GONE.search(reason):
             raise watchdog.peer_lost(EXIT_REQUEUE, f"a connection broke in {doing()}", error) from error
         raise watchdog.peer_lost(EXIT_HANG, f"no answer in {doing()}", error) from error
+
+
+@contextmanager
+def among_strangers(rank: int) -> Iterator[None]:
+    """The same from the beginning, while there is no watchdog that knows who is missing: each rank that notices says so."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not (reason := _lost_peer(error)):
+            raise
+        gone = GONE.search(reason)
+        noticed = "a connection broke" if gone else "no answer"
+        line = f"rank {rank}: another rank has ended, or never began ({noticed} before the run was set up); start the run again"
+        raise PeerLost(EXIT_REQUEUE if gone else EXIT_HANG, line) from error
 
 
 def _lost_peer(error: BaseException | None) -> str:
