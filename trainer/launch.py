@@ -35,6 +35,13 @@ class Place(Seat):
         return 0 if self.own_gpu else self.local_rank
 
     @property
+    def neighbour(self) -> int | None:
+        """The next rank of this node, round about; None where it is alone. A node's ranks are consecutive."""
+        if self.local_world_size == 1:
+            return None
+        return self.rank - self.local_rank + (self.local_rank + 1) % self.local_world_size
+
+    @property
     def device(self) -> torch.device:
         return torch.device("cuda", self.gpu) if torch.cuda.is_available() else torch.device("cpu")
 

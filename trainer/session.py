@@ -171,10 +171,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         with together():
             plan = BatchPlan.from_recipe(recipe, place.world_size, place.how)
         degrees = recipe.parallel
-        mesh = Mesh.build(
-            Layout.from_world_size(place.world_size, pp=degrees.pipeline, cp=degrees.context, tp=degrees.tensor), timeout
-        )
-        messages = Messages.among_all(timeout)
+        layout = Layout.from_world_size(place.world_size, pp=degrees.pipeline, cp=degrees.context, tp=degrees.tensor)
         remarks: list[str] = []
         hold = None
         with together():
@@ -185,9 +182,12 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
                 remarks += begin_again(folder, resume)
         log = stack.enter_context(open_rank_log(folder.path, place.rank))
         logger.info(placed(place.rank, str(place.device)))
-        alike = mesh.layout.groups("dp", "cp", "tp")
-        watchdog = stack.enter_context(Watchdog(watch, limits, log.path.parent, recipe.run.name, alike))
+        alike = layout.groups("dp", "cp", "tp")
+        watchdog = stack.enter_context(
+            Watchdog(watch, limits, log.path.parent, recipe.run.name, alike, neighbour=place.neighbour)
+        )
         stack.enter_context(among_ranks(watchdog, lambda: watch.doing))
+        mesh, messages = Mesh.build(layout, timeout), Messages.among_all(timeout)
         watch.begin("reading the data")
         with together(), work_progress(shown=place.is_first) as progress:
             cache_dir = Path(str(recipe.data.cache_dir))

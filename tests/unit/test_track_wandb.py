@@ -7,13 +7,12 @@ import json
 import math
 import os
 import socket
-import statistics
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,20 +49,32 @@ def info(folder: Path, recipe: Mapping[str, Any] | None = None) -> RunInfo:
     return RunInfo(name="a-run", folder=folder, recipe=recipe or {}, total_steps=3, world_size=2, devices="2 CPU")
 
 
-def run_through(settings: Wandb, folder: Path, recipe: Mapping[str, Any] | None = None) -> tuple[list[str], float, float]:
-    """(notes, median log() [s], finish() [s]) of a run of three steps."""
+class LateTracker(WandbTracker):
+    """Its child is opened only once the run has logged: a log() that waited for W&B would never return."""
+
+    def __init__(self, settings: Wandb, note: Callable[[str], None]) -> None:
+        super().__init__(settings, note)
+        self.logged = threading.Event()
+
+    def _open(self) -> Any:
+        self.logged.wait()
+        return super()._open()
+
+
+def run_through(settings: Wandb, folder: Path, recipe: Mapping[str, Any] | None = None) -> list[str]:
+    """The notes of a run of three steps; nothing of W&B outlives its end."""
     notes: list[str] = []
-    tracker = WandbTracker(settings, notes.append)
+    tracker = LateTracker(settings, notes.append)
     tracker.start(info(folder, recipe))
-    logs_s = []
     for step in (1, 2, 3):
-        before = time.perf_counter()
         tracker.log({"step": step, "loss": float("nan") if step == 2 else 1 / (3 * step), "mfu": None})
-        logs_s.append(time.perf_counter() - before)
     tracker.evaluate({"step": 3, "eval_loss": 0.7})
-    before = time.perf_counter()
+    tracker.logged.set()
     tracker.finish({"final_loss": 1 / 9, "sample": "text"})
-    return notes, statistics.median(logs_s), time.perf_counter() - before
+    assert not tracker._thread.is_alive()
+    assert tracker._child is not None
+    assert tracker._child._process.poll() is not None
+    return notes
 
 
 # ------------------------------------------------------------------------------------------------- reading W&B's file
@@ -105,7 +116,7 @@ def test_an_offline_run_holds_the_whole_history_once_and_no_secret(folder: Path,
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setattr(sys, "argv", ["train", f"--token={SECRET}"])
     recipe = {"data": {"path": f"https://me:{SECRET}@host/x", "api_key": SECRET}, "train": {"steps": 3}}
-    notes, _, _ = run_through(Wandb(mode="offline", project="p", tags=["t"], entity="team"), folder, recipe)
+    notes = run_through(Wandb(mode="offline", project="p", tags=["t"], entity="team"), folder, recipe)
 
     (path,) = offline_files(folder)
     rows = history(path)
@@ -181,12 +192,11 @@ def test_an_unreachable_server_costs_nothing_and_loses_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, trouble: Any
 ) -> None:
     monkeypatch.setattr(mirror, "START_LIMIT_AT_FINISH_S", 1.5)
+    monkeypatch.setattr(mirror, "FINISH_LIMIT_S", 60.0)  # W&B is imported twice, on a machine that may be busy
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with trouble() as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
-        notes, log_s, finish_s = run_through(Wandb(mode="online"), folder)
-    assert log_s < 0.005
-    assert finish_s < mirror.FINISH_LIMIT_S + 1.5
+        notes = run_through(Wandb(mode="online"), folder)
     (path,) = offline_files(folder)
     assert [row["step"] for row in history(path)] == [1, 2, 3, 3]
     (note,) = notes
@@ -194,8 +204,10 @@ def test_an_unreachable_server_costs_nothing_and_loses_nothing(
     assert note.endswith(f"upload it with: wandb sync {path.parent}")
 
 
-def test_without_a_key_nobody_is_asked_for_one(folder: Path) -> None:
-    notes, _, _ = run_through(Wandb(mode="online"), folder)
+def test_without_a_key_nobody_is_asked_for_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "START_LIMIT_AT_FINISH_S", 30.0)
+    monkeypatch.setattr(mirror, "FINISH_LIMIT_S", 60.0)
+    notes = run_through(Wandb(mode="online"), folder)
     assert len(notes) == 1
     assert "api_key" in notes[0] or "API key" in notes[0]
     assert len(offline_files(folder)) == 1
@@ -209,19 +221,15 @@ def package(folder: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_module_that_raises_is_one_warning(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, "raise RuntimeError('no such luck')", monkeypatch)
-    notes, log_s, finish_s = run_through(Wandb(mode="offline"), folder)
+    notes = run_through(Wandb(mode="offline"), folder)
     assert notes == ["warning: W&B stopped (RuntimeError: no such luck); the run goes on, metrics.jsonl has the whole history"]
-    assert log_s < 0.005
-    assert finish_s < 5.0
 
 
 def test_a_module_that_blocks_is_left_behind(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, "import time; time.sleep(60)", monkeypatch)
     monkeypatch.setattr(mirror, "FINISH_LIMIT_S", 1.0)
-    notes, log_s, finish_s = run_through(Wandb(mode="offline"), folder)
+    notes = run_through(Wandb(mode="offline"), folder)
     assert notes == ["warning: W&B stopped (no end within 1 s); the run goes on, metrics.jsonl has the whole history"]
-    assert log_s < 0.005
-    assert finish_s < 2.5
 
 
 def test_a_slow_child_drops_records_with_one_warning(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,12 +237,11 @@ def test_a_slow_child_drops_records_with_one_warning(folder: Path, tmp_path: Pat
     monkeypatch.setattr(mirror, "QUEUE_RECORDS", 5)
     monkeypatch.setattr(mirror, "FINISH_LIMIT_S", 0.5)
     notes: list[str] = []
-    tracker = WandbTracker(Wandb(mode="offline"), notes.append)
+    tracker = LateTracker(Wandb(mode="offline"), notes.append)
     tracker.start(info(folder))
-    start = time.perf_counter()
     for step in range(1, 101):
         tracker.log({"step": step, "loss": 1.0})
-    assert time.perf_counter() - start < 0.5
+    tracker.logged.set()
     tracker.finish({})
     assert [note.split(";")[0] for note in notes] == [
         "warning: W&B is slower than the run and misses records",

@@ -30,7 +30,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from trainer.durable import private_file
-from trainer.errors import EXIT_HANG, UserError
+from trainer.errors import EXIT_HANG, EXIT_REQUEUE, UserError
 from trainer.launch import PeerFailed
 from trainer.redaction import redact_text
 from trainer.stopwatch import Stopwatch
@@ -81,10 +81,20 @@ class Watchdog:
     """Of one rank, while it is entered. `watch` says what the rank is at; `logs`: where pages and stacks go; `peers`: groups of
     ranks that do the same work."""
 
-    def __init__(self, watch: Stopwatch, limits: Limits, logs: Path, run_name: str, peers: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        watch: Stopwatch,
+        limits: Limits,
+        logs: Path,
+        run_name: str,
+        peers: Sequence[Sequence[int]],
+        *,
+        neighbour: int | None = None,
+    ) -> None:
+        """`neighbour`: the rank of this host whose process this one looks after."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._watch, self._limits, self._logs, self._run_name = watch, limits, logs, run_name
-        self._main = threading.get_ident()
+        self._main, self._neighbour = threading.get_ident(), neighbour
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._started = start_of(self._pid)
         self._count = 0
@@ -157,6 +167,8 @@ class Watchdog:
             self._judge()
         else:
             self._hear([0])  # its process holds the store: what it was at must be known when the store is silent
+        if self._neighbour is not None and self._neighbour not in self._roll.beats:
+            self._hear([self._neighbour])
 
     def _say(self, ended: str = "") -> Beat:
         beat = replace(self._beat(), ended=ended)
@@ -208,12 +220,26 @@ class Watchdog:
             yield self._remarks.get()
 
     def _mind_the_store(self) -> None:
-        """A store that does not answer holds the other thread for ever; this one never talks to it."""
+        """A store that does not answer holds the other thread for ever; this one talks to it only when a process is gone."""
         while not self._over.wait(BEAT_S):
+            if self._neighbour_is_gone():
+                self._end(self._verdict(EXIT_REQUEUE, "its process has ended"))
+                return
             overdue = self.rank > 0 and time.monotonic() - self._answered > STORE_S
             if overdue and self._idle_s >= self._limit_s:
                 self._end(self._without_store(EXIT_HANG, f"no answer for {self._idle_s:.0f} s"))
                 return
+
+    def _neighbour_is_gone(self) -> bool:
+        """Whether its process ended before the run did. Who waits for it in a collective notices at once, but who waits for a
+        file, or for a group to be made, would wait for hours."""
+        beat = self._roll.beats.get(self._neighbour) if self._neighbour is not None else None
+        if beat is None or not self._has_ended(beat):
+            return False
+        with contextlib.suppress(RuntimeError, OSError):
+            self._hear([beat.rank])
+        # The store ends with rank 0; at the end of a run that may be before others have heard that it is done.
+        return not self._roll.has_ended(beat.rank) and not (beat.rank == 0 and self._watch.phase == "export")
 
     @property
     def _idle_s(self) -> float:
