@@ -119,6 +119,7 @@ class Watchdog:
         ]
 
     def __enter__(self) -> Watchdog:
+        self._meet_the_neighbour()
         for thread in self._threads:
             thread.start()
         return self
@@ -167,8 +168,6 @@ class Watchdog:
             self._judge()
         else:
             self._hear([0])  # its process holds the store: what it was at must be known when the store is silent
-        if self._neighbour is not None and self._neighbour not in self._roll.beats:
-            self._hear([self._neighbour])
 
     def _say(self, ended: str = "") -> Beat:
         beat = replace(self._beat(), ended=ended)
@@ -229,6 +228,13 @@ class Watchdog:
             if overdue and self._idle_s >= self._limit_s:
                 self._end(self._without_store(EXIT_HANG, f"no answer for {self._idle_s:.0f} s"))
                 return
+
+    def _meet_the_neighbour(self) -> None:
+        """Before anything else can go wrong: a process that was never heard of cannot be missed."""
+        self._say()
+        if self._neighbour is not None:
+            self._wait_for([self._key("beat", self._neighbour)], REPORTS_S)
+            self._hear([self._neighbour])
 
     def _neighbour_is_gone(self) -> bool:
         """Whether its process ended before the run did. Who waits for it in a collective notices at once, but who waits for a
