@@ -285,13 +285,16 @@ class ReplicatedLinear(Sharded):
     each rank gives its tokens' part of the gradients; without, all ranks compute the same.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, name: str, init: Init, tp: TensorParallel) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, name: str, init: Init, tp: TensorParallel, added: bool = False
+    ) -> None:
+        """`added`: put beside the model's own weights for tuning."""
         super().__init__()
         for what, shape, role, start in (
             ("weight", (out_features, in_features), Role.MATRIX, init),
             ("bias", (out_features,), Role.BIAS, Init()),
         ):
-            spec = whole(f"{name}.{what}", shape, role=role, init=start, copies=tp.group, partial=tp.sequence)
+            spec = whole(f"{name}.{what}", shape, role=role, init=start, copies=tp.group, partial=tp.sequence, added=added)
             self.declare(what, shape, spec)
 
     def forward(self, x_NI: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -183,10 +183,9 @@ class RowLowRank(Sharded):
         spec = ShardSpec(Role.MATRIX, first_factor(R, layer.in_features), (piece,), Group.alone(), added=True)
         self.declare("lora_A", (R, local), spec)
         shape = (O, R)
-        spec = whole(
-            f"{layer.name}.lora_B.weight", shape, role=Role.MATRIX, init=Init(), copies=group, partial=self.tp.sequence
-        )
-        self.declare("lora_B", shape, replace(spec, added=True))
+        name, partial = f"{layer.name}.lora_B.weight", self.tp.sequence
+        spec = whole(name, shape, role=Role.MATRIX, init=Init(), copies=group, partial=partial, added=True)
+        self.declare("lora_B", shape, spec)
         if keys.magnitude:
             lengths = _lengths(layer.name, O, 0, O, 0)
             self.declare("magnitude", (O,), ShardSpec(Role.NORM, Init(), (lengths,), group, self.tp.sequence, added=True))

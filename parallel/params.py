@@ -95,9 +95,18 @@ class ShardSpec:
         return self.copies.rank == 0
 
 
-def whole(name: str, shape: tuple[int, ...], *, role: Role, init: Init, copies: Group, partial: bool = False) -> ShardSpec:
+def whole(
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    role: Role,
+    init: Init,
+    copies: Group,
+    partial: bool = False,
+    added: bool = False,
+) -> ShardSpec:
     """The spec of a parameter that is one whole logical tensor on every rank of `copies`."""
-    return ShardSpec(role, init, (Piece(name, shape, (0,) * len(shape), shape),), copies, partial)
+    return ShardSpec(role, init, (Piece(name, shape, (0,) * len(shape), shape),), copies, partial, added=added)
 
 
 class Sharded(nn.Module):

@@ -447,10 +447,12 @@ def _export(arguments: argparse.Namespace) -> int:
     from trainer.checkpoint.door import checkpoint_named
 
     checkpoint = checkpoint_named(arguments.checkpoint, option="CHECKPOINT")
-    from trainer.checkpoint.export import LOGITS_TOLERANCE, compare_logits, export
+    from trainer.checkpoint.export import LOGITS_TOLERANCE, compare_logits, export, require_mergeable
 
+    if arguments.merge:
+        require_mergeable(checkpoint)
     console = _console()
-    exported = export(checkpoint, arguments.out, dtype=arguments.dtype, merge=arguments.merge)
+    exported = export(checkpoint, arguments.out, dtype=arguments.dtype, whole=arguments.merge)
     _say(
         console,
         f"{exported.folder}: {exported.tensors} tensors of step {exported.step} in {exported.dtype}, "
@@ -477,11 +479,9 @@ def _continued(arguments: argparse.Namespace, scratch: Path) -> str:
 
     folder = arguments.folder
     if (folder / MANIFEST).is_file():
-        from trainer.checkpoint.export import Tuned, export
-        from trainer.checkpoint.manifest import Manifest
+        from trainer.checkpoint.export import export
 
-        tuned = Tuned.of(folder, Manifest.read(folder)) is not None
-        folder = export(folder, scratch / "model", merge=tuned).folder
+        folder = export(folder, scratch / "model", whole=True).folder
     from trainer.generate import continue_from_folder
 
     return continue_from_folder(

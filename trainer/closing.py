@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+
+import torch
 
 from trainer.data import unigram_perplexity
 from trainer.engine import DTYPES
@@ -10,8 +14,9 @@ from trainer.generate import sample
 from trainer.model.hugging_face import assembled, write_folder
 from trainer.session import Session
 from trainer.track.report import write_report
+from trainer.tuning.adapter_folder import AdapterFormat, leaves_adapter, write_adapter
 from trainer.tuning.merge import merged
-from trainer.tuning.peft_format import adapter_config, leaves_adapter, write_adapter
+from trainer.tuning.targets import MERGEABLE, PARTS, is_added
 
 SAMPLE_TOKENS = 96
 
@@ -21,8 +26,8 @@ def export(run: Session) -> None:
     tensors, dtype = run.engine.gathered_tensors(), DTYPES[run.recipe.precision.dtype]
     folder = run.folder.export if run.place.is_first else None
     if leaves_adapter(run.recipe):
-        config = adapter_config(run.recipe, run.network)
-        write_adapter(assembled(tensors), folder, dtype=dtype, config=config, save_beside=run.files.save_others)
+        form = AdapterFormat.of(run.recipe, run.network)
+        write_adapter(assembled(tensors), folder, dtype=dtype, form=form, save_beside=run.files.save_others)
         run.tracker.note(f"adapter: {run.folder.export}")
         return
     write_folder(
@@ -30,10 +35,24 @@ def export(run: Session) -> None:
         folder,
         dtype=dtype,
         config=run.files.config,
-        save_beside=run.files.save_others,
+        save_beside=_with_unmerged(run, dtype),
         through=partial(merged, tuning=run.recipe.tuning, network=run.network),
     )
     run.tracker.note(f"weights: {run.folder.export}")
+
+
+def _with_unmerged(run: Session, dtype: torch.dtype) -> Callable[[Path], None]:
+    """What goes into a whole model's folder beside its weights: the tokenizer, and an adapter that no weight can take up."""
+    if run.recipe.tuning.method not in PARTS or run.recipe.tuning.method in MERGEABLE:
+        return run.files.save_others
+    form = AdapterFormat.of(run.recipe, run.network)
+    adapter = [(name, tensor) for name, tensor in assembled(run.engine.gathered_tensors()) if is_added(name)]
+
+    def save(folder: Path) -> None:
+        run.files.save_others(folder)
+        form.write(adapter, folder, dtype)
+
+    return save
 
 
 def finish(run: Session, summary: dict[str, object]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from parallel.rng import derive_seed
 from trainer.errors import DataError, RecipeError
+from trainer.tuning import bottleneck_format, peft_format
 
 
 def sample(
@@ -51,11 +52,13 @@ def continue_from_folder(folder: Path, prompt: str, *, new_tokens: int, temperat
     At most `new_tokens` tokens, up to the end of the document or the model's last position. RecipeError for a prompt that
     leaves no room, DataError for a folder that does not load whole.
     """
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise RecipeError(
-            f"{folder}: an adapter without the model that it belongs to: give the checkpoint, or write a whole model with "
-            "triaxis export --merge"
-        )
+    remedies = {
+        peft_format.CONFIG: "give the checkpoint, or write a whole model with triaxis export --merge",
+        bottleneck_format.CONFIG: "give the checkpoint",
+    }
+    for config, remedy in remedies.items():
+        if (folder / config).is_file() and not (folder / "config.json").is_file():
+            raise RecipeError(f"{folder}: an adapter without the model that it belongs to: {remedy}")
     if not (folder / "config.json").is_file():
         raise RecipeError(f"{folder}: no config.json there: give a Hugging Face folder, such as RUN_DIR/export")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,4 +94,6 @@ def _load(folder: Path) -> tuple[Any, Any]:
         raise DataError(f"{folder}: cannot be loaded ({reason}): fetch or export it again") from error
     if loading["missing_keys"]:  # transformers would draw them at random
         raise DataError(f"{folder}: tensor {min(loading['missing_keys'])} is missing: fetch or export it again")
+    if (folder / bottleneck_format.CONFIG).is_file():
+        bottleneck_format.load_bottlenecks(model, folder)
     return model.eval(), tokenizer

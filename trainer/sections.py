@@ -382,16 +382,18 @@ Target = Literal["attention", "mlp", "q", "k", "v", "o", "gate", "up", "down"]
 class Tuning(Section):
     """Parameter-efficient tuning: the model's own weights stay as they are, a few others are trained beside them."""
 
-    method: Literal["lora", "dora", "ia3", "bitfit"] | None = Field(
+    method: Literal["lora", "dora", "ia3", "adapter", "bitfit"] | None = Field(
         None,
         description="Way of tuning: low-rank factors beside weights (lora), those and the lengths of rows (dora), vectors that "
-        "rescale features (ia3), or all biases (bitfit); absent: all weights are trained.",
+        "rescale features (ia3), small networks behind attention and MLP (adapter), or all biases (bitfit); absent: all "
+        "weights are trained.",
     )
     targets: list[Target] | None = Field(
         None,
         min_length=1,
         description="Linear layers that are adapted: attention (= q, k, v, o), mlp (= gate, up, down), or single ones; absent: "
-        "all of them, for ia3 k, v and down. Not for bitfit.",
+        "all of them, for ia3 k, v and down. For adapter only attention and mlp: which of the two it stands behind. Not for "
+        "bitfit.",
     )
     rank: PositiveInt = Field(8, le=2**16, description="Inner size of the low-rank factors (lora, dora).")
     alpha: float = Field(
@@ -399,10 +401,12 @@ class Tuning(Section):
     )
     rank_stabilized: bool = Field(False, description="Multiply with alpha / sqrt(rank) instead, as rsLoRA does (lora, dora).")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Rate of dropout on what the first factor sees (lora).")
+    bottleneck: PositiveInt = Field(64, le=2**16, description="Features between an adapter's two projections (adapter).")
     merge: bool = Field(
         False,
         description="The run's export is the whole model with what was learned added to its weights, instead of an adapter in "
-        "peft's format. Always so without model.from_pretrained: no folder has the weights that the adapter belongs to.",
+        "peft's format. Always so without model.from_pretrained: no folder has the weights that the adapter belongs to "
+        "(lora, dora, ia3).",
     )
 
 

@@ -7,6 +7,7 @@ norms and every weight, adapters and base.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import nn
 from torch.nn import functional
 
 from parallel import low_rank, params
-from parallel.linear import ColumnParallelLinear
+from parallel.bottleneck import Bottleneck
+from parallel.linear import ColumnParallelLinear, ReplicatedLinear
 from parallel.loss import IGNORE
 from parallel.low_rank import ColumnLowRank, RowLowRank
 from parallel.mesh import Mesh
@@ -43,10 +45,11 @@ from tests.spawn import spawn
 from tools.campaign import exactness
 from tools.campaign.cases import WAYS, arguments, numbers, write_recipe
 from tools.campaign.ranks import run_ranks, train
+from trainer.errors import DataError
 from trainer.model.hugging_face import assembled, write_folder
 from trainer.model.translation import to_hf_config, translate
 from trainer.tuning import adapt
-from trainer.tuning.peft_format import adapter_config, write_adapter
+from trainer.tuning.adapter_folder import AdapterFormat, write_adapter
 from trainer.tuning.targets import PARTS, is_added
 
 # peft 0.21 asks transformers 5 by a name that is going away.
@@ -71,8 +74,8 @@ def start_folders(mesh: Mesh, case: Case, base: Path, adapter: Path) -> None:
     own = [(spec, parameter.detach()) for parameter, spec in engine.specs if not spec.added]
     write_folder(own, base, dtype=torch.float32, config=config, save_beside=lambda folder: None)
     if case.tuning["method"] in PARTS:
-        peft_config = adapter_config(engine.recipe, network)
-        write_adapter(tensors.items(), adapter, dtype=torch.float32, config=peft_config, save_beside=lambda folder: None)
+        form = AdapterFormat.of(engine.recipe, network)
+        write_adapter(tensors.items(), adapter, dtype=torch.float32, form=form, save_beside=lambda folder: None)
     engine.close()
 
 
@@ -83,17 +86,22 @@ def losses_of_peft(base: Path, adapter: Path, case: Case) -> list[float]:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
-    if adapter.exists():
+    if case.tuning["method"] == "adapter":
+        model = with_bottlenecks(model.requires_grad_(False), adapter)
+    elif adapter.exists():
         model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
     else:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith(".bias"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    factors = [p for name, p in model.named_parameters() if p.requires_grad and (".lora_A." in name or ".lora_B." in name)]
-    others = [
-        p for name, p in model.named_parameters() if p.requires_grad and ".lora_A." not in name and ".lora_B." not in name
+    decays = re.compile(r"\.lora_[AB]\.|adapter_(down|up)\.weight$")
+    groups = [
+        {
+            "params": [p for name, p in model.named_parameters() if p.requires_grad and bool(decays.search(name)) is decayed],
+            "weight_decay": 0.01 if decayed else 0.0,
+        }
+        for decayed in (True, False)
     ]
-    groups = [{"params": factors, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
     rule = torch.optim.AdamW(groups, lr=case.optimizer["lr"], betas=(0.9, 0.95), eps=1e-8)
     losses = []
     for step in range(case.steps):
@@ -111,6 +119,26 @@ def losses_of_peft(base: Path, adapter: Path, case: Case) -> list[float]:
         rule.step()
         losses.append(loss.item())
     return losses
+
+
+def with_bottlenecks(model: nn.Module, adapter: Path) -> nn.Module:
+    """The adapters of Houlsby et al. 2019, figure 2, in plain torch, with the values of a folder."""
+    from safetensors.torch import load_file
+
+    for name, tensor in load_file(adapter / "bottleneck.safetensors").items():
+        module, part, kind = name.rsplit(".", 2)
+        projection = model.get_submodule(module)
+        if not hasattr(projection, part):
+            setattr(projection, part, nn.Module())
+        setattr(getattr(projection, part), kind, nn.Parameter(tensor))
+
+    def adapted(projection: Any, _: Any, y: torch.Tensor) -> torch.Tensor:
+        inner = functional.gelu(y @ projection.adapter_down.weight.T + projection.adapter_down.bias)
+        return y + inner @ projection.adapter_up.weight.T + projection.adapter_up.bias
+
+    for projection in [module for module in model.modules() if hasattr(module, "adapter_down")]:
+        projection.register_forward_hook(adapted)
+    return model
 
 
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -138,6 +166,20 @@ PEFT_CASES = {
         optimizer={"name": "adamw", "lr": 0.1},
         steps=STEPS,
         clip_norm=0.01,
+    ),
+    "adapter": Case(
+        tuning={"method": "adapter", "bottleneck": 6},
+        optimizer={"name": "adamw", "lr": 0.01},
+        steps=STEPS,
+        clip_norm=0.1,
+    ),
+    "adapter-gpt2": Case(
+        family="gpt2",
+        config=NO_DROPOUT,
+        tuning={"method": "adapter", "targets": ["mlp"]},
+        optimizer={"name": "adamw", "lr": 0.01},
+        steps=STEPS,
+        clip_norm=0.1,
     ),
     "bitfit-gpt2": Case(
         family="gpt2",
@@ -214,10 +256,14 @@ def test_twenty_steps_equal_one_process(layout: str, one_process: Outcome) -> No
 METHODS = {
     "dora": Case(tuning={**LORA, "method": "dora"}, clip_norm=0.1, steps=4, config={"num_hidden_layers": 4}),
     "ia3": Case(tuning={"method": "ia3"}, clip_norm=0.003, steps=4, config={"num_hidden_layers": 4}),
+    "adapter": Case(tuning={"method": "adapter", "bottleneck": 6}, clip_norm=0.03, steps=4, config={"num_hidden_layers": 4}),
     "bitfit": Case(family="gpt2", tuning={"method": "bitfit"}, clip_norm=0.1, steps=4, config={"n_layer": 4}),
 }
 METHODS_EVERY_DAY = {("dora", "tp4-shared-heads"), ("dora", "tp2xdp2-zero3"), ("ia3", "tp4-shared-heads")} | {
     ("ia3", "dp2-zero3-cpu"),
+    ("adapter", "tp2"),
+    ("adapter", "split-backward"),
+    ("adapter", "dp2-zero3-cpu"),
     ("bitfit", "tp2-sp"),
     ("bitfit", "split-backward"),
 }
@@ -348,7 +394,7 @@ def test_peft_and_transformers_load_every_layouts_export(name: str, pretrained: 
     assert of_run.keys() == of_checkpoint.keys()
     assert all(torch.equal(of_run[key], of_checkpoint[key]) for key in of_run)
 
-    export(checkpoint, tmp_path / "merged", merge=True)
+    export(checkpoint, tmp_path / "merged", whole=True)
     # The training network with the adapter beside its weights, against transformers with the merged ones: seen 3e-7.
     assert compare_logits(checkpoint, tmp_path / "merged", "fp32") < 1e-5
     tuned = logits_of(base, run / "export")
@@ -366,11 +412,49 @@ def test_other_adapters_leave_too(method: str, pretrained: Path, tmp_path: Path)
     ended = run_ranks(train, arguments(recipe, tmp_path / "run", BY_NAME["tp2"]), world_size=2, log=tmp_path / "log")
     assert not any(ended.codes), ended.said
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
-    export(checkpoint, tmp_path / "merged", merge=True)
+    export(checkpoint, tmp_path / "merged", whole=True)
     assert compare_logits(checkpoint, tmp_path / "merged", "fp32") < 1e-5
     tuned = logits_of(pretrained.parent / "base", tmp_path / "run" / "export")
     torch.testing.assert_close(logits_of(tmp_path / "merged"), tuned, rtol=0, atol=1e-6)
     assert (tuned - logits_of(pretrained.parent / "base")).abs().max() > 1e-4, "the adapter changes nothing"
+
+
+def test_bottleneck_adapters_leave_and_are_put_behind_a_model(pretrained: Path, tmp_path: Path) -> None:
+    import transformers
+
+    from trainer.checkpoint.export import compare_logits, export
+    from trainer.cli import main
+    from trainer.tuning.bottleneck_format import load_bottlenecks
+
+    keys, base, run = json.loads(pretrained.read_text()), pretrained.parent / "base", tmp_path / "run"
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({**keys, "tuning": {"method": "adapter", "bottleneck": 6}}))
+    ended = run_ranks(train, arguments(recipe, run, BY_NAME["tp2"]), world_size=2, log=tmp_path / "log")
+    assert not any(ended.codes), ended.said
+    assert {path.name for path in (run / "export").iterdir()} >= {"bottleneck_config.json", "bottleneck.safetensors"}
+    assert not (run / "export" / "config.json").exists()
+
+    def logits(model: nn.Module) -> torch.Tensor:
+        tokens = torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            return model.eval()(tokens).logits
+
+    model = transformers.AutoModelForCausalLM.from_pretrained
+    tuned = logits(load_bottlenecks(model(base), run / "export"))
+    torch.testing.assert_close(tuned, logits(with_bottlenecks(model(base), run / "export")), rtol=0, atol=1e-6)
+    assert (tuned - logits_of(base)).abs().max() > 1e-3, "the adapters change nothing"
+    with pytest.raises(DataError, match="which the model does not have"):
+        load_bottlenecks(nn.Module(), run / "export")
+
+    checkpoint = run / "checkpoints" / "step-00000004"
+    export(checkpoint, tmp_path / "whole", whole=True)
+    # The training network against transformers' with the same adapters: seen 3e-7.
+    assert compare_logits(checkpoint, tmp_path / "whole", "fp32") < 1e-5
+    torch.testing.assert_close(
+        logits(load_bottlenecks(model(tmp_path / "whole"), tmp_path / "whole")), tuned, rtol=0, atol=1e-6
+    )
+    assert main(["generate", str(checkpoint), "--prompt", "3 times ", "--max-new-tokens", "2"]) == 0
+    assert main(["export", str(checkpoint), str(tmp_path / "merged"), "--merge"]) == 78
 
 
 def test_a_run_can_leave_a_merged_model(pretrained: Path, tmp_path: Path) -> None:
@@ -407,7 +491,9 @@ def test_another_rank_is_refused_on_resuming(pretrained: Path, tmp_path: Path) -
     assert "was saved with 4, this run has 8: it is another model" in ended.said
 
 
-@pytest.mark.parametrize("method", [*(pytest.param(name, marks=[pytest.mark.grid]) for name in ("dora", "ia3")), "bitfit"])
+@pytest.mark.parametrize(
+    "method", [*(pytest.param(name, marks=[pytest.mark.grid]) for name in ("dora", "ia3", "adapter")), "bitfit"]
+)
 def test_other_methods_are_resumed(method: str, tmp_path: Path) -> None:
     tuning = {"method": method, **({"targets": ["attention", "down"]} if method == "ia3" else {})}
     exact, total = exactness.run(BY_NAME["tp2xpp2" if method == "dora" else "dp2-zero2"], "bf16", 6, 3, tmp_path, tuning=tuning)
@@ -506,7 +592,30 @@ def norms_with_gradients() -> None:
     low_rank._row_squares = low_rank._row_squares.__wrapped__
 
 
-DORA_MUTATIONS = [norms_of_own_columns, norms_with_gradients, whole_factors_left_partial]
+def bottlenecks_left_partial() -> None:
+    """Under sequence parallelism each rank trains the adapters on its own tokens."""
+    declare = ReplicatedLinear.declare
+
+    def unsummed(self: ReplicatedLinear, name: str, shape: Any, spec: ShardSpec) -> None:
+        declare(self, name, shape, replace(spec, partial=False))
+
+    ReplicatedLinear.declare = unsummed
+
+
+def bottlenecks_inside_the_region() -> None:
+    """The adapter changes what each rank gives to the sum, not the sum."""
+
+    def inside(self: Bottleneck, layer: Any, x_NI: torch.Tensor, streams: Any) -> torch.Tensor:
+        part = functional.linear(x_NI, layer.weight)
+        return layer.tp.leave(part + self.up(functional.gelu(self.down(part))))
+
+    Bottleneck.forward = inside
+
+
+MUTATIONS_OF = {
+    "dora": [norms_of_own_columns, norms_with_gradients, whole_factors_left_partial],
+    "adapter": [bottlenecks_left_partial, bottlenecks_inside_the_region, drawn_by_rank, whole_factors_counted_on_every_rank],
+}
 MUTATIONS = [
     whole_factors_left_partial,
     every_rank_takes_the_first_columns,
@@ -544,9 +653,13 @@ def test_the_parity_check_catches(mutate: Callable[[], None], honest: Outcome) -
         assert_same_training(got, honest, relative=2e-6, weights=1e-6)
 
 
-@pytest.mark.parametrize("mutate", DORA_MUTATIONS, ids=lambda mutation: mutation.__name__)
-def test_the_parity_check_catches_in_dora(mutate: Callable[[], None], one_process_of_each: dict[str, Outcome]) -> None:
-    case = replace(METHODS["dora"], tp=2, stage=1)
+@pytest.mark.parametrize(
+    ("method", "mutate"),
+    [(method, mutate) for method, mutations in MUTATIONS_OF.items() for mutate in mutations],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_the_parity_check_catches_in(method: str, mutate: Callable[[], None], one_process_of_each: dict[str, Outcome]) -> None:
+    case = replace(METHODS[method], tp=2, stage=1)
     got = spawn(mutated, Layout(tp=2), mutate, case)[0]
     with pytest.raises(AssertionError):
-        assert_same_training(got, one_process_of_each["dora"], relative=2e-6, weights=1e-6)
+        assert_same_training(got, one_process_of_each[method], relative=2e-6, weights=1e-6)

@@ -72,7 +72,7 @@ def whole_model(network: TransformerConfig, tuning: Tuning, device: str, fill: C
     )
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "adapter"])
 @pytest.mark.parametrize("network", [LLAMA, GPT2])
 def test_a_merged_stream_has_the_models_own_names(method: str, network: TransformerConfig) -> None:
     """Parts may come after their weights, and biases that nobody scales pass through."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,11 @@ from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import INDEX, SHARD_BYTES, file_name, read_config, write_index
 from trainer.model.translation import translate
 from trainer.sections import Recipe
+from trainer.tuning import bottleneck_format
+from trainer.tuning.adapter_folder import AdapterFormat
 from trainer.tuning.merge import merge as merged_weight
 from trainer.tuning.merge import merged_tensors
-from trainer.tuning.peft_format import PREFIX, WEIGHTS, adapter_config, write_config
-from trainer.tuning.targets import PARTS, is_added
+from trainer.tuning.targets import MERGEABLE, PARTS, is_added
 
 FORMATS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 FLOATS = ("F64", "F32", "F16", "BF16")  # others, such as counters in buffers, keep their format
@@ -50,13 +51,36 @@ class Tuned:
         recipe = Recipe.model_validate(manifest.recipe)
         return cls(recipe, translate(str(recipe.model.family), read_config(checkpoint / HUGGING_FACE)))
 
+    @property
+    def merges(self) -> bool:
+        """Whether weights can take up what was learned."""
+        return self.recipe.tuning.method in MERGEABLE
+
+    @property
+    def form(self) -> AdapterFormat:
+        return AdapterFormat.of(self.recipe, self.network)
+
+
+def require_mergeable(checkpoint: Path) -> None:
+    """RecipeError where `--merge` asks for what cannot be."""
+    tuned = Tuned.of(checkpoint, read_sound(checkpoint))
+    if tuned is None:
+        raise RecipeError(f"--merge: {checkpoint} has no adapter (tuning.method none or bitfit): export it without")
+    if not tuned.merges:
+        raise RecipeError(
+            f"--merge: {checkpoint} has adapters with a nonlinearity between their projections, which no weight can take up: "
+            "export it without"
+        )
+
 
 class Contents:
     """The logical tensors to export: all of a checkpoint, or, of one with an adapter, those of the adapter or of the model."""
 
     def __init__(self, checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, adapter: bool) -> None:
-        self._reader, self._tuned, self._adapter = Reader(checkpoint, manifest), tuned, adapter
-        self._parts = merged_tensors(tuned.recipe.tuning, tuned.network) if tuned is not None and not adapter else {}
+        self._reader, self._tuned = Reader(checkpoint, manifest), tuned
+        self._prefix = tuned.form.prefix if tuned is not None and adapter else ""
+        merges = tuned is not None and tuned.merges and not adapter
+        self._parts = merged_tensors(tuned.recipe.tuning, tuned.network) if tuned is not None and merges else {}
         self.tensors = {
             name: tensor
             for name, tensor in manifest.tensors.items()
@@ -64,7 +88,13 @@ class Contents:
         }
 
     def written_name(self, name: str) -> str:
-        return PREFIX + name if self._adapter else name
+        return self._prefix + name
+
+    def slots(self, dtype: str) -> dict[str, Slot]:
+        return {
+            name: Slot(FORMATS[dtype] if stored.dtypes[WEIGHT] in FLOATS else stored.dtypes[WEIGHT], stored.shape)
+            for name, stored in self.tensors.items()
+        }
 
     def whole(self, name: str) -> Tensor:
         weight = self._reader.whole(name, WEIGHT)
@@ -84,10 +114,11 @@ class Exported:
 
 
 def export(
-    checkpoint: Path, out: Path, *, dtype: str | None = None, merge: bool = False, shard_bytes: int = SHARD_BYTES
+    checkpoint: Path, out: Path, *, dtype: str | None = None, whole: bool = False, shard_bytes: int = SHARD_BYTES
 ) -> Exported:
     """Write `out`, whole or not at all, and read it back. `dtype`: "fp32", "bf16", "fp16"; None: the format of training.
-    Of a tuned model an adapter is written, or, with `merge`, the model with what was learned added to its weights.
+    Of a tuned model an adapter is written, or, with `whole`, the model with what was learned added to its weights, or,
+    where they cannot take it up, in the adapter's files beside them.
 
     DataError when the checkpoint is damaged, or the folder does not hold what it should when it is read back.
     """
@@ -95,34 +126,45 @@ def export(
     check_files(checkpoint, manifest.files)
     chosen = dtype or str(manifest.recipe["precision"]["dtype"])
     tuned = Tuned.of(checkpoint, manifest)
-    if merge and tuned is None:
-        raise RecipeError(f"--merge: {checkpoint} has no adapter (tuning.method none or bitfit): export it without")
-    adapter = tuned is not None and not merge
-    contents = Contents(checkpoint, manifest, tuned, adapter=adapter)
-    slots = {
-        name: Slot(FORMATS[chosen] if stored.dtypes[WEIGHT] in FLOATS else stored.dtypes[WEIGHT], stored.shape)
-        for name, stored in contents.tensors.items()
-    }
-    shards = [list(slots)] if adapter else list(_shards(slots, shard_bytes))
+    slots: dict[str, Slot] = {}
     try:
         with replacing_folder(out) as draft:
-            for number, names in enumerate(shards):
-                path = draft / (WEIGHTS if adapter else file_name(number, len(shards)))
-                tensors = (contents.whole(name) for name in names)
-                named = {contents.written_name(name): slots[name] for name in names}
-                write_tensor_file(path, named, tensors, metadata={"format": "pt"})
-                _compare(path, names, contents)
-            if len(shards) > 1:
-                files = {
-                    file_name(n, len(shards)): {name: slots[name].num_bytes for name in names} for n, names in enumerate(shards)
-                }
-                write_index(files, draft / INDEX)
-            _write_config(checkpoint / HUGGING_FACE, draft, TORCH_DTYPES[FORMATS[chosen]], tuned if adapter else None)
+            shutil.copytree(checkpoint / HUGGING_FACE, draft, dirs_exist_ok=True, copy_function=shutil.copyfile)
+            if tuned is None or whole:
+                model = Contents(checkpoint, manifest, tuned, adapter=False)
+                slots |= _write_model(model, draft, chosen, shard_bytes)
+            else:
+                (draft / "config.json").unlink()  # an adapter's folder must not look like a model's
+            if tuned is not None and not (whole and tuned.merges):
+                adapter = Contents(checkpoint, manifest, tuned, adapter=True)
+                slots |= _write_tensors(adapter, list(adapter.tensors), draft / tuned.form.weights_file, chosen)
+                tuned.form.write_config(draft)
             for path in (draft, *draft.rglob("*")):  # a folder to hand on, unlike the checkpoint
                 path.chmod(0o755 if path.is_dir() else 0o644)
     except OSError as error:
         raise RecipeError(f"{error.filename or out}: {error.strerror}: give a folder that can be written") from error
     return Exported(out, manifest.step, len(slots), sum(slot.num_bytes for slot in slots.values()), chosen)
+
+
+def _write_model(contents: Contents, draft: Path, dtype: str, shard_bytes: int) -> dict[str, Slot]:
+    shards = list(_shards(contents.slots(dtype), shard_bytes))
+    files = {file_name(number, len(shards)): names for number, names in enumerate(shards)}
+    written = {file: _write_tensors(contents, names, draft / file, dtype) for file, names in files.items()}
+    if len(files) > 1:
+        sizes = {file: {name: slot.num_bytes for name, slot in slots.items()} for file, slots in written.items()}
+        write_index(sizes, draft / INDEX)
+    config = {**read_config(draft), "dtype": str(TORCH_DTYPES[FORMATS[dtype]]).removeprefix("torch.")}
+    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return {name: slot for slots in written.values() for name, slot in slots.items()}
+
+
+def _write_tensors(contents: Contents, names: Sequence[str], path: Path, dtype: str) -> dict[str, Slot]:
+    """One file of them, read back; what was written."""
+    slots = contents.slots(dtype)
+    written = {contents.written_name(name): slots[name] for name in names}
+    write_tensor_file(path, written, (contents.whole(name) for name in names), metadata={"format": "pt"})
+    _compare(path, names, contents)
+    return written
 
 
 def _shards(slots: Mapping[str, Slot], shard_bytes: int) -> Iterator[list[str]]:
@@ -138,7 +180,7 @@ def _shards(slots: Mapping[str, Slot], shard_bytes: int) -> Iterator[list[str]]:
     yield names
 
 
-def _compare(path: Path, names: list[str], contents: Contents) -> None:
+def _compare(path: Path, names: Sequence[str], contents: Contents) -> None:
     """DataError unless the file, read back, has every value."""
     file = TensorFile(path)
     for name in names:
@@ -152,24 +194,15 @@ def _compare(path: Path, names: list[str], contents: Contents) -> None:
             at += chunk.numel()
 
 
-def _write_config(source: Path, draft: Path, dtype: torch.dtype, adapter: Tuned | None) -> None:
-    """`adapter`: whose config is written in place of the model's, which the adapter's folder must not have."""
-    shutil.copytree(source, draft, dirs_exist_ok=True, copy_function=shutil.copyfile)
-    if adapter is not None:
-        (draft / "config.json").unlink()
-        write_config(adapter_config(adapter.recipe, adapter.network), draft)
-        return
-    config = {**read_config(source), "dtype": str(dtype).removeprefix("torch.")}
-    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
 def compare_logits(checkpoint: Path, out: Path, dtype: str) -> float:
     """The largest difference, relative to the largest logit, between the training model with the checkpoint's weights and the
     exported folder in transformers, on random tokens, both in fp32 from weights in the exported format. A tuned model is
     compared with the adapter beside its weights on one side, and merged, without rounding, on the other."""
-    if (tuned := Tuned.of(checkpoint, read_sound(checkpoint))) and not (out / "config.json").exists():
-        raise RecipeError("--verify compares whole models: add --merge --dtype fp32")
-    if tuned and dtype != "fp32":
+    tuned = Tuned.of(checkpoint, read_sound(checkpoint))
+    if tuned and not (out / "config.json").exists():
+        remedy = "add --merge --dtype fp32" if tuned.merges else "this adapter cannot be merged: leave --verify out"
+        raise RecipeError(f"--verify compares whole models: {remedy}")
+    if tuned and tuned.merges and dtype != "fp32":
         raise RecipeError(f"--verify of a merged model needs --dtype fp32: in {dtype} the sum is rounded, its parts are not")
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -179,6 +212,8 @@ def compare_logits(checkpoint: Path, out: Path, dtype: str) -> float:
     tokens_BS = torch.randint(0, 1 << 30, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exported = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
+        if (out / bottleneck_format.CONFIG).exists():
+            bottleneck_format.load_bottlenecks(exported, out)
         tokens_BS %= exported.config.vocab_size
         theirs = exported.eval()(tokens_BS).logits
         del exported

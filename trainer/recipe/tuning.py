@@ -10,12 +10,12 @@ from trainer.sections import Finding, Recipe
 METHOD = "tuning.method"
 # Which methods read which key.
 READERS = {
-    "targets": ("lora", "dora", "ia3"),
+    "targets": ("lora", "dora", "ia3", "adapter"),
     "rank": ("lora", "dora"),
     "alpha": ("lora", "dora"),
     "rank_stabilized": ("lora", "dora"),
     "dropout": ("lora",),
-    "merge": ("lora", "dora", "ia3"),
+    "bottleneck": ("adapter",),
 }
 
 
@@ -31,6 +31,8 @@ def tuning_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]
                 (f"tuning.{key}", METHOD),
                 f"tuning.{key} is used by {', '.join(methods)}, not by {recipe.tuning.method}: remove it",
             )
+    if "tuning.merge" in given:
+        yield from _merge_findings(recipe)
     if recipe.model.family == AUTO:
         yield Finding(
             (METHOD, "model.family"),
@@ -42,4 +44,18 @@ def tuning_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]
             ("zero.offload_param.device", METHOD),
             f'zero.offload_param.device = "nvme": DeepSpeed 0.19 runs out of swap buffers where weights are frozen ({METHOD}); '
             'legal: "cpu" or "none"',
+        )
+
+
+def _merge_findings(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.tuning.method == "bitfit":
+        yield Finding(
+            ("tuning.merge", METHOD),
+            "tuning.merge: bitfit trains weights of the model itself, its export is one already: remove it",
+        )
+    elif recipe.tuning.method == "adapter" and recipe.tuning.merge:
+        yield Finding(
+            ("tuning.merge", METHOD),
+            "tuning.merge: an adapter has a nonlinearity between its projections, so no weight can take it up: remove it, or "
+            "take lora, dora or ia3",
         )

@@ -4,6 +4,8 @@
 |---|---|
 | `targets.py` | which modules the recipe's words mean in a family; no torch |
 | `adapt.py` | freezes a block of the network and puts the trained parameters beside it |
-| `peft_format.py` | an adapter as a folder that peft loads |
+| `adapter_folder.py` | an adapter as a folder, in one of two formats: |
+| `peft_format.py` | … that of peft |
+| `bottleneck_format.py` | … our own for bottleneck adapters, which peft lacks, and how a model of transformers gets them |
 | `merge.py` | what was learned, added to the weights that it was learned for |
 """

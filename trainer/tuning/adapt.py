@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 
 from torch import nn
 
+from parallel.bottleneck import Bottleneck
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.low_rank import ColumnLowRank, LowRank, RowLowRank
 from parallel.params import Sharded
@@ -54,13 +55,21 @@ def _put_beside(block: nn.Module, modules: Collection[str], tuning: Tuning) -> N
             if any(shard.output.name in modules for shard in (*layer.local_shards, *layer.shared_shards)):
                 layer.adapter = _column(layer, modules, tuning)
         elif isinstance(layer, RowParallelLinear) and layer.name in modules:
-            layer.adapter = InputRescaling(layer) if tuning.method == "ia3" else RowLowRank(layer, _low_rank(tuning))
+            layer.adapter = _row(layer, tuning)
 
 
 def _column(layer: ColumnParallelLinear, modules: Collection[str], tuning: Tuning) -> ColumnLowRank | OutputRescaling:
     if tuning.method == "ia3":
         return OutputRescaling(layer, modules)
     return ColumnLowRank(layer, modules, _low_rank(tuning))
+
+
+def _row(layer: RowParallelLinear, tuning: Tuning) -> RowLowRank | InputRescaling | Bottleneck:
+    if tuning.method == "ia3":
+        return InputRescaling(layer)
+    if tuning.method == "adapter":
+        return Bottleneck(layer, tuning.bottleneck)
+    return RowLowRank(layer, _low_rank(tuning))
 
 
 def _low_rank(tuning: Tuning) -> LowRank:

@@ -13,13 +13,14 @@ from trainer.model.names import WEIGHT_NAMES
 from trainer.model.network import Network
 from trainer.sections import Tuning
 from trainer.tuning.adapt import scale_of
-from trainer.tuning.targets import PARTS, is_added, parts_of, targeted_modules
+from trainer.tuning.targets import MERGEABLE, is_added, parts_of, targeted_modules
 
 
 def merged(tensors: Iterable[NamedTensor], *, tuning: Tuning, network: Network) -> Iterator[NamedTensor]:
-    """The model's own tensors, the adapted ones with what was learned; each waits for its parts, which come with its layer."""
-    if tuning.method not in PARTS or not isinstance(network, TransformerConfig):
-        yield from tensors
+    """The model's own tensors, the adapted ones with what was learned; each waits for its parts, which come with its layer.
+    What no weight can take up is left out."""
+    if tuning.method not in MERGEABLE or not isinstance(network, TransformerConfig):
+        yield from ((name, tensor) for name, tensor in tensors if not is_added(name))
         return
     parts_by_name = merged_tensors(tuning, network)
     waiting: dict[str, Tensor] = {}

@@ -6,29 +6,17 @@ model that it wraps.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
-from trainer.durable import replacing_folder
 from trainer.model.config import TransformerConfig
-from trainer.model.hugging_face import NamedTensor
 from trainer.model.names import WEIGHT_NAMES
 from trainer.model.network import Network
 from trainer.sections import Recipe, Tuning
-from trainer.tuning.targets import PARTS, is_added, modules_by_role, targeted_modules
+from trainer.tuning.targets import modules_by_role, targeted_modules
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-
-
-def leaves_adapter(recipe: Recipe) -> bool:
-    """Whether a run's export is an adapter: without a pretrained folder nobody else has the weights that it belongs to."""
-    return recipe.tuning.method in PARTS and not recipe.tuning.merge and recipe.model.from_pretrained is not None
 
 
 def adapter_config(recipe: Recipe, network: Network) -> dict[str, Any]:
@@ -73,25 +61,3 @@ def target_modules(tuning: Tuning, network: TransformerConfig, *, among: Collect
         return ".".join(module.split(".")[-2:]) if last in others else last
 
     return sorted({ending(module) for module in layer if module in chosen})
-
-
-def write_adapter(
-    tensors: Iterable[NamedTensor],
-    folder: Path | None,
-    *,
-    dtype: torch.dtype,
-    config: Mapping[str, Any],
-    save_beside: Callable[[Path], None],
-) -> None:
-    """Write what was trained, whole or not at all; `folder` None on ranks that only take part in the gathering."""
-    found = {PREFIX + name: tensor.to(dtype) for name, tensor in tensors if is_added(name)}
-    if folder is None:
-        return
-    with replacing_folder(folder) as draft:
-        save_file(found, draft / WEIGHTS, metadata={"format": "pt"})
-        write_config(config, draft)
-        save_beside(draft)
-
-
-def write_config(config: Mapping[str, Any], folder: Path) -> None:
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -9,16 +9,28 @@ from trainer.model.names import WEIGHT_NAMES
 from trainer.sections import Finding, Tuning
 
 GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+# Where a bottleneck adapter sits: behind the last projection of the attention, and of the MLP.
+ENDS = {"attention": ("o",), "mlp": ("down",)}
 TARGETS = "tuning.targets"
 # What is adapted when the recipe does not say: all for low-rank factors (Dettmers et al. 2023, arXiv:2305.14314, §4), and
-# what the paper of (IA)³ rescales.
-DEFAULTS = {"lora": ("attention", "mlp"), "dora": ("attention", "mlp"), "ia3": ("k", "v", "down")}
-# What is trained beside an adapted module, as peft ends the names.
+# what the papers of (IA)³ and of bottleneck adapters adapt.
+DEFAULTS = {
+    "lora": ("attention", "mlp"),
+    "dora": ("attention", "mlp"),
+    "ia3": ("k", "v", "down"),
+    "adapter": ("attention", "mlp"),
+}
+# What is trained beside an adapted module, as peft ends the names; it has no bottleneck adapters.
 PARTS = {
     "lora": (".lora_A.weight", ".lora_B.weight"),
     "dora": (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"),
     "ia3": (".ia3_l",),
+    "adapter": (".adapter_down.weight", ".adapter_down.bias", ".adapter_up.weight", ".adapter_up.bias"),
 }
+
+
+# Methods that peft has; what they learn can be put into the weights that it was learned for.
+MERGEABLE = tuple(method for method in PARTS if method != "adapter")
 
 
 def targets_of(tuning: Tuning) -> tuple[str, ...]:
@@ -28,7 +40,8 @@ def targets_of(tuning: Tuning) -> tuple[str, ...]:
 
 def roles_of(tuning: Tuning) -> set[str]:
     """Single projections."""
-    return {role for target in targets_of(tuning) for role in GROUPS.get(target, (target,))}
+    groups = ENDS if tuning.method == "adapter" else GROUPS
+    return {role for target in targets_of(tuning) for role in groups.get(target, (target,))}
 
 
 def modules_by_role(config: TransformerConfig, layer: int) -> dict[str, str]:
@@ -69,6 +82,8 @@ def target_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Findi
     """Words for what the family does not have, or has only together with others."""
     if tuning.method == "bitfit":
         yield from _bias_findings(config)
+    elif tuning.method == "adapter":
+        yield from _end_findings(tuning)
     elif tuning.method is not None:
         yield from _projection_findings(tuning, config)
 
@@ -79,6 +94,15 @@ def _bias_findings(config: TransformerConfig) -> Iterator[Finding]:
             ("tuning.method", "model.family", "model.from_pretrained"),
             f'tuning.method = "bitfit" trains biases, and this {config.family} has none; legal: {", ".join(PARTS)}',
         )
+
+
+def _end_findings(tuning: Tuning) -> Iterator[Finding]:
+    for target in targets_of(tuning):
+        if target not in ENDS:
+            yield Finding(
+                (TARGETS, "tuning.method"),
+                f'{TARGETS}: an adapter sits behind a whole attention or MLP, not beside "{target}"; legal: {", ".join(ENDS)}',
+            )
 
 
 def _projection_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Finding]:

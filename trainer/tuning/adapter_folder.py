@@ -1,0 +1,70 @@
+"""What was trained beside a model, as a folder of its own: one file of weights and one that says how they are meant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from trainer.durable import replacing_folder
+from trainer.model.hugging_face import NamedTensor
+from trainer.model.network import Network
+from trainer.sections import Recipe
+from trainer.tuning import bottleneck_format, peft_format
+from trainer.tuning.targets import MERGEABLE, PARTS, is_added
+
+
+def leaves_adapter(recipe: Recipe) -> bool:
+    """Whether a run's export is an adapter: without a pretrained folder nobody else has the weights that it belongs to."""
+    return recipe.tuning.method in PARTS and not recipe.tuning.merge and recipe.model.from_pretrained is not None
+
+
+@dataclass(frozen=True)
+class AdapterFormat:
+    """`prefix`: what stands before our logical names in the file of weights."""
+
+    config_file: str
+    weights_file: str
+    prefix: str
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, recipe: Recipe, network: Network) -> AdapterFormat:
+        """peft's, of all methods that it has."""
+        if recipe.tuning.method in MERGEABLE:
+            config = peft_format.adapter_config(recipe, network)
+            return cls(peft_format.CONFIG, peft_format.WEIGHTS, peft_format.PREFIX, config)
+        config = bottleneck_format.bottleneck_config(recipe, network)
+        return cls(bottleneck_format.CONFIG, bottleneck_format.WEIGHTS, "", config)
+
+    def write_config(self, folder: Path) -> None:
+        (folder / self.config_file).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+
+    def write(self, tensors: Iterable[NamedTensor], folder: Path, dtype: torch.dtype) -> None:
+        """Both files, of those tensors that were trained beside the model."""
+        found = {self.prefix + name: tensor.to(dtype) for name, tensor in tensors if is_added(name)}
+        save_file(found, folder / self.weights_file, metadata={"format": "pt"})
+        self.write_config(folder)
+
+
+def write_adapter(
+    tensors: Iterable[NamedTensor],
+    folder: Path | None,
+    *,
+    dtype: torch.dtype,
+    form: AdapterFormat,
+    save_beside: Callable[[Path], None],
+) -> None:
+    """Write what was trained, whole or not at all; `folder` None on ranks that only take part in the gathering."""
+    if folder is None:
+        for _ in tensors:
+            pass
+        return
+    with replacing_folder(folder) as draft:
+        form.write(tensors, draft, dtype)
+        save_beside(draft)

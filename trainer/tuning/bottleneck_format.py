@@ -1,0 +1,64 @@
+"""Bottleneck adapters as a folder: bottleneck_config.json and bottleneck.safetensors, and how they are put behind a model of
+transformers. peft has no such adapters.
+
+The config names the modules behind whose output an adapter stands ("modules"), its inner features ("bottleneck") and what is
+between its two projections ("activation"). The tensors of a module are those of two linear layers in it, `adapter_down` and
+`adapter_up`, under their names in a state dict: "model.layers.0.self_attn.o_proj.adapter_down.weight".
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.errors import DataError
+from trainer.model.config import TransformerConfig
+from trainer.sections import Recipe
+from trainer.tuning.targets import targeted_modules
+
+CONFIG, WEIGHTS = "bottleneck_config.json", "bottleneck.safetensors"
+
+
+def bottleneck_config(recipe: Recipe, network: TransformerConfig) -> dict[str, Any]:
+    """bottleneck_config.json."""
+    return {
+        "base_model_name_or_path": recipe.model.from_pretrained,
+        "revision": recipe.model.revision,
+        "bottleneck": recipe.tuning.bottleneck,
+        "activation": "gelu",
+        "modules": targeted_modules(recipe.tuning, network),
+    }
+
+
+def load_bottlenecks(model: nn.Module, folder: Path | str) -> nn.Module:
+    """The model of transformers, with a folder's adapters in it from now on: they move, run and are saved with it.
+
+    DataError when the folder's adapters are not this model's.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    tensors = load_file(folder / WEIGHTS)
+    for name in config["modules"]:
+        try:
+            projection = model.get_submodule(name)
+        except AttributeError as error:
+            raise DataError(f"{folder}: an adapter is for {name}, which the model does not have: give its own model") from error
+        like = next(projection.parameters())
+        features = tensors[f"{name}.adapter_up.bias"].numel()
+        projection.adapter_down = nn.Linear(features, config["bottleneck"], dtype=like.dtype, device=like.device)
+        projection.adapter_up = nn.Linear(config["bottleneck"], features, dtype=like.dtype, device=like.device)
+        projection.register_forward_hook(_through_adapter)
+    unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
+    if unexpected:
+        raise DataError(f"{folder}: tensor {unexpected[0]} belongs to none of its modules: export the adapter again")
+    return model
+
+
+def _through_adapter(projection: Any, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
+    changed: Tensor = y + projection.adapter_up(functional.gelu(projection.adapter_down(y)))
+    return changed
