@@ -1,6 +1,8 @@
 """LoRA around parallel linear layers: Y = X Wᵀ + s · X Aᵀ Bᵀ with W frozen (Hu et al. 2021, arXiv:2106.09685); and DoRA,
 which trains how long each row of W + s · B A is beside where it points: Y = (X Wᵀ + s · X Aᵀ Bᵀ) · m / ‖W + s · B A‖
-(Liu et al. 2024, arXiv:2402.09353), the norm taken for a constant in backward, as in §4.3 there.
+(Liu et al. 2024, arXiv:2402.09353), the norm taken for a constant in backward, as in §4.3 there. AdaLoRA has a factor of one
+value for each inner feature between the two, Y = X Wᵀ + s · X Aᵀ diag(E) Bᵀ, whose products are dropped where it is set to 0
+(Zhang et al. 2023, arXiv:2303.10512, §3.1).
 
 Shape letters: N tokens of a micro-batch, I input features, O output features, R rank; a capital keeps its letter when it is
 local. A logical projection has A [R, I] and B [O, R] of its own, named after its Hugging Face module, whatever is fused here.
@@ -13,7 +15,9 @@ the two is R wide, so that is what the ranks exchange:
 | column-parallel | whole, of this rank's tokens: partial under sequence parallelism | rows as those of W | into the region |
 | row-parallel | columns as those of W | whole, of this rank's tokens: partial under sequence parallelism | out of it |
 
-m is divided as the rows of W; a row-parallel layer's norm is the sum over the ranks of what their columns add to its square.
+E is whole on every rank and multiplies what lies outside the region: with sequence parallelism this rank's tokens, partial as
+the whole factor is. m is divided as the rows of W; a row-parallel layer's norm is the sum over the ranks of what their
+columns add to its square.
 """
 
 from __future__ import annotations
@@ -35,12 +39,26 @@ from parallel.rng import Streams, dropout
 
 @dataclass(frozen=True)
 class LowRank:
-    """`scale`: what X Aᵀ Bᵀ is multiplied with; `dropout`: rate on the X that A sees; `magnitude`: m is trained too (DoRA)."""
+    """`scale`: what X Aᵀ Bᵀ is multiplied with; `dropout`: rate on the X that A sees; `magnitude`: m is trained too (DoRA);
+    `singular_values`: E is (AdaLoRA)."""
 
     rank: int
     scale: float
     dropout: float = 0.0
     magnitude: bool = False
+    singular_values: bool = False
+
+    def name(self, module: str, factor: str) -> str:
+        """As peft names it; AdaLoRA's factors are no linear layers there."""
+        return f"{module}.{factor}" if self.singular_values else f"{module}.{factor}.weight"
+
+    def first_factor(self, in_features: int) -> Init:
+        """A starts as peft draws it: uniform in ±1/√I (kaiming_uniform with a = √5), AdaLoRA's normal."""
+        return Init(std=0.02) if self.singular_values else Init(bound=1.0 / math.sqrt(in_features))
+
+    def second_factor(self) -> Init:
+        """B starts at 0, so that Y starts as X Wᵀ; with E, which starts at 0 itself, it is drawn as A is."""
+        return Init(std=0.02) if self.singular_values else Init()
 
 
 @dataclass(frozen=True)
@@ -59,11 +77,6 @@ class InputDropout:
         shape = num_tokens // len(streams.seeds), self.in_features
         keeps_NI = streams.keeps_features(f"{self.module}.lora", self.rate, shape, tokens, x_NI.device)
         return dropout(x_NI, keeps_NI[:, self.features], self.rate)
-
-
-def first_factor(rank: int, in_features: int) -> Init:
-    """A starts uniform in ±1/√I, which is what peft draws (kaiming_uniform with a = √5); B at 0, so that Y starts as X Wᵀ."""
-    return Init(bound=1.0 / math.sqrt(in_features))
 
 
 class ColumnLowRank(Sharded):
@@ -85,26 +98,31 @@ class ColumnLowRank(Sharded):
         self.module_of = [
             self.modules_here.index(s.output.name) if s.output.name in self.modules_here else None for s in shards
         ]
-        R, I = keys.rank, layer.in_features  # noqa: E741
-        pieces = tuple(
-            Piece(f"{module}.lora_A.weight", (R, I), (0, 0), (R, I), index * R)
-            for index, module in enumerate(self.modules_here)
-        )
-        copies, partial = self.tp.group, self.tp.sequence
-        spec = ShardSpec(Role.MATRIX, first_factor(R, I), pieces, copies, partial, added=True)
-        self.declare("lora_A", (R * len(pieces), I), spec)
+        I = layer.in_features  # noqa: E741
+        self._declare_whole("lora_A", I, Role.MATRIX, [keys.name(module, "lora_A") for module in self.modules_here])
+        if keys.singular_values:
+            self._declare_whole("lora_E", 1, Role.NORM, [keys.name(module, "lora_E") for module in self.modules_here])
         self._declare_second("", layer.local_shards, Group.alone())
         self._declare_second("shared_", layer.shared_shards, layer.copies)
         self.dropouts = [InputDropout(module, keys.dropout, I, slice(None)) for module in self.modules_here]
+
+    def _declare_whole(self, name: str, columns: int, role: Role, pieces: list[str]) -> None:
+        """R rows for each module."""
+        R, start = self.keys.rank, self.keys.first_factor(columns) if role is Role.MATRIX else Init()
+        boxes = (Piece(piece, (R, columns), (0, 0), (R, columns), row * R) for row, piece in enumerate(pieces))
+        spec = ShardSpec(role, start, tuple(boxes), self.tp.group, self.tp.sequence, added=True)
+        self.declare(name, (R * len(pieces), columns), spec)
 
     def _declare_second(self, prefix: str, shards: list[Shard], copies: Group) -> None:
         adapted = [shard for shard in shards if shard.output.name in self.modules_here]
         pieces, rows, R = [], 0, self.keys.rank
         for s in adapted:
-            pieces.append(Piece(f"{s.output.name}.lora_B.weight", (s.output.of, R), (s.first, 0), (s.features, R), rows))
+            name = self.keys.name(s.output.name, "lora_B")
+            pieces.append(Piece(name, (s.output.of, R), (s.first, 0), (s.features, R), rows))
             rows += s.features
         if adapted:
-            spec = ShardSpec(Role.MATRIX, Init(), tuple(pieces), copies, copies.size > 1, added=True)
+            start = self.keys.second_factor()
+            spec = ShardSpec(Role.MATRIX, start, tuple(pieces), copies, copies.size > 1, added=True)
             self.declare(f"{prefix}lora_B", (rows, R), spec)
         if adapted and self.keys.magnitude:
             lengths = tuple(
@@ -156,7 +174,11 @@ class ColumnLowRank(Sharded):
         return parts if shared is None else [*parts, *shared.split(self.features[self.own_shards :])]
 
     def _inside(self, x_NI: Tensor, streams: Streams | None) -> Tensor:
-        """X Aᵀ of every module, side by side, of the tokens in x."""
+        """X Aᵀ of every module, side by side, of the tokens in x; with E times its values."""
+        h_NR = self._products(x_NI, streams)
+        return h_NR * self.lora_E.flatten().to(h_NR.dtype) if self.keys.singular_values else h_NR
+
+    def _products(self, x_NI: Tensor, streams: Streams | None) -> Tensor:
         a_RI = self.lora_A.to(x_NI.dtype)
         if not self.keys.dropout or streams is None:
             return functional.linear(x_NI, a_RI)
@@ -175,26 +197,32 @@ class RowLowRank(Sharded):
 
     def __init__(self, layer: RowParallelLinear, keys: LowRank) -> None:
         super().__init__()
-        self.tp, self.keys = layer.tp, keys
+        self.tp, self.keys, self.module = layer.tp, keys, layer.name
         group, R, O = self.tp.group, keys.rank, layer.out_features  # noqa: E741
         local = group.part(layer.in_features, f"{layer.name}: input features")
         first = group.rank * local
-        piece = Piece(f"{layer.name}.lora_A.weight", (R, layer.in_features), (0, first), (R, local))
-        spec = ShardSpec(Role.MATRIX, first_factor(R, layer.in_features), (piece,), Group.alone(), added=True)
+        piece = Piece(keys.name(layer.name, "lora_A"), (R, layer.in_features), (0, first), (R, local))
+        spec = ShardSpec(Role.MATRIX, keys.first_factor(layer.in_features), (piece,), Group.alone(), added=True)
         self.declare("lora_A", (R, local), spec)
-        shape = (O, R)
-        name, partial = f"{layer.name}.lora_B.weight", self.tp.sequence
-        spec = whole(name, shape, role=Role.MATRIX, init=Init(), copies=group, partial=partial, added=True)
-        self.declare("lora_B", shape, spec)
+        self._declare_whole("lora_B", (O, R), Role.MATRIX, keys.second_factor())
+        if keys.singular_values:
+            self._declare_whole("lora_E", (R, 1), Role.NORM, Init())
         if keys.magnitude:
             lengths = _lengths(layer.name, O, 0, O, 0)
             self.declare("magnitude", (O,), ShardSpec(Role.NORM, Init(), (lengths,), group, self.tp.sequence, added=True))
         self.drop = InputDropout(layer.name, keys.dropout, layer.in_features, slice(first, first + local))
 
+    def _declare_whole(self, factor: str, shape: tuple[int, int], role: Role, start: Init) -> None:
+        name = self.keys.name(self.module, factor)
+        spec = whole(name, shape, role=role, init=start, copies=self.tp.group, partial=self.tp.sequence, added=True)
+        self.declare(factor, shape, spec)
+
     def forward(self, layer: RowParallelLinear, x_NI: Tensor, streams: Streams | None) -> Tensor:
         num_tokens = x_NI.shape[0]
         x_in_NI = self.drop(x_NI, streams, slice(0, num_tokens), num_tokens)
         h_NR = self.tp.leave(functional.linear(x_in_NI, self.lora_A.to(x_NI.dtype)))
+        if self.keys.singular_values:
+            h_NR = h_NR * self.lora_E.flatten().to(h_NR.dtype)
         y_NO = torch.addmm(layer.plain(x_NI), h_NR, self.lora_B.to(x_NI.dtype).t(), alpha=self.keys.scale)
         if not self.keys.magnitude:
             return y_NO

@@ -1,18 +1,14 @@
 """The one adapter of DeepSpeed: a stage of the model in, steps out.
 
-Plain `deepspeed.initialize` at every ZeRO stage. What is DeepSpeed's here: dividing optimizer state, gradients and
-weights, offload, reduction, the fp32 master weights at stages 1 to 3. What is ours: their first values, the normalisation
-constant, the loss scale, the learning rate, and at stage 0 (where DeepSpeed has no fp32 accumulation for half precision)
-norm, clipping and skipping.
+Plain `deepspeed.initialize` (`deepspeed_start.py`) at every ZeRO stage. What is DeepSpeed's here: dividing optimizer state,
+gradients and weights, offload, reduction, the fp32 master weights at stages 1 to 3. What is ours: their first values, the
+normalisation constant, the loss scale, the learning rate, and at stage 0 (where DeepSpeed has no fp32 accumulation for half
+precision) norm, clipping and skipping.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for the compilers of other accelerators
-import deepspeed
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from parallel.attention import Documents
@@ -37,7 +27,7 @@ from parallel.rng import Streams
 from parallel.tensor import TensorParallel
 from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
-from trainer.deepspeed_units import Units
+from trainer.deepspeed_start import Units, partitioning, prepare, start, whole
 from trainer.errors import DataError, RecipeError
 from trainer.execution import Batch, Execution, InPipeline, OneStage
 from trainer.loss_scale import LossScaler
@@ -53,11 +43,9 @@ from trainer.recipe.pipeline import schedule_table
 from trainer.recipe.stages import stages_of
 from trainer.sections import Recipe
 from trainer.stopwatch import Stopwatch
-from trainer.threaded_io import use_threads_where_async_io_is_missing
 from trainer.tuning.adapt import adaptation
+from trainer.tuning.rank_budget import RankBudget
 from trainer.zero_state import ZeroState
-
-logger = logging.getLogger(__name__)
 
 # No recipe may ask for fp64: it is for `verify`, which tells rounding from mistakes with it, at stage 0.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -101,7 +89,7 @@ class Engine:
         self.zero_stage = recipe.zero.stage
         self.vocab_size = config.vocab_size
         self.measures = measures_of(recipe.data.task)
-        _prepare_deepspeed(recipe, self.notes)
+        prepare(recipe, self.notes)
         units = Units(mesh)
         dtype = DTYPES[recipe.precision.dtype]
         masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
@@ -113,7 +101,7 @@ class Engine:
             recompute=recipe.train.recompute,
             device=device,
             fill=masters.rounding(fill),
-            partition=_partition(deepspeed_config, units) if self.zero_stage == 3 else lambda block: None,
+            partition=partitioning(deepspeed_config, units) if self.zero_stage == 3 else lambda block: None,
         )
         self.execution: Execution
         if isinstance(config, AutoNetwork):
@@ -141,10 +129,7 @@ class Engine:
         for parameter, spec in self.specs:
             parameter.model_parallel = spec.owned  # DeepSpeed's mark: off the first rank only these count in the norm
         optimizer = make_optimizer(recipe, self.specs, device)
-        with contextlib.redirect_stdout(_LogLines()):  # DeepSpeed prints memory reports at ZeRO-1 in bf16, asked or not
-            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=deepspeed_config, mpu=units, dist_init_required=False
-            )
+        self.deepspeed, self.optimizer = start(module, optimizer, deepspeed_config, units)
         self.execution.attach(self.deepspeed)
         if dtype == torch.float64:
             self.deepspeed.communication_data_type = dtype  # DeepSpeed's dict has no name for it
@@ -152,7 +137,11 @@ class Engine:
         if self.zero_stage in (1, 2):
             # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
             self.optimizer.check_grad_overflow = True
-        self.state = ZeroState(self.optimizer, self.specs, self.constants, group=mesh.dp, zero_stage=self.zero_stage)
+        self.budget = RankBudget(recipe, config, self.specs, mesh, device) if recipe.tuning.method == "adalora" else None
+        companions = self.budget.companions if self.budget else []
+        self.state = ZeroState(
+            self.optimizer, self.specs, self.constants, companions, group=mesh.dp, zero_stage=self.zero_stage
+        )
         if isinstance(module, AutoStage) and module.looks_ahead(device):
             raise RecipeError(
                 f"{config.architecture}: its logits at a token depend on the next one, so predicting it would teach nothing; "
@@ -169,11 +158,15 @@ class Engine:
         """One optimizer step on this rank's micro-batches; `step` counts from 0 and names the dropout stream. `norm_limit`
         (ZeRO-0 only): a gradient norm above it skips the step."""
         scale = self.scaler.scale
+        if self.budget is not None:
+            self.budget.begin(scale)
         loss_sum, num_targets = self._gradients(micro_batches, step, scale)
         with self.watch("optimizer"):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             grad_norm, skipped = self._update(scale, norm_limit)
+            if self.budget is not None:
+                self.state.clear(self.budget.end(step, scale=scale, grad_norm=grad_norm, skipped=skipped))
             self.scaler.update(overflow=skipped and math.isinf(grad_norm))
         loss = float(all_reduce(loss_sum, self.mesh.dp)) / num_targets
         return StepResult(loss, num_targets, grad_norm, scale, skipped)
@@ -234,8 +227,7 @@ class Engine:
         Under ZeRO-3 one parameter is gathered at a time, so every data-parallel rank must iterate together.
         """
         for parameter, spec in self.specs:
-            gathered = deepspeed.zero.GatheredParameters([parameter]) if self.zero_stage == 3 else contextlib.nullcontext()
-            with gathered:
+            with whole([parameter], zero_stage=self.zero_stage):
                 yield spec, parameter.detach()
         yield from self.constants
 
@@ -285,50 +277,3 @@ class Engine:
 
     def _total(self, count: int, group: Group) -> int:
         return int(all_reduce(torch.tensor(count, dtype=torch.int64, device=self.device), group))
-
-
-class _LogLines(io.TextIOBase):
-    """A stdout whose lines go to this rank's log."""
-
-    def write(self, text: str) -> int:
-        for line in filter(str.strip, text.splitlines()):
-            logger.info(line.rstrip())
-        return len(text)
-
-
-def _prepare_deepspeed(recipe: Recipe, notes: list[str]) -> None:
-    """Settle before `initialize` what DeepSpeed would otherwise decide by itself."""
-    if not deepspeed.comm.is_initialized():
-        # Its shared-memory collectives serve inference only; without this they are compiled at first start.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
-    accelerator = get_accelerator()
-    if recipe.precision.dtype == "fp16" and accelerator.device_name() == "cpu":
-        # The CPU accelerator denies fp16 without AVX512-FP16; torch computes it all the same, slower.
-        accelerator.is_fp16_supported = lambda: True
-    if recipe.precision.dtype == "fp64":
-        reducible = accelerator.supported_dtypes()  # without float64, which the backends do reduce
-        accelerator.supported_dtypes = lambda: [*reducible, torch.float64]
-    if "nvme" in (recipe.zero.offload_optimizer.device, recipe.zero.offload_param.device):
-        remark = use_threads_where_async_io_is_missing()
-        notes += [remark] if remark else []
-    if recipe.run.deterministic:
-        torch.use_deterministic_algorithms(True)
-
-
-def _partition(deepspeed_config: dict[str, Any], units: Units) -> Callable[[nn.Module], None]:
-    """Divide a block's weights over the data-parallel ranks as soon as it is built (ZeRO-3)."""
-    swapper: list[Any] = []
-
-    def partition(block: nn.Module) -> None:
-        init = deepspeed.zero.Init(
-            module=block,
-            data_parallel_group=units.get_data_parallel_group(),
-            config_dict_or_path=deepspeed_config,
-            param_swapper=swapper[0] if swapper else None,
-            mpu=units,
-        )
-        if init.param_swapper is not None and not swapper:
-            swapper.append(init.param_swapper)
-
-    return partition

@@ -379,14 +379,35 @@ class Train(Section):
 Target = Literal["attention", "mlp", "q", "k", "v", "o", "gate", "up", "down"]
 
 
+class RankBudget(Section):
+    """How AdaLoRA shares out ranks: from tuning.rank for each module down to target_rank on average, by importance."""
+
+    target_rank: PositiveInt = Field(4, description="Ranks that a module keeps on average; below tuning.rank.")
+    warmup_steps: Count = Field(0, description="Steps in which every module keeps tuning.rank [steps].")
+    final_steps: PositiveInt = Field(1, description="Steps at the end in which nothing is shared out any more [steps].")
+    every: PositiveInt = Field(1, description="Steps between two allocations [steps].")
+    betas: list[Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(
+        default_factory=lambda: [0.85, 0.85],
+        min_length=2,
+        max_length=2,
+        description="Decay of the running means of the sensitivity and of its uncertainty, each in (0, 1).",
+    )
+    orthogonality: float = Field(
+        0.5,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Weight, beside the loss, of how far the factors are from having orthonormal directions.",
+    )
+
+
 class Tuning(Section):
     """Parameter-efficient tuning: the model's own weights stay as they are, a few others are trained beside them."""
 
-    method: Literal["lora", "dora", "ia3", "adapter", "bitfit"] | None = Field(
+    method: Literal["lora", "dora", "adalora", "ia3", "adapter", "bitfit"] | None = Field(
         None,
-        description="Way of tuning: low-rank factors beside weights (lora), those and the lengths of rows (dora), vectors that "
-        "rescale features (ia3), small networks behind attention and MLP (adapter), or all biases (bitfit); absent: all "
-        "weights are trained.",
+        description="Way of tuning: low-rank factors beside weights (lora), those and the lengths of rows (dora), factors "
+        "whose ranks are shared out by importance (adalora), vectors that rescale features (ia3), small networks behind "
+        "attention and MLP (adapter), or all biases (bitfit); absent: all weights are trained.",
     )
     targets: list[Target] | None = Field(
         None,
@@ -395,18 +416,24 @@ class Tuning(Section):
         "all of them, for ia3 k, v and down. For adapter only attention and mlp: which of the two it stands behind. Not for "
         "bitfit.",
     )
-    rank: PositiveInt = Field(8, le=2**16, description="Inner size of the low-rank factors (lora, dora).")
+    rank: PositiveInt = Field(
+        8, le=2**16, description="Inner size of the low-rank factors (lora, dora); what it starts as (adalora)."
+    )
     alpha: float = Field(
-        16.0, gt=0.0, allow_inf_nan=False, description="What the factors add is multiplied with alpha / rank (lora, dora)."
+        16.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="What the factors add is multiplied with alpha / rank (lora, dora, adalora).",
     )
     rank_stabilized: bool = Field(False, description="Multiply with alpha / sqrt(rank) instead, as rsLoRA does (lora, dora).")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Rate of dropout on what the first factor sees (lora).")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Rate of dropout on what the first factor sees (lora, adalora).")
+    budget: RankBudget = Field(default_factory=RankBudget, description="How ranks are shared out (adalora).")
     bottleneck: PositiveInt = Field(64, le=2**16, description="Features between an adapter's two projections (adapter).")
     merge: bool = Field(
         False,
         description="The run's export is the whole model with what was learned added to its weights, instead of an adapter in "
         "peft's format. Always so without model.from_pretrained: no folder has the weights that the adapter belongs to "
-        "(lora, dora, ia3).",
+        "(lora, dora, adalora, ia3).",
     )
 
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -70,15 +70,30 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
+class Companion:
+    """What is remembered beside a weight, element by element, and alike on all data-parallel ranks: saved as a tensor of its
+    own, since its fragments are not those of the weight."""
+
+    spec: ShardSpec
+    state: str
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, weight: ShardSpec, state: str, tensor: Tensor) -> Self:
+        return cls(replace(weight, pieces=tuple(replace(p, name=f"{p.name}:{state}") for p in weight.pieces)), state, tensor)
+
+
+@dataclass(frozen=True)
 class _Flat:
     """`tensor`: as the optimizer knows it. `replicated`: all data-parallel ranks have it alike. `sub_group`: of ZeRO-3.
-    `trained`: it has optimizer state."""
+    `trained`: it has optimizer state. `state`: what it is."""
 
     tensor: Tensor
     extents: Sequence[Extent]
     replicated: bool = False
     sub_group: int | None = None
     trained: bool = True
+    state: str = WEIGHT
 
 
 class ZeroState:
@@ -89,6 +104,7 @@ class ZeroState:
         optimizer: Any,
         specs: Sequence[tuple[nn.Parameter, ShardSpec]],
         constants: Sequence[tuple[ShardSpec, Tensor]],
+        companions: Sequence[Companion] = (),
         *,
         group: Group,
         zero_stage: int,
@@ -98,6 +114,7 @@ class ZeroState:
         self._inner = optimizer.optimizer if zero_stage else optimizer
         self._specs = dict(specs)
         self._constants = constants
+        self._companions = companions
         self._group = group
         self._zero = zero_stage
 
@@ -121,20 +138,35 @@ class ZeroState:
     @torch.no_grad()
     def restore(self, source: Source, *, updates: int) -> None:
         """Set everything as `source` has it, after `updates` optimizer updates. Padding becomes 0."""
-        if self._zero == 3:
-            self._optimizer._partition_all_parameters()
+        self._divide()
         for flat in self._flats():
             states = source.states(flat.extents[0].spec.pieces[0].name) if flat.extents and flat.trained else ()
             with self._resident(flat, changed=True):
-                self._restore_one(flat, WEIGHT, source)
+                self._restore_one(flat, flat.state, source)
                 for state in states:
                     self._restore_one(flat, state, source)
                 if states and updates:
                     self._set_updates(flat.tensor, updates)
         self._round()
 
+    @torch.no_grad()
+    def clear(self, kept: Mapping[str, Tensor]) -> None:
+        """Set those elements of fp32 weights to 0 that `kept` (bool, of whole logical tensors by name) leaves out. Every
+        rank of the data-parallel group must call it with the same."""
+        if not kept:
+            return
+        self._divide()
+        for flat in self._flats():
+            parts = [part for extent in flat.extents for part in _pieces(extent) if part[0].name in kept]
+            if parts:
+                with self._resident(flat, changed=True):
+                    for piece, offset, count, at in parts:
+                        stays = kept[piece.name].flatten()[offset : offset + count].to(flat.tensor.device)
+                        self._values(flat, WEIGHT).view(-1).narrow(0, at, count).masked_fill_(~stays, 0.0)
+        self._round()
+
     def _restore_one(self, flat: _Flat, state: str, source: Source) -> None:
-        if state != WEIGHT and state not in self._inner.state[flat.tensor]:
+        if state != flat.state and state not in self._inner.state[flat.tensor]:
             self._inner.state[flat.tensor][state] = self._empty_state(flat, state)
         values = self._values(flat, state)
         if values.shape != flat.tensor.shape:
@@ -164,6 +196,11 @@ class ZeroState:
         elif not isinstance(self._inner, torch.optim.SGD):  # DeepSpeed's Lion
             self._inner.state[tensor][STEP] = updates
 
+    def _divide(self) -> None:
+        """Let go of the weights in the compute format that ZeRO-3 holds whole: `_round` gathers only what is not there."""
+        if self._zero == 3:
+            self._optimizer._partition_all_parameters()
+
     def _round(self) -> None:
         """Make the weights in the compute format again."""
         if self._zero in (1, 2):
@@ -190,14 +227,14 @@ class ZeroState:
                 zero._release_swap_buffers(index)
 
     def _values(self, flat: _Flat, state: str) -> Tensor:
-        values: Tensor = flat.tensor if state == WEIGHT else self._inner.state[flat.tensor][state]
+        values: Tensor = flat.tensor if state == flat.state else self._inner.state[flat.tensor][state]
         return values
 
     def _saved(self, flat: _Flat) -> Iterator[tuple[Stretch, tuple[str, int]]]:
         """Each stretch that this rank saves of it, with its state and its place in the flat tensor."""
         state = self._inner.state.get(flat.tensor, {}) if flat.trained else {}
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != STEP}
-        for name, values in {WEIGHT: flat.tensor, **tensors}.items():
+        for name, values in {flat.state: flat.tensor, **tensors}.items():
             if values.shape != flat.tensor.shape:
                 if flat.extents[0].spec.owned and self._group.rank == 0:
                     yield _whole(flat, name, values), (name, 0)
@@ -221,6 +258,7 @@ class ZeroState:
             yield from self._sub_groups()
         yield from (self._frozen(p, spec) for p, spec in self._specs.items() if not p.requires_grad)
         yield from (_replicated(tensor, spec, trained=False) for spec, tensor in self._constants)
+        yield from (replace(_replicated(c.tensor, c.spec, trained=False), state=c.state) for c in self._companions)
 
     def _frozen(self, parameter: nn.Parameter, spec: ShardSpec) -> _Flat:
         """A weight that is not trained, in the format in which it is held."""

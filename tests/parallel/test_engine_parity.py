@@ -95,7 +95,7 @@ class Case:
                 "precision": {"dtype": self.dtype, "loss_scale": self.loss_scale},
                 "zero": {"stage": self.stage, **persistence, **self.zero},
                 "optimizer": {"weight_decay": 0.01, **self.optimizer},
-                "train": {"clip_norm": self.clip_norm, "recompute": self.recompute},
+                "train": {"steps": max(1, self.steps), "clip_norm": self.clip_norm, "recompute": self.recompute},
                 "tuning": self.tuning,
             }
         )

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,19 @@ from tools.campaign.ranks import run_ranks, train
 from trainer.errors import DataError
 from trainer.model.hugging_face import assembled, write_folder
 from trainer.model.translation import to_hf_config, translate
-from trainer.tuning import adapt
+from trainer.tuning import adapt, rank_budget
 from trainer.tuning.adapter_folder import AdapterFormat, write_adapter
+from trainer.tuning.rank_budget import RankBudget
 from trainer.tuning.targets import PARTS, is_added
+from trainer.zero_state import ZeroState
 
 # peft 0.21 asks transformers 5 by a name that is going away.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 STEPS = 20
 LORA = {"method": "lora", "rank": 4, "alpha": 8.0}
+BUDGET = {"target_rank": 2, "warmup_steps": 3, "final_steps": 5}
+ADALORA = {"method": "adalora", "rank": 4, "alpha": 8.0, "budget": BUDGET}
 CPU = {"offload_optimizer": {"device": "cpu"}}
 CPU_ALL = {**CPU, "offload_param": {"device": "cpu"}}
 BY_NAME = {way.name: way for way in WAYS}
@@ -79,9 +84,9 @@ def start_folders(mesh: Mesh, case: Case, base: Path, adapter: Path) -> None:
     engine.close()
 
 
-def losses_of_peft(base: Path, adapter: Path, case: Case) -> list[float]:
+def losses_of_peft(base: Path, adapter: Path, case: Case) -> tuple[list[float], dict[str, np.ndarray]]:
     """The case's steps, by peft, transformers and torch alone: each document is a row of its own. Without an adapter all
-    biases are trained."""
+    biases are trained. Beside the losses AdaLoRA's values, by our names."""
     import peft
     import transformers
 
@@ -94,6 +99,7 @@ def losses_of_peft(base: Path, adapter: Path, case: Case) -> list[float]:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith(".bias"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    shares_out = case.tuning["method"] == "adalora"
     decays = re.compile(r"\.lora_[AB]\.|adapter_(down|up)\.weight$")
     groups = [
         {
@@ -106,19 +112,25 @@ def losses_of_peft(base: Path, adapter: Path, case: Case) -> list[float]:
     losses = []
     for step in range(case.steps):
         tokens, labels = rows_of_step(step, case.sequences)
-        loss = torch.zeros(())
+        loss, beside = torch.zeros(()), torch.zeros(())
         for part in (slice(0, S - 5), slice(S - 5, S)):
             logits = model(input_ids=tokens[:, part]).logits
             loss = loss + functional.cross_entropy(
                 logits.flatten(0, 1), labels[:, part].flatten(), ignore_index=IGNORE, reduction="sum"
             )
         loss = loss / (labels != IGNORE).sum()
+        if shares_out:  # the model adds what it wants of its factors to a loss that is its own
+            own = {"input_ids": tokens, "labels": tokens}
+            beside = model(**own).loss - model.get_base_model()(**own).loss
         rule.zero_grad()
-        loss.backward()
+        (loss + beside).backward()
         nn.utils.clip_grad_norm_(trained, case.clip_norm)
         rule.step()
+        if shares_out:
+            model.base_model.update_and_allocate(step)
         losses.append(loss.item())
-    return losses
+    values = {name: p.detach().numpy() for name, p in model.named_parameters() if ".lora_E." in name}
+    return losses, {name.removeprefix("base_model.model.").removesuffix(".default"): e for name, e in values.items()}
 
 
 def with_bottlenecks(model: nn.Module, adapter: Path) -> nn.Module:
@@ -167,6 +179,20 @@ PEFT_CASES = {
         steps=STEPS,
         clip_norm=0.01,
     ),
+    "adalora": Case(
+        tuning=ADALORA,
+        optimizer={"name": "adamw", "lr": 0.01},
+        steps=STEPS,
+        clip_norm=0.1,
+    ),
+    "adalora-gpt2": Case(
+        family="gpt2",
+        config=NO_DROPOUT,
+        tuning={**ADALORA, "targets": ["attention", "down"], "budget": {**BUDGET, "every": 3}},
+        optimizer={"name": "adamw", "lr": 0.01},
+        steps=STEPS,
+        clip_norm=0.1,
+    ),
     "adapter": Case(
         tuning={"method": "adapter", "bottleneck": 6},
         optimizer={"name": "adamw", "lr": 0.01},
@@ -205,12 +231,18 @@ PEFT_CASES = {
 def test_twenty_steps_equal_those_of_peft(name: str, tmp_path: Path) -> None:
     case = PEFT_CASES[name]
     spawn(start_folders, Layout(), case, tmp_path / "base", tmp_path / "adapter")
-    expected = losses_of_peft(tmp_path / "base", tmp_path / "adapter", case)
+    expected, values = losses_of_peft(tmp_path / "base", tmp_path / "adapter", case)
     got = outcome(case)
-    untrained = losses_of_peft(tmp_path / "base", tmp_path / "adapter", replace(case, optimizer={"lr": 1e-30}))
+    untrained, _ = losses_of_peft(tmp_path / "base", tmp_path / "adapter", replace(case, optimizer={"lr": 1e-30}))
     assert np.abs(np.subtract(expected, untrained)).max() > 1e-3, "training changes nothing that could be compared"
     # fp32, two implementations of one network: seen 2.5e-7 relative.
     np.testing.assert_allclose(got.losses, expected, rtol=1e-5)
+    assert values.keys() == {name for name in got.weights if name.endswith(".lora_E")}
+    for name, e in values.items():
+        np.testing.assert_array_equal(got.weights[name] == 0, e == 0, err_msg=f"{name}: other ranks were given")
+    if values:
+        assert sum(np.count_nonzero(e) for e in values.values()) == len(values) * BUDGET["target_rank"]
+        assert len({np.count_nonzero(e) for e in values.values()}) > 1, "every module has the same rank"
 
 
 # ------------------------------------------------------------------------------------------------ layouts
@@ -256,11 +288,21 @@ def test_twenty_steps_equal_one_process(layout: str, one_process: Outcome) -> No
 METHODS = {
     "dora": Case(tuning={**LORA, "method": "dora"}, clip_norm=0.1, steps=4, config={"num_hidden_layers": 4}),
     "ia3": Case(tuning={"method": "ia3"}, clip_norm=0.003, steps=4, config={"num_hidden_layers": 4}),
+    "adalora": Case(
+        tuning={**ADALORA, "dropout": 0.1, "budget": {"target_rank": 2, "final_steps": 2}},
+        clip_norm=0.1,
+        steps=5,
+        config={"num_hidden_layers": 4},
+    ),
     "adapter": Case(tuning={"method": "adapter", "bottleneck": 6}, clip_norm=0.03, steps=4, config={"num_hidden_layers": 4}),
     "bitfit": Case(family="gpt2", tuning={"method": "bitfit"}, clip_norm=0.1, steps=4, config={"n_layer": 4}),
 }
 METHODS_EVERY_DAY = {("dora", "tp4-shared-heads"), ("dora", "tp2xdp2-zero3"), ("ia3", "tp4-shared-heads")} | {
     ("ia3", "dp2-zero3-cpu"),
+    ("adalora", "tp4-shared-heads"),
+    ("adalora", "tp2xpp2"),
+    ("adalora", "dp2-zero2"),
+    ("adalora", "dp2-zero3-cpu"),
     ("adapter", "tp2"),
     ("adapter", "split-backward"),
     ("adapter", "dp2-zero3-cpu"),
@@ -402,7 +444,9 @@ def test_peft_and_transformers_load_every_layouts_export(name: str, pretrained: 
     assert (tuned - logits_of(base)).abs().max() > 0.01, "the adapter changes nothing"
 
 
-@pytest.mark.parametrize("method", ["dora", "ia3"])
+# peft 0.21 looks for modules of the names in its own AdaLoRA pattern, which are names of parameters.
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match any targeted module:RuntimeWarning")
+@pytest.mark.parametrize("method", ["dora", "adalora", "ia3"])
 def test_other_adapters_leave_too(method: str, pretrained: Path, tmp_path: Path) -> None:
     from trainer.checkpoint.export import compare_logits, export
 
@@ -417,6 +461,13 @@ def test_other_adapters_leave_too(method: str, pretrained: Path, tmp_path: Path)
     tuned = logits_of(pretrained.parent / "base", tmp_path / "run" / "export")
     torch.testing.assert_close(logits_of(tmp_path / "merged"), tuned, rtol=0, atol=1e-6)
     assert (tuned - logits_of(pretrained.parent / "base")).abs().max() > 1e-4, "the adapter changes nothing"
+    export(checkpoint, tmp_path / "adapter")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "adapter" / file).read_bytes() == (tmp_path / "run" / "export" / file).read_bytes()
+    if method == "adalora":
+        pattern = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["rank_pattern"]
+        assert len(pattern) == 4 * 7
+        assert sum(map(sum, pattern.values())) == 4 * 7 * 4  # target_rank of each
 
 
 def test_bottleneck_adapters_leave_and_are_put_behind_a_model(pretrained: Path, tmp_path: Path) -> None:
@@ -492,11 +543,16 @@ def test_another_rank_is_refused_on_resuming(pretrained: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "method", [*(pytest.param(name, marks=[pytest.mark.grid]) for name in ("dora", "ia3", "adapter")), "bitfit"]
+    "method", [*(pytest.param(name, marks=[pytest.mark.grid]) for name in ("dora", "ia3", "adapter")), "adalora", "bitfit"]
 )
 def test_other_methods_are_resumed(method: str, tmp_path: Path) -> None:
-    tuning = {"method": method, **({"targets": ["attention", "down"]} if method == "ia3" else {})}
-    exact, total = exactness.run(BY_NAME["tp2xpp2" if method == "dora" else "dp2-zero2"], "bf16", 6, 3, tmp_path, tuning=tuning)
+    of_method = {
+        "ia3": {"targets": ["attention", "down"]},
+        "adalora": {"rank": 4, "budget": {"target_rank": 2, "warmup_steps": 1, "final_steps": 2}},
+    }
+    tuning = {"method": method, **of_method.get(method, {})}
+    way = BY_NAME["tp2xpp2" if method in ("dora", "adalora") else "dp2-zero2"]
+    exact, total = exactness.run(way, "bf16", 6, 3, tmp_path, tuning=tuning)
     assert (exact, total) == (2, 2)
 
 
@@ -612,7 +668,31 @@ def bottlenecks_inside_the_region() -> None:
     Bottleneck.forward = inside
 
 
+def importance_of_own_parts() -> None:
+    """Each rank judges triplets by its own part of their rows and columns."""
+    RankBudget._scores = partialmethod(_with_own_sums, RankBudget._scores)
+
+
+def orthogonality_of_own_parts() -> None:
+    """Each rank pulls its own part of the directions towards orthogonality."""
+    RankBudget.begin = partialmethod(_with_own_sums, RankBudget.begin)
+
+
+def _with_own_sums(self: RankBudget, method: Callable[..., Any], *args: Any) -> Any:
+    summed, rank_budget.all_reduce = rank_budget.all_reduce, lambda tensor, group: tensor
+    try:
+        return method(self, *args)
+    finally:
+        rank_budget.all_reduce = summed
+
+
+def nothing_is_cleared() -> None:
+    """Ranks are shared out, and the weights do not hear of it."""
+    ZeroState.clear = lambda self, kept: None
+
+
 MUTATIONS_OF = {
+    "adalora": [importance_of_own_parts, orthogonality_of_own_parts, nothing_is_cleared, whole_factors_left_partial],
     "dora": [norms_of_own_columns, norms_with_gradients, whole_factors_left_partial],
     "adapter": [bottlenecks_left_partial, bottlenecks_inside_the_region, drawn_by_rank, whole_factors_counted_on_every_rank],
 }

@@ -132,7 +132,7 @@ OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
     "deepspeed": (
         False,
         (
-            "trainer/engine.py",
+            "trainer/deepspeed_start.py",
             "trainer/threaded_io.py",
             "trainer/optimizers.py",
             "trainer/master_weights.py",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from parallel.low_rank import first_factor
+from parallel.low_rank import LowRank
 from parallel.mesh import Group
 from parallel.params import draw, initialise, owned_specs
 from parallel.tensor import TensorParallel
@@ -21,10 +21,11 @@ from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import assembled
 from trainer.model.transformer import Stage
 from trainer.model.translation import translate
-from trainer.sections import Recipe, Tuning
+from trainer.sections import RankBudget, Recipe, Tuning
 from trainer.tuning.adapt import adaptation, scale_of
 from trainer.tuning.merge import merged
 from trainer.tuning.peft_format import adapter_config, target_modules
+from trainer.tuning.rank_budget import budget_after
 from trainer.tuning.targets import is_added, targeted_modules
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
@@ -72,7 +73,7 @@ def whole_model(network: TransformerConfig, tuning: Tuning, device: str, fill: C
     )
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "adapter"])
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "ia3", "adapter"])
 @pytest.mark.parametrize("network", [LLAMA, GPT2])
 def test_a_merged_stream_has_the_models_own_names(method: str, network: TransformerConfig) -> None:
     """Parts may come after their weights, and biases that nobody scales pass through."""
@@ -100,11 +101,33 @@ def test_scaling_is_that_of_the_papers() -> None:
 
 def test_the_first_factor_starts_as_kaiming_uniform_makes_it() -> None:
     """With a = √5 its bound is √(6 / ((1 + 5) · I)) (He et al. 2015, arXiv:1502.01852)."""
-    assert first_factor(4, 64).bound == pytest.approx(math.sqrt(6.0 / ((1.0 + 5.0) * 64)))
-    drawn = draw("a", (200, 64), first_factor(200, 64), seed=0)
+    assert LowRank(4, 1.0).first_factor(64).bound == pytest.approx(math.sqrt(6.0 / ((1.0 + 5.0) * 64)))
+    start = LowRank(200, 1.0).first_factor(64)
+    drawn = draw("a", (200, 64), start, seed=0)
     assert float(drawn.abs().max()) == pytest.approx(0.125, rel=1e-3)
     assert float(drawn.std()) == pytest.approx(0.125 / math.sqrt(3), rel=0.02)
-    assert not torch.equal(drawn, draw("b", (200, 64), first_factor(200, 64), seed=0))
+    assert not torch.equal(drawn, draw("b", (200, 64), start, seed=0))
+
+
+@pytest.mark.parametrize(("warmup", "final", "every"), [(0, 1, 1), (3, 5, 1), (2, 4, 3), (0, 9, 5)])
+def test_ranks_come_down_as_peft_lets_them(warmup: int, final: int, every: int) -> None:
+    from peft import AdaLoraConfig
+    from peft.tuners.adalora.layer import RankAllocator
+
+    steps, modules = 20, 7
+    names = {"init_r": 6, "target_r": 2, "tinit": warmup, "tfinal": final, "deltaT": every, "total_step": steps}
+    module = nn.Module()
+    for index in range(modules):
+        module.register_module(f"m{index}", nn.Module())
+        getattr(module, f"m{index}").lora_A = nn.ParameterDict({"default": torch.zeros(6, 3)})
+    allocator = RankAllocator(module, AdaLoraConfig(**names), "default")
+    keys = RankBudget(target_rank=2, warmup_steps=warmup, final_steps=final, every=every)
+    for step in range(steps - final):
+        budget, allocates = allocator.budget_schedule(step)
+        assert budget_after(step, keys, steps, modules=modules, rank=6) == (budget if allocates else None)
+    # Then peft masks once more, whatever the interval, and leaves it at that.
+    assert budget_after(steps - final, keys, steps, modules=modules, rank=6) == 2 * modules
+    assert all(budget_after(step, keys, steps, modules=modules, rank=6) is None for step in range(steps - final + 1, steps))
 
 
 def test_what_is_trained_is_counted_apart() -> None:

@@ -78,7 +78,6 @@ class Contents:
 
     def __init__(self, checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, adapter: bool) -> None:
         self._reader, self._tuned = Reader(checkpoint, manifest), tuned
-        self._prefix = tuned.form.prefix if tuned is not None and adapter else ""
         merges = tuned is not None and tuned.merges and not adapter
         self._parts = merged_tensors(tuned.recipe.tuning, tuned.network) if tuned is not None and merges else {}
         self.tensors = {
@@ -86,9 +85,6 @@ class Contents:
             for name, tensor in manifest.tensors.items()
             if WEIGHT in tensor.dtypes and (tuned is None or is_added(name) == adapter)
         }
-
-    def written_name(self, name: str) -> str:
-        return self._prefix + name
 
     def slots(self, dtype: str) -> dict[str, Slot]:
         return {
@@ -126,45 +122,50 @@ def export(
     check_files(checkpoint, manifest.files)
     chosen = dtype or str(manifest.recipe["precision"]["dtype"])
     tuned = Tuned.of(checkpoint, manifest)
-    slots: dict[str, Slot] = {}
+    sizes: dict[str, int] = {}
     try:
         with replacing_folder(out) as draft:
             shutil.copytree(checkpoint / HUGGING_FACE, draft, dirs_exist_ok=True, copy_function=shutil.copyfile)
             if tuned is None or whole:
-                model = Contents(checkpoint, manifest, tuned, adapter=False)
-                slots |= _write_model(model, draft, chosen, shard_bytes)
+                sizes |= _write_model(Contents(checkpoint, manifest, tuned, adapter=False), draft, chosen, shard_bytes)
             else:
                 (draft / "config.json").unlink()  # an adapter's folder must not look like a model's
             if tuned is not None and not (whole and tuned.merges):
-                adapter = Contents(checkpoint, manifest, tuned, adapter=True)
-                slots |= _write_tensors(adapter, list(adapter.tensors), draft / tuned.form.weights_file, chosen)
-                tuned.form.write_config(draft)
+                sizes |= _write_adapter(Contents(checkpoint, manifest, tuned, adapter=True), tuned.form, draft, chosen)
             for path in (draft, *draft.rglob("*")):  # a folder to hand on, unlike the checkpoint
                 path.chmod(0o755 if path.is_dir() else 0o644)
     except OSError as error:
         raise RecipeError(f"{error.filename or out}: {error.strerror}: give a folder that can be written") from error
-    return Exported(out, manifest.step, len(slots), sum(slot.num_bytes for slot in slots.values()), chosen)
+    return Exported(out, manifest.step, len(sizes), sum(sizes.values()), chosen)
 
 
-def _write_model(contents: Contents, draft: Path, dtype: str, shard_bytes: int) -> dict[str, Slot]:
-    shards = list(_shards(contents.slots(dtype), shard_bytes))
+def _write_model(contents: Contents, draft: Path, dtype: str, shard_bytes: int) -> dict[str, int]:
+    """A model's files of weights and its config; the bytes of each tensor."""
+    slots = contents.slots(dtype)
+    shards = list(_shards(slots, shard_bytes))
     files = {file_name(number, len(shards)): names for number, names in enumerate(shards)}
-    written = {file: _write_tensors(contents, names, draft / file, dtype) for file, names in files.items()}
+    for file, names in files.items():
+        named = {name: slots[name] for name in names}
+        write_tensor_file(draft / file, named, (contents.whole(name) for name in names), metadata={"format": "pt"})
+        _compare(draft / file, names, contents)
     if len(files) > 1:
-        sizes = {file: {name: slot.num_bytes for name, slot in slots.items()} for file, slots in written.items()}
-        write_index(sizes, draft / INDEX)
+        write_index({file: {name: slots[name].num_bytes for name in names} for file, names in files.items()}, draft / INDEX)
     config = {**read_config(draft), "dtype": str(TORCH_DTYPES[FORMATS[dtype]]).removeprefix("torch.")}
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return {name: slot for slots in written.values() for name, slot in slots.items()}
+    return {name: slot.num_bytes for name, slot in slots.items()}
 
 
-def _write_tensors(contents: Contents, names: Sequence[str], path: Path, dtype: str) -> dict[str, Slot]:
-    """One file of them, read back; what was written."""
-    slots = contents.slots(dtype)
-    written = {contents.written_name(name): slots[name] for name in names}
-    write_tensor_file(path, written, (contents.whole(name) for name in names), metadata={"format": "pt"})
-    _compare(path, names, contents)
-    return written
+def _write_adapter(contents: Contents, form: AdapterFormat, draft: Path, dtype: str) -> dict[str, int]:
+    """An adapter's files; the bytes of each tensor."""
+    tensors = ((name, contents.whole(name)) for name in contents.tensors)
+    written, path = form.write(tensors, draft, TORCH_DTYPES[FORMATS[dtype]]), draft / form.weights_file
+    file = TensorFile(path)
+    for name, tensor in written.items():
+        found = torch.empty(tensor.shape, dtype=file.dtype(name)).flatten()
+        file.read(name, 0, found)
+        if as_bytes(found) != as_bytes(tensor.flatten()):
+            raise DataError(f"{path}: tensor {name} reads back as something else: is the disk sound?")
+    return {name: tensor.nbytes for name, tensor in written.items()}
 
 
 def _shards(slots: Mapping[str, Slot], shard_bytes: int) -> Iterator[list[str]]:
@@ -185,10 +186,9 @@ def _compare(path: Path, names: Sequence[str], contents: Contents) -> None:
     file = TensorFile(path)
     for name in names:
         at = 0
-        own = contents.written_name(name)
         for chunk in chunks(contents.whole(name)):
-            written = torch.empty(chunk.shape, dtype=file.dtype(own))
-            file.read(own, at, written)
+            written = torch.empty(chunk.shape, dtype=file.dtype(name))
+            file.read(name, at, written)
             if as_bytes(written) != as_bytes(chunk.to(written.dtype)):
                 raise DataError(f"{path}: tensor {name} reads back as something else: is the disk sound?")
             at += chunk.numel()

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from trainer.recipe.auto import AUTO
-from trainer.sections import Finding, Recipe
+from trainer.sections import Finding, RankBudget, Recipe
 
 METHOD = "tuning.method"
 # Which methods read which key.
 READERS = {
-    "targets": ("lora", "dora", "ia3", "adapter"),
-    "rank": ("lora", "dora"),
-    "alpha": ("lora", "dora"),
+    "targets": ("lora", "dora", "adalora", "ia3", "adapter"),
+    "rank": ("lora", "dora", "adalora"),
+    "alpha": ("lora", "dora", "adalora"),
     "rank_stabilized": ("lora", "dora"),
-    "dropout": ("lora",),
+    "dropout": ("lora", "adalora"),
+    **{f"budget.{key}": ("adalora",) for key in RankBudget.model_fields},
     "bottleneck": ("adapter",),
 }
 
@@ -33,6 +34,8 @@ def tuning_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]
             )
     if "tuning.merge" in given:
         yield from _merge_findings(recipe)
+    if recipe.tuning.method == "adalora":
+        yield from _budget_findings(recipe)
     if recipe.model.family == AUTO:
         yield Finding(
             (METHOD, "model.family"),
@@ -47,6 +50,22 @@ def tuning_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]
         )
 
 
+def _budget_findings(recipe: Recipe) -> Iterator[Finding]:
+    rank, budget, steps = recipe.tuning.rank, recipe.tuning.budget, recipe.train.steps
+    if budget.target_rank >= rank:
+        yield Finding(
+            ("tuning.budget.target_rank", "tuning.rank"),
+            f"tuning.budget.target_rank = {budget.target_rank} leaves nothing to share out of tuning.rank = {rank}: legal: "
+            f"below {rank}, or tuning.rank above {budget.target_rank}",
+        )
+    if (fixed := budget.warmup_steps + budget.final_steps) >= steps:
+        yield Finding(
+            ("tuning.budget.warmup_steps", "tuning.budget.final_steps", "train.steps"),
+            f"tuning.budget: warmup_steps {budget.warmup_steps} + final_steps {budget.final_steps} = {fixed} of train.steps = "
+            f"{steps} leave no step in which ranks are shared out: legal: fewer than {steps} together",
+        )
+
+
 def _merge_findings(recipe: Recipe) -> Iterator[Finding]:
     if recipe.tuning.method == "bitfit":
         yield Finding(
@@ -57,5 +76,5 @@ def _merge_findings(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(
             ("tuning.merge", METHOD),
             "tuning.merge: an adapter has a nonlinearity between its projections, so no weight can take it up: remove it, or "
-            "take lora, dora or ia3",
+            "take lora, dora, adalora or ia3",
         )

@@ -4,6 +4,7 @@
 |---|---|
 | `targets.py` | which modules the recipe's words mean in a family; no torch |
 | `adapt.py` | freezes a block of the network and puts the trained parameters beside it |
+| `rank_budget.py` | AdaLoRA between steps: what is important, and who keeps which rank |
 | `adapter_folder.py` | an adapter as a folder, in one of two formats: |
 | `peft_format.py` | … that of peft |
 | `bottleneck_format.py` | … our own for bottleneck adapters, which peft lacks, and how a model of transformers gets them |

@@ -37,7 +37,9 @@ def adaptation(tuning: Tuning, config: TransformerConfig) -> Callable[[nn.Module
 
 def scale_of(tuning: Tuning) -> float:
     """alpha / r (Hu et al. 2021, arXiv:2106.09685, §4.1), or alpha / √r, with which the learning rate need not change with the
-    rank (Kalajdzievski 2023, arXiv:2312.03732)."""
+    rank (Kalajdzievski 2023, arXiv:2312.03732). AdaLoRA's r is the one it starts with, with peft's 1e-5 beside it."""
+    if tuning.method == "adalora":
+        return tuning.alpha / (tuning.rank + 1e-5)
     return tuning.alpha / (math.sqrt(tuning.rank) if tuning.rank_stabilized else tuning.rank)
 
 
@@ -73,4 +75,10 @@ def _row(layer: RowParallelLinear, tuning: Tuning) -> RowLowRank | InputRescalin
 
 
 def _low_rank(tuning: Tuning) -> LowRank:
-    return LowRank(tuning.rank, scale_of(tuning), tuning.dropout, magnitude=tuning.method == "dora")
+    return LowRank(
+        tuning.rank,
+        scale_of(tuning),
+        tuning.dropout,
+        magnitude=tuning.method == "dora",
+        singular_values=tuning.method == "adalora",
+    )

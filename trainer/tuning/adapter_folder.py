@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from trainer.durable import replacing_folder
 from trainer.model.hugging_face import NamedTensor
@@ -42,14 +43,16 @@ class AdapterFormat:
         config = bottleneck_format.bottleneck_config(recipe, network)
         return cls(bottleneck_format.CONFIG, bottleneck_format.WEIGHTS, "", config)
 
-    def write_config(self, folder: Path) -> None:
-        (folder / self.config_file).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-
-    def write(self, tensors: Iterable[NamedTensor], folder: Path, dtype: torch.dtype) -> None:
-        """Both files, of those tensors that were trained beside the model."""
-        found = {self.prefix + name: tensor.to(dtype) for name, tensor in tensors if is_added(name)}
+    def write(self, tensors: Iterable[NamedTensor], folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Both files, of those tensors that were trained beside the model; what was written."""
+        found = {self.prefix + name: tensor.to(dtype).contiguous() for name, tensor in tensors if is_added(name)}
+        config = self.config
+        if config.get("peft_type") == "ADALORA":
+            found, pattern = peft_format.trimmed(found)
+            config = {**config, "rank_pattern": pattern or None}
         save_file(found, folder / self.weights_file, metadata={"format": "pt"})
-        self.write_config(folder)
+        (folder / self.config_file).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return found
 
 
 def write_adapter(

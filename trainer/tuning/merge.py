@@ -55,14 +55,18 @@ def merge(tensor: Tensor, parts: Sequence[Tensor], *, name: str, tuning: Tuning,
         return tensor * parts[0].flatten()
     transposed = WEIGHT_NAMES[network.family].transposed
     weight_OI = tensor.t() if transposed else tensor
-    weight_OI = weight_OI * parts[0] if tuning.method == "ia3" else _with_factors(weight_OI, parts, scale_of(tuning))
+    weight_OI = _changed(weight_OI, parts, tuning)
     return weight_OI.t().contiguous() if transposed else weight_OI
 
 
-def _with_factors(weight_OI: Tensor, parts: Sequence[Tensor], scale: float) -> Tensor:
-    """W + s · B A, its rows stretched to their lengths where there are such (DoRA)."""
-    a_RI, b_OR, *lengths = parts
-    changed_OI = weight_OI + scale * (b_OR @ a_RI)
-    if not lengths:
+def _changed(weight_OI: Tensor, parts: Sequence[Tensor], tuning: Tuning) -> Tensor:
+    """W + s · B A, its rows stretched to their lengths where there are such (DoRA); W + s · B diag(E) A; or W · l."""
+    if tuning.method == "ia3":
+        return weight_OI * parts[0]
+    a_RI, b_OR, *more = parts
+    if tuning.method == "adalora":
+        a_RI = a_RI * more[0]
+    changed_OI = weight_OI + scale_of(tuning) * (b_OR @ a_RI)
+    if tuning.method != "dora":
         return changed_OI
-    return changed_OI * (lengths[0] / torch.linalg.vector_norm(changed_OI, dim=-1)).unsqueeze(-1)
+    return changed_OI * (more[0] / torch.linalg.vector_norm(changed_OI, dim=-1)).unsqueeze(-1)

@@ -6,8 +6,10 @@ model that it wraps.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from trainer.model.config import TransformerConfig
 from trainer.model.names import WEIGHT_NAMES
@@ -35,17 +37,45 @@ def adapter_config(recipe: Recipe, network: Network) -> dict[str, Any]:
     if tuning.method == "ia3":
         scaled_inputs = {names.attention_out.format(layer=0), names.mlp_out.format(layer=0)}
         return {"peft_type": "IA3", **shared, "feedforward_modules": target_modules(tuning, network, among=scaled_inputs)}
+    shared |= {"bias": "none", "lora_alpha": tuning.alpha, "lora_dropout": tuning.dropout, "init_lora_weights": True}
+    if tuning.method == "adalora":
+        return {"peft_type": "ADALORA", **shared, **_budget(tuning, recipe.train.steps)}
     return {
         "peft_type": "LORA",
         **shared,
-        "bias": "none",
         "r": tuning.rank,
-        "lora_alpha": tuning.alpha,
-        "lora_dropout": tuning.dropout,
         "use_rslora": tuning.rank_stabilized,
         "use_dora": tuning.method == "dora",
-        "init_lora_weights": True,
     }
+
+
+def _budget(tuning: Tuning, steps: int) -> dict[str, Any]:
+    keys = tuning.budget
+    return {
+        "init_r": tuning.rank,
+        "target_r": keys.target_rank,
+        "tinit": keys.warmup_steps,
+        "tfinal": keys.final_steps,
+        "deltaT": keys.every,
+        "beta1": keys.betas[0],
+        "beta2": keys.betas[1],
+        "orth_reg_weight": keys.orthogonality,
+        "total_step": steps,
+    }
+
+
+def trimmed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[bool]]]:
+    """AdaLoRA's factors without the triplets whose value is 0, and peft's pattern of those that are left of each module; {}
+    where nothing has been learned yet."""
+    values = {name: tensor.flatten() for name, tensor in tensors.items() if name.endswith(".lora_E")}
+    if not any(tensor.any() for tensor in values.values()):
+        return dict(tensors), {}
+    left = {name.removesuffix(".lora_E"): value != 0 for name, value in values.items()}
+    cut = {}
+    for name, tensor in tensors.items():
+        module, _, factor = name.rpartition(".")
+        cut[name] = (tensor[:, left[module]] if factor == "lora_B" else tensor[left[module]]).contiguous()
+    return cut, {f"{module.removeprefix(PREFIX)}.lora_E": kept.tolist() for module, kept in left.items()}
 
 
 def target_modules(tuning: Tuning, network: TransformerConfig, *, among: Collection[str] | None = None) -> list[str]:

@@ -17,6 +17,7 @@ TARGETS = "tuning.targets"
 DEFAULTS = {
     "lora": ("attention", "mlp"),
     "dora": ("attention", "mlp"),
+    "adalora": ("attention", "mlp"),
     "ia3": ("k", "v", "down"),
     "adapter": ("attention", "mlp"),
 }
@@ -24,6 +25,7 @@ DEFAULTS = {
 PARTS = {
     "lora": (".lora_A.weight", ".lora_B.weight"),
     "dora": (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"),
+    "adalora": (".lora_A", ".lora_B", ".lora_E"),
     "ia3": (".ia3_l",),
     "adapter": (".adapter_down.weight", ".adapter_down.bias", ".adapter_up.weight", ".adapter_up.bias"),
 }

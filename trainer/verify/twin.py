@@ -93,7 +93,11 @@ def _recipe(
         "batch": batch,
         "zero": _in_memory(given.get("zero", {})),
         "deepspeed": policy,
-        "train": {"clip_norm": recipe.train.clip_norm, "recompute": recipe.train.recompute},
+        "train": {
+            "steps": recipe.train.steps,  # the budget of ranks is shared out over them
+            "clip_norm": recipe.train.clip_norm,
+            "recompute": recipe.train.recompute,
+        },
     }
 
 

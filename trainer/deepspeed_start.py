@@ -1,0 +1,109 @@
+"""Starting DeepSpeed: what it is told about the ranks, and what is settled before it would decide by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for the compilers of other accelerators
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from parallel.mesh import Group, Mesh
+from trainer.sections import Recipe
+from trainer.threaded_io import use_threads_where_async_io_is_missing
+
+logger = logging.getLogger(__name__)
+
+
+def start(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], units: Units) -> tuple[Any, Any]:
+    """DeepSpeed's engine and its optimizer around ours."""
+    with contextlib.redirect_stdout(_LogLines()):  # DeepSpeed prints memory reports at ZeRO-1 in bf16, asked or not
+        engine, wrapped, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, mpu=units, dist_init_required=False
+        )
+    return engine, wrapped
+
+
+def whole(parameters: Sequence[nn.Parameter], *, zero_stage: int) -> contextlib.AbstractContextManager[Any]:
+    """A context in which they are whole: at stage 3 they are gathered from the data-parallel ranks, which must all enter."""
+    return deepspeed.zero.GatheredParameters(list(parameters)) if zero_stage == 3 else contextlib.nullcontext()
+
+
+class _LogLines(io.TextIOBase):
+    """A stdout whose lines go to this rank's log."""
+
+    def write(self, text: str) -> int:
+        for line in filter(str.strip, text.splitlines()):
+            logger.info(line.rstrip())
+        return len(text)
+
+
+class Units:
+    """The mesh in the words that DeepSpeed asks for (its `mpu`).
+
+    Its "model parallel" ranks are those that hold one copy of the model together: gradient norms are summed over them, and
+    their first counts all of its parameters, marked or not. The tensor group is not told apart: DeepSpeed would then take
+    the first tensor rank of every pipeline stage for that first one.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._groups: dict[str, Group] = {"data_parallel": mesh.dp, "model_parallel": mesh.replica}
+
+    def __getattr__(self, name: str) -> Callable[[], Any]:
+        for prefix, group in self._groups.items():
+            answers = {
+                f"get_{prefix}_group": group.handle,
+                f"get_{prefix}_rank": group.rank,
+                f"get_{prefix}_world_size": group.size,
+            }
+            if name in answers:
+                return lambda: answers[name]
+        raise AttributeError(name)
+
+
+def prepare(recipe: Recipe, notes: list[str]) -> None:
+    """Settle before `initialize` what DeepSpeed would otherwise decide by itself."""
+    if not deepspeed.comm.is_initialized():
+        # Its shared-memory collectives serve inference only; without this they are compiled at first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+    accelerator = get_accelerator()
+    if recipe.precision.dtype == "fp16" and accelerator.device_name() == "cpu":
+        # The CPU accelerator denies fp16 without AVX512-FP16; torch computes it all the same, slower.
+        accelerator.is_fp16_supported = lambda: True
+    if recipe.precision.dtype == "fp64":
+        reducible = accelerator.supported_dtypes()  # without float64, which the backends do reduce
+        accelerator.supported_dtypes = lambda: [*reducible, torch.float64]
+    if "nvme" in (recipe.zero.offload_optimizer.device, recipe.zero.offload_param.device):
+        remark = use_threads_where_async_io_is_missing()
+        notes += [remark] if remark else []
+    if recipe.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
+def partitioning(deepspeed_config: dict[str, Any], units: Units) -> Callable[[nn.Module], None]:
+    """Divide a block's weights over the data-parallel ranks as soon as it is built (ZeRO-3)."""
+    swapper: list[Any] = []
+
+    def partition(block: nn.Module) -> None:
+        init = deepspeed.zero.Init(
+            module=block,
+            data_parallel_group=units.get_data_parallel_group(),
+            config_dict_or_path=deepspeed_config,
+            param_swapper=swapper[0] if swapper else None,
+            mpu=units,
+        )
+        if init.param_swapper is not None and not swapper:
+            swapper.append(init.param_swapper)
+
+    return partition
