@@ -5,7 +5,8 @@ Weights are stored [O, I] as torch does, Y = X Wᵀ + b, whatever the logical te
 the activations outside the pair of layers are [N/p, ·], this rank's tokens.
 
 All layers compute in the format of their input: a weight kept in fp32 (ZeRO-0 in bf16 or fp16) is cast on use, so its
-gradient accumulates in fp32; where DeepSpeed already holds low-precision copies the cast is nothing.
+gradient accumulates in fp32; where DeepSpeed already holds low-precision copies the cast is nothing. A quantized weight is
+made whole for each product, in forward and in backward, and never kept between them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from parallel.deferred import WeightGradients
 from parallel.mesh import Group
 from parallel.outputs import Output
 from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
+from parallel.quantized import QuantizedWeight
 from parallel.rng import Streams
 from parallel.tensor import TensorParallel
 
@@ -64,7 +66,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         x_NI: Tensor,
         tp: TensorParallel,
         later: _Later,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         shared_weight: Tensor | None,
         shared_bias: Tensor | None,
@@ -73,46 +75,48 @@ class _ColumnParallelLinear(torch.autograd.Function):
         ctx.later = later
         ctx.save_for_backward(x_NI, weight, shared_weight)
         all_NI = all_gather(x_NI, tp.group) if tp.sequence else x_NI
-        y_NO = _linear(all_NI, weight, bias)
-        return y_NO if shared_weight is None else torch.cat([y_NO, _linear(all_NI, shared_weight, shared_bias)], -1)
+        weights = later.values(x_NI.dtype, weight, shared_weight)
+        parts = [_linear(all_NI, *part) for part in zip(weights, (bias, shared_bias), strict=False)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
         tp: TensorParallel = ctx.tp
-        x_NI, weight, shared_weight = ctx.saved_tensors
-        weights = [weight] if shared_weight is None else [weight, shared_weight]
+        x_NI, *seen = ctx.saved_tensors
+        weights = ctx.later.values(dy_NO.dtype, *seen)
         parts = dy_NO.split([w.shape[0] for w in weights], -1)
 
         gathering = start_all_gather(x_NI, tp.group) if tp.sequence else Pending(x_NI, None)
         if not tp.overlap:
             gathering.wait()
-        dx_NI = parts[0] @ weight.to(dy_NO.dtype)
-        if shared_weight is not None:
-            dx_NI.addmm_(parts[1], shared_weight.to(dy_NO.dtype))
+        dx_NI = parts[0] @ weights[0].to(dy_NO.dtype)
+        for part, shared_weight in zip(parts[1:], weights[1:], strict=True):
+            dx_NI.addmm_(part, shared_weight.to(dy_NO.dtype))
         summing = (start_reduce_scatter if tp.sequence else start_all_reduce)(dx_NI, tp.group)
         if not tp.overlap:
             summing.wait()
         all_NI = gathering.wait()
         dws = [ctx.later.gradient(index, w, dy, all_NI) for index, (w, dy) in enumerate(zip(weights, parts, strict=True))]
-        dbs = [dy.sum(0).to(weight.dtype) if ctx.needs_input_grad[4] else None for dy in parts]
+        dbs = [dy.sum(0).to(weights[0].dtype) if ctx.needs_input_grad[4] else None for dy in parts]
         (dw, shared_dw), (db, shared_db) = ((*grads, None)[:2] for grads in (dws, dbs))
         return summing.wait(), None, None, dw, db, shared_dw, shared_db
 
 
 class _LinearForLater(torch.autograd.Function):
-    """Y = X Wᵀ whose weight gradient is left for later. Backward: dX = dY W."""
+    """Y = X Wᵀ whose weight gradient is left for later, or never wanted. Backward: dX = dY W."""
 
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, later: _Later, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x_NI: Tensor, later: _Later, weight: Tensor | None) -> Tensor:
         ctx.later = later
         ctx.save_for_backward(x_NI, weight)
-        return _linear(x_NI, weight, None)
+        return _linear(x_NI, *later.values(x_NI.dtype, weight), None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor, None, None]:
-        x_NI, weight = ctx.saved_tensors
+        x_NI, seen = ctx.saved_tensors
+        (weight,) = ctx.later.values(dy_NO.dtype, seen)
         ctx.later.gradient(0, weight, dy_NO, x_NI)
         return dy_NO @ weight.to(dy_NO.dtype), None, None
 
@@ -120,20 +124,29 @@ class _LinearForLater(torch.autograd.Function):
 @dataclass(frozen=True)
 class _Later:
     """Where weight gradients go: back to autograd, or, with `deferred`, there for these weights. Autograd then gets the
-    weights detached: an edge without a gradient would still run the hooks of ZeRO."""
+    weights detached: an edge without a gradient would still run the hooks of ZeRO. It never sees quantized ones."""
 
     deferred: WeightGradients | None
-    weights: tuple[nn.Parameter | None, ...]
+    weights: tuple[nn.Parameter | QuantizedWeight | None, ...]
 
     def seen_by_autograd(self, index: int) -> Tensor | None:
         weight = self.weights[index]
-        return weight if weight is None or self.deferred is None else weight.detach()
+        if weight is None or isinstance(weight, QuantizedWeight):
+            return None
+        return weight if self.deferred is None else weight.detach()
+
+    def values(self, dtype: torch.dtype, *seen: Tensor | None) -> list[Tensor]:
+        """Those that there are: as autograd saw them, or made whole in `dtype`."""
+        return [
+            held.dequantized(dtype) if isinstance(held, QuantizedWeight) else weight
+            for held, weight in zip(self.weights, seen, strict=True)
+            if held is not None
+        ]
 
     def gradient(self, index: int, weight: Tensor, dy_NO: Tensor, x_NI: Tensor) -> Tensor | None:
         """dYᵀ X in the weight's format; None when it is left for later, or the weight is frozen."""
         leaf = self.weights[index]
-        assert leaf is not None
-        if not leaf.requires_grad:
+        if not isinstance(leaf, nn.Parameter) or not leaf.requires_grad:
             return None
 
         def product() -> Tensor:
@@ -151,11 +164,32 @@ def _linear(x_NI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Adaptable(Sharded):
-    """A layer that may have an adapter beside it."""
+    """A layer that may have an adapter beside it, and then weights in few bits."""
 
     def __init__(self) -> None:
         super().__init__()
         self.adapter: Adapter | None = None
+        self.quantized: dict[str, QuantizedWeight] = {}  # in place of parameters of these names
+
+    def quantize(self, form: str) -> None:
+        """Hold the weights, which must be filled and frozen, in this format from now on."""
+        for name in ("weight", "shared_weight"):
+            if (weight := self.given(name)) is not None:
+                self.quantized[name] = QuantizedWeight.of(weight.detach(), self.specs.pop(name), form)
+                delattr(self, name)
+        self.derive()
+
+    def given(self, name: str) -> nn.Parameter | None:
+        """A parameter that the layer may have."""
+        return getattr(self, name) if name in self.specs else None
+
+    def held(self, name: str) -> nn.Parameter | QuantizedWeight | None:
+        """A weight that the layer may have, in the form in which it is here."""
+        return self.quantized.get(name) or self.given(name)
+
+    def values(self, name: str) -> Tensor | None:
+        """Of a parameter that the layer may have; fp32 where it is quantized."""
+        return self.quantized[name].dequantized(torch.float32) if name in self.quantized else self.given(name)
 
     def forward(self, x_NI: Tensor, streams: Streams | None = None) -> Tensor:
         """`streams`: for the dropout of an adapter."""
@@ -230,16 +264,12 @@ class ColumnParallelLinear(_Adaptable):
 
     def plain(self, x_NI: Tensor) -> Tensor:
         """Without an adapter."""
-        if self.tp.group.size == 1 and self.tp.deferred is None:
+        if self.tp.group.size == 1 and self.tp.deferred is None and not self.quantized:
             return _linear(x_NI, self.weight, self.given("bias"))
-        later = _Later(self.tp.deferred, (self.weight, self.given("shared_weight")))
+        later = _Later(self.tp.deferred, (self.held("weight"), self.held("shared_weight")))
         weight, shared_weight = later.seen_by_autograd(0), later.seen_by_autograd(1)
         bias, shared_bias = self.given("bias"), self.given("shared_bias")
         return _ColumnParallelLinear.apply(x_NI, self.tp, later, weight, bias, shared_weight, shared_bias)
-
-    def given(self, name: str) -> nn.Parameter | None:
-        """A parameter that the layer may have."""
-        return getattr(self, name) if name in self.specs else None
 
 
 class RowParallelLinear(_Adaptable):
@@ -270,10 +300,10 @@ class RowParallelLinear(_Adaptable):
 
     def plain(self, x_NI: Tensor) -> Tensor:
         """Without an adapter."""
-        if self.tp.deferred is None:
+        if self.tp.deferred is None and not self.quantized:
             y_NO = self.tp.leave(_linear(x_NI, self.weight, None))
         else:
-            later = _Later(self.tp.deferred, (self.weight,))
+            later = _Later(self.tp.deferred, (self.held("weight"),))
             y_NO = self.tp.leave(_LinearForLater.apply(x_NI, later, later.seen_by_autograd(0)))
         return y_NO if self.bias is None else y_NO + self.bias.to(y_NO.dtype)
 

@@ -136,7 +136,8 @@ class ColumnLowRank(Sharded):
         hs, seconds, lengths = h_NR.split(self.keys.rank, -1), self._rows("lora_B"), self._rows("magnitude")
         firsts = self.lora_A.split(self.keys.rank)
         parts = []
-        ours = self._of_layer(layer, "weight"), self._of_layer(layer, "bias")
+        nothing = [None] * len(self.features)
+        ours = (self._of_layer(layer, name) if self.keys.magnitude else nothing for name in ("weight", "bias"))
         for y, module, weight, bias in zip(layer.plain(x_NI).split(self.features, -1), self.module_of, *ours, strict=True):
             if module is None:
                 parts.append(y)
@@ -167,7 +168,7 @@ class ColumnLowRank(Sharded):
 
     def _of_layer(self, layer: ColumnParallelLinear, name: str) -> list[Tensor | None]:
         """Of this parameter of the layer, what belongs to each shard; None where there is none."""
-        own, shared = layer.given(name), layer.given(f"shared_{name}")
+        own, shared = layer.values(name), layer.values(f"shared_{name}")
         if own is None:
             return [None] * len(self.features)
         parts = list(own.split(self.features[: self.own_shards]))
@@ -226,13 +227,13 @@ class RowLowRank(Sharded):
         y_NO = torch.addmm(layer.plain(x_NI), h_NR, self.lora_B.to(x_NI.dtype).t(), alpha=self.keys.scale)
         if not self.keys.magnitude:
             return y_NO
-        squares_O = _row_squares(layer.weight, self.lora_B, self.lora_A, self.keys.scale)
+        squares_O = _row_squares(layer.values("weight"), self.lora_B, self.lora_A, self.keys.scale)
         return _rescaled(y_NO, self.magnitude / all_reduce(squares_O, self.tp.group).sqrt(), layer.bias)
 
     @torch.no_grad()
     def start_from(self, layer: RowParallelLinear) -> None:
         if self.keys.magnitude:
-            squares_O = layer.weight.double().square().sum(-1)
+            squares_O = layer.values("weight").double().square().sum(-1)
             self.magnitude.copy_(all_reduce(squares_O, self.tp.group).sqrt())
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from parallel.collectives import all_reduce
 from parallel.mesh import Group
 from parallel.params import ShardSpec
+from parallel.quantized import QuantizedWeight
 
 
 class Census(NamedTuple):
@@ -21,7 +22,13 @@ class Census(NamedTuple):
     frozen_bytes: int
 
     @classmethod
-    def take(cls, specs: Iterable[tuple[nn.Parameter, ShardSpec]], replica: Group, device: torch.device) -> Census:
+    def take(
+        cls,
+        specs: Iterable[tuple[nn.Parameter, ShardSpec]],
+        replica: Group,
+        device: torch.device,
+        quantized: Iterable[QuantizedWeight] = (),
+    ) -> Census:
         """`replica`: the ranks that hold one copy of the model together; each must ask."""
         counts = torch.zeros(3, dtype=torch.int64, device=device)
         for parameter, spec in specs:
@@ -30,6 +37,9 @@ class Census(NamedTuple):
             elements = sum(torch.Size(piece.size).numel() for piece in spec.pieces)
             held = [elements, 0, 0] if parameter.requires_grad else [0, elements, elements * parameter.element_size()]
             counts += torch.tensor(held, device=device)
+        for weight in quantized:
+            if weight.spec.owned:
+                counts += torch.tensor([0, weight.numel, weight.num_bytes], device=device)
         return cls(*all_reduce(counts, replica).tolist())
 
     @property

@@ -43,9 +43,9 @@ from trainer.recipe.pipeline import schedule_table
 from trainer.recipe.stages import stages_of
 from trainer.sections import Recipe
 from trainer.stopwatch import Stopwatch
-from trainer.tuning.adapt import adaptation
+from trainer.tuning.adapt import adaptation, quantized_weights, quantizing
 from trainer.tuning.rank_budget import RankBudget
-from trainer.zero_state import ZeroState
+from trainer.zero_state import Companion, ZeroState
 
 # No recipe may ask for fp64: it is for `verify`, which tells rounding from mistakes with it, at stage 0.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -100,7 +100,7 @@ class Engine:
             dtype=dtype,
             recompute=recipe.train.recompute,
             device=device,
-            fill=masters.rounding(fill),
+            fill=masters.rounding(quantizing(fill, recipe.tuning)),
             partition=partitioning(deepspeed_config, units) if self.zero_stage == 3 else lambda block: None,
         )
         self.execution: Execution
@@ -125,6 +125,7 @@ class Engine:
             )
         module = self.execution.module
         self.constants = module.constants if isinstance(module, AutoStage) else []  # saved like weights, never trained
+        self.quantized = quantized_weights(module)  # frozen, and no parameters
         self.specs: list[tuple[nn.Parameter, ShardSpec]] = [(p, spec) for _, p, spec in owned_specs(module)]
         for parameter, spec in self.specs:
             parameter.model_parallel = spec.owned  # DeepSpeed's mark: off the first rank only these count in the norm
@@ -139,6 +140,7 @@ class Engine:
             self.optimizer.check_grad_overflow = True
         self.budget = RankBudget(recipe, config, self.specs, mesh, device) if recipe.tuning.method == "adalora" else None
         companions = self.budget.companions if self.budget else []
+        companions += [Companion.of(*part, state=state) for weight in self.quantized for state, part in weight.stored.items()]
         self.state = ZeroState(
             self.optimizer, self.specs, self.constants, companions, group=mesh.dp, zero_stage=self.zero_stage
         )
@@ -151,7 +153,8 @@ class Engine:
     @property
     def num_params(self) -> int:
         """Elements of the whole logical model; tied ones once. Every rank must ask together."""
-        owned = sum(math.prod(piece.size) for _, spec in self.specs if spec.owned for piece in spec.pieces)
+        specs = [*(spec for _, spec in self.specs), *(weight.spec for weight in self.quantized)]
+        owned = sum(math.prod(piece.size) for spec in specs if spec.owned for piece in spec.pieces)
         return self._total(owned, self.mesh.replica)
 
     def step(self, micro_batches: Sequence[MicroBatch], *, step: int, lr: float, norm_limit: float = math.inf) -> StepResult:
@@ -230,6 +233,7 @@ class Engine:
             with whole([parameter], zero_stage=self.zero_stage):
                 yield spec, parameter.detach()
         yield from self.constants
+        yield from ((weight.spec, weight.dequantized(DTYPES[self.recipe.precision.dtype])) for weight in self.quantized)
 
     def gathered_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
         """On the first rank of the mesh the parameters of the whole model, elsewhere nothing; all ranks must iterate."""

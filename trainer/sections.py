@@ -429,6 +429,11 @@ class Tuning(Section):
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Rate of dropout on what the first factor sees (lora, adalora).")
     budget: RankBudget = Field(default_factory=RankBudget, description="How ranks are shared out (adalora).")
     bottleneck: PositiveInt = Field(64, le=2**16, description="Features between an adapter's two projections (adapter).")
+    quantize: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="Format in which the frozen weights of attention and MLP are held: 4-bit NormalFloat as in QLoRA (nf4), or "
+        "8-bit integers, both in blocks of 64; absent: the compute format. Not for bitfit.",
+    )
     merge: bool = Field(
         False,
         description="The run's export is the whole model with what was learned added to its weights, instead of an adapter in "

@@ -245,7 +245,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         peak_flops, peak_source = device_peak(place.device, recipe.precision.dtype)
         if remark := slower_than_fp32(place.device, recipe.precision.dtype, peak_flops):
             tracker.note(remark)
-        census = Census.take(engine.specs, mesh.replica, place.device)
+        census = Census.take(engine.specs, mesh.replica, place.device, engine.quantized)
         for remark in (*remarks, checkpoints.room(census)):
             tracker.note(remark)
         stack.enter_context(among_ranks(watchdog, lambda: watch.doing))  # so that the tracker hears who was lost

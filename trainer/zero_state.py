@@ -79,7 +79,7 @@ class Companion:
     tensor: Tensor
 
     @classmethod
-    def of(cls, weight: ShardSpec, state: str, tensor: Tensor) -> Self:
+    def of(cls, weight: ShardSpec, tensor: Tensor, *, state: str) -> Self:
         return cls(replace(weight, pieces=tuple(replace(p, name=f"{p.name}:{state}") for p in weight.pieces)), state, tensor)
 
 

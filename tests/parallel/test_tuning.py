@@ -60,6 +60,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 STEPS = 20
 LORA = {"method": "lora", "rank": 4, "alpha": 8.0}
+WIDE = {"hidden_size": 256, "intermediate_size": 256}  # four tensor ranks have whole blocks of 64 inputs each
 BUDGET = {"target_rank": 2, "warmup_steps": 3, "final_steps": 5}
 ADALORA = {"method": "adalora", "rank": 4, "alpha": 8.0, "budget": BUDGET}
 CPU = {"offload_optimizer": {"device": "cpu"}}
@@ -76,7 +77,7 @@ def start_folders(mesh: Mesh, case: Case, base: Path, adapter: Path) -> None:
     tensors = dict(assembled(engine.gathered_tensors()))
     network = translate(case.family, {**SHAPES[case.family], **case.config})
     config = to_hf_config(network, dtype="float32", eos_token_id=None)
-    own = [(spec, parameter.detach()) for parameter, spec in engine.specs if not spec.added]
+    own = [(spec, tensor.clone()) for spec, tensor in engine.local_tensors() if not spec.added]
     write_folder(own, base, dtype=torch.float32, config=config, save_beside=lambda folder: None)
     if case.tuning["method"] in PARTS:
         form = AdapterFormat.of(engine.recipe, network)
@@ -193,6 +194,21 @@ PEFT_CASES = {
         steps=STEPS,
         clip_norm=0.1,
     ),
+    "qlora": Case(
+        config=WIDE,
+        tuning={**LORA, "quantize": "nf4"},
+        optimizer={"name": "adamw", "lr": 0.01},
+        steps=STEPS,
+        clip_norm=0.1,
+    ),
+    "qdora-gpt2": Case(
+        family="gpt2",
+        config={**NO_DROPOUT, "n_embd": 128},
+        tuning={**LORA, "method": "dora", "quantize": "int8"},
+        optimizer={"name": "adamw", "lr": 0.01},
+        steps=STEPS,
+        clip_norm=0.1,
+    ),
     "adapter": Case(
         tuning={"method": "adapter", "bottleneck": 6},
         optimizer={"name": "adamw", "lr": 0.01},
@@ -294,6 +310,7 @@ METHODS = {
         steps=5,
         config={"num_hidden_layers": 4},
     ),
+    "qlora": Case(tuning={**LORA, "quantize": "nf4"}, clip_norm=0.1, steps=3, config={**WIDE, "num_hidden_layers": 4}),
     "adapter": Case(tuning={"method": "adapter", "bottleneck": 6}, clip_norm=0.03, steps=4, config={"num_hidden_layers": 4}),
     "bitfit": Case(family="gpt2", tuning={"method": "bitfit"}, clip_norm=0.1, steps=4, config={"n_layer": 4}),
 }
@@ -303,6 +320,9 @@ METHODS_EVERY_DAY = {("dora", "tp4-shared-heads"), ("dora", "tp2xdp2-zero3"), ("
     ("adalora", "tp2xpp2"),
     ("adalora", "dp2-zero2"),
     ("adalora", "dp2-zero3-cpu"),
+    ("qlora", "tp4-shared-heads"),
+    ("qlora", "split-backward"),
+    ("qlora", "dp2-zero3-cpu"),
     ("adapter", "tp2"),
     ("adapter", "split-backward"),
     ("adapter", "dp2-zero3-cpu"),

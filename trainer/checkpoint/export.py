@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel.quantized import CODES_PER_BYTE, dequantize
 from trainer.checkpoint.check import check_files, read_sound
 from trainer.checkpoint.folder import HUGGING_FACE
-from trainer.checkpoint.manifest import WEIGHT, Fragment, Manifest
+from trainer.checkpoint.manifest import WEIGHT, Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import TORCH_DTYPES, Slot, TensorFile, as_bytes, chunks, write_tensor_file
 from trainer.durable import replacing_folder
 from trainer.errors import DataError, RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import INDEX, SHARD_BYTES, file_name, read_config, write_index
+from trainer.model.names import WEIGHT_NAMES
 from trainer.model.translation import translate
 from trainer.sections import Recipe
 from trainer.tuning import bottleneck_format
@@ -57,6 +59,11 @@ class Tuned:
         return self.recipe.tuning.method in MERGEABLE
 
     @property
+    def transposed(self) -> bool:
+        """Whether the family's files have weights [in, out]."""
+        return WEIGHT_NAMES[self.network.family].transposed
+
+    @property
     def form(self) -> AdapterFormat:
         return AdapterFormat.of(self.recipe, self.network)
 
@@ -85,6 +92,8 @@ class Contents:
             for name, tensor in manifest.tensors.items()
             if WEIGHT in tensor.dtypes and (tuned is None or is_added(name) == adapter)
         }
+        if tuned is not None and not adapter:
+            self.tensors |= dict(_quantized(manifest, tuned))
 
     def slots(self, dtype: str) -> dict[str, Slot]:
         return {
@@ -93,11 +102,33 @@ class Contents:
         }
 
     def whole(self, name: str) -> Tensor:
-        weight = self._reader.whole(name, WEIGHT)
+        weight = self.unmerged(name)
         if self._tuned is None or name not in self._parts:
             return weight
         parts = [self._reader.whole(part, WEIGHT) for part in self._parts[name]]
         return merged_weight(weight, parts, name=name, tuning=self._tuned.recipe.tuning, network=self._tuned.network)
+
+    def unmerged(self, name: str) -> Tensor:
+        """The model's own, made whole where it was saved in few bits."""
+        if not self.is_quantized(name):
+            return self._reader.whole(name, WEIGHT)
+        assert self._tuned is not None
+        codes, magnitudes = (self._reader.whole(f"{name}:{state}", state) for state in ("codes", "magnitudes"))
+        weight_OI = dequantize(codes, magnitudes, str(self._tuned.recipe.tuning.quantize))
+        return weight_OI.t().contiguous() if self._tuned.transposed else weight_OI
+
+    def is_quantized(self, name: str) -> bool:
+        return name in self.tensors and not self.tensors[name].fragments
+
+
+def _quantized(manifest: Manifest, tuned: Tuned) -> Iterator[tuple[str, LogicalTensor]]:
+    """The weights that a checkpoint holds in few bits, as they will be exported; without fragments, which hold other things."""
+    per_byte = CODES_PER_BYTE.get(str(tuned.recipe.tuning.quantize), 1)
+    for name, stored in manifest.tensors.items():
+        weight, _, state = name.partition(":")
+        if state == "codes":
+            shape = (stored.shape[0], stored.shape[1] * per_byte)
+            yield weight, LogicalTensor(shape[::-1] if tuned.transposed else shape, {WEIGHT: "F32"}, ())
 
 
 @dataclass(frozen=True)
@@ -235,6 +266,7 @@ def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dt
             "--verify compares with our own network; family auto is transformers' already, and is read back anyway"
         )
     network = translate(family, config)
+    tuned = Tuned.of(checkpoint, manifest)
     stage = Stage(
         network,
         blocks_of(network),
@@ -242,20 +274,28 @@ def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dt
         recompute="none",
         tp=TensorParallel.alone(),
         device=torch.device("cpu"),
-        adapt=adaptation(tuned.recipe.tuning, network) if (tuned := Tuned.of(checkpoint, manifest)) else lambda block: None,
-        fill=partial(_fill, reader=Reader(checkpoint, manifest), dtype=dtype),
+        adapt=adaptation(tuned.recipe.tuning, network) if tuned else lambda block: None,
+        fill=partial(
+            _fill,
+            reader=Reader(checkpoint, manifest),
+            model=Contents(checkpoint, manifest, tuned, adapter=False),
+            dtype=dtype,
+        ),
     ).eval()
     B, S = tokens_BS.shape
     logits: Tensor = stage(tokens_BS, documents=Documents(((S,),) * B), labels_BS=None, streams=None)
     return logits[..., : network.vocab_size]
 
 
-def _fill(block: nn.Module, *, reader: Reader, dtype: torch.dtype) -> None:
+def _fill(block: nn.Module, *, reader: Reader, model: Contents, dtype: torch.dtype) -> None:
     from parallel.params import owned_specs, zero_padding
 
     for _, parameter, spec in owned_specs(block):
         zero_padding(parameter.data, spec)
         for piece in spec.pieces:
+            if model.is_quantized(piece.name):
+                piece.in_parameter(parameter.data).copy_(piece.box_of(model.unmerged(piece.name)))
+                continue
             count = piece.in_parameter(parameter).numel()
             wanted = Fragment(0, piece.start, piece.size, 0, count, piece.transposed)
             values = reader.read(piece.name, WEIGHT, wanted, piece.shape).to(dtype)

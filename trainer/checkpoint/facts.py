@@ -29,7 +29,7 @@ NOT_OF_THE_MODEL = (
     "bos_token_id",
     "use_cache",
 )
-TUNING_FACTS = ("targets", "rank", "alpha", "rank_stabilized", "bottleneck")
+TUNING_FACTS = ("targets", "rank", "alpha", "rank_stabilized", "bottleneck", "quantize")
 MODEL = "model.config."
 
 

@@ -18,7 +18,7 @@ from trainer.recipe.pipeline import layer_findings
 from trainer.recipe.places import printable, shown
 from trainer.recipe.tensor import tensor_findings
 from trainer.sections import Finding, Recipe
-from trainer.tuning.targets import target_findings
+from trainer.tuning.targets import quantization_findings, target_findings
 
 
 def read_network(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
@@ -91,6 +91,7 @@ def fit_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding
     yield from tensor_findings(recipe, network)
     yield from layer_findings(recipe, network)
     yield from target_findings(recipe.tuning, network)
+    yield from quantization_findings(recipe, network)
 
 
 def _task_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:

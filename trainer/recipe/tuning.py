@@ -17,6 +17,7 @@ READERS = {
     "dropout": ("lora", "adalora"),
     **{f"budget.{key}": ("adalora",) for key in RankBudget.model_fields},
     "bottleneck": ("adapter",),
+    "quantize": ("lora", "dora", "adalora", "ia3", "adapter"),
 }
 
 

@@ -11,6 +11,7 @@ from parallel.bottleneck import Bottleneck
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.low_rank import ColumnLowRank, LowRank, RowLowRank
 from parallel.params import Sharded
+from parallel.quantized import QuantizedWeight
 from parallel.rescaling import InputRescaling, OutputRescaling
 from trainer.model.config import TransformerConfig
 from trainer.sections import Tuning
@@ -33,6 +34,27 @@ def adaptation(tuning: Tuning, config: TransformerConfig) -> Callable[[nn.Module
             _put_beside(block, modules, tuning)
 
     return adapt
+
+
+def quantizing(fill: Callable[[nn.Module], None], tuning: Tuning) -> Callable[[nn.Module], None]:
+    """A `fill` after which the linear layers inside attention and MLP hold their frozen weights in few bits."""
+    form = tuning.quantize
+    if form is None:
+        return fill
+
+    def fill_and_quantize(block: nn.Module) -> None:
+        fill(block)
+        for layer in block.modules():
+            if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+                layer.quantize(form)
+
+    return fill_and_quantize
+
+
+def quantized_weights(module: nn.Module) -> list[QuantizedWeight]:
+    """All of them, in the order of the model."""
+    layers = (layer for layer in module.modules() if isinstance(layer, ColumnParallelLinear | RowParallelLinear))
+    return [weight for layer in layers for weight in layer.quantized.values()]
 
 
 def scale_of(tuning: Tuning) -> float:

@@ -102,7 +102,7 @@ class RankBudget:
     def companions(self) -> list[Companion]:
         """What a checkpoint has of it."""
         return [
-            Companion.of(factor.spec, state, getattr(factor, state))
+            Companion.of(factor.spec, getattr(factor, state), state=state)
             for factor in self._factors
             for state in ("sensitivity", "uncertainty", *(["kept"] if self._kind(factor) == VALUES else []))
         ]

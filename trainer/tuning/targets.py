@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 from trainer.model.config import TransformerConfig
 from trainer.model.names import WEIGHT_NAMES
-from trainer.sections import Finding, Tuning
+from trainer.sections import Finding, Recipe, Tuning
 
 GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 # Where a bottleneck adapter sits: behind the last projection of the attention, and of the MLP.
 ENDS = {"attention": ("o",), "mlp": ("down",)}
 TARGETS = "tuning.targets"
+QUANTIZED_TOGETHER = 64  # as parallel.quantized has it, which needs torch
 # What is adapted when the recipe does not say: all for low-rank factors (Dettmers et al. 2023, arXiv:2305.14314, §4), and
 # what the papers of (IA)³ and of bottleneck adapters adapt.
 DEFAULTS = {
@@ -88,6 +89,27 @@ def target_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Findi
         yield from _end_findings(tuning)
     elif tuning.method is not None:
         yield from _projection_findings(tuning, config)
+
+
+def quantization_findings(recipe: Recipe, config: TransformerConfig) -> Iterator[Finding]:
+    """Where a block of neighbouring inputs would be cut, by a row's end or between tensor ranks."""
+    if recipe.tuning.quantize is None:
+        return
+    degree = recipe.parallel.tensor
+    heads = config.num_heads * config.head_dim
+    for what, features, parts in (
+        ("attention and MLP", config.hidden_size, 1),
+        ("the attention's output projection", heads, degree),
+        ("the MLP's output projection", config.ffn_size, degree),
+    ):
+        if features % (parts * QUANTIZED_TOGETHER):
+            share = f"{features}" if parts == 1 else f"{features} / parallel.tensor {parts} = {features / parts:g}"
+            yield Finding(
+                ("tuning.quantize", "parallel.tensor", "model.family", "model.from_pretrained"),
+                f"tuning.quantize: {QUANTIZED_TOGETHER} inputs are quantized together, and {what} has {share} of them; "
+                "legal: a multiple of it, by another parallel.tensor or network, or no tuning.quantize",
+            )
+            return  # the first says what to do
 
 
 def _bias_findings(config: TransformerConfig) -> Iterator[Finding]:
