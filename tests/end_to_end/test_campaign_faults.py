@@ -1,7 +1,7 @@
-"""Everyday slices of three campaigns: a rank that is killed at a system call of a save, a disk that fills during one, a rank
-that no longer gets on.
+"""Everyday slices of four campaigns: a rank that is killed in any phase, or at a system call of a save, a disk that fills
+during one, a rank that no longer gets on.
 
-All cases: `python -m tools.campaign.kill_in_save`, `python -m tools.campaign.disk_full`, `python -m tools.campaign.hangs`.
+All cases: `python -m tools.campaign.kills`, and the same with `kill_in_save`, `disk_full`, `hangs`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,46 @@ from typing import Any
 
 import pytest
 
-from tools.campaign import disk_full, hangs, kill_in_save
+from tools.campaign import disk_full, hangs, kill_in_save, kills
+from tools.campaign.phases import Moment
 
 ROOT = Path(__file__).parents[2]
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 needs_private_mounts = pytest.mark.skipif(
     not disk_full.can_mount(), reason="unshare cannot mount a tmpfs in a namespace of its own here"
 )
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> kills.Stage:
+    return kills.Stage("dp2-zero1:async", tmp_path_factory.mktemp("kills"))
+
+
+KILLED = [
+    (1, Moment("making the groups", 1, 1)),  # the other waits for it in the store
+    (0, Moment("reading the data", 1, 500)),  # the other waits for a file, and the store has gone
+    (1, Moment("backward", 4, 200)),
+    (0, Moment("renaming a save", 2, 100)),  # in the thread behind
+    (0, Moment("closing", 1, 4000)),
+]
+
+
+@pytest.mark.parametrize(("rank", "moment"), KILLED, ids=[moment.phase for _, moment in KILLED])
+def test_a_run_of_which_a_rank_is_killed_ends_and_goes_on_to_the_same_bits(
+    rank: int, moment: Moment, stage: kills.Stage
+) -> None:
+    outcome = kills.judged(stage, kills.Case("anew", rank, moment))
+    assert outcome["passed"], outcome
+
+
+@pytest.mark.grid
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("scene", kills.SCENES)
+def test_killed_in_any_phase_of_any_story(scene: str, tmp_path: Path) -> None:
+    """Each phase once, the moment drawn by seed 0."""
+    stage = kills.Stage(scene, tmp_path)
+    outcomes = [kills.one_case(number, 0, [scene], lambda _: stage) for number in range(len(stage.phases))]
+    assert [outcome for outcome in outcomes if not outcome["passed"]] == []
 
 
 @needs_strace

@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from multiprocessing import connection as waiting
 from pathlib import Path
 from typing import Any
@@ -142,25 +142,34 @@ class Told:
 
 
 class Stage:
-    """A scene, in which every story is told once."""
+    """A scene, in which every story is told once, when it is first asked for."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.scene = Scene.named(name, folder, steps=STORIES["anew"].steps, keep=1, keys=KEYS)
         write_small_recipe(self.scene.folder, steps=self.scene.steps, keep=1)
         time.sleep(RACY_S)  # the hash of a file that has just been written is not remembered, and then there is no file of it
-        self.told: dict[str, Told] = {}
-        for story in STORIES:
-            self.told[story] = self._tell(story)
-        self.phases = sorted({phase for told in self.told.values() for calls in told.calls for phase in calls})
+        self._told: dict[str, Told] = {}
 
     @property
     def run_dir(self) -> Path:
         return self.scene.run_dir
 
+    @cached_property
+    def phases(self) -> list[str]:
+        return sorted({phase for story in STORIES for calls in self.told(story).calls for phase in calls})
+
+    def told(self, story: str) -> Told:
+        if story not in self._told:
+            self._told[story] = self._tell(story)
+        return self._told[story]
+
     def set_up(self, story: str) -> list[str]:
         """The run folder as the story finds it; its command."""
+        before = STORIES[story].goes_on
+        if before:
+            self.told(before)
         shutil.rmtree(self.run_dir, ignore_errors=True)
-        if before := STORIES[story].goes_on:
+        if before:
             shutil.copytree(self._left_by(before), self.run_dir, symlinks=True)
         return self.command(story)
 
@@ -182,7 +191,7 @@ class Stage:
             shutil.copytree(self.run_dir, self._left_by(story), symlinks=True)
             ended = self.again(story)
         told = Told(story, calls, Undisturbed.of(self.run_dir, steps), files_of(self.run_dir))
-        same = [other for other in self.told.values() if STORIES[other.story].steps == steps]
+        same = [other for other in self._told.values() if STORIES[other.story].steps == steps]
         if difference := next((found for other in same if (found := other.expected.difference(self.run_dir, steps))), None):
             raise RuntimeError(f"{self.scene.folder.name}, {story}, which nobody disturbed: {difference}")
         return told
@@ -209,7 +218,7 @@ class Case:
     @classmethod
     def drawn(cls, stage: Stage, phase: str, stream: random.Random) -> Case:
         """Each story and rank that comes to the phase is as likely, each visit to it, and each call there."""
-        places = [(told, rank) for told in stage.told.values() for rank, calls in enumerate(told.calls) if phase in calls]
+        places = [(told, rank) for told in map(stage.told, STORIES) for rank, calls in enumerate(told.calls) if phase in calls]
         told, victim = stream.choice(places)
         visits = told.calls[victim][phase]
         entry = stream.randrange(len(visits))
@@ -258,7 +267,7 @@ def running_after(pids: Sequence[int], patience_s: float) -> list[int]:
 
 def judged(stage: Stage, case: Case) -> dict[str, Any]:
     """Play a case; what came of it."""
-    told, death = stage.told[case.story], Death(case)
+    told, death = stage.told(case.story), Death(case)
     moment = (case.moment.phase, case.moment.entry, case.moment.call)
     ended = stage.scene.on_ranks(train_and_die, stage.set_up(case.story), case.story, case.victim, *moment, around=death.watch)
     steps = STORIES[case.story].steps
