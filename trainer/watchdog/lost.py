@@ -10,7 +10,10 @@ from trainer.errors import EXIT_HANG, EXIT_REQUEUE, UserError
 from trainer.watchdog.watchdog import PeerLost, Watchdog
 
 # How gloo and NCCL say so; torch raises both as RuntimeError.
-GONE = re.compile(r"connection (closed|reset) by peer|broken pipe|remote process exited|connection refused", re.IGNORECASE)
+GONE = re.compile(
+    r"connection (closed|reset) by peer|connection was likely closed|broken pipe|remote process exited|connection refused",
+    re.IGNORECASE,
+)
 SILENT = re.compile(r"timed out|timeout", re.IGNORECASE)
 
 
