@@ -48,12 +48,24 @@ class VocabParallelEmbedding(Sharded):
     """
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, *, name: str, init: Init, tp: TensorParallel, tied_over: Group | None = None
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        name: str,
+        init: Init,
+        tp: TensorParallel,
+        tied_over: Group | None = None,
+        tied_to: VocabParallelEmbedding | None = None,
     ) -> None:
-        """`tied_over`: the ranks of the first and the last pipeline stage, when the head there has this weight too."""
+        """`tied_over`: the ranks of the first and the last pipeline stage, when the head there has this weight too. `tied_to`:
+        another text's embedding, whose weight is this one's."""
         super().__init__()
         self.tp = tp
         self.first = vocabulary_shard(vocab_size, tp.group)[0]
+        if tied_to is not None:
+            self.borrow("weight", tied_to)
+            return
         shape, spec = vocabulary_weight(name, vocab_size, hidden_size, Role.EMBEDDING, init, tp.group, tied_over)
         self.declare("weight", shape, spec)
 
@@ -81,6 +93,14 @@ class ReplicatedEmbedding(Sharded):
 
     def forward(self, rows_N: Tensor) -> Tensor:
         return functional.embedding(rows_N[self.tp.tokens(rows_N.shape[0])], self.weight)
+
+
+def sinusoids(positions_N: Tensor, hidden_size: int) -> Tensor:
+    """Of each position p sin(p / 10000^(2i / D)) for i < D/2, then the cosines, fp64 [N, D] (Vaswani et al. 2017,
+    arXiv:1706.03762, §3.5; there the two alternate)."""
+    exponents = torch.arange(0, hidden_size, 2, dtype=torch.float64, device=positions_N.device) / hidden_size
+    angles = positions_N.unsqueeze(-1) / 10_000.0**exponents
+    return torch.cat([angles.sin(), angles.cos()[:, : hidden_size // 2]], dim=-1)
 
 
 def rotary_tables(

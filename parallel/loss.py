@@ -17,7 +17,7 @@ from torch.nn import functional
 from parallel.collectives import all_reduce
 from parallel.embedding import VocabParallelEmbedding, vocabulary_piece, vocabulary_shard, vocabulary_weight
 from parallel.mesh import Group
-from parallel.params import Init, Role, Sharded, ShardSpec
+from parallel.params import Init, Piece, Role, Sharded, ShardSpec
 from parallel.soft_cap import soft_cap
 from parallel.tensor import TensorParallel
 
@@ -28,7 +28,8 @@ CHUNK_BYTES = 32 << 20  # fp32 logits held at a time: fits a server CPU's L3, an
 class _CrossEntropySum(torch.autograd.Function):
     """Σ over targets of −log softmax(cap(h Wᵀ + b))[label], with the gradients computed chunk by chunk in forward.
 
-    cap(x) = c · tanh(x / c) where there is a soft cap c, else x; b may be None.
+    cap(x) = c · tanh(x / c) where there is a soft cap c, else x; b may be None. With a smoothing ε the share ε of the label's
+    weight is divided evenly over the vocabulary (Szegedy et al. 2016, arXiv:1512.00567, §7), as torch's cross_entropy does.
 
     In forward each chunk's logits are still in cache, so backward neither keeps nor recomputes them: three matrix products
     in all, the least possible. Forward: h [N, D] replicated, W [V/p, D], b [V/p] → scalar, replicated. Communication per chunk:
@@ -45,11 +46,13 @@ class _CrossEntropySum(torch.autograd.Function):
         vocab_size: int,
         group: Group,
         softcap: float | None,
+        smoothing: float,
     ) -> Tensor:
         wants_grad = any(ctx.needs_input_grad)
         trains_weight, trains_bias = ctx.needs_input_grad[1:3]
         w_VD = weight_VD.to(h_ND.dtype)
         first, rows = vocabulary_shard(vocab_size, group)
+        real = min(rows, max(0, vocab_size - first))  # columns that are not padding
         wide = _wide(h_ND)
         loss = torch.zeros((), dtype=wide, device=h_ND.device)
         grad_h = torch.empty_like(h_ND) if wants_grad else None
@@ -69,14 +72,18 @@ class _CrossEntropySum(torch.autograd.Function):
             _mask_padding(logits, first, vocab_size)
             logits.sub_(all_reduce(logits.amax(-1, keepdim=True), group, dist.ReduceOp.MAX))
             target = logits.gather(-1, column).squeeze(-1).masked_fill(~is_here, 0.0)
+            if smoothing:
+                target = (1.0 - smoothing) * target + smoothing / vocab_size * logits[:, :real].sum(-1)
             probabilities = logits.exp_()
             totals = all_reduce(torch.stack([probabilities.sum(-1), target]), group)
             loss += (totals[0].log() - totals[1]).masked_fill(~is_target, 0.0).sum()
             if grad_h is None:
                 continue
-            # d loss / d logits = softmax − one-hot on targets, exactly 0 elsewhere (masked: NaN · 0 is NaN).
+            # d loss / d logits = softmax − the label's weights on targets, exactly 0 elsewhere (masked: NaN · 0 is NaN).
             probabilities.div_(totals[0].unsqueeze(-1))
-            probabilities.scatter_add_(-1, column, -is_here.to(wide).unsqueeze(-1))
+            probabilities.scatter_add_(-1, column, (smoothing - 1.0) * is_here.to(wide).unsqueeze(-1))
+            if smoothing:
+                probabilities[:, :real].sub_(smoothing / vocab_size)
             if softcap is not None:
                 probabilities.mul_(slope)
             probabilities.masked_fill_(~is_target.unsqueeze(-1), 0.0)
@@ -96,7 +103,7 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_w, grad_b = ctx.saved_tensors
         weight, bias = (None if grads is None else (grads * grad).to(ctx.weight_dtype) for grads in (grad_w, grad_b))
-        return grad_h * grad, weight, bias, None, None, None, None
+        return grad_h * grad, weight, bias, None, None, None, None, None
 
 
 @torch.no_grad()
@@ -166,7 +173,8 @@ class VocabParallelHead(Sharded):
     `forward` with labels [N] (IGNORE where there is no target): h [N, D], or this rank's tokens of it → the loss summed over
     targets, an fp32 scalar, the same on every rank of the group; `measured`, without gradients, that and the number of targets
     whose label has the highest logit, float64 [2]. Without labels: this rank's logits [N, V/p], for sampling
-    and oracles. `bias`: its logical tensor's name, None: there is none. `softcap`: logits x become softcap · tanh(x / softcap).
+    and oracles. `bias`: its logical tensor's name, None: there is none; `bias_is_row`: that is [1, V], not [V]. `softcap`:
+    logits x become softcap · tanh(x / softcap).
     """
 
     def __init__(
@@ -180,6 +188,7 @@ class VocabParallelHead(Sharded):
         tied_to: VocabParallelEmbedding | None = None,
         tied_over: Group | None = None,
         bias: str | None = None,
+        bias_is_row: bool = False,
         softcap: float | None = None,
     ) -> None:
         super().__init__()
@@ -195,14 +204,21 @@ class VocabParallelHead(Sharded):
             self.bias = None
         else:
             piece = vocabulary_piece(bias, (vocab_size,), tp.group)
-            rows = vocabulary_shard(vocab_size, tp.group)[1]
-            self.declare("bias", (rows,), ShardSpec(Role.BIAS, Init(), (piece,), Group.alone()))
+            shape: tuple[int, ...] = (vocabulary_shard(vocab_size, tp.group)[1],)
+            if bias_is_row:
+                piece = Piece(bias, (1, *piece.shape), (0, *piece.start), (1, *piece.size), transposed=True)
+                shape = (*shape, 1)
+            self.declare("bias", shape, ShardSpec(Role.BIAS, Init(), (piece,), Group.alone()))
 
-    def forward(self, h_ND: Tensor, labels_N: Tensor | None = None, *, measured: bool = False) -> Tensor:
+    def forward(
+        self, h_ND: Tensor, labels_N: Tensor | None = None, *, measured: bool = False, smoothing: float = 0.0
+    ) -> Tensor:
+        """`smoothing`: the share of a label's weight that is divided evenly over the vocabulary; nothing measured has it."""
         h_ND = self.tp.enter(h_ND)
+        bias_V = None if self.bias is None else self.bias.flatten()
         if labels_N is None:
-            bias = None if self.bias is None else self.bias.to(h_ND.dtype)
-            logits_NV = functional.linear(h_ND, self.weight.to(h_ND.dtype), bias)
+            bias_V = None if bias_V is None else bias_V.to(h_ND.dtype)
+            logits_NV = functional.linear(h_ND, self.weight.to(h_ND.dtype), bias_V)
             return logits_NV if self.softcap is None else soft_cap(logits_NV, self.softcap)
-        loss = cross_entropy_and_hits if measured else _CrossEntropySum.apply
-        return loss(h_ND, self.weight, self.bias, labels_N, self.vocab_size, self.tp.group, self.softcap)
+        of_head = h_ND, self.weight, bias_V, labels_N, self.vocab_size, self.tp.group, self.softcap
+        return cross_entropy_and_hits(*of_head) if measured else _CrossEntropySum.apply(*of_head, smoothing)

@@ -169,12 +169,15 @@ def _summed(grad: Tensor, copies: Group) -> Tensor:
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:
-    """Give storage, not values, to the parameters that are on the meta device."""
+    """Give storage, not values, to the parameters that are on the meta device; one that two layers have stays one."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.is_meta:
-                empty = torch.empty_like(parameter, device=device)
-                setattr(owner, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+                if parameter not in made:
+                    empty = torch.empty_like(parameter, device=device)
+                    made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                setattr(owner, name, made[parameter])
 
 
 def initialise(module: nn.Module, seed: int, *, only_added: bool = False) -> None:

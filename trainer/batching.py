@@ -35,7 +35,7 @@ class BatchPlan:
             micro_sequences=batch.micro_sequences,
             dp=dp,
             num_micro_batches=batch.global_sequences // per_round,
-            seq_len=recipe.data.seq_len,
+            seq_len=recipe.data.row_tokens,
         )
 
     @property

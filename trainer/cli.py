@@ -166,6 +166,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     generate.add_argument("--temperature", type=_number, default=0.8, metavar="T", help="0 takes the likeliest token")
     generate.add_argument("--top-k", type=_whole(1), default=50, metavar="K", help="sample among the K likeliest")
     generate.add_argument("--seed", type=_whole(0), default=0, metavar="S")
+    generate.add_argument(
+        "--beams", type=_whole(1), default=4, metavar="N", help="of a translation; 1 takes the likeliest token"
+    )
+    generate.add_argument("--length-penalty", type=_number, default=1.0, metavar="A", help="of a translation's beams")
+    generate.add_argument("--attention", type=Path, metavar="FILE.png", help="draw where a translation's tokens look")
 
     submit = command("submit", _submit, "Write the sbatch script of a recipe for N nodes, check it, and hand it in to SLURM.")
     _add_recipe(submit)
@@ -482,8 +487,12 @@ def _continued(arguments: argparse.Namespace, scratch: Path) -> str:
         from trainer.checkpoint.export import export
 
         folder = export(folder, scratch / "model", whole=True).folder
-    from trainer.generate import continue_from_folder
+    from trainer.generate import continue_from_folder, translates
 
+    if translates(folder):
+        return _translated(arguments, folder)
+    if arguments.attention is not None:
+        raise RecipeError(f"--attention: the model in {folder} continues texts: give one that translates")
     return continue_from_folder(
         folder,
         arguments.prompt,
@@ -492,6 +501,16 @@ def _continued(arguments: argparse.Namespace, scratch: Path) -> str:
         top_k=arguments.top_k,
         seed=arguments.seed,
     )
+
+
+def _translated(arguments: argparse.Namespace, folder: Path) -> str:
+    from trainer.translator import Search, Translator
+
+    translator, search = Translator(folder), Search(arguments.beams, arguments.length_penalty)
+    if arguments.attention is not None:
+        translator.attention(arguments.prompt, search).draw(arguments.attention)
+    (found,) = translator.translate([arguments.prompt], search)
+    return found
 
 
 def _submit(arguments: argparse.Namespace) -> int:

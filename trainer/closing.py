@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from trainer.data import unigram_perplexity
+from trainer.data.prepared import held_out_pairs
 from trainer.engine import DTYPES
 from trainer.generate import sample
 from trainer.model.hugging_face import assembled, write_folder
 from trainer.session import Session
 from trainer.track.report import write_report
+from trainer.translator import Search, Translator, scores
 from trainer.tuning.adapter_folder import AdapterFormat, leaves_adapter, write_adapter
 from trainer.tuning.merge import merged
 from trainer.tuning.targets import MERGEABLE, PARTS, is_added
@@ -63,7 +65,7 @@ def finish(run: Session, summary: dict[str, object]) -> None:
             run.prepared.train,
             run.prepared.evaluation,
             tokenizer.vocab_size,
-            seq_len=recipe.data.seq_len,
+            seq_len=recipe.data.row_tokens,
             isolate_documents=recipe.data.isolate_documents,
             sequences=recipe.train.eval_sequences,
         )
@@ -81,9 +83,21 @@ def finish(run: Session, summary: dict[str, object]) -> None:
             seed=recipe.run.seed,
         )
         summary |= {"sample_prompt": recipe.train.sample_prompt, "sample": tokenizer.decode(tokens)}
+    if recipe.train.eval_translations and run.place.is_first:
+        summary |= _translation_scores(run)
     summary |= run.goodput(recipe.train.steps)
     summary |= {"num_params": run.engine.num_params, "world_size": run.place.world_size, "devices": run.devices}
     run.tracker.finish(summary)
     run.end_account(recipe.train.steps)
     if run.place.is_first:
         write_report(run.folder.path)
+
+
+def _translation_scores(run: Session) -> dict[str, object]:
+    """Of the exported weights; the other ranks need not take part."""
+    data, keys = run.recipe.data, run.recipe.train
+    pairs = held_out_pairs(data, cache_dir=Path(str(data.cache_dir)), limit=keys.eval_translations)
+    search = Search(keys.beams, keys.length_penalty)
+    found = scores(Translator(run.folder.export), pairs, search, tick=run.engine.watch.tick)
+    run.tracker.note(f"translation of {len(pairs):,} pairs: BLEU {found.bleu}, chrF {found.chrf} ({found.signature})")
+    return {"bleu": found.bleu, "chrf": found.chrf, "sacrebleu": found.signature}

@@ -94,8 +94,9 @@ class Engine:
         dtype = DTYPES[recipe.precision.dtype]
         masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
         tp = TensorParallel(mesh.tp, sequence=recipe.parallel.divides_tokens, overlap=recipe.parallel.overlap)
+        smoothed = partial(Stage, label_smoothing=recipe.train.label_smoothing)
         build = partial(
-            AutoStage if isinstance(config, AutoNetwork) else partial(Stage, adapt=adaptation(recipe.tuning, config)),
+            AutoStage if isinstance(config, AutoNetwork) else partial(smoothed, adapt=adaptation(recipe.tuning, config)),
             config,
             dtype=dtype,
             recompute=recipe.train.recompute,
@@ -158,8 +159,7 @@ class Engine:
         return self._total(owned, self.mesh.replica)
 
     def step(self, micro_batches: Sequence[MicroBatch], *, step: int, lr: float, norm_limit: float = math.inf) -> StepResult:
-        """One optimizer step on this rank's micro-batches; `step` counts from 0 and names the dropout stream. `norm_limit`
-        (ZeRO-0 only): a gradient norm above it skips the step."""
+        """One optimizer step; `step`, from 0, names the dropout stream. `norm_limit` (ZeRO-0): a larger norm skips it."""
         scale = self.scaler.scale
         if self.budget is not None:
             self.budget.begin(scale)

@@ -9,6 +9,10 @@ The first term is the 2·3 of forward and backward for each weight of the layers
 nothing); the second is the half of 12 · H · K · n² for the two products Q Kᵀ and P V of a document of n tokens, less the
 triangle that lies beyond a layer's window of w < n tokens; bidirectional attention is the whole square. No torch here.
 
+Of a translation the layers of the encoder see the source's tokens and those of the decoder and the head the target's; the
+attention of a target of m tokens to its source of n adds 12 · H · K · m · n, and its matrices 6 · half of them for a token
+of either.
+
 A frozen weight (tuning) has no gradient of its own, so it costs 4 in place of 6; those trained beside it cost 6.
 
 Of a model of family "auto" the first term counts its matrices (of experts those that a token is sent to), and the second
@@ -18,7 +22,7 @@ takes H · K and the number of layers from its config: windows are not known, an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from trainer.model.auto_network import AutoNetwork
@@ -43,7 +47,7 @@ PEAKS: dict[str, dict[Dtype, float]] = {
 
 
 def matmul_weights(config: TransformerConfig) -> int:
-    """Elements of the weights that each token is multiplied with."""
+    """Elements of the weights that each token is multiplied with, where there is one text."""
     return config.num_layers * layer_matmul_weights(config) + head_matmul_weights(config)
 
 
@@ -54,15 +58,45 @@ def layer_matmul_weights(config: TransformerConfig) -> int:
     return attention + mlp
 
 
+def cross_matmul_weights(config: TransformerConfig) -> int:
+    """Of a layer's attention to the source: a target's token is multiplied with one half, a source's with the other."""
+    return config.hidden_size * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+
+
 def head_matmul_weights(config: TransformerConfig) -> int:
     return config.vocab_size * config.hidden_size + config.head_transform * config.hidden_size**2
 
 
-def attention_flops(config: TransformerConfig, length: int, window: int | None) -> int:
-    """Q Kᵀ and P V of one layer over a document of `length` tokens, forward and backward."""
+def attention_flops(config: TransformerConfig, length: int, window: int | None, *, causal: bool | None = None) -> int:
+    """Q Kᵀ and P V of one layer over a document of `length` tokens, forward and backward; `causal` None: as the network."""
     beyond = 0 if window is None else max(0, length - window)
-    per_square = (6 if config.causal else 12) * config.num_heads * config.head_dim
+    per_square = (6 if (config.causal if causal is None else causal) else 12) * config.num_heads * config.head_dim
     return per_square * (length * length - beyond * beyond)
+
+
+def cross_attention_flops(config: TransformerConfig, source: int, target: int) -> int:
+    """Q Kᵀ and P V of one layer between a target and its source of these lengths, and its matrices; forward and backward."""
+    projections = 3 * cross_matmul_weights(config) * (source + target)
+    return projections + 12 * config.num_heads * config.head_dim * source * target
+
+
+def translation_flops(config: TransformerConfig, pairs: Iterable[tuple[int, int]]) -> int:
+    """FLOPs of forward and backward over sources and targets of these lengths [tokens]."""
+    encoders, decoders = config.encoder_layers, config.num_layers - config.encoder_layers
+    weights, flops = layer_matmul_weights(config), 0
+    for source, target in pairs:
+        flops += encoders * (6 * weights * source + attention_flops(config, source, None, causal=False))
+        flops += decoders * (6 * weights * target + attention_flops(config, target, None))
+        flops += decoders * cross_attention_flops(config, source, target) + 6 * head_matmul_weights(config) * target
+    return flops
+
+
+def row_flops(network: TransformerConfig | AutoNetwork, rows: Iterable[Sequence[int]], *, trained_beside: int | None) -> int:
+    """FLOPs of forward and backward over rows of documents of these lengths; of a translation sources, then targets."""
+    if isinstance(network, TransformerConfig) and network.encoder_layers:
+        pairs = (pair for row in rows for pair in zip(row[: len(row) // 2], row[len(row) // 2 :], strict=True))
+        return translation_flops(network, pairs)
+    return training_flops(network, (length for row in rows for length in row), trained_beside=trained_beside)
 
 
 def training_flops(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,17 +53,8 @@ def continue_from_folder(folder: Path, prompt: str, *, new_tokens: int, temperat
     At most `new_tokens` tokens, up to the end of the document or the model's last position. RecipeError for a prompt that
     leaves no room, DataError for a folder that does not load whole.
     """
-    remedies = {
-        peft_format.CONFIG: "give the checkpoint, or write a whole model with triaxis export --merge",
-        bottleneck_format.CONFIG: "give the checkpoint",
-    }
-    for config, remedy in remedies.items():
-        if (folder / config).is_file() and not (folder / "config.json").is_file():
-            raise RecipeError(f"{folder}: an adapter without the model that it belongs to: {remedy}")
-    if not (folder / "config.json").is_file():
-        raise RecipeError(f"{folder}: no config.json there: give a Hugging Face folder, such as RUN_DIR/export")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = _load(folder)
+    model, tokenizer = load_folder(folder)
     tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     length = tokens["input_ids"].shape[1]
     # Slopes (ALiBi) and state spaces have no last position.
@@ -80,15 +72,33 @@ def continue_from_folder(folder: Path, prompt: str, *, new_tokens: int, temperat
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
+def translates(folder: Path) -> bool:
+    """Whether the folder's model has an encoder and a decoder."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whoever loads it says so
+        return False
+    return isinstance(config, dict) and config.get("is_encoder_decoder") is True
+
+
+def load_folder(folder: Path) -> tuple[Any, Any]:
     """Model and tokenizer; no code from the folder, no pickle, no tensor left to chance."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    remedies = {
+        peft_format.CONFIG: "give the checkpoint, or write a whole model with triaxis export --merge",
+        bottleneck_format.CONFIG: "give the checkpoint",
+    }
+    for config, remedy in remedies.items():
+        if (folder / config).is_file() and not (folder / "config.json").is_file():
+            raise RecipeError(f"{folder}: an adapter without the model that it belongs to: {remedy}")
+    if not (folder / "config.json").is_file():
+        raise RecipeError(f"{folder}: no config.json there: give a Hugging Face folder, such as RUN_DIR/export")
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     try:
+        network = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        kind = AutoModelForSeq2SeqLM if network.is_encoder_decoder else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
+        model, loading = kind.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # transformers, tokenizers and safetensors each raise kinds of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{folder}: cannot be loaded ({reason}): fetch or export it again") from error

@@ -50,4 +50,4 @@ def measures_of(task: str) -> Measures:
     return MEASURES[task]
 
 
-MEASURES: dict[str, Measures] = {"pretrain": TokenMeasures(), "sft": TokenMeasures()}
+MEASURES: dict[str, Measures] = dict.fromkeys(("pretrain", "sft", "translate"), TokenMeasures())

@@ -12,7 +12,7 @@ import torch
 
 from trainer.data.loader import MicroBatch
 from trainer.engine import StepResult
-from trainer.flops import training_flops
+from trainer.flops import row_flops
 from trainer.session import Session
 
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -43,8 +43,8 @@ class Meter:
         run = self._run
         self._steps += 1
         # Of this rank's micro-batches; the ranks that hold one copy of the model together share the work.
-        lengths = (n for batch in micro_batches for row in batch.documents for n in row)
-        self._flops += training_flops(run.network, lengths, trained_beside=run.census.trained_beside)
+        rows = (row for batch in micro_batches for row in batch.documents)
+        self._flops += row_flops(run.network, rows, trained_beside=run.census.trained_beside)
         self._skipped += result.skipped
         if steps_done % run.recipe.train.log_every and steps_done != run.recipe.train.steps:
             return

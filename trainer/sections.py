@@ -101,7 +101,7 @@ class Model(Section):
 
 
 class Fields(Section):
-    """What a source of conversations calls the fields of a row; absent: as here."""
+    """What a source calls the fields of a row; absent: as here."""
 
     messages: str | None = Field(None, min_length=1, description="Turns, each with role and content.")
     conversations: str | None = Field(None, min_length=1, description="Turns, each with from and value.")
@@ -111,6 +111,8 @@ class Fields(Section):
     input: str | None = Field(None, min_length=1, description="What the instruction is about.")
     output: str | None = Field(None, min_length=1, description="What is answered to the instruction.")
     system: str | None = Field(None, min_length=1, description="What is said before the first turn.")
+    source: str | None = Field(None, min_length=1, description="translate: a text; a.b is field b of the object in field a.")
+    target: str | None = Field(None, min_length=1, description="translate: its translation.")
 
 
 class Source(Section):
@@ -125,6 +127,11 @@ class Source(Section):
         1.0, gt=0.0, allow_inf_nan=False, description="Share of the training sequences, relative to the other sources."
     )
     field: str = Field("text", min_length=1, description="Field that holds the text, in JSONL, Parquet, Arrow and hub data.")
+    target_path: str | None = Field(
+        None,
+        min_length=1,
+        description="translate: a text file whose lines are the translations of those of path, both perhaps .gz.",
+    )
     split: str = Field("train", min_length=1, description="Split of a hub data set.")
     shape: Literal["messages", "sharegpt", "prompt", "alpaca"] | None = Field(
         None,
@@ -132,22 +139,29 @@ class Source(Section):
         "alpaca (instruction, input, output); absent: by the fields of each row.",
     )
     fields: Fields | None = Field(
-        None, description='sft: what this source calls them, such as {"prompt": "question", "completion": "answer"}.'
+        None,
+        description='sft, translate: what this source calls them, such as {"prompt": "question", "completion": "answer"} or '
+        '{"source": "en", "target": "de"}.',
     )
 
 
 class Data(Section):
     """Documents, tokenizer, packing."""
 
-    task: Literal["pretrain", "sft"] = Field(
+    task: Literal["pretrain", "sft", "translate"] = Field(
         "pretrain",
         description="What is learned: pretrain = the next token of packed documents; sft = the assistant's turns of packed "
-        "conversations, written by the tokenizer's chat template.",
+        "conversations, written by the tokenizer's chat template; translate = the targets of packed pairs, by an encoder and "
+        "a decoder.",
     )
     learn: Literal["answers", "all"] = Field(
         "answers", description="sft: whose tokens are targets: those of the assistant's turns, or all."
     )
-    seq_len: PositiveInt = Field(512, le=2**24, description="Length of a training sequence [tokens].")
+    seq_len: PositiveInt = Field(
+        512,
+        le=2**24,
+        description="Length of a training sequence [tokens]; translate: of its sources, and again of their targets.",
+    )
     sources: list[Source] = Field(
         default_factory=lambda: [Source(path="stdlib")], min_length=1, description="Where training documents come from."
     )
@@ -174,6 +188,11 @@ class Data(Section):
         None, min_length=1, description="Where tokenized data is kept and reused; default: 'data' inside run.dir."
     )
     workers: Count = Field(0, le=1024, description="Processes that tokenize; 0 = one per core this process may use.")
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a sequence with all its parts: sources and targets lie in one."""
+        return 2 * self.seq_len if self.task == "translate" else self.seq_len
 
 
 class Parallel(Section):
@@ -366,6 +385,21 @@ class Train(Section):
     log_every: PositiveInt = Field(1, description="Steps between records in metrics.jsonl [steps].")
     eval_every: Count = Field(0, description="Steps between evaluations; 0 = only after the last step [steps].")
     eval_sequences: PositiveInt = Field(256, description="Held-out sequences per evaluation, at most.")
+    label_smoothing: Fraction = Field(
+        0.0,
+        lt=1.0,
+        description="Share of each target's weight that is divided evenly over the vocabulary while training; evaluation has "
+        "none.",
+    )
+    eval_translations: Count = Field(
+        0,
+        description="translate: pairs of data.eval_sources that are translated after the last step, for BLEU and chrF; "
+        "0 = none.",
+    )
+    beams: PositiveInt = Field(4, le=64, description="translate: beams of that search; 1 = the likeliest token each time.")
+    length_penalty: float = Field(
+        1.0, allow_inf_nan=False, description="translate: beams are compared by log-probability / length ** length_penalty."
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="Activations computed again in backward instead of kept: none, selective (the attention core) or full "

@@ -40,7 +40,7 @@ from trainer.lifecycle import LOST, WANTED
 from trainer.matmul_peak import device_peak, slower_than_fp32
 from trainer.model.auto import open_auto
 from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
-from trainer.model.names import WEIGHT_NAMES
+from trainer.model.names import names_of
 from trainer.model.network import ModelFiles, Network, largest_weight
 from trainer.model.transformer import logical_specs
 from trainer.recipe import ResolvedRecipe
@@ -298,7 +298,7 @@ def _network(resolved: ResolvedRecipe, prepared: PreparedData, *, resumed: bool)
     network = resolved.network(vocab_size=vocab_size, pretrained=read_config(folder))
     if resumed:
         return network, _zeros
-    weights, names, specs = PretrainedWeights(folder), WEIGHT_NAMES[network.family], logical_specs(network)
+    weights, names, specs = PretrainedWeights(folder), names_of(network), logical_specs(network)
     weights.check_names(specs, ties=names.ties(specs), is_unused=names.is_for_other_heads)
 
     def fill(block: nn.Module) -> None:
@@ -343,7 +343,7 @@ def _train_data(recipe: Recipe, prepared: PreparedData) -> TrainData:
     return TrainData(
         prepared.train,
         prepared.weights,
-        seq_len=recipe.data.seq_len,
+        seq_len=recipe.data.row_tokens,
         seed=recipe.run.seed,
         isolate_documents=recipe.data.isolate_documents,
         global_sequences=recipe.batch.global_sequences,
@@ -355,7 +355,7 @@ def _eval_data(recipe: Recipe, prepared: PreparedData) -> EvalData | None:
         return None
     return EvalData(
         prepared.evaluation,
-        seq_len=recipe.data.seq_len,
+        seq_len=recipe.data.row_tokens,
         isolate_documents=recipe.data.isolate_documents,
         sequences=recipe.train.eval_sequences,
     )

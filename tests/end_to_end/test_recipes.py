@@ -25,10 +25,12 @@ SMALL: dict[str, Any] = {
     **{"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64},
     **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
     **{"head_dim": 8, "max_position_embeddings": 64},
+    **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
 }
 ROWS: dict[str, list[dict[str, Any]]] = {
     "pretrain": [{"text": f"{n} times {n} is {n * n}."} for n in range(400)],
     "sft": [{"prompt": f"{n} times {n}?", "completion": f"{n * n}."} for n in range(200)],
+    "translate": [{"source": f"{n} times {n}.", "target": f"{n} mal {n}."} for n in range(200)],
 }
 
 
@@ -62,6 +64,8 @@ def settings(path: Path, resolved: ResolvedRecipe, layout: Layout, folder: Path)
     yield "train.log_every=1"
     if recipe.train.eval_every:
         yield "train.eval_every=2"
+    if recipe.train.eval_translations:
+        yield "train.eval_translations=4"
     yield "schedule.warmup_steps=1"
     if recipe.schedule.decay_steps is not None:
         yield "schedule.decay_steps=1"
@@ -108,3 +112,5 @@ def test_a_recipe_trains_when_it_is_scaled_down(path: Path, tmp_path: Path) -> N
     assert not any(record["skipped"] for record in records)
     assert list((run_dir / "checkpoints").glob(f"step-{STEPS:08d}"))
     assert list((run_dir / "export").glob("*.safetensors"))
+    if resolved.recipe.train.eval_translations:
+        assert "translation of 4 pairs: BLEU" in ended.said

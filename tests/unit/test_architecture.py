@@ -142,7 +142,8 @@ OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
     "wandb": (True, ("trainer/track/wandb.py",)),
     "datasets": (True, ("trainer/data/readers.py",)),
     "tensorboard": (True, ("trainer/track/tensorboard.py",)),
-    "matplotlib": (False, ("trainer/track/plots.py", "trainer/timeline.py")),
+    "matplotlib": (False, ("trainer/track/plots.py", "trainer/timeline.py", "trainer/translator.py")),
+    "sacrebleu": (True, ("trainer/translator.py",)),
     "transformers": (
         True,
         (

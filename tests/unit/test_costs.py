@@ -13,7 +13,8 @@ from parallel.attention import Documents
 from parallel.params import initialise
 from parallel.tensor import TensorParallel
 from tests.unit.test_transformer_oracle import MODELS, V
-from trainer.flops import training_flops
+from tests.unit.test_translation_oracle import MODELS as TRANSLATIONS
+from trainer.flops import row_flops, training_flops, translation_flops
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import TransformerConfig
 from trainer.model.costs import block_costs, block_flops, block_parameters, count_parameters
@@ -35,9 +36,9 @@ def stage(config: TransformerConfig, blocks: list[Block]) -> Stage:
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *TRANSLATIONS])
 def test_parameters_are_those_that_a_stage_of_the_block_has(name: str) -> None:
-    config = translate(*MODELS[name])
+    config = translate(*{**MODELS, **TRANSLATIONS}[name])
     for block in blocks_of(config):
         built = sum(parameter.numel() for parameter in stage(config, [block]).parameters())
         assert block_parameters(config, block) == built == count_parameters(config, [block])
@@ -49,6 +50,14 @@ def test_parameters_are_those_that_a_stage_of_the_block_has(name: str) -> None:
 def test_flops_of_the_blocks_are_those_of_the_model(name: str) -> None:
     config = translate(*MODELS[name])
     assert sum(block_flops(config, block, S) for block in blocks_of(config)) == training_flops(config, [S])
+
+
+@pytest.mark.parametrize("name", TRANSLATIONS)
+def test_flops_of_a_translation_are_those_of_its_blocks(name: str) -> None:
+    config = translate(*TRANSLATIONS[name])
+    row = (3, S - 3, S, 1)  # two sources, then their targets
+    assert sum(block_flops(config, block, S) for block in blocks_of(config)) == translation_flops(config, [(S, S)])
+    assert row_flops(config, [row], trained_beside=None) == translation_flops(config, [(3, S), (S - 3, 1)])
 
 
 @pytest.mark.parametrize("kind", ["embedding", "layer", "head"])

@@ -46,12 +46,13 @@ def test_positions_restart_in_each_document(documents: Documents) -> None:
 def test_runs_cover_every_token_once_and_join_all_equal_neighbours(documents: Documents) -> None:
     rows, seq_len = len(documents.lengths), sum(documents.lengths[0])
     seen = torch.zeros(rows, seq_len, dtype=torch.int64)
-    runs = list(documents.runs())
+    runs = list(documents.runs(documents))
     for batch, spans in runs:
-        for span in spans:
+        for span, of_keys in spans:
+            assert span == of_keys
             seen[batch, span] += 1
         for row in documents.lengths[batch]:
-            assert row == tuple(span.stop - span.start for span in spans)
+            assert row == tuple(span.stop - span.start for span, _ in spans)
     assert (seen == 1).all()
     changes = sum(a != b for a, b in itertools.pairwise(documents.lengths))
     assert len(runs) == changes + 1
@@ -60,7 +61,7 @@ def test_runs_cover_every_token_once_and_join_all_equal_neighbours(documents: Do
 def test_whole_rows_are_one_document_each() -> None:
     documents = Documents.whole_rows(3, 5)
     assert documents.lengths == ((5,), (5,), (5,))
-    assert len(list(documents.runs())) == 1
+    assert len(list(documents.runs(documents))) == 1
 
 
 def masked_attention(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, documents: Documents, *, causal: bool) -> Tensor:

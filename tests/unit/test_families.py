@@ -231,7 +231,7 @@ def test_aliases_of_transformers() -> None:
         ("gpt2", {"vocab_size": -1}, "vocab_size = -1: must be 1 to"),
         ("gpt2", {"n_layer": True}, "n_layer = true: must be a whole number"),
         ("gpt2", {"resid_pdrop": 1.0}, "resid_pdrop = 1.0: must be a number in [0, 1)"),
-        ("gpt2", {"activation_function": "relu"}, 'activation_function = "relu": must be one of gelu, gelu_new'),
+        ("gpt2", {"activation_function": "tanh"}, 'activation_function = "tanh": must be one of gelu, gelu_new'),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "is not supported by family gpt2 here; legal: false"),
         ("gpt2", {"n_embd": 24, "hidden_size": 24, "n_head": 4}, "two names of one value"),
         ("gpt2", {"model_type": "llama"}, 'model_type = "llama" is not supported by family gpt2 here; legal: "gpt2"'),
@@ -288,7 +288,7 @@ def test_aliases_of_transformers() -> None:
             {"tie_word_embeddings": False},
             "tie_word_embeddings = false is not supported by family bert here; legal: true",
         ),
-        ("bert", {"hidden_act": "relu"}, 'hidden_act = "relu": must be one of gelu, gelu_new'),
+        ("bert", {"hidden_act": "tanh"}, 'hidden_act = "tanh": must be one of gelu, gelu_new'),
         ("bert", {"type_vocab_size": 0}, "type_vocab_size = 0: must be 1 to 1024"),
         ("bert", {"hidden_size": 770}, "hidden_size = 770 is not a multiple of num_attention_heads = 12"),
         ("bert", {"embedding_size": 128}, 'unknown key "embedding_size" for family bert'),
@@ -318,7 +318,7 @@ def test_the_config_of_the_first_checkpoints_of_bert() -> None:
 
 def test_all_faults_at_once() -> None:
     with pytest.raises(RecipeError) as refused:
-        translate("llama", {"hidden_sise": 1, "num_hidden_layers": 0, "hidden_act": "relu", "mlp_bias": 1})
+        translate("llama", {"hidden_sise": 1, "num_hidden_layers": 0, "hidden_act": "tanh", "mlp_bias": 1})
     assert len(refused.value.lines) == 4
 
 
@@ -330,8 +330,11 @@ def test_bookkeeping_changes_nothing() -> None:
 def test_a_table_names_only_fields_that_exist_and_all_of_them() -> None:
     fields = {field.name for field in dataclasses.fields(translate("gpt2", {}))}
     for family in FAMILIES.values():
-        derived = {"family", "num_kv_heads", "head_dim", "windows"}
+        derived = {"family", "num_layers", "num_kv_heads", "head_dim", "windows"}
         says_windows = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
-        named = {name for rule in family.keys.values() for name in rule.fields} - says_windows | set(family.constants)
+        says_sides = {"decoder_layers", "shared_embedding", "target_vocab_size"}
+        named = {name for rule in family.keys.values() for name in rule.fields} - says_windows - says_sides | set(
+            family.constants
+        )
         assert named <= fields <= named | derived | set(PLAIN)
         assert set(family.echoes.values()) <= set(family.keys)

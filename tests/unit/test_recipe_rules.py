@@ -382,7 +382,7 @@ def test_a_hub_name_gives_its_network_once_fetched() -> None:
 
 
 def test_a_pretrained_config_that_cannot_be_translated_is_said_at_the_door() -> None:
-    Path("hf/config.json").write_text(json.dumps({**PRETRAINED, "rope_scaling": {"rope_type": "yarn"}, "hidden_act": "relu"}))
+    Path("hf/config.json").write_text(json.dumps({**PRETRAINED, "rope_scaling": {"rope_type": "yarn"}, "hidden_act": "tanh"}))
     with pytest.raises(RecipeError) as error:
         load({"model": {"from_pretrained": "hf"}})
     assert len(error.value.lines) == 2

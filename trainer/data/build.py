@@ -186,7 +186,9 @@ def _lay_in_rows(
                 writer.append(np.concatenate(pieces), lengths, np.concatenate(marks), labels)
                 targets += int((labels != NO_LABEL).sum()) if layout.labelled else int(sum(mark.sum() for mark in marks))
                 filler += left
-        packing = Packing(row_tokens=layout.row_tokens, examples=len(chosen), targets=targets, filler=filler)
+        packing = Packing(
+            row_tokens=layout.row_tokens, parts=layout.parts, examples=len(chosen), targets=targets, filler=filler
+        )
         writer.finish(contents, packing)
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from trainer import sections
@@ -14,6 +15,7 @@ from trainer.data.cache import Cache, Progress
 from trainer.data.chat import Chat
 from trainer.data.digests import Digests, fingerprint_of
 from trainer.data.examples import Examples
+from trainer.data.pairs import Pair
 from trainer.data.rows import order_fingerprint
 from trainer.data.sampling import num_windows
 from trainer.data.sources import Corpus, look_at
@@ -115,7 +117,7 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
         opened = [stores(corpus, held_out_fraction) for corpus in corpora]
         train = [found[MAIN] for found in opened]
         for corpus, store in zip(corpora, train, strict=True):
-            _require_one_sequence(corpus, store, data.seq_len)
+            _require_one_sequence(corpus, store, data.row_tokens)
         held_out = [(corpus.name, found[HELD_OUT]) for corpus, found in zip(corpora, opened, strict=True) if HELD_OUT in found]
         held_out += [(corpus.name, stores(corpus, 0.0)[MAIN]) for corpus in eval_corpora]
     weights = tuple(source.weight for source in data.sources)
@@ -136,10 +138,17 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
         evaluation=tuple(store for _, store in held_out),
         eval_sources=tuple(name for name, _ in held_out),
         fingerprint=order_fingerprint(
-            train, weights, seq_len=data.seq_len, seed=seed, isolate_documents=data.isolate_documents
+            train, weights, seq_len=data.row_tokens, seed=seed, isolate_documents=data.isolate_documents
         ),
         notes=tuple(notes),
     )
+
+
+def held_out_pairs(data: sections.Data, *, cache_dir: Path, limit: int) -> list[Pair]:
+    """The first pairs of `data.eval_sources` with two sides, at most `limit`, as they are written there."""
+    corpora = _look(data, "eval_sources", Digests(cache_dir))
+    pairs = (pair for corpus in corpora for shard in corpus.shards for pair in shard.examples(lambda pair: pair) if all(pair))
+    return list(islice(pairs, limit))
 
 
 def prepare_summary(prepared: PreparedData) -> list[SourceRow]:

@@ -154,6 +154,30 @@ def _read_jsonl_gz(shard: Shard, of_row: OfRow) -> Iterator[Any]:
         raise unreadable(path, error) from None
 
 
+def _read_lines(shard: Shard, of_row: OfRow) -> Iterator[Any]:
+    """Two text files: a line of the first and its translation in the second are a row."""
+    sides = [file.path for file in shard.files]
+    texts = [_decode(_gunzipped(path), "utf-8-sig", path).removesuffix("\n").split("\n") for path in sides]
+    if len({len(lines) for lines in texts}) > 1:
+        said = " but ".join(f"{path} has {len(lines):,} lines" for path, lines in zip(sides, texts, strict=True))
+        raise DataError(f"{said}: a line of one is the translation of that line of the other; correct the paths or the files")
+    for number, (source, target) in enumerate(zip(*texts, strict=True), start=1):
+        try:
+            yield of_row({"source": source, "target": target})
+        except Fault as fault:
+            raise DataError(f"{sides[0]}:{number}: {fault}") from None
+
+
+def _gunzipped(path: str) -> bytes:
+    content = _content(path)
+    if not path.endswith(".gz"):
+        return content
+    try:
+        return gzip.decompress(content)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not a whole gzip file: {error}; fetch or compress it again") from None
+
+
 def _read_table(shard: Shard, of_row: OfRow) -> Iterator[Any]:
     import datasets
 
@@ -188,6 +212,7 @@ READERS: dict[str, Callable[[Shard, OfRow], Iterator[Any]]] = {
     "python": _read_python,
     "jsonl": _read_jsonl,
     "jsonl.gz": _read_jsonl_gz,
+    "lines": _read_lines,
     "table": _read_table,
     "saved": _read_saved,
     "hub": _read_hub,

@@ -46,9 +46,10 @@ def row_at(store: TokenStore, begin: int, *, seq_len: int, isolate_documents: bo
 
 
 def filler_row(store: TokenStore, seq_len: int) -> Row:
-    """A row of end-of-document tokens without a target."""
+    """A row of end-of-document tokens without a target, a document in each part."""
+    parts = store.packing.parts if store.packing else 1
     filler = np.full(seq_len, store.contents.end_of_document, np.int64)
-    return Row(filler, filler.copy(), np.zeros(seq_len, dtype=bool), (seq_len,))
+    return Row(filler, filler.copy(), np.zeros(seq_len, dtype=bool), (seq_len // parts,) * parts)
 
 
 def held_out_rows(stores: Sequence[TokenStore], *, seq_len: int, isolate_documents: bool, sequences: int) -> Iterator[Row]:

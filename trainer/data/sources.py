@@ -89,6 +89,8 @@ def look_at(source: sections.Source, *, where: str, digests: Digests) -> Corpus:
         files = [path for path in _walk(root, skip=NOT_LIBRARY) if path.suffix == ".py"]
         return _corpus_of_files(source, where, root, files, digests, text_kind="python")
     path = Path(source.path).expanduser()
+    if source.target_path is not None:
+        return _corpus_of_lines(source, where, [path, Path(source.target_path).expanduser()], digests)
     if path.is_file():
         return _corpus_of_files(source, where, path.absolute().parent, [path.absolute()], digests)
     if path.is_dir():
@@ -187,6 +189,21 @@ def _divide(files: list[LocalFile], text_kind: str, where: str, field: str) -> I
                 end = min(begin + shard_bytes, file.size)
                 yield Shard("jsonl", where, (file,), begin=begin, end=end, size=end - begin, field=field)
     yield from gathered_shard()
+
+
+def _corpus_of_lines(source: sections.Source, where: str, paths: list[Path], digests: Digests) -> Corpus:
+    """Two text files whose lines belong together; one process reads both."""
+    for path, key in zip(paths, ("path", "target_path"), strict=True):
+        if not path.is_file():
+            raise RecipeError(f"{where}.{key}: no such file: {getattr(source, key)!r} (from {Path.cwd()}); correct the path")
+    absolute = [path.absolute() for path in paths]
+    stamped = digests.of([str(path) for path in absolute])
+    files = tuple(
+        LocalFile(str(path), path.name, stamp, digest) for path, (stamp, digest) in zip(absolute, stamped, strict=True)
+    )
+    shard = Shard("lines", where, files, size=max(1, sum(file.size for file in files)))
+    facts = {"kind": "lines", "files": [[file.name, file.size, file.digest] for file in files]}
+    return Corpus(f"{source.path} → {source.target_path}", where, (shard,), fingerprint_of(facts))
 
 
 def _corpus_of_saved(source: sections.Source, where: str, root: Path, digests: Digests) -> Corpus:

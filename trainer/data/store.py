@@ -24,7 +24,7 @@ from trainer.durable import make_private, private_file, read_json, sync_folder, 
 from trainer.errors import DataError
 
 FORMAT = "triaxis-tokens"
-VERSION = 2
+VERSION = 3
 BLOCK_BYTES = 16 << 20
 SAMPLED_BLOCKS = 64  # 1 GiB: about a second of hashing
 
@@ -56,6 +56,7 @@ class Packing:
     """
 
     row_tokens: int
+    parts: int
     examples: int
     targets: int
     filler: int  # tokens

@@ -9,6 +9,7 @@ from trainer import sections
 from trainer.data.chat import Chat
 from trainer.data.conversations import ChatRows
 from trainer.data.examples import Examples
+from trainer.data.pairs import PairRows, Pairs
 from trainer.data.row_format import RowFormat
 from trainer.data.tokenizer import Tokenizer
 
@@ -20,7 +21,7 @@ class Task(NamedTuple):
     examples: type[Examples]
 
 
-ROW_TASKS: Mapping[str, Task] = {"sft": Task(ChatRows, Chat)}
+ROW_TASKS: Mapping[str, Task] = {"sft": Task(ChatRows, Chat), "translate": Task(PairRows, Pairs)}
 
 
 def examples_of(data: sections.Data, tokenizer: Tokenizer) -> Examples | None:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 from trainer.data.chat_template import DEFAULT_TEMPLATE
@@ -65,6 +65,23 @@ class Tokenizer:
             return [list(text.encode()) for text in texts]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    @property
+    def start_of_target(self) -> int:
+        """What comes before a translation: the token for padding, where there is one, as in Marian and T5; else the one that
+        ends documents."""
+        padding = _spelling(self._config.get("pad_token"))
+        token_id = None if padding is None else self._backend.token_to_id(padding)
+        return self.end_of_document if token_id is None else int(token_id)
+
+    def ending_texts(self) -> Tokenizer:
+        """This tokenizer, which where transformers encodes a text ends it as a source is ended here, and pads it."""
+        config = {"pad_token": self._eos_token, **self._config}
+        backend = Backend.from_str(self._backend.to_str())
+        if backend.post_processor is None:
+            end = (self._eos_token, self.end_of_document)
+            backend.post_processor = processors.TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+        return Tokenizer(backend, end_of_document=self._eos_token, config=config)
 
     def for_chat(self) -> Tokenizer:
         """This tokenizer with a chat template: its own, or ours where it has none."""

@@ -33,10 +33,14 @@ class TransformerConfig:
     | `norm_position` | pre: x + f(norm(x)); sandwich: x + norm(f(norm(x))); post: norm(x + f(x)), and none before the head |
     | `embedding_norm` | embeddings are normalised before their dropout |
     | `causal` | a token attends to itself and those before it; else to its whole document |
+    | `encoder_layers` | of the layers, the first so many read a source; the others write its target; 0: there is one text |
+    | `source_vocab_size` | rows of the source's own embedding; None: it has the target's |
     | `qk_norm` | queries and keys are normalised head by head before they are rotated |
     | `query_scalar` | attention logits are divided by its square root |
     | `attention_softcap`, `logit_softcap` | logits x become cap · tanh(x / cap); None: they stay |
-    | `scaled_embedding` | embeddings are multiplied by √hidden_size |
+    | `scaled_embedding` | embeddings of tokens are multiplied by √hidden_size |
+    | `scaled_head` | hidden states are divided by √hidden_size before the logits |
+    | `position_buckets`, `position_distance` | relative positions: how many are told apart, and up to which distance |
     | `token_types` | rows of a table that tells the texts of a pair apart; 0: there is none |
     | `head_transform` | before the logits a linear layer of the hidden size, the activation and a norm |
     | `head_bias` | one bias for each symbol on the logits |
@@ -57,7 +61,11 @@ class TransformerConfig:
     norm_position: Literal["pre", "sandwich", "post"]
     embedding_norm: bool
     causal: bool
-    positions: Literal["learned", "rope"]
+    encoder_layers: int
+    source_vocab_size: int | None
+    positions: Literal["learned", "rope", "sinusoidal", "relative"]
+    position_buckets: int
+    position_distance: int
     rope_theta: float
     rope_scaling: RopeScaling | None
     windows: tuple[int | None, ...]
@@ -66,8 +74,9 @@ class TransformerConfig:
     attention_softcap: float | None
     logit_softcap: float | None
     scaled_embedding: bool
+    scaled_head: bool
     token_types: int
-    activation: Literal["gelu", "gelu_tanh", "silu"]
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"]
     gated_mlp: bool
     qkv_bias: bool
     attention_out_bias: bool
@@ -79,6 +88,7 @@ class TransformerConfig:
     embedding_dropout: float
     attention_dropout: float
     residual_dropout: float
+    mlp_dropout: float
     init_std: float
     scaled_residual_init: bool
 
@@ -89,4 +99,5 @@ def largest_weight(config: TransformerConfig) -> int:
     fused_attention = D * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     fused_mlp = D * config.ffn_size * (2 if config.gated_mlp else 1)
     positions = config.max_positions if config.positions == "learned" else 0
-    return max(D * max(config.vocab_size, positions, config.token_types), fused_attention, fused_mlp)
+    vocab_size = max(config.vocab_size, config.source_vocab_size or 0)
+    return max(D * max(vocab_size, positions, config.token_types), fused_attention, fused_mlp)

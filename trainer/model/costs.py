@@ -10,7 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.flops import attention_flops, head_matmul_weights, layer_matmul_weights
+from trainer.flops import (
+    attention_flops,
+    cross_attention_flops,
+    cross_matmul_weights,
+    head_matmul_weights,
+    layer_matmul_weights,
+)
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import TransformerConfig
 
@@ -28,18 +34,27 @@ def block_costs(config: TransformerConfig, *, seq_len: int, micro_sequences: int
     return [
         micro_sequences * block_flops(config, block, seq_len)
         + FLOPS_PER_BYTE * GRADIENT_BYTES * block_parameters(config, block)
-        + FLOPS_PER_BYTE * LOOKUP_BYTES * micro_sequences * seq_len * config.hidden_size * (block.kind == "embedding")
+        + FLOPS_PER_BYTE * LOOKUP_BYTES * micro_sequences * _lookups(config, seq_len, block) * config.hidden_size
         for block in blocks_of(config)
     ]
 
 
+def _lookups(config: TransformerConfig, seq_len: int, block: Block) -> int:
+    """Tokens that are embedded: of a translation both texts."""
+    return seq_len * (2 if config.encoder_layers else 1) * (block.kind == "embedding")
+
+
 def block_flops(config: TransformerConfig, block: Block, seq_len: int) -> int:
-    """Of forward and backward over one document of `seq_len` tokens."""
+    """Of forward and backward over one document of `seq_len` tokens, or a source and a target of so many each."""
     match block.kind:
         case "embedding":
             return 0
         case "layer":
-            return 6 * layer_matmul_weights(config) * seq_len + attention_flops(config, seq_len, config.windows[block.layer])
+            reads_source = block.layer < config.encoder_layers
+            attention = attention_flops(config, seq_len, config.windows[block.layer], causal=config.causal and not reads_source)
+            if config.encoder_layers and not reads_source:
+                attention += cross_attention_flops(config, seq_len, seq_len)
+            return 6 * layer_matmul_weights(config) * seq_len + attention
         case "head":
             return 6 * head_matmul_weights(config) * seq_len
 
@@ -51,13 +66,19 @@ def block_parameters(config: TransformerConfig, block: Block) -> int:
     match block.kind:
         case "embedding":
             positions = config.max_positions if config.positions == "learned" else 0
-            return D * (config.vocab_size + positions + config.token_types) + config.embedding_norm * norm
+            of_source = config.source_vocab_size or 0
+            return D * (config.vocab_size + of_source + positions + config.token_types) + config.embedding_norm * norm
         case "layer":
             queries, keys_values = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
             biases = config.qkv_bias * (queries + keys_values) + config.attention_out_bias * D
             biases += config.mlp_bias * (F * (2 if config.gated_mlp else 1) + D)
             norms = norm * (4 if config.norm_position == "sandwich" else 2) + 2 * config.head_dim * config.qk_norm
-            return layer_matmul_weights(config) + biases + norms
+            if config.encoder_layers and block.layer >= config.encoder_layers:
+                biases += config.qkv_bias * (queries + keys_values) + config.attention_out_bias * D
+                norms += norm
+                return layer_matmul_weights(config) + cross_matmul_weights(config) + biases + norms
+            ends_encoder = block.layer == config.encoder_layers - 1 and config.norm_position == "pre"
+            return layer_matmul_weights(config) + biases + norms + ends_encoder * norm
         case "head":
             transform = config.head_transform * (D * D + D + norm)
             final_norm = 0 if config.norm_position == "post" else norm

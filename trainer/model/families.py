@@ -69,8 +69,9 @@ class Family:
     folders carry and transformers does not read, accepted when they agree; `ignored` changes nothing in training; `fixed`
     is accepted only with this value; `constants` are fields of TransformerConfig in which the family differs from the
     plain transformer (`PLAIN`) and that it never varies; `overridable` keys may differ from those of a pretrained folder,
-    because no weight's shape or meaning depends on them. `windows` says which layers have a sliding window when no
-    `layer_types` lists them. `free_head_dim`: head_dim · heads need not be the hidden size.
+    because no weight's shape or meaning depends on them. `equal`: keys that transformers reads for the decoder alone,
+    accepted when they have the encoder's value. `windows` says which layers have a sliding window when no `layer_types`
+    lists them. `free_head_dim`: head_dim · heads need not be the hidden size.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Family:
     constants: Mapping[str, Any]
     aliases: Mapping[str, str] = field(default_factory=dict)
     echoes: Mapping[str, str] = field(default_factory=dict)
+    equal: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset(BOOKKEEPING.split())
     fixed: Mapping[str, Any] = field(default_factory=dict)
     overridable: frozenset[str] = frozenset()
@@ -95,10 +97,15 @@ class Family:
         return bool({**PLAIN, **self.constants}["causal"])
 
     @property
+    def translates(self) -> bool:
+        """Whether it reads one text and writes another."""
+        return any("encoder_layers" in rule.fields for rule in self.keys.values())
+
+    @property
     def known(self) -> list[str]:
         """All accepted keys, those that do something first."""
         rope = ROPE_KEYS if self.rope else ()
-        others = (*self.aliases, *self.echoes, *self.fixed, *FIXED)
+        others = (*self.aliases, *self.echoes, *self.equal, *self.fixed, *FIXED)
         return [*self.keys, *rope, *others, "model_type", *sorted(self.ignored)]
 
 
@@ -125,6 +132,10 @@ PLAIN: Mapping[str, Any] = {
     "norm_position": "pre",
     "embedding_norm": False,
     "causal": True,
+    "encoder_layers": 0,
+    "source_vocab_size": None,
+    "position_buckets": 0,
+    "position_distance": 0,
     "gated_mlp": True,
     "qkv_bias": False,
     "attention_out_bias": False,
@@ -134,11 +145,13 @@ PLAIN: Mapping[str, Any] = {
     "attention_softcap": None,
     "logit_softcap": None,
     "scaled_embedding": False,
+    "scaled_head": False,
     "token_types": 0,
     "head_transform": False,
     "head_bias": False,
     "embedding_dropout": 0.0,
     "residual_dropout": 0.0,
+    "mlp_dropout": 0.0,
     "scaled_residual_init": False,
 }
 
@@ -361,6 +374,59 @@ BERT = Family(
     overridable=frozenset(("hidden_dropout_prob", "attention_probs_dropout_prob")),
 )
 
+# Where generation begins and ends, what its beams are, and what Marian's converter wrote; training reads none of it.
+MARIAN_BOOKKEEPING = """
+_num_labels add_bias_logits add_final_layer_norm classif_dropout classifier_dropout decoder_start_token_id early_stopping
+extra_pos_embeddings forced_eos_token_id gradient_checkpointing length_penalty max_length normalize_before
+normalize_embedding num_beams static_position_embeddings
+"""
+
+# Vaswani et al. 2017, arXiv:1706.03762, as Marian has it (Junczys-Dowmunt et al. 2018, arXiv:1804.00344).
+MARIAN = Family(
+    name="marian",
+    architecture="MarianMTModel",
+    keys={
+        "vocab_size": key("vocab_size", 58101, VOCABULARY),
+        "decoder_vocab_size": key("target_vocab_size", None, Whole(VOCABULARY.limit, optional=True)),
+        "share_encoder_decoder_embeddings": key("shared_embedding", True, flag),
+        "d_model": key("hidden_size", 1024, HIDDEN),
+        "encoder_layers": key("encoder_layers", 12, LAYERS),
+        "decoder_layers": key("decoder_layers", 12, LAYERS),
+        "encoder_attention_heads": key("num_heads", 16, HEADS),
+        "encoder_ffn_dim": key("ffn_size", 4096, Whole(FFN.limit)),
+        "activation_function": key("activation", "gelu", activation, activation_name),
+        "max_position_embeddings": key("max_positions", 1024, POSITIONS),
+        "dropout": Key(("embedding_dropout", "residual_dropout"), 0.1, rate),
+        "attention_dropout": key("attention_dropout", 0.0, rate),
+        "activation_dropout": key("mlp_dropout", 0.0, rate),
+        "init_std": key("init_std", 0.02, standard_deviation),
+        "scale_embedding": key("scaled_embedding", False, flag),
+    },
+    constants={
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "norm_bias": True,
+        "norm_position": "post",
+        "positions": "sinusoidal",
+        "gated_mlp": False,
+        "qkv_bias": True,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "tied_head": True,
+        "head_bias": True,
+    },
+    equal={"decoder_attention_heads": "encoder_attention_heads", "decoder_ffn_dim": "encoder_ffn_dim"},
+    echoes={"num_hidden_layers": "encoder_layers"},
+    ignored=frozenset((BOOKKEEPING + MARIAN_BOOKKEEPING).split()),
+    fixed={
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": True,
+        "encoder_layerdrop": 0.0,
+        "decoder_layerdrop": 0.0,
+    },
+    overridable=frozenset(("dropout", "attention_dropout", "activation_dropout")),
+)
+
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, BERT)}
+    {family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, BERT, MARIAN)}
 )

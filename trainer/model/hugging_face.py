@@ -29,7 +29,7 @@ SHARD_BYTES = 4 << 30
 COMPARED_ROWS = 4096  # of a tied weight and its second copy at a time
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that older checkpoints of these families carry; they hold no weights.
-NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "embeddings.position_ids")
+NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "embeddings.position_ids", ".embed_positions.weight")
 # What the first checkpoints of Bert, its best known among them, call the weights of their norms; transformers reads both.
 LEGACY = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 

@@ -25,6 +25,11 @@ class WeightNames:
     [gate, up]. `transposed`: linear weights are stored [in, out]. What may be None exists in some families only: three places
     for the norms around attention and MLP (before them, after them, after what they are added to).
 
+    `cross_*`: attention of a target to its source. `encoder`: the names of the layers that read the source, whose numbers
+    begin again; those here are the layers that write the target then.
+
+    `head_bias_is_row`: it is stored as [1, V].
+
     `second_names`: further names under which a folder may hold a weight again, beside that of a tied head. `other_heads`:
     how the names of weights begin that are for heads which this network does not have.
     """
@@ -36,6 +41,7 @@ class WeightNames:
     mlp_out: str
     head: str
     transposed: bool = False
+    source_embedding: str | None = None
     positions: str | None = None
     token_types: str | None = None
     embedding_norm: str | None = None
@@ -44,6 +50,11 @@ class WeightNames:
     attention_norm: str | None = None
     attention_post_norm: str | None = None
     attention_residual_norm: str | None = None
+    cross_query: str = ""
+    cross_key_value: tuple[str, ...] = ()
+    cross_out: str = ""
+    cross_norm: str | None = None
+    cross_residual_norm: str | None = None
     mlp_norm: str | None = None
     mlp_post_norm: str | None = None
     mlp_residual_norm: str | None = None
@@ -51,8 +62,22 @@ class WeightNames:
     head_transform: str | None = None
     head_transform_norm: str | None = None
     head_bias: str | None = None
+    head_bias_is_row: bool = False
+    encoder: WeightNames | None = None
     second_names: Mapping[str, str] = field(default_factory=dict)
     other_heads: tuple[str, ...] = ()
+
+    def of_layer(self, config: TransformerConfig, index: int) -> tuple[WeightNames, int]:
+        """The names of a layer's stack, and its number there."""
+        if self.encoder is not None and index < config.encoder_layers:
+            return self.encoder, index
+        return self, index - config.encoder_layers
+
+    def cross_attention(self, config: TransformerConfig, layer: int) -> tuple[Output, list[Output]]:
+        """The projection of the target, and those of the source: key and value."""
+        K = config.head_dim
+        (query,) = _outputs((self.cross_query,), (config.num_heads * K,), layer)
+        return query, _outputs(self.cross_key_value, (config.num_kv_heads * K,) * 2, layer)
 
     def query_key_value(self, config: TransformerConfig, layer: int) -> tuple[Output, Output, Output]:
         """The three outputs of the fused projection and the boxes of the checkpoint that they are."""
@@ -128,6 +153,44 @@ BERT = WeightNames(
     other_heads=("bert.pooler.", "pooler.", "cls.seq_relationship."),
 )
 
+MARIAN_ENCODER = WeightNames(
+    embedding="model.shared.weight",
+    qkv=tuple(f"model.encoder.layers.{{layer}}.self_attn.{x}_proj" for x in "qkv"),
+    attention_out="model.encoder.layers.{layer}.self_attn.out_proj",
+    attention_residual_norm="model.encoder.layers.{layer}.self_attn_layer_norm",
+    mlp_in=("model.encoder.layers.{layer}.fc1",),
+    mlp_out="model.encoder.layers.{layer}.fc2",
+    mlp_residual_norm="model.encoder.layers.{layer}.final_layer_norm",
+    head="lm_head.weight",
+)
+MARIAN = WeightNames(
+    embedding="model.shared.weight",
+    encoder=MARIAN_ENCODER,
+    qkv=tuple(f"model.decoder.layers.{{layer}}.self_attn.{x}_proj" for x in "qkv"),
+    attention_out="model.decoder.layers.{layer}.self_attn.out_proj",
+    attention_residual_norm="model.decoder.layers.{layer}.self_attn_layer_norm",
+    cross_query="model.decoder.layers.{layer}.encoder_attn.q_proj",
+    cross_key_value=tuple(f"model.decoder.layers.{{layer}}.encoder_attn.{x}_proj" for x in "kv"),
+    cross_out="model.decoder.layers.{layer}.encoder_attn.out_proj",
+    cross_residual_norm="model.decoder.layers.{layer}.encoder_attn_layer_norm",
+    mlp_in=("model.decoder.layers.{layer}.fc1",),
+    mlp_out="model.decoder.layers.{layer}.fc2",
+    mlp_residual_norm="model.decoder.layers.{layer}.final_layer_norm",
+    head="lm_head.weight",
+    head_bias="final_logits_bias",
+    head_bias_is_row=True,
+    second_names={f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in ("encoder", "decoder")},
+)
+# An embedding for each side; the head has the target's.
+SEPARATE = {
+    "marian": replace(
+        MARIAN,
+        embedding="model.decoder.embed_tokens.weight",
+        source_embedding="model.encoder.embed_tokens.weight",
+        second_names={},
+    ),
+}
+
 WEIGHT_NAMES = {
     "gpt2": GPT2,
     "llama": LLAMA,
@@ -144,4 +207,9 @@ WEIGHT_NAMES = {
         mlp_post_norm="model.layers.{layer}.post_feedforward_layernorm",
     ),
     "bert": BERT,
+    "marian": MARIAN,
 }
+
+
+def names_of(config: TransformerConfig) -> WeightNames:
+    return WEIGHT_NAMES[config.family] if config.source_vocab_size is None else SEPARATE[config.family]

@@ -33,6 +33,9 @@ class Saves(Protocol):
     @property
     def end_of_document(self) -> int: ...
 
+    @property
+    def start_of_target(self) -> int: ...
+
     def save(self, folder: Path) -> None: ...
 
 
@@ -50,7 +53,8 @@ class ModelFiles:
 
     @property
     def config(self) -> dict[str, Any]:
-        return config_json(self.network, dtype=self.dtype, eos_token_id=self.tokenizer.end_of_document)
+        start = self.tokenizer.start_of_target
+        return config_json(self.network, dtype=self.dtype, eos_token_id=self.tokenizer.end_of_document, start_of_target=start)
 
     def save_others(self, folder: Path) -> None:
         """The tokenizer, where generation ends, and Python files that are part of the model."""
@@ -66,8 +70,11 @@ class ModelFiles:
         self.save_others(folder)
 
 
-def config_json(network: Network, *, dtype: str, eos_token_id: int | None) -> dict[str, Any]:
-    """The config.json with which transformers loads exported weights. `dtype`: "float32", "bfloat16" or "float16"."""
+def config_json(
+    network: Network, *, dtype: str, eos_token_id: int | None, start_of_target: int | None = None
+) -> dict[str, Any]:
+    """The config.json with which transformers loads exported weights. `dtype`: "float32", "bfloat16" or "float16".
+    `start_of_target`: what comes before a translation."""
     if isinstance(network, AutoNetwork):
         return network.config_json(dtype)
-    return translation.to_hf_config(network, dtype=dtype, eos_token_id=eos_token_id)
+    return translation.to_hf_config(network, dtype=dtype, eos_token_id=eos_token_id, start_of_target=start_of_target)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from parallel.attention import Documents, ParallelAttention, Rotation
-from parallel.embedding import ReplicatedEmbedding, VocabParallelEmbedding, llama3_frequencies, rotary_tables
+from parallel.cross_attention import ParallelCrossAttention
+from parallel.embedding import ReplicatedEmbedding, VocabParallelEmbedding, llama3_frequencies, rotary_tables, sinusoids
 from parallel.linear import ReplicatedLinear
 from parallel.loss import VocabParallelHead
 from parallel.mesh import Group
@@ -31,7 +32,10 @@ from parallel.rng import Streams, dropout
 from parallel.tensor import TensorParallel
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import RopeScaling, TransformerConfig
-from trainer.model.names import WEIGHT_NAMES
+from trainer.model.halves import EmbeddedHalves, SourceLayer, TargetHead, TargetLayer
+from trainer.model.names import WeightNames, names_of
+
+Source = tuple[Tensor, Documents]  # what the encoder made of the sources [N, D], and where they lie
 
 
 def logical_specs(config: TransformerConfig) -> list[ShardSpec]:
@@ -80,39 +84,105 @@ class Embedding(nn.Module):
     """tokens [B, S] → [N, D] in the compute format. Positions begin again with each document; a document is one text, not
     a pair of them, so every token has type 0."""
 
-    def __init__(self, config: TransformerConfig, *, dtype: torch.dtype, tp: TensorParallel, tied_over: Group | None) -> None:
+    def __init__(self, config: TransformerConfig, tokens: VocabParallelEmbedding, *, site: str, dtype: torch.dtype) -> None:
+        """`site` names the stream of the dropout."""
         super().__init__()
-        names = WEIGHT_NAMES[config.family]
+        names, tp = names_of(config), tokens.tp
         init = Init(std=config.init_std)
         self.dtype = dtype
         # Rounded to the compute format, as the Gemma models were trained: 55.5 instead of √3072 = 55.43 in bf16.
         self.scale = torch.tensor(math.sqrt(config.hidden_size), dtype=dtype, device="cpu").item()
         self.scaled = config.scaled_embedding
-        self.tokens = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, name=names.embedding, init=init, tp=tp, tied_over=tied_over
-        )
+        self.tokens = tokens
         tables = ((config.max_positions, names.positions), (config.token_types, names.token_types))
         self.positions, self.token_types = (
             None if name is None else ReplicatedEmbedding(rows, config.hidden_size, name=name, init=init, tp=tp)
             for rows, name in tables
         )
+        self.sinusoidal = config.positions == "sinusoidal"
         self.norm = make_norm(config, names.embedding_norm, tp)
-        self.dropout = Dropout(config.embedding_dropout, names.embedding, tp)
+        self.dropout = Dropout(config.embedding_dropout, site, tp)
 
     def forward(self, tokens_BS: Tensor, documents: Documents, streams: Streams | None) -> Tensor:
         x_ND = self.tokens(tokens_BS.flatten())
+        if self.scaled:
+            x_ND = x_ND.to(self.dtype) * self.scale
+        if self.sinusoidal:
+            mine = self.tokens.tp.tokens(tokens_BS.numel())
+            positions_N = documents.positions_BS.flatten()[mine].to(x_ND.device)
+            x_ND = x_ND + sinusoids(positions_N, x_ND.shape[1]).to(x_ND.dtype)
         if self.positions is not None:
             x_ND = x_ND + self.positions(documents.positions_BS.to(tokens_BS.device).flatten())
         if self.token_types is not None:
             x_ND = x_ND + self.token_types(torch.zeros_like(tokens_BS).flatten())
-        x_ND = self.norm(x_ND.to(self.dtype))
-        if self.scaled:
-            x_ND = x_ND * self.scale
-        return self.dropout(x_ND, documents, streams)
+        return self.dropout(self.norm(x_ND.to(self.dtype)), documents, streams)
+
+
+def make_embedding(
+    config: TransformerConfig, *, dtype: torch.dtype, tp: TensorParallel, tied_over: Group | None
+) -> Embedding | EmbeddedHalves:
+    names, init, D = names_of(config), Init(std=config.init_std), config.hidden_size
+    tokens = VocabParallelEmbedding(config.vocab_size, D, name=names.embedding, init=init, tp=tp, tied_over=tied_over)
+    embedding = Embedding(config, tokens, site=names.embedding, dtype=dtype)
+    if names.encoder is None:
+        return embedding
+    of_source, name = config.source_vocab_size, names.source_embedding
+    if of_source is None or name is None:
+        of_source, name, tied_to = config.vocab_size, names.embedding, tokens
+    else:
+        tied_to = None
+    sources = VocabParallelEmbedding(of_source, D, name=name, init=init, tp=tp, tied_to=tied_to)
+    return EmbeddedHalves(Embedding(config, sources, site=f"{name}/source", dtype=dtype), embedding)
+
+
+class CrossAttention(nn.Module):
+    """norm(x + attention(norm(x), source)); [N, D] → [N, D]."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        number: int,
+        names: WeightNames,
+        init: Init,
+        out_init: Init,
+        norm: Callable[[str | None], nn.Module],
+        *,
+        recompute_core: bool,
+        tp: TensorParallel,
+    ) -> None:
+        super().__init__()
+        query, key_value = names.cross_attention(config, number)
+        out = names.cross_out.format(layer=number)
+        self.norm = norm(names.cross_norm)
+        self.attention = ParallelCrossAttention(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            query=query,
+            key_value=key_value,
+            out=out,
+            qkv_bias=config.qkv_bias,
+            out_bias=config.attention_out_bias,
+            transposed=names.transposed,
+            dropout=config.attention_dropout,
+            scale=config.query_scalar**-0.5,
+            init=init,
+            out_init=out_init,
+            recompute=recompute_core,
+            tp=tp,
+        )
+        self.dropout = Dropout(config.residual_dropout, out, tp)
+        self.residual_norm = norm(names.cross_residual_norm)
+
+    def forward(self, x_ND: Tensor, documents: Documents, source: Source, streams: Streams | None) -> Tensor:
+        attended = self.attention(self.norm(x_ND), documents, *source, streams)
+        return self.residual_norm(x_ND + self.dropout(attended, documents, streams))
 
 
 class Layer(nn.Module):
-    """norm(x + norm(attention(norm(x)))), then norm(x + norm(mlp(norm(x)))); [N, D] → [N, D].
+    """norm(x + norm(attention(norm(x)))), then norm(x + norm(mlp(norm(x)))); [N, D] → [N, D]. One that writes a target also
+    attends to its source in between.
 
     A family has some of the norms, as its names say: most the innermost (pre), Gemma 2 the two inner ones (sandwich), Bert
     the outermost (post).
@@ -122,15 +192,15 @@ class Layer(nn.Module):
         self, config: TransformerConfig, index: int, *, recompute_core: bool, tp: TensorParallel, kv_copies: Group
     ) -> None:
         super().__init__()
-        names = WEIGHT_NAMES[config.family]
+        names, number = names_of(config).of_layer(config, index)
         init = Init(std=config.init_std)
         # 2 residual additions per layer: their sum keeps its variance (Radford et al. 2019, GPT-2, §2.3).
         out_init = Init(std=config.init_std / math.sqrt(2 * config.num_layers)) if config.scaled_residual_init else init
-        query, key, value = names.query_key_value(config, index)
-        attention_out, mlp_out = names.attention_out.format(layer=index), names.mlp_out.format(layer=index)
+        query, key, value = names.query_key_value(config, number)
+        attention_out, mlp_out = names.attention_out.format(layer=number), names.mlp_out.format(layer=number)
 
         def norm(name: str | None) -> nn.Module:
-            return make_norm(config, name and name.format(layer=index), tp)
+            return make_norm(config, name and name.format(layer=number), tp)
 
         self.attention_norm = norm(names.attention_norm)
         self.attention = ParallelAttention(
@@ -146,7 +216,7 @@ class Layer(nn.Module):
             out_bias=config.attention_out_bias,
             transposed=names.transposed,
             dropout=config.attention_dropout,
-            causal=config.causal,
+            causal=config.causal and index >= config.encoder_layers,
             window=config.windows[index],
             scale=config.query_scalar**-0.5,
             softcap=config.attention_softcap,
@@ -160,15 +230,19 @@ class Layer(nn.Module):
         self.attention_post_norm = norm(names.attention_post_norm)
         self.attention_dropout = Dropout(config.residual_dropout, attention_out, tp)
         self.attention_residual_norm = norm(names.attention_residual_norm)
+        self.cross = None
+        if names.encoder is not None:
+            self.cross = CrossAttention(config, number, names, init, out_init, norm, recompute_core=recompute_core, tp=tp)
         self.mlp_norm = norm(names.mlp_norm)
         self.mlp = ParallelMLP(
             hidden_size=config.hidden_size,
             ffn_size=config.ffn_size,
             activation=config.activation,
-            inputs=names.mlp_inputs(config, index),
+            inputs=names.mlp_inputs(config, number),
             out=mlp_out,
             bias=config.mlp_bias,
             transposed=names.transposed,
+            dropout=config.mlp_dropout,
             init=init,
             out_init=out_init,
             tp=tp,
@@ -177,17 +251,38 @@ class Layer(nn.Module):
         self.mlp_dropout = Dropout(config.residual_dropout, mlp_out, tp)
         self.mlp_residual_norm = norm(names.mlp_residual_norm)
 
-    def forward(self, x_ND: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None) -> Tensor:
+    def forward(
+        self,
+        x_ND: Tensor,
+        documents: Documents,
+        rotation: Rotation | None,
+        streams: Streams | None,
+        source: Source | None = None,
+    ) -> Tensor:
         attended = self.attention(self.attention_norm(x_ND), documents, rotation, streams)
         attended = self.attention_dropout(self.attention_post_norm(attended), documents, streams)
         x_ND = self.attention_residual_norm(x_ND + attended)
+        if self.cross is not None and source is not None:
+            x_ND = self.cross(x_ND, documents, source, streams)
         fed_forward = self.mlp(self.mlp_norm(x_ND), streams)
         fed_forward = self.mlp_dropout(self.mlp_post_norm(fed_forward), documents, streams)
         return self.mlp_residual_norm(x_ND + fed_forward)
 
 
+def make_layer(
+    config: TransformerConfig, index: int, *, recompute_core: bool, tp: TensorParallel, kv_copies: Group
+) -> Layer | SourceLayer | TargetLayer:
+    layer = Layer(config, index, recompute_core=recompute_core, tp=tp, kv_copies=kv_copies)
+    encoder = names_of(config).encoder
+    if encoder is None:
+        return layer
+    if index >= config.encoder_layers:
+        return TargetLayer(layer)
+    return SourceLayer(layer, make_norm(config, encoder.final_norm if index == config.encoder_layers - 1 else None, tp))
+
+
 def _qk_norm(config: TransformerConfig, index: int, tp: TensorParallel) -> QueryKeyNorm | None:
-    names = WEIGHT_NAMES[config.family]
+    names = names_of(config)
     if names.query_norm is None or names.key_norm is None:
         return None
     query, key = names.query_norm.format(layer=index), names.key_norm.format(layer=index)
@@ -221,7 +316,7 @@ class Head(nn.Module):
         tied_over: Group | None,
     ) -> None:
         super().__init__()
-        names = WEIGHT_NAMES[config.family]
+        names = names_of(config)
         self.norm = make_norm(config, names.final_norm, tp)
         self.transform = nn.Identity()
         if names.head_transform is not None:
@@ -235,14 +330,23 @@ class Head(nn.Module):
             tied_to=tied_to,
             tied_over=tied_over,
             bias=names.head_bias,
+            bias_is_row=names.head_bias_is_row,
             softcap=config.logit_softcap,
         )
 
-    def forward(self, x_ND: Tensor, documents: Documents, labels_BS: Tensor | None, *, measured: bool) -> Tensor:
+    def forward(
+        self,
+        x_ND: Tensor,
+        documents: Documents,
+        labels_BS: Tensor | None,
+        *,
+        measured: bool = False,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
         """The loss summed over targets; `measured`, the task's statistics; without labels this rank's logits [B, S, V/p]."""
         x_ND = self.transform(self.norm(x_ND))
         if labels_BS is not None:
-            return self.logits(x_ND, labels_BS.flatten(), measured=measured)
+            return self.logits(x_ND, labels_BS.flatten(), measured=measured, smoothing=label_smoothing)
         return self.logits(x_ND).unflatten(0, documents.shape)
 
 
@@ -272,17 +376,19 @@ class Stage(nn.Module):
         partition: Callable[[nn.Module], None] = lambda block: None,
         tied_to: VocabParallelEmbedding | None = None,
         tied_over: Group | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.config = config
+        self.label_smoothing = label_smoothing
         self.dtype = dtype
         self.recompute = recompute
         self.tp = tp
         self.kv_copies = key_value_copies(config.num_kv_heads, tp.group)
         self.tied_over = tied_over if config.tied_head else None
         self.tied_to = (tied_to,)  # in a tuple: a module here would be listed as this one's child
-        self.embedding: Embedding | None
-        self.head: Head | None
+        self.embedding: Embedding | EmbeddedHalves | None
+        self.head: Head | TargetHead | None
         self.register_module("embedding", None)  # so that parameters are listed in the order of the model
         self.layers = nn.ModuleDict()
         self.register_module("head", None)
@@ -297,10 +403,10 @@ class Stage(nn.Module):
 
     def _build(self, block: Block) -> nn.Module:
         if block.kind == "embedding":
-            self.embedding = Embedding(self.config, dtype=self.dtype, tp=self.tp, tied_over=self.tied_over)
+            self.embedding = make_embedding(self.config, dtype=self.dtype, tp=self.tp, tied_over=self.tied_over)
             return self.embedding
         if block.kind == "layer":
-            self.layers[str(block.layer)] = Layer(
+            self.layers[str(block.layer)] = make_layer(
                 self.config,
                 block.layer,
                 recompute_core=self.recompute == "selective",
@@ -310,7 +416,8 @@ class Stage(nn.Module):
             return self.layers[str(block.layer)]
         embedding = self.embedding.tokens if self.embedding is not None else self.tied_to[0]
         tied_to = embedding if self.config.tied_head else None
-        self.head = Head(self.config, tp=self.tp, tied_to=tied_to, tied_over=self.tied_over)
+        head = Head(self.config, tp=self.tp, tied_to=tied_to, tied_over=self.tied_over)
+        self.head = TargetHead(head) if self.config.encoder_layers else head
         return self.head
 
     def forward(
@@ -322,9 +429,10 @@ class Stage(nn.Module):
         *,
         measured: bool = False,
     ) -> Tensor:
-        """First stage: x = tokens [B, S]; others: hidden [N, D]. Last stage: the loss summed over the targets of
-        `labels_BS`, or `measured`, without gradients, the statistics that the task's `Measures` reads, float64, the loss
-        first; this rank's logits [B, S, V/p] without labels. Others: hidden [N, D]. `streams` None: no dropout."""
+        """First stage: x = tokens [B, S]; others: hidden [N, D], with `halves` of both. Last stage: the loss summed over the
+        targets of `labels_BS`, or `measured`, without gradients, the statistics that the task's `Measures` reads, float64, the
+        loss first; this rank's logits [B, S, V/p] without labels. Others: hidden. `streams` None: no dropout and no smoothing
+        of labels."""
         if self.embedding is not None:
             x = self.embedding(x, documents, streams)
         rotation = self._rotation(documents, x.device)
@@ -333,7 +441,10 @@ class Stage(nn.Module):
                 x = checkpoint(layer, x, documents, rotation, streams, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, documents, rotation, streams)
-        return x if self.head is None else self.head(x, documents, labels_BS, measured=measured)
+        if self.head is None:
+            return x
+        smoothing = self.label_smoothing if streams is not None else 0.0
+        return self.head(x, documents, labels_BS, measured=measured, label_smoothing=smoothing)
 
     def _rotation(self, documents: Documents, device: torch.device) -> Rotation | None:
         if self.config.positions != "rope":

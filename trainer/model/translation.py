@@ -45,6 +45,8 @@ def read_config(family: str, hf_config: Mapping[str, Any]) -> tuple[TransformerC
         values.update(dict.fromkeys(rule.fields, value))
     if spec.rope:
         findings.extend(_read_rope(spec, hf_config, values))
+    if not findings and spec.translates:
+        findings.extend(_read_sides(spec, hf_config, values))
     if not findings:
         findings.extend(_window_findings(values))
     if findings:
@@ -85,6 +87,35 @@ def _refused(family: Family, hf_config: Mapping[str, Any]) -> Iterator[Finding]:
             if value != heard:
                 message = f"{name} = {json.dumps(value)}, but {of} = {json.dumps(heard)} is what counts: remove {name}"
                 yield Finding((name, of), message)
+
+
+def _read_sides(family: Family, hf_config: Mapping[str, Any], values: dict[str, Any]) -> Iterator[Finding]:
+    """Set the number of all layers, and the vocabularies: ours is the target's, whose words the model writes."""
+    for name, of in family.equal.items():
+        given, first = hf_config.get(name, family.keys[of].default), hf_config.get(of, family.keys[of].default)
+        if given != first:
+            message = f"{name} = {json.dumps(given)}, but {of} = {json.dumps(first)}: both sides have one size here; legal: "
+            yield Finding((name, of), message + json.dumps(first))
+    values["num_layers"] = values["encoder_layers"] + (values["decoder_layers"] or values["encoder_layers"])
+    source, target = values["vocab_size"], values.get("target_vocab_size") or values["vocab_size"]
+    if not values.get("shared_embedding", True):
+        values |= {"vocab_size": target, "source_vocab_size": source}
+    elif source != target:
+        message = f"decoder_vocab_size = {target}, but the embedding is shared: share_encoder_decoder_embeddings false, or "
+        yield Finding(("decoder_vocab_size", "vocab_size"), message + f"decoder_vocab_size {source}")
+
+
+def _side_keys(config: TransformerConfig) -> dict[str, Any]:
+    """Layers and vocabularies of both sides by the names of their keys' fields; a family writes those that it has."""
+    if not config.encoder_layers:
+        return {}
+    separate = config.source_vocab_size is not None
+    return {
+        "decoder_layers": config.num_layers - config.encoder_layers,
+        "shared_embedding": not separate,
+        "target_vocab_size": config.vocab_size,
+        "vocab_size": config.source_vocab_size if separate else config.vocab_size,
+    }
 
 
 def _read_rope(family: Family, hf_config: Mapping[str, Any], values: dict[str, Any]) -> Iterator[Finding]:
@@ -234,14 +265,22 @@ def _divisors_near(n: int, wanted: int) -> str:
     return " or ".join(str(d) for d in below + above)
 
 
-def to_hf_config(config: TransformerConfig, *, dtype: str, eos_token_id: int | None) -> dict[str, Any]:
+def _generation_keys(end: int | None, start: int | None) -> dict[str, int | None]:
+    """What comes before a translation also fills what is shorter than others."""
+    return {"decoder_start_token_id": start, "pad_token_id": start, "forced_eos_token_id": end}
+
+
+def to_hf_config(
+    config: TransformerConfig, *, dtype: str, eos_token_id: int | None, start_of_target: int | None = None
+) -> dict[str, Any]:
     """The config.json with which transformers loads exported weights. `dtype`: "float32", "bfloat16" or "float16".
 
     The end-of-document token also begins a text: in training every document follows one.
     """
     family = FAMILIES[config.family]
-    values = {**dataclasses.asdict(config), **_window_keys(config)}
+    values = {**dataclasses.asdict(config), **_window_keys(config), **_side_keys(config)}
     written = {name: rule.write(values[rule.fields[0]]) for name, rule in family.keys.items()}
+    written |= {name: written[of] for name, of in family.equal.items()}
     if family.rope:
         # Both spellings: transformers 5 reads the first, older readers the second.
         scaling = _rope_scaling_keys(config.rope_scaling)
@@ -256,6 +295,7 @@ def to_hf_config(config: TransformerConfig, *, dtype: str, eos_token_id: int | N
         "bos_token_id": eos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
+        **(_generation_keys(eos_token_id, start_of_target) if family.translates else {}),
         "use_cache": True,
         **written,
         **family.fixed,

@@ -29,6 +29,8 @@ def chat_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
         )
     if not is_chat and "data.learn" in given:
         yield Finding(("data.learn", "data.task"), 'data.learn is used only with data.task "sft": remove it')
+    if recipe.data.task == "translate":  # whose sources have keys of their own
+        return
     for group in ("sources", "eval_sources"):
         for number, source in enumerate(getattr(recipe.data, group)):
             yield from _source_findings(source, f"data.{group}[{number}]", recipe.data.task, given)

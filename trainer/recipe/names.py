@@ -32,6 +32,10 @@ def name_findings(recipe: Recipe) -> Iterator[Finding]:
     for group in ("sources", "eval_sources"):
         for index, source in enumerate(getattr(recipe.data, group)):
             yield from _missing(f"data.{group}[{index}].path", source.path, ("stdlib",))
+            if source.target_path is not None and not exists(source.target_path):
+                key = f"data.{group}[{index}].target_path"
+                message = f"{key} = {json.dumps(source.target_path)} does not exist (looked from {Path.cwd()})"
+                yield Finding((key,), message)
     yield from _tokenizer_findings(recipe.data.tokenizer)
     if recipe.model.from_pretrained is not None:
         yield from _missing("model.from_pretrained", recipe.model.from_pretrained, ())

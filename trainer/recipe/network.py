@@ -95,10 +95,25 @@ def fit_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding
 
 
 def _task_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:
-    if not network.causal:
-        legal = ", ".join(family.name for family in FAMILIES.values() if family.causal)
+    keys = ("model.family", "model.from_pretrained", "data.task")
+    if (recipe.data.task == "translate") != bool(network.encoder_layers):
+        reads = "reads one text and writes another" if network.encoder_layers else "has no encoder"
+        legal = ", ".join(family.name for family in FAMILIES.values() if family.translates == (not network.encoder_layers))
         yield Finding(
-            ("model.family", "model.from_pretrained", "data.task"),
+            keys,
+            f"model.family = {json.dumps(network.family)} {reads}, and data.task is {recipe.data.task}; legal families for "
+            f"{recipe.data.task}: {legal}",
+        )
+        return
+    if network.encoder_layers and recipe.tuning.method is not None:
+        yield Finding(
+            ("tuning.method", *keys),
+            f"tuning.method = {json.dumps(recipe.tuning.method)}: family {network.family} is trained whole here; remove it",
+        )
+    if not network.causal:
+        legal = ", ".join(family.name for family in FAMILIES.values() if family.causal and not family.translates)
+        yield Finding(
+            keys,
             f"model.family = {json.dumps(network.family)} sees the next token, which data.task {recipe.data.task} "
             f"predicts: it needs a masked-language task, which this version does not have; legal families for "
             f"{recipe.data.task}: {legal}",

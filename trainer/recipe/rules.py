@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from trainer.deepspeed_config import zero_findings
 from trainer.recipe.auto import AUTO, auto_findings
 from trainer.recipe.chat import chat_findings
+from trainer.recipe.translate import translation_findings
 from trainer.recipe.tuning import tuning_findings
 from trainer.schedule import schedule_findings
 from trainer.sections import Finding, Recipe
@@ -31,6 +32,7 @@ def section_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding
     yield from _optimizer_findings(recipe, given)
     yield from _evaluation_findings(recipe, given)
     yield from chat_findings(recipe, given)
+    yield from translation_findings(recipe, given)
     yield from _guard_findings(recipe, given)
     yield from tuning_findings(recipe, given)
 
@@ -77,6 +79,11 @@ def _evaluation_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Fin
             ("train.eval_every", "data.eval_fraction", "data.eval_sources"),
             f"train.eval_every = {recipe.train.eval_every} needs held-out documents: set data.eval_fraction above 0, or "
             "data.eval_sources; or train.eval_every 0",
+        )
+    if recipe.train.label_smoothing and recipe.model.family == AUTO:
+        yield Finding(
+            ("train.label_smoothing", "model.family"),
+            f'train.label_smoothing is used by the families that are our own, not by model.family "{AUTO}": remove it',
         )
     if data.eval_sources and "data.eval_fraction" in given and data.eval_fraction:
         yield Finding(

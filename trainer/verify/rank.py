@@ -163,10 +163,18 @@ class Trial:
         tokens = torch.randint(0, V, (G, S + 1), generator=generator)
         masked = torch.rand(G, S, generator=generator) < torch.arange(G)[:, None] / G
         labels = tokens[:, 1:].masked_fill(masked, IGNORE)
-        cuts = torch.stack([torch.randperm(S - 1, generator=generator)[: DOCUMENTS - 1] for _ in range(G)]) + 1
-        ends = [sorted(row) for row in cuts.tolist()] if self.resolved.recipe.data.isolate_documents else [[]] * G
-        documents = tuple(tuple(end - start for start, end in zip([0, *row], [*row, S], strict=True)) for row in ends)
+        data = self.resolved.recipe.data
+        parts = data.row_tokens // data.seq_len
+        labels[:, : S - S // parts] = IGNORE  # of a translation the second half is learned
+        drawn = [[_lengths(S // parts, generator) for _ in range(parts)] for _ in range(G)]
+        documents = tuple(tuple(n for part in row for n in part) for row in drawn) if data.isolate_documents else ((S,),) * G
         return tokens[:, :-1].contiguous(), labels, documents
+
+
+def _lengths(num_tokens: int, generator: torch.Generator) -> list[int]:
+    """Of the documents in so many tokens."""
+    cuts = sorted((torch.randperm(num_tokens - 1, generator=generator)[: DOCUMENTS - 1] + 1).tolist())
+    return [end - start for start, end in zip([0, *cuts], [*cuts, num_tokens], strict=True)]
 
 
 def with_sgd(recipe: Recipe) -> Recipe:

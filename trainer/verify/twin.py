@@ -17,6 +17,7 @@ from trainer.model.config import TransformerConfig
 from trainer.model.families import FAMILIES
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
 from trainer.recipe.network import translate
+from trainer.sections import Recipe
 
 VOCABULARY = 263  # a prime, so that no degree divides it; above the 257 symbols of the tokenizer "bytes"
 HEAD_DIM = 8
@@ -89,7 +90,7 @@ def _recipe(
         **kept,
         "run": {"name": "verify", "seed": recipe.run.seed, "deterministic": recipe.run.deterministic},
         "model": {"family": family, "config": dict(config)},
-        "data": {"seq_len": seq_len, "isolate_documents": recipe.data.isolate_documents},
+        "data": {"seq_len": seq_len, "isolate_documents": recipe.data.isolate_documents, **_pairs(recipe, given)},
         "batch": batch,
         "zero": _in_memory(given.get("zero", {})),
         "deepspeed": policy,
@@ -99,6 +100,13 @@ def _recipe(
             "recompute": recipe.train.recompute,
         },
     }
+
+
+def _pairs(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A translation has rows of another kind; where they come from is kept though nothing of it is read."""
+    if recipe.data.task != "translate":
+        return {}
+    return {"task": "translate", "sources": given["data"]["sources"]}
 
 
 def _in_memory(zero: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,6 +139,7 @@ def _scaled_config(resolved: ResolvedRecipe, own: TransformerConfig, layouts: Se
     family = FAMILIES[own.family]
     sizes = _sizes(resolved, own, layouts)
     written = {name: sizes[rule.fields[0]] for name, rule in family.keys.items() if rule.fields[0] in sizes}
+    written |= {name: written[of] for name, of in family.equal.items() if of in written}
     config = _own_config(resolved)
     shadowed = [alias for alias, of in {**family.aliases, **family.echoes}.items() if of in written]
     config = {key: value for key, value in config.items() if key not in shadowed}
@@ -148,10 +157,13 @@ def _sizes(resolved: ResolvedRecipe, own: TransformerConfig, layouts: Sequence[L
     hidden = heads * (HEAD_DIM if tied_head_dim else HEAD_DIM + 4)
     stages = max(layout.pp for layout in layouts) * resolved.recipe.parallel.virtual_stages
     layers = min(own.num_layers, max(LEAST_LAYERS, stages))
+    encoder_layers = min(own.encoder_layers, max(1, layers // 2))  # of all
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": hidden,
         "num_layers": layers,
+        "encoder_layers": encoder_layers,
+        "decoder_layers": layers - encoder_layers,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": HEAD_DIM,

@@ -1,0 +1,78 @@
+"""A network that reads a source and writes its target: which half of a row each of its blocks works on.
+
+A row holds sources in its first half and their targets in the second. Between the blocks the hidden states of both lie one
+after the other, [2N, D]: so every stage of a pipeline passes on the same shape, and the encoder's last word travels with
+the target through the stages that need it. With sequence parallelism each half is divided over the tensor ranks on its own.
+
+Shape letters: B batch, S tokens of half a row, N = B · S (with sequence parallelism this rank's share of them), D model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parallel.attention import Documents, Rotation
+from parallel.embedding import VocabParallelEmbedding
+from parallel.rng import Streams
+
+
+class EmbeddedHalves(nn.Module):
+    """tokens [B, 2S] → [2N, D]."""
+
+    def __init__(self, source: nn.Module, target: nn.Module) -> None:
+        super().__init__()
+        self.target = target  # first: it has the weight that both may share
+        self.source = source
+
+    @property
+    def tokens(self) -> VocabParallelEmbedding:
+        """What a tied head shares."""
+        tokens: VocabParallelEmbedding = self.target.tokens
+        return tokens
+
+    def forward(self, tokens_BS: Tensor, documents: Documents, streams: Streams | None) -> Tensor:
+        halves = zip((self.source, self.target), tokens_BS.chunk(2, dim=1), documents.halves, strict=True)
+        return torch.cat([embedding(tokens, of_half, streams) for embedding, tokens, of_half in halves])
+
+
+class SourceLayer(nn.Module):
+    """A layer of the encoder, the last one with the norm behind it; the target passes by."""
+
+    def __init__(self, layer: nn.Module, final: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.final = final
+
+    def forward(self, x_ND: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None) -> Tensor:
+        source_ND, target_ND = x_ND.chunk(2)
+        source_ND = self.layer(source_ND, documents.halves[0], rotation, streams)
+        return torch.cat([self.final(source_ND), target_ND])
+
+
+class TargetLayer(nn.Module):
+    """A layer of the decoder, which attends to the source; that passes by."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_ND: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None) -> Tensor:
+        source_ND, target_ND = x_ND.chunk(2)
+        sources, targets = documents.halves
+        return torch.cat([source_ND, self.layer(target_ND, targets, rotation, streams, (source_ND, sources))])
+
+
+class TargetHead(nn.Module):
+    """The head on the target: the loss over its labels, the second half of `labels_BS`, or its logits [B, S, V/p]."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x_ND: Tensor, documents: Documents, labels_BS: Tensor | None, **more: Any) -> Tensor:
+        labels_BS = None if labels_BS is None else labels_BS.chunk(2, dim=1)[1]
+        logits_or_loss: Tensor = self.head(x_ND.chunk(2)[1], documents.halves[1], labels_BS, **more)
+        return logits_or_loss

@@ -1,0 +1,69 @@
+"""Where the keys of translations and the others do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from trainer.sections import Finding, Recipe, Source
+
+SIDES = ("source", "target")  # fields of a row
+OTHERS = ("field", "shape")  # keys of a source that pairs do not have
+KEYS = ("train.eval_translations", "train.beams", "train.length_penalty")  # that only this task reads
+
+
+def translation_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
+    """`given`: the dotted keys that were written."""
+    translates = recipe.data.task == "translate"
+    sources = [
+        (f"data.{group}[{number}]", source)
+        for group in ("sources", "eval_sources")
+        for number, source in enumerate(getattr(recipe.data, group))
+    ]
+    if not translates:
+        for key in KEYS:
+            if key in given:
+                yield Finding((key, "data.task"), f'{key} is used only with data.task "translate": remove it')
+        for where, source in sources:
+            yield from _unused_findings(where, source)
+        return
+    if not any(key.startswith("data.sources") for key in given):
+        yield Finding(
+            ("data.sources", "data.task"),
+            'data.sources is "stdlib" where it is not given, source code, which holds no translations: data.task "translate" '
+            'needs data.sources with pairs, such as [{"path": "train.en", "target_path": "train.de"}]',
+        )
+    if not recipe.data.isolate_documents:
+        yield Finding(
+            ("data.isolate_documents", "data.task"),
+            'data.isolate_documents = false, but with data.task "translate" each target belongs to one source: remove it',
+        )
+    if recipe.train.eval_translations and not recipe.data.eval_sources:
+        yield Finding(
+            ("train.eval_translations", "data.eval_sources"),
+            f"train.eval_translations = {recipe.train.eval_translations} compares translations with those of "
+            "data.eval_sources, and there are none: give them, or train.eval_translations 0",
+        )
+    for where, source in sources:
+        yield from _source_findings(where, source, given)
+
+
+def _unused_findings(where: str, source: Source) -> Iterator[Finding]:
+    sides = [f"fields.{side}" for side in SIDES if source.fields and getattr(source.fields, side) is not None]
+    for name in [*sides, *(["target_path"] if source.target_path is not None else [])]:
+        message = f'{where}.{name} is used only with data.task "translate": remove it'
+        yield Finding((f"{where}.{name}", "data.task"), message)
+
+
+def _source_findings(where: str, source: Source, given: Collection[str]) -> Iterator[Finding]:
+    for name in OTHERS:
+        if f"{where}.{name}" in given:
+            hint = "; what rows call their sides is said in fields" if name == "field" else ""
+            message = f'{where}.{name} is not used with data.task "translate": remove it{hint}'
+            yield Finding((f"{where}.{name}", "data.task"), message)
+    named = source.fields.model_dump(exclude_none=True) if source.fields else {}
+    for name in sorted(named.keys() - set(SIDES)):
+        message = f'{where}.fields.{name} is not used with data.task "translate"; legal: {", ".join(SIDES)}'
+        yield Finding((f"{where}.fields.{name}", "data.task"), message)
+    if source.target_path is not None and source.fields is not None:
+        message = f"{where}.fields names what rows have, but with {where}.target_path there are lines: remove one of them"
+        yield Finding((f"{where}.fields", f"{where}.target_path"), message)
