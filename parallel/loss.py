@@ -6,6 +6,7 @@ Shape letters: N tokens of a micro-batch, D model, V vocabulary (local: this ran
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,15 +26,145 @@ IGNORE = -100  # label of a position that is not a target, as in torch and trans
 CHUNK_BYTES = 32 << 20  # fp32 logits held at a time: fits a server CPU's L3, and is launch-bound on no GPU
 
 
-class _CrossEntropySum(torch.autograd.Function):
-    """Σ over targets of −log softmax(cap(h Wᵀ + b))[label], with the gradients computed chunk by chunk in forward.
+@dataclass(frozen=True)
+class _Vocabulary:
+    """This rank's rows of the logits' matrix W [V/p, D], their bias [V/p] or None, and the soft cap.
 
-    cap(x) = c · tanh(x / c) where there is a soft cap c, else x; b may be None. With a smoothing ε the share ε of the label's
-    weight is divided evenly over the vocabulary (Szegedy et al. 2016, arXiv:1512.00567, §7), as torch's cross_entropy does.
+    Logits are x = cap(h Wᵀ + b), with cap(x) = c · tanh(x / c) where there is a soft cap c, else x.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    size: int  # V
+    group: Group
+    softcap: float | None
+
+    @property
+    def rows(self) -> int:
+        return self.weight_VD.shape[0]
+
+    @property
+    def first(self) -> int:
+        return vocabulary_shard(self.size, self.group)[0]
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.float64 if self.weight_VD.dtype == torch.float64 else torch.float32
+
+    def parts(self, num_tokens: int) -> Iterator[slice]:
+        """The tokens whose logits are held at a time."""
+        step = max(1, CHUNK_BYTES // (4 * self.rows))
+        return (slice(start, start + step) for start in range(0, num_tokens, step))
+
+    def chunk(self, h_ND: Tensor, labels_N: Tensor, *, wants_slope: bool) -> _Chunk:
+        padding = self.first + self.rows - self.size
+        logits = (h_ND @ self.weight_VD.t()).to(self.wide)
+        slope = None
+        if self.bias_V is not None:
+            logits.add_(self.bias_V)
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_()
+            slope = 1.0 - logits.square() if wants_slope else None
+            logits.mul_(self.softcap)
+        if padding > 0:
+            logits[:, max(0, self.rows - padding) :] = -torch.inf
+        is_target = labels_N != IGNORE
+        local = labels_N - self.first
+        return _Chunk(self, logits, slope, is_target, is_target & (local >= 0) & (local < self.rows), local)
+
+
+@dataclass
+class _Chunk:
+    """Some tokens' logits [N, V/p], replaced in place by what is made of them, and where their labels lie."""
+
+    vocabulary: _Vocabulary
+    logits: Tensor
+    slope: Tensor | None  # of the soft cap
+    is_target: Tensor
+    is_here: Tensor  # bool [N]: the label is one of this rank's rows
+    local: Tensor  # int64 [N]: the label, counted from this rank's first row
+
+    @property
+    def _real(self) -> Tensor:
+        """The columns that are not padding."""
+        vocabulary = self.vocabulary
+        return self.logits[:, : min(vocabulary.rows, max(0, vocabulary.size - vocabulary.first))]
+
+    @property
+    def column(self) -> Tensor:
+        return self.local.masked_fill(~self.is_here, 0).unsqueeze(-1)
+
+    def hits(self) -> Tensor:
+        """Of how many targets the label has the highest logit; of equal ones the lowest id counts."""
+        vocabulary = self.vocabulary
+        highest, column = self.logits.max(-1)  # the first of equal ones
+        overall = all_reduce(highest, vocabulary.group, dist.ReduceOp.MAX)
+        guess = torch.where(highest == overall, vocabulary.first + column, vocabulary.size)
+        guess = all_reduce(guess, vocabulary.group, dist.ReduceOp.MIN)
+        return (self.is_target & (guess - vocabulary.first == self.local)).sum()
+
+    def losses(self, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """−log softmax(x)[label] of each token, 0 where it is no target, and log Σ exp x; the logits become probabilities.
+        `smoothing`: the share of the label's weight that is divided evenly over the vocabulary.
+
+        Communication: the all-reduced maximum, then denominator and target logit together.
+        """
+        group = self.vocabulary.group
+        maximum = all_reduce(self.logits.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
+        self.logits.sub_(maximum)
+        target = self.logits.gather(-1, self.column).squeeze(-1).masked_fill(~self.is_here, 0.0)
+        if smoothing:
+            target = (1.0 - smoothing) * target + smoothing / self.vocabulary.size * self._real.sum(-1)
+        exponentials = self.logits.exp_()
+        totals = all_reduce(torch.stack([exponentials.sum(-1), target]), group)
+        exponentials.div_(totals[0].unsqueeze(-1))
+        log_total = totals[0].log()
+        return (log_total - totals[1]).masked_fill(~self.is_target, 0.0), log_total + maximum.squeeze(-1)
+
+    def to_probabilities(self, log_normalisers: Tensor) -> None:
+        self.logits.sub_(log_normalisers.unsqueeze(-1)).exp_()
+
+    def to_gradients(self, smoothing: float = 0.0) -> Tensor:
+        """d losses / d (h Wᵀ + b) from the probabilities: softmax − the label's weights on targets, times the cap's slope;
+        exactly 0 elsewhere (masked: NaN · 0 is NaN)."""
+        weight = (smoothing - 1.0) * self.is_here.to(self.logits.dtype).unsqueeze(-1)
+        gradients = self.logits.scatter_add_(-1, self.column, weight)
+        if smoothing:
+            self._real.sub_(smoothing / self.vocabulary.size)
+        if self.slope is not None:
+            gradients.mul_(self.slope)
+        return gradients.masked_fill_(~self.is_target.unsqueeze(-1), 0.0)
+
+
+class _Gradients:
+    """Those of h, W and b, chunk by chunk from those of the logits."""
+
+    def __init__(self, h_ND: Tensor, vocabulary: _Vocabulary, *, trains_weight: bool, trains_bias: bool) -> None:
+        # Several chunks are summed in fp32: in bf16 the sum would lose what later chunks add.
+        self._h_ND, self._vocabulary = h_ND, vocabulary
+        like = {"dtype": vocabulary.wide, "device": h_ND.device}
+        bias_V = vocabulary.bias_V
+        self.h = torch.empty_like(h_ND)
+        self.weight = torch.zeros(vocabulary.weight_VD.shape, **like) if trains_weight else None
+        self.bias = torch.zeros(bias_V.shape, **like) if trains_bias and bias_V is not None else None
+
+    def add(self, part: slice, of_logits: Tensor) -> None:
+        if self.bias is not None:
+            self.bias += of_logits.sum(0)
+        delta = of_logits.to(self._h_ND.dtype)
+        self.h[part] = delta @ self._vocabulary.weight_VD
+        if self.weight is not None:
+            self.weight += delta.t() @ self._h_ND[part]
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """Σ over targets of −log softmax(x)[label], with the gradients computed chunk by chunk in forward.
+
+    With a smoothing ε the share ε of the label's weight is divided evenly over the vocabulary (Szegedy et al. 2016,
+    arXiv:1512.00567, §7), as torch's cross_entropy does.
 
     In forward each chunk's logits are still in cache, so backward neither keeps nor recomputes them: three matrix products
-    in all, the least possible. Forward: h [N, D] replicated, W [V/p, D], b [V/p] → scalar, replicated. Communication per chunk:
-    the all-reduced maximum, then denominator and target logit together. Backward: two scalings.
+    in all, the least possible. Forward: h [N, D] replicated, W [V/p, D], b [V/p] → scalar, replicated. Backward: two scalings.
     """
 
     @staticmethod
@@ -50,51 +181,18 @@ class _CrossEntropySum(torch.autograd.Function):
     ) -> Tensor:
         wants_grad = any(ctx.needs_input_grad)
         trains_weight, trains_bias = ctx.needs_input_grad[1:3]
-        w_VD = weight_VD.to(h_ND.dtype)
-        first, rows = vocabulary_shard(vocab_size, group)
-        real = min(rows, max(0, vocab_size - first))  # columns that are not padding
-        wide = _wide(h_ND)
-        loss = torch.zeros((), dtype=wide, device=h_ND.device)
-        grad_h = torch.empty_like(h_ND) if wants_grad else None
-        # Several chunks are summed in fp32: in bf16 the sum would lose what later chunks add.
-        grad_w = torch.zeros(w_VD.shape, dtype=wide, device=w_VD.device) if trains_weight else None
-        grad_b = torch.zeros(bias_V.shape, dtype=wide, device=w_VD.device) if trains_bias and bias_V is not None else None
-        for part in _chunks(h_ND.shape[0], rows):
-            labels = labels_N[part]
-            is_target = labels != IGNORE
-            local = labels - first
-            is_here = is_target & (local >= 0) & (local < rows)
-            column = local.masked_fill(~is_here, 0).unsqueeze(-1)
-
-            logits = _logits(h_ND[part], w_VD, bias_V, softcap)
-            if softcap is not None and wants_grad:
-                slope = 1.0 - logits.div(softcap).square_()
-            _mask_padding(logits, first, vocab_size)
-            logits.sub_(all_reduce(logits.amax(-1, keepdim=True), group, dist.ReduceOp.MAX))
-            target = logits.gather(-1, column).squeeze(-1).masked_fill(~is_here, 0.0)
-            if smoothing:
-                target = (1.0 - smoothing) * target + smoothing / vocab_size * logits[:, :real].sum(-1)
-            probabilities = logits.exp_()
-            totals = all_reduce(torch.stack([probabilities.sum(-1), target]), group)
-            loss += (totals[0].log() - totals[1]).masked_fill(~is_target, 0.0).sum()
-            if grad_h is None:
-                continue
-            # d loss / d logits = softmax − the label's weights on targets, exactly 0 elsewhere (masked: NaN · 0 is NaN).
-            probabilities.div_(totals[0].unsqueeze(-1))
-            probabilities.scatter_add_(-1, column, (smoothing - 1.0) * is_here.to(wide).unsqueeze(-1))
-            if smoothing:
-                probabilities[:, :real].sub_(smoothing / vocab_size)
-            if softcap is not None:
-                probabilities.mul_(slope)
-            probabilities.masked_fill_(~is_target.unsqueeze(-1), 0.0)
-            if grad_b is not None:
-                grad_b += probabilities.sum(0)
-            delta = probabilities.to(h_ND.dtype)
-            grad_h[part] = delta @ w_VD
-            if grad_w is not None:
-                grad_w += delta.t() @ h_ND[part]
-        if grad_h is not None:
-            ctx.save_for_backward(grad_h, grad_w, grad_b)
+        vocabulary = _Vocabulary(weight_VD.to(h_ND.dtype), bias_V, vocab_size, group, softcap)
+        loss = torch.zeros((), dtype=vocabulary.wide, device=h_ND.device)
+        gradients = None
+        if wants_grad:
+            gradients = _Gradients(h_ND, vocabulary, trains_weight=trains_weight, trains_bias=trains_bias)
+        for part in vocabulary.parts(h_ND.shape[0]):
+            chunk = vocabulary.chunk(h_ND[part], labels_N[part], wants_slope=wants_grad)
+            loss += chunk.losses(smoothing)[0].sum()
+            if gradients is not None:
+                gradients.add(part, chunk.to_gradients(smoothing))
+        if gradients is not None:
+            ctx.save_for_backward(gradients.h, gradients.weight, gradients.bias)
             ctx.weight_dtype = weight_VD.dtype
         return loss
 
@@ -116,54 +214,60 @@ def cross_entropy_and_hits(
     group: Group,
     softcap: float | None,
 ) -> Tensor:
-    """The loss of `_CrossEntropySum`, and of how many targets the label has the highest logit (of equal ones the lowest id
-    counts), float64 [2], the same on every rank. Communication per chunk: maximum, lowest id, then denominator and target
-    logit together."""
-    w_VD = weight_VD.to(h_ND.dtype)
-    first, rows = vocabulary_shard(vocab_size, group)
+    """The loss of `_CrossEntropySum`, and of how many targets the label has the highest logit, float64 [2], the same on every
+    rank. Communication per chunk: that of the losses, and before it maximum and lowest id."""
+    vocabulary = _Vocabulary(weight_VD.to(h_ND.dtype), bias_V, vocab_size, group, softcap)
     sums = torch.zeros(2, dtype=torch.float64, device=h_ND.device)
-    for part in _chunks(h_ND.shape[0], rows):
-        labels = labels_N[part]
-        is_target = labels != IGNORE
-        local = labels - first
-        is_here = is_target & (local >= 0) & (local < rows)
-
-        logits = _logits(h_ND[part], w_VD, bias_V, softcap)
-        _mask_padding(logits, first, vocab_size)
-        highest, column = logits.max(-1)  # the first of equal ones
-        overall = all_reduce(highest, group, dist.ReduceOp.MAX)
-        guess = all_reduce(torch.where(highest == overall, first + column, vocab_size), group, dist.ReduceOp.MIN)
-        logits.sub_(overall.unsqueeze(-1))
-        target = logits.gather(-1, local.masked_fill(~is_here, 0).unsqueeze(-1)).squeeze(-1).masked_fill(~is_here, 0.0)
-        totals = all_reduce(torch.stack([logits.exp_().sum(-1), target]), group)
-        sums[0] += (totals[0].log() - totals[1]).masked_fill(~is_target, 0.0).sum()
-        sums[1] += (is_target & (guess == labels)).sum()
+    for part in vocabulary.parts(h_ND.shape[0]):
+        chunk = vocabulary.chunk(h_ND[part], labels_N[part], wants_slope=False)
+        sums[1] += chunk.hits()
+        sums[0] += chunk.losses()[0].sum()
     return sums
 
 
-def _wide(h_ND: Tensor) -> torch.dtype:
-    return torch.float64 if h_ND.dtype == torch.float64 else torch.float32
+class _TokenLosses(torch.autograd.Function):
+    """−log softmax(x)[label] of each token, 0 where it is no target, each with a gradient of its own.
 
+    The weight of a token's gradient is known only when the losses are, often of other tokens (of both answers of a pair), so
+    the gradient of W, a sum over tokens, cannot be computed in forward. Backward computes each chunk's logits again: four
+    matrix products for three, and one fp32 number per token is kept, log Σ exp x, which makes backward's softmax without
+    communication. To keep the logits instead would take V numbers per token, the most of all that a step holds.
+    Forward: h [N, D] replicated, W [V/p, D], b [V/p] → [N], replicated.
+    """
 
-def _chunks(num_tokens: int, rows: int) -> Iterator[slice]:
-    """Tokens whose logits over `rows` of the vocabulary are held together."""
-    step = max(1, CHUNK_BYTES // (4 * rows))
-    return (slice(start, start + step) for start in range(0, num_tokens, step))
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        vocab_size: int,
+        group: Group,
+        softcap: float | None,
+    ) -> Tensor:
+        vocabulary = _Vocabulary(weight_VD.to(h_ND.dtype), bias_V, vocab_size, group, softcap)
+        losses_N, log_normalisers_N = torch.empty((2, h_ND.shape[0]), dtype=vocabulary.wide, device=h_ND.device)
+        for part in vocabulary.parts(h_ND.shape[0]):
+            chunk = vocabulary.chunk(h_ND[part], labels_N[part], wants_slope=False)
+            losses_N[part], log_normalisers_N[part] = chunk.losses()
+        ctx.save_for_backward(h_ND, weight_VD, bias_V, labels_N, log_normalisers_N)
+        ctx.output = (vocab_size, group, softcap)
+        return losses_N
 
-
-def _logits(h_ND: Tensor, w_VD: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
-    """cap(h Wᵀ + b), wide, [N, V/p]."""
-    logits = (h_ND @ w_VD.t()).to(_wide(h_ND))
-    if bias_V is not None:
-        logits.add_(bias_V)
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
-
-
-def _mask_padding(logits_NV: Tensor, first: int, vocab_size: int) -> None:
-    rows = logits_NV.shape[-1]
-    padding = first + rows - vocab_size
-    if padding > 0:
-        logits_NV[:, max(0, rows - padding) :] = -torch.inf
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        h_ND, weight_VD, bias_V, labels_N, log_normalisers_N = ctx.saved_tensors
+        trains_weight, trains_bias = ctx.needs_input_grad[1:3]
+        vocabulary = _Vocabulary(weight_VD.to(h_ND.dtype), bias_V, *ctx.output)
+        gradients = _Gradients(h_ND, vocabulary, trains_weight=trains_weight, trains_bias=trains_bias)
+        for part in vocabulary.parts(h_ND.shape[0]):
+            chunk = vocabulary.chunk(h_ND[part], labels_N[part], wants_slope=True)
+            chunk.to_probabilities(log_normalisers_N[part])
+            gradients.add(part, chunk.to_gradients().mul_(grad_N[part].unsqueeze(-1)))
+        weight, bias = (None if grads is None else grads.to(weight_VD.dtype) for grads in (gradients.weight, gradients.bias))
+        return gradients.h, weight, bias, None, None, None, None
 
 
 class VocabParallelHead(Sharded):
@@ -172,9 +276,10 @@ class VocabParallelHead(Sharded):
 
     `forward` with labels [N] (IGNORE where there is no target): h [N, D], or this rank's tokens of it → the loss summed over
     targets, an fp32 scalar, the same on every rank of the group; `measured`, without gradients, that and the number of targets
-    whose label has the highest logit, float64 [2]. Without labels: this rank's logits [N, V/p], for sampling
-    and oracles. `bias`: its logical tensor's name, None: there is none; `bias_is_row`: that is [1, V], not [V]. `softcap`:
-    logits x become softcap · tanh(x / softcap).
+    whose label has the highest logit, float64 [2]; `by_token`, each token's own loss, fp32 [N], 0 where there is no target, for
+    what is no plain sum over targets. Without labels: this rank's logits [N, V/p], for sampling and oracles. `bias`: its
+    logical tensor's name, None: there is none; `bias_is_row`: that is [1, V], not [V]. `softcap`: logits x become
+    softcap · tanh(x / softcap).
     """
 
     def __init__(
@@ -211,9 +316,15 @@ class VocabParallelHead(Sharded):
             self.declare("bias", shape, ShardSpec(Role.BIAS, Init(), (piece,), Group.alone()))
 
     def forward(
-        self, h_ND: Tensor, labels_N: Tensor | None = None, *, measured: bool = False, smoothing: float = 0.0
+        self,
+        h_ND: Tensor,
+        labels_N: Tensor | None = None,
+        *,
+        measured: bool = False,
+        by_token: bool = False,
+        smoothing: float = 0.0,
     ) -> Tensor:
-        """`smoothing`: the share of a label's weight that is divided evenly over the vocabulary; nothing measured has it."""
+        """`smoothing`: the share of a label's weight that is divided evenly over the vocabulary; only the sum has it."""
         h_ND = self.tp.enter(h_ND)
         bias_V = None if self.bias is None else self.bias.flatten()
         if labels_N is None:
@@ -221,4 +332,6 @@ class VocabParallelHead(Sharded):
             logits_NV = functional.linear(h_ND, self.weight.to(h_ND.dtype), bias_V)
             return logits_NV if self.softcap is None else soft_cap(logits_NV, self.softcap)
         of_head = h_ND, self.weight, bias_V, labels_N, self.vocab_size, self.tp.group, self.softcap
+        if by_token:
+            return _TokenLosses.apply(*of_head)
         return cross_entropy_and_hits(*of_head) if measured else _CrossEntropySum.apply(*of_head, smoothing)

@@ -44,9 +44,10 @@ class Pipeline:
     """The stages of one rank.
 
     `modules` are its stages by index: the first takes tokens [B, S], the others hidden [N, D], and all take the micro-batch's
-    context as keywords; the last returns the summed loss, or logits, the others hidden. `hidden` has the shape and format of
-    what passes between stages (on the meta device). `around` is entered around every backward. `deferred`: where the stages'
-    linear layers leave their weight gradients, when the schedule splits backwards.
+    context as keywords; the last returns the summed loss, first of `num_sums` sums where there are others, or logits, all
+    others hidden. `hidden` has the shape and format of what passes between stages (on the meta device). `around` is entered
+    around every backward. `deferred`: where the stages' linear layers leave their weight gradients, when the schedule splits
+    backwards.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Pipeline:
         device: torch.device,
         tokens: Tensor,
         hidden: Tensor,
+        num_sums: int = 1,
         around: Around,
         deferred: Mapping[int, WeightGradients],
         leaves_weights: bool = True,
@@ -74,7 +76,7 @@ class Pipeline:
         self._leaves_weights = leaves_weights
         silent = {Kind.FORWARD} if leaves_weights else {Kind.FORWARD, Kind.WEIGHT_GRAD}
         self._backwards = sum(action.kind not in silent for action in table.actions(group.rank))
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(num_sums, dtype=torch.float64, device=device)
         last = table.num_stages - 1
         self._stages = [
             _Stage(
@@ -83,7 +85,9 @@ class Pipeline:
                 table.num_stages,
                 device,
                 input_args=tokens if index == 0 else hidden.requires_grad_(),
-                output_args=torch.empty((), device="meta", requires_grad=True) if index == last else hidden.requires_grad_(),
+                output_args=torch.empty(num_sums, device="meta", requires_grad=True)
+                if index == last
+                else hidden.requires_grad_(),
                 group=group.handle,
                 dw_builder=deferred[index].take if index in deferred else None,
                 around=self._enter,
@@ -104,16 +108,16 @@ class Pipeline:
         return self.table.num_stages - 1 in self.modules
 
     def step(self, tokens_BS: Sequence[Tensor], contexts: Sequence[dict[str, Any]], *, scale: float) -> Tensor:
-        """Forward and backward of all micro-batches, the loss times `scale`; the unscaled loss summed over them, float64, on
-        the rank with the last stage, elsewhere 0."""
-        self.loss_sum.zero_()
+        """Forward and backward of all micro-batches, the loss times `scale`; the unscaled sums over them, float64 [num_sums],
+        on the rank with the last stage, elsewhere 0."""
+        self.sums.zero_()
         self._count.clear()
         for stage in self._stages:
             stage.has_backward = True
             stage.clear_runtime_states()
         inputs = [(tokens,) if self.has_first else () for tokens in tokens_BS]
         self._runtime._step_microbatches(inputs, list(contexts), [scale] * len(inputs), [], return_outputs=False)
-        return self.loss_sum
+        return self.sums
 
     def forward(self, tokens_BS: Tensor, context: Mapping[str, Any], hidden: Tensor | None = None) -> Tensor | None:
         """One micro-batch through all stages, without gradients: the last stage's output where that is, elsewhere None.
@@ -142,9 +146,10 @@ class Pipeline:
     def _global_rank(self, stage: int) -> int:
         return self.group.ranks[self.table.rank_of_stage[stage]]
 
-    def _loss(self, loss: Tensor, scale: float) -> Tensor:
-        self.loss_sum += loss.detach().double()
-        return loss * scale
+    def _loss(self, output: Tensor, scale: float) -> Tensor:
+        sums = output.reshape(-1)
+        self.sums += sums.detach().double()
+        return sums[0] * scale
 
     def _enter(self, stage: int, weights_only: bool) -> AbstractContextManager[None]:
         if weights_only and not self._leaves_weights:

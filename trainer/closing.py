@@ -60,7 +60,7 @@ def _with_unmerged(run: Session, dtype: torch.dtype) -> Callable[[Path], None]:
 def finish(run: Session, summary: dict[str, object]) -> None:
     """What is worth knowing at the end: a sample, the baseline, the report."""
     recipe, tokenizer = run.recipe, run.prepared.tokenizer
-    if run.eval_data is not None and run.place.is_first:
+    if run.eval_data is not None and run.place.is_first and run.engine.measures.predicts_tokens:
         summary["unigram_perplexity"] = unigram_perplexity(
             run.prepared.train,
             run.prepared.evaluation,

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ from trainer.model.auto_stage import AutoStage
 from trainer.model.blocks import blocks_of
 from trainer.model.network import Network
 from trainer.model.transformer import Stage
+from trainer.objective import loss_of
 from trainer.optimizers import make_optimizer
 from trainer.recipe.pipeline import schedule_table
 from trainer.recipe.stages import stages_of
@@ -54,13 +55,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step, the same on every rank. `grad_norm` is before clipping; inf when it was not finite, which skips the
-    step, as a norm above the caller's limit does."""
+    step, as a norm above the caller's limit does. `statistics`: the task's, beside its loss."""
 
     loss: float
     num_targets: int
     grad_norm: float
     loss_scale: float
     skipped: bool
+    statistics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Engine:
@@ -94,9 +96,10 @@ class Engine:
         dtype = DTYPES[recipe.precision.dtype]
         masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
         tp = TensorParallel(mesh.tp, sequence=recipe.parallel.divides_tokens, overlap=recipe.parallel.overlap)
-        smoothed = partial(Stage, label_smoothing=recipe.train.label_smoothing)
         build = partial(
-            AutoStage if isinstance(config, AutoNetwork) else partial(smoothed, adapt=adaptation(recipe.tuning, config)),
+            AutoStage
+            if isinstance(config, AutoNetwork)
+            else partial(Stage, adapt=adaptation(recipe.tuning, config), loss=loss_of(recipe)),
             config,
             dtype=dtype,
             recompute=recipe.train.recompute,
@@ -122,7 +125,7 @@ class Engine:
                 tp=tp,
                 device=device,
                 watch=self.watch,
-                num_sums=self.measures.num_sums,
+                measures=self.measures,
             )
         module = self.execution.module
         self.constants = module.constants if isinstance(module, AutoStage) else []  # saved like weights, never trained
@@ -163,7 +166,7 @@ class Engine:
         scale = self.scaler.scale
         if self.budget is not None:
             self.budget.begin(scale)
-        loss_sum, num_targets = self._gradients(micro_batches, step, scale)
+        sums, num_targets = self._gradients(micro_batches, step, scale)
         with self.watch("optimizer"):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -171,8 +174,8 @@ class Engine:
             if self.budget is not None:
                 self.state.clear(self.budget.end(step, scale=scale, grad_norm=grad_norm, skipped=skipped))
             self.scaler.update(overflow=skipped and math.isinf(grad_norm))
-        loss = float(all_reduce(loss_sum, self.mesh.dp)) / num_targets
-        return StepResult(loss, num_targets, grad_norm, scale, skipped)
+        loss, *means = (all_reduce(sums, self.mesh.dp) / num_targets).tolist()
+        return StepResult(loss, num_targets, grad_norm, scale, skipped, self.measures.step_record(means))
 
     def replay(self, micro_batches: Sequence[MicroBatch], *, step: int, scale: float) -> None:
         """Forward and backward of a step that was skipped, once more, for hooks to watch. It is the same to the bit: weights
@@ -188,9 +191,9 @@ class Engine:
                 spoiler.remove()
 
     def _gradients(self, micro_batches: Sequence[MicroBatch], step: int, scale: float) -> tuple[Tensor, int]:
-        """Forward and backward: (this data-parallel rank's loss, summed over its targets; the step's targets)."""
+        """Forward and backward: (this data-parallel rank's sums over its targets; the step's targets)."""
         self.deepspeed.train()
-        num_targets = self._total(sum(batch.num_targets for batch in micro_batches), self.mesh.dp)
+        num_targets = self._total(sum(map(self.measures.num_targets, micro_batches)), self.mesh.dp)
         if num_targets == 0:
             raise DataError(f"step {step} has no target: every label of its {self.plan.global_sequences} sequences is masked")
         factor = self.plan.loss_factor(num_targets)
@@ -207,12 +210,18 @@ class Engine:
         targets = 0
         for batch in micro_batches:
             sums += self.execution.sums(self._batch(batch, None))
-            targets += batch.num_targets
+            targets += self.measures.num_targets(batch)
             self.watch.tick()
         num_targets = self._total(targets, self.mesh.dp)
         if num_targets == 0:
             raise DataError("the evaluation has no target: every label is masked")
         return EvalResult(tuple(all_reduce(sums, self.mesh.dp).tolist()), num_targets)
+
+    @torch.no_grad()
+    def log_probs(self, batch: MicroBatch) -> Tensor:
+        """Of the targets of each document, without dropout, [documents]: what a preference loss will compare with."""
+        self.deepspeed.eval()
+        return self.execution.log_probs(self._batch(batch, None))
 
     @torch.no_grad()
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
@@ -248,8 +257,9 @@ class Engine:
         self.deepspeed.destroy()
 
     def _batch(self, batch: MicroBatch, streams: Streams | None) -> Batch:
-        tokens_BS, labels_BS = (part.to(self.device, non_blocking=True) for part in (batch.tokens_BS, batch.labels_BS))
-        return Batch(tokens_BS, labels_BS, Documents(batch.documents), streams)
+        tensors = (batch.tokens_BS, batch.labels_BS, batch.reference_R)
+        tokens_BS, labels_BS, reference_R = (t if t is None else t.to(self.device, non_blocking=True) for t in tensors)
+        return Batch(tokens_BS, labels_BS, Documents(batch.documents), streams, reference_R)
 
     def _update(self, scale: float, norm_limit: float) -> tuple[float, bool]:
         """Apply the accumulated gradient, or skip when it is not finite or too large; (norm before clipping, skipped)."""

@@ -20,6 +20,7 @@ from parallel.rng import Streams
 from parallel.schedule_table import ScheduleTable
 from parallel.tensor import TensorParallel
 from trainer.batching import BatchPlan
+from trainer.measures import Measures
 from trainer.model.blocks import Block
 from trainer.model.config import TransformerConfig
 from trainer.model.transformer import Stage
@@ -29,17 +30,19 @@ from trainer.zero_pipeline import ZeroInPipeline
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch on the device. `streams` None: no dropout."""
+    """A micro-batch on the device. `streams` None: no dropout. `reference_R`: see `MicroBatch`."""
 
     tokens_BS: Tensor
     labels_BS: Tensor | None
     documents: Documents
     streams: Streams | None = None
+    reference_R: Tensor | None = None
 
     @property
     def context(self) -> dict[str, Any]:
         """What each stage takes beside its input."""
-        return {"documents": self.documents, "labels_BS": self.labels_BS, "streams": self.streams}
+        reference = {} if self.reference_R is None else {"reference_R": self.reference_R}
+        return {"documents": self.documents, "labels_BS": self.labels_BS, "streams": self.streams, **reference}
 
 
 class BuildStage(Protocol):
@@ -49,9 +52,8 @@ class BuildStage(Protocol):
 
 
 class Execution(Protocol):
-    """`module` is what DeepSpeed gets; losses are sums over targets of this data-parallel rank, the same on all its ranks; so
-    are the statistics of an evaluation.
-    `reads_tokens`: this rank needs tokens or labels, not only where documents end."""
+    """`module` is what DeepSpeed gets; losses and statistics are sums over targets of this data-parallel rank, float64, the
+    loss first, the same on all its ranks. `reads_tokens`: this rank needs tokens or labels, not only where documents end."""
 
     module: nn.Module
     reads_tokens: bool
@@ -60,10 +62,13 @@ class Execution(Protocol):
         """The DeepSpeed engine, once there is one."""
 
     def step(self, batches: Sequence[Batch], *, factor: float, scale: float) -> Tensor:
-        """Forward and backward of all micro-batches: gradients of loss · factor, times the loss scale. The loss, float64."""
+        """Forward and backward of all micro-batches: gradients of loss · factor, times the loss scale. [num_step_sums]."""
 
     def sums(self, batch: Batch) -> Tensor:
-        """The task's statistics of a micro-batch, float64 [num_sums], the loss first; no gradients."""
+        """The task's statistics of a micro-batch, [num_sums]; no gradients."""
+
+    def log_probs(self, batch: Batch) -> Tensor:
+        """Of the targets of each document, [documents], from a loss that compares them with a reference; no gradients."""
 
     def logits(self, batch: Batch) -> Tensor:
         """Of the first row: this tensor rank's [S, V/p]; no gradients."""
@@ -82,18 +87,21 @@ class OneStage:
         self._engine = engine
 
     def step(self, batches: Sequence[Batch], *, factor: float, scale: float) -> Tensor:
-        loss_sum = torch.zeros((), dtype=torch.float64, device=batches[0].tokens_BS.device)
+        total = torch.zeros(1, dtype=torch.float64, device=batches[0].tokens_BS.device)
         for index, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             with self._watch("forward"):
-                loss = self._engine(batch.tokens_BS, **batch.context)
+                sums = self._engine(batch.tokens_BS, **batch.context).reshape(-1)
             with self._watch("backward"):
-                loss_sum += loss.detach().double()
-                self._backward(loss * factor, scale)
-        return loss_sum
+                total = total + sums.detach().double()
+                self._backward(sums[0] * factor, scale)
+        return total
 
     def sums(self, batch: Batch) -> Tensor:
         return self._engine(batch.tokens_BS, **batch.context, measured=True)
+
+    def log_probs(self, batch: Batch) -> Tensor:
+        return self._engine(batch.tokens_BS, **batch.context)
 
     def logits(self, batch: Batch) -> Tensor:
         return self._engine.module(batch.tokens_BS, **batch.context)[0]
@@ -120,10 +128,10 @@ class InPipeline:
         tp: TensorParallel,
         device: torch.device,
         watch: Stopwatch,
-        num_sums: int,
+        measures: Measures,
     ) -> None:
         self._mesh, self._tp, self._dtype, self._watch = mesh, tp, dtype, watch
-        self._num_sums = num_sums
+        self._measures = measures
         self._hidden_size = config.hidden_size
         self._vocabulary_rows = vocabulary_shard(config.vocab_size, tp.group)[1]
         mine = table.stages(mesh.pp.rank)
@@ -150,6 +158,7 @@ class InPipeline:
             device=device,
             tokens=torch.empty((plan.micro_sequences, plan.seq_len), dtype=torch.int64, device="meta"),
             hidden=self._hidden(plan.micro_sequences * plan.seq_len),
+            num_sums=measures.num_step_sums,
             around=self._zero.around,
             deferred=deferred,
             leaves_weights=any(
@@ -164,15 +173,15 @@ class InPipeline:
         self._zero.start()
         with self._watch("forward"):
             contexts = [self._context(batch) for batch in batches]
-            loss_sum = self._pipeline.step([batch.tokens_BS for batch in batches], contexts, scale=factor * scale)
+            sums = self._pipeline.step([batch.tokens_BS for batch in batches], contexts, scale=factor * scale)
         self._zero.finish(len(batches))
-        return all_reduce(loss_sum, self._mesh.pp)  # 0 on all ranks but the one with the last stage
+        return all_reduce(sums, self._mesh.pp)  # 0 on all ranks but the one with the last stage
 
     def sums(self, batch: Batch) -> Tensor:
-        hidden = self._hidden(batch.tokens_BS.numel())
-        sums = self._pipeline.forward(batch.tokens_BS, {**self._context(batch), "measured": True}, hidden)
-        nothing = torch.zeros(self._num_sums, dtype=torch.float64, device=batch.tokens_BS.device)
-        return all_reduce(nothing if sums is None else sums, self._mesh.pp)
+        return self._of_last_stage(batch, self._measures.num_sums, measured=True)
+
+    def log_probs(self, batch: Batch) -> Tensor:
+        return self._of_last_stage(batch, sum(map(len, batch.documents.lengths)))
 
     def logits(self, batch: Batch) -> Tensor:
         rows, seq_len = batch.tokens_BS.shape
@@ -181,9 +190,16 @@ class InPipeline:
         own = torch.empty(shape, dtype=self._dtype, device=batch.tokens_BS.device) if logits_BSV is None else logits_BSV[0]
         return self._pipeline.broadcast_from_last(own)
 
+    def _of_last_stage(self, batch: Batch, size: int, **context: Any) -> Tensor:
+        """What the last stage gives, float64 [size], on all ranks of the pipeline."""
+        hidden = self._hidden(batch.tokens_BS.numel())
+        output = self._pipeline.forward(batch.tokens_BS, {**self._context(batch), **context}, hidden)
+        nothing = torch.zeros(size, dtype=torch.float64, device=batch.tokens_BS.device)
+        return all_reduce(nothing if output is None else output, self._mesh.pp)
+
     def _context(self, batch: Batch) -> dict[str, Any]:
-        """Labels are for the last stage."""
-        return batch.context if self._pipeline.has_last else {**batch.context, "labels_BS": None}
+        """Labels, and what they are compared with, are for the last stage."""
+        return batch.context if self._pipeline.has_last else replace(batch, labels_BS=None, reference_R=None).context
 
     def _hidden(self, num_tokens: int) -> Tensor:
         tokens = self._tp.tokens(num_tokens)

@@ -55,6 +55,7 @@ class Meter:
         self._last = {
             "step": steps_done,
             "loss": result.loss,
+            **result.statistics,
             "grad_norm": result.grad_norm,
             "lr": lr,
             "loss_scale": result.loss_scale,

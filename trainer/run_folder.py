@@ -43,6 +43,10 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def reference(self) -> Path:
+        return self.path / "reference"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

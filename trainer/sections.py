@@ -113,6 +113,8 @@ class Fields(Section):
     system: str | None = Field(None, min_length=1, description="What is said before the first turn.")
     source: str | None = Field(None, min_length=1, description="translate: a text; a.b is field b of the object in field a.")
     target: str | None = Field(None, min_length=1, description="translate: its translation.")
+    chosen: str | None = Field(None, min_length=1, description="preference: the better answer.")
+    rejected: str | None = Field(None, min_length=1, description="preference: the worse answer.")
 
 
 class Source(Section):
@@ -140,19 +142,19 @@ class Source(Section):
     )
     fields: Fields | None = Field(
         None,
-        description='sft, translate: what this source calls them, such as {"prompt": "question", "completion": "answer"} or '
-        '{"source": "en", "target": "de"}.',
+        description='sft, preference, translate: what this source calls them, such as {"prompt": "question", "completion": '
+        '"answer"} or {"source": "en", "target": "de"}.',
     )
 
 
 class Data(Section):
     """Documents, tokenizer, packing."""
 
-    task: Literal["pretrain", "sft", "translate"] = Field(
+    task: Literal["pretrain", "sft", "preference", "translate"] = Field(
         "pretrain",
         description="What is learned: pretrain = the next token of packed documents; sft = the assistant's turns of packed "
-        "conversations, written by the tokenizer's chat template; translate = the targets of packed pairs, by an encoder and "
-        "a decoder.",
+        "conversations, written by the tokenizer's chat template; preference = to prefer the chosen of two answers; translate "
+        "= the targets of packed pairs, by an encoder and a decoder.",
     )
     learn: Literal["answers", "all"] = Field(
         "answers", description="sft: whose tokens are targets: those of the assistant's turns, or all."
@@ -476,6 +478,31 @@ class Tuning(Section):
     )
 
 
+class Preference(Section):
+    """How data.task preference learns from a chosen and a rejected answer."""
+
+    loss: Literal["dpo", "ipo", "orpo"] = Field(
+        "dpo",
+        description="dpo: how much more likely than before training the chosen answer became than the rejected one, through a "
+        "sigmoid; ipo: the same, per token, towards 1 / (2 beta); orpo: the chosen answer itself, and its odds against the "
+        "rejected one's, without a reference.",
+    )
+    beta: float = Field(
+        0.1,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="How strongly the model is held to its start (dpo, ipo); weight of the odds ratio (orpo).",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0.0, lt=0.5, description="Share of pairs taken to be labelled the wrong way round (dpo)."
+    )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the model before training."""
+        return self.loss != "orpo"
+
+
 class Checkpoint(Section):
     """What is kept of a run so that it can go on."""
 
@@ -569,6 +596,12 @@ class Recipe(Section):
     schedule: Schedule = Field(default_factory=Schedule, description=Schedule.__doc__)
     train: Train = Field(default_factory=Train, description=Train.__doc__)
     tuning: Tuning = Field(default_factory=Tuning, description=Tuning.__doc__)
+    preference: Preference = Field(default_factory=Preference, description=Preference.__doc__)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description=Checkpoint.__doc__)
     tracking: Tracking = Field(default_factory=Tracking, description=Tracking.__doc__)
     guard: Guard = Field(default_factory=Guard, description=Guard.__doc__)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the run learns by comparison with the model before training."""
+        return self.data.task == "preference" and self.preference.needs_reference

@@ -43,6 +43,7 @@ from trainer.model.hugging_face import PretrainedWeights, local_folder, read_con
 from trainer.model.names import names_of
 from trainer.model.network import ModelFiles, Network, largest_weight
 from trainer.model.transformer import logical_specs
+from trainer.preference.reference import with_reference
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.auto import AUTO
 from trainer.run_folder import RunFolder
@@ -240,6 +241,13 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         watch.begin("restoring the checkpoint")
         with together():
             checkpoints.restore(engine)
+        if recipe.needs_reference:
+            watch.begin("computing the reference")
+            origin = found.path.parents[1] / folder.reference.name if found else None
+            with together(), work_progress(shown=place.is_first) as progress:
+                prepared = with_reference(
+                    prepared, engine, folder=folder.reference, origin=origin, writes=place.is_first, progress=progress
+                )
         watch.begin("start")
         log.capture()  # DeepSpeed makes loggers of its own on the way
         peak_flops, peak_source = device_peak(place.device, recipe.precision.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainer.data.pairs import Pair
+from trainer.data.translations import Translation
 from trainer.errors import RecipeError
 from trainer.generate import load_folder
 
@@ -122,7 +122,9 @@ class Translator:
         return found
 
 
-def scores(translator: Translator, pairs: Sequence[Pair], search: Search, *, tick: Callable[[], None] = lambda: None) -> Scores:
+def scores(
+    translator: Translator, pairs: Sequence[Translation], search: Search, *, tick: Callable[[], None] = lambda: None
+) -> Scores:
     """BLEU and chrF of the sources' translations beside the pairs' targets."""
     from sacrebleu.metrics import BLEU, CHRF
 

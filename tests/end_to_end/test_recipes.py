@@ -31,6 +31,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "pretrain": [{"text": f"{n} times {n} is {n * n}."} for n in range(400)],
     "sft": [{"prompt": f"{n} times {n}?", "completion": f"{n * n}."} for n in range(200)],
     "translate": [{"source": f"{n} times {n}.", "target": f"{n} mal {n}."} for n in range(200)],
+    "preference": [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(200)],
 }
 
 
@@ -48,7 +49,7 @@ def settings(path: Path, resolved: ResolvedRecipe, layout: Layout, folder: Path)
     yield f"data.sources={json.dumps([source])}"
     if recipe.data.eval_sources:
         yield f"data.eval_sources={json.dumps([source])}"
-    yield "data.seq_len=32"
+    yield f"data.seq_len={64 if task == 'preference' else 32}"
     if recipe.model.from_pretrained is None:
         given = resolved.given["model"]["config"]
         yield from (f"model.config.{name}={json.dumps(SMALL[name])}" for name in given if name in SMALL)
@@ -96,6 +97,7 @@ def small_pretrained(path: Path, folder: Path) -> Path:
 
 PRETRAINED: dict[str, tuple[Any, Any]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
 }
 
 

@@ -107,6 +107,11 @@ def head_with_bias(tp: TensorParallel) -> nn.Module:
     return VocabParallelHead(37, D, name="h", init=INIT, tp=tp, tied_to=None, bias="b", softcap=2.0)
 
 
+def head_token_losses(tp: TensorParallel) -> nn.Module:
+    """Each token's loss, with a gradient of its own."""
+    return head_with_bias(tp)
+
+
 def mlp_norm(tp: TensorParallel) -> nn.Module:
     return LayerNorm(D, eps=1e-5, bias=True, name="n", tp=tp)
 
@@ -188,6 +193,7 @@ MAKERS = (
     attention_sharing_keys,
     head,
     head_with_bias,
+    head_token_losses,
 )
 LAYERS = {make.__name__: make for make in MAKERS}
 
@@ -199,7 +205,7 @@ def run(name: str, layer: nn.Module, x: Tensor) -> Tensor:
     if name.startswith("head"):
         labels_N = torch.randint(0, 37, (N,), generator=torch.Generator().manual_seed(2))
         labels_N[3] = labels_N[20] = IGNORE
-        return layer(x, labels_N)
+        return layer(x, labels_N, by_token=name == "head_token_losses")
     return layer(x)
 
 

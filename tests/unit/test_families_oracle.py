@@ -413,7 +413,14 @@ def test_cross_entropy_has_the_gradients_of_its_formula(
     got = head(hidden.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(head(hidden.flatten(0, 1)), logits.flatten(0, 1), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True):
+    expected_N = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    got_N = head(hidden.flatten(0, 1), labels.flatten(), by_token=True)
+    torch.testing.assert_close(got_N, expected_N, rtol=1e-12, atol=1e-12)
+    of_each = torch.randn(21, dtype=torch.float64)
+    for ours, theirs in (
+        *zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs, retain_graph=True), strict=True),
+        *zip(torch.autograd.grad(got_N, inputs, of_each), torch.autograd.grad(expected_N, inputs, of_each), strict=True),
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 

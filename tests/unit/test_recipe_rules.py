@@ -15,6 +15,7 @@ LLAMA = {
     "config": {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 48, "intermediate_size": 96},
 }
 CHATS = {"task": "sft", "sources": [{"path": "corpus.txt"}]}
+PAIRS = {"task": "preference", "sources": [{"path": "corpus.txt"}]}
 BLOOM = {"family": "auto", "config": {"model_type": "bloom", "hidden_size": 64}}
 PINNED = "0123456789abcdef0123456789abcdef01234567"
 PRETRAINED = {"model_type": "llama", "vocab_size": 300, "hidden_size": 8, "num_attention_heads": 2, "torch_dtype": "float16"}
@@ -161,7 +162,7 @@ RULES: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
      [{"data": {"sources": [{"path": "corpus.txt", "field": "t"}]}}, {"data": CHATS}]),
     *((f"texts have no {key}",
        {"data": {"eval_sources": [{"path": "corpus.txt", key: value}]}},
-       f'data.eval_sources[0].{key} is used only with data.task "sft": remove it',
+       f'data.eval_sources[0].{key} is used only with data.task "sft"',
        [{"data": {**CHATS, "eval_sources": [{"path": "corpus.txt", key: value}]}},
         {"data": {"eval_sources": [{"path": "corpus.txt"}]}}])
       for key, value in {"shape": "alpaca", "fields": {"prompt": "q"}}.items()),
@@ -183,6 +184,28 @@ RULES: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
      {"data": {"task": "sft", "sources": [{"path": "corpus.txt", "shape": "alpaca", "fields": {"prompt": "q"}}]}},
      'names ["prompt"], not of one shape; legal: instruction, input, output, system (alpaca)',
      [{"data": {"task": "sft", "sources": [{"path": "corpus.txt", "shape": "alpaca", "fields": {"output": "a"}}]}}]),
+    ("pairs have no shape",
+     {"data": {**PAIRS, "sources": [{"path": "corpus.txt", "shape": "alpaca"}]}},
+     'data.sources[0].shape is used only with data.task "sft": remove it',
+     [{"data": PAIRS}]),
+    ("fields of pairs",
+     {"data": {**PAIRS, "sources": [{"path": "corpus.txt", "fields": {"chosen": "a", "completion": "b"}}]}},
+     'names ["chosen", "completion"], not of one shape; legal: prompt, chosen, rejected, system (pairs)',
+     [{"data": {**PAIRS, "sources": [{"path": "corpus.txt", "fields": {"chosen": "a", "rejected": "b"}}]}}]),
+    ("source code holds no pairs",
+     {"data": {"task": "preference"}}, "source code, which holds no pairs", [{"data": PAIRS}]),
+    ("answers do not see each other",
+     {"data": {**PAIRS, "isolate_documents": False}}, "data.isolate_documents = false: the answers", [{"data": PAIRS}]),
+    ("keys of preferences need the task",
+     {"preference": {"beta": 0.2}}, 'preference.beta is used only with data.task "preference": remove it',
+     [{"data": PAIRS, "preference": {"beta": 0.2}}, {}]),
+    ("only dpo smooths labels",
+     {"data": PAIRS, "preference": {"loss": "orpo", "label_smoothing": 0.1}},
+     "preference.label_smoothing is used by dpo, not by orpo: remove it",
+     [{"data": PAIRS, "preference": {"label_smoothing": 0.1}}, {"data": PAIRS, "preference": {"loss": "orpo"}}]),
+    ("preferences are for our own families",
+     {"model": BLOOM, "data": PAIRS}, 'data.task = "preference" learns with our own output layer',
+     [{"data": PAIRS}, {"model": BLOOM, "data": CHATS}]),
     ("a bidirectional family learns no answers",
      {"model": {"family": "bert"}, "data": CHATS}, "sees the next token, which data.task sft predicts",
      [{"model": {"family": "gpt2"}, "data": CHATS}]),

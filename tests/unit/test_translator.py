@@ -12,8 +12,8 @@ from parallel.params import owned_specs
 from tests.unit.test_transformer_oracle import stage_from
 from tests.unit.test_translation_oracle import MARIAN, random_model
 from trainer.cli import main
-from trainer.data.pairs import Pair
 from trainer.data.tokenizer import make_tokenizer
+from trainer.data.translations import Translation
 from trainer.errors import RecipeError
 from trainer.model.hugging_face import write_folder
 from trainer.model.network import ModelFiles
@@ -52,10 +52,10 @@ def test_scores_of_its_own_translations_are_perfect(folder: Path) -> None:
     translator = Translator(folder)
     texts = ["a dog", "two dogs in the snow run"]
     found = translator.translate(texts, Search())
-    perfect = scores(translator, [Pair(*pair) for pair in zip(texts, found, strict=True)], Search())
+    perfect = scores(translator, [Translation(*pair) for pair in zip(texts, found, strict=True)], Search())
     assert perfect.chrf == pytest.approx(100.0)
     assert "tok:13a" in perfect.signature
-    assert scores(translator, [Pair(text, "nothing of the kind") for text in texts], Search()).bleu < 5.0
+    assert scores(translator, [Translation(text, "nothing of the kind") for text in texts], Search()).bleu < 5.0
 
 
 def test_attention_is_drawn(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

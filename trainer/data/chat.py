@@ -46,6 +46,11 @@ class Encoded:
     is_target: npt.NDArray[np.bool_]  # bool [tokens]
     lost: int
 
+    def cut(self, size: int) -> Encoded | None:
+        """At most `size` tokens of it; None when no target is left."""
+        lost = self.lost + int(self.is_target[size:].sum())
+        return Encoded(self.ids[:size], self.is_target[:size], lost) if self.is_target[:size].any() else None
+
 
 class Chat(Examples):
     """A tokenizer and its chat template, or ours where it has none."""
@@ -64,6 +69,10 @@ class Chat(Examples):
     @classmethod
     def from_recipe(cls, data: sections.Data, tokenizer: Tokenizer) -> Chat:
         return cls(tokenizer, seq_len=data.seq_len, learned=data.learn)
+
+    @property
+    def chat(self) -> Chat:
+        return self
 
     @property
     def fingerprint(self) -> str:
@@ -123,9 +132,7 @@ class Chat(Examples):
             is_target[:] = True
         is_target[0] = False  # nothing comes before it
         size = int(np.flatnonzero(is_target)[-1]) + 1  # what follows the last target teaches nothing
-        kept = min(size, self.layout.part_tokens)
-        lost = int(is_target[kept:size].sum())
-        return Encoded(ids[:kept], is_target[:kept], lost) if is_target[:kept].any() else None
+        return Encoded(ids[:size], is_target[:size], lost=0).cut(self.layout.part_tokens)
 
     def prompt(self, text: str) -> list[int]:
         """The tokens after which the assistant answers a user's message; RecipeError when the template refuses it."""

@@ -82,18 +82,22 @@ class ChatRows(RowFormat):
 
 
 def _read_messages(row: Mapping[str, Any]) -> Conversation:
-    return (*_system(row), *_messages(row["messages"], "messages", ("role", "content")))
+    return (*read_system(row), *_messages(row["messages"], "messages", ("role", "content")))
 
 
 def _read_sharegpt(row: Mapping[str, Any]) -> Conversation:
     turns = row["conversations"]
     if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0] and "from" not in turns[0]:
-        return (*_system(row), *_messages(turns, "conversations", ("role", "content")))
-    return (*_system(row), *_messages(turns, "conversations", ("from", "value")))
+        return (*read_system(row), *_messages(turns, "conversations", ("role", "content")))
+    return (*read_system(row), *_messages(turns, "conversations", ("from", "value")))
 
 
 def _read_prompt(row: Mapping[str, Any]) -> Conversation:
-    return (*_system(row), *_side(row["prompt"], "prompt", "user"), *_side(row["completion"], "completion", "assistant"))
+    return (
+        *read_system(row),
+        *read_side(row["prompt"], "prompt", "user"),
+        *read_side(row["completion"], "completion", "assistant"),
+    )
 
 
 def _read_alpaca(row: Mapping[str, Any]) -> Conversation:
@@ -101,7 +105,7 @@ def _read_alpaca(row: Mapping[str, Any]) -> Conversation:
     if more:
         instruction = f"{instruction}\n\n{_text(more, repr('input'))}"
     answer = _text(row["output"], "'output'")
-    return (*_system(row), Message("user", instruction, False), Message("assistant", answer, True))
+    return (*read_system(row), Message("user", instruction, False), Message("assistant", answer, True))
 
 
 @dataclass(frozen=True)
@@ -126,12 +130,13 @@ SHAPES = {
 }
 
 
-def _system(row: Mapping[str, Any]) -> Conversation:
+def read_system(row: Mapping[str, Any]) -> Conversation:
+    """What is said before the first turn."""
     system = row.get("system")
     return (Message("system", _text(system, "'system'"), False),) if system else ()
 
 
-def _side(value: Any, name: str, role: str) -> Conversation:
+def read_side(value: Any, name: str, role: str) -> Conversation:
     """A prompt or a completion: a text, or a list of messages; what is in a prompt is not learned."""
     if isinstance(value, list):
         turns = _messages(value, name, ("role", "content"))

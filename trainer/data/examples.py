@@ -9,13 +9,16 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from trainer import sections
 from trainer.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from trainer.data.chat import Chat
 
 NO_LABEL = -1
 
@@ -88,6 +91,11 @@ class Examples(ABC):
     @classmethod
     @abstractmethod
     def from_recipe(cls, data: sections.Data, tokenizer: Tokenizer) -> Self: ...
+
+    @property
+    def chat(self) -> Chat | None:
+        """What writes conversations, where they are what the model learns to hold."""
+        return None
 
     @property
     @abstractmethod

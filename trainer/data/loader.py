@@ -8,8 +8,9 @@ range of i, so no rank depends on another and there is no loader state: a run re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class MicroBatch:
     tokens_BS: torch.Tensor  # int64 [B, S]
     labels_BS: torch.Tensor  # int64 [B, S]: the next token, IGNORE where there is no target
     documents: tuple[tuple[int, ...], ...]  # for each row the lengths of the documents in it, summing to S
+    reference_R: torch.Tensor | None = None  # float64 [documents of all rows]: log-probabilities before training
 
     @property
     def num_targets(self) -> int:
@@ -105,11 +107,40 @@ class EvalData:
         yield from _batched(rows, micro_sequences)
 
 
-def _batched(rows: Sequence[Row], micro_sequences: int) -> Iterator[MicroBatch]:
-    for begin in range(0, len(rows), micro_sequences):
-        chosen = rows[begin : begin + micro_sequences]
+class Sweep:
+    """Every row of one store once, in order, its documents isolated: a data-parallel rank has rows that follow one another."""
+
+    def __init__(self, store: TokenStore, *, seq_len: int, dp_rank: int, dp: int, micro_sequences: int) -> None:
+        self._store, self._seq_len, self._micro_sequences = store, seq_len, micro_sequences
+        self._num_rows = num_windows(store.num_tokens, seq_len)
+        self.num_micro_batches = -(-self._num_rows // (dp * micro_sequences))  # of each rank
+        self._first_row = min(dp_rank * self.num_micro_batches * micro_sequences, self._num_rows)
+
+    @property
+    def first_document(self) -> int:
+        """Of the store, the first in this rank's rows."""
+        return int(np.searchsorted(self._store.documents, self._first_row * self._seq_len))
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """As many on every rank, the last ones filled up with rows without a target."""
+        yield from _batched(self._rows(), self._micro_sequences)
+
+    def _rows(self) -> Iterator[Row]:
+        mine = range(self._first_row, self._first_row + self.num_micro_batches * self._micro_sequences)
+        for number in mine:
+            if number < self._num_rows:
+                yield row_at(self._store, number * self._seq_len, seq_len=self._seq_len, isolate_documents=True)
+            else:
+                yield filler_row(self._store, self._seq_len)
+
+
+def _batched(rows: Iterable[Row], micro_sequences: int) -> Iterator[MicroBatch]:
+    remaining = iter(rows)
+    while chosen := list(islice(remaining, micro_sequences)):
+        references = [row.reference for row in chosen if row.reference is not None]
         yield MicroBatch(
             tokens_BS=torch.from_numpy(np.stack([row.tokens for row in chosen])),
             labels_BS=torch.from_numpy(np.stack([np.where(row.is_target, row.next_tokens, IGNORE) for row in chosen])),
             documents=tuple(row.documents for row in chosen),
+            reference_R=torch.from_numpy(np.concatenate(references)) if references else None,
         )

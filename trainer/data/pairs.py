@@ -1,119 +1,91 @@
-"""Sentences and their translations → tokens: the source, and the target with what begins and what ends it.
+"""Rows of preference data → pairs of conversations. What a row must look like, and what is said of one that does not.
 
-Rows {"source": "…", "target": "…"}; files that name them otherwise are read through `fields`, also what lies in an object:
-{"source": "translation.en", "target": "translation.de"}. Two text files line by line are rows too (`target_path`).
+    prompt     {"prompt": "…", "chosen": "…", "rejected": "…"}, texts, or lists of messages
+    messages   {"chosen": [message, …], "rejected": [message, …]}: whole conversations; beside them a prompt may repeat
+               how they begin
+    dialogue   {"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": "…"}: the same as texts, as in Anthropic's HH
+
+Each may have "system", a text. What both conversations begin with is the prompt: only what follows is learned. Files that name
+these fields otherwise are read through `fields`.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import numpy as np
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from trainer import sections
-from trainer.data.digests import fingerprint_of
-from trainer.data.examples import Document, Examples, RowLayout, Tokenized
-from trainer.data.fault import Fault, kind_of, require_characters
+from trainer.data.conversations import Conversation, Message, read_side, read_system
+from trainer.data.fault import Fault, kind_of
 from trainer.data.row_format import RowFormat
-from trainer.data.tokenizer import Tokenizer
 
-VERSION = 1  # of all that decides the tokens and targets of a pair
+ANSWERS = ("chosen", "rejected")
+DIALOGUE = re.compile(r"\n\n(Human|Assistant):")
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
-class Pair(NamedTuple):
-    """A text and its translation."""
+@dataclass(frozen=True)
+class Pair:
+    """Two conversations that begin alike; what counts in each is the answer."""
 
-    source: str
-    target: str
+    chosen: Conversation
+    rejected: Conversation
 
 
 @dataclass(frozen=True)
 class PairRows(RowFormat):
-    """How the rows of a source become pairs: where each side is."""
+    """How the rows of a source become pairs. `fields`: our name of a field → the name in this source."""
 
-    source: str = "source"
-    target: str = "target"
+    fields: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of_source(cls, source: sections.Source) -> PairRows:
-        if source.target_path is not None or source.fields is None:
-            return cls()
-        return cls(source.fields.source or "source", source.fields.target or "target")
+        return cls(source.fields.model_dump(exclude_none=True) if source.fields else {})
 
     def example_of(self, row: Mapping[str, Any]) -> Pair:
-        return Pair(_text_at(row, self.source), _text_at(row, self.target))
+        named = {**row, **{ours: row[theirs] for ours, theirs in self.fields.items() if theirs in row}}
+        if missing := [self.fields.get(name, name) for name in ANSWERS if named.get(name) is None]:
+            raise Fault(
+                f"no pair: it has {', '.join(map(repr, row)) or 'no field'}, and no {' and no '.join(map(repr, missing))}; "
+                'mend the row, or name its fields in data.sources[].fields, such as {"chosen": "better", "rejected": "worse"}'
+            )
+        prompt = read_side(named["prompt"], "prompt", "user") if named.get("prompt") is not None else ()
+        chosen, rejected = (_conversation(prompt, named[name], name) for name in ANSWERS)
+        alike = _begins_alike(chosen, rejected)
+        system = read_system(named)
+        return Pair(*((*system, *_asked(turns[:alike]), *turns[alike:]) for turns in (chosen, rejected)))
 
     def texts_of(self, example: Pair) -> Iterator[str]:
-        yield from example
+        yield from (turn.content for turn in example.chosen)
+        yield from (turn.content for turn in example.rejected if turn.counts)
 
 
-def _text_at(row: Mapping[str, Any], place: str) -> str:
-    """row["a"]["b"] of "a.b", which must be a text."""
-    value: Any = row
-    for name in [place] if place in row else place.split("."):
-        if not isinstance(value, Mapping) or name not in value:
-            has = ", ".join(map(repr, row)) or "no field"
-            raise Fault(
-                f"no pair: it has {has}, and needs {place!r}; mend the row, or name its fields in data.sources[].fields, such "
-                'as {"source": "en", "target": "de"}'
-            )
-        value = value[name]
-    if not isinstance(value, str):
-        raise Fault(f"{place!r} is {kind_of(value)}, not text; mend or remove the row")
-    return require_characters(value, repr(place)).strip()
+def _conversation(prompt: Conversation, answer: Any, name: str) -> Conversation:
+    """A list of messages that begins before the assistant speaks has the prompt in it already."""
+    if isinstance(answer, str) and not prompt:
+        return _dialogue(answer, name)
+    turns = read_side(answer, name, "assistant")
+    return (*prompt, *turns) if not turns or turns[0].role == "assistant" else turns
 
 
-class Pairs(Examples):
-    """A row has its sources in the first half and their targets in the second, each `seq_len` tokens long."""
-
-    noun = "pairs"
-
-    def __init__(self, tokenizer: Tokenizer, *, seq_len: int) -> None:
-        super().__init__(tokenizer.ending_texts(), seq_len=seq_len)
-        self.layout = RowLayout(seq_len, parts=2, documents_each=2)
-
-    @classmethod
-    def from_recipe(cls, data: sections.Data, tokenizer: Tokenizer) -> Pairs:
-        return cls(tokenizer, seq_len=data.seq_len)
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint_of(["pairs", VERSION, self.tokenizer.fingerprint, self.tokenizer.start_of_target, self.settings])
-
-    def tokenize(self, example: Pair) -> Tokenized:
-        """A side that is too long loses its end: a source keeps its last token, which says that it ends, and a target does
-        not get it, so that nothing teaches to stop in the middle."""
-        content = json.dumps(example, ensure_ascii=False).encode()
-        source, target = map(self.tokenizer.encode, example)
-        if not source or not target:
-            return Tokenized((), content, Counter(read=1, empty=1))
-        room, end = self.layout.capacity - 1, self.tokenizer.end_of_document
-        targets = [*target, end][:room]
-        lost = len(target) + 1 - len(targets)
-        documents = (
-            _document([*source[:room], end], is_target=False),
-            _document([self.tokenizer.start_of_target, *targets], is_target=True),
+def _dialogue(text: str, name: str) -> Conversation:
+    before, *parts = DIALOGUE.split(text)
+    if before.strip() or not parts:
+        raise Fault(
+            f"{name!r} is {kind_of(text)} beside which no 'prompt' is, and none that begins with a blank line and Human:; "
+            "mend the row, or name its fields in data.sources[].fields"
         )
-        counts = Counter(read=1, truncated=int(len(source) > room or lost > 0), lost_targets=lost)
-        return Tokenized(documents, content, counts)
-
-    def remarks(self, counts: Mapping[str, int]) -> Iterator[str]:
-        of_all = f"of {counts['read']:,} pairs"
-        if counts["truncated"]:
-            limit, lost = f"{self.layout.capacity:,} tokens on a side", f"{counts['lost_targets']:,} targets lost"
-            yield f"{counts['truncated']:,} {of_all} were longer than {limit}: truncated, {lost}"
-        if counts["empty"]:
-            yield f"{counts['empty']:,} {of_all} left out: a side is empty"
-
-    def nothing(self, counts: Mapping[str, int]) -> str:
-        return f"all of its {counts['read']} pairs have an empty side; correct the path or the fields"
+    roles = [SPEAKERS[speaker] for speaker in parts[::2]]
+    return tuple(Message(role, content.strip(), role == "assistant") for role, content in zip(roles, parts[1::2], strict=True))
 
 
-def _document(ids: list[int], *, is_target: bool) -> Document:
-    marks = np.full(len(ids), is_target)
-    marks[0] = False  # nothing comes before it
-    return Document(ids, marks)
+def _begins_alike(chosen: Conversation, rejected: Conversation) -> int:
+    """Turns that both have at their beginning."""
+    told = [[(turn.role, turn.content) for turn in turns] for turns in (chosen, rejected)]
+    return next((n for n, (one, other) in enumerate(zip(*told, strict=False)) if one != other), min(map(len, told)))
+
+
+def _asked(turns: Conversation) -> Conversation:
+    return tuple(replace(turn, counts=False) for turn in turns)

@@ -15,13 +15,13 @@ from trainer.data.cache import Cache, Progress
 from trainer.data.chat import Chat
 from trainer.data.digests import Digests, fingerprint_of
 from trainer.data.examples import Examples
-from trainer.data.pairs import Pair
 from trainer.data.rows import order_fingerprint
 from trainer.data.sampling import num_windows
 from trainer.data.sources import Corpus, look_at
 from trainer.data.store import VERSION, Packing, TokenStore, Verify
 from trainer.data.tasks import ROW_TASKS, examples_of
 from trainer.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, make_tokenizer, train_bpe
+from trainer.data.translations import Translation
 from trainer.durable import read_json
 from trainer.errors import DataError, RecipeError
 
@@ -45,7 +45,7 @@ class PreparedData:
     @property
     def chat(self) -> Chat | None:
         """How conversations are written; None: the task learns from something else."""
-        return self.examples if isinstance(self.examples, Chat) else None
+        return self.examples.chat if self.examples else None
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
     )
 
 
-def held_out_pairs(data: sections.Data, *, cache_dir: Path, limit: int) -> list[Pair]:
+def held_out_pairs(data: sections.Data, *, cache_dir: Path, limit: int) -> list[Translation]:
     """The first pairs of `data.eval_sources` with two sides, at most `limit`, as they are written there."""
     corpora = _look(data, "eval_sources", Digests(cache_dir))
     pairs = (pair for corpus in corpora for shard in corpus.shards for pair in shard.examples(lambda pair: pair) if all(pair))

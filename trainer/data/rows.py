@@ -21,6 +21,7 @@ class Row:
     next_tokens: Int64s  # int64 [S]
     is_target: npt.NDArray[np.bool_]  # bool [S]
     documents: tuple[int, ...]  # lengths of the documents in the row, summing to S
+    reference: npt.NDArray[np.float64] | None = None  # float64 [documents]: their log-probabilities before training
 
 
 def row_at(store: TokenStore, begin: int, *, seq_len: int, isolate_documents: bool, read: bool = True) -> Row:
@@ -42,14 +43,16 @@ def row_at(store: TokenStore, begin: int, *, seq_len: int, isolate_documents: bo
     ends = store.document_ends(begin, begin + length)
     row.is_target[ends - 1] = False
     cuts = np.unique([0, *ends, length, seq_len])
-    return Row(row.tokens, row.next_tokens, row.is_target, tuple(np.diff(cuts).tolist()))
+    reference = store.reference(begin, begin + length)
+    return Row(row.tokens, row.next_tokens, row.is_target, tuple(np.diff(cuts).tolist()), reference)
 
 
 def filler_row(store: TokenStore, seq_len: int) -> Row:
     """A row of end-of-document tokens without a target, a document in each part."""
     parts = store.packing.parts if store.packing else 1
     filler = np.full(seq_len, store.contents.end_of_document, np.int64)
-    return Row(filler, filler.copy(), np.zeros(seq_len, dtype=bool), (seq_len // parts,) * parts)
+    reference = None if store.reference(0, 0) is None else np.zeros(1)
+    return Row(filler, filler.copy(), np.zeros(seq_len, dtype=bool), (seq_len // parts,) * parts, reference)
 
 
 def held_out_rows(stores: Sequence[TokenStore], *, seq_len: int, isolate_documents: bool, sequences: int) -> Iterator[Row]:

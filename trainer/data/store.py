@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -75,6 +76,7 @@ class TokenStore:
         self.documents = np.memmap(path / "documents.bin", dtype="<i8", mode="r")
         self.packing = Packing(**header["packing"]) if "packing" in header else None
         self._targets = np.memmap(path / "targets.bin", dtype="u1", mode="r") if self.packing else None
+        self._reference: npt.NDArray[np.float64] | None = None
         self._labels = np.memmap(path / "labels.bin", dtype="<i4", mode="r") if "labels.bin" in header["files"] else None
 
     @classmethod
@@ -111,6 +113,20 @@ class TokenStore:
         assert self._labels is not None
         first, last = np.searchsorted(self.documents, [begin, end], side="left")
         return self._labels[first:last].astype(np.int64)
+
+    def with_reference(self, log_probs: npt.NDArray[np.float64]) -> TokenStore:
+        """The same store, and what a model gave the targets of its documents, float64 [documents]."""
+        assert len(log_probs) == self.num_documents
+        store = copy(self)
+        store._reference = log_probs
+        return store
+
+    def reference(self, begin: int, end: int) -> npt.NDArray[np.float64] | None:
+        """Of the documents that begin in [begin, end), float64 [documents beginning]; None where nothing was given."""
+        if self._reference is None:
+            return None
+        first, last = np.searchsorted(self.documents, [begin, end], side="left")
+        return self._reference[first:last]
 
     def document_ends(self, begin: int, end: int) -> npt.NDArray[np.int64]:
         """Where documents end in (begin, end], counted from `begin`, one past their last token; int64 [documents ending]."""

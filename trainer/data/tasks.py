@@ -9,9 +9,11 @@ from trainer import sections
 from trainer.data.chat import Chat
 from trainer.data.conversations import ChatRows
 from trainer.data.examples import Examples
-from trainer.data.pairs import PairRows, Pairs
+from trainer.data.pairs import PairRows
+from trainer.data.preferences import Preferences
 from trainer.data.row_format import RowFormat
 from trainer.data.tokenizer import Tokenizer
+from trainer.data.translations import TranslationRows, Translations
 
 
 class Task(NamedTuple):
@@ -21,7 +23,11 @@ class Task(NamedTuple):
     examples: type[Examples]
 
 
-ROW_TASKS: Mapping[str, Task] = {"sft": Task(ChatRows, Chat), "translate": Task(PairRows, Pairs)}
+ROW_TASKS: Mapping[str, Task] = {
+    "sft": Task(ChatRows, Chat),
+    "preference": Task(PairRows, Preferences),
+    "translate": Task(TranslationRows, Translations),
+}
 
 
 def examples_of(data: sections.Data, tokenizer: Tokenizer) -> Examples | None:

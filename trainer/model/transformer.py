@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -304,6 +304,37 @@ class HeadTransform(nn.Module):
         return self.norm(self.activation(self.dense(x_ND)))
 
 
+class Loss(Protocol):
+    """What is made of the hidden states before the output layer, [N, D] or this rank's tokens of them."""
+
+    def __call__(
+        self,
+        output: VocabParallelHead,
+        x_ND: Tensor,
+        labels_BS: Tensor,
+        documents: Documents,
+        reference_R: Tensor | None,
+        *,
+        measured: bool,
+    ) -> Tensor:
+        """The loss summed over targets, with the statistics of a step behind it where the task's `Measures` has some;
+        `measured`, those of an evaluation, float64."""
+
+
+def next_token_loss(
+    output: VocabParallelHead,
+    x_ND: Tensor,
+    labels_BS: Tensor,
+    documents: Documents,
+    reference_R: Tensor | None,
+    *,
+    measured: bool,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """Cross entropy of every label; `smoothing`: the share of its weight that is divided evenly over the vocabulary."""
+    return output(x_ND, labels_BS.flatten(), measured=measured, smoothing=smoothing)
+
+
 class Head(nn.Module):
     """Final norm or transform, logits and loss."""
 
@@ -314,9 +345,11 @@ class Head(nn.Module):
         tp: TensorParallel,
         tied_to: VocabParallelEmbedding | None,
         tied_over: Group | None,
+        loss: Loss,
     ) -> None:
         super().__init__()
         names = names_of(config)
+        self.loss = loss
         self.norm = make_norm(config, names.final_norm, tp)
         self.transform = nn.Identity()
         if names.head_transform is not None:
@@ -339,14 +372,14 @@ class Head(nn.Module):
         x_ND: Tensor,
         documents: Documents,
         labels_BS: Tensor | None,
+        reference_R: Tensor | None = None,
         *,
-        measured: bool = False,
-        label_smoothing: float = 0.0,
+        measured: bool,
     ) -> Tensor:
-        """The loss summed over targets; `measured`, the task's statistics; without labels this rank's logits [B, S, V/p]."""
+        """What the loss gives; without labels this rank's logits [B, S, V/p]."""
         x_ND = self.transform(self.norm(x_ND))
         if labels_BS is not None:
-            return self.logits(x_ND, labels_BS.flatten(), measured=measured, smoothing=label_smoothing)
+            return self.loss(self.logits, x_ND, labels_BS, documents, reference_R, measured=measured)
         return self.logits(x_ND).unflatten(0, documents.shape)
 
 
@@ -376,11 +409,11 @@ class Stage(nn.Module):
         partition: Callable[[nn.Module], None] = lambda block: None,
         tied_to: VocabParallelEmbedding | None = None,
         tied_over: Group | None = None,
-        label_smoothing: float = 0.0,
+        loss: Loss = next_token_loss,
     ) -> None:
         super().__init__()
         self.config = config
-        self.label_smoothing = label_smoothing
+        self.loss = loss
         self.dtype = dtype
         self.recompute = recompute
         self.tp = tp
@@ -416,7 +449,7 @@ class Stage(nn.Module):
             return self.layers[str(block.layer)]
         embedding = self.embedding.tokens if self.embedding is not None else self.tied_to[0]
         tied_to = embedding if self.config.tied_head else None
-        head = Head(self.config, tp=self.tp, tied_to=tied_to, tied_over=self.tied_over)
+        head = Head(self.config, tp=self.tp, tied_to=tied_to, tied_over=self.tied_over, loss=self.loss)
         self.head = TargetHead(head) if self.config.encoder_layers else head
         return self.head
 
@@ -426,13 +459,14 @@ class Stage(nn.Module):
         documents: Documents,
         labels_BS: Tensor | None = None,
         streams: Streams | None = None,
+        reference_R: Tensor | None = None,
         *,
         measured: bool = False,
     ) -> Tensor:
         """First stage: x = tokens [B, S]; others: hidden [N, D], with `halves` of both. Last stage: the loss summed over the
         targets of `labels_BS`, or `measured`, without gradients, the statistics that the task's `Measures` reads, float64, the
-        loss first; this rank's logits [B, S, V/p] without labels. Others: hidden. `streams` None: no dropout and no smoothing
-        of labels."""
+        loss first; this rank's logits [B, S, V/p] without labels. Others: hidden. `streams` None: no dropout. `reference_R`:
+        what the loss compares the R documents with, where it does."""
         if self.embedding is not None:
             x = self.embedding(x, documents, streams)
         rotation = self._rotation(documents, x.device)
@@ -441,10 +475,7 @@ class Stage(nn.Module):
                 x = checkpoint(layer, x, documents, rotation, streams, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, documents, rotation, streams)
-        if self.head is None:
-            return x
-        smoothing = self.label_smoothing if streams is not None else 0.0
-        return self.head(x, documents, labels_BS, measured=measured, label_smoothing=smoothing)
+        return x if self.head is None else self.head(x, documents, labels_BS, reference_R=reference_R, measured=measured)
 
     def _rotation(self, documents: Documents, device: torch.device) -> Rotation | None:
         if self.config.positions != "rope":

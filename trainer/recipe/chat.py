@@ -1,4 +1,4 @@
-"""Where the keys of conversations and those of texts do not go together."""
+"""Where the keys of conversations, those of pairs and those of texts do not go together."""
 
 from __future__ import annotations
 
@@ -7,27 +7,31 @@ from collections.abc import Collection, Iterator
 
 from trainer.sections import Finding, Recipe, Source
 
-TEXT = ("field",)  # keys of a source that only texts have
-CONVERSATIONS = ("shape", "fields")
-# Which shape needs and may have which names.
-NAMES = {
-    "messages": ("messages", "system"),
-    "sharegpt": ("conversations", "system"),
-    "prompt": ("prompt", "completion", "system"),
-    "alpaca": ("instruction", "input", "output", "system"),
+# Which tasks read which key of a source.
+READERS = {"field": ("pretrain",), "shape": ("sft",), "fields": ("sft", "preference")}
+# What the rows of a task are, in which shapes, and which names each shape needs and may have.
+ROWS = {"sft": "conversations", "preference": "pairs"}
+NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    "sft": {
+        "messages": ("messages", "system"),
+        "sharegpt": ("conversations", "system"),
+        "prompt": ("prompt", "completion", "system"),
+        "alpaca": ("instruction", "input", "output", "system"),
+    },
+    "preference": {"pairs": ("prompt", "chosen", "rejected", "system")},
 }
 
 
 def chat_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
     """`given`: the dotted keys that were written."""
-    is_chat = recipe.data.task == "sft"
-    if is_chat and not any(key.startswith("data.sources") for key in given):
+    task = recipe.data.task
+    if task in ROWS and not any(key.startswith("data.sources") for key in given):
         yield Finding(
             ("data.sources", "data.task"),
-            'data.sources is "stdlib" where it is not given, source code, which holds no conversations: data.task "sft" needs '
-            'data.sources with rows, such as [{"path": "chats.jsonl"}]',
+            f'data.sources is "stdlib" where it is not given, source code, which holds no {ROWS[task]}: data.task "{task}" '
+            'needs data.sources with rows, such as [{"path": "rows.jsonl"}]',
         )
-    if not is_chat and "data.learn" in given:
+    if task != "sft" and "data.learn" in given:
         yield Finding(("data.learn", "data.task"), 'data.learn is used only with data.task "sft": remove it')
     if recipe.data.task == "translate":  # whose sources have keys of their own
         return
@@ -37,15 +41,17 @@ def chat_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
 
 
 def _source_findings(source: Source, where: str, task: str, given: Collection[str]) -> Iterator[Finding]:
-    unused, user = (TEXT, "pretrain") if task == "sft" else (CONVERSATIONS, "sft")
-    for name in unused:
-        if any(key == f"{where}.{name}" or key.startswith(f"{where}.{name}.") for key in given):
+    for name, readers in READERS.items():
+        if task not in readers and any(key == f"{where}.{name}" or key.startswith(f"{where}.{name}.") for key in given):
             hint = "; what rows call their fields is said in fields" if name == "field" else ""
+            users = " or ".join(f'"{user}"' for user in readers)
             yield Finding(
-                (f"{where}.{name}", "data.task"), f'{where}.{name} is used only with data.task "{user}": remove it{hint}'
+                (f"{where}.{name}", "data.task"), f"{where}.{name} is used only with data.task {users}: remove it{hint}"
             )
+    if task not in NAMES:
+        return
     named = set(source.fields.model_dump(exclude_none=True)) if source.fields else set()
-    shapes = {source.shape: NAMES[source.shape]} if source.shape else NAMES
+    shapes = {shape: names for shape, names in NAMES[task].items() if source.shape in (None, shape)} or NAMES[task]
     if not any(named <= set(names) for names in shapes.values()):
         legal = "; ".join(f"{', '.join(names)} ({shape})" for shape, names in shapes.items())
         yield Finding(

@@ -141,6 +141,8 @@ EVAL_WORDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "eval_loss": ("eval loss", short),
     "eval_perplexity": ("perplexity", short),
     "eval_accuracy": ("accuracy", percent),
+    "eval_rewards/margins": ("reward margin", short),
+    "eval_rewards/accuracies": ("reward accuracy", percent),
 }
 
 # Key of the summary → how to say it; also the order of the table. Keys that are not here are for the report alone.
@@ -150,6 +152,8 @@ SUMMARY_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "eval_loss": ("eval loss", short),
     "eval_perplexity": ("eval perplexity", short),
     "eval_accuracy": ("eval accuracy", percent),
+    "eval_rewards/margins": ("eval reward margin", short),
+    "eval_rewards/accuracies": ("eval reward accuracy", percent),
     "unigram_perplexity": ("  of word counts alone (unigram)", short),
     "tokens": ("tokens", scaled),
     "tokens_per_s": ("tokens/s", scaled),

@@ -83,6 +83,10 @@ def _figures(history: History, evaluations: History, clip_norm: float | None) ->
         yield _loss(history, evaluations)
     if history.has("grad_norm"):
         yield _grad_norm(history, clip_norm)
+    if history.has("rewards/margins"):
+        yield _single(history, "rewards/margins", "Reward margin", "chosen − rejected", say=short, noisy=True)
+    if history.has("rewards/accuracies"):
+        yield _single(history, "rewards/accuracies", "Reward accuracy", "pairs", say=percent, on_axis=_percent_tick, noisy=True)
     if history.has("lr"):
         yield _single(history, "lr", "Learning rate", say=lambda value: short(value, 3))
     if history.has("tokens_per_s"):

@@ -1,4 +1,4 @@
-"""Pairs: rows and lines of two files, their tokens and targets, and how they lie in rows of two halves."""
+"""Translations: rows and lines of two files, their tokens and targets, and how they lie in rows of two halves."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 from parallel.loss import IGNORE
 from trainer.data import prepare
 from trainer.data.loader import EvalData, TrainData
-from trainer.data.pairs import Pair, PairRows, Pairs
 from trainer.data.prepared import PreparedData, held_out_pairs
 from trainer.data.tokenizer import make_tokenizer
+from trainer.data.translations import Translation, TranslationRows, Translations
 from trainer.errors import DataError, RecipeError
 from trainer.sections import Data
 
@@ -80,8 +80,8 @@ def test_what_is_too_long_or_empty_is_counted(tmp_path: Path) -> None:
 
 
 def test_a_target_that_is_cut_does_not_learn_to_stop() -> None:
-    pairs = Pairs(make_tokenizer("bytes"), seq_len=S)
-    source, target = pairs.tokenize(Pair("s" * 50, "t" * 50)).documents
+    pairs = Translations(make_tokenizer("bytes"), seq_len=S)
+    source, target = pairs.tokenize(Translation("s" * 50, "t" * 50)).documents
     assert source.ids == [ord("s")] * (S - 2) + [END]
     assert not source.is_target.any()
     assert target.ids == [END] + [ord("t")] * (S - 2)
@@ -89,8 +89,8 @@ def test_a_target_that_is_cut_does_not_learn_to_stop() -> None:
 
 
 def test_fields_are_found_inside_of_objects(tmp_path: Path) -> None:
-    rows = PairRows("translation.en", "translation.de")
-    assert rows.example_of({"translation": {"en": " a ", "de": "ein"}}) == Pair("a", "ein")
+    rows = TranslationRows("translation.en", "translation.de")
+    assert rows.example_of({"translation": {"en": " a ", "de": "ein"}}) == Translation("a", "ein")
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"en": "a", "de": "ein"}) + "\n" + json.dumps({"en": "b"}) + "\n")
     source = {"path": str(path), "fields": {"source": "en", "target": "de"}}
@@ -119,4 +119,4 @@ def test_held_out_pairs_are_as_they_are_written(tmp_path: Path) -> None:
     source = two_files(tmp_path, ["", *ENGLISH[1:]], GERMAN)
     data = data_of(tmp_path, source, eval_sources=[source])
     pairs = held_out_pairs(data, cache_dir=tmp_path / "cache", limit=2)
-    assert pairs == [Pair(ENGLISH[1], GERMAN[1]), Pair(ENGLISH[2], GERMAN[2])]
+    assert pairs == [Translation(ENGLISH[1], GERMAN[1]), Translation(ENGLISH[2], GERMAN[2])]

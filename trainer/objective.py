@@ -1,0 +1,15 @@
+"""What a task minimises."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from trainer.model.transformer import Loss, next_token_loss
+from trainer.preference.losses import preference_loss
+from trainer.sections import Recipe
+
+
+def loss_of(recipe: Recipe) -> Loss:
+    if recipe.data.task == "preference":
+        return partial(preference_loss, keys=recipe.preference)
+    return partial(next_token_loss, smoothing=recipe.train.label_smoothing)
