@@ -147,6 +147,7 @@ def attend(
     softcap: float | None = None,
     dropout: WeightDropout | None = None,
     sources: Documents | None = None,
+    share_calls: bool = False,
 ) -> Tensor:
     """softmax(cap(Q Kᵀ · scale)) V inside each document; [B, S, H, K].
 
@@ -157,13 +158,14 @@ def attend(
     `scale` is 1 / √K when None. `softcap`: logits x become softcap · tanh(x / softcap).
 
     One call per document, so a token of one document cannot change another by even one bit, no mask over the row is
-    materialised, and documents cost the square of their own length only; many short ones in a row share a call.
+    materialised, and documents cost the square of their own length only. `share_calls`: many short documents of a row, such
+    as sentences, may share a masked call instead, which other documents in the micro-batch change by rounding.
     """
     assert causal or window is None, "a window looks back from a token"
     assert not causal or sources is None, "there is no order between two documents"
     keys = documents if sources is None else sources
     reach = _Reach(causal=causal, window=window, scale=scale, softcap=softcap, dropout=dropout)
-    if reach.fused and window is None and _share_a_call(documents) and _share_a_call(keys):
+    if share_calls and reach.fused and window is None and _share_a_call(documents) and _share_a_call(keys):
         return _attend_in_rows(q_BSHK, k_BSGK, v_BSGK, documents, keys, reach)
     rows = []
     for batch, spans in documents.runs(keys):
@@ -314,6 +316,7 @@ class ParallelAttention(torch.nn.Module):
         softcap: float | None = None,
         qk_norm: QueryKeyNorm | None = None,
         recompute: bool = False,
+        share_calls: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads = tp.group.part(num_heads, "attention heads")
@@ -322,7 +325,7 @@ class ParallelAttention(torch.nn.Module):
         self.dropout = dropout
         self.site = f"{out}.weights"
         self.heads = range(tp.group.rank * self.num_heads, (tp.group.rank + 1) * self.num_heads)
-        self.attend = partial(attend, causal=causal, window=window, scale=scale, softcap=softcap)
+        self.attend = partial(attend, causal=causal, window=window, scale=scale, softcap=softcap, share_calls=share_calls)
         self.qk_norm = qk_norm
         self.recompute = recompute
         divided, shared = ([query, key, value], []) if kv_copies.size == 1 else ([query], [key, value])

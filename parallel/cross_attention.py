@@ -88,4 +88,11 @@ class ParallelCrossAttention(nn.Module):
         dropped = None
         if self.dropout and streams is not None:
             dropped = WeightDropout(rate=self.dropout, streams=streams, site=self.site, heads=self.heads)
-        return attend(q_BSHK, k_BTGK, v_BTGK, documents, sources=sources, causal=False, scale=self.scale, dropout=dropped)
+        return attend(
+            *(q_BSHK, k_BTGK, v_BTGK, documents),
+            sources=sources,
+            causal=False,
+            scale=self.scale,
+            dropout=dropped,
+            share_calls=True,
+        )

@@ -18,6 +18,7 @@ from trainer.data.fault import Fault
 from trainer.data.sources import Corpus, look_at
 from trainer.errors import DataError, RecipeError
 from trainer.recipe.chat import NAMES
+from trainer.recipe.translate import SIDES
 
 ASKED, ANSWERED = Message("user", "why?", False), Message("assistant", "so.", True)
 SYSTEM = Message("system", "be brief", False)
@@ -120,7 +121,8 @@ def test_the_door_knows_the_same_names() -> None:
     assert {name: {*shape.needs, *shape.may} for name, shape in SHAPES.items()} == {
         name: {*names} for name, names in NAMES["sft"].items()
     }
-    assert {name for names in NAMES.values() for name in names} == set(sections.Fields.model_fields)
+    of_rows = {name for shapes in NAMES.values() for names in shapes.values() for name in names}
+    assert of_rows | set(SIDES) == set(sections.Fields.model_fields)
 
 
 # ---------------------------------------------------------------------------------------------------------- kinds of files

@@ -39,8 +39,6 @@ class TransformerConfig:
     | `query_scalar` | attention logits are divided by its square root |
     | `attention_softcap`, `logit_softcap` | logits x become cap · tanh(x / cap); None: they stay |
     | `scaled_embedding` | embeddings of tokens are multiplied by √hidden_size |
-    | `scaled_head` | hidden states are divided by √hidden_size before the logits |
-    | `position_buckets`, `position_distance` | relative positions: how many are told apart, and up to which distance |
     | `token_types` | rows of a table that tells the texts of a pair apart; 0: there is none |
     | `head_transform` | before the logits a linear layer of the hidden size, the activation and a norm |
     | `head_bias` | one bias for each symbol on the logits |
@@ -63,9 +61,7 @@ class TransformerConfig:
     causal: bool
     encoder_layers: int
     source_vocab_size: int | None
-    positions: Literal["learned", "rope", "sinusoidal", "relative"]
-    position_buckets: int
-    position_distance: int
+    positions: Literal["learned", "rope", "sinusoidal"]
     rope_theta: float
     rope_scaling: RopeScaling | None
     windows: tuple[int | None, ...]
@@ -74,7 +70,6 @@ class TransformerConfig:
     attention_softcap: float | None
     logit_softcap: float | None
     scaled_embedding: bool
-    scaled_head: bool
     token_types: int
     activation: Literal["gelu", "gelu_tanh", "relu", "silu"]
     gated_mlp: bool

@@ -224,6 +224,7 @@ class Layer(nn.Module):
             init=init,
             out_init=out_init,
             recompute=recompute_core,
+            share_calls=bool(config.encoder_layers),  # sentences
             tp=tp,
             kv_copies=kv_copies,
         )

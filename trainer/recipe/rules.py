@@ -82,6 +82,12 @@ def _evaluation_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Fin
             f"train.eval_every = {recipe.train.eval_every} needs held-out documents: set data.eval_fraction above 0, or "
             "data.eval_sources; or train.eval_every 0",
         )
+    if recipe.train.label_smoothing and data.task == "preference":
+        yield Finding(
+            ("train.label_smoothing", "data.task"),
+            'train.label_smoothing smooths labels of tokens, and data.task "preference" has none: remove it, or set '
+            "preference.label_smoothing",
+        )
     if recipe.train.label_smoothing and recipe.model.family == AUTO:
         yield Finding(
             ("train.label_smoothing", "model.family"),
