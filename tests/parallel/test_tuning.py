@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partialmethod
+from functools import cache, partial, partialmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from parallel import low_rank, params
+from parallel import low_rank, params, quantized
 from parallel.bottleneck import Bottleneck
-from parallel.linear import ColumnParallelLinear, ReplicatedLinear
+from parallel.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from parallel.loss import IGNORE
 from parallel.low_rank import ColumnLowRank, RowLowRank
 from parallel.mesh import Mesh
 from parallel.params import ShardSpec
+from parallel.quantized import QuantizedWeight
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.parallel.test_engine_parity import (
@@ -43,8 +46,8 @@ from tests.parallel.test_engine_parity import (
     run_case,
 )
 from tests.spawn import spawn
-from tools.campaign import exactness
-from tools.campaign.cases import WAYS, arguments, numbers, write_recipe
+from tools.campaign import exactness, reshard
+from tools.campaign.cases import WAYS, arguments, digests, numbers, write_recipe
 from tools.campaign.ranks import run_ranks, train
 from trainer.errors import DataError
 from trainer.model.hugging_face import assembled, write_folder
@@ -311,6 +314,16 @@ METHODS = {
         config={"num_hidden_layers": 4},
     ),
     "qlora": Case(tuning={**LORA, "quantize": "nf4"}, clip_norm=0.1, steps=3, config={**WIDE, "num_hidden_layers": 4}),
+    **{
+        f"quantized-{tuning['method']}": Case(
+            tuning={**tuning, "quantize": form}, clip_norm=norm, steps=4, config={**WIDE, "num_hidden_layers": 4}
+        )
+        for tuning, form, norm in (
+            ({"method": "ia3"}, "int8", 0.003),
+            ({**ADALORA, "budget": {"target_rank": 2, "final_steps": 2}}, "nf4", 0.1),
+            ({"method": "adapter", "bottleneck": 6}, "nf4", 0.03),
+        )
+    },
     "adapter": Case(tuning={"method": "adapter", "bottleneck": 6}, clip_norm=0.03, steps=4, config={"num_hidden_layers": 4}),
     "bitfit": Case(family="gpt2", tuning={"method": "bitfit"}, clip_norm=0.1, steps=4, config={"n_layer": 4}),
 }
@@ -323,6 +336,9 @@ METHODS_EVERY_DAY = {("dora", "tp4-shared-heads"), ("dora", "tp2xdp2-zero3"), ("
     ("qlora", "tp4-shared-heads"),
     ("qlora", "split-backward"),
     ("qlora", "dp2-zero3-cpu"),
+    ("quantized-ia3", "tp2"),
+    ("quantized-adalora", "tp2"),
+    ("quantized-adapter", "tp2"),
     ("adapter", "tp2"),
     ("adapter", "split-backward"),
     ("adapter", "dp2-zero3-cpu"),
@@ -332,8 +348,8 @@ METHODS_EVERY_DAY = {("dora", "tp4-shared-heads"), ("dora", "tp2xdp2-zero3"), ("
 
 
 @pytest.fixture(scope="module")
-def one_process_of_each() -> dict[str, Outcome]:
-    return {method: outcome(case) for method, case in METHODS.items()}
+def one_process_of_each() -> Callable[[str], Outcome]:
+    return cache(lambda method: outcome(METHODS[method]))
 
 
 @pytest.mark.parametrize(
@@ -344,8 +360,10 @@ def one_process_of_each() -> dict[str, Outcome]:
         for layout in LAYOUTS
     ],
 )
-def test_every_method_trains_alike_in_every_layout(method: str, layout: str, one_process_of_each: dict[str, Outcome]) -> None:
-    expected = one_process_of_each[method]
+def test_every_method_trains_alike_in_every_layout(
+    method: str, layout: str, one_process_of_each: Callable[[str], Outcome]
+) -> None:
+    expected = one_process_of_each(method)
     got = outcome(replace(METHODS[method], **LAYOUTS[layout]))
     assert got.initial_hash == expected.initial_hash
     # SGD shows the gradient itself: fp32 sums in another order, seen 2e-7 in the norm and 2e-8 in the weights.
@@ -377,8 +395,17 @@ def formats(mesh: Mesh, case: Case) -> tuple[set[Any], set[bool]]:
     return held, stateful
 
 
-def test_bf16_follows_its_one_process_run() -> None:
-    case = Case(dtype="bf16", tuning=LORA, optimizer=ADAMW, steps=4)
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_quantized_weights_are_the_same_when_recomputed(dtype: str, recompute: str) -> None:
+    case = replace(METHODS["qlora"], dtype=dtype, steps=2)
+    expected, got = outcome(case), outcome(replace(case, recompute=recompute))
+    assert (got.losses, got.norms) == (expected.losses, expected.norms)
+
+
+@pytest.mark.parametrize("more", [{}, {"config": WIDE, "tuning": {**LORA, "quantize": "nf4"}}], ids=["lora", "qlora"])
+def test_bf16_follows_its_one_process_run(more: dict[str, Any]) -> None:
+    case = Case(**{"dtype": "bf16", "tuning": LORA, "optimizer": ADAMW, "steps": 4, **more})
     expected = outcome(case)
     for changes in ({"tp": 2, "dp": 2, "stage": 1}, {"pp": 2, "dp": 2, "accumulation": 2, "stage": 3}):
         got = outcome(replace(case, **changes))
@@ -576,6 +603,85 @@ def test_other_methods_are_resumed(method: str, tmp_path: Path) -> None:
     assert (exact, total) == (2, 2)
 
 
+def on_another_base(body: Callable[..., int], *arguments: Any) -> int:
+    """On ranks whose frozen weights are others until a checkpoint's have been restored."""
+    quantize = QuantizedWeight.of
+    QuantizedWeight.of = lambda weight, *more: quantize(weight.flip(0) * 2, *more)
+    return body(*arguments)
+
+
+QUANTIZED = {"hidden": 128, "tuning": {**LORA, "targets": ["attention", "mlp"]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "form"),
+    [("tp2xpp2", "fp32", "nf4"), ("dp2-zero3", "bf16", "int8"), pytest.param("one", "bf16", "nf4", marks=[pytest.mark.grid])],
+)
+def test_a_quantized_run_is_resumed_with_the_weights_that_were_saved(name: str, dtype: str, form: str, tmp_path: Path) -> None:
+    keys = {**QUANTIZED, "tuning": {**QUANTIZED["tuning"], "quantize": form}}
+    exact, total = exactness.run(BY_NAME[name], dtype, 4, 2, tmp_path, resumed=partial(on_another_base, train), **keys)
+    assert (exact, total) == (2, 2)
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_a_quantized_checkpoint_is_read_in_other_layouts(form: str, tmp_path: Path) -> None:
+    keys = {**QUANTIZED, "tuning": {**QUANTIZED["tuning"], "quantize": form}}
+    recipe = write_recipe(tmp_path, steps=4, every=4, keep=9, **keys)
+    ended = run_ranks(train, arguments(recipe, tmp_path / "run", BY_NAME["one"]), world_size=1, log=tmp_path / "log")
+    assert ended.codes == (0,), ended.said
+    checkpoint = start = tmp_path / "run" / "checkpoints" / "step-00000004"
+    assert sum(name.endswith(("codes codes", "magnitudes magnitudes")) for name in digests(start)) == 2 * 4 * 4
+    for name in ("tp2", "dp2-zero3", "pp2", "one"):
+        way, run = BY_NAME[name], tmp_path / name
+        ended = run_ranks(
+            on_another_base,
+            *(reshard.save_again, str(recipe), str(run), way.keys, str(checkpoint)),
+            world_size=way.processes,
+            log=tmp_path / "log",
+        )
+        assert not any(ended.codes), ended.said
+        checkpoint = run / "checkpoints" / checkpoint.name
+        assert digests(checkpoint) == digests(start), name
+
+
+@pytest.mark.parametrize(("method", "form"), [("lora", "nf4"), ("dora", "int8"), ("ia3", "nf4")])
+def test_a_quantized_run_leaves_an_adapter_for_the_weights_that_it_saw(
+    method: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The family has transposed weights. The base for peft is the checkpoint's own, made whole."""
+    from trainer.checkpoint.export import Contents, Tuned, compare_logits, export
+    from trainer.checkpoint.manifest import Manifest
+    from trainer.cli import main
+
+    run, out = tmp_path / "run", tmp_path / "merged"
+    tuning = {"method": method, "targets": ["attention", "down"], "quantize": form}
+    recipe = write_recipe(tmp_path, steps=4, every=4, keep=1, hidden=128, tuning=tuning)
+    ended = run_ranks(train, arguments(recipe, run, BY_NAME["tp2"]), world_size=2, log=tmp_path / "log")
+    assert not any(ended.codes), ended.said
+    assert main(["checkpoints", str(run), "--verify"]) == 0
+    checkpoint = run / "checkpoints" / "step-00000004"
+    assert main(["export", str(checkpoint), str(out), "--merge", "--verify"]) == 0
+    # Twelve layers' worth of sums in another order, relative: seen 1e-6.
+    assert compare_logits(checkpoint, out, "fp32") < 1e-5
+
+    manifest = Manifest.read(checkpoint)
+    contents = Contents(checkpoint, manifest, Tuned.of(checkpoint, manifest), adapter=False)
+    shutil.copytree(out, tmp_path / "base")
+    save_file(
+        {name: contents.unmerged(name).contiguous() for name in contents.tensors}, tmp_path / "base" / "model.safetensors"
+    )
+    export(checkpoint, tmp_path / "adapter")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "adapter" / file).read_bytes() == (run / "export" / file).read_bytes()
+    tuned = logits_of(tmp_path / "base", run / "export")
+    torch.testing.assert_close(logits_of(out), tuned, rtol=0, atol=1e-5)
+    assert (tuned - logits_of(tmp_path / "base")).abs().max() > 1e-4, "the adapter changes nothing"
+
+    capsys.readouterr()
+    assert main(["generate", str(checkpoint), "--prompt", "3 times ", "--max-new-tokens", "2", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.startswith("3 times ")
+
+
 # ------------------------------------------------------------------------------------------------ mistakes
 
 
@@ -706,6 +812,25 @@ def _with_own_sums(self: RankBudget, method: Callable[..., Any], *args: Any) -> 
         rank_budget.all_reduce = summed
 
 
+def blocks_of_outputs() -> None:
+    """Neighbours along the outputs share a magnitude."""
+    along, whole = quantized.quantize, quantized.dequantize
+    quantized.quantize = lambda weight_OI, form: along(weight_OI.t().contiguous(), form)
+    quantized.dequantize = lambda *stored: whole(*stored).t()
+
+
+def magnitudes_of_the_first_blocks() -> None:
+    """Of a row-parallel layer every rank takes the same magnitudes, not those of its own codes."""
+    build = RowParallelLinear.quantize
+
+    def first(self: RowParallelLinear, form: str) -> None:
+        build(self, form)
+        (weight,) = self.quantized.values()
+        torch.distributed.broadcast(weight.magnitudes, src=0)
+
+    RowParallelLinear.quantize = first
+
+
 def nothing_is_cleared() -> None:
     """Ranks are shared out, and the weights do not hear of it."""
     ZeroState.clear = lambda self, kept: None
@@ -714,6 +839,7 @@ def nothing_is_cleared() -> None:
 MUTATIONS_OF = {
     "adalora": [importance_of_own_parts, orthogonality_of_own_parts, nothing_is_cleared, whole_factors_left_partial],
     "dora": [norms_of_own_columns, norms_with_gradients, whole_factors_left_partial],
+    "qlora": [blocks_of_outputs, magnitudes_of_the_first_blocks],
     "adapter": [bottlenecks_left_partial, bottlenecks_inside_the_region, drawn_by_rank, whole_factors_counted_on_every_rank],
 }
 MUTATIONS = [
@@ -758,8 +884,10 @@ def test_the_parity_check_catches(mutate: Callable[[], None], honest: Outcome) -
     [(method, mutate) for method, mutations in MUTATIONS_OF.items() for mutate in mutations],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
-def test_the_parity_check_catches_in(method: str, mutate: Callable[[], None], one_process_of_each: dict[str, Outcome]) -> None:
+def test_the_parity_check_catches_in(
+    method: str, mutate: Callable[[], None], one_process_of_each: Callable[[str], Outcome]
+) -> None:
     case = replace(METHODS[method], tp=2, stage=1)
     got = spawn(mutated, Layout(tp=2), mutate, case)[0]
     with pytest.raises(AssertionError):
-        assert_same_training(got, one_process_of_each[method], relative=2e-6, weights=1e-6)
+        assert_same_training(got, one_process_of_each(method), relative=2e-6, weights=1e-6)

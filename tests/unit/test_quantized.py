@@ -66,6 +66,20 @@ def test_a_shard_has_its_part_of_the_whole(form: str) -> None:
         assert torch.equal(piece.box_of(logical), values)
 
 
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_a_weight_made_whole_is_rounded_once(form: str) -> None:
+    spec = ShardSpec(Role.MATRIX, Init(), (), Group.alone())
+    held = QuantizedWeight.of(weight(), spec, form)
+    codes = held.codes if form == "int8" else torch.stack([held.codes >> 4, held.codes & 15], -1).view(6, -1)
+    shares = codes.double() / 127 if form == "int8" else torch.tensor(NF4, dtype=torch.float64)[codes.long()]
+    exact = shares * held.magnitudes.double().repeat_interleave(BLOCK, -1)
+    # The last bit of fp32 may be another.
+    torch.testing.assert_close(held.dequantized(torch.float32).double(), exact, rtol=2**-22, atol=0)
+    assert torch.equal(held.dequantized(torch.bfloat16), held.dequantized(torch.float32).bfloat16())
+    # Half a step of 8 bits, and what fp32 leaves undecided.
+    torch.testing.assert_close(held.dequantized(torch.bfloat16).double(), exact, rtol=2**-8 + 2**-20, atol=0)
+
+
 def test_a_row_must_be_made_of_whole_blocks() -> None:
     assert BLOCK == QUANTIZED_TOGETHER
     with pytest.raises(ValueError, match="100 input features are no multiple of 64"):
