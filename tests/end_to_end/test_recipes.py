@@ -27,6 +27,8 @@ SMALL: dict[str, Any] = {
     **{"head_dim": 8, "max_position_embeddings": 64},
     **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
 }
+# Weights in few bits have blocks of 64 inputs.
+SMALL_QUANTIZED = {**SMALL, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 ROWS: dict[str, list[dict[str, Any]]] = {
     "pretrain": [{"text": f"{n} times {n} is {n * n}."} for n in range(400)],
     "sft": [{"prompt": f"{n} times {n}?", "completion": f"{n * n}."} for n in range(200)],
@@ -55,7 +57,8 @@ def settings(path: Path, resolved: ResolvedRecipe, layout: Layout, folder: Path)
         yield from (f"model.config.{name}={json.dumps(SMALL[name])}" for name in given if name in SMALL)
         yield "data.tokenizer=bytes"
     else:
-        pretrained = small_pretrained(path, folder / "pretrained")
+        sizes = SMALL_QUANTIZED if recipe.tuning.quantize else SMALL
+        pretrained = small_pretrained(path, sizes, folder / "pretrained")
         yield f"model.from_pretrained={pretrained}"
         yield f"data.tokenizer={pretrained}"
     yield f"batch.global_sequences={4 * layout.dp}"
@@ -83,12 +86,12 @@ def settings(path: Path, resolved: ResolvedRecipe, layout: Layout, folder: Path)
     yield f"run.dir={folder / 'runs'}"
 
 
-def small_pretrained(path: Path, folder: Path) -> Path:
+def small_pretrained(path: Path, small: dict[str, Any], folder: Path) -> Path:
     """A Hugging Face folder of the kind that the recipe names on the hub, drawn at random."""
     tokenizer = make_tokenizer("bytes")
     kind = next(kind for kind in PRETRAINED if kind in path.stem)
     config, architecture = PRETRAINED[kind]
-    sizes = {name: size for name, size in SMALL.items() if hasattr(config(), name)}
+    sizes = {name: size for name, size in small.items() if hasattr(config(), name)}
     model = architecture(config(vocab_size=tokenizer.vocab_size, **sizes))
     model.save_pretrained(folder)
     tokenizer.save(folder)
