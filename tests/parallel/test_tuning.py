@@ -212,6 +212,16 @@ PEFT_CASES = {
         steps=STEPS,
         clip_norm=0.1,
     ),
+    **{
+        f"quantized-{tuning['method']}": Case(
+            config=WIDE, tuning={**tuning, "quantize": form}, optimizer={"name": "adamw", "lr": lr}, steps=STEPS, clip_norm=norm
+        )
+        for tuning, form, lr, norm in (
+            ({"method": "ia3"}, "int8", 0.1, 0.01),
+            (ADALORA, "nf4", 0.01, 0.1),
+            ({"method": "adapter", "bottleneck": 6}, "nf4", 0.01, 0.1),
+        )
+    },
     "adapter": Case(
         tuning={"method": "adapter", "bottleneck": 6},
         optimizer={"name": "adamw", "lr": 0.01},

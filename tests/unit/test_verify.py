@@ -165,6 +165,22 @@ def test_the_twin_divides_wherever_the_recipe_does(written: dict[str, Any], tens
         assert {w is None for w in small.windows} == {w is None for w in own.windows}
 
 
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_the_twin_of_quantized_weights_has_whole_blocks(head_dim: int) -> None:
+    sizes = {"hidden_size": 512, "head_dim": head_dim, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config = {**sizes, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 1000, "max_position_embeddings": 512}
+    written = {
+        "model": {"family": "llama", "config": config},
+        "data": {"seq_len": 512},
+        "tuning": {"method": "lora", "quantize": "nf4"},
+    }
+    named = [ONE_PROCESS, parse("tp2"), parse("tp4")]
+    twin = scaled_down(resolve(written), [each.layout for each in named])
+    assert all(passes_the_door(twin.given, each) for each in named)
+    small = in_layout(twin, ONE_PROCESS)
+    assert (small.hidden_size == small.num_heads * small.head_dim) is (head_dim == 64)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_has_a_twin(path: Path) -> None:
     resolved = load(path)

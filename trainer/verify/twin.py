@@ -18,6 +18,7 @@ from trainer.model.families import FAMILIES
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
 from trainer.recipe.network import translate
 from trainer.sections import Recipe
+from trainer.tuning.targets import QUANTIZED_TOGETHER
 
 VOCABULARY = 263  # a prime, so that no degree divides it; above the 257 symbols of the tokenizer "bytes"
 HEAD_DIM = 8
@@ -154,7 +155,9 @@ def _sizes(resolved: ResolvedRecipe, own: TransformerConfig, layouts: Sequence[L
     kv_heads = least_key_value_heads(own.num_heads, own.num_kv_heads, tensor)
     heads = own.num_heads // own.num_kv_heads * kv_heads
     tied_head_dim = own.head_dim == own.hidden_size // own.num_heads
-    hidden = heads * (HEAD_DIM if tied_head_dim else HEAD_DIM + 4)
+    # Each tensor rank must have whole blocks of what is quantized: then a head is one.
+    head_dim, block, beside = (QUANTIZED_TOGETHER,) * 3 if resolved.recipe.tuning.quantize else (HEAD_DIM, 1, 4)
+    hidden = heads * (head_dim if tied_head_dim else head_dim + beside)
     stages = max(layout.pp for layout in layouts) * resolved.recipe.parallel.virtual_stages
     layers = min(own.num_layers, max(LEAST_LAYERS, stages))
     encoder_layers = min(own.encoder_layers, max(1, layers // 2))  # of all
@@ -166,8 +169,8 @@ def _sizes(resolved: ResolvedRecipe, own: TransformerConfig, layouts: Sequence[L
         "decoder_layers": layers - encoder_layers,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "head_dim": HEAD_DIM,
-        "ffn_size": _multiple(math.lcm(*tensor), hidden * 3 // 2),
+        "head_dim": head_dim,
+        "ffn_size": _multiple(math.lcm(*tensor) * block, hidden * 3 // 2),
     }
     if own.positions == "learned":
         sizes["max_positions"] = _seq_len(layouts) + 3  # some are never used
