@@ -162,7 +162,7 @@ class Data(Section):
     seq_len: PositiveInt = Field(
         512,
         le=2**24,
-        description="Length of a training sequence [tokens]; translate: of its sources, and again of their targets.",
+        description="Length of a training sequence; translate: of its sources, and again of their targets [tokens].",
     )
     sources: list[Source] = Field(
         default_factory=lambda: [Source(path="stdlib")], min_length=1, description="Where training documents come from."

@@ -185,8 +185,8 @@ def test_the_twin_of_quantized_weights_has_whole_blocks(head_dim: int) -> None:
 def test_every_shipped_recipe_has_a_twin(path: Path) -> None:
     resolved = load(path)
     if resolved.hf_config is None:  # still on the hub
-        sizes = {"hidden_size": 64, "num_attention_heads": 8, "max_position_embeddings": 8192}
-        folder = {"model_type": "llama", "vocab_size": 300, **sizes}
+        sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+        folder = {"model_type": resolved.recipe.model.family or "llama", "vocab_size": 300, **sizes}
         resolved = replace(resolved, hf_config=folder)
     named = [ONE_PROCESS, parse("dp2")]
     for twin in (scaled_down(resolved, [each.layout for each in named]), full_size(resolved)):
