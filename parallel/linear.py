@@ -309,23 +309,31 @@ class RowParallelLinear(_Adaptable):
 
 
 class ReplicatedLinear(Sharded):
-    """Y = X Aᵀ + b between the parallel regions, whole on every rank.
+    """Y = X Aᵀ + b between the parallel regions, whole on every rank; without `bias` Y = X Aᵀ.
 
     Forward: X [N, I], or this rank's tokens of it → Y [N, O] of the same tokens; no communication. With sequence parallelism
     each rank gives its tokens' part of the gradients; without, all ranks compute the same.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, name: str, init: Init, tp: TensorParallel, added: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        name: str,
+        init: Init,
+        tp: TensorParallel,
+        bias: bool = True,
+        added: bool = False,
     ) -> None:
         """`added`: put beside the model's own weights for tuning."""
         super().__init__()
-        for what, shape, role, start in (
-            ("weight", (out_features, in_features), Role.MATRIX, init),
-            ("bias", (out_features,), Role.BIAS, Init()),
-        ):
+        self.register_parameter("bias", None)
+        parameters = [("weight", (out_features, in_features), Role.MATRIX, init), ("bias", (out_features,), Role.BIAS, Init())]
+        for what, shape, role, start in parameters[: 1 + bias]:
             spec = whole(f"{name}.{what}", shape, role=role, init=start, copies=tp.group, partial=tp.sequence, added=added)
             self.declare(what, shape, spec)
 
     def forward(self, x_NI: Tensor) -> Tensor:
-        return functional.linear(x_NI, self.weight.to(x_NI.dtype), self.bias.to(x_NI.dtype))
+        bias = None if self.bias is None else self.bias.to(x_NI.dtype)
+        return functional.linear(x_NI, self.weight.to(x_NI.dtype), bias)

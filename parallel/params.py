@@ -6,7 +6,7 @@ and shapes. Initial weights, export, weight decay, norms and checkpoints all rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -180,15 +180,15 @@ def materialise(module: nn.Module, device: torch.device) -> None:
                 setattr(owner, name, made[parameter])
 
 
-def initialise(module: nn.Module, seed: int, *, only_added: bool = False) -> None:
-    """Fill materialised parameters with their initial values, which depend on (seed, logical name) only; `only_added`: the
-    model's own have been loaded.
+def initialise(module: nn.Module, seed: int, *, only: Callable[[ShardSpec], bool] = lambda spec: True) -> None:
+    """Fill materialised parameters with their initial values, which depend on (seed, logical name) only; `only` those of
+    these specs, where the others have been loaded.
 
     Each logical tensor is drawn whole in fp32 on the CPU and sliced, so that every layout starts from bit-identical
     weights. Peak extra memory: one logical tensor.
     """
     for _, parameter, spec in owned_specs(module):
-        if only_added and not spec.added:
+        if not only(spec):
             continue
         drawn: dict[str, Tensor] = {}
         for piece in spec.pieces:

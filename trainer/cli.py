@@ -303,7 +303,7 @@ def _network(resolved: ResolvedRecipe) -> TransformerConfig | None:
 
     if resolved.recipe.model.family == AUTO:
         return None
-    vocab_size = tokenizer_vocab_size(resolved.recipe.data.tokenizer)
+    vocab_size = tokenizer_vocab_size(resolved.recipe.data)
     known = resolved.hf_config is not None and (vocab_size is not None or "vocab_size" in resolved.hf_config)
     return resolved.network(vocab_size=vocab_size) if known else None
 

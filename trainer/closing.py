@@ -13,7 +13,7 @@ from trainer.data.prepared import held_out_pairs
 from trainer.engine import DTYPES
 from trainer.generate import sample
 from trainer.model.hugging_face import assembled, write_folder
-from trainer.session import Session
+from trainer.session import Session, targets_for
 from trainer.track.report import write_report
 from trainer.translator import Search, Translator, scores
 from trainer.tuning.adapter_folder import AdapterFormat, leaves_adapter, write_adapter
@@ -68,6 +68,7 @@ def finish(run: Session, summary: dict[str, object]) -> None:
             seq_len=recipe.data.row_tokens,
             isolate_documents=recipe.data.isolate_documents,
             sequences=recipe.train.eval_sequences,
+            targets=targets_for(recipe, run.prepared, run.network, "evaluation"),
         )
     if recipe.train.sample_prompt is not None:
         chat = run.prepared.chat

@@ -90,7 +90,7 @@ class Engine:
         self.scaler = LossScaler.from_recipe(recipe.precision)
         self.zero_stage = recipe.zero.stage
         self.vocab_size = config.vocab_size
-        self.measures = measures_of(recipe.data.task)
+        self.measures = measures_of(recipe.data.task, config)
         prepare(recipe, self.notes)
         units = Units(mesh)
         dtype = DTYPES[recipe.precision.dtype]

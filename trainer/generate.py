@@ -81,6 +81,12 @@ def translates(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("is_encoder_decoder") is True
 
 
+def _require_next_tokens(architectures: Sequence[str], folder: Path) -> None:
+    for head, does in {"SequenceClassification": "sorts texts into classes", "MaskedLM": "guesses masked tokens"}.items():
+        if any(architecture.endswith(f"For{head}") for architecture in architectures):
+            raise RecipeError(f"the model in {folder} {does}: give one that continues texts")
+
+
 def load_folder(folder: Path) -> tuple[Any, Any]:
     """Model and tokenizer; no code from the folder, no pickle, no tensor left to chance."""
     remedies = {
@@ -96,9 +102,12 @@ def load_folder(folder: Path) -> tuple[Any, Any]:
 
     try:
         network = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _require_next_tokens(network.architectures or (), folder)
         kind = AutoModelForSeq2SeqLM if network.is_encoder_decoder else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, loading = kind.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
+    except RecipeError:
+        raise
     except Exception as error:  # transformers, tokenizers and safetensors each raise kinds of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{folder}: cannot be loaded ({reason}): fetch or export it again") from error

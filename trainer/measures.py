@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from trainer.model.config import TransformerConfig
+
 if TYPE_CHECKING:
     from trainer.data.loader import MicroBatch
+    from trainer.model.network import Network
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,16 @@ class Measures(Protocol):
     """How the statistics of a task are read. They are additive: what the last block returns for a micro-batch when it is asked
     for them, float64 [num_sums], index 0 the loss summed over targets."""
 
-    num_sums: int
-    num_step_sums: int  # what the last block returns in training: the loss, and after it statistics that cost nothing more
-    predicts_tokens: bool  # whether a unigram model can be compared with it
+    @property
+    def num_sums(self) -> int: ...
+
+    @property
+    def num_step_sums(self) -> int:
+        """What the last block returns in training: the loss, and after it statistics that cost nothing more."""
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether a unigram model can be compared with it."""
 
     def num_targets(self, batch: MicroBatch) -> int:
         """What the sums of a micro-batch are divided by."""
@@ -88,12 +98,60 @@ class PairMeasures:
         return {"eval_loss": loss, **rewards, "eval_targets": result.num_targets}
 
 
-def measures_of(task: str) -> Measures:
+@dataclass(frozen=True)
+class ClassMeasures:
+    """Of texts sorted into classes: loss, and how many of class i were taken for class j."""
+
+    num_classes: int
+    num_step_sums: int = 1
+    predicts_tokens: bool = False
+
+    @property
+    def num_sums(self) -> int:
+        return 1 + self.num_classes**2
+
+    def num_targets(self, batch: MicroBatch) -> int:
+        return batch.num_targets
+
+    def step_record(self, means: Sequence[float]) -> dict[str, float]:
+        return {}
+
+    def record(self, result: EvalResult) -> dict[str, float]:
+        """`eval_majority`: the accuracy of always naming the commonest class. `eval_f1` is the mean over the classes that occur
+        or were named (macro); of two classes also that of the second alone, as in GLUE (Wang et al. 2018, arXiv:1804.07461)."""
+        true_by_named = self.confusion(result)
+        scores = {number: _f1(true_by_named, number) for number in range(self.num_classes)}
+        occurring = [score for score in scores.values() if score is not None]
+        return {
+            "eval_loss": result.loss,
+            "eval_accuracy": sum(row[number] for number, row in enumerate(true_by_named)) / result.num_targets,
+            "eval_majority": max(map(sum, true_by_named)) / result.num_targets,
+            "eval_f1": sum(occurring) / len(occurring),
+            **({"eval_f1_positive": scores[1] or 0.0} if self.num_classes == 2 else {}),
+            "eval_targets": result.num_targets,
+        }
+
+    def confusion(self, result: EvalResult) -> list[list[int]]:
+        """Row: the true class; column: the class that was named."""
+        counts, C = [round(count) for count in result.sums[1:]], self.num_classes
+        return [counts[row * C : (row + 1) * C] for row in range(C)]
+
+
+def _f1(true_by_named: list[list[int]], number: int) -> float | None:
+    """2 · hits / (how many there are + how many were named); None where there is neither."""
+    there, named = sum(true_by_named[number]), sum(row[number] for row in true_by_named)
+    return 2 * true_by_named[number][number] / (there + named) if there + named else None
+
+
+def measures_of(task: str, network: Network) -> Measures:
     """Those of a recipe's data.task."""
+    if task == "classify":
+        assert isinstance(network, TransformerConfig)
+        return ClassMeasures(len(network.classes))
     return MEASURES[task]
 
 
 MEASURES: dict[str, Measures] = {
-    **dict.fromkeys(("pretrain", "sft", "translate"), TokenMeasures()),
+    **dict.fromkeys(("pretrain", "sft", "translate", "mlm"), TokenMeasures()),
     "preference": PairMeasures(),
 }

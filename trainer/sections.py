@@ -115,6 +115,8 @@ class Fields(Section):
     target: str | None = Field(None, min_length=1, description="translate: its translation.")
     chosen: str | None = Field(None, min_length=1, description="preference: the better answer.")
     rejected: str | None = Field(None, min_length=1, description="preference: the worse answer.")
+    text: str | None = Field(None, min_length=1, description="classify: the text.")
+    label: str | None = Field(None, min_length=1, description="classify: the class of the text, a word or a whole number.")
 
 
 class Source(Section):
@@ -122,7 +124,7 @@ class Source(Section):
 
     path: str = Field(
         min_length=1,
-        description="A file (.txt, .jsonl, .parquet, .arrow), a folder of such files, a hub name, "
+        description="A file (.txt, .jsonl, .parquet, .arrow; with rows also .csv, .tsv), a folder of such files, a hub name, "
         "or 'stdlib' (the sources of this Python's standard library).",
     )
     weight: float = Field(
@@ -142,19 +144,36 @@ class Source(Section):
     )
     fields: Fields | None = Field(
         None,
-        description='sft, preference, translate: what this source calls them, such as {"prompt": "question", "completion": '
-        '"answer"} or {"source": "en", "target": "de"}.',
+        description='sft, preference, translate, classify: what this source calls them, such as {"prompt": "question", '
+        '"completion": "answer"} or {"source": "en", "target": "de"}.',
+    )
+    columns: list[str] = Field(
+        default_factory=list,
+        description="Tasks of rows: names of the columns of .csv and .tsv files; empty: their first line has them.",
     )
 
 
 class Data(Section):
     """Documents, tokenizer, packing."""
 
-    task: Literal["pretrain", "sft", "preference", "translate"] = Field(
+    task: Literal["pretrain", "sft", "preference", "translate", "classify", "mlm"] = Field(
         "pretrain",
         description="What is learned: pretrain = the next token of packed documents; sft = the assistant's turns of packed "
         "conversations, written by the tokenizer's chat template; preference = to prefer the chosen of two answers; translate "
-        "= the targets of packed pairs, by an encoder and a decoder.",
+        "= the targets of packed pairs, by an encoder and a decoder; classify = the class of a text; mlm = masked tokens of "
+        "packed documents, from both sides.",
+    )
+    classes: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="classify: names of the classes, in the order of their numbers; empty: those that the sources have, by "
+        "value where all are numbers, else by letters.",
+    )
+    mask_fraction: float = Field(
+        0.15,
+        gt=0.0,
+        lt=1.0,
+        description="mlm: share of the tokens that are to be guessed; of ten such tokens eight are masked, one is replaced by "
+        "another, one stays.",
     )
     learn: Literal["answers", "all"] = Field(
         "answers", description="sft: whose tokens are targets: those of the assistant's turns, or all."

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from parallel.mesh import Mesh
 from parallel.messages import Messages
-from parallel.params import initialise
+from parallel.params import ShardSpec, initialise
 from parallel.topology import Layout
 from trainer import launch
 from trainer.batching import BatchPlan
@@ -30,6 +31,7 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.resume import Found
 from trainer.data import PreparedData, prepare, prepare_summary
 from trainer.data.loader import EvalData, MicroBatch, TrainData
+from trainer.data.targets import Part, Targets, targets_of
 from trainer.deepspeed_config import deepspeed_config
 from trainer.engine import DTYPES, Engine
 from trainer.errors import EXIT_REQUEUE
@@ -39,10 +41,14 @@ from trainer.launch import PeerFailed, Place, together
 from trainer.lifecycle import LOST, WANTED
 from trainer.matmul_peak import device_peak, slower_than_fp32
 from trainer.model.auto import open_auto
+from trainer.model.auto_network import AutoNetwork
+from trainer.model.config import TransformerConfig
+from trainer.model.families import FAMILIES
 from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
 from trainer.model.names import names_of
 from trainer.model.network import ModelFiles, Network, largest_weight
 from trainer.model.transformer import logical_specs
+from trainer.model.translation import classes_of
 from trainer.preference.reference import with_reference
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.auto import AUTO
@@ -268,8 +274,8 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             network=network,
             files=files,
             prepared=prepared,
-            data=_train_data(recipe, prepared),
-            eval_data=_eval_data(recipe, prepared),
+            data=_train_data(recipe, prepared, network),
+            eval_data=_eval_data(recipe, prepared, network),
             engine=engine,
             census=census,
             tracker=tracker,
@@ -299,21 +305,36 @@ def _network(resolved: ResolvedRecipe, prepared: PreparedData, *, resumed: bool)
     recipe, vocab_size = resolved.recipe, prepared.tokenizer.vocab_size
     if recipe.model.family == AUTO:
         return open_auto(recipe, prepared.tokenizer)
+    classes = prepared.classes
     if recipe.model.from_pretrained is None:
-        network = resolved.network(vocab_size=vocab_size)
+        network = resolved.network(vocab_size=vocab_size, classes=classes)
         return network, _zeros if resumed else lambda block: initialise(block, recipe.run.seed)
     folder = local_folder(recipe.model.from_pretrained, recipe.model.revision)
-    network = resolved.network(vocab_size=vocab_size, pretrained=read_config(folder))
+    network = resolved.network(vocab_size=vocab_size, pretrained=read_config(folder), classes=classes)
     if resumed:
         return network, _zeros
     weights, names, specs = PretrainedWeights(folder), names_of(network), logical_specs(network)
-    weights.check_names(specs, ties=names.ties(specs), is_unused=names.is_for_other_heads)
+    drawn = _drawn(weights, folder, network, specs)
+    ties = {} if network.classes else names.ties(specs)
+    weights.check_names(specs, ties=ties, is_unused=partial(names.is_for_other_heads, network))
 
     def fill(block: nn.Module) -> None:
-        weights.fill(block)
-        initialise(block, recipe.run.seed, only_added=True)
+        weights.fill(block, drawn=drawn)
+        initialise(block, recipe.run.seed, only=drawn)
 
     return network, fill
+
+
+def _drawn(
+    weights: PretrainedWeights, folder: Path, network: TransformerConfig, specs: Sequence[ShardSpec]
+) -> Callable[[ShardSpec], bool]:
+    """Which parameters a folder does not give: those put beside its own for tuning, and of a classifier the head, unless the
+    folder has one for the same classes."""
+    names = names_of(network)
+    head = [spec for spec in specs if any(names.is_of_classes(piece.name) for piece in spec.pieces)]
+    has_head = weights.holds(head) and classes_of(FAMILIES[network.family], read_config(folder)) == network.classes
+    drawn = set() if has_head else {piece.name for spec in head for piece in spec.pieces}
+    return lambda spec: spec.added or any(piece.name in drawn for piece in spec.pieces)
 
 
 @torch.no_grad()
@@ -347,7 +368,13 @@ def _clear_the_way(folder: RunFolder, found: Found | None, resolved: ResolvedRec
     return remarks
 
 
-def _train_data(recipe: Recipe, prepared: PreparedData) -> TrainData:
+def targets_for(recipe: Recipe, prepared: PreparedData, network: Network, part: Part) -> Targets:
+    """What the positions of this run's rows are to predict."""
+    causal = isinstance(network, AutoNetwork) or network.causal
+    return targets_of(recipe.data, prepared.tokenizer, causal=causal, seed=recipe.run.seed, part=part)
+
+
+def _train_data(recipe: Recipe, prepared: PreparedData, network: Network) -> TrainData:
     return TrainData(
         prepared.train,
         prepared.weights,
@@ -355,10 +382,11 @@ def _train_data(recipe: Recipe, prepared: PreparedData) -> TrainData:
         seed=recipe.run.seed,
         isolate_documents=recipe.data.isolate_documents,
         global_sequences=recipe.batch.global_sequences,
+        targets=targets_for(recipe, prepared, network, "training"),
     )
 
 
-def _eval_data(recipe: Recipe, prepared: PreparedData) -> EvalData | None:
+def _eval_data(recipe: Recipe, prepared: PreparedData, network: Network) -> EvalData | None:
     if not prepared.evaluation:
         return None
     return EvalData(
@@ -366,6 +394,7 @@ def _eval_data(recipe: Recipe, prepared: PreparedData) -> EvalData | None:
         seq_len=recipe.data.row_tokens,
         isolate_documents=recipe.data.isolate_documents,
         sequences=recipe.train.eval_sequences,
+        targets=targets_for(recipe, prepared, network, "evaluation"),
     )
 
 

@@ -34,6 +34,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "sft": [{"prompt": f"{n} times {n}?", "completion": f"{n * n}."} for n in range(200)],
     "translate": [{"source": f"{n} times {n}.", "target": f"{n} mal {n}."} for n in range(200)],
     "preference": [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(200)],
+    "classify": [{"text": f"{n} times {n}", "label": n % 3} for n in range(200)],
 }
 
 

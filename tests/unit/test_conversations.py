@@ -17,7 +17,7 @@ from trainer.data.digests import Digests
 from trainer.data.fault import Fault
 from trainer.data.sources import Corpus, look_at
 from trainer.errors import DataError, RecipeError
-from trainer.recipe.chat import NAMES
+from trainer.recipe.rows import NAMES
 from trainer.recipe.translate import SIDES
 
 ASKED, ANSWERED = Message("user", "why?", False), Message("assistant", "so.", True)
@@ -121,8 +121,8 @@ def test_the_door_knows_the_same_names() -> None:
     assert {name: {*shape.needs, *shape.may} for name, shape in SHAPES.items()} == {
         name: {*names} for name, names in NAMES["sft"].items()
     }
-    of_rows = {name for shapes in NAMES.values() for names in shapes.values() for name in names}
-    assert of_rows | set(SIDES) == set(sections.Fields.model_fields)
+    ours = {name for shapes in NAMES.values() for names in shapes.values() for name in names}
+    assert ours | {*SIDES} == set(sections.Fields.model_fields)
 
 
 # ---------------------------------------------------------------------------------------------------------- kinds of files

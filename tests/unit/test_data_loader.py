@@ -93,7 +93,7 @@ def test_isolated_documents(tmp_path: Path) -> None:
     #  stream: 0 1 E 3 4 5 6 E | 8 9 10 E E 13 14 15 | 16 17 E
     first = row_at(store, 0, seq_len=S, isolate_documents=True)
     assert first.tokens.tolist() == [0, 1, END, 3, 4, 5, 6, END]
-    assert first.next_tokens.tolist() == [1, END, 3, 4, 5, 6, END, 8]
+    assert first.labels.tolist() == [1, END, 3, 4, 5, 6, END, 8]
     assert first.is_target.tolist() == [True, True, False, True, True, True, True, False]
     assert first.documents == (3, 5)
     second = row_at(store, 8, seq_len=S, isolate_documents=True)
@@ -103,7 +103,7 @@ def test_isolated_documents(tmp_path: Path) -> None:
     assert (whole.documents, whole.is_target.all()) == ((S,), True)
     last = row_at(store, 16, seq_len=S, isolate_documents=True)
     assert last.tokens.tolist() == [16, 17] + [END] * 6
-    assert last.next_tokens[last.is_target].tolist() == [17, END]
+    assert last.labels[last.is_target].tolist() == [17, END]
     assert last.documents == (2, 6)
 
 
@@ -121,7 +121,7 @@ def test_rows_agree_with_their_definition(
     present = [at for at in range(begin, begin + seq_len) if at + 1 < total]
     assert row.tokens.tolist()[: len(present)] == [stream[at] for at in present]
     assert np.flatnonzero(row.is_target).tolist() == [at - begin for at in present if owner[at] == owner[at + 1]]
-    assert row.next_tokens[row.is_target].tolist() == [stream[at + 1] for at in present if owner[at] == owner[at + 1]]
+    assert row.labels[row.is_target].tolist() == [stream[at + 1] for at in present if owner[at] == owner[at + 1]]
     assert sum(row.documents) == seq_len
     owners = [owner[at] for at in present] + [-1] * (seq_len - len(present))
     assert list(row.documents) == [owners.count(document) for document in dict.fromkeys(owners)]

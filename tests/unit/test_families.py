@@ -94,7 +94,12 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
         if name == "max_window_layers":
             continue  # without windows it means nothing; what it does is in the SHAPES
         if rule.default is None and expected is None:
-            derived = {"n_inner": 4 * theirs.get("n_embd", 0), "head_dim": 128, "sliding_window": None}
+            derived = {
+                "n_inner": 4 * theirs.get("n_embd", 0),
+                "head_dim": 128,
+                "sliding_window": None,
+                "classifier_dropout": None,
+            }
             expected = derived[name]
         assert ours[name] == expected, name
     assert translate(family, {}) == translate(family, theirs)
@@ -330,7 +335,7 @@ def test_bookkeeping_changes_nothing() -> None:
 def test_a_table_names_only_fields_that_exist_and_all_of_them() -> None:
     fields = {field.name for field in dataclasses.fields(translate("gpt2", {}))}
     for family in FAMILIES.values():
-        derived = {"family", "num_layers", "num_kv_heads", "head_dim", "windows"}
+        derived = {"family", "num_layers", "num_kv_heads", "head_dim", "windows", "classes"}
         says_windows = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
         says_sides = {"decoder_layers", "shared_embedding", "target_vocab_size"}
         named = {name for rule in family.keys.values() for name in rule.fields} - says_windows - says_sides | set(

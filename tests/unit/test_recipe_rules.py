@@ -153,12 +153,13 @@ RULES: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
      {"model": {"family": "lama"}}, 'unknown family "lama"; did you mean llama?; legal: gpt2, llama',
      [{"model": {"family": "llama"}}]),
     ("a bidirectional family is not for the next token",
-     {"model": {"family": "bert"}}, 'model.family = "bert" sees the next token, which data.task pretrain predicts: it needs a '
-     "masked-language task, which this version does not have; legal families for pretrain: gpt2, llama, mistral, qwen2, qwen3",
+     {"model": {"family": "bert"}}, 'model.family = "bert" sees the next token, which data.task pretrain predicts: it is for '
+     "data.task mlm and classify; legal families for pretrain: gpt2, llama, mistral, qwen2, qwen3, phi3, gemma2",
      [{"model": {"family": "gpt2"}, "data": {"task": "pretrain"}}]),
     ("conversations have no text field",
      {"data": {"task": "sft", "sources": [{"path": "corpus.txt", "field": "t"}]}},
-     'data.sources[0].field is used only with data.task "pretrain": remove it; what rows call their fields is said in fields',
+     'data.sources[0].field is used only with data.task "pretrain" or "mlm": remove it; what rows call their fields is said in '
+     "fields",
      [{"data": {"sources": [{"path": "corpus.txt", "field": "t"}]}}, {"data": CHATS}]),
     *((f"texts have no {key}",
        {"data": {"eval_sources": [{"path": "corpus.txt", key: value}]}},
@@ -402,7 +403,7 @@ def test_a_hub_name_gives_its_network_once_fetched() -> None:
     resolved = load({"model": {"from_pretrained": "owner/name"}})
     with pytest.raises(RecipeError, match="hub name"):
         resolved.network(vocab_size=257)
-    with pytest.raises(RecipeError, match="needs a masked-language task"):
+    with pytest.raises(RecipeError, match=r"it is for data\.task mlm and classify"):
         resolved.network(vocab_size=257, pretrained={"model_type": "bert"})
     assert resolved.network(vocab_size=257, pretrained=PRETRAINED).hidden_size == 8
 

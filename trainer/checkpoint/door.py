@@ -83,10 +83,13 @@ def _model_facts(resolved: ResolvedRecipe) -> dict[str, Any]:
 
     if resolved.recipe.model.family == AUTO or resolved.hf_config is None:
         return {}
-    vocab_size = tokenizer_vocab_size(resolved.recipe.data.tokenizer)
+    vocab_size = tokenizer_vocab_size(resolved.recipe.data)
     named = "vocab_size" in resolved.hf_config
     if vocab_size is None and not named:
         return {}
     facts = model_facts(to_hf_config(resolved.network(vocab_size=vocab_size), dtype="float32", eos_token_id=None))
     # A tokenizer that is trained on a small corpus may find fewer symbols than it was asked for.
-    return {key: value for key, value in facts.items() if named or key != "model.config.vocab_size"}
+    unknown = set() if named else {"model.config.vocab_size"}
+    if not resolved.recipe.data.classes:
+        unknown |= {"model.config.id2label", "model.config.label2id"}  # the data says them
+    return {key: value for key, value in facts.items() if key not in unknown}

@@ -235,21 +235,38 @@ def compare_logits(checkpoint: Path, out: Path, dtype: str) -> float:
         raise RecipeError(f"--verify compares whole models: {remedy}")
     if tuned and tuned.merges and dtype != "fp32":
         raise RecipeError(f"--verify of a merged model needs --dtype fp32: in {dtype} the sum is rounded, its parts are not")
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     manifest = read_sound(checkpoint)
     tokens_BS = torch.randint(0, 1 << 30, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        exported = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
+        exported = _auto_class(out).from_pretrained(out, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
         if (out / bottleneck_format.CONFIG).exists():
             bottleneck_format.load_bottlenecks(exported, out)
         tokens_BS %= exported.config.vocab_size
+        padding = exported.config.pad_token_id
+        if padding is not None:  # a classifier reads the last token before it
+            tokens_BS[tokens_BS == padding] = (padding + 1) % exported.config.vocab_size
         theirs = exported.eval()(tokens_BS).logits
         del exported
         ours = _training_logits(checkpoint, manifest, tokens_BS, TORCH_DTYPES[FORMATS[dtype]])
     return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def _auto_class(folder: Path) -> Any:
+    """What loads the folder's network in transformers with the head that was trained."""
+    import transformers
+
+    config = read_config(folder)
+    if config.get("is_encoder_decoder"):
+        raise RecipeError(
+            "--verify compares networks of one text: leave it out for one that translates; it is read back anyway"
+        )
+    for head in ("SequenceClassification", "MaskedLM"):
+        if any(architecture.endswith(f"For{head}") for architecture in config.get("architectures") or ()):
+            return getattr(transformers, f"AutoModelFor{head}")
+    return transformers.AutoModelForCausalLM
 
 
 def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
@@ -284,6 +301,8 @@ def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dt
     ).eval()
     B, S = tokens_BS.shape
     logits: Tensor = stage(tokens_BS, documents=Documents(((S,),) * B), labels_BS=None, streams=None)
+    if network.classes:
+        return logits[:, -1 if network.causal else 0]
     return logits[..., : network.vocab_size]
 
 

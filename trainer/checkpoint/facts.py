@@ -19,7 +19,7 @@ CHANGES = {
     "tokenizer": ("data.tokenizer", "the same tokens may mean other text"),
     "data": ("data.samples", "the run goes on at the same place of another order"),
 }
-# Of config.json, what says who wrote it rather than what the model is.
+# Of config.json, what says who wrote it, or which symbols its tokenizer marks with, rather than what the model is.
 NOT_OF_THE_MODEL = (
     "dtype",
     "torch_dtype",
@@ -27,6 +27,9 @@ NOT_OF_THE_MODEL = (
     "_name_or_path",
     "eos_token_id",
     "bos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "forced_eos_token_id",
     "use_cache",
 )
 TUNING_FACTS = ("targets", "rank", "alpha", "rank_stabilized", "bottleneck", "quantize")

@@ -9,6 +9,7 @@ import numpy as np
 
 from trainer.data.rows import held_out_rows
 from trainer.data.store import TokenStore
+from trainer.data.targets import NextToken, Targets
 
 MAX_CHUNKS = 64  # of a store: frequencies hardly change beyond, and counting a large corpus would take minutes
 
@@ -21,21 +22,25 @@ def unigram_perplexity(
     seq_len: int,
     isolate_documents: bool,
     sequences: int,
+    targets: Targets | None = None,
 ) -> float:
     """exp of the mean −log p over the targets of an evaluation, p = (count in training + 1) / (all + vocab_size),
     both counted over tokens that are to be predicted.
 
-    `seq_len`, `isolate_documents` and `sequences` as for `EvalData`, so that the targets are those of the evaluation itself.
+    `seq_len`, `isolate_documents`, `sequences` and `targets` as for `EvalData`, so that the targets are those of the evaluation
+    itself.
     ValueError when there is no target.
     """
     counts = np.ones(vocab_size, np.int64)
     for store in train_stores:
         for chunk in islice(store.target_chunks(), MAX_CHUNKS):
             counts += np.bincount(chunk, minlength=vocab_size)
-    targets = np.zeros(vocab_size, np.int64)
-    for row in held_out_rows(eval_stores, seq_len=seq_len, isolate_documents=isolate_documents, sequences=sequences):
-        targets += np.bincount(row.next_tokens[row.is_target], minlength=vocab_size)
-    if not targets.any():
+    predicted = np.zeros(vocab_size, np.int64)
+    rows = held_out_rows(eval_stores, seq_len=seq_len, isolate_documents=isolate_documents, sequences=sequences)
+    for number, row in enumerate(rows):
+        marked = (targets or NextToken()).mark(row, number)
+        predicted += np.bincount(marked.labels[marked.is_target], minlength=vocab_size)
+    if not predicted.any():
         raise ValueError("no held-out target to predict")
     nats = np.log(counts.sum()) - np.log(counts)
-    return float(np.exp((targets * nats).sum() / targets.sum()))
+    return float(np.exp((predicted * nats).sum() / predicted.sum()))

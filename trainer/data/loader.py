@@ -19,6 +19,7 @@ from parallel.loss import IGNORE
 from trainer.data.rows import Row, filler_row, held_out_rows, order_fingerprint, row_at
 from trainer.data.sampling import Blend, num_windows
 from trainer.data.store import TokenStore
+from trainer.data.targets import NextToken, Targets
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class MicroBatch:
     """What one forward and backward needs."""
 
     tokens_BS: torch.Tensor  # int64 [B, S]
-    labels_BS: torch.Tensor  # int64 [B, S]: the next token, IGNORE where there is no target
+    labels_BS: torch.Tensor  # int64 [B, S]: what a position predicts, IGNORE where there is no target
     documents: tuple[tuple[int, ...], ...]  # for each row the lengths of the documents in it, summing to S
     reference_R: torch.Tensor | None = None  # float64 [documents of all rows]: log-probabilities before training
 
@@ -48,13 +49,16 @@ class TrainData:
         seed: int,
         isolate_documents: bool,
         global_sequences: int,
+        targets: Targets | None = None,
     ) -> None:
-        """`weights`: one per store, relative. ValueError when a store is shorter than one sample of seq_len + 1 tokens."""
+        """`weights`: one per store, relative; `targets` None: the next tokens. ValueError when a store is shorter than one
+        sample of seq_len + 1 tokens."""
         self._stores = tuple(stores)
         self._blend = Blend(weights, [num_windows(store.num_tokens, seq_len) for store in stores], seed)
         self._seq_len = seq_len
         self._isolate_documents = isolate_documents
         self._global_sequences = global_sequences
+        self._targets = targets or NextToken()
         self.fingerprint = order_fingerprint(stores, weights, seq_len=seq_len, seed=seed, isolate_documents=isolate_documents)
 
     @property
@@ -74,26 +78,41 @@ class TrainData:
         mine, rest = divmod(self._global_sequences, dp)
         assert rest == 0 and mine % micro_sequences == 0, (self._global_sequences, dp, micro_sequences)  # noqa: PT018
         first = step * self._global_sequences + dp_rank * mine
-        sources, samples = self._blend.locate(np.arange(first, first + mine))
+        numbers = np.arange(first, first + mine)
+        sources, samples = self._blend.locate(numbers)
         rows = [
-            row_at(
-                self._stores[source],
-                sample * self._seq_len,
-                seq_len=self._seq_len,
-                isolate_documents=self._isolate_documents,
-                read=read,
-            )
-            for source, sample in zip(sources.tolist(), samples.tolist(), strict=True)
+            self._row(source, sample, number, read=read)
+            for source, sample, number in zip(sources.tolist(), samples.tolist(), numbers.tolist(), strict=True)
         ]
         yield from _batched(rows, micro_sequences)
+
+    def _row(self, source: int, sample: int, number: int, *, read: bool) -> Row:
+        row = row_at(
+            self._stores[source],
+            sample * self._seq_len,
+            seq_len=self._seq_len,
+            isolate_documents=self._isolate_documents,
+            read=read or self._targets.needs_tokens,
+        )
+        return self._targets.mark(row, number)
 
 
 class EvalData:
     """The held-out documents in order, at most `sequences` sequences of them, the same at every evaluation."""
 
-    def __init__(self, stores: Sequence[TokenStore], *, seq_len: int, isolate_documents: bool, sequences: int) -> None:
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        *,
+        seq_len: int,
+        isolate_documents: bool,
+        sequences: int,
+        targets: Targets | None = None,
+    ) -> None:
+        """`targets`: None: the next tokens."""
         self._filler = filler_row(stores[0], seq_len)
-        self._rows = list(held_out_rows(stores, seq_len=seq_len, isolate_documents=isolate_documents, sequences=sequences))
+        rows = held_out_rows(stores, seq_len=seq_len, isolate_documents=isolate_documents, sequences=sequences)
+        self._rows = [(targets or NextToken()).mark(row, number) for number, row in enumerate(rows)]
 
     @property
     def num_sequences(self) -> int:
@@ -140,7 +159,7 @@ def _batched(rows: Iterable[Row], micro_sequences: int) -> Iterator[MicroBatch]:
         references = [row.reference for row in chosen if row.reference is not None]
         yield MicroBatch(
             tokens_BS=torch.from_numpy(np.stack([row.tokens for row in chosen])),
-            labels_BS=torch.from_numpy(np.stack([np.where(row.is_target, row.next_tokens, IGNORE) for row in chosen])),
+            labels_BS=torch.from_numpy(np.stack([np.where(row.is_target, row.labels, IGNORE) for row in chosen])),
             documents=tuple(row.documents for row in chosen),
             reference_R=torch.from_numpy(np.concatenate(references)) if references else None,
         )

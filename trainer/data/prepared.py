@@ -15,6 +15,7 @@ from trainer.data.cache import Cache, Progress
 from trainer.data.chat import Chat
 from trainer.data.digests import Digests, fingerprint_of
 from trainer.data.examples import Examples
+from trainer.data.labelled import Labelled, LabelledText, in_order, require_classes
 from trainer.data.rows import order_fingerprint
 from trainer.data.sampling import num_windows
 from trainer.data.sources import Corpus, look_at
@@ -22,9 +23,10 @@ from trainer.data.store import VERSION, Packing, TokenStore, Verify
 from trainer.data.tasks import ROW_TASKS, examples_of
 from trainer.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, make_tokenizer, train_bpe
 from trainer.data.translations import Translation
-from trainer.durable import read_json
+from trainer.durable import read_json, write_json
 from trainer.errors import DataError, RecipeError
 
+CLASSES = "classes.json"
 BPE_TRAINING_BYTES = 256 << 20  # of text: merges hardly change beyond, and counting words takes memory
 
 
@@ -41,6 +43,11 @@ class PreparedData:
     eval_sources: tuple[str, ...]  # names, one per evaluation store
     fingerprint: str  # equal when every training sample is; saved with checkpoints
     notes: tuple[str, ...]  # one-line remarks for the console
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that texts are sorted into; () where the task learns something else."""
+        return self.examples.classes if isinstance(self.examples, Labelled) else ()
 
     @property
     def chat(self) -> Chat | None:
@@ -84,6 +91,10 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
         digests = Digests(cache_dir)
         corpora, eval_corpora = (_look(data, group, digests) for group in ("sources", "eval_sources"))
         tokenizer = _tokenizer(data.tokenizer, corpora, cache, progress)
+        if data.task == "mlm":
+            tokenizer = tokenizer.for_masking()
+        if data.task == "classify" and not data.classes:
+            data = data.model_copy(update={"classes": _classes((*corpora, *eval_corpora), cache, progress)})
         examples = examples_of(data, tokenizer)
         tokenizer = examples.tokenizer if examples else tokenizer
         held_out_fraction = 0.0 if eval_corpora else data.eval_fraction
@@ -175,6 +186,34 @@ def _look(data: sections.Data, group: str, digests: Digests) -> list[Corpus]:
     if data.task not in ROW_TASKS:
         return corpora
     return [corpus.in_rows(source, data.task) for corpus, source in zip(corpora, sources, strict=True)]
+
+
+def _classes(corpora: Sequence[Corpus], cache: Cache, progress: Progress) -> list[str]:
+    """The names of the classes that are found in the sources, in order."""
+    what = "looking for the classes"
+
+    def make(staging: Path) -> None:
+        write_json(staging / CLASSES, {"classes": in_order(_labels(corpora, progress, what))})
+
+    folder = cache.folder(fingerprint_of(["classes", [corpus.fingerprint for corpus in corpora]]), make, what=what)
+    try:
+        names = [str(name) for name in read_json(folder / CLASSES)["classes"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{folder / CLASSES}: damaged: {error}; delete {folder} to look again") from None
+    return require_classes(names, corpora[0].name)
+
+
+def _labels(corpora: Sequence[Corpus], progress: Progress, what: str) -> Iterator[str]:
+    def label_of(example: LabelledText) -> str:
+        return example.label
+
+    done, total = 0, sum(corpus.size for corpus in corpora)
+    for corpus in corpora:
+        for shard in corpus.shards:
+            progress(done, total, what)
+            yield from shard.examples(label_of)
+            done += shard.size
+    progress(done, total, what)
 
 
 def _tokenizer(spec: str, corpora: Sequence[Corpus], cache: Cache, progress: Progress) -> Tokenizer:

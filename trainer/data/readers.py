@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -20,6 +21,7 @@ from trainer.data.fault import Fault, first_line, kind_of, require_characters
 from trainer.data.row_format import RowFormat
 from trainer.errors import DataError, RecipeError, UserError
 
+DELIMITED_SUFFIXES = (".csv", ".tsv")
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 Row = dict[str, Any]
 Rows = Iterable[Row]
@@ -56,13 +58,21 @@ class Shard:
     path: str = ""
     field: str = ""
     split: str = ""
+    columns: tuple[str, ...] = ()  # names, where a delimited file has no header
     format: RowFormat | None = None  # how rows become examples; None: they are texts
 
     @classmethod
     def from_json(cls, value: dict[str, Any], format: type[RowFormat] | None) -> Shard:
         """Undo `dataclasses.asdict` and JSON."""
         files = tuple(LocalFile(**{**file, "stamp": Stamp(**file["stamp"])}) for file in value["files"])
-        return cls(**{**value, "files": files, "format": format(**value["format"]) if format else None})
+        return cls(
+            **{
+                **value,
+                "files": files,
+                "columns": tuple(value["columns"]),
+                "format": format(**value["format"]) if format else None,
+            }
+        )
 
     def documents(self) -> Iterator[str]:
         """The texts in order, empty ones included. DataError names the file and place of damage, or a file that changed."""
@@ -191,6 +201,41 @@ def _read_table(shard: Shard, of_row: OfRow) -> Iterator[Any]:
     return _records_of_rows(open_rows, of_row, path, first_row=0)
 
 
+def _read_delimited(shard: Shard, of_row: OfRow) -> Iterator[Any]:
+    """Comma-separated values quoted as RFC 4180 says; in tab-separated ones a quotation mark is a letter like others."""
+    path = shard.files[0].path
+    style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.endswith(".tsv") else {"strict": True}
+    limit = csv.field_size_limit(1 << 30)  # a document may be longer than csv's 128 KiB
+    line = 0
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, **style)
+            names = list(shard.columns) or next(rows, [])
+            while True:
+                line = rows.line_num + 1
+                if (values := next(rows, None)) is None:
+                    return
+                if values:
+                    yield of_row(_row_of_values(names, values))
+    except (Fault, csv.Error) as fault:
+        raise DataError(f"{path}:{line}: {fault}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: near line {line}: byte 0x{error.object[error.start]:02x} is not utf-8; convert it") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _row_of_values(names: list[str], values: list[str]) -> Row:
+    if len(values) != len(names):
+        raise Fault(
+            f"{len(values)} values for the {len(names)} columns {', '.join(map(repr, names))}; mend the line, or name the "
+            "columns of a file without a header in data.sources[].columns"
+        )
+    return dict(zip(names, values, strict=True))
+
+
 def _read_saved(shard: Shard, of_row: OfRow) -> Iterator[Any]:
     def open_rows() -> Rows:
         rows: Rows = open_saved(shard.path, shard.split, shard.where).select(range(shard.begin, shard.end))
@@ -214,6 +259,7 @@ READERS: dict[str, Callable[[Shard, OfRow], Iterator[Any]]] = {
     "jsonl.gz": _read_jsonl_gz,
     "lines": _read_lines,
     "table": _read_table,
+    "delimited": _read_delimited,
     "saved": _read_saved,
     "hub": _read_hub,
 }

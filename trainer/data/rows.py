@@ -15,12 +15,13 @@ from trainer.data.store import TokenStore
 
 @dataclass(frozen=True)
 class Row:
-    """S tokens, the token after each, and whether that one is to be predicted."""
+    """S tokens, what each position is to predict, and whether it counts."""
 
     tokens: Int64s  # int64 [S]
-    next_tokens: Int64s  # int64 [S]
+    labels: Int64s  # int64 [S]: the next token, unless a task has another target
     is_target: npt.NDArray[np.bool_]  # bool [S]
     documents: tuple[int, ...]  # lengths of the documents in the row, summing to S
+    classes: tuple[int, ...] = ()  # of the documents, NO_LABEL for none; () where the store has no labels
     reference: npt.NDArray[np.float64] | None = None  # float64 [documents]: their log-probabilities before training
 
 
@@ -36,15 +37,16 @@ def row_at(store: TokenStore, begin: int, *, seq_len: int, isolate_documents: bo
     if read:
         stream = store.slice(begin, begin + length + 1)
         row.tokens[:length] = stream[:-1]
-        row.next_tokens[:length] = stream[1:]
+        row.labels[:length] = stream[1:]
     row.is_target[:length] = store.targets(begin + 1, begin + length + 1)
     if not isolate_documents:
         return row
     ends = store.document_ends(begin, begin + length)
     row.is_target[ends - 1] = False
     cuts = np.unique([0, *ends, length, seq_len])
+    classes = tuple(store.labels(begin, begin + length).tolist()) if store.labelled else ()
     reference = store.reference(begin, begin + length)
-    return Row(row.tokens, row.next_tokens, row.is_target, tuple(np.diff(cuts).tolist()), reference)
+    return Row(row.tokens, row.labels, row.is_target, tuple(np.diff(cuts).tolist()), classes, reference)
 
 
 def filler_row(store: TokenStore, seq_len: int) -> Row:
@@ -52,7 +54,7 @@ def filler_row(store: TokenStore, seq_len: int) -> Row:
     parts = store.packing.parts if store.packing else 1
     filler = np.full(seq_len, store.contents.end_of_document, np.int64)
     reference = None if store.reference(0, 0) is None else np.zeros(1)
-    return Row(filler, filler.copy(), np.zeros(seq_len, dtype=bool), (seq_len // parts,) * parts, reference)
+    return Row(filler, filler.copy(), np.zeros(seq_len, dtype=bool), (seq_len // parts,) * parts, reference=reference)
 
 
 def held_out_rows(stores: Sequence[TokenStore], *, seq_len: int, isolate_documents: bool, sequences: int) -> Iterator[Row]:

@@ -47,6 +47,12 @@ def permute(index: int | npt.ArrayLike, size: int, key: int) -> Int64s:
     return result.astype(np.int64)
 
 
+def uniform(count: int, key: int) -> npt.NDArray[np.float64]:
+    """Numbers in [0, 1), float64 [count]; the i-th depends on the key and i alone."""
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's increment
+    return (_mix(np.uint64(key) + steps) >> np.uint64(11)).astype(np.float64) * np.float64(2.0**-53)
+
+
 def _feistel(value: npt.NDArray[np.uint64], size: int, key: int) -> npt.NDArray[np.uint64]:
     side = np.uint64(isqrt(size - 1) + 1)
     left, right = value // side, value % side

@@ -18,7 +18,7 @@ from pathlib import Path
 from trainer import sections
 from trainer.data.digests import Digests, fingerprint_of, unreadable
 from trainer.data.fault import first_line
-from trainer.data.readers import TABLE_SUFFIXES, LocalFile, Shard, hub_revision, open_hub, open_saved
+from trainer.data.readers import DELIMITED_SUFFIXES, TABLE_SUFFIXES, LocalFile, Shard, hub_revision, open_hub, open_saved
 from trainer.data.tasks import ROW_TASKS
 from trainer.errors import DataError, RecipeError
 
@@ -34,7 +34,7 @@ TEXT_SUFFIXES = frozenset(
     )
 )
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson")
-ROW_FILES = (*JSONL_SUFFIXES, *TABLE_SUFFIXES)
+ROW_FILES = (*JSONL_SUFFIXES, *TABLE_SUFFIXES, *DELIMITED_SUFFIXES)
 NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
@@ -61,8 +61,14 @@ class Corpus:
     def in_rows(self, source: sections.Source, task: str) -> Corpus:
         """The same source, its rows read as the examples of a task; RecipeError when no file of it has rows."""
         format, examples = ROW_TASKS[task]
-        texts = [file.name for shard in self.shards if shard.kind in ("text", "python") for file in shard.files]
+        files = [file for shard in self.shards if shard.kind in ("text", "python") for file in shard.files]
+        texts = [file.name for file in files if not file.path.endswith(DELIMITED_SUFFIXES)]
         shards = [shard for shard in self.shards if shard.kind not in ("text", "python")]
+        shards += [
+            Shard("delimited", self.where, (file,), size=file.size, columns=tuple(source.columns))
+            for file in files
+            if file.path.endswith(DELIMITED_SUFFIXES)
+        ]
         if not shards:
             raise RecipeError(
                 f"{self.where}.path: {source.path!r} is text ({texts[0]}), which holds no {examples.noun}; data.task {task} "
@@ -73,7 +79,7 @@ class Corpus:
         return replace(
             self,
             shards=tuple(replace(shard, format=rows) for shard in shards),
-            fingerprint=fingerprint_of([task, self.fingerprint, asdict(rows)]),
+            fingerprint=fingerprint_of([task, self.fingerprint, asdict(rows), *([source.columns] if source.columns else [])]),
             notes=(*self.notes, *notes),
         )
 

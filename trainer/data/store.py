@@ -98,6 +98,11 @@ class TokenStore:
             store._check_values()
         return store
 
+    @property
+    def labelled(self) -> bool:
+        """Whether documents have classes."""
+        return self._labels is not None
+
     def slice(self, begin: int, end: int) -> npt.NDArray[np.int64]:
         """Tokens [begin, end) as a copy, int64 [end - begin]."""
         return self.tokens[begin:end].astype(np.int64)

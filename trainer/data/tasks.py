@@ -9,6 +9,7 @@ from trainer import sections
 from trainer.data.chat import Chat
 from trainer.data.conversations import ChatRows
 from trainer.data.examples import Examples
+from trainer.data.labelled import Labelled, LabelledRows
 from trainer.data.pairs import PairRows
 from trainer.data.preferences import Preferences
 from trainer.data.row_format import RowFormat
@@ -27,6 +28,7 @@ ROW_TASKS: Mapping[str, Task] = {
     "sft": Task(ChatRows, Chat),
     "preference": Task(PairRows, Preferences),
     "translate": Task(TranslationRows, Translations),
+    "classify": Task(LabelledRows, Labelled),
 }
 
 

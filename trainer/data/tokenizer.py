@@ -22,7 +22,11 @@ from trainer.errors import DataError, RecipeError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_BPE = 257  # 256 bytes and the end of document
-KEPT_CONFIG = ("bos_token", "unk_token", "pad_token", "chat_template", "model_max_length")
+MASK = "<|mask|>"
+KEPT_CONFIG = (
+    *("bos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token"),
+    *("chat_template", "model_max_length"),
+)
 SPECIAL_TOKENS = ("bos_token", "unk_token", "pad_token")  # of these, what a chat template may write; eos_token besides
 
 
@@ -30,10 +34,10 @@ class Tokenizer:
     """Texts ↔ token ids in [0, vocab_size)."""
 
     def __init__(
-        self, backend: Backend, *, end_of_document: str, config: dict[str, Any] | None = None, for_chat: bool = False
+        self, backend: Backend, *, end_of_document: str, config: dict[str, Any] | None = None, reads_special: bool = False
     ) -> None:
-        """`config`: what else a Hugging Face tokenizer_config.json said and a saved one should say again. `for_chat`: a saved
-        one takes special tokens that are spelt in a text, as its chat template spells them."""
+        """`config`: what else a Hugging Face tokenizer_config.json said and a saved one should say again. `reads_special`: a
+        saved one takes special tokens that are spelt in a text, as chat templates and masked texts spell them."""
         token_id = backend.token_to_id(end_of_document)
         if token_id is None:
             raise RecipeError(
@@ -48,7 +52,7 @@ class Tokenizer:
         self._backend = backend
         self._eos_token = end_of_document
         self._config = {key: value for key, value in (config or {}).items() if key in KEPT_CONFIG}
-        self._for_chat = for_chat
+        self._reads_special = reads_special
         self._ids_are_bytes = self.vocab_size == SMALLEST_BPE and backend.to_str() == _bytes_backend().to_str()
 
     @property
@@ -89,7 +93,61 @@ class Tokenizer:
         backend = Backend.from_str(self._backend.to_str())
         if self.end_of_document not in self.special_ids:  # a template writes it as text, which must become that token
             backend.add_special_tokens([AddedToken(self._eos_token, special=True, normalized=False)])
-        return Tokenizer(backend, end_of_document=self._eos_token, config=config, for_chat=True)
+        return Tokenizer(backend, end_of_document=self._eos_token, config=config, reads_special=True)
+
+    def for_classification(self) -> Tokenizer:
+        """This tokenizer with what begins and ends a text that is classified: its own special tokens, or, where it has none,
+        the end of document before it. None then ends it: transformers' decoders read the last token that does not pad."""
+        backend = Backend.from_str(self._backend.to_str())
+        config = {"pad_token": self._eos_token, **self._config}
+        if not backend.encode("", add_special_tokens=True).ids:
+            opening = processors.TemplateProcessing(
+                single=[self._eos_token, "$A"], special_tokens=[(self._eos_token, self.end_of_document)]
+            )
+            backend.post_processor = (
+                processors.Sequence([backend.post_processor, opening]) if backend.post_processor else opening
+            )
+        return Tokenizer(backend, end_of_document=self._eos_token, config=config)
+
+    def for_masking(self) -> Tokenizer:
+        """This tokenizer with a mask token: its own, or one more symbol."""
+        backend, config = Backend.from_str(self._backend.to_str()), self._config
+        if self.mask is None:
+            backend.add_special_tokens([AddedToken(MASK, special=True, normalized=False)])
+            config = {**config, "mask_token": MASK}
+        return Tokenizer(backend, end_of_document=self._eos_token, config=config, reads_special=True)
+
+    @property
+    def mask(self) -> int | None:
+        """The token that stands for one which is to be guessed."""
+        return self._id_of("mask_token")
+
+    @property
+    def padding(self) -> int | None:
+        return self._id_of("pad_token")
+
+    def _id_of(self, name: str) -> int | None:
+        spelling = _spelling(self._config.get(name))
+        number: int | None = None if spelling is None else self._backend.token_to_id(spelling)
+        return number
+
+    @property
+    def ordinary_ids(self) -> list[int]:
+        """The tokens that stand for text, in order."""
+        added = self._backend.get_added_tokens_decoder()
+        special = {self.end_of_document, *(number for number, token in added.items() if token.special)}
+        return sorted(set(self._backend.get_vocab(with_added_tokens=True).values()) - special)
+
+    def encode_sequence(self, text: str, *, max_tokens: int) -> tuple[list[int], int]:
+        """At most `max_tokens` tokens of a text with the special tokens around it, as transformers gives them, and how many
+        were cut off."""
+        self._backend.enable_truncation(max_tokens)
+        try:
+            encoding = self._backend.encode(text, add_special_tokens=True)
+        finally:
+            self._backend.no_truncation()
+        around = self._backend.num_special_tokens_to_add(is_pair=False)
+        return encoding.ids, sum(len(more.ids) - around for more in encoding.overflowing)
 
     @property
     def chat_template(self) -> str:
@@ -143,7 +201,7 @@ class Tokenizer:
                 **self._config,
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": self._eos_token,
-                "split_special_tokens": not self._for_chat,
+                "split_special_tokens": not self._reads_special,
                 "clean_up_tokenization_spaces": False,
             },
         )
@@ -235,13 +293,13 @@ def _load_with_transformers(name: str) -> Tokenizer:
         ) from None
     config = {key: getattr(loaded, key, None) for key in KEPT_CONFIG}
     kept = {key: value for key, value in config.items() if value is not None}
-    return Tokenizer(backend, end_of_document=_eos_of({"eos_token": loaded.eos_token}, name), config=kept)
+    return Tokenizer(backend, end_of_document=_eos_of({**kept, "eos_token": loaded.eos_token}, name), config=kept)
 
 
 def _eos_of(config: dict[str, Any], place: str) -> str:
-    spelling = _spelling(config.get("eos_token"))
+    spelling = _spelling(config.get("eos_token")) or _spelling(config.get("sep_token"))
     if spelling is None:
-        raise RecipeError(f"data.tokenizer: {place} names no eos_token, which ends documents; add one to it")
+        raise RecipeError(f"data.tokenizer: {place} names no eos_token or sep_token, which ends documents; add one to it")
     return spelling
 
 

@@ -42,6 +42,8 @@ class TransformerConfig:
     | `token_types` | rows of a table that tells the texts of a pair apart; 0: there is none |
     | `head_transform` | before the logits a linear layer of the hidden size, the activation and a norm |
     | `head_bias` | one bias for each symbol on the logits |
+    | `classes` | names of what a text is sorted into by a head in place of that over the vocabulary; (): there is none |
+    | `classifier_dropout` | in front of that head where it pools; None: as in the residuals |
     """
 
     family: str
@@ -86,6 +88,13 @@ class TransformerConfig:
     mlp_dropout: float
     init_std: float
     scaled_residual_init: bool
+    classifier_dropout: float | None = None
+    classes: tuple[str, ...] = ()
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether a head over the vocabulary shares the embedding's weight."""
+        return self.tied_head and not self.classes
 
 
 def largest_weight(config: TransformerConfig) -> int:

@@ -19,6 +19,7 @@ from trainer.flops import (
 )
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import TransformerConfig
+from trainer.model.names import names_of
 
 # What a device computes while it moves a byte, when matrix products run at half of its peak: H100 989e12 / 3.35e12 / 2 = 148,
 # A100 312e12 / 2.04e12 / 2 = 76, V100 125e12 / 0.9e12 / 2 = 69 (dense 16-bit peaks and memory bandwidths of the data sheets).
@@ -79,6 +80,10 @@ def block_parameters(config: TransformerConfig, block: Block) -> int:
                 return layer_matmul_weights(config) + cross_matmul_weights(config) + biases + norms
             ends_encoder = block.layer == config.encoder_layers - 1 and config.norm_position == "pre"
             return layer_matmul_weights(config) + biases + norms + ends_encoder * norm
+        case "head" if config.classes:
+            pools = names_of(config).pooler is not None
+            final_norm = 0 if config.norm_position == "post" else norm
+            return final_norm + len(config.classes) * (D + pools) + pools * (D * D + D)
         case "head":
             transform = config.head_transform * (D * D + D + norm)
             final_norm = 0 if config.norm_position == "post" else norm
@@ -88,5 +93,5 @@ def block_parameters(config: TransformerConfig, block: Block) -> int:
 def count_parameters(config: TransformerConfig, blocks: Sequence[Block] | None = None) -> int:
     """Elements of the weights of these blocks, absent: of the whole model; a head tied to the embedding among them once."""
     chosen = blocks_of(config) if blocks is None else blocks
-    shared = config.tied_head and {"embedding", "head"} <= {block.kind for block in chosen}
+    shared = config.ties_head and {"embedding", "head"} <= {block.kind for block in chosen}
     return sum(block_parameters(config, block) for block in chosen) - shared * config.vocab_size * config.hidden_size

@@ -24,6 +24,7 @@ from trainer.model.hf_keys import (
     gemma_window,
     key,
     layer_types,
+    optional_rate,
     positive,
     rate,
     soft_cap,
@@ -93,6 +94,14 @@ class Family:
         return bool(self.constants["positions"] == "rope")
 
     @property
+    def classifier(self) -> str | None:
+        """The architecture with a head over classes; None: there is none here."""
+        for head in ("ForCausalLM", "LMHeadModel", "ForMaskedLM"):
+            if self.architecture.endswith(head):
+                return self.architecture.removesuffix(head) + "ForSequenceClassification"
+        return None
+
+    @property
     def causal(self) -> bool:
         return bool({**PLAIN, **self.constants}["causal"])
 
@@ -149,6 +158,7 @@ PLAIN: Mapping[str, Any] = {
     "embedding_dropout": 0.0,
     "residual_dropout": 0.0,
     "mlp_dropout": 0.0,
+    "classifier_dropout": None,
     "scaled_residual_init": False,
 }
 
@@ -326,9 +336,9 @@ GEMMA2 = Family(
     windows="every other layer",
 )
 
-# The heads behind the encoder, and what Google's first checkpoints wrote; nothing in BertForMaskedLM reads them.
+# What Google's first checkpoints wrote; nothing in transformers reads it.
 BERT_BOOKKEEPING = """
-classifier_dropout directionality gradient_checkpointing pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
+directionality gradient_checkpointing pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
 pooler_size_per_head pooler_type
 """
 
@@ -345,6 +355,7 @@ BERT = Family(
         "hidden_act": key("activation", "gelu", activation, activation_name),
         "hidden_dropout_prob": Key(("embedding_dropout", "residual_dropout"), 0.1, rate),
         "attention_probs_dropout_prob": key("attention_dropout", 0.1, rate),
+        "classifier_dropout": key("classifier_dropout", None, optional_rate),
         "max_position_embeddings": key("max_positions", 512, POSITIONS),
         "type_vocab_size": key("token_types", 2, Whole(2**10)),
         "initializer_range": key("init_std", 0.02, standard_deviation),
@@ -368,7 +379,7 @@ BERT = Family(
     ignored=frozenset((BOOKKEEPING + BERT_BOOKKEEPING).split()),
     # An untied head would leave transformers' cls.predictions.bias without a reader.
     fixed={"is_decoder": False, "position_embedding_type": "absolute", "tie_word_embeddings": True},
-    overridable=frozenset(("hidden_dropout_prob", "attention_probs_dropout_prob")),
+    overridable=frozenset(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")),
 )
 
 # Where generation begins and ends, what its beams are, and what Marian's converter wrote; training reads none of it.

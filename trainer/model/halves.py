@@ -72,7 +72,7 @@ class TargetHead(nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, x_ND: Tensor, documents: Documents, labels_BS: Tensor | None, **more: Any) -> Tensor:
+    def forward(self, x_ND: Tensor, documents: Documents, labels_BS: Tensor | None, *others: Any, **more: Any) -> Tensor:
         labels_BS = None if labels_BS is None else labels_BS.chunk(2, dim=1)[1]
-        logits_or_loss: Tensor = self.head(x_ND.chunk(2)[1], documents.halves[1], labels_BS, **more)
+        logits_or_loss: Tensor = self.head(x_ND.chunk(2)[1], documents.halves[1], labels_BS, *others, **more)
         return logits_or_loss

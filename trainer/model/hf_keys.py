@@ -34,6 +34,10 @@ def rate(value: Any) -> float:
     return float(value)
 
 
+def optional_rate(value: Any) -> float | None:
+    return None if value is None else rate(value)
+
+
 def positive(value: Any) -> float:
     if not _is_number(value) or not 0.0 < value < float("inf"):
         raise ValueError("a number above 0")

@@ -80,10 +80,11 @@ class PretrainedWeights:
                 pass
         self._files = {name: file for file, names in listing.items() for name in names}
 
-    def fill(self, module: nn.Module) -> None:
-        """Set a block's own parameters; DataError naming the tensor that is missing, misshapen or not finite."""
+    def fill(self, module: nn.Module, *, drawn: Callable[[ShardSpec], bool] = lambda spec: spec.added) -> None:
+        """Set a block's own parameters, less those that are `drawn`; DataError naming the tensor that is missing, misshapen or
+        not finite."""
         for _, parameter, spec in owned_specs(module):
-            if spec.added:
+            if drawn(spec):
                 continue
             zero_padding(parameter.data, spec)
             for piece in spec.pieces:

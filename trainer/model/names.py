@@ -28,10 +28,10 @@ class WeightNames:
     `cross_*`: attention of a target to its source. `encoder`: the names of the layers that read the source, whose numbers
     begin again; those here are the layers that write the target then.
 
-    `head_bias_is_row`: it is stored as [1, V].
+    `head_bias_is_row`: it is stored as [1, V]. `classifier`: the head over classes, `pooler` what stands in front of it.
 
     `second_names`: further names under which a folder may hold a weight again, beside that of a tied head. `other_heads`:
-    how the names of weights begin that are for heads which this network does not have.
+    how the names of weights begin that are for heads which no network here has.
     """
 
     embedding: str
@@ -40,6 +40,8 @@ class WeightNames:
     mlp_in: tuple[str, ...]
     mlp_out: str
     head: str
+    classifier: str = "score"
+    pooler: str | None = None
     transposed: bool = False
     source_embedding: str | None = None
     positions: str | None = None
@@ -92,10 +94,18 @@ class WeightNames:
     def ties(self, specs: Iterable[ShardSpec]) -> dict[str, Piece]:
         """The weights of the whole model that a folder may hold again, by their further names."""
         pieces = {piece.name: piece for spec in specs for piece in spec.pieces}
-        return {name: pieces[of] for name, of in {self.head: self.embedding, **self.second_names}.items()}
+        others = {self.head: self.embedding, **self.second_names}
+        return {name: pieces[of] for name, of in others.items() if of in pieces}
 
-    def is_for_other_heads(self, name: str) -> bool:
-        return name.startswith(self.other_heads)
+    def is_of_classes(self, name: str) -> bool:
+        """Whether a weight belongs to the head over classes."""
+        return name.startswith(tuple(f"{module}." for module in (self.classifier, self.pooler) if module))
+
+    def is_for_other_heads(self, config: TransformerConfig, name: str) -> bool:
+        """Whether a folder's weight is for a head that this network does not have."""
+        if config.classes:
+            return name.startswith((*self.other_heads, *OVER_VOCABULARY)) and not self.is_of_classes(name)
+        return name.startswith(self.other_heads) or self.is_of_classes(name)
 
 
 def _outputs(names: tuple[str, ...], features: tuple[int, ...], layer: int) -> list[Output]:
@@ -107,6 +117,8 @@ def _outputs(names: tuple[str, ...], features: tuple[int, ...], layer: int) -> l
     starts = itertools.accumulate(features, initial=0)
     return [Output(module, n, at, sum(features)) for n, at in zip(features, starts, strict=False)]
 
+
+OVER_VOCABULARY = ("lm_head.", "cls.")  # how the names of heads over the vocabulary begin
 
 GPT2 = WeightNames(
     embedding="transformer.wte.weight",
@@ -147,10 +159,12 @@ BERT = WeightNames(
     head_transform_norm="cls.predictions.transform.LayerNorm",
     head="cls.predictions.decoder.weight",
     head_bias="cls.predictions.bias",
+    classifier="classifier",
+    pooler="bert.pooler.dense",
     second_names={"cls.predictions.decoder.bias": "cls.predictions.bias"},
     # The original training also asked whether one sentence follows another (Devlin et al. 2018, §3.1): its folders hold that
     # head and the pooler in front of it, which no masked-language model reads. transformers' BertForMaskedLM drops them too.
-    other_heads=("bert.pooler.", "pooler.", "cls.seq_relationship."),
+    other_heads=("pooler.", "cls.seq_relationship."),
 )
 
 MARIAN_ENCODER = WeightNames(

@@ -36,6 +36,9 @@ class Saves(Protocol):
     @property
     def start_of_target(self) -> int: ...
 
+    @property
+    def padding(self) -> int | None: ...
+
     def save(self, folder: Path) -> None: ...
 
 
@@ -53,8 +56,13 @@ class ModelFiles:
 
     @property
     def config(self) -> dict[str, Any]:
-        start = self.tokenizer.start_of_target
-        return config_json(self.network, dtype=self.dtype, eos_token_id=self.tokenizer.end_of_document, start_of_target=start)
+        return config_json(
+            self.network,
+            dtype=self.dtype,
+            eos_token_id=self.tokenizer.end_of_document,
+            pad_token_id=self.tokenizer.padding,
+            start_of_target=self.tokenizer.start_of_target,
+        )
 
     def save_others(self, folder: Path) -> None:
         """The tokenizer, where generation ends, and Python files that are part of the model."""
@@ -71,10 +79,17 @@ class ModelFiles:
 
 
 def config_json(
-    network: Network, *, dtype: str, eos_token_id: int | None, start_of_target: int | None = None
+    network: Network,
+    *,
+    dtype: str,
+    eos_token_id: int | None,
+    pad_token_id: int | None = None,
+    start_of_target: int | None = None,
 ) -> dict[str, Any]:
     """The config.json with which transformers loads exported weights. `dtype`: "float32", "bfloat16" or "float16".
     `start_of_target`: what comes before a translation."""
     if isinstance(network, AutoNetwork):
         return network.config_json(dtype)
-    return translation.to_hf_config(network, dtype=dtype, eos_token_id=eos_token_id, start_of_target=start_of_target)
+    return translation.to_hf_config(
+        network, dtype=dtype, eos_token_id=eos_token_id, pad_token_id=pad_token_id, start_of_target=start_of_target
+    )

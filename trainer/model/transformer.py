@@ -17,13 +17,15 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from parallel.attention import Documents, ParallelAttention, Rotation
+from parallel.collectives import all_gather, reduce_from_group
 from parallel.cross_attention import ParallelCrossAttention
 from parallel.embedding import ReplicatedEmbedding, VocabParallelEmbedding, llama3_frequencies, rotary_tables, sinusoids
 from parallel.linear import ReplicatedLinear
-from parallel.loss import VocabParallelHead
+from parallel.loss import IGNORE, VocabParallelHead
 from parallel.mesh import Group
 from parallel.mlp import ACTIVATIONS, ParallelMLP
 from parallel.norm import LayerNorm, QueryKeyNorm, RMSNorm
@@ -70,14 +72,14 @@ class Dropout(nn.Module):
         self.site = site
         self.tp = tp
 
-    def forward(self, x_ND: Tensor, documents: Documents, streams: Streams | None) -> Tensor:
-        """`streams` None: x as it is (evaluation)."""
+    def forward(self, x_ND: Tensor, documents: Documents, streams: Streams | None, chosen: Tensor | None = None) -> Tensor:
+        """`streams` None: x as it is (evaluation). `chosen`: x has only these of this rank's tokens."""
         if not self.rate or streams is None:
             return x_ND
         rows, seq_len = documents.shape
         tokens = self.tp.tokens(rows * seq_len)
         keeps_ND = streams.keeps_features(self.site, self.rate, (seq_len, x_ND.shape[1]), tokens, x_ND.device)
-        return dropout(x_ND, keeps_ND, self.rate)
+        return dropout(x_ND, keeps_ND if chosen is None else keeps_ND[chosen], self.rate)
 
 
 class Embedding(nn.Module):
@@ -373,6 +375,7 @@ class Head(nn.Module):
         x_ND: Tensor,
         documents: Documents,
         labels_BS: Tensor | None,
+        streams: Streams | None,
         reference_R: Tensor | None = None,
         *,
         measured: bool,
@@ -382,6 +385,61 @@ class Head(nn.Module):
         if labels_BS is not None:
             return self.loss(self.logits, x_ND, labels_BS, documents, reference_R, measured=measured)
         return self.logits(x_ND).unflatten(0, documents.shape)
+
+
+class ClassHead(nn.Module):
+    """Final norm, then logits over classes and their loss, at one token of each document: that with the label.
+
+    As in transformers' …ForSequenceClassification: a decoder's `score` of its last token, Bert's tanh pooler and classifier of
+    its first. The head is whole on every rank. With sequence parallelism each rank has the documents whose token it has, so
+    that its gradient is partial, and losses are summed over the ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, *, tp: TensorParallel) -> None:
+        super().__init__()
+        names, D, init = names_of(config), config.hidden_size, Init(std=config.init_std)
+        self.tp = tp
+        self.num_classes = len(config.classes)
+        self.norm = make_norm(config, names.final_norm, tp)
+        pools = names.pooler is not None
+        self.pooler = ReplicatedLinear(D, D, name=names.pooler, init=init, tp=tp) if names.pooler is not None else None
+        rate = config.residual_dropout if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = Dropout(rate if pools else 0.0, names.classifier, tp)
+        self.classifier = ReplicatedLinear(D, self.num_classes, name=names.classifier, init=init, tp=tp, bias=pools)
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        documents: Documents,
+        labels_BS: Tensor | None,
+        streams: Streams | None,
+        reference_R: Tensor | None = None,
+        *,
+        measured: bool,
+    ) -> Tensor:
+        """The loss summed over documents; `measured`, that and how many of class i were taken for class j, float64
+        [1 + C²]; without labels every token's logits [B, S, C]."""
+        x_ND = self.norm(x_ND)
+        if labels_BS is None:
+            logits_NC = self.classifier(self._pooled(x_ND))
+            whole_NC = all_gather(logits_NC, self.tp.group) if self.tp.sequence else logits_NC
+            return whole_NC.unflatten(0, documents.shape)
+        labels_N = labels_BS.flatten()[self.tp.tokens(labels_BS.numel())]
+        chosen = (labels_N != IGNORE).nonzero().squeeze(-1)
+        pooled_LD = self.dropout(self._pooled(x_ND[chosen]), documents, streams, chosen)
+        logits_LC = self.classifier(pooled_LD)
+        wide = torch.promote_types(logits_LC.dtype, torch.float32)
+        loss = cross_entropy(logits_LC.to(wide), labels_N[chosen], reduction="sum")
+        sums = torch.cat([loss.double()[None], self._confusion(logits_LC, labels_N[chosen])]) if measured else loss
+        return reduce_from_group(sums, self.tp.group) if self.tp.sequence else sums
+
+    def _pooled(self, x_ND: Tensor) -> Tensor:
+        return x_ND if self.pooler is None else self.pooler(x_ND).tanh()
+
+    def _confusion(self, logits_LC: Tensor, labels_L: Tensor) -> Tensor:
+        """Row by row of the true class, float64 [C²]; of equal logits the lowest class counts."""
+        pairs_L = labels_L * self.num_classes + logits_LC.argmax(-1)
+        return torch.bincount(pairs_L, minlength=self.num_classes**2).double()
 
 
 class Stage(nn.Module):
@@ -419,10 +477,10 @@ class Stage(nn.Module):
         self.recompute = recompute
         self.tp = tp
         self.kv_copies = key_value_copies(config.num_kv_heads, tp.group)
-        self.tied_over = tied_over if config.tied_head else None
+        self.tied_over = tied_over if config.ties_head else None
         self.tied_to = (tied_to,)  # in a tuple: a module here would be listed as this one's child
         self.embedding: Embedding | EmbeddedHalves | None
-        self.head: Head | TargetHead | None
+        self.head: Head | ClassHead | TargetHead | None
         self.register_module("embedding", None)  # so that parameters are listed in the order of the model
         self.layers = nn.ModuleDict()
         self.register_module("head", None)
@@ -448,8 +506,11 @@ class Stage(nn.Module):
                 kv_copies=self.kv_copies,
             )
             return self.layers[str(block.layer)]
+        if self.config.classes:
+            self.head = ClassHead(self.config, tp=self.tp)
+            return self.head
         embedding = self.embedding.tokens if self.embedding is not None else self.tied_to[0]
-        tied_to = embedding if self.config.tied_head else None
+        tied_to = embedding if self.config.ties_head else None
         head = Head(self.config, tp=self.tp, tied_to=tied_to, tied_over=self.tied_over, loss=self.loss)
         self.head = TargetHead(head) if self.config.encoder_layers else head
         return self.head
@@ -476,7 +537,9 @@ class Stage(nn.Module):
                 x = checkpoint(layer, x, documents, rotation, streams, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, documents, rotation, streams)
-        return x if self.head is None else self.head(x, documents, labels_BS, reference_R=reference_R, measured=measured)
+        if self.head is None:
+            return x
+        return self.head(x, documents, labels_BS, streams, reference_R=reference_R, measured=measured)
 
     def _rotation(self, documents: Documents, device: torch.device) -> Rotation | None:
         if self.config.positions != "rope":

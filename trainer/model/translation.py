@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from trainer.errors import RecipeError
@@ -51,9 +52,17 @@ def read_config(family: str, hf_config: Mapping[str, Any]) -> tuple[TransformerC
         findings.extend(_window_findings(values))
     if findings:
         return None, findings
-    config = _derive(spec, values)
+    config = replace(_derive(spec, values), classes=classes_of(spec, hf_config))
     findings = list(_shape_findings(spec, config))
     return (None if findings else config), findings
+
+
+def classes_of(family: Family, hf_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a classifier's classes in their order; () for another head."""
+    names = hf_config.get("id2label")
+    if family.classifier not in (hf_config.get("architectures") or ()) or not isinstance(names, Mapping):
+        return ()
+    return tuple(str(names[number]) for number in sorted(names, key=int))
 
 
 def _legal_families() -> str:
@@ -271,7 +280,12 @@ def _generation_keys(end: int | None, start: int | None) -> dict[str, int | None
 
 
 def to_hf_config(
-    config: TransformerConfig, *, dtype: str, eos_token_id: int | None, start_of_target: int | None = None
+    config: TransformerConfig,
+    *,
+    dtype: str,
+    eos_token_id: int | None,
+    pad_token_id: int | None = None,
+    start_of_target: int | None = None,
 ) -> dict[str, Any]:
     """The config.json with which transformers loads exported weights. `dtype`: "float32", "bfloat16" or "float16".
 
@@ -288,15 +302,21 @@ def to_hf_config(
         written["rope_theta"] = config.rope_theta
         if scaling:
             written["rope_scaling"] = scaling
+    classes = {
+        "id2label": {str(number): name for number, name in enumerate(config.classes)},
+        "label2id": {name: number for number, name in enumerate(config.classes)},
+        "problem_type": "single_label_classification",
+    }
     return {
-        "architectures": [family.architecture],
+        "architectures": [family.classifier if config.classes else family.architecture],
         "model_type": family.name,
         "dtype": dtype,
         "bos_token_id": eos_token_id,
         "eos_token_id": eos_token_id,
-        "pad_token_id": None,
+        "pad_token_id": pad_token_id,
         **(_generation_keys(eos_token_id, start_of_target) if family.translates else {}),
         "use_cache": True,
+        **(classes if config.classes else {}),
         **written,
         **family.fixed,
     }

@@ -79,7 +79,7 @@ def read_auto(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
             return None, [Finding(("model.from_pretrained",), f"model.from_pretrained: {line}") for line in error.lines]
         findings += folder_findings(recipe, config)
     vocab_size, positions = config.get("vocab_size"), config.get("max_position_embeddings")
-    findings += size_findings(recipe, vocab_size, positions, tokenizer_vocab_size(recipe.data.tokenizer))
+    findings += size_findings(recipe, vocab_size, positions, tokenizer_vocab_size(recipe.data))
     return (None if findings else {**config, **model.config}), findings
 
 

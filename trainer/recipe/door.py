@@ -12,7 +12,7 @@ from trainer.model.config import TransformerConfig
 from trainer.recipe.keys import validate
 from trainer.recipe.layers import Layer, read_chain
 from trainer.recipe.names import name_findings
-from trainer.recipe.network import fit_findings, read_network, translate
+from trainer.recipe.network import fit_findings, read_network, translate, with_head
 from trainer.recipe.pipeline import pipeline_findings
 from trainer.recipe.places import KeyPath, Problem, dotted, first_mark
 from trainer.recipe.rules import section_findings
@@ -38,9 +38,12 @@ class ResolvedRecipe:
     sources: tuple[Path, ...]
     hf_config: dict[str, Any] | None
 
-    def network(self, *, vocab_size: int | None, pretrained: Mapping[str, Any] | None = None) -> TransformerConfig:
+    def network(
+        self, *, vocab_size: int | None, pretrained: Mapping[str, Any] | None = None, classes: Sequence[str] = ()
+    ) -> TransformerConfig:
         """What to build. `vocab_size`: symbols of the tokenizer, taken when the config names none; `pretrained`: the
-        config.json that came from the hub. RecipeError when it does not translate or the tokenizer does not fit."""
+        config.json that came from the hub; `classes`: those of a classifier, as they are found in the data. RecipeError when it
+        does not translate or the tokenizer does not fit."""
         hf_config = {**pretrained, **self.recipe.model.config} if pretrained is not None else self.hf_config
         if hf_config is None:
             raise RecipeError("model.from_pretrained is a hub name: its config.json must be fetched first")
@@ -48,6 +51,7 @@ class ResolvedRecipe:
         config, findings = translate(family, hf_config, vocab_size)
         if config is None or findings:
             raise RecipeError([f"model.config: {finding.message}" for finding in findings])
+        config = with_head(self.recipe, config, classes)
         if unfit := list(fit_findings(self.recipe, config)):
             raise RecipeError([finding.message for finding in unfit])
         return config

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.sections import Finding, Recipe, nearest
+from trainer.sections import Data, Finding, Recipe, nearest
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 DATA_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".arrow", ".csv", ".gz", ".zst")
@@ -20,8 +20,13 @@ def looks_local(name: str) -> bool:
     return not HUB_NAME.fullmatch(name) or name.endswith(DATA_SUFFIXES)
 
 
-def tokenizer_vocab_size(tokenizer: str) -> int | None:
+def tokenizer_vocab_size(data: Data) -> int | None:
     """Symbols of a tokenizer that is named in full by the recipe; None for one that must be opened to know."""
+    size = _named_size(data.tokenizer)
+    return None if size is None else size + (data.task == "mlm")  # and the mask
+
+
+def _named_size(tokenizer: str) -> int | None:
     if tokenizer == "bytes":
         return SMALLEST_BPE
     size = tokenizer.removeprefix("bpe:")
@@ -74,7 +79,7 @@ def _tokenizer_findings(name: str) -> Iterator[Finding]:
     if not name.startswith("bpe:"):
         yield from _missing("data.tokenizer", name, ("bytes",))
         return
-    size = tokenizer_vocab_size(name)
+    size = _named_size(name)
     if size is None or not SMALLEST_BPE <= size <= LARGEST_BPE:
         legal = f"bpe:{SMALLEST_BPE} (256 bytes and the end of a document) to bpe:{LARGEST_BPE}"
         yield Finding(("data.tokenizer",), f"data.tokenizer = {json.dumps(name)}: legal: {legal}")

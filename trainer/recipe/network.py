@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
-from trainer.model.families import FAMILIES
+from trainer.model.families import FAMILIES, Family
 from trainer.model.translation import read_config
 from trainer.recipe.auto import AUTO, read_auto
 from trainer.recipe.layers import read_file
@@ -39,10 +40,10 @@ def read_network(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
     if config is None or findings:
         return None, findings
     merged = {**config, **model.config}
-    network, wrong = translate(str(family), merged, tokenizer_vocab_size(recipe.data.tokenizer))
+    network, wrong = translate(str(family), merged, tokenizer_vocab_size(recipe.data))
     place = Path(model.from_pretrained) / "config.json"
     findings += [Finding(("model.from_pretrained", *_config_keys(f)), f"{place}: {f.message}") for f in wrong]
-    findings += fit_findings(recipe, network) if network else []
+    findings += fit_findings(recipe, with_head(recipe, network)) if network else []
     return merged, findings
 
 
@@ -56,12 +57,12 @@ def _from_config(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
         for key in ("dtype", "torch_dtype")
         if key in model.config
     ]
-    network, wrong = translate(model.family, model.config, tokenizer_vocab_size(recipe.data.tokenizer))
+    network, wrong = translate(model.family, model.config, tokenizer_vocab_size(recipe.data))
     for finding in wrong:
         known = model.family in FAMILIES
         message = f"model.config: {finding.message}" if known else f'model.family: {finding.message}, or "{AUTO}"'
         findings.append(Finding((*_config_keys(finding), "model.family"), message))
-    findings += fit_findings(recipe, network) if network else []
+    findings += fit_findings(recipe, with_head(recipe, network)) if network else []
     return dict(model.config), findings
 
 
@@ -80,6 +81,18 @@ def translate(
     return config, findings
 
 
+# What sees a text from both sides, or may.
+BOTH_SIDES = ("classify", "mlm")
+# Stand for the classes of a recipe that names none, until its data is read: a head is small, however many there are.
+TWO_CLASSES = ("0", "1")
+
+
+def with_head(recipe: Recipe, network: TransformerConfig, classes: Sequence[str] = ()) -> TransformerConfig:
+    """The network with the head of the recipe's task."""
+    found = (*classes,) or (*recipe.data.classes,) or TWO_CLASSES
+    return replace(network, classes=found if recipe.data.task == "classify" else ())
+
+
 def _config_keys(finding: Finding) -> tuple[str, ...]:
     return tuple(f"model.config.{printable(key)}" for key in finding.keys)
 
@@ -94,15 +107,20 @@ def fit_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding
     yield from quantization_findings(recipe, network)
 
 
+def _learns(family: Family, task: str) -> bool:
+    if task == "translate" or family.translates:
+        return task == "translate" and family.translates
+    return task == "classify" or family.causal == (task != "mlm")
+
+
 def _task_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:
-    keys = ("model.family", "model.from_pretrained", "data.task")
-    if (recipe.data.task == "translate") != bool(network.encoder_layers):
+    task, keys = recipe.data.task, ("model.family", "model.from_pretrained", "data.task")
+    if (task == "translate") != bool(network.encoder_layers):
         reads = "reads one text and writes another" if network.encoder_layers else "has no encoder"
-        legal = ", ".join(family.name for family in FAMILIES.values() if family.translates == (not network.encoder_layers))
+        legal = ", ".join(family.name for family in FAMILIES.values() if _learns(family, task))
         yield Finding(
             keys,
-            f"model.family = {json.dumps(network.family)} {reads}, and data.task is {recipe.data.task}; legal families for "
-            f"{recipe.data.task}: {legal}",
+            f"model.family = {json.dumps(network.family)} {reads}, and data.task is {task}; legal families for {task}: {legal}",
         )
         return
     if network.encoder_layers and recipe.tuning.method is not None:
@@ -110,13 +128,18 @@ def _task_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Findi
             ("tuning.method", *keys),
             f"tuning.method = {json.dumps(recipe.tuning.method)}: family {network.family} is trained whole here; remove it",
         )
-    if not network.causal:
-        legal = ", ".join(family.name for family in FAMILIES.values() if family.causal and not family.translates)
+    legal = ", ".join(family.name for family in FAMILIES.values() if _learns(family, task))
+    if task == "mlm" and network.causal:
         yield Finding(
             keys,
-            f"model.family = {json.dumps(network.family)} sees the next token, which data.task {recipe.data.task} "
-            f"predicts: it needs a masked-language task, which this version does not have; legal families for "
-            f"{recipe.data.task}: {legal}",
+            f"model.family = {json.dumps(network.family)} sees only what stands before a token, and data.task mlm has it "
+            f"guessed from both sides; legal families for mlm: {legal}",
+        )
+    elif task not in BOTH_SIDES and not network.causal:
+        yield Finding(
+            keys,
+            f"model.family = {json.dumps(network.family)} sees the next token, which data.task {task} predicts: it is for "
+            f"data.task mlm and classify; legal families for {task}: {legal}",
         )
 
 

@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterator
 
 from trainer.deepspeed_config import zero_findings
 from trainer.recipe.auto import AUTO, auto_findings
-from trainer.recipe.chat import chat_findings
 from trainer.recipe.preference import preference_findings
+from trainer.recipe.rows import row_findings
+from trainer.recipe.tasks import task_findings
 from trainer.recipe.translate import translation_findings
 from trainer.recipe.tuning import tuning_findings
 from trainer.schedule import schedule_findings
@@ -32,9 +33,10 @@ def section_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding
     yield from _precision_findings(recipe, given)
     yield from _optimizer_findings(recipe, given)
     yield from _evaluation_findings(recipe, given)
-    yield from chat_findings(recipe, given)
+    yield from row_findings(recipe, given)
     yield from translation_findings(recipe, given)
     yield from preference_findings(recipe, given)
+    yield from task_findings(recipe, given)
     yield from _guard_findings(recipe, given)
     yield from tuning_findings(recipe, given)
 

@@ -141,6 +141,8 @@ EVAL_WORDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "eval_loss": ("eval loss", short),
     "eval_perplexity": ("perplexity", short),
     "eval_accuracy": ("accuracy", percent),
+    "eval_majority": ("commonest class", percent),
+    "eval_f1": ("macro F1", percent),
     "eval_rewards/margins": ("reward margin", short),
     "eval_rewards/accuracies": ("reward accuracy", percent),
 }
@@ -152,6 +154,9 @@ SUMMARY_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "eval_loss": ("eval loss", short),
     "eval_perplexity": ("eval perplexity", short),
     "eval_accuracy": ("eval accuracy", percent),
+    "eval_majority": ("  of the commonest class", percent),
+    "eval_f1": ("eval F1, mean over classes", percent),
+    "eval_f1_positive": ("  of the second class", percent),
     "eval_rewards/margins": ("eval reward margin", short),
     "eval_rewards/accuracies": ("eval reward accuracy", percent),
     "unigram_perplexity": ("  of word counts alone (unigram)", short),

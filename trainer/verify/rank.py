@@ -162,7 +162,7 @@ class Trial:
         generator = stream(torch.device("cpu"), self.resolved.recipe.run.seed, "verify", step)
         tokens = torch.randint(0, V, (G, S + 1), generator=generator)
         masked = torch.rand(G, S, generator=generator) < torch.arange(G)[:, None] / G
-        labels = tokens[:, 1:].masked_fill(masked, IGNORE)
+        labels = (tokens[:, 1:] % (len(self.network.classes) or V)).masked_fill(masked, IGNORE)
         data = self.resolved.recipe.data
         parts = data.row_tokens // data.seq_len
         labels[:, : S - S // parts] = IGNORE  # of a translation the second half is learned

@@ -16,7 +16,7 @@ from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.model.families import FAMILIES
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
-from trainer.recipe.network import translate
+from trainer.recipe.network import TWO_CLASSES, translate
 from trainer.sections import Recipe
 from trainer.tuning.targets import QUANTIZED_TOGETHER
 
@@ -40,7 +40,7 @@ class Twin:
 
 def network_of(resolved: ResolvedRecipe) -> TransformerConfig:
     """RecipeError when it is not known from the recipe alone."""
-    vocab_size = tokenizer_vocab_size(resolved.recipe.data.tokenizer)
+    vocab_size = tokenizer_vocab_size(resolved.recipe.data)
     if resolved.hf_config is None:
         raise RecipeError("model.from_pretrained is a hub name: to verify it, give the folder to which it was fetched")
     if vocab_size is None and "vocab_size" not in resolved.hf_config:
@@ -91,7 +91,7 @@ def _recipe(
         **kept,
         "run": {"name": "verify", "seed": recipe.run.seed, "deterministic": recipe.run.deterministic},
         "model": {"family": family, "config": dict(config)},
-        "data": {"seq_len": seq_len, "isolate_documents": recipe.data.isolate_documents, **_pairs(recipe, given)},
+        "data": {"seq_len": seq_len, "isolate_documents": recipe.data.isolate_documents, **_task(recipe, given)},
         "batch": batch,
         "zero": _in_memory(given.get("zero", {})),
         "deepspeed": policy,
@@ -103,11 +103,17 @@ def _recipe(
     }
 
 
-def _pairs(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A translation has rows of another kind; where they come from is kept though nothing of it is read."""
-    if recipe.data.task != "translate":
-        return {}
-    return {"task": "translate", "sources": given["data"]["sources"]}
+def _task(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What has a network or a head of its own; where its rows come from is kept though nothing of it is read."""
+    task, sources = recipe.data.task, given.get("data", {}).get("sources")
+    match task:
+        case "translate":
+            return {"task": task, "sources": sources}
+        case "classify":
+            return {"task": task, "sources": sources, "classes": recipe.data.classes or TWO_CLASSES}
+        case "mlm":
+            return {"task": task}
+    return {}
 
 
 def _in_memory(zero: Mapping[str, Any]) -> dict[str, Any]:

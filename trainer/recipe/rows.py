@@ -1,4 +1,4 @@
-"""Where the keys of conversations, those of pairs and those of texts do not go together."""
+"""Where the keys of rows and those of texts do not go together."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from collections.abc import Collection, Iterator
 from trainer.sections import Finding, Recipe, Source
 
 # Which tasks read which key of a source.
-READERS = {"field": ("pretrain",), "shape": ("sft",), "fields": ("sft", "preference")}
+READERS = {
+    "field": ("pretrain", "mlm"),
+    "shape": ("sft",),
+    "fields": ("sft", "preference", "classify"),
+    "columns": ("sft", "preference", "translate", "classify"),
+}
 # What the rows of a task are, in which shapes, and which names each shape needs and may have.
-ROWS = {"sft": "conversations", "preference": "pairs"}
+ROWS = {"sft": "conversations", "preference": "pairs", "classify": "labelled texts"}
 NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "sft": {
         "messages": ("messages", "system"),
@@ -19,10 +24,11 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "alpaca": ("instruction", "input", "output", "system"),
     },
     "preference": {"pairs": ("prompt", "chosen", "rejected", "system")},
+    "classify": {"labelled": ("text", "label")},
 }
 
 
-def chat_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
+def row_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
     """`given`: the dotted keys that were written."""
     task = recipe.data.task
     if task in ROWS and not any(key.startswith("data.sources") for key in given):

@@ -1,0 +1,96 @@
+"""Classes and masked tokens as a user starts them: resumed to the bit, exported for transformers, and verified."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, BertForMaskedLM, pipeline
+
+from tools.campaign.cases import WAYS, Way, arguments, digests, numbers
+from tools.campaign.ranks import Ended, run_ranks, train
+from trainer.checkpoint.export import LOGITS_TOLERANCE, compare_logits, export
+from trainer.cli import main
+from trainer.errors import RecipeError
+from trainer.generate import load_folder
+
+S = 32
+ZERO1 = next(way for way in WAYS if way.name == "dp2-zero1")
+BERT = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},
+    "max_position_embeddings": S,
+}
+
+
+def write_recipe(folder: Path, task: str) -> Path:
+    """Two kinds of texts that a small network tells apart; its dropout is that of Bert, 0.1."""
+    rows = [{"text": f"{i} is {'odd' if i % 2 else 'even'}", "label": ["even", "odd"][i % 2]} for i in range(120)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe: dict[str, Any] = {
+        "run": {"name": task, "dir": str(folder / "runs")},
+        "model": {"family": "bert", "config": BERT},
+        "data": {"task": task, "sources": [{"path": str(folder / "rows.jsonl")}], "seq_len": S, "workers": 1},
+        "batch": {"global_sequences": 4, "micro_sequences": 2},
+        "optimizer": {"lr": 0.01},
+        "schedule": {"name": "constant"},
+        "checkpoint": {"every": 2, "keep": 9},
+    }
+    path = folder / f"{task}.json"
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+def run(recipe: Path, run_dir: Path, *words: str, way: Way = ZERO1) -> Ended:
+    command = [*arguments(recipe, run_dir, way, resume="auto"), *words]
+    return run_ranks(train, command, world_size=way.processes, log=run_dir.parent / "log")
+
+
+@pytest.mark.parametrize("task", ["classify", "mlm"])
+def test_a_resumed_run_is_the_undisturbed_one_and_its_export_is_its_network(task: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, task)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    for run_dir, targets in ((straight, [4]), (broken, [2, 4])):
+        for steps in targets:
+            ended = run(recipe, run_dir, "--set", f"train.steps={steps}")
+            assert ended.codes == (0, 0), ended.said
+    assert "resumed after step 2" in ended.said
+    assert numbers(straight) == numbers(broken)
+    last = Path("checkpoints") / "step-00000004"
+    assert digests(straight / last) == digests(broken / last)
+
+    exported = export(broken / last, tmp_path / "exported")
+    assert compare_logits(broken / last, exported.folder, exported.dtype) <= LOGITS_TOLERANCE
+    with pytest.raises(RecipeError, match="give one that continues texts"):
+        load_folder(exported.folder)
+    if task == "mlm":
+        guesses(exported.folder)
+    else:
+        sorts(exported.folder, json.loads((broken / "summary.json").read_text()))
+
+
+def guesses(folder: Path) -> None:
+    """It loads whole, ties included, and the tokenizer beside it has the mask."""
+    model, told = BertForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(told.values()), told
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.vocab_size == len(tokenizer) == 258
+    guess = pipeline("fill-mask", model=model, tokenizer=tokenizer)(f"3 is {tokenizer.mask_token}dd", top_k=1)[0]
+    assert 0.0 < guess["score"] <= 1.0
+
+
+def sorts(folder: Path, summary: dict[str, Any]) -> None:
+    (named,) = pipeline("text-classification", model=str(folder))("7 is odd")
+    assert named["label"] in ("even", "odd")
+    assert summary["eval_majority"] >= 0.5
+    assert {"eval_accuracy", "eval_f1", "eval_f1_positive"} <= summary.keys()
+    assert "unigram_perplexity" not in summary
+
+
+@pytest.mark.parametrize("task", ["classify", "mlm"])
+def test_verify_compares_layouts_with_the_task_s_own_head(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(write_recipe(tmp_path, task)), "--layouts", "tp2"]) == 0
+    assert "rounding" in capsys.readouterr().out

@@ -1,0 +1,139 @@
+"""Labelled texts: rows → a text and its class → tokens with a label.
+
+The tokens are those that the tokenizer's own folder gives in transformers, special tokens and truncation included, so that an
+exported classifier reads what was trained. The classes of a source are found before anything is tokenized, unless the recipe
+lists them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from trainer import sections
+from trainer.data.digests import fingerprint_of
+from trainer.data.examples import Document, Examples, RowLayout, Tokenized
+from trainer.data.fault import Fault, kind_of, require_characters
+from trainer.data.row_format import RowFormat
+from trainer.data.tokenizer import Tokenizer
+from trainer.errors import DataError
+
+VERSION = 1  # of all that decides the tokens and the label of a text
+MAX_CLASSES = 1000  # an evaluation sums a matrix of all pairs of them: 8 MB
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    text: str
+    label: str
+
+
+@dataclass(frozen=True)
+class LabelledRows(RowFormat):
+    """Rows with a text and the name of its class; `fields`: our name of a field → the name in this source."""
+
+    fields: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_source(cls, source: sections.Source) -> LabelledRows:
+        return cls(source.fields.model_dump(exclude_none=True) if source.fields else {})
+
+    def example_of(self, row: Mapping[str, Any]) -> LabelledText:
+        text, label = (self._value(row, name) for name in ("text", "label"))
+        if not isinstance(text, str):
+            raise Fault(f"{self._name('text')!r} is {kind_of(text)}, not text; mend or remove the row")
+        return LabelledText(require_characters(text, repr(self._name("text"))), self._class_name(label))
+
+    def texts_of(self, example: LabelledText) -> Iterator[str]:
+        yield example.text
+
+    def _name(self, ours: str) -> str:
+        return self.fields.get(ours, ours)
+
+    def _value(self, row: Mapping[str, Any], ours: str) -> Any:
+        name = self._name(ours)
+        if row.get(name) is None:
+            has = ", ".join(map(repr, row)) or "no field"
+            raise Fault(
+                f"no {name!r}: it has {has}, and data.task classify needs a text and a label; mend the row, or name its fields "
+                'in data.sources[].fields, such as {"text": "sentence", "label": "sentiment"}'
+            )
+        return row[name]
+
+    def _class_name(self, label: Any) -> str:
+        if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
+            raise Fault(f"{self._name('label')!r} is {label!r}: a label is a word or a whole number; mend or remove the row")
+        if label == -1:
+            raise Fault(
+                f"{self._name('label')!r} is -1, by which published data hides the label of a test; leave this split out"
+            )
+        return require_characters(str(label), repr(self._name("label")))
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The names of classes: by their value where all are numbers, else by their letters."""
+    found = set(names)
+    if all(name.isascii() and name.isdecimal() for name in found):
+        return sorted(found, key=lambda name: (int(name), name))
+    return sorted(found)
+
+
+class Labelled(Examples):
+    """Texts with a class, as one document each."""
+
+    noun = "texts"
+
+    def __init__(self, tokenizer: Tokenizer, *, seq_len: int, classes: list[str]) -> None:
+        super().__init__(tokenizer.for_classification(), seq_len=seq_len, classes=classes)
+        self.layout = RowLayout(seq_len, labelled=True)
+        self.classes = tuple(classes)
+        self._number = {name: number for number, name in enumerate(classes)}
+
+    @classmethod
+    def from_recipe(cls, data: sections.Data, tokenizer: Tokenizer) -> Labelled:
+        return cls(tokenizer, seq_len=data.seq_len, classes=list(data.classes))
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint_of(["labelled", VERSION, self.tokenizer.fingerprint, self.settings])
+
+    def tokenize(self, example: LabelledText) -> Tokenized:
+        if example.label not in self._number:
+            legal = ", ".join(map(repr, self.classes[:20]))
+            raise Fault(f"the label {example.label!r} is not in data.classes ({legal}); mend the row, or add the class")
+        ids, lost = self.tokenizer.encode_sequence(example.text, max_tokens=self.layout.part_tokens)
+        counts = Counter(read=1, empty=int(not example.text.strip()), truncated=int(lost > 0), lost_tokens=lost)
+        content = json.dumps([example.text, example.label], ensure_ascii=False).encode()
+        if counts["empty"]:
+            return Tokenized((), content, counts)
+        document = Document(ids, np.zeros(len(ids), dtype=bool), self._number[example.label])
+        return Tokenized((document,), content, counts)
+
+    def remarks(self, counts: Mapping[str, int]) -> Iterator[str]:
+        if counts["truncated"]:
+            yield (
+                f"{counts['truncated']:,} of {counts['read']:,} texts were longer than {self.layout.part_tokens:,} tokens: "
+                f"truncated, {counts['lost_tokens']:,} tokens lost"
+            )
+        if counts["empty"]:
+            yield f"{counts['empty']:,} of {counts['read']:,} texts left out: empty"
+
+    def nothing(self, counts: Mapping[str, int]) -> str:
+        return f"all of its {counts['read']} texts are empty; correct the path, or data.sources[].fields"
+
+
+def require_classes(names: list[str], where: str) -> list[str]:
+    """DataError where they cannot be told apart, or are no classes at all."""
+    if len(names) < 2:
+        raise DataError(f"{where}: its only label is {names[0]!r}: there is nothing to tell apart; add rows of another class")
+    if len(names) > MAX_CLASSES:
+        raise DataError(
+            f"{where}: {len(names):,} different labels, such as {names[0]!r}: legal are up to {MAX_CLASSES:,}; is "
+            "data.sources[].fields.label the right field?"
+        )
+    return names

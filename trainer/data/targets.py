@@ -1,0 +1,84 @@
+"""What the positions of a row are to predict, beside the next token. Shape letter: S sequence length [tokens]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Protocol
+
+import numpy as np
+
+from trainer import sections
+from trainer.data.examples import NO_LABEL
+from trainer.data.rows import Row
+from trainer.data.sampling import Int64s, stream_key, uniform
+from trainer.data.tokenizer import Tokenizer
+
+Part = Literal["training", "evaluation"]
+
+
+class Targets(Protocol):
+    needs_tokens: ClassVar[bool]  # which positions count depends on the tokens, so every rank must read them
+
+    def mark(self, row: Row, number: int) -> Row:
+        """The row with its tokens, labels and targets as the task has them; `number` counts rows from the run's first on."""
+
+
+@dataclass(frozen=True)
+class NextToken:
+    needs_tokens: ClassVar[bool] = False
+
+    def mark(self, row: Row, number: int) -> Row:
+        return row
+
+
+@dataclass(frozen=True)
+class ClassOfDocument:
+    """Each labelled document's class, at its first or its last token: where a network has seen all of it."""
+
+    at: Literal["first", "last"]
+    needs_tokens: ClassVar[bool] = False
+
+    def mark(self, row: Row, number: int) -> Row:
+        ends = np.cumsum(row.documents)
+        places = ends - 1 if self.at == "last" else ends - row.documents
+        classes = np.array(row.classes or [NO_LABEL] * len(ends), np.int64)  # filler has none
+        has_class = classes != NO_LABEL
+        labels, is_target = np.zeros_like(row.labels), np.zeros_like(row.is_target)
+        labels[places[has_class]] = classes[has_class]
+        is_target[places[has_class]] = True
+        return replace(row, labels=labels, is_target=is_target)
+
+
+@dataclass(frozen=True)
+class MaskedTokens:
+    """Some tokens of a row, to be guessed from what stands around them (Devlin et al. 2018, arXiv:1810.04805, §3.1).
+
+    Of the chosen ones 80 % are masked, 10 % replaced by any ordinary token, and 10 % stay: the network does not know which, so
+    it must keep what it makes of every token. What is drawn for a position depends on `stream`, the row's number and the
+    position alone: it is the same in every layout and after a resume, and another one in every epoch.
+    """
+
+    fraction: float
+    mask: int
+    ordinary: Int64s  # tokens that stand for text: only these are chosen, and put in
+    stream: int
+    needs_tokens: ClassVar[bool] = True
+
+    def mark(self, row: Row, number: int) -> Row:
+        size = len(row.tokens)
+        chosen, kind, other = (uniform(size, stream_key(self.stream, what, number)) for what in ("chosen", "kind", "other"))
+        is_target = (chosen < self.fraction) & np.isin(row.tokens, self.ordinary)
+        replaced = self.ordinary[(other * len(self.ordinary)).astype(np.int64)]
+        shown = np.select([kind < 0.8, kind < 0.9], [np.int64(self.mask), replaced], row.tokens)
+        return replace(row, tokens=np.where(is_target, shown, row.tokens), labels=row.tokens, is_target=is_target)
+
+
+def targets_of(data: sections.Data, tokenizer: Tokenizer, *, causal: bool, seed: int, part: Part) -> Targets:
+    """`causal`: whether the network's tokens see only those before them."""
+    if data.task == "classify":
+        return ClassOfDocument("last" if causal else "first")
+    if data.task == "mlm":
+        assert tokenizer.mask is not None
+        ordinary = np.array(tokenizer.ordinary_ids, np.int64)
+        return MaskedTokens(data.mask_fraction, tokenizer.mask, ordinary, stream_key(seed, "masks", part))
+    return NextToken()
