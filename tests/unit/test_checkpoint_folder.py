@@ -29,7 +29,7 @@ from trainer.loss_scale import LossScaler
 from trainer.model.translation import to_hf_config
 from trainer.recipe import ResolvedRecipe, load
 from trainer.run_folder import RunFolder
-from trainer.start import agree, claim, find, leave_behind
+from trainer.start import agree, begin_again, claim, find, leave_behind
 
 ALONE = Messages.alone()
 
@@ -392,7 +392,7 @@ def test_a_new_folder_is_made(run: RunFolder) -> None:
 
 @pytest.mark.parametrize("reached", [0, 1, 3, 4, 8])  # from 4 on its first checkpoint may have been under way
 def test_a_run_that_was_ended_before_its_first_checkpoint_begins_again(reached: int, run: RunFolder) -> None:
-    (remark,) = claim(begun(run, reached=reached, every=4), Resume())
+    (remark,) = begin_again(begun(run, reached=reached, every=4), Resume())
     assert remark == "the run was ended before its first checkpoint: it begins again at step 0"
     assert find(run, Resume(), ALONE) == (None, [])
 
@@ -406,7 +406,7 @@ def test_a_run_that_has_lost_its_checkpoints_does_not_begin_again(leave: str, ru
         (run.checkpoints / ".step-00000004.draft").mkdir()
     before = run.metrics.read_bytes()
     with pytest.raises(DataError) as caught:
-        claim(run, Resume())
+        begin_again(run, Resume())
     assert caught.value.exit_code == 65
     assert caught.value.lines == [
         f"{run.checkpoints}: no checkpoint is there, though the run reached step 9 and saves every 4: bring the folder back "
@@ -419,14 +419,14 @@ def test_a_run_that_has_lost_its_checkpoints_does_not_begin_again(leave: str, ru
 @pytest.mark.parametrize("every", [0, None])
 def test_a_run_that_keeps_no_checkpoints_is_not_written_over(every: int | None, run: RunFolder) -> None:
     with pytest.raises(RecipeError, match=r"already holds a run, which kept no checkpoints: choose another run\.name"):
-        claim(begun(run, reached=9, every=every), Resume())
+        begin_again(begun(run, reached=9, every=every), Resume())
 
 
 def test_a_damaged_history_is_named_before_anything_is_done(run: RunFolder) -> None:
     begun(run, reached=2, every=4)
     run.metrics.write_text('{"step": 1}\nnot JSON\n')
     with pytest.raises(DataError, match=rf"{run.metrics}:2: not a JSON record"):
-        claim(run, Resume())
+        begin_again(run, Resume())
 
 
 def test_never_moves_what_is_there_aside(run: RunFolder) -> None:
@@ -437,7 +437,7 @@ def test_never_moves_what_is_there_aside(run: RunFolder) -> None:
         aside = run.path.with_name(f"run.before-{n}")
         assert remark == f"the run that was in {run.path} is now in {aside}"
         assert names(run.path) == []
-        assert names(aside) == [".lock", "checkpoints", "metrics.jsonl", "resolved.json"]
+        assert names(aside) == [".holder.json", ".lock", "checkpoints", "metrics.jsonl", "resolved.json"]
         assert find(run, Resume("never"), ALONE) == (None, [])
     assert len(RunFolder(run.path.with_name("run.before-2")).metrics.read_text().splitlines()) == 2
 
@@ -457,7 +457,7 @@ def test_checkpoints_that_are_all_damaged_are_no_reason_to_begin_again(run: RunF
     for step in (4, 8):
         (write_checkpoint(run.checkpoints, step) / MANIFEST).write_bytes(b"")
     for _ in range(2):
-        assert claim(run, Resume()) == []
+        assert claim(run, Resume()) + begin_again(run, Resume()) == []
         with pytest.raises(DataError, match=r"no checkpoint is whole .*step-00000004\.damaged, step-00000008\.damaged"):
             find(run, Resume(), ALONE)
 
@@ -470,7 +470,7 @@ def test_checkpoints_that_were_superseded_are_no_reason_to_begin_again(run: RunF
     shutil.rmtree(older)
     assert not newer.exists()
     with pytest.raises(DataError, match=r"step-00000008\.superseded|no checkpoint is there"):
-        claim(run, Resume()) or find(run, Resume(), ALONE)
+        begin_again(run, Resume()) or find(run, Resume(), ALONE)
 
 
 def test_a_named_checkpoint_of_the_run_itself(run: RunFolder) -> None:
@@ -563,6 +563,7 @@ def ended(run: RunFolder, resolved: ResolvedRecipe, *, reached: int, ended_by: s
     for step in range(4, reached + 1, 4):
         newest = write_checkpoint(run.checkpoints, step, facts=facts_of(resolved))
     (run.path / "summary.json").write_text(json.dumps({"ended_by": ended_by} if ended_by else {"steps": reached}))
+    run.report.write_text("")
     return newest
 
 
@@ -589,7 +590,9 @@ def test_a_finished_run_is_exit_0_and_nothing_is_touched(
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("why", ["no checkpoint", "not at the end", "killed at the end", "not closed", "named", "damaged"])
+@pytest.mark.parametrize(
+    "why", ["no checkpoint", "not at the end", "killed at the end", "not closed", "no report", "named", "damaged"]
+)
 def test_a_run_that_is_not_finished(why: str, run: RunFolder, resolved: ResolvedRecipe) -> None:
     resume = Resume()
     if why != "no checkpoint":
@@ -598,6 +601,8 @@ def test_a_run_that_is_not_finished(why: str, run: RunFolder, resolved: Resolved
         )
     if why == "not closed":
         (run.path / "summary.json").unlink()
+    if why == "no report":
+        run.report.unlink()
     if why == "named":
         resume = Resume(str(newest))
     if why == "damaged":
