@@ -17,7 +17,6 @@ from torch import nn
 
 import trainer.engine
 from parallel import linear, params, ties
-from parallel.attention import Documents
 from parallel.collectives import Pending
 from parallel.deferred import WeightGradients
 from parallel.linear import RowParallelLinear
@@ -30,23 +29,23 @@ from parallel.ties import TiedGradients
 from parallel.topology import Layout
 from tests.parallel.test_engine_parity import Case, Outcome, assert_same_training, outcome, run_case
 from tests.spawn import spawn
+from trainer import objective
 from trainer.batching import BatchPlan
 from trainer.engine import Engine
 from trainer.execution import OneStage
 from trainer.model import transformer
-from trainer.model.transformer import Head
 from trainer.zero_pipeline import ZeroInPipeline
 
 
 def mean_of_micro_batch_means() -> None:
     """Each micro-batch divides by its own targets (transformers#34191)."""
-    forward = Head.forward
+    total = objective.next_token_loss
 
-    def mean(head: Head, x_ND: torch.Tensor, documents: Documents, labels_BS: torch.Tensor, **how: Any) -> torch.Tensor:
-        return forward(head, x_ND, documents, labels_BS, **how) / (labels_BS != IGNORE).sum()
+    def mean(output: VocabParallelHead, x_ND: torch.Tensor, labels_BS: torch.Tensor, *rest: Any, **how: Any) -> torch.Tensor:
+        return total(output, x_ND, labels_BS, *rest, **how) / (labels_BS != IGNORE).sum()
 
     BatchPlan.loss_factor = lambda plan, num_targets: 1.0 / plan.num_micro_batches
-    Head.forward = mean
+    objective.next_token_loss = mean
 
 
 def forgotten_data_parallel_degree() -> None:
@@ -169,9 +168,9 @@ def unmasked_padding() -> None:
     """The logits of padding rows take part in the softmax."""
     forward = VocabParallelHead.forward
 
-    def unmasked(head: VocabParallelHead, *args: Any, measured: bool) -> torch.Tensor:
+    def unmasked(head: VocabParallelHead, *args: Any, **how: Any) -> torch.Tensor:
         head.vocab_size = head.weight.shape[0] * head.tp.group.size
-        return forward(head, *args, measured=measured)
+        return forward(head, *args, **how)
 
     VocabParallelHead.forward = unmasked
 
