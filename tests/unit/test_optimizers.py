@@ -48,7 +48,7 @@ def test_the_roles_of_a_real_model(family: str) -> None:
         config = translate(family, {"tie_word_embeddings": tied})
         decaying = {p.name for spec in logical_specs(config) if spec.role is Role.MATRIX for p in spec.pieces}
         others = {p.name for spec in logical_specs(config) if spec.role is not Role.MATRIX for p in spec.pieces}
-        linear = ("proj.weight", "c_attn.weight", "c_fc.weight", "lm_head.weight", "dense.weight")
+        linear = ("proj.weight", "c_attn.weight", "c_fc.weight", "lm_head.weight", "dense.weight", "fc1.weight", "fc2.weight")
         linear += tuple(f"attention.self.{what}.weight" for what in ("query", "key", "value"))
         assert decaying == {name for name in decaying | others if name.endswith(linear)}
         assert ("lm_head.weight" in decaying) == (not tied)
