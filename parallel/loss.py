@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -94,12 +95,16 @@ class _Chunk:
     def column(self) -> Tensor:
         return self.local.masked_fill(~self.is_here, 0).unsqueeze(-1)
 
+    @cached_property
+    def maximum(self) -> Tensor:
+        """Of the logits of all ranks, [N, 1]; to be asked for before they are replaced."""
+        return all_reduce(self.logits.amax(-1, keepdim=True), self.vocabulary.group, dist.ReduceOp.MAX)
+
     def hits(self) -> Tensor:
         """Of how many targets the label has the highest logit; of equal ones the lowest id counts."""
         vocabulary = self.vocabulary
         highest, column = self.logits.max(-1)  # the first of equal ones
-        overall = all_reduce(highest, vocabulary.group, dist.ReduceOp.MAX)
-        guess = torch.where(highest == overall, vocabulary.first + column, vocabulary.size)
+        guess = torch.where(highest == self.maximum.squeeze(-1), vocabulary.first + column, vocabulary.size)
         guess = all_reduce(guess, vocabulary.group, dist.ReduceOp.MIN)
         return (self.is_target & (guess - vocabulary.first == self.local)).sum()
 
@@ -110,7 +115,7 @@ class _Chunk:
         Communication: the all-reduced maximum, then denominator and target logit together.
         """
         group = self.vocabulary.group
-        maximum = all_reduce(self.logits.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
+        maximum = self.maximum
         self.logits.sub_(maximum)
         target = self.logits.gather(-1, self.column).squeeze(-1).masked_fill(~self.is_here, 0.0)
         if smoothing:
@@ -215,7 +220,7 @@ def cross_entropy_and_hits(
     softcap: float | None,
 ) -> Tensor:
     """The loss of `_CrossEntropySum`, and of how many targets the label has the highest logit, float64 [2], the same on every
-    rank. Communication per chunk: that of the losses, and before it maximum and lowest id."""
+    rank. Communication per chunk: that of the losses, and the lowest id."""
     vocabulary = _Vocabulary(weight_VD.to(h_ND.dtype), bias_V, vocab_size, group, softcap)
     sums = torch.zeros(2, dtype=torch.float64, device=h_ND.device)
     for part in vocabulary.parts(h_ND.shape[0]):

@@ -70,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _did_you_mean(word: str, names: list[str]) -> str:
-    from trainer.sections import nearest
+    from trainer.spelling import nearest
 
     meant = nearest(word, names)
     return f"; did you mean {meant}?" if meant else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from trainer.model.transformer import Loss, next_token_loss
+from trainer.model.heads import Loss, next_token_loss
 from trainer.preference.losses import preference_loss
 from trainer.sections import Recipe
 

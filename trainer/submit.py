@@ -24,7 +24,8 @@ from trainer.durable import make_private, private_file
 from trainer.errors import RecipeError
 from trainer.recipe.json_reader import JSONSyntaxError, Reader
 from trainer.redaction import holds_secret
-from trainer.sections import PositiveInt, Section, nearest
+from trainer.sections import PositiveInt, Section
+from trainer.spelling import nearest
 
 TEMPLATES = Path(__file__).parents[1] / "slurm"
 ENDING = ".sbatch.j2"

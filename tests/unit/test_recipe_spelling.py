@@ -12,7 +12,7 @@ import pytest
 from trainer import recipe
 from trainer.errors import RecipeError
 from trainer.recipe.places import dotted
-from trainer.sections import edit_distance, nearest
+from trainer.spelling import edit_distance, nearest
 
 RECIPES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 DAMAGES_PER_KEY = 9

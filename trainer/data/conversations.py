@@ -16,7 +16,7 @@ from typing import Any
 
 from trainer import sections
 from trainer.data.fault import Fault, kind_of, require_characters
-from trainer.data.row_format import RowFormat
+from trainer.data.row_format import RowFormat, renamed
 
 # Other words for the roles, as they are found in published data.
 ROLES = {
@@ -52,12 +52,11 @@ class ChatRows(RowFormat):
 
     @classmethod
     def of_source(cls, source: sections.Source) -> ChatRows:
-        return cls(source.shape or "", source.fields.model_dump(exclude_none=True) if source.fields else {})
+        return cls(source.shape or "", source.names)
 
     def example_of(self, row: Mapping[str, Any]) -> Conversation:
         shape = self._shape_of(row)
-        named = {**row, **{ours: row[theirs] for ours, theirs in self.fields.items() if theirs in row}}
-        return SHAPES[shape].read(named)
+        return SHAPES[shape].read(renamed(row, self.fields))
 
     def texts_of(self, example: Conversation) -> Iterator[str]:
         yield from (message.content for message in example)

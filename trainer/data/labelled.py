@@ -41,7 +41,7 @@ class LabelledRows(RowFormat):
 
     @classmethod
     def of_source(cls, source: sections.Source) -> LabelledRows:
-        return cls(source.fields.model_dump(exclude_none=True) if source.fields else {})
+        return cls(source.names)
 
     def example_of(self, row: Mapping[str, Any]) -> LabelledText:
         text, label = (self._value(row, name) for name in ("text", "label"))

@@ -19,7 +19,7 @@ from typing import Any
 from trainer import sections
 from trainer.data.conversations import Conversation, Message, read_side, read_system
 from trainer.data.fault import Fault, kind_of
-from trainer.data.row_format import RowFormat
+from trainer.data.row_format import RowFormat, renamed
 
 ANSWERS = ("chosen", "rejected")
 DIALOGUE = re.compile(r"\n\n(Human|Assistant):")
@@ -42,10 +42,10 @@ class PairRows(RowFormat):
 
     @classmethod
     def of_source(cls, source: sections.Source) -> PairRows:
-        return cls(source.fields.model_dump(exclude_none=True) if source.fields else {})
+        return cls(source.names)
 
     def example_of(self, row: Mapping[str, Any]) -> Pair:
-        named = {**row, **{ours: row[theirs] for ours, theirs in self.fields.items() if theirs in row}}
+        named = renamed(row, self.fields)
         if missing := [self.fields.get(name, name) for name in ANSWERS if named.get(name) is None]:
             raise Fault(
                 f"no pair: it has {', '.join(map(repr, row)) or 'no field'}, and no {' and no '.join(map(repr, missing))}; "

@@ -27,3 +27,8 @@ class RowFormat(ABC):
     @abstractmethod
     def texts_of(self, example: Any) -> Iterator[str]:
         """What a tokenizer is trained on."""
+
+
+def renamed(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    """The row by our names. `fields`: our name of a field → the name in this source."""
+    return {**row, **{ours: row[theirs] for ours, theirs in fields.items() if theirs in row}}

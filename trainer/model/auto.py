@@ -32,7 +32,8 @@ from trainer.model.auto_network import AutoNetwork
 from trainer.model.auto_stage import Contents, contents_of
 from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
 from trainer.recipe.auto import folder_findings, size_findings
-from trainer.sections import Finding, Recipe, nearest
+from trainer.sections import Finding, Recipe
+from trainer.spelling import nearest
 
 # The Auto class of each data.task.
 AUTO_CLASSES = {"pretrain": "AutoModelForCausalLM", "sft": "AutoModelForCausalLM"}

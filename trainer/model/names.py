@@ -167,30 +167,29 @@ BERT = WeightNames(
     other_heads=("pooler.", "cls.seq_relationship."),
 )
 
-MARIAN_ENCODER = WeightNames(
-    embedding="model.shared.weight",
-    qkv=tuple(f"model.encoder.layers.{{layer}}.self_attn.{x}_proj" for x in "qkv"),
-    attention_out="model.encoder.layers.{layer}.self_attn.out_proj",
-    attention_residual_norm="model.encoder.layers.{layer}.self_attn_layer_norm",
-    mlp_in=("model.encoder.layers.{layer}.fc1",),
-    mlp_out="model.encoder.layers.{layer}.fc2",
-    mlp_residual_norm="model.encoder.layers.{layer}.final_layer_norm",
-    head="lm_head.weight",
-)
-MARIAN = WeightNames(
-    embedding="model.shared.weight",
-    encoder=MARIAN_ENCODER,
-    qkv=tuple(f"model.decoder.layers.{{layer}}.self_attn.{x}_proj" for x in "qkv"),
-    attention_out="model.decoder.layers.{layer}.self_attn.out_proj",
-    attention_residual_norm="model.decoder.layers.{layer}.self_attn_layer_norm",
+
+def _marian_side(side: str) -> WeightNames:
+    """What Marian's encoder and decoder have alike."""
+    layer = f"model.{side}.layers.{{layer}}"
+    return WeightNames(
+        embedding="model.shared.weight",
+        qkv=tuple(f"{layer}.self_attn.{x}_proj" for x in "qkv"),
+        attention_out=f"{layer}.self_attn.out_proj",
+        attention_residual_norm=f"{layer}.self_attn_layer_norm",
+        mlp_in=(f"{layer}.fc1",),
+        mlp_out=f"{layer}.fc2",
+        mlp_residual_norm=f"{layer}.final_layer_norm",
+        head="lm_head.weight",
+    )
+
+
+MARIAN = replace(
+    _marian_side("decoder"),
+    encoder=_marian_side("encoder"),
     cross_query="model.decoder.layers.{layer}.encoder_attn.q_proj",
     cross_key_value=tuple(f"model.decoder.layers.{{layer}}.encoder_attn.{x}_proj" for x in "kv"),
     cross_out="model.decoder.layers.{layer}.encoder_attn.out_proj",
     cross_residual_norm="model.decoder.layers.{layer}.encoder_attn_layer_norm",
-    mlp_in=("model.decoder.layers.{layer}.fc1",),
-    mlp_out="model.decoder.layers.{layer}.fc2",
-    mlp_residual_norm="model.decoder.layers.{layer}.final_layer_norm",
-    head="lm_head.weight",
     head_bias="final_logits_bias",
     head_bias_is_row=True,
     second_names={f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in ("encoder", "decoder")},

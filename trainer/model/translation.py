@@ -16,7 +16,8 @@ from trainer.errors import RecipeError
 from trainer.model.config import RopeScaling, TransformerConfig
 from trainer.model.families import FAMILIES, FIXED, PLAIN, ROPE_SCALINGS, ROPE_THETA, Family
 from trainer.model.hf_keys import positive
-from trainer.sections import Finding, nearest
+from trainer.sections import Finding
+from trainer.spelling import nearest
 
 
 def translate(family: str, hf_config: Mapping[str, Any]) -> TransformerConfig:

@@ -17,7 +17,8 @@ from pydantic_core import ErrorDetails
 from trainer.recipe.json_reader import JSONSyntaxError, Reader
 from trainer.recipe.places import KeyPath, Mark, Problem, dotted, first_mark, kind, shown
 from trainer.recipe.unknown_keys import unknown_key
-from trainer.sections import Recipe, nearest
+from trainer.sections import Recipe
+from trainer.spelling import nearest
 
 
 def validate(given: Mapping[str, Any], marks: Mapping[str, Mark]) -> tuple[Recipe, list[Problem], set[str]]:

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.sections import Data, Finding, Recipe, nearest
+from trainer.sections import Data, Finding, Recipe
+from trainer.spelling import nearest
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 DATA_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".arrow", ".csv", ".gz", ".zst")

@@ -14,7 +14,8 @@ from parallel.simulator import simulate
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.recipe.places import shown
-from trainer.sections import Finding, Parallel, Recipe, nearest
+from trainer.sections import Finding, Parallel, Recipe
+from trainer.spelling import nearest
 
 if TYPE_CHECKING:
     from trainer.batching import BatchPlan

@@ -56,7 +56,7 @@ def _source_findings(source: Source, where: str, task: str, given: Collection[st
             )
     if task not in NAMES:
         return
-    named = set(source.fields.model_dump(exclude_none=True)) if source.fields else set()
+    named = set(source.names)
     shapes = {shape: names for shape, names in NAMES[task].items() if source.shape in (None, shape)} or NAMES[task]
     if not any(named <= set(names) for names in shapes.values()):
         legal = "; ".join(f"{', '.join(names)} ({shape})" for shape, names in shapes.items())

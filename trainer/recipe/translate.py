@@ -60,8 +60,7 @@ def _source_findings(where: str, source: Source, given: Collection[str]) -> Iter
             hint = "; what rows call their sides is said in fields" if name == "field" else ""
             message = f'{where}.{name} is not used with data.task "translate": remove it{hint}'
             yield Finding((f"{where}.{name}", "data.task"), message)
-    named = source.fields.model_dump(exclude_none=True) if source.fields else {}
-    for name in sorted(named.keys() - set(SIDES)):
+    for name in sorted(source.names.keys() - set(SIDES)):
         message = f'{where}.fields.{name} is not used with data.task "translate"; legal: {", ".join(SIDES)}'
         yield Finding((f"{where}.fields.{name}", "data.task"), message)
     if source.target_path is not None and source.fields is not None:

@@ -9,7 +9,8 @@ from typing import get_args, get_origin
 
 from trainer.deepspeed_config import REFUSED, refusal
 from trainer.recipe.places import KeyPath, dotted
-from trainer.sections import Recipe, Section, nearest
+from trainer.sections import Recipe, Section
+from trainer.spelling import nearest
 
 # Names that other systems have for our keys.
 ELSEWHERE = {

@@ -35,7 +35,7 @@ from trainer.sections import Recipe
 from trainer.tuning.targets import parts_of, targeted_modules
 from trainer.zero_state import Companion
 
-FIRST, SECOND, VALUES = range(3)  # A, B and E, as `parts_of` lists them
+SECOND, VALUES = 1, 2  # B and E, as `parts_of` lists them after A
 
 
 @dataclass

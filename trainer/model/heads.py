@@ -1,0 +1,177 @@
+"""The last block of a network: what is made of the hidden states by each task.
+
+Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of them), L of them that have
+a label, D model, V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from parallel.attention import Documents
+from parallel.collectives import all_gather, reduce_from_group
+from parallel.embedding import VocabParallelEmbedding
+from parallel.linear import ReplicatedLinear
+from parallel.loss import IGNORE, VocabParallelHead
+from parallel.mesh import Group
+from parallel.mlp import ACTIVATIONS
+from parallel.params import Init
+from parallel.rng import Streams
+from parallel.tensor import TensorParallel
+from trainer.model.config import TransformerConfig
+from trainer.model.layers import Dropout, make_norm
+from trainer.model.names import names_of
+
+
+class HeadTransform(nn.Module):
+    """norm(act(x Aᵀ + b)), [N, D] → [N, D] (Devlin et al. 2018, arXiv:1810.04805, in its code): between the tensor-parallel
+    regions, so whole on every rank and of this rank's tokens."""
+
+    def __init__(self, config: TransformerConfig, name: str, norm: str | None, tp: TensorParallel) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.dense = ReplicatedLinear(D, D, name=name, init=Init(std=config.init_std), tp=tp)
+        self.activation = ACTIVATIONS[config.activation]
+        self.norm = make_norm(config, norm, tp)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self.norm(self.activation(self.dense(x_ND)))
+
+
+class Loss(Protocol):
+    """What is made of the hidden states before the output layer, [N, D] or this rank's tokens of them."""
+
+    def __call__(
+        self,
+        output: VocabParallelHead,
+        x_ND: Tensor,
+        labels_BS: Tensor,
+        documents: Documents,
+        reference_R: Tensor | None,
+        *,
+        measured: bool,
+    ) -> Tensor:
+        """The loss summed over targets, with the statistics of a step behind it where the task's `Measures` has some;
+        `measured`, those of an evaluation, float64."""
+
+
+def next_token_loss(
+    output: VocabParallelHead,
+    x_ND: Tensor,
+    labels_BS: Tensor,
+    documents: Documents,
+    reference_R: Tensor | None,
+    *,
+    measured: bool,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """Cross entropy of every label; `smoothing`: the share of its weight that is divided evenly over the vocabulary."""
+    return output(x_ND, labels_BS.flatten(), measured=measured, smoothing=smoothing)
+
+
+class Head(nn.Module):
+    """Final norm or transform, logits and loss."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        tp: TensorParallel,
+        tied_to: VocabParallelEmbedding | None,
+        tied_over: Group | None,
+        loss: Loss,
+    ) -> None:
+        super().__init__()
+        names = names_of(config)
+        self.loss = loss
+        self.norm = make_norm(config, names.final_norm, tp)
+        self.transform = nn.Identity()
+        if names.head_transform is not None:
+            self.transform = HeadTransform(config, names.head_transform, names.head_transform_norm, tp)
+        self.logits = VocabParallelHead(
+            config.vocab_size,
+            config.hidden_size,
+            name=names.embedding if config.tied_head else names.head,
+            init=Init(std=config.init_std),
+            tp=tp,
+            tied_to=tied_to,
+            tied_over=tied_over,
+            bias=names.head_bias,
+            bias_is_row=names.head_bias_is_row,
+            softcap=config.logit_softcap,
+        )
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        documents: Documents,
+        labels_BS: Tensor | None,
+        streams: Streams | None,
+        reference_R: Tensor | None = None,
+        *,
+        measured: bool,
+    ) -> Tensor:
+        """What the loss gives; without labels this rank's logits [B, S, V/p]."""
+        x_ND = self.transform(self.norm(x_ND))
+        if labels_BS is not None:
+            return self.loss(self.logits, x_ND, labels_BS, documents, reference_R, measured=measured)
+        return self.logits(x_ND).unflatten(0, documents.shape)
+
+
+class ClassHead(nn.Module):
+    """Final norm, then logits over classes and their loss, at one token of each document: that with the label.
+
+    As in transformers' …ForSequenceClassification: a decoder's `score` of its last token, Bert's tanh pooler and classifier of
+    its first. The head is whole on every rank. With sequence parallelism each rank has the documents whose token it has, so
+    that its gradient is partial, and losses are summed over the ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, *, tp: TensorParallel) -> None:
+        super().__init__()
+        names, D, init = names_of(config), config.hidden_size, Init(std=config.init_std)
+        self.tp = tp
+        self.num_classes = len(config.classes)
+        self.norm = make_norm(config, names.final_norm, tp)
+        pools = names.pooler is not None
+        self.pooler = ReplicatedLinear(D, D, name=names.pooler, init=init, tp=tp) if names.pooler is not None else None
+        rate = config.residual_dropout if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = Dropout(rate if pools else 0.0, names.classifier, tp)
+        self.classifier = ReplicatedLinear(D, self.num_classes, name=names.classifier, init=init, tp=tp, bias=pools)
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        documents: Documents,
+        labels_BS: Tensor | None,
+        streams: Streams | None,
+        reference_R: Tensor | None = None,
+        *,
+        measured: bool,
+    ) -> Tensor:
+        """The loss summed over documents; `measured`, that and how many of class i were taken for class j, float64
+        [1 + C²]; without labels every token's logits [B, S, C]."""
+        x_ND = self.norm(x_ND)
+        if labels_BS is None:
+            logits_NC = self.classifier(self._pooled(x_ND))
+            whole_NC = all_gather(logits_NC, self.tp.group) if self.tp.sequence else logits_NC
+            return whole_NC.unflatten(0, documents.shape)
+        labels_N = labels_BS.flatten()[self.tp.tokens(labels_BS.numel())]
+        chosen = (labels_N != IGNORE).nonzero().squeeze(-1)
+        pooled_LD = self.dropout(self._pooled(x_ND[chosen]), documents, streams, chosen)
+        logits_LC = self.classifier(pooled_LD)
+        wide = torch.promote_types(logits_LC.dtype, torch.float32)
+        loss = cross_entropy(logits_LC.to(wide), labels_N[chosen], reduction="sum")
+        sums = torch.cat([loss.double()[None], self._confusion(logits_LC, labels_N[chosen])]) if measured else loss
+        return reduce_from_group(sums, self.tp.group) if self.tp.sequence else sums
+
+    def _pooled(self, x_ND: Tensor) -> Tensor:
+        return x_ND if self.pooler is None else self.pooler(x_ND).tanh()
+
+    def _confusion(self, logits_LC: Tensor, labels_L: Tensor) -> Tensor:
+        """Row by row of the true class, float64 [C²]; of equal logits the lowest class counts."""
+        pairs_L = labels_L * self.num_classes + logits_LC.argmax(-1)
+        return torch.bincount(pairs_L, minlength=self.num_classes**2).double()

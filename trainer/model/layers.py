@@ -1,0 +1,265 @@
+"""The embedding and the layers of a network, as its config describes them, from the layers of `parallel/`.
+
+Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of them), D model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from parallel.attention import Documents, ParallelAttention, Rotation
+from parallel.cross_attention import ParallelCrossAttention
+from parallel.embedding import ReplicatedEmbedding, VocabParallelEmbedding, sinusoids
+from parallel.mesh import Group
+from parallel.mlp import ParallelMLP
+from parallel.norm import LayerNorm, QueryKeyNorm, RMSNorm
+from parallel.params import Init
+from parallel.rng import Streams, dropout
+from parallel.tensor import TensorParallel
+from trainer.model.config import TransformerConfig
+from trainer.model.halves import EmbeddedHalves, SourceLayer, TargetLayer
+from trainer.model.names import WeightNames, names_of
+
+Source = tuple[Tensor, Documents]  # what the encoder made of the sources [N, D], and where they lie
+
+
+def make_norm(config: TransformerConfig, name: str | None, tp: TensorParallel) -> nn.Module:
+    """The family's norm; where its name is None the family has none, and x stays as it is."""
+    if name is None:
+        return nn.Identity()
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.hidden_size, eps=config.norm_eps, name=name, tp=tp, offset=config.norm_offset)
+    return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias, name=name, tp=tp)
+
+
+class Dropout(nn.Module):
+    """Dropout of [N, D] activations outside the parallel regions; `site` names its random stream."""
+
+    def __init__(self, rate: float, site: str, tp: TensorParallel) -> None:
+        super().__init__()
+        self.rate = rate
+        self.site = site
+        self.tp = tp
+
+    def forward(self, x_ND: Tensor, documents: Documents, streams: Streams | None, chosen: Tensor | None = None) -> Tensor:
+        """`streams` None: x as it is (evaluation). `chosen`: x has only these of this rank's tokens."""
+        if not self.rate or streams is None:
+            return x_ND
+        rows, seq_len = documents.shape
+        tokens = self.tp.tokens(rows * seq_len)
+        keeps_ND = streams.keeps_features(self.site, self.rate, (seq_len, x_ND.shape[1]), tokens, x_ND.device)
+        return dropout(x_ND, keeps_ND if chosen is None else keeps_ND[chosen], self.rate)
+
+
+class Embedding(nn.Module):
+    """tokens [B, S] → [N, D] in the compute format. Positions begin again with each document; a document is one text, not
+    a pair of them, so every token has type 0."""
+
+    def __init__(self, config: TransformerConfig, tokens: VocabParallelEmbedding, *, site: str, dtype: torch.dtype) -> None:
+        """`site` names the stream of the dropout."""
+        super().__init__()
+        names, tp = names_of(config), tokens.tp
+        init = Init(std=config.init_std)
+        self.dtype = dtype
+        # Rounded to the compute format, as the Gemma models were trained: 55.5 instead of √3072 = 55.43 in bf16.
+        self.scale = torch.tensor(math.sqrt(config.hidden_size), dtype=dtype, device="cpu").item()
+        self.scaled = config.scaled_embedding
+        self.tokens = tokens
+        tables = ((config.max_positions, names.positions), (config.token_types, names.token_types))
+        self.positions, self.token_types = (
+            None if name is None else ReplicatedEmbedding(rows, config.hidden_size, name=name, init=init, tp=tp)
+            for rows, name in tables
+        )
+        self.sinusoidal = config.positions == "sinusoidal"
+        self.norm = make_norm(config, names.embedding_norm, tp)
+        self.dropout = Dropout(config.embedding_dropout, site, tp)
+
+    def forward(self, tokens_BS: Tensor, documents: Documents, streams: Streams | None) -> Tensor:
+        x_ND = self.tokens(tokens_BS.flatten())
+        if self.scaled:
+            x_ND = x_ND.to(self.dtype) * self.scale
+        if self.sinusoidal:
+            mine = self.tokens.tp.tokens(tokens_BS.numel())
+            positions_N = documents.positions_BS.flatten()[mine].to(x_ND.device)
+            x_ND = x_ND + sinusoids(positions_N, x_ND.shape[1]).to(x_ND.dtype)
+        if self.positions is not None:
+            x_ND = x_ND + self.positions(documents.positions_BS.to(tokens_BS.device).flatten())
+        if self.token_types is not None:
+            x_ND = x_ND + self.token_types(torch.zeros_like(tokens_BS).flatten())
+        return self.dropout(self.norm(x_ND.to(self.dtype)), documents, streams)
+
+
+def make_embedding(
+    config: TransformerConfig, *, dtype: torch.dtype, tp: TensorParallel, tied_over: Group | None
+) -> Embedding | EmbeddedHalves:
+    names, init, D = names_of(config), Init(std=config.init_std), config.hidden_size
+    tokens = VocabParallelEmbedding(config.vocab_size, D, name=names.embedding, init=init, tp=tp, tied_over=tied_over)
+    embedding = Embedding(config, tokens, site=names.embedding, dtype=dtype)
+    if names.encoder is None:
+        return embedding
+    of_source, name = config.source_vocab_size, names.source_embedding
+    if of_source is None or name is None:
+        of_source, name, tied_to = config.vocab_size, names.embedding, tokens
+    else:
+        tied_to = None
+    sources = VocabParallelEmbedding(of_source, D, name=name, init=init, tp=tp, tied_to=tied_to)
+    return EmbeddedHalves(Embedding(config, sources, site=f"{name}/source", dtype=dtype), embedding)
+
+
+class CrossAttention(nn.Module):
+    """norm(x + attention(norm(x), source)); [N, D] → [N, D]."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        number: int,
+        names: WeightNames,
+        init: Init,
+        out_init: Init,
+        norm: Callable[[str | None], nn.Module],
+        *,
+        recompute_core: bool,
+        tp: TensorParallel,
+    ) -> None:
+        super().__init__()
+        query, key_value = names.cross_attention(config, number)
+        out = names.cross_out.format(layer=number)
+        self.norm = norm(names.cross_norm)
+        self.attention = ParallelCrossAttention(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            query=query,
+            key_value=key_value,
+            out=out,
+            qkv_bias=config.qkv_bias,
+            out_bias=config.attention_out_bias,
+            transposed=names.transposed,
+            dropout=config.attention_dropout,
+            scale=config.query_scalar**-0.5,
+            init=init,
+            out_init=out_init,
+            recompute=recompute_core,
+            tp=tp,
+        )
+        self.dropout = Dropout(config.residual_dropout, out, tp)
+        self.residual_norm = norm(names.cross_residual_norm)
+
+    def forward(self, x_ND: Tensor, documents: Documents, source: Source, streams: Streams | None) -> Tensor:
+        attended = self.attention(self.norm(x_ND), documents, *source, streams)
+        return self.residual_norm(x_ND + self.dropout(attended, documents, streams))
+
+
+class Layer(nn.Module):
+    """norm(x + norm(attention(norm(x)))), then norm(x + norm(mlp(norm(x)))); [N, D] → [N, D]. One that writes a target also
+    attends to its source in between.
+
+    A family has some of the norms, as its names say: most the innermost (pre), Gemma 2 the two inner ones (sandwich), Bert
+    the outermost (post).
+    """
+
+    def __init__(
+        self, config: TransformerConfig, index: int, *, recompute_core: bool, tp: TensorParallel, kv_copies: Group
+    ) -> None:
+        super().__init__()
+        names, number = names_of(config).of_layer(config, index)
+        init = Init(std=config.init_std)
+        # 2 residual additions per layer: their sum keeps its variance (Radford et al. 2019, GPT-2, §2.3).
+        out_init = Init(std=config.init_std / math.sqrt(2 * config.num_layers)) if config.scaled_residual_init else init
+        query, key, value = names.query_key_value(config, number)
+        attention_out, mlp_out = names.attention_out.format(layer=number), names.mlp_out.format(layer=number)
+
+        def norm(name: str | None) -> nn.Module:
+            return make_norm(config, name and name.format(layer=number), tp)
+
+        self.attention_norm = norm(names.attention_norm)
+        self.attention = ParallelAttention(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            query=query,
+            key=key,
+            value=value,
+            out=attention_out,
+            qkv_bias=config.qkv_bias,
+            out_bias=config.attention_out_bias,
+            transposed=names.transposed,
+            dropout=config.attention_dropout,
+            causal=config.causal and index >= config.encoder_layers,
+            window=config.windows[index],
+            scale=config.query_scalar**-0.5,
+            softcap=config.attention_softcap,
+            qk_norm=_qk_norm(config, index, tp),
+            init=init,
+            out_init=out_init,
+            recompute=recompute_core,
+            share_calls=bool(config.encoder_layers),  # sentences
+            tp=tp,
+            kv_copies=kv_copies,
+        )
+        self.attention_post_norm = norm(names.attention_post_norm)
+        self.attention_dropout = Dropout(config.residual_dropout, attention_out, tp)
+        self.attention_residual_norm = norm(names.attention_residual_norm)
+        self.cross = None
+        if names.encoder is not None:
+            self.cross = CrossAttention(config, number, names, init, out_init, norm, recompute_core=recompute_core, tp=tp)
+        self.mlp_norm = norm(names.mlp_norm)
+        self.mlp = ParallelMLP(
+            hidden_size=config.hidden_size,
+            ffn_size=config.ffn_size,
+            activation=config.activation,
+            inputs=names.mlp_inputs(config, number),
+            out=mlp_out,
+            bias=config.mlp_bias,
+            transposed=names.transposed,
+            dropout=config.mlp_dropout,
+            init=init,
+            out_init=out_init,
+            tp=tp,
+        )
+        self.mlp_post_norm = norm(names.mlp_post_norm)
+        self.mlp_dropout = Dropout(config.residual_dropout, mlp_out, tp)
+        self.mlp_residual_norm = norm(names.mlp_residual_norm)
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        documents: Documents,
+        rotation: Rotation | None,
+        streams: Streams | None,
+        source: Source | None = None,
+    ) -> Tensor:
+        attended = self.attention(self.attention_norm(x_ND), documents, rotation, streams)
+        attended = self.attention_dropout(self.attention_post_norm(attended), documents, streams)
+        x_ND = self.attention_residual_norm(x_ND + attended)
+        if self.cross is not None and source is not None:
+            x_ND = self.cross(x_ND, documents, source, streams)
+        fed_forward = self.mlp(self.mlp_norm(x_ND), streams)
+        fed_forward = self.mlp_dropout(self.mlp_post_norm(fed_forward), documents, streams)
+        return self.mlp_residual_norm(x_ND + fed_forward)
+
+
+def make_layer(
+    config: TransformerConfig, index: int, *, recompute_core: bool, tp: TensorParallel, kv_copies: Group
+) -> Layer | SourceLayer | TargetLayer:
+    layer = Layer(config, index, recompute_core=recompute_core, tp=tp, kv_copies=kv_copies)
+    encoder = names_of(config).encoder
+    if encoder is None:
+        return layer
+    if index >= config.encoder_layers:
+        return TargetLayer(layer)
+    return SourceLayer(layer, make_norm(config, encoder.final_norm if index == config.encoder_layers - 1 else None, tp))
+
+
+def _qk_norm(config: TransformerConfig, index: int, tp: TensorParallel) -> QueryKeyNorm | None:
+    names = names_of(config)
+    if names.query_norm is None or names.key_norm is None:
+        return None
+    query, key = names.query_norm.format(layer=index), names.key_norm.format(layer=index)
+    return QueryKeyNorm(config.head_dim, eps=config.norm_eps, query=query, key=key, tp=tp)
