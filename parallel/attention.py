@@ -70,6 +70,11 @@ class Documents:
         """Which document of its row each token is in, int64 [B, S]."""
         return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in self.lengths])
 
+    def sums(self, values_N: Tensor) -> Tensor:
+        """Of each document's values, [R], one document of a row after another."""
+        lengths = [length for row in self.lengths for length in row]
+        return torch.stack([part.sum() for part in values_N.split(lengths)])
+
     @cached_property
     def halves(self) -> tuple[Documents, Documents]:
         """Those of the first and of the second half of each row, where rows hold sources and then their targets."""

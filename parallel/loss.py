@@ -101,12 +101,12 @@ class _Chunk:
         return all_reduce(self.logits.amax(-1, keepdim=True), self.vocabulary.group, dist.ReduceOp.MAX)
 
     def hits(self) -> Tensor:
-        """Of how many targets the label has the highest logit; of equal ones the lowest id counts."""
+        """Which tokens are targets whose label has the highest logit, bool [N]; of equal ones the lowest id counts."""
         vocabulary = self.vocabulary
         highest, column = self.logits.max(-1)  # the first of equal ones
         guess = torch.where(highest == self.maximum.squeeze(-1), vocabulary.first + column, vocabulary.size)
         guess = all_reduce(guess, vocabulary.group, dist.ReduceOp.MIN)
-        return (self.is_target & (guess - vocabulary.first == self.local)).sum()
+        return self.is_target & (guess - vocabulary.first == self.local)
 
     def losses(self, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """−log softmax(x)[label] of each token, 0 where it is no target, and log Σ exp x; the logits become probabilities.
@@ -210,7 +210,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 @torch.no_grad()
-def cross_entropy_and_hits(
+def losses_and_hits(
     h_ND: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
@@ -219,15 +219,15 @@ def cross_entropy_and_hits(
     group: Group,
     softcap: float | None,
 ) -> Tensor:
-    """The loss of `_CrossEntropySum`, and of how many targets the label has the highest logit, float64 [2], the same on every
-    rank. Communication per chunk: that of the losses, and the lowest id."""
+    """Each token's loss, and 1 where its label has the highest logit, both 0 where it is no target: float64 [2, N], the same on
+    every rank. Communication per chunk: that of the losses, and the lowest id."""
     vocabulary = _Vocabulary(weight_VD.to(h_ND.dtype), bias_V, vocab_size, group, softcap)
-    sums = torch.zeros(2, dtype=torch.float64, device=h_ND.device)
+    found_2N = torch.empty((2, h_ND.shape[0]), dtype=torch.float64, device=h_ND.device)
     for part in vocabulary.parts(h_ND.shape[0]):
         chunk = vocabulary.chunk(h_ND[part], labels_N[part], wants_slope=False)
-        sums[1] += chunk.hits()
-        sums[0] += chunk.losses()[0].sum()
-    return sums
+        found_2N[1, part] = chunk.hits().double()
+        found_2N[0, part] = chunk.losses()[0].double()
+    return found_2N
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -280,10 +280,10 @@ class VocabParallelHead(Sharded):
     (`tied_over` the ranks of both), their bias [V/p], and the loss that goes with them.
 
     `forward` with labels [N] (IGNORE where there is no target): h [N, D], or this rank's tokens of it → the loss summed over
-    targets, an fp32 scalar, the same on every rank of the group; `measured`, without gradients, that and the number of targets
-    whose label has the highest logit, float64 [2]; `by_token`, each token's own loss, fp32 [N], 0 where there is no target, for
-    what is no plain sum over targets. Without labels: this rank's logits [N, V/p], for sampling and oracles. `bias`: its
-    logical tensor's name, None: there is none; `bias_is_row`: that is [1, V], not [V]. `softcap`: logits x become
+    targets, an fp32 scalar, the same on every rank of the group; `measured`, without gradients, each token's loss and whether
+    its label has the highest logit, float64 [2, N]; `by_token`, each token's own loss, fp32 [N], for what is no plain sum over
+    targets; both are 0 where there is no target. Without labels: this rank's logits [N, V/p], for sampling and oracles.
+    `bias`: its logical tensor's name, None: there is none; `bias_is_row`: that is [1, V], not [V]. `softcap`: logits x become
     softcap · tanh(x / softcap).
     """
 
@@ -339,4 +339,4 @@ class VocabParallelHead(Sharded):
         of_head = h_ND, self.weight, bias_V, labels_N, self.vocab_size, self.tp.group, self.softcap
         if by_token:
             return _TokenLosses.apply(*of_head)
-        return cross_entropy_and_hits(*of_head) if measured else _CrossEntropySum.apply(*of_head, smoothing)
+        return losses_and_hits(*of_head) if measured else _CrossEntropySum.apply(*of_head, smoothing)

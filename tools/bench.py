@@ -45,8 +45,9 @@ from trainer import launch
 from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
 from trainer.deepspeed_config import deepspeed_config
-from trainer.engine import DTYPES, Engine
+from trainer.engine import Engine
 from trainer.errors import UserError
+from trainer.execution import DTYPES
 from trainer.flops import Dtype, training_flops
 from trainer.matmul_peak import measured_peak
 from trainer.model.config import TransformerConfig, largest_weight

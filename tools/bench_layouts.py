@@ -64,8 +64,9 @@ from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from trainer.data.loader import MicroBatch
-from trainer.engine import DTYPES, Engine
+from trainer.engine import Engine
 from trainer.errors import UserError
+from trainer.execution import DTYPES
 from trainer.flops import Dtype
 from trainer.model.blocks import blocks_of
 from trainer.model.transformer import Stage

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from parallel.simulator import Costs
+    from trainer.evaluation import Request
     from trainer.model.config import TransformerConfig
     from trainer.recipe import ResolvedRecipe
 
@@ -171,6 +172,35 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     generate.add_argument("--length-penalty", type=_number, default=1.0, metavar="A", help="of a translation's beams")
     generate.add_argument("--attention", type=Path, metavar="FILE.png", help="draw where a translation's tokens look")
+
+    evaluation = command(
+        "eval", _eval, "Measure a checkpoint or a Hugging Face folder on data; alone or under a launcher, in any layout."
+    )
+    evaluation.add_argument("weights", metavar="WEIGHTS", help="a checkpoint's folder, a run's, or a Hugging Face folder")
+    evaluation.add_argument("files", nargs="*", metavar="FILE", help="default: what the run held out")
+    evaluation.add_argument(
+        "--target", metavar="FILE", help="of a translation, where FILE has one text on a line: the other side"
+    )
+    evaluation.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the recipe that the weights were saved with, as in --set parallel.tensor=2, which is 1 otherwise",
+    )
+    evaluation.add_argument(
+        "--sequences", type=_whole(1), metavar="N", help="at most; default: all of FILE; of the harness: examples of each task"
+    )
+    evaluation.add_argument(
+        "--translations", type=_whole(0), metavar="N", help="texts to translate for BLEU and chrF; default: all; 0: none"
+    )
+    evaluation.add_argument(
+        "--harness", action="append", metavar="TASK", help="a task of lm-evaluation-harness, in place of FILE; may be repeated"
+    )
+    evaluation.add_argument("--harness-path", type=Path, metavar="DIR", help="with tasks of your own for --harness")
+    evaluation.add_argument("--few-shot", type=_whole(0), metavar="N", help="examples before each question of --harness")
+    evaluation.add_argument("--chat", action="store_true", help="write the questions of --harness as conversations")
+    evaluation.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     submit = command("submit", _submit, "Write the sbatch script of a recipe for N nodes, check it, and hand it in to SLURM.")
     _add_recipe(submit)
@@ -511,6 +541,55 @@ def _translated(arguments: argparse.Namespace, folder: Path) -> str:
         translator.attention(arguments.prompt, search).draw(arguments.attention)
     (found,) = translator.translate([arguments.prompt], search)
     return found
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from trainer.evaluation import evaluate, table
+
+    found = _with_harness(arguments) if arguments.harness else evaluate(_request(arguments))
+    if found is None:
+        return EXIT_OK
+    if arguments.json:
+        sys.stdout.write(json.dumps(redact(found), indent=2, ensure_ascii=False) + "\n")
+    else:
+        console = _console()
+        for part in table(found):
+            console.print(part)
+    return EXIT_OK
+
+
+def _with_harness(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from importlib.util import find_spec
+
+    if arguments.files:
+        raise RecipeError(f"--harness brings its own data: remove {arguments.files[0]}")
+    if find_spec("lm_eval") is None:
+        raise RecipeError("--harness needs lm-evaluation-harness: pip install lm-eval")
+    from trainer.harness import run_harness
+
+    return run_harness(
+        arguments.weights,
+        arguments.set,
+        tasks=arguments.harness,
+        folder=arguments.harness_path,
+        few_shot=arguments.few_shot,
+        limit=arguments.sequences,
+        chat=arguments.chat,
+    )
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    from trainer.evaluation import Request
+
+    given = {"--harness-path": arguments.harness_path, "--few-shot": arguments.few_shot, "--chat": arguments.chat or None}
+    if unread := [flag for flag, value in given.items() if value is not None]:
+        raise RecipeError(f"{unread[0]} is used only with --harness: remove it")
+    files = tuple({"path": path} for path in arguments.files)
+    if arguments.target is not None:
+        if len(files) != 1:
+            raise RecipeError(f"--target is the other side of one FILE, not of {len(files)}: give one")
+        files = ({**files[0], "target_path": arguments.target},)
+    return Request(arguments.weights, files, tuple(arguments.set), arguments.sequences, arguments.translations)
 
 
 def _submit(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from trainer.data import unigram_perplexity
 from trainer.data.prepared import held_out_pairs
-from trainer.engine import DTYPES
+from trainer.execution import DTYPES
 from trainer.generate import sample
 from trainer.model.hugging_face import assembled, write_folder
 from trainer.session import Session, targets_for
@@ -74,7 +74,7 @@ def finish(run: Session, summary: dict[str, object]) -> None:
         chat = run.prepared.chat
         prompt = (chat.prompt if chat else tokenizer.encode)(recipe.train.sample_prompt)
         tokens = sample(
-            run.engine.next_logits,
+            run.engine.evaluator.next_logits,
             prompt or [tokenizer.end_of_document],
             new_tokens=SAMPLE_TOKENS,
             context=recipe.data.seq_len,

@@ -12,44 +12,33 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from parallel.attention import Documents
-from parallel.collectives import all_gather, all_reduce
+from parallel.collectives import all_reduce
 from parallel.gather import gather_to_first
 from parallel.mesh import Group, Mesh
 from parallel.params import ShardSpec, owned_specs
 from parallel.rng import Streams
-from parallel.tensor import TensorParallel
 from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
 from trainer.deepspeed_start import Units, partitioning, prepare, start, whole
 from trainer.errors import DataError, RecipeError
-from trainer.execution import Batch, Execution, InPipeline, OneStage
+from trainer.evaluator import Evaluator
+from trainer.execution import DTYPES, Batch, make_execution
 from trainer.loss_scale import LossScaler
 from trainer.master_weights import MasterWeights
-from trainer.measures import EvalResult, measures_of
-from trainer.model.auto_network import AutoNetwork
+from trainer.measures import measures_of
 from trainer.model.auto_stage import AutoStage
-from trainer.model.blocks import blocks_of
 from trainer.model.network import Network
-from trainer.model.transformer import Stage
-from trainer.objective import loss_of
 from trainer.optimizers import make_optimizer
-from trainer.recipe.pipeline import schedule_table
-from trainer.recipe.stages import stages_of
 from trainer.sections import Recipe
 from trainer.stopwatch import Stopwatch
-from trainer.tuning.adapt import adaptation, quantized_weights, quantizing
+from trainer.tuning.adapt import quantized_weights, quantizing
 from trainer.tuning.rank_budget import RankBudget
 from trainer.zero_state import Companion, ZeroState
-
-# No recipe may ask for fp64: it is for `verify`, which tells rounding from mistakes with it, at stage 0.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -89,44 +78,23 @@ class Engine:
         self.notes: list[str] = []  # remarks for the console
         self.scaler = LossScaler.from_recipe(recipe.precision)
         self.zero_stage = recipe.zero.stage
-        self.vocab_size = config.vocab_size
         self.measures = measures_of(recipe.data.task, config)
         prepare(recipe, self.notes)
         units = Units(mesh)
         dtype = DTYPES[recipe.precision.dtype]
         masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
-        tp = TensorParallel(mesh.tp, sequence=recipe.parallel.divides_tokens, overlap=recipe.parallel.overlap)
-        build = partial(
-            AutoStage
-            if isinstance(config, AutoNetwork)
-            else partial(Stage, adapt=adaptation(recipe.tuning, config), loss=loss_of(recipe)),
+        self.execution = make_execution(
+            recipe,
+            plan,
             config,
-            dtype=dtype,
-            recompute=recipe.train.recompute,
-            device=device,
+            mesh,
+            device,
+            measures=self.measures,
+            watch=self.watch,
             fill=masters.rounding(quantizing(fill, recipe.tuning)),
             partition=partitioning(deepspeed_config, units) if self.zero_stage == 3 else lambda block: None,
         )
-        self.execution: Execution
-        if isinstance(config, AutoNetwork):
-            self.execution = OneStage(build(), self.watch)
-        elif recipe.parallel.pipeline == 1:
-            self.execution = OneStage(build(blocks_of(config), tp=tp), self.watch)
-        else:
-            table, stages = schedule_table(recipe, plan), stages_of(recipe, config)
-            self.execution = InPipeline(
-                build,
-                stages,
-                table,
-                plan=plan,
-                config=config,
-                dtype=dtype,
-                mesh=mesh,
-                tp=tp,
-                device=device,
-                watch=self.watch,
-                measures=self.measures,
-            )
+        self.evaluator = Evaluator(self.execution, self.measures, mesh, device, self.watch, vocab_size=config.vocab_size)
         module = self.execution.module
         self.constants = module.constants if isinstance(module, AutoStage) else []  # saved like weights, never trained
         self.quantized = quantized_weights(module)  # frozen, and no parameters
@@ -199,39 +167,8 @@ class Engine:
         factor = self.plan.loss_factor(num_targets)
         if self.zero_stage and self.recipe.precision.dtype == "fp16":
             self.optimizer.override_loss_scale(scale)
-        batches = [self._batch(batch, self._streams(step, index)) for index, batch in enumerate(micro_batches)]
+        batches = [Batch.on(self.device, batch, self._streams(step, index)) for index, batch in enumerate(micro_batches)]
         return self.execution.step(batches, factor=factor, scale=scale), num_targets
-
-    @torch.no_grad()
-    def evaluate(self, micro_batches: Iterator[MicroBatch]) -> EvalResult:
-        """The task's statistics over all ranks' micro-batches; each rank must bring the same number of them."""
-        self.deepspeed.eval()
-        sums = torch.zeros(self.measures.num_sums, dtype=torch.float64, device=self.device)
-        targets = 0
-        for batch in micro_batches:
-            sums += self.execution.sums(self._batch(batch, None))
-            targets += self.measures.num_targets(batch)
-            self.watch.tick()
-        num_targets = self._total(targets, self.mesh.dp)
-        if num_targets == 0:
-            raise DataError("the evaluation has no target: every label is masked")
-        return EvalResult(tuple(all_reduce(sums, self.mesh.dp).tolist()), num_targets)
-
-    @torch.no_grad()
-    def log_probs(self, batch: MicroBatch) -> Tensor:
-        """Of the targets of each document, without dropout, [documents]: what a preference loss will compare with."""
-        self.deepspeed.eval()
-        return self.execution.log_probs(self._batch(batch, None))
-
-    @torch.no_grad()
-    def next_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Logits [V] of the token after `tokens`, fp32 on the CPU. Every rank of the mesh must call it together."""
-        self.deepspeed.eval()
-        padding = -len(tokens) % self.mesh.tp.size  # a document of its own, so that the tokens divide over the ranks
-        tokens_BS = torch.tensor([[*tokens, *[0] * padding]], device=self.device)
-        documents = Documents(((len(tokens), padding),) if padding else ((len(tokens),),))
-        logits_SV = self.execution.logits(Batch(tokens_BS, None, documents))
-        return all_gather(logits_SV[len(tokens) - 1], self.mesh.tp)[: self.vocab_size].float().cpu()
 
     def local_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
         """Each parameter that this rank owns, whole along the data-parallel axis, in the order of the model.
@@ -255,11 +192,6 @@ class Engine:
 
     def close(self) -> None:
         self.deepspeed.destroy()
-
-    def _batch(self, batch: MicroBatch, streams: Streams | None) -> Batch:
-        tensors = (batch.tokens_BS, batch.labels_BS, batch.reference_R)
-        tokens_BS, labels_BS, reference_R = (t if t is None else t.to(self.device, non_blocking=True) for t in tensors)
-        return Batch(tokens_BS, labels_BS, Documents(batch.documents), streams, reference_R)
 
     def _update(self, scale: float, norm_limit: float) -> tuple[float, bool]:
         """Apply the accumulated gradient, or skip when it is not finite or too large; (norm before clipping, skipped)."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,12 +21,24 @@ from parallel.rng import Streams
 from parallel.schedule_table import ScheduleTable
 from parallel.tensor import TensorParallel
 from trainer.batching import BatchPlan
+from trainer.data.loader import MicroBatch
 from trainer.measures import Measures
-from trainer.model.blocks import Block
+from trainer.model.auto_network import AutoNetwork
+from trainer.model.auto_stage import AutoStage
+from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import TransformerConfig
+from trainer.model.network import Network
 from trainer.model.transformer import Stage
+from trainer.objective import loss_of
+from trainer.recipe.pipeline import schedule_table
+from trainer.recipe.stages import stages_of
+from trainer.sections import Recipe
 from trainer.stopwatch import Stopwatch
+from trainer.tuning.adapt import adaptation
 from trainer.zero_pipeline import ZeroInPipeline
+
+# No recipe may ask for fp64: it is for `verify`, which tells rounding from mistakes with it, at stage 0.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,12 @@ class Batch:
     documents: Documents
     streams: Streams | None = None
     reference_R: Tensor | None = None
+
+    @classmethod
+    def on(cls, device: torch.device, batch: MicroBatch, streams: Streams | None = None) -> Batch:
+        tensors = (batch.tokens_BS, batch.labels_BS, batch.reference_R)
+        tokens_BS, labels_BS, reference_R = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
+        return cls(tokens_BS, labels_BS, Documents(batch.documents), streams, reference_R)
 
     @property
     def context(self) -> dict[str, Any]:
@@ -67,11 +86,47 @@ class Execution(Protocol):
     def sums(self, batch: Batch) -> Tensor:
         """The task's statistics of a micro-batch, [num_sums]; no gradients."""
 
-    def log_probs(self, batch: Batch) -> Tensor:
-        """Of the targets of each document, [documents], from a loss that compares them with a reference; no gradients."""
+    def scores(self, batch: Batch) -> Tensor:
+        """Of each document of a model of tokens, see `document_scores`; no gradients."""
 
     def logits(self, batch: Batch) -> Tensor:
         """Of the first row: this tensor rank's [S, V/p]; no gradients."""
+
+
+def make_execution(
+    recipe: Recipe,
+    plan: BatchPlan,
+    network: Network,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    measures: Measures,
+    watch: Stopwatch,
+    fill: Callable[[nn.Module], None],
+    partition: Callable[[nn.Module], None] = lambda block: None,
+) -> Execution:
+    """This rank's part of the model, built, and how it runs; `fill` and `partition`: see `Stage`."""
+    dtype = DTYPES[recipe.precision.dtype]
+    common = {"dtype": dtype, "recompute": recipe.train.recompute, "device": device, "fill": fill, "partition": partition}
+    if isinstance(network, AutoNetwork):
+        return OneStage(AutoStage(network, **common), watch)
+    build = partial(Stage, network, adapt=adaptation(recipe.tuning, network), loss=loss_of(recipe), **common)
+    tp = TensorParallel(mesh.tp, sequence=recipe.parallel.divides_tokens, overlap=recipe.parallel.overlap)
+    if recipe.parallel.pipeline == 1:
+        return OneStage(build(blocks_of(network), tp=tp), watch)
+    return InPipeline(
+        build,
+        stages_of(recipe, network),
+        schedule_table(recipe, plan),
+        plan=plan,
+        config=network,
+        dtype=dtype,
+        mesh=mesh,
+        tp=tp,
+        device=device,
+        watch=watch,
+        measures=measures,
+    )
 
 
 class OneStage:
@@ -98,13 +153,16 @@ class OneStage:
         return total
 
     def sums(self, batch: Batch) -> Tensor:
-        return self._engine(batch.tokens_BS, **batch.context, measured=True)
+        sums: Tensor = self.module(batch.tokens_BS, **batch.context, measured=True)
+        return sums
 
-    def log_probs(self, batch: Batch) -> Tensor:
-        return self._engine(batch.tokens_BS, **batch.context)
+    def scores(self, batch: Batch) -> Tensor:
+        scores: Tensor = self.module(batch.tokens_BS, **batch.context, by_document=True)
+        return scores
 
     def logits(self, batch: Batch) -> Tensor:
-        return self._engine.module(batch.tokens_BS, **batch.context)[0]
+        logits: Tensor = self.module(batch.tokens_BS, **batch.context)[0]
+        return logits
 
     def _backward(self, loss: Tensor, scale: float) -> None:
         # At stage 0 DeepSpeed trains in fp32 and scales nothing; at stages 1 to 3 it multiplies by the scale we gave it.
@@ -178,10 +236,10 @@ class InPipeline:
         return all_reduce(sums, self._mesh.pp)  # 0 on all ranks but the one with the last stage
 
     def sums(self, batch: Batch) -> Tensor:
-        return self._of_last_stage(batch, self._measures.num_sums, measured=True)
+        return self._of_last_stage(batch, (self._measures.num_sums,), measured=True)
 
-    def log_probs(self, batch: Batch) -> Tensor:
-        return self._of_last_stage(batch, sum(map(len, batch.documents.lengths)))
+    def scores(self, batch: Batch) -> Tensor:
+        return self._of_last_stage(batch, (2, sum(map(len, batch.documents.lengths))), by_document=True)
 
     def logits(self, batch: Batch) -> Tensor:
         rows, seq_len = batch.tokens_BS.shape
@@ -190,11 +248,11 @@ class InPipeline:
         own = torch.empty(shape, dtype=self._dtype, device=batch.tokens_BS.device) if logits_BSV is None else logits_BSV[0]
         return self._pipeline.broadcast_from_last(own)
 
-    def _of_last_stage(self, batch: Batch, size: int, **context: Any) -> Tensor:
-        """What the last stage gives, float64 [size], on all ranks of the pipeline."""
+    def _of_last_stage(self, batch: Batch, shape: tuple[int, ...], **wanted: bool) -> Tensor:
+        """What the last stage gives, float64 of that shape, on all ranks of the pipeline."""
         hidden = self._hidden(batch.tokens_BS.numel())
-        output = self._pipeline.forward(batch.tokens_BS, {**self._context(batch), **context}, hidden)
-        nothing = torch.zeros(size, dtype=torch.float64, device=batch.tokens_BS.device)
+        output = self._pipeline.forward(batch.tokens_BS, {**self._context(batch), **wanted}, hidden)
+        nothing = torch.zeros(shape, dtype=torch.float64, device=batch.tokens_BS.device)
         return all_reduce(nothing if output is None else output, self._mesh.pp)
 
     def _context(self, batch: Batch) -> dict[str, Any]:

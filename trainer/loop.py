@@ -85,6 +85,6 @@ def evaluate(run: Session, *, steps_done: int) -> dict[str, float]:
     batches = run.eval_data.micro_batches(
         dp_rank=run.mesh.dp.rank, dp=run.mesh.dp.size, micro_sequences=run.plan.micro_sequences
     )
-    record = run.engine.measures.record(run.engine.evaluate(batches))
+    record = run.engine.measures.record(run.engine.evaluator.evaluate(batches))
     run.tracker.evaluate({"step": steps_done, **record})
     return record

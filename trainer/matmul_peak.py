@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from trainer.engine import DTYPES
+from trainer.execution import DTYPES
 from trainer.flops import Dtype, listed_peak
 
 

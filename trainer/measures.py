@@ -54,9 +54,11 @@ class Measures(Protocol):
 
 @dataclass(frozen=True)
 class TokenMeasures:
-    """Of predicted tokens: loss, and how many had the highest logit."""
+    """Of predicted tokens: loss, how many had the highest logit, and in how many documents all of them had. `of_answers`: a
+    document is an answer, of which it is worth knowing that the likeliest tokens would write it."""
 
-    num_sums: int = 2
+    of_answers: bool = False
+    num_sums: int = 4
     num_step_sums: int = 1
     predicts_tokens: bool = True
 
@@ -71,6 +73,7 @@ class TokenMeasures:
             "eval_loss": result.loss,
             "eval_perplexity": math.exp(min(result.loss, 700.0)),  # beyond, a float overflows
             "eval_accuracy": result.sums[1] / result.num_targets,
+            **({"eval_exact_match": result.sums[2] / result.sums[3]} if self.of_answers else {}),
             "eval_targets": result.num_targets,
         }
 
@@ -152,6 +155,7 @@ def measures_of(task: str, network: Network) -> Measures:
 
 
 MEASURES: dict[str, Measures] = {
-    **dict.fromkeys(("pretrain", "sft", "translate", "mlm"), TokenMeasures()),
+    **dict.fromkeys(("pretrain", "mlm"), TokenMeasures()),
+    **dict.fromkeys(("sft", "translate"), TokenMeasures(of_answers=True)),
     "preference": PairMeasures(),
 }

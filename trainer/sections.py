@@ -17,6 +17,8 @@ PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
+STDLIB = "stdlib"  # the source that every machine has: the standard library's own
+
 
 class Finding(NamedTuple):
     """One thing wrong with a recipe: the dotted keys that it is about, the one to point at first, and the line to show."""
@@ -160,7 +162,7 @@ class Data(Section):
         description="Length of a training sequence; translate: of its sources, and again of their targets [tokens].",
     )
     sources: list[Source] = Field(
-        default_factory=lambda: [Source(path="stdlib")], min_length=1, description="Where training documents come from."
+        default_factory=lambda: [Source(path=STDLIB)], min_length=1, description="Where training documents come from."
     )
     eval_sources: list[Source] = Field(
         default_factory=list, description="Where held-out documents come from; empty: eval_fraction of the sources is held out."

@@ -5,20 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 
 from parallel.mesh import Mesh
 from parallel.messages import Messages
-from parallel.params import ShardSpec, initialise
 from parallel.topology import Layout
 from trainer import launch
 from trainer.batching import BatchPlan
@@ -33,25 +30,19 @@ from trainer.data import PreparedData, prepare, prepare_summary
 from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.targets import Part, Targets, targets_of
 from trainer.deepspeed_config import deepspeed_config
-from trainer.engine import DTYPES, Engine
+from trainer.engine import Engine
 from trainer.errors import EXIT_REQUEUE
+from trainer.execution import DTYPES
+from trainer.first_weights import first_weights
 from trainer.goodput import Ledger, lost_s
 from trainer.hold import Hold, JobStart, held
 from trainer.launch import PeerFailed, Place, together
 from trainer.lifecycle import LOST, WANTED
 from trainer.matmul_peak import device_peak, slower_than_fp32
-from trainer.model.auto import open_auto
 from trainer.model.auto_network import AutoNetwork
-from trainer.model.config import TransformerConfig
-from trainer.model.families import FAMILIES
-from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
-from trainer.model.names import names_of
 from trainer.model.network import ModelFiles, Network, largest_weight
-from trainer.model.transformer import logical_specs
-from trainer.model.translation import classes_of
 from trainer.preference.reference import with_reference
 from trainer.recipe import ResolvedRecipe
-from trainer.recipe.auto import AUTO
 from trainer.run_folder import RunFolder
 from trainer.sections import Recipe
 from trainer.start import agree, begin_again, claim, find, leave_behind, make_room
@@ -203,7 +194,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         with together():
             found, told = find(folder, resume, messages)
             remarks += told
-            network, fill = _network(resolved, prepared, resumed=found is not None)
+            network, fill = first_weights(resolved, prepared.tokenizer, prepared.classes, resumed=found is not None)
             if prepared.chat and recipe.train.sample_prompt is not None:
                 prepared.chat.prompt(recipe.train.sample_prompt)  # refused now rather than after the last step
             dtype, chat = str(DTYPES[recipe.precision.dtype]).removeprefix("torch."), prepared.chat
@@ -297,50 +288,6 @@ def _closing(tracker: Tracker) -> Callable[..., None]:
             tracker.finish({"ended_by": f"{type(error).__name__}: {error}" if str(error) else type(error).__name__})
 
     return close
-
-
-def _network(resolved: ResolvedRecipe, prepared: PreparedData, *, resumed: bool) -> tuple[Network, Callable[[nn.Module], None]]:
-    """The network's shape, and what gives its blocks their first weights: the seed, a Hugging Face folder, or, where a
-    checkpoint will give them all, nothing."""
-    recipe, vocab_size = resolved.recipe, prepared.tokenizer.vocab_size
-    if recipe.model.family == AUTO:
-        return open_auto(recipe, prepared.tokenizer)
-    classes = prepared.classes
-    if recipe.model.from_pretrained is None:
-        network = resolved.network(vocab_size=vocab_size, classes=classes)
-        return network, _zeros if resumed else lambda block: initialise(block, recipe.run.seed)
-    folder = local_folder(recipe.model.from_pretrained, recipe.model.revision)
-    network = resolved.network(vocab_size=vocab_size, pretrained=read_config(folder), classes=classes)
-    if resumed:
-        return network, _zeros
-    weights, names, specs = PretrainedWeights(folder), names_of(network), logical_specs(network)
-    drawn = _drawn(weights, folder, network, specs)
-    ties = {} if network.classes else names.ties(specs)
-    weights.check_names(specs, ties=ties, is_unused=partial(names.is_for_other_heads, network))
-
-    def fill(block: nn.Module) -> None:
-        weights.fill(block, drawn=drawn)
-        initialise(block, recipe.run.seed, only=drawn)
-
-    return network, fill
-
-
-def _drawn(
-    weights: PretrainedWeights, folder: Path, network: TransformerConfig, specs: Sequence[ShardSpec]
-) -> Callable[[ShardSpec], bool]:
-    """Which parameters a folder does not give: those put beside its own for tuning, and of a classifier the head, unless the
-    folder has one for the same classes."""
-    names = names_of(network)
-    head = [spec for spec in specs if any(names.is_of_classes(piece.name) for piece in spec.pieces)]
-    has_head = weights.holds(head) and classes_of(FAMILIES[network.family], read_config(folder)) == network.classes
-    drawn = set() if has_head else {piece.name for spec in head for piece in spec.pieces}
-    return lambda spec: spec.added or any(piece.name in drawn for piece in spec.pieces)
-
-
-@torch.no_grad()
-def _zeros(block: nn.Module) -> None:
-    for parameter in block.parameters():
-        parameter.zero_()
 
 
 def _facts(recipe: Recipe, files: ModelFiles, prepared: PreparedData) -> dict[str, Any]:

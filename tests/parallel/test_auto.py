@@ -148,8 +148,8 @@ def run_case(mesh: Mesh, case: Case) -> Outcome:
     engine = Engine(recipe, plan, network, mesh, torch.device("cpu"), deepspeed_config=config, fill=fill)
     initial = whole_weights(engine)
     results = [engine.step(packed(mesh, plan, step), step=step, lr=LR) for step in range(case.steps)]
-    evaluation = engine.evaluate(iter(packed(mesh, plan, step=99)))
-    weights, logits = whole_weights(engine), engine.next_logits([3, 1, 4, 1, 5]).numpy()
+    evaluation = engine.evaluator.evaluate(iter(packed(mesh, plan, step=99)))
+    weights, logits = whole_weights(engine), engine.evaluator.next_logits([3, 1, 4, 1, 5]).numpy()
     engine.close()
     return Outcome([r.loss for r in results], [r.grad_norm for r in results], evaluation.loss, initial, weights, logits)
 

@@ -96,7 +96,7 @@ def train(mesh: Mesh, folder: Path, task: str, family: str, zero: int) -> dict[s
         engine.step(list(data.micro_batches(step, **place, read=engine.execution.reads_tokens)), step=step, lr=0.1)
         for step in range(STEPS)
     ]
-    evaluation = engine.evaluate(held_out.micro_batches(**place))
+    evaluation = engine.evaluator.evaluate(held_out.micro_batches(**place))
     weights = whole_weights(engine)
     engine.close()
     return {

@@ -157,7 +157,7 @@ def run_case(mesh: Mesh, case: Case) -> Outcome:
         if step == case.poison_step and mesh.rank == case.poisoned_rank:
             poison(engine)
         results.append(engine.step(micro_batches(mesh, plan, step), step=step, lr=case.optimizer["lr"]))
-    evaluation = engine.evaluate(iter(micro_batches(mesh, plan, step=99)))
+    evaluation = engine.evaluator.evaluate(iter(micro_batches(mesh, plan, step=99)))
     weights = whole_weights(engine)
     local_hash = hashed({spec.pieces[0].name: in_numpy(p) for spec, p in engine.local_tensors() if spec.pieces})
     engine.close()

@@ -306,16 +306,17 @@ def compare_hits(mesh: Mesh) -> None:
     x = draw("x", (N, D), Init(std=1.0), 3)
     x[::2] = 4.0 * logical["h"][4]
     labels_N = torch.tensor([4, 17, 36, IGNORE])[torch.arange(N) % 4]
-    sums = []
+    found = []
     for place in (alone, TensorParallel(mesh.tp, sequence=False), TensorParallel(mesh.tp, sequence=True)):
         layer = head_with_bias(place)
         for _, parameter, spec in owned_specs(layer):
             copy_pieces(parameter, spec, logical)
-        sums.append(layer(x[place.tokens(N)], labels_N, measured=True))
-    assert sums[0][1] >= N // 4, "the lowest of the equal rows is a hit"
-    assert sums[0][1] == (alone_guesses(logical, x) == labels_N).sum()
-    for other in sums[1:]:
-        torch.testing.assert_close(other, sums[0], rtol=1e-12, atol=0)
+        found.append(layer(x[place.tokens(N)], labels_N, measured=True))
+    hits_N = found[0][1]
+    assert hits_N.sum() >= N // 4, "the lowest of the equal rows is a hit"
+    assert torch.equal(hits_N, (alone_guesses(logical, x) == labels_N).double())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=0)
 
 
 def alone_guesses(logical: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.parallel.test_engine_parity import ADAMW, LLAMA, OFFLOADS, Case, make_engine, micro_batches
 from tests.spawn import spawn
-from trainer.engine import DTYPES
+from trainer.execution import DTYPES
 from trainer.master_weights import MasterWeights
 from trainer.model.blocks import blocks_of
 from trainer.model.transformer import Stage

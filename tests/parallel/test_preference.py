@@ -120,7 +120,7 @@ def train(mesh: Mesh, case: Case, folder: Path) -> Outcome:
     for step in range(case.steps):
         batches.append(list(data.micro_batches(step, **place, read=engine.execution.reads_tokens)))
         results.append(engine.step(batches[-1], step=step, lr=LR))
-    evaluation = engine.evaluate(held_out.micro_batches(**place))
+    evaluation = engine.evaluator.evaluate(held_out.micro_batches(**place))
     weights = whole_weights(engine)
     engine.close()
     return Outcome(

@@ -76,7 +76,7 @@ def train(mesh: Mesh, folder: Path) -> dict[str, Any]:
         batches = list(data.micro_batches(step, **place, read=engine.execution.reads_tokens))
         learned.append([(labels != IGNORE).sum(-1).tolist() for labels in (batch.labels_BS for batch in batches)])
         results.append(engine.step(batches, step=step, lr=0.1))
-    evaluation = engine.evaluate(held_out.micro_batches(**place))
+    evaluation = engine.evaluator.evaluate(held_out.micro_batches(**place))
     weights = whole_weights(engine)
     engine.close()
     return {

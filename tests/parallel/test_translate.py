@@ -122,7 +122,7 @@ def train(mesh: Mesh, folder: Path, case: Case, config: dict[str, Any]) -> dict[
         batches = list(data.micro_batches(step, **place, read=engine.execution.reads_tokens))
         learned.append([(labels != IGNORE).sum(-1).tolist() for labels in (batch.labels_BS for batch in batches)])
         results.append(engine.step(batches, step=step, lr=0.1))
-    evaluation = engine.evaluate(held_out.micro_batches(**place))
+    evaluation = engine.evaluator.evaluate(held_out.micro_batches(**place))
     weights = whole_weights(engine)
     engine.close()
     return {

@@ -438,9 +438,10 @@ def test_an_evaluation_counts_labels_with_the_highest_logit(monkeypatch: pytest.
     labels = guesses.clone()
     labels[1::3] = (labels[1::3] + 1) % 37
     labels[2::3] = IGNORE
-    loss, hits = head(hidden, labels, measured=True).tolist()
-    assert hits == 5
-    assert loss == pytest.approx(head(hidden, labels).item(), rel=1e-12)
+    losses_N, hits_N = head(hidden, labels, measured=True)
+    assert torch.equal(hits_N, (guesses == labels).double())
+    assert losses_N[2::3].abs().max() == 0
+    assert losses_N.sum().item() == pytest.approx(head(hidden, labels).item(), rel=1e-12)
     assert guesses[0] == 5, "the two rows must tie for the highest"
     for label, right in ((5, 1), (20, 0)):
         assert head(hidden[:1], torch.tensor([label]), measured=True)[1] == right

@@ -9,7 +9,7 @@ import torch
 
 from parallel.attention import Documents
 from parallel.loss import IGNORE
-from trainer.preference.losses import LOSSES, Answers, sum_by_document, sums_over_pairs
+from trainer.preference.losses import LOSSES, Answers, sums_over_pairs
 from trainer.sections import Preference
 
 CHOSEN, REJECTED = (-12.5, -3.0, -40.0), (-11.0, -9.5, -40.5)  # log-probabilities of three pairs' answers
@@ -81,7 +81,7 @@ def test_pairs_are_told_from_what_fills_a_row_up() -> None:
     documents = Documents(((2, 1, 3, 2), (3, 4, 1), (8,)))
     labels = torch.arange(24).reshape(3, 8)
     labels[0, 3] = labels[1, 0] = labels[1, 1] = IGNORE
-    log_probs = sum_by_document(-torch.arange(24.0), documents)
+    log_probs = documents.sums(-torch.arange(24.0))
     assert log_probs.tolist() == [-1, -2, -12, -13, -27, -50, -15, -156]
     found = Answers.of_documents(log_probs, labels, documents, torch.arange(8.0))
     assert found.log_probs_P2.tolist() == [[-1, -2], [-12, -13], [-27, -50]]

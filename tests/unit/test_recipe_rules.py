@@ -171,7 +171,7 @@ RULES: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
      {"data": {"learn": "all"}}, 'data.learn is used only with data.task "sft": remove it',
      [{"data": {**CHATS, "learn": "all"}}, {}]),
     ("source code holds no conversations",
-     {"data": {"task": "sft"}}, 'data.sources is "stdlib" where it is not given, source code, which holds no conversations',
+     {"data": {"task": "sft"}}, 'data.sources is "stdlib", source code, which holds no conversations',
      [{"data": CHATS}]),
     ("fields are of one shape",
      {"data": {"task": "sft", "sources": [{"path": "corpus.txt", "fields": {"prompt": "q", "output": "a"}}]}},

@@ -6,66 +6,26 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from parallel.quantized import CODES_PER_BYTE, dequantize
 from trainer.checkpoint.check import check_files, read_sound
 from trainer.checkpoint.folder import HUGGING_FACE
-from trainer.checkpoint.manifest import WEIGHT, Fragment, LogicalTensor, Manifest
-from trainer.checkpoint.reader import Reader
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.tensor_file import TORCH_DTYPES, Slot, TensorFile, as_bytes, chunks, write_tensor_file
+from trainer.checkpoint.weights import FORMATS, Contents, Filling, Tuned
 from trainer.durable import replacing_folder
 from trainer.errors import DataError, RecipeError
-from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import INDEX, SHARD_BYTES, file_name, read_config, write_index
-from trainer.model.names import WEIGHT_NAMES
 from trainer.model.translation import translate
-from trainer.sections import Recipe
 from trainer.tuning import bottleneck_format
 from trainer.tuning.adapter_folder import AdapterFormat
-from trainer.tuning.merge import merge as merged_weight
-from trainer.tuning.merge import merged_tensors
-from trainer.tuning.targets import MERGEABLE, PARTS, is_added
 
-FORMATS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-FLOATS = ("F64", "F32", "F16", "BF16")  # others, such as counters in buffers, keep their format
 # Two implementations of one network sum in another order, relative to the largest logit: seen 1e-6 in fp32.
 LOGITS_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """The recipe and the network of a checkpoint with an adapter."""
-
-    recipe: Recipe
-    network: TransformerConfig
-
-    @classmethod
-    def of(cls, checkpoint: Path, manifest: Manifest) -> Tuned | None:
-        """None where the model's own weights were trained, all of them or the biases."""
-        if manifest.recipe.get("tuning", {}).get("method") not in PARTS:
-            return None
-        recipe = Recipe.model_validate(manifest.recipe)
-        return cls(recipe, translate(str(recipe.model.family), read_config(checkpoint / HUGGING_FACE)))
-
-    @property
-    def merges(self) -> bool:
-        """Whether weights can take up what was learned."""
-        return self.recipe.tuning.method in MERGEABLE
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the family's files have weights [in, out]."""
-        return WEIGHT_NAMES[self.network.family].transposed
-
-    @property
-    def form(self) -> AdapterFormat:
-        return AdapterFormat.of(self.recipe, self.network)
 
 
 def require_mergeable(checkpoint: Path) -> None:
@@ -78,57 +38,6 @@ def require_mergeable(checkpoint: Path) -> None:
             f"--merge: {checkpoint} has adapters with a nonlinearity between their projections, which no weight can take up: "
             "export it without"
         )
-
-
-class Contents:
-    """The logical tensors to export: all of a checkpoint, or, of one with an adapter, those of the adapter or of the model."""
-
-    def __init__(self, checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, adapter: bool) -> None:
-        self._reader, self._tuned = Reader(checkpoint, manifest), tuned
-        merges = tuned is not None and tuned.merges and not adapter
-        self._parts = merged_tensors(tuned.recipe.tuning, tuned.network) if tuned is not None and merges else {}
-        self.tensors = {
-            name: tensor
-            for name, tensor in manifest.tensors.items()
-            if WEIGHT in tensor.dtypes and (tuned is None or is_added(name) == adapter)
-        }
-        if tuned is not None and not adapter:
-            self.tensors |= dict(_quantized(manifest, tuned))
-
-    def slots(self, dtype: str) -> dict[str, Slot]:
-        return {
-            name: Slot(FORMATS[dtype] if stored.dtypes[WEIGHT] in FLOATS else stored.dtypes[WEIGHT], stored.shape)
-            for name, stored in self.tensors.items()
-        }
-
-    def whole(self, name: str) -> Tensor:
-        weight = self.unmerged(name)
-        if self._tuned is None or name not in self._parts:
-            return weight
-        parts = [self._reader.whole(part, WEIGHT) for part in self._parts[name]]
-        return merged_weight(weight, parts, name=name, tuning=self._tuned.recipe.tuning, network=self._tuned.network)
-
-    def unmerged(self, name: str) -> Tensor:
-        """The model's own, made whole where it was saved in few bits."""
-        if not self.is_quantized(name):
-            return self._reader.whole(name, WEIGHT)
-        assert self._tuned is not None
-        codes, magnitudes = (self._reader.whole(f"{name}:{state}", state) for state in ("codes", "magnitudes"))
-        weight_OI = dequantize(codes, magnitudes, str(self._tuned.recipe.tuning.quantize))
-        return weight_OI.t().contiguous() if self._tuned.transposed else weight_OI
-
-    def is_quantized(self, name: str) -> bool:
-        return name in self.tensors and not self.tensors[name].fragments
-
-
-def _quantized(manifest: Manifest, tuned: Tuned) -> Iterator[tuple[str, LogicalTensor]]:
-    """The weights that a checkpoint holds in few bits, as they will be exported; without fragments, which hold other things."""
-    per_byte = CODES_PER_BYTE.get(str(tuned.recipe.tuning.quantize), 1)
-    for name, stored in manifest.tensors.items():
-        weight, _, state = name.partition(":")
-        if state == "codes":
-            shape = (stored.shape[0], stored.shape[1] * per_byte)
-            yield weight, LogicalTensor(shape[::-1] if tuned.transposed else shape, {WEIGHT: "F32"}, ())
 
 
 @dataclass(frozen=True)
@@ -292,31 +201,10 @@ def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dt
         tp=TensorParallel.alone(),
         device=torch.device("cpu"),
         adapt=adaptation(tuned.recipe.tuning, network) if tuned else lambda block: None,
-        fill=partial(
-            _fill,
-            reader=Reader(checkpoint, manifest),
-            model=Contents(checkpoint, manifest, tuned, adapter=False),
-            dtype=dtype,
-        ),
+        fill=Filling(checkpoint, manifest, through=dtype),
     ).eval()
     B, S = tokens_BS.shape
     logits: Tensor = stage(tokens_BS, documents=Documents(((S,),) * B), labels_BS=None, streams=None)
     if network.classes:
         return logits[:, -1 if network.causal else 0]
     return logits[..., : network.vocab_size]
-
-
-def _fill(block: nn.Module, *, reader: Reader, model: Contents, dtype: torch.dtype) -> None:
-    from parallel.params import owned_specs, zero_padding
-
-    for _, parameter, spec in owned_specs(block):
-        zero_padding(parameter.data, spec)
-        for piece in spec.pieces:
-            if model.is_quantized(piece.name):
-                piece.in_parameter(parameter.data).copy_(piece.box_of(model.unmerged(piece.name)))
-                continue
-            count = piece.in_parameter(parameter).numel()
-            wanted = Fragment(0, piece.start, piece.size, 0, count, piece.transposed)
-            values = reader.read(piece.name, WEIGHT, wanted, piece.shape).to(dtype)
-            target = piece.in_parameter(parameter.data)
-            target.copy_(values.view(target.shape))

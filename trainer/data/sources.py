@@ -90,7 +90,7 @@ def look_at(source: sections.Source, *, where: str, digests: Digests) -> Corpus:
     `where` is the recipe's name of the source for messages. RecipeError when there is nothing of that name, DataError when it
     holds no document or cannot be read.
     """
-    if source.path == "stdlib":
+    if source.path == sections.STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         files = [path for path in _walk(root, skip=NOT_LIBRARY) if path.suffix == ".py"]
         return _corpus_of_files(source, where, root, files, digests, text_kind="python")

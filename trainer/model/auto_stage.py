@@ -30,6 +30,7 @@ from parallel.mesh import Group
 from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
 from parallel.rng import Streams
 from trainer.model.auto_network import AutoNetwork
+from trainer.model.heads import document_scores, token_sums
 
 LAYER = re.compile(r".*?\.\d+\.")  # the part of a parameter's name that names its layer, as in "model.layers.7."
 
@@ -140,9 +141,10 @@ class AutoStage(Sharded):
         streams: Streams | None = None,
         *,
         measured: bool = False,
+        by_document: bool = False,
     ) -> Tensor:
-        """The loss summed over the targets of `labels_BS`, `measured` that and the number of targets whose label has the
-        highest logit, float64 [2]; or logits [B, S, V] without labels. `streams` None: no dropout.
+        """The loss summed over the targets of `labels_BS`, without gradients `measured` what `TokenMeasures` reads, or
+        `by_document` `document_scores`; logits [B, S, V] without labels. `streams` None: no dropout.
 
         Dropout follows the micro-batch, by its first sequence's place in the step: layers of transformers draw for all rows
         at once, so other than in our own families a mask depends on `batch.micro_sequences`.
@@ -158,8 +160,12 @@ class AutoStage(Sharded):
         if labels_BS is None:
             return rows.join(logits_RLV)
         labels_RL = rows.split(labels_BS, IGNORE)
-        loss = cross_entropy_sum(logits_RLV, labels_RL)
-        return torch.stack([loss.double(), (logits_RLV.argmax(-1) == labels_RL).sum().double()]) if measured else loss
+        if not measured and not by_document:
+            return cross_entropy_sum(logits_RLV, labels_RL)
+        is_hit_RL = logits_RLV.argmax(-1) == labels_RL
+        losses_RL = token_losses(logits_RLV, labels_RL)
+        found = token_sums if measured else document_scores
+        return found(rows.join(losses_RL).flatten(), rows.join(is_hit_RL).flatten(), (labels_BS != IGNORE).flatten(), documents)
 
     @torch.no_grad()
     def looks_ahead(self, device: torch.device) -> bool:
@@ -257,6 +263,17 @@ def cross_entropy_sum(logits_RLV: Tensor, labels_RL: Tensor) -> Tensor:
     return torch.stack(
         [checkpoint(_chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     ).sum()
+
+
+def token_losses(logits_RLV: Tensor, labels_RL: Tensor) -> Tensor:
+    """−log softmax(logits)[label] of each token, fp32 [R, L], 0 where it is no target."""
+    logits_NV, labels_N = logits_RLV.flatten(0, 1), labels_RL.flatten()
+    step = max(1, CHUNK_BYTES // (4 * logits_NV.shape[1]))
+    chunks = zip(logits_NV.split(step), labels_N.split(step), strict=True)
+    losses = [
+        functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none") for logits, labels in chunks
+    ]
+    return torch.cat(losses).view(labels_RL.shape)
 
 
 def _chunk_loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

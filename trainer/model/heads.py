@@ -69,8 +69,29 @@ def next_token_loss(
     measured: bool,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross entropy of every label; `smoothing`: the share of its weight that is divided evenly over the vocabulary."""
-    return output(x_ND, labels_BS.flatten(), measured=measured, smoothing=smoothing)
+    """Cross entropy of every label; `smoothing`: the share of its weight that is divided evenly over the vocabulary.
+    `measured`: what `TokenMeasures` reads, without smoothing."""
+    labels_N = labels_BS.flatten()
+    if not measured:
+        return output(x_ND, labels_N, smoothing=smoothing)
+    losses_N, is_hit_N = output(x_ND, labels_N, measured=True)
+    return token_sums(losses_N, is_hit_N, labels_N != IGNORE, documents)
+
+
+def document_scores(losses_N: Tensor, is_hit_N: Tensor, is_target_N: Tensor, documents: Documents) -> Tensor:
+    """Of each document the log-probability of its targets, and 1 where each of them was the likeliest, float64 [2, R]."""
+    is_miss_N = is_target_N & (is_hit_N == 0)
+    return torch.stack([-documents.sums(losses_N.double()), (documents.sums(is_miss_N.long()) == 0).double()])
+
+
+def token_sums(losses_N: Tensor, is_hit_N: Tensor, is_target_N: Tensor, documents: Documents) -> Tensor:
+    """The loss, the targets that were guessed, the documents all of whose targets were, and those that have targets,
+    float64 [4]. A document is guessed as a whole where the likeliest tokens, one after another, would write it: each then
+    follows the right ones."""
+    targets_R, hits_R = (documents.sums(marks_N.long()) for marks_N in (is_target_N, is_hit_N))
+    is_answer_R = targets_R > 0
+    is_exact_R = is_answer_R & (hits_R == targets_R)
+    return torch.stack([part.sum().double() for part in (losses_N, is_hit_N, is_exact_R, is_answer_R)])
 
 
 class Head(nn.Module):
@@ -113,13 +134,18 @@ class Head(nn.Module):
         streams: Streams | None,
         reference_R: Tensor | None = None,
         *,
-        measured: bool,
+        measured: bool = False,
+        by_document: bool = False,
     ) -> Tensor:
-        """What the loss gives; without labels this rank's logits [B, S, V/p]."""
+        """What the loss gives; `by_document`, without gradients, `document_scores`; without labels this rank's logits
+        [B, S, V/p]."""
         x_ND = self.transform(self.norm(x_ND))
-        if labels_BS is not None:
-            return self.loss(self.logits, x_ND, labels_BS, documents, reference_R, measured=measured)
-        return self.logits(x_ND).unflatten(0, documents.shape)
+        if labels_BS is None:
+            return self.logits(x_ND).unflatten(0, documents.shape)
+        if by_document:
+            losses_N, is_hit_N = self.logits(x_ND, labels_BS.flatten(), measured=True)
+            return document_scores(losses_N, is_hit_N, (labels_BS != IGNORE).flatten(), documents)
+        return self.loss(self.logits, x_ND, labels_BS, documents, reference_R, measured=measured)
 
 
 class ClassHead(nn.Module):
@@ -150,7 +176,7 @@ class ClassHead(nn.Module):
         streams: Streams | None,
         reference_R: Tensor | None = None,
         *,
-        measured: bool,
+        measured: bool = False,
     ) -> Tensor:
         """The loss summed over documents; `measured`, that and how many of class i were taken for class j, float64
         [1 + C²]; without labels every token's logits [B, S, C]."""

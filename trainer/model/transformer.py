@@ -125,13 +125,12 @@ class Stage(nn.Module):
         labels_BS: Tensor | None = None,
         streams: Streams | None = None,
         reference_R: Tensor | None = None,
-        *,
-        measured: bool = False,
+        **wanted: bool,
     ) -> Tensor:
         """First stage: x = tokens [B, S]; others: hidden [N, D], with `halves` of both. Last stage: the loss summed over the
-        targets of `labels_BS`, or `measured`, without gradients, the statistics that the task's `Measures` reads, float64, the
-        loss first; this rank's logits [B, S, V/p] without labels. Others: hidden. `streams` None: no dropout. `reference_R`:
-        what the loss compares the R documents with, where it does."""
+        targets of `labels_BS`, or what is `wanted`, without gradients: `measured`, what the task's `Measures` reads, float64,
+        the loss first; `by_document`, `document_scores`. Without labels: this rank's logits [B, S, V/p]. Others: hidden.
+        `streams` None: no dropout. `reference_R`: what the loss compares the R documents with, where it does."""
         if self.embedding is not None:
             x = self.embedding(x, documents, streams)
         rotation = self._rotation(documents, x.device)
@@ -142,7 +141,7 @@ class Stage(nn.Module):
                 x = layer(x, documents, rotation, streams)
         if self.head is None:
             return x
-        return self.head(x, documents, labels_BS, streams, reference_R=reference_R, measured=measured)
+        return self.head(x, documents, labels_BS, streams, reference_R=reference_R, **wanted)
 
     def _rotation(self, documents: Documents, device: torch.device) -> Rotation | None:
         if self.config.positions != "rope":

@@ -31,7 +31,7 @@ class Answers:
     @classmethod
     def of_documents(cls, log_probs_R: Tensor, labels_BS: Tensor, documents: Documents, reference_R: Tensor | None) -> Answers:
         """Each row holds the chosen and the rejected answer of a pair, and so on, and after them it may be filled up."""
-        num_targets_R = sum_by_document((labels_BS != IGNORE).flatten(), documents)
+        num_targets_R = documents.sums((labels_BS != IGNORE).flatten())
         pairs_P2 = _pairs(documents).to(log_probs_R.device)
         reference_P2 = None if reference_R is None else reference_R[pairs_P2]
         return cls(log_probs_R[pairs_P2], num_targets_R[pairs_P2], reference_P2)
@@ -93,15 +93,12 @@ def preference_loss(
     measured: bool,
     keys: sections.Preference,
 ) -> Tensor:
-    """What `PairMeasures` reads, in training as in an evaluation. Without the reference that the loss needs: the
-    log-probabilities of each document's targets, [R], which is how a reference comes to be.
+    """What `PairMeasures` reads, in training as in an evaluation.
 
     Sums over hundreds of tokens are taken in float64: their differences are what is learned from.
     """
     losses_N = output(x_ND, labels_BS.flatten(), by_token=True)
-    log_probs_R = -sum_by_document(losses_N.double(), documents)
-    if keys.needs_reference and reference_R is None:
-        return log_probs_R
+    log_probs_R = -documents.sums(losses_N.double())
     return sums_over_pairs(Answers.of_documents(log_probs_R, labels_BS, documents, reference_R), keys)
 
 
@@ -112,12 +109,6 @@ def sums_over_pairs(answers: Answers, keys: sections.Preference) -> Tensor:
     is_right_P = rewards_P2[:, 0] > rewards_P2[:, 1]
     sums = (losses_P.sum(), *rewards_P2.sum(0), is_right_P.sum())
     return torch.stack([part.to(losses_P.dtype) for part in sums])
-
-
-def sum_by_document(values_N: Tensor, documents: Documents) -> Tensor:
-    """[R], one document of a row after another."""
-    lengths = [length for row in documents.lengths for length in row]
-    return torch.stack([part.sum() for part in values_N.split(lengths)])
 
 
 def _pairs(documents: Documents) -> Tensor:

@@ -67,7 +67,7 @@ def _of_store(engine: Engine, store: TokenStore, progress: Progress) -> Numbers:
     for done, batch in enumerate(sweep.micro_batches()):
         progress(done, sweep.num_micro_batches, "what the model gives the answers before training")
         engine.watch.tick()
-        of_batch = engine.log_probs(batch).double()[: store.num_documents - at]  # filler rows are the last
+        of_batch = engine.evaluator.scores(batch)[0, : store.num_documents - at]  # filler rows are the last
         log_probs[at : at + len(of_batch)] = of_batch
         at += len(of_batch)
     return all_reduce(log_probs, dp).cpu().numpy()

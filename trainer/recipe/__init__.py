@@ -6,9 +6,9 @@ only the whole recipe shows: combinations (`rules.py`), names of files (`names.p
 (`pipeline.py`). `door.py` runs them. No torch here: a recipe is checked on a login node in a fraction of a second.
 """
 
-from trainer.recipe.door import ResolvedRecipe, load
+from trainer.recipe.door import ResolvedRecipe, load, load_given
 from trainer.recipe.keys import json_schema
 from trainer.recipe.names import looks_local, tokenizer_vocab_size
 from trainer.recipe.unknown_keys import known_keys
 
-__all__ = ["ResolvedRecipe", "json_schema", "known_keys", "load", "looks_local", "tokenizer_vocab_size"]
+__all__ = ["ResolvedRecipe", "json_schema", "known_keys", "load", "load_given", "looks_local", "tokenizer_vocab_size"]

@@ -69,7 +69,15 @@ class ResolvedRecipe:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
     """Read, merge and validate. RecipeError holds one line for each thing that is wrong, in the order of the file."""
-    layer = read_chain(Path(path), [])
+    return _admitted(read_chain(Path(path), []), overrides)
+
+
+def load_given(given: Mapping[str, Any], where: Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
+    """As `load`, of a value that is in no file; `where` stands for it in messages."""
+    return _admitted(Layer(dict(given), {}, [where]), overrides)
+
+
+def _admitted(layer: Layer, overrides: Sequence[str]) -> ResolvedRecipe:
     for order, override in enumerate(overrides, len(layer.sources)):
         layer.set(override, order)
     marks = layer.named_marks()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.sections import Data, Finding, Recipe
+from trainer.sections import STDLIB, Data, Finding, Recipe
 from trainer.spelling import nearest
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -37,7 +37,7 @@ def _named_size(tokenizer: str) -> int | None:
 def name_findings(recipe: Recipe) -> Iterator[Finding]:
     for group in ("sources", "eval_sources"):
         for index, source in enumerate(getattr(recipe.data, group)):
-            yield from _missing(f"data.{group}[{index}].path", source.path, ("stdlib",))
+            yield from _missing(f"data.{group}[{index}].path", source.path, (STDLIB,))
             if source.target_path is not None and not exists(source.target_path):
                 key = f"data.{group}[{index}].target_path"
                 message = f"{key} = {json.dumps(source.target_path)} does not exist (looked from {Path.cwd()})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 
-from trainer.sections import Finding, Recipe, Source
+from trainer.sections import STDLIB, Finding, Recipe, Source
 
 # Which tasks read which key of a source.
 READERS = {
@@ -31,10 +31,10 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 def row_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
     """`given`: the dotted keys that were written."""
     task = recipe.data.task
-    if task in ROWS and not any(key.startswith("data.sources") for key in given):
+    if task in ROWS and any(source.path == STDLIB for source in recipe.data.sources):
         yield Finding(
             ("data.sources", "data.task"),
-            f'data.sources is "stdlib" where it is not given, source code, which holds no {ROWS[task]}: data.task "{task}" '
+            f'data.sources is "{STDLIB}", source code, which holds no {ROWS[task]}: data.task "{task}" '
             'needs data.sources with rows, such as [{"path": "rows.jsonl"}]',
         )
     if task != "sft" and "data.learn" in given:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from trainer.sections import Finding, Recipe, Source
+from trainer.sections import STDLIB, Finding, Recipe, Source
 
 SIDES = ("source", "target")  # fields of a row
 OTHERS = ("field", "shape")  # keys of a source that pairs do not have
@@ -26,10 +26,10 @@ def translation_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Fin
         for where, source in sources:
             yield from _unused_findings(where, source)
         return
-    if not any(key.startswith("data.sources") for key in given):
+    if any(source.path == STDLIB for source in recipe.data.sources):
         yield Finding(
             ("data.sources", "data.task"),
-            'data.sources is "stdlib" where it is not given, source code, which holds no translations: data.task "translate" '
+            f'data.sources is "{STDLIB}", source code, which holds no translations: data.task "translate" '
             'needs data.sources with pairs, such as [{"path": "train.en", "target_path": "train.de"}]',
         )
     if not recipe.data.isolate_documents:

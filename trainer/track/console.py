@@ -141,6 +141,7 @@ EVAL_WORDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "eval_loss": ("eval loss", short),
     "eval_perplexity": ("perplexity", short),
     "eval_accuracy": ("accuracy", percent),
+    "eval_exact_match": ("exact match", percent),
     "eval_majority": ("commonest class", percent),
     "eval_f1": ("macro F1", percent),
     "eval_rewards/margins": ("reward margin", short),

@@ -1,0 +1,131 @@
+"""The weights in a checkpoint: those of the model, or of what was trained beside it, tensor by tensor or into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from parallel.params import owned_specs, zero_padding
+from parallel.quantized import CODES_PER_BYTE, dequantize
+from trainer.checkpoint.folder import HUGGING_FACE
+from trainer.checkpoint.manifest import WEIGHT, Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.reader import Reader
+from trainer.checkpoint.tensor_file import Slot
+from trainer.model.config import TransformerConfig
+from trainer.model.hugging_face import read_config
+from trainer.model.names import WEIGHT_NAMES
+from trainer.model.translation import translate
+from trainer.sections import Recipe
+from trainer.tuning.adapter_folder import AdapterFormat
+from trainer.tuning.merge import merge as merged_weight
+from trainer.tuning.merge import merged_tensors
+from trainer.tuning.targets import MERGEABLE, PARTS, is_added
+
+FORMATS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+FLOATS = ("F64", "F32", "F16", "BF16")  # others, such as counters in buffers, keep their format
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The recipe and the network of a checkpoint with an adapter."""
+
+    recipe: Recipe
+    network: TransformerConfig
+
+    @classmethod
+    def of(cls, checkpoint: Path, manifest: Manifest) -> Tuned | None:
+        """None where the model's own weights were trained, all of them or the biases."""
+        if manifest.recipe.get("tuning", {}).get("method") not in PARTS:
+            return None
+        recipe = Recipe.model_validate(manifest.recipe)
+        return cls(recipe, translate(str(recipe.model.family), read_config(checkpoint / HUGGING_FACE)))
+
+    @property
+    def merges(self) -> bool:
+        """Whether weights can take up what was learned."""
+        return self.recipe.tuning.method in MERGEABLE
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the family's files have weights [in, out]."""
+        return WEIGHT_NAMES[self.network.family].transposed
+
+    @property
+    def form(self) -> AdapterFormat:
+        return AdapterFormat.of(self.recipe, self.network)
+
+
+class Contents:
+    """The logical tensors to export: all of a checkpoint, or, of one with an adapter, those of the adapter or of the model."""
+
+    def __init__(self, checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, adapter: bool) -> None:
+        self._reader, self._tuned = Reader(checkpoint, manifest), tuned
+        merges = tuned is not None and tuned.merges and not adapter
+        self._parts = merged_tensors(tuned.recipe.tuning, tuned.network) if tuned is not None and merges else {}
+        self.tensors = {
+            name: tensor
+            for name, tensor in manifest.tensors.items()
+            if WEIGHT in tensor.dtypes and (tuned is None or is_added(name) == adapter)
+        }
+        if tuned is not None and not adapter:
+            self.tensors |= dict(_quantized(manifest, tuned))
+
+    def slots(self, dtype: str) -> dict[str, Slot]:
+        return {
+            name: Slot(FORMATS[dtype] if stored.dtypes[WEIGHT] in FLOATS else stored.dtypes[WEIGHT], stored.shape)
+            for name, stored in self.tensors.items()
+        }
+
+    def whole(self, name: str) -> Tensor:
+        weight = self.unmerged(name)
+        if self._tuned is None or name not in self._parts:
+            return weight
+        parts = [self._reader.whole(part, WEIGHT) for part in self._parts[name]]
+        return merged_weight(weight, parts, name=name, tuning=self._tuned.recipe.tuning, network=self._tuned.network)
+
+    def unmerged(self, name: str) -> Tensor:
+        """The model's own, made whole where it was saved in few bits."""
+        if not self.is_quantized(name):
+            return self._reader.whole(name, WEIGHT)
+        assert self._tuned is not None
+        codes, magnitudes = (self._reader.whole(f"{name}:{state}", state) for state in ("codes", "magnitudes"))
+        weight_OI = dequantize(codes, magnitudes, str(self._tuned.recipe.tuning.quantize))
+        return weight_OI.t().contiguous() if self._tuned.transposed else weight_OI
+
+    def is_quantized(self, name: str) -> bool:
+        return name in self.tensors and not self.tensors[name].fragments
+
+
+def _quantized(manifest: Manifest, tuned: Tuned) -> Iterator[tuple[str, LogicalTensor]]:
+    """The weights that a checkpoint holds in few bits, as they will be exported; without fragments, which hold other things."""
+    per_byte = CODES_PER_BYTE.get(str(tuned.recipe.tuning.quantize), 1)
+    for name, stored in manifest.tensors.items():
+        weight, _, state = name.partition(":")
+        if state == "codes":
+            shape = (stored.shape[0], stored.shape[1] * per_byte)
+            yield weight, LogicalTensor(shape[::-1] if tuned.transposed else shape, {WEIGHT: "F32"}, ())
+
+
+class Filling:
+    """What gives a block of the training network a checkpoint's weights: of a quantized one the values of its codes, an adapter
+    beside them. `through`: the format that they are rounded to on the way."""
+
+    def __init__(self, checkpoint: Path, manifest: Manifest, *, through: torch.dtype = torch.float32) -> None:
+        self._reader, self._through = Reader(checkpoint, manifest), through
+        self._model = Contents(checkpoint, manifest, Tuned.of(checkpoint, manifest), adapter=False)
+
+    def __call__(self, block: nn.Module) -> None:
+        for _, parameter, spec in owned_specs(block):
+            zero_padding(parameter.data, spec)
+            for piece in spec.pieces:
+                target = piece.in_parameter(parameter.data)
+                if self._model.is_quantized(piece.name):
+                    target.copy_(piece.box_of(self._model.unmerged(piece.name)))
+                    continue
+                wanted = Fragment(0, piece.start, piece.size, 0, target.numel(), piece.transposed)
+                values = self._reader.read(piece.name, WEIGHT, wanted, piece.shape).to(self._through)
+                target.copy_(values.view(target.shape))
