@@ -6,19 +6,23 @@ variables of their own (`slurm_environment.py`). Without any of them the run is 
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from trainer.binding import bind
 from trainer.errors import RecipeError, UserError
 from trainer.slurm_environment import Seat, check_launcher_in_step, in_a_step, seat_of_srun_or_mpirun
+from trainer.watchdog.stacks import start_of
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -110,9 +114,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def join(place: Place, timeout: timedelta) -> None:
+class Neighbour(NamedTuple):
+    """The process of the next rank of this node; `started`: see `start_of`."""
+
+    rank: int
+    pid: int
+    started: int
+
+
+def join(place: Place, timeout: timedelta) -> Neighbour | None:
     """Bind the device, share the cores among this node's ranks, and join the process group, whose collectives wait for
-    `timeout` at most."""
+    `timeout` at most. What is known of the neighbour is known before anybody is in the group: a process that was never heard
+    of could not be missed."""
     for name, value in zip(
         LAUNCHER_VARIABLES,
         (place.rank, place.gpu, place.world_size, place.master_addr, place.master_port),
@@ -125,13 +138,20 @@ def join(place: Place, timeout: timedelta) -> None:
     bind(place, _pci_address(place.device))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+    address = f"tcp://{place.master_addr}:{place.master_port}"
+    store, _, _ = next(rendezvous(address, place.rank, place.world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    store.set(f"process of rank {place.rank}", json.dumps([os.getpid(), start_of(os.getpid())]))
     dist.init_process_group(
         "nccl" if place.device.type == "cuda" else "gloo",
-        init_method=f"tcp://{place.master_addr}:{place.master_port}",
+        store=dist.PrefixStore("default_pg", store),  # as init_process_group itself would have it
         rank=place.rank,
         world_size=place.world_size,
         timeout=timeout,
     )
+    if place.neighbour is None:
+        return None
+    return Neighbour(place.neighbour, *json.loads(store.get(f"process of rank {place.neighbour}")))
 
 
 def _pci_address(device: torch.device) -> str | None:

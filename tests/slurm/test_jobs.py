@@ -163,6 +163,30 @@ def test_disturbed_in_every_way_and_finished(kind: str, lab: Lab, tmp_path: Path
 
 @pytest.mark.grid
 @pytest.mark.timeout(600)
+def test_ranks_that_outlive_their_node_s_daemon_hand_the_run_over(lab: Lab, tmp_path: Path) -> None:
+    """SLURM starts the job on the other node while all ranks of the first start still train."""
+    recipe, run_dir = write_recipe(tmp_path, steps=4 * STEPS, every=50, keep=2), tmp_path / "handed-over"
+    job = lab.submit(recipe, run_dir, "--template", "preemptible", nodes=1)
+    trains(lab, run_dir)
+    (node,) = lab.nodes_of(job)
+    lab.silence(node)
+    try:
+        ended = lab.until_ended(job)
+    finally:
+        lab.bring_back(node)
+    assert outcome(ended) == DONE, said(run_dir)
+    assert ended.restarts == 1
+    assert "the ranks of this job's earlier start live on" in said(run_dir)
+    assert "they are asked to save and end" in said(run_dir)
+    undisturbed = tmp_path / "undisturbed"
+    assert outcome(lab.until_ended(lab.submit(recipe, undisturbed, nodes=1))) == DONE, said(undisturbed)
+    last = Path("checkpoints") / f"step-{4 * STEPS:08d}"
+    assert numbers(run_dir) == numbers(undisturbed)
+    assert digests(run_dir / last) == digests(undisturbed / last)
+
+
+@pytest.mark.grid
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("template", ["multi-node", "torchrun"])
 def test_out_of_time_at_two_nodes_of_two_ranks(template: str, lab: Lab, recipe: Path, tmp_path: Path) -> None:
     """SLURM itself sends the signal that --signal names; the job goes on under its id and reaches its end."""

@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from trainer.durable import private_file
 from trainer.errors import EXIT_HANG, EXIT_REQUEUE, UserError
-from trainer.launch import PeerFailed
+from trainer.launch import Neighbour, PeerFailed
 from trainer.redaction import redact_text
 from trainer.stopwatch import Stopwatch
 from trainer.watchdog.autopsy import Report, Scene, find, page
@@ -89,9 +89,9 @@ class Watchdog:
         run_name: str,
         peers: Sequence[Sequence[int]],
         *,
-        neighbour: int | None = None,
+        neighbour: Neighbour | None = None,
     ) -> None:
-        """`neighbour`: the rank of this host whose process this one looks after."""
+        """`neighbour`: whom this rank looks after."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._watch, self._limits, self._logs, self._run_name = watch, limits, logs, run_name
         self._main, self._neighbour = threading.get_ident(), neighbour
@@ -119,7 +119,7 @@ class Watchdog:
         ]
 
     def __enter__(self) -> Watchdog:
-        self._meet_the_neighbour()
+        self._say()
         for thread in self._threads:
             thread.start()
         return self
@@ -229,23 +229,16 @@ class Watchdog:
                 self._end(self._without_store(EXIT_HANG, f"no answer for {self._idle_s:.0f} s"))
                 return
 
-    def _meet_the_neighbour(self) -> None:
-        """Before anything else can go wrong: a process that was never heard of cannot be missed."""
-        self._say()
-        if self._neighbour is not None:
-            self._wait_for([self._key("beat", self._neighbour)], REPORTS_S)
-            self._hear([self._neighbour])
-
     def _neighbour_is_gone(self) -> bool:
         """Whether its process ended before the run did. Who waits for it in a collective notices at once, but who waits for a
         file, or for a group to be made, would wait for hours."""
-        beat = self._roll.beats.get(self._neighbour) if self._neighbour is not None else None
-        if beat is None or not self._has_ended(beat):
+        neighbour = self._neighbour
+        if neighbour is None or state_of(neighbour.pid, neighbour.started):
             return False
         with contextlib.suppress(RuntimeError, OSError):
-            self._hear([beat.rank])
+            self._hear([neighbour.rank])
         # The store ends with rank 0; at the end of a run that may be before others have heard that it is done.
-        return not self._roll.has_ended(beat.rank) and not (beat.rank == 0 and self._watch.phase == "export")
+        return not self._roll.has_ended(neighbour.rank) and not (neighbour.rank == 0 and self._watch.phase == "export")
 
     @property
     def _idle_s(self) -> float:
