@@ -225,7 +225,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].partition("=")[0]
-        parser.error(f"unknown argument {word}{_did_you_mean(word, parser.flags()) if word.startswith('-') else ''}")
+        flags = commands.choices[arguments.command].flags()
+        parser.error(f"unknown argument {word}{_did_you_mean(word, flags) if word.startswith('-') else ''}")
     return arguments
 
 

@@ -97,6 +97,7 @@ def test_schema_is_json_with_units(capsys: pytest.CaptureFixture[str]) -> None:
         (["trian", QUICKSTART], "unknown command trian; did you mean train?; legal: train, check"),
         (["data", "inpsect"], "unknown command inpsect; did you mean inspect?"),
         (["check", QUICKSTART, "--wrold-size", "2"], "unknown argument --wrold-size; did you mean --world-size?"),
+        (["train", QUICKSTART, "--world-size", "2"], "unknown argument --world-size (see"),
         (["check", QUICKSTART, "--world-size", "0"], "'0' is not a whole number of at least 1"),
         (["check", QUICKSTART, "extra"], "unknown argument extra"),
         (["check"], "the following arguments are required: RECIPE"),

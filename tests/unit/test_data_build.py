@@ -392,6 +392,17 @@ def test_a_worker_that_is_killed_is_one_clear_line(corpus: Path, tmp_path: Path,
     assert caught.value.exit_code == 70
 
 
+def test_a_fault_of_ours_in_a_worker_is_told_from_a_kill(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hand_nonsense(self: workers.Worker, number: int, shard: sources.Shard) -> None:
+        self._tasks.write(json.dumps({"number": number, "shard": {"no": "shard"}}).encode() + b"\n")
+        self._tasks.flush()
+
+    monkeypatch.setattr(workers.Worker, "hand", hand_nonsense)
+    with pytest.raises(UserError, match=r"a tokenizing process failed: \w+Error: .* please report it") as caught:
+        prepared(corpus, tmp_path / "cache")
+    assert caught.value.exit_code == 70
+
+
 def test_cache_that_cannot_be_written(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RecipeError, match=r"data.cache_dir: .*/file/cache: Not a directory; name a folder"):

@@ -12,6 +12,7 @@ import os
 import queue
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 from trainer.data.readers import Shard
@@ -19,6 +20,7 @@ from trainer.data.shards import shard_folder, tokenize_shard
 from trainer.data.tasks import ROW_TASKS, examples_again
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import DataError, UserError
+from trainer.redaction import redact_text
 
 
 def main() -> None:
@@ -40,6 +42,12 @@ def main() -> None:
         except OSError as error:  # reading faults were told apart before: this is about writing
             line = f"{shards}: {error.strerror or error}; make room there, or set data.cache_dir"
             reply = {"failed": [line], "exit_code": DataError.exit_code}
+        except Exception as error:  # a fault of ours, which must not look like a worker that was killed
+            sys.stderr.write(redact_text(traceback.format_exc()))
+            line = (
+                f"data: a tokenizing process failed: {type(error).__name__}: {error}; its traceback is above: please report it"
+            )
+            reply = {"failed": [redact_text(line)], "exit_code": UserError.exit_code}
         sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
 
