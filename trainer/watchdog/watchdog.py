@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 
 import torch.distributed as dist
@@ -77,6 +77,29 @@ class Verdict:
     noticed: str
 
 
+def _own_connection(neighbour: Neighbour | None) -> dist.Store:
+    """Another one to the store of the default group. torch tries for as long as a collective may take, and cannot be woken:
+    PeerLost as soon as the neighbour has ended, which is how a store comes to be gone."""
+    answers: SimpleQueue[dist.Store | RuntimeError] = SimpleQueue()
+
+    def connect() -> None:
+        try:
+            answers.put(dist.distributed_c10d._get_default_store().clone())
+        except RuntimeError as error:
+            answers.put(error)
+
+    threading.Thread(target=connect, name="connecting the watchdog", daemon=True).start()
+    while True:
+        with contextlib.suppress(Empty):
+            answer = answers.get(timeout=BEAT_S / SAMPLES_PER_BEAT)
+            break
+        if neighbour is not None and not state_of(neighbour.pid, neighbour.started):
+            raise PeerLost(EXIT_REQUEUE, f"rank {neighbour.rank} has ended before the run was set up; start the run again")
+    if isinstance(answer, RuntimeError):
+        raise answer
+    return answer
+
+
 class Watchdog:
     """Of one rank, while it is entered. `watch` says what the rank is at; `logs`: where pages and stacks go; `peers`: groups of
     ranks that do the same work."""
@@ -106,7 +129,7 @@ class Watchdog:
         self._remarks: SimpleQueue[str] = SimpleQueue()
         self._answer_s = 0.0
         self._roll = Roll(limits)
-        self._store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own
+        self._store = _own_connection(neighbour)
         self._answered = time.monotonic()  # when the store last did
         self._over, self._awake = threading.Event(), threading.Event()
         self._lock = threading.Lock()  # the training and the two threads may all want to end the run
