@@ -25,4 +25,6 @@ export DS_ACCELERATOR=${DS_ACCELERATOR:-$(python -c 'import torch; print("cuda" 
 ruff format --check --quiet .
 ruff check --quiet .
 mypy
+# One worker has the tests that start processes, the other all that need a single core.
+[ $# -gt 0 ] || set -- --numprocesses 2 --dist loadgroup
 exec python -m pytest "$@"

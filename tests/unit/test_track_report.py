@@ -292,3 +292,14 @@ def test_bucket_means_keep_the_mean() -> None:
     assert short_rows.shape == (2, 240)
     assert short_rows.mean(axis=1) == pytest.approx(rows.mean(axis=1))
     assert short_rows[1] == pytest.approx(2 * short_x)
+
+
+def test_a_task_shows_what_it_is_judged_by(tmp_path: Path) -> None:
+    """Classes beside the commonest one, translations by BLEU; the table has the columns that were measured."""
+    run = write_run(tmp_path / "classes", 20, summary={"bleu": 38.13, "chrf": 62.32})
+    measured = {"eval_loss": 0.5, "eval_accuracy": 0.802, "eval_majority": 0.509, "eval_f1": 0.801, "eval_targets": 872}
+    (run / "evaluations.jsonl").write_text(json.dumps({"step": 20, **measured}) + "\n")
+    page = Page(write_report(run)).source
+    for text in ("80.2 %", "commonest class 50.9 %", "38.1", "chrF 62.3", ">Macro F1<", ">80.1 %<", ">872<"):
+        assert text in page, text
+    assert "Perplexity" not in page

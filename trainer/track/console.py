@@ -160,6 +160,8 @@ SUMMARY_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "eval_f1_positive": ("  of the second class", percent),
     "eval_rewards/margins": ("eval reward margin", short),
     "eval_rewards/accuracies": ("eval reward accuracy", percent),
+    "bleu": ("BLEU", short),
+    "chrf": ("chrF", short),
     "unigram_perplexity": ("  of word counts alone (unigram)", short),
     "tokens": ("tokens", scaled),
     "tokens_per_s": ("tokens/s", scaled),

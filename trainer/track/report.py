@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from trainer.errors import DataError, RecipeError
 from trainer.goodput import read_starts, shares_of
 from trainer.redaction import redact
+from trainer.track.console import EVAL_WORDS
 from trainer.track.jsonl import EVALUATIONS, METRICS, Number, read_metrics, read_summary
 from trainer.track.text import duration, percent, printable, scaled, short
 
@@ -144,6 +145,7 @@ def _render(
         headlines=list(_headlines(history, evaluations, summary, value_of, shares_of(read_starts(run_dir)))),
         figures=figures(history, evaluations, clip_norm=value_of.get("train.clip_norm")),
         num_records=history.num_records,
+        evaluation_titles=[title for title, _ in _evaluation_columns(evaluations).values()],
         evaluations=list(_evaluation_rows(evaluations)),
         sample_prompt=printable(str(summary.get("sample_prompt") or "")),
         sample=printable(str(summary.get("sample") or "")),
@@ -184,6 +186,7 @@ def _headlines(
         detail = f"held-out; unigram baseline {short(baseline)}" if baseline else "held-out"
         tone = "" if not baseline else "good" if perplexity < baseline else "bad"
         yield Headline("Eval perplexity", short(perplexity), detail, tone)
+    yield from _of_the_task(evaluations, summary)
     if (rate := history.median("tokens_per_s")) is not None:
         tokens = history.last("tokens")
         yield Headline("Tokens/s", scaled(rate), f"median; {scaled(tokens)} tokens in all" if tokens else "median")
@@ -217,13 +220,35 @@ def _wall_s(history: History) -> float | None:
     return float(history["time"][-1] - history["time"][0] + (first_step if np.isfinite(first_step) else 0.0))
 
 
-def _evaluation_rows(evaluations: History) -> Iterator[tuple[str, ...]]:
-    """(step, loss, perplexity, targets) of the last evaluations; the plot has them all."""
+def _of_the_task(evaluations: History, summary: Mapping[str, Any]) -> Iterator[Headline]:
+    """What classes, pairs and translations are judged by."""
+    accuracy, majority = evaluations.last("eval_accuracy"), evaluations.last("eval_majority")
+    if accuracy is not None and majority is not None:
+        tone = "good" if accuracy > majority else "bad"
+        yield Headline("Eval accuracy", percent(accuracy), f"held-out; commonest class {percent(majority)}", tone)
+    if (rewards := evaluations.last("eval_rewards/accuracies")) is not None:
+        yield Headline("Reward accuracy", percent(rewards), "held-out pairs in order", "good" if rewards > 0.5 else "bad")
+    if (bleu := summary.get("bleu")) is not None:
+        yield Headline("BLEU", f"{bleu:.1f}", f"chrF {summary['chrf']:.1f}" if "chrf" in summary else "")
+
+
+def _evaluation_columns(evaluations: History) -> dict[str, tuple[str, Callable[[float], str]]]:
+    """Title of each column and how its values are said."""
+    measured = {key: (_capital(label.removeprefix("eval ")), say) for key, (label, say) in EVAL_WORDS.items()}
+    columns = {"step": ("Step", lambda step: f"{step:.0f}"), **measured, "eval_targets": ("Targets", scaled)}
+    return {key: words for key, words in columns.items() if evaluations.last(key) is not None}
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
+def _evaluation_rows(evaluations: History) -> Iterator[list[str]]:
+    """The last evaluations; the plot has them all."""
+    columns = _evaluation_columns(evaluations)
     for i in range(max(0, evaluations.num_records - 20), evaluations.num_records):
-        step, loss, perplexity, targets = (
-            evaluations[name][i] for name in ("step", "eval_loss", "eval_perplexity", "eval_targets")
-        )
-        yield f"{step:.0f}", short(loss), short(perplexity), scaled(targets) if np.isfinite(targets) else "–"
+        values = {key: evaluations[key][i] for key in columns}
+        yield [columns[key][1](value) if np.isfinite(value) else "–" for key, value in values.items()]
 
 
 def _settings(values: Mapping[str, Mapping[str, Any]]) -> Iterator[Setting]:
