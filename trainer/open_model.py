@@ -88,12 +88,17 @@ class Weights:
             data["seq_len"] = min(SEQ_LEN, config.get("max_position_embeddings") or SEQ_LEN)
         if files:
             known = {**(data.get("sources") or [{}])[0], **(data.get("eval_sources") or [{}])[0]}
-            named = {key: known[key] for key in ("field", "fields", "columns", "shape", "split") if known.get(key) is not None}
-            data["eval_sources"] = [{**named, **file} for file in files]
+            data["eval_sources"] = [{**_named(known, file), **file} for file in files]
             data["sources"] = [{"path": str(self.config)}]  # a recipe has some; these are never read
         batch = {"micro_sequences": saved.get("batch", {}).get("micro_sequences", 1)}
         searches = {key: value for key, value in saved.get("train", {}).items() if key in ("beams", "length_penalty")}
         return {**kept, "batch": batch, "train": {**searches, "recompute": "none"}}
+
+
+def _named(source: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
+    """How the run's source calls what its rows have, for another file of such rows; lines have no names."""
+    keys = () if "target_path" in file else ("field", "fields", "columns", "shape", "split")
+    return {key: source[key] for key in keys if source.get(key) is not None}
 
 
 def _classes(config: Mapping[str, Any]) -> tuple[str, ...]:

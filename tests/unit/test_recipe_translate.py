@@ -44,6 +44,7 @@ def test_a_row_has_two_halves() -> None:
         (data(sources=[SOURCE | {"field": "x"}]), "data.sources[0].field is not used with data.task"),
         (data(sources=[{"path": "rows.jsonl", "fields": {"prompt": "x"}}]), "data.sources[0].fields.prompt is not used"),
         (data(sources=[SOURCE | {"fields": {"source": "x"}}]), "data.sources[0].target_path there are lines"),
+        (data(sources=[SOURCE | {"columns": ["a", "b"]}]), "data.sources[0].columns names what rows have"),
         (data(sources=[SOURCE | {"target_path": "b.de"}]), 'data.sources[0].target_path = "b.de" does not exist'),
         ({"data": {"sources": [SOURCE]}}, 'data.sources[0].target_path is used only with data.task "translate"'),
         ({"data": {}, "model": MODEL}, "reads one text and writes another, and data.task is pretrain; legal families"),

@@ -63,6 +63,7 @@ def _source_findings(where: str, source: Source, given: Collection[str]) -> Iter
     for name in sorted(source.names.keys() - set(SIDES)):
         message = f'{where}.fields.{name} is not used with data.task "translate"; legal: {", ".join(SIDES)}'
         yield Finding((f"{where}.fields.{name}", "data.task"), message)
-    if source.target_path is not None and source.fields is not None:
-        message = f"{where}.fields names what rows have, but with {where}.target_path there are lines: remove one of them"
-        yield Finding((f"{where}.fields", f"{where}.target_path"), message)
+    for name in ("fields", "columns"):
+        if source.target_path is not None and getattr(source, name):
+            message = f"{where}.{name} names what rows have, but with {where}.target_path there are lines: remove one of them"
+            yield Finding((f"{where}.{name}", f"{where}.target_path"), message)
