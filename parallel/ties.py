@@ -1,15 +1,32 @@
-"""Weights that the first and the last pipeline stage share: their gradients, summed once per step."""
+"""Weights that pipeline stages share: their gradients, summed once per step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.collectives import all_reduce
-from parallel.mesh import Group
+from parallel.mesh import Group, Mesh
 from parallel.params import owned_specs
+
+
+def part_of_pipeline(mesh: Mesh, places: Sequence[int]) -> Group | None:
+    """The ranks at these places of this rank's pipeline, None where it is not at one. Collective over all ranks: torch knows a
+    group by how many a rank is in, which differs along a pipeline."""
+    if len(places) == mesh.pp.size:
+        return mesh.pp
+    if len(places) == 1:
+        return Group.alone() if mesh.pp.rank == places[0] else None
+    mine = None
+    for pipeline in mesh.layout.groups("pp"):
+        ranks = tuple(pipeline[place] for place in places)
+        handle = dist.new_group(list(ranks), group_desc="part of pp")
+        if mesh.rank in ranks:
+            mine = Group(rank=ranks.index(mesh.rank), ranks=ranks, handle=handle)
+    return mine
 
 
 class TiedGradients:
@@ -25,8 +42,10 @@ class TiedGradients:
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._copies: dict[nn.Parameter, Group] = {}
         self._collecting = True
-        for _, parameter, spec in owned_specs(module):
-            if spec.tied and parameter.requires_grad:
+        tied = ((spec, parameter) for _, parameter, spec in owned_specs(module) if spec.tied)
+        # By their names, an order that all ranks share: stages have them in their own.
+        for spec, parameter in sorted(tied, key=lambda pair: pair[0].pieces[0].name):
+            if parameter.requires_grad:
                 self._copies[parameter] = spec.copies
                 parameter.register_hook(self._collector(parameter))
 

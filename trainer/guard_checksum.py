@@ -96,8 +96,9 @@ def odd_ones_out(values: Sequence[str], ranks: Sequence[int]) -> str:
 def _differing(held: Sequence[Held], device: torch.device) -> Iterator[tuple[Held, str]]:
     """What is not the same in its group, with this rank's checksum of it. One pair of reductions for each group, in an order
     that all ranks share, so that none waits for one that waits for it."""
-    for group in sorted({item.group.ranks: item.group for item in held}.values(), key=lambda group: group.ranks):
-        items = [item for item in held if item.group.ranks == group.ranks]
+    by_name = sorted(held, key=lambda item: item.name)
+    for group in sorted({item.group.ranks: item.group for item in by_name}.values(), key=lambda group: group.ranks):
+        items = [item for item in by_name if item.group.ranks == group.ranks]
         sums = torch.stack([checksum(item.values).to(device) for item in items])
         least, most = (all_reduce(sums, group, op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
         for place in (least != most).nonzero().flatten().tolist():
