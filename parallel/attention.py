@@ -1,7 +1,7 @@
 """Tensor-parallel attention over packed documents: to themselves, or of a target to its source.
 
-Shape letters: B batch, S sequence, N = B · S tokens, D model, H query heads, G key/value heads, K head dim; a capital keeps
-its letter when it is local.
+Shape letters: B batch, S sequence, N = B · S tokens, D model, H query heads, G key/value heads, K head dim, X distances from
+a query to a key; a capital keeps its letter when it is local.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from parallel.mesh import Group
 from parallel.norm import QueryKeyNorm
 from parallel.outputs import Output
 from parallel.params import Init
+from parallel.relative_bias import RelativeBias, by_place
 from parallel.rng import Streams, dropout
 from parallel.soft_cap import soft_cap
 from parallel.tensor import TensorParallel
@@ -132,11 +133,12 @@ class _Reach:
     window: int | None
     scale: float | None
     softcap: float | None
+    bias_HX: Tensor | None
     dropout: WeightDropout | None
 
     @property
     def fused(self) -> bool:
-        """Nothing is done to logits or weights."""
+        """Nothing is done to logits or weights but what a kernel can add."""
         return self.softcap is None and self.dropout is None
 
 
@@ -150,26 +152,27 @@ def attend(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    bias_HX: Tensor | None = None,
     dropout: WeightDropout | None = None,
     sources: Documents | None = None,
     share_calls: bool = False,
 ) -> Tensor:
-    """softmax(cap(Q Kᵀ · scale)) V inside each document; [B, S, H, K].
+    """softmax(cap(Q Kᵀ · scale) + bias) V inside each document; [B, S, H, K].
 
     `sources`: the keys are of other documents, and each document attends to the one with its number in the row; one that
     has none, which can only be filler, to nothing.
 
     `causal`: a token attends to itself and those before it; `window`: only to the last so many of these, itself included.
-    `scale` is 1 / √K when None. `softcap`: logits x become softcap · tanh(x / softcap).
+    `scale` is 1 / √K when None. `softcap`: logits x become softcap · tanh(x / softcap). `bias_HX`: of `RelativeBias`.
 
     One call per document, so a token of one document cannot change another by even one bit, no mask over the row is
     materialised, and documents cost the square of their own length only. `share_calls`: many short documents of a row, such
     as sentences, may share a masked call instead, which other documents in the micro-batch change by rounding.
     """
     assert causal or window is None, "a window looks back from a token"
-    assert not causal or sources is None, "there is no order between two documents"
+    assert (not causal and bias_HX is None) or sources is None, "there is no order between two documents"
     keys = documents if sources is None else sources
-    reach = _Reach(causal=causal, window=window, scale=scale, softcap=softcap, dropout=dropout)
+    reach = _Reach(causal=causal, window=window, scale=scale, softcap=softcap, bias_HX=bias_HX, dropout=dropout)
     if share_calls and reach.fused and window is None and _share_a_call(documents) and _share_a_call(keys):
         return _attend_in_rows(q_BSHK, k_BSGK, v_BSGK, documents, keys, reach)
     rows = []
@@ -203,14 +206,25 @@ def _attend_in_rows(
         mask_BST = mask_BST.tril()
     mask_BST |= ~mask_BST.any(-1, keepdim=True)  # filler without a source: no softmax over nothing
     q, k, v = (part.transpose(1, 2) for part in (q_BSHK, k_BTGK, v_BTGK))
-    return _fused(q, k, v, reach, attn_mask=mask_BST.unsqueeze(1).to(q.device)).transpose(1, 2)
+    # Two tokens of one document are as far apart in it as in their row.
+    mask = _mask_or_bias(mask_BST.unsqueeze(1).to(q.device), range(q.shape[2]), range(k.shape[2]), reach, q.dtype)
+    return _fused(q, k, v, reach, attn_mask=mask).transpose(1, 2)
 
 
 class _Place(NamedTuple):
-    """Where a block of queries begins in the micro-batch."""
+    """Where a document begins in the micro-batch."""
 
     row: int
     token: int
+
+
+class _Block(NamedTuple):
+    """Where a block of queries begins in the micro-batch, and the places in the document of these and of their keys."""
+
+    row: int
+    token: int
+    queries: range
+    keys: range
 
 
 def _attend_in_document(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _Reach, place: _Place) -> Tensor:
@@ -219,20 +233,21 @@ def _attend_in_document(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _
     length, num_keys = q_BHSK.shape[2], k_BGSK.shape[2]
     if not num_keys:
         return q_BHSK * 0.0  # keeps its place in the graph
-    if reach.fused and (reach.window is None or reach.window >= length):
+    if reach.fused and reach.bias_HX is None and (reach.window is None or reach.window >= length):
         return _fused(q_BHSK, k_BGSK, v_BGSK, reach, is_causal=reach.causal)
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
         first = 0 if reach.window is None else max(0, start - reach.window + 1)
         last = end if reach.causal else num_keys
+        queries, keys = range(start, end), range(first, last)
         kv = k_BGSK[:, :, first:last], v_BGSK[:, :, first:last]
-        mask = _mask(range(start, end), range(first, last), reach, q_BHSK.device)
+        mask = _mask(queries, keys, reach, q_BHSK.device)
         q = q_BHSK[:, :, start:end]
         if reach.fused:
-            blocks.append(_fused(q, *kv, reach, attn_mask=mask))
+            blocks.append(_fused(q, *kv, reach, attn_mask=_mask_or_bias(mask, queries, keys, reach, q.dtype)))
         else:
-            here = _Place(place.row, place.token + start)
+            here = _Block(place.row, place.token + start, queries, keys)
             blocks.append(checkpoint(_written_out, q, *kv, mask, reach, here, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(blocks, dim=2)
 
@@ -252,8 +267,16 @@ def _mask(queries: range, keys: range, reach: _Reach, device: torch.device) -> T
     return ages_ST >= 0 if reach.window is None else (ages_ST >= 0) & (ages_ST < reach.window)
 
 
+def _mask_or_bias(mask: Tensor | None, queries: range, keys: range, reach: _Reach, dtype: torch.dtype) -> Tensor | None:
+    """What a fused kernel takes beside Q, K and V: with a bias that, and −∞ where the mask is False."""
+    if reach.bias_HX is None:
+        return mask
+    bias_BHST = by_place(reach.bias_HX, queries, keys).to(dtype).unsqueeze(0)
+    return bias_BHST if mask is None else bias_BHST.masked_fill(~mask, -torch.inf)
+
+
 def _written_out(
-    q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_ST: Tensor | None, reach: _Reach, place: _Place
+    q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_ST: Tensor | None, reach: _Reach, block: _Block
 ) -> Tensor:
     """Attention with soft-capped logits or with dropout of the weights, logits and softmax in fp32.
 
@@ -266,19 +289,22 @@ def _written_out(
     logits_BGRST = (q_BGRSK @ k_BGTK.unsqueeze(2).mT).to(wide) * scale
     if reach.softcap is not None:
         logits_BGRST = soft_cap(logits_BGRST, reach.softcap)
+    if reach.bias_HX is not None:
+        bias_HST = by_place(reach.bias_HX.to(wide), block.queries, block.keys)
+        logits_BGRST = logits_BGRST + bias_HST.unflatten(0, q_BGRSK.shape[1:3])
     if mask_ST is not None:
         logits_BGRST = logits_BGRST.masked_fill(~mask_ST, -torch.inf)
     weights_BGRST = logits_BGRST.softmax(-1).to(v_BGTK.dtype)
     if reach.dropout is not None:
-        weights_BGRST = _dropped(weights_BGRST, reach.dropout, place)
+        weights_BGRST = _dropped(weights_BGRST, reach.dropout, block)
     return (weights_BGRST @ v_BGTK.unsqueeze(2)).flatten(1, 2)
 
 
-def _dropped(weights_BGRST: Tensor, given: WeightDropout, place: _Place) -> Tensor:
+def _dropped(weights_BGRST: Tensor, given: WeightDropout, block: _Block) -> Tensor:
     B, G, R, S, T = weights_BGRST.shape
-    rows = range(place.row, place.row + B)
+    rows = range(block.row, block.row + B)
     keeps_BHST = given.streams.keeps_weights(
-        given.site, given.rate, rows, given.heads, (S, T), place.token, weights_BGRST.device
+        given.site, given.rate, rows, given.heads, (S, T), block.token, weights_BGRST.device
     )
     return dropout(weights_BGRST, keeps_BHST.unflatten(1, (G, R)), given.rate)
 
@@ -320,6 +346,7 @@ class ParallelAttention(torch.nn.Module):
         scale: float | None = None,
         softcap: float | None = None,
         qk_norm: QueryKeyNorm | None = None,
+        relative_bias: RelativeBias | None = None,
         recompute: bool = False,
         share_calls: bool = False,
     ) -> None:
@@ -332,6 +359,7 @@ class ParallelAttention(torch.nn.Module):
         self.heads = range(tp.group.rank * self.num_heads, (tp.group.rank + 1) * self.num_heads)
         self.attend = partial(attend, causal=causal, window=window, scale=scale, softcap=softcap, share_calls=share_calls)
         self.qk_norm = qk_norm
+        self.relative_bias = relative_bias
         self.recompute = recompute
         divided, shared = ([query, key, value], []) if kv_copies.size == 1 else ([query], [key, value])
         self.qkv = ColumnParallelLinear(
@@ -355,16 +383,22 @@ class ParallelAttention(torch.nn.Module):
         qk, v_BSGK = qkv_BSNK.split([H + G, G], dim=2)
         if self.qk_norm is not None:
             qk = self.qk_norm(qk, H)
+        bias_HX = None if self.relative_bias is None else self.relative_bias(documents.shape[1])
+        core = qk, v_BSGK, bias_HX, documents, rotation, streams
         if self.recompute and torch.is_grad_enabled():
-            y_BSHK = checkpoint(
-                self._core, qk, v_BSGK, documents, rotation, streams, use_reentrant=False, preserve_rng_state=False
-            )
+            y_BSHK = checkpoint(self._core, *core, use_reentrant=False, preserve_rng_state=False)
         else:
-            y_BSHK = self._core(qk, v_BSGK, documents, rotation, streams)
+            y_BSHK = self._core(*core)
         return self.out(y_BSHK.flatten(2).flatten(0, 1), streams)
 
     def _core(
-        self, qk: Tensor, v_BSGK: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None
+        self,
+        qk: Tensor,
+        v_BSGK: Tensor,
+        bias_HX: Tensor | None,
+        documents: Documents,
+        rotation: Rotation | None,
+        streams: Streams | None,
     ) -> Tensor:
         if rotation is not None:
             qk = _Rotate.apply(qk, *rotation)
@@ -372,4 +406,4 @@ class ParallelAttention(torch.nn.Module):
         dropped = None
         if self.dropout and streams is not None:
             dropped = WeightDropout(rate=self.dropout, streams=streams, site=self.site, heads=self.heads)
-        return self.attend(q_BSHK, k_BSGK, v_BSGK, documents, dropout=dropped)
+        return self.attend(q_BSHK, k_BSGK, v_BSGK, documents, bias_HX=bias_HX, dropout=dropped)

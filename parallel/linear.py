@@ -251,7 +251,7 @@ class ColumnParallelLinear(_Adaptable):
             shape, start, size = (out.of, self.in_features), (first, 0), (local, self.in_features)
             if self.transposed:
                 shape, start, size = shape[::-1], start[::-1], size[::-1]
-            weights.append(Piece(f"{out.name}.weight", shape, start, size, row, self.transposed))
+            weights.append(Piece(f"{out.name}.weight", shape, start, size, row, self.transposed, out.gain))
             biases.append(Piece(f"{out.name}.bias", (out.of,), (first,), (local,), row))
             shards.append(Shard(out, first, local, row))
         features = sum(shard.features for shard in shards)

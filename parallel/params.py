@@ -43,7 +43,8 @@ class Piece:
     """Rows [row, row + rows) of a local parameter are a box of the logical tensor `name`.
 
     `shape` is the logical tensor's, `start` and `size` are the box in it. `transposed`: the logical tensor stores
-    [in, out] (Hugging Face's Conv1D in gpt2), the parameter [out, in].
+    [in, out] (Hugging Face's Conv1D in gpt2), the parameter [out, in]. `gain`: the logical tensor starts with so many times the
+    values of its parameter's `Init`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Piece:
     size: tuple[int, ...]
     row: int = 0
     transposed: bool = False
+    gain: float = 1.0
 
     @property
     def rows(self) -> int:
@@ -193,7 +195,7 @@ def initialise(module: nn.Module, seed: int, *, only: Callable[[ShardSpec], bool
         drawn: dict[str, Tensor] = {}
         for piece in spec.pieces:
             if piece.name not in drawn:
-                drawn[piece.name] = draw(piece.name, piece.shape, spec.init, seed)
+                drawn[piece.name] = draw(piece.name, piece.shape, spec.init, seed) * piece.gain
         copy_pieces(parameter, spec, drawn)
     for owner in module.modules():
         if isinstance(owner, Sharded):

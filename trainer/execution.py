@@ -28,6 +28,7 @@ from trainer.model.auto_stage import AutoStage
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
+from trainer.model.position_tables import PositionTables, ranks_of_tables
 from trainer.model.transformer import Stage
 from trainer.objective import loss_of
 from trainer.recipe.pipeline import schedule_table
@@ -198,6 +199,7 @@ class InPipeline:
         last = table.num_stages - 1
         # On one rank the last stage's head uses the first stage's embedding itself: two stages' backwards for one weight.
         tied_over = mesh.ends if table.rank_of_stage[0] != table.rank_of_stage[last] else Group.alone()
+        tables = PositionTables(ranks_of_tables(config, stages, table.rank_of_stage, mesh))
         built: dict[int, Stage] = {}
         for index in mine:
             first = built.get(0)
@@ -206,6 +208,7 @@ class InPipeline:
                 tp=replace(tp, deferred=deferred.get(index)),
                 tied_to=first.embedding.tokens if first is not None and first.embedding is not None else None,
                 tied_over=tied_over if index in (0, last) else None,
+                tables=tables,
             )
         self.module = nn.ModuleDict({str(index): stage for index, stage in built.items()})
         self._zero = ZeroInPipeline(self.module, watch)

@@ -7,7 +7,9 @@ gradient that is scaled by another number.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,13 @@ import numpy as np
 import pytest
 import torch
 
+from parallel import ties
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
+from parallel.messages import Messages
 from parallel.params import initialise
+from parallel.relative_bias import RelativeBias
+from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.parallel.test_engine_parity import whole_weights
 from tests.spawn import spawn
@@ -26,6 +32,7 @@ from trainer.data import prepare
 from trainer.data.loader import EvalData, TrainData
 from trainer.deepspeed_config import deepspeed_config
 from trainer.engine import Engine
+from trainer.guard_checksum import disagreements, replicas
 from trainer.model.config import largest_weight
 from trainer.model.translation import translate
 from trainer.sections import Recipe
@@ -46,7 +53,34 @@ MARIAN = {
     "attention_dropout": 0.0,
     "activation_dropout": 0.1,
 }
-SEPARATE = {"share_encoder_decoder_embeddings": False, "attention_dropout": 0.1}
+SEPARATE = {**MARIAN, "share_encoder_decoder_embeddings": False, "attention_dropout": 0.1}
+# The encoder has more layers than half of all, so that its table of positions is used in two stages of a pipeline.
+T5 = {
+    "vocab_size": 257,
+    "d_model": 32,
+    "d_kv": 6,
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_decoder_layers": 1,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 12,
+    "relative_attention_max_distance": 20,
+}
+# Without dropout attention is one call for many documents; the decoder's table is used in two stages.
+T5_GATED = {
+    **T5,
+    "num_layers": 1,
+    "num_decoder_layers": 3,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "dropout_rate": 0.0,
+}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "shared": ("marian", MARIAN),
+    "separate": ("marian", SEPARATE),
+    "t5": ("t5", T5),
+    "t5-gated": ("t5", T5_GATED),
+}
 
 
 @dataclass(frozen=True)
@@ -68,14 +102,20 @@ CASES = {
     "dp2-zero1": Case(Layout(dp=2)),
     "pp2xdp2-zero3": Case(Layout(pp=2, dp=2), stage=3),
     "tp2xdp2-zero2": Case(Layout(tp=2, dp=2), stage=2),
+    "pp3-divided": Case(Layout(pp=3), schedule={"balance": [1, 2, 1]}),
 }
-EVERY_DAY = {"dp2-zero3", "tp2", "pp2", "tp2xpp2"}
+EVERY_DAY = {
+    "shared": {"dp2-zero3", "tp2", "pp2", "tp2xpp2"},
+    "separate": {"pp2"},
+    "t5": {"dp2-zero3", "tp2", "pp2-interleaved"},
+    "t5-gated": set(),
+}
 
 
-def recipe_of(folder: Path, case: Case) -> Recipe:
+def recipe_of(folder: Path, case: Case, family: str) -> Recipe:
     return Recipe.model_validate(
         {
-            "model": {"family": "marian"},
+            "model": {"family": family},
             "data": {
                 "task": "translate",
                 "sources": [{"path": str(folder / "pairs.jsonl")}],
@@ -97,10 +137,10 @@ def recipe_of(folder: Path, case: Case) -> Recipe:
     )
 
 
-def train(mesh: Mesh, folder: Path, case: Case, config: dict[str, Any]) -> dict[str, Any]:
-    recipe = recipe_of(folder, case)
+def train(mesh: Mesh, folder: Path, case: Case, family: str, config: dict[str, Any]) -> dict[str, Any]:
+    recipe = recipe_of(folder, case, family)
     plan = BatchPlan.from_recipe(recipe, mesh.layout.world_size, "the test")
-    network = translate("marian", {**MARIAN, **config})
+    network = translate(family, config)
     engine = Engine(
         recipe,
         plan,
@@ -123,6 +163,8 @@ def train(mesh: Mesh, folder: Path, case: Case, config: dict[str, Any]) -> dict[
         learned.append([(labels != IGNORE).sum(-1).tolist() for labels in (batch.labels_BS for batch in batches)])
         results.append(engine.step(batches, step=step, lr=0.1))
     evaluation = engine.evaluator.evaluate(held_out.micro_batches(**place))
+    held = list(replicas(engine.specs, mesh, engine.zero_stage))
+    apart = disagreements(held, Messages.among_all(), engine.device, step=STEPS, lr=0.1)
     weights = whole_weights(engine)
     engine.close()
     return {
@@ -131,6 +173,7 @@ def train(mesh: Mesh, folder: Path, case: Case, config: dict[str, Any]) -> dict[
         "targets": [result.num_targets for result in results],
         "evaluation": [evaluation.loss, evaluation.num_targets],
         "learned": learned,
+        "apart": apart,
         "weights": weights,
     }
 
@@ -144,30 +187,70 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> dict[str, dict[str, Any]]:
-    alone = {name: spawn(train, Layout(), folder, Case(Layout()), config)[0] for name, config in CONFIGS.items()}
-    in_rows = [row for step in alone["shared"]["learned"] for batch in step for row in batch]
-    assert len(set(in_rows)) > 3, "the rows must differ in their numbers of targets"
-    return alone
+def expected(folder: Path) -> Callable[[str], dict[str, Any]]:
+    @cache
+    def of(model: str) -> dict[str, Any]:
+        alone: dict[str, Any] = spawn(train, Layout(), folder, Case(Layout()), *CONFIGS[model])[0]
+        in_rows = [row for step in alone["learned"] for batch in step for row in batch]
+        assert len(set(in_rows)) > 3, "the rows must differ in their numbers of targets"
+        return alone
 
-
-CONFIGS: dict[str, dict[str, Any]] = {"shared": {}, "separate": SEPARATE}
+    return of
 
 
 @pytest.mark.parametrize(
-    ("name", "ends"),
+    ("name", "model"),
     [
-        pytest.param(name, ends, marks=[] if name in EVERY_DAY and (ends == "shared" or name == "pp2") else pytest.mark.grid)
+        pytest.param(name, model, marks=[] if name in EVERY_DAY[model] else pytest.mark.grid)
+        for model in CONFIGS
         for name in CASES
-        for ends in CONFIGS
     ],
 )
-def test_every_layout_is_the_same_training(name: str, ends: str, folder: Path, expected: dict[str, dict[str, Any]]) -> None:
-    alone = expected[ends]
-    for got in spawn(train, CASES[name].layout, folder, CASES[name], CONFIGS[ends]):
-        assert got["targets"] == alone["targets"]
-        # fp32 sums in another order, as in the other parity tests.
-        for key in ("loss", "norm", "evaluation"):
-            np.testing.assert_allclose(got[key], alone[key], rtol=2e-6, err_msg=key)
-        for weight_name, weight in got["weights"].items():
-            np.testing.assert_allclose(weight, alone["weights"][weight_name], rtol=0, atol=1e-6, err_msg=weight_name)
+def test_every_layout_is_the_same_training(
+    name: str, model: str, folder: Path, expected: Callable[[str], dict[str, Any]]
+) -> None:
+    for got in spawn(train, CASES[name].layout, folder, CASES[name], *CONFIGS[model]):
+        assert_same(got, expected(model))
+
+
+def assert_same(got: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert (got["targets"], got["apart"]) == (alone["targets"], [])
+    # fp32 sums in another order, as in the other parity tests.
+    for key in ("loss", "norm", "evaluation"):
+        np.testing.assert_allclose(got[key], alone[key], rtol=2e-6, err_msg=key)
+    for weight_name, weight in got["weights"].items():
+        np.testing.assert_allclose(weight, alone["weights"][weight_name], rtol=0, atol=1e-6, err_msg=weight_name)
+
+
+# --- mistakes with the tables of relative positions, switched on one by one, must each be caught
+
+
+def first_heads_on_every_rank() -> None:
+    """Each tensor rank adds the bias of the first rank's heads to its own."""
+    place = RelativeBias.__init__
+
+    def on_the_first(bias: RelativeBias, *, tp: TensorParallel, **how: Any) -> None:
+        place(bias, tp=replace(tp, group=replace(tp.group, rank=0)), **how)
+
+    RelativeBias.__init__ = on_the_first
+
+
+def tables_not_summed() -> None:
+    """Each stage trains its table on the gradient of its own layers."""
+    reduce = ties.all_reduce
+    ties.all_reduce = lambda grad, group: grad if grad.shape[0] == T5["relative_attention_num_buckets"] else reduce(grad, group)
+
+
+def mutated(mesh: Mesh, mutate: Callable[[], None], *rest: Any) -> dict[str, Any]:
+    mutate()
+    return train(mesh, *rest)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize(("mutate", "name"), [(first_heads_on_every_rank, "tp2"), (tables_not_summed, "pp2-interleaved")])
+def test_the_parity_check_catches(
+    mutate: Callable[[], None], name: str, folder: Path, expected: Callable[[str], dict[str, Any]]
+) -> None:
+    got = spawn(mutated, CASES[name].layout, mutate, folder, CASES[name], *CONFIGS["t5"])[0]
+    with pytest.raises(AssertionError):
+        assert_same(got, expected("t5"))

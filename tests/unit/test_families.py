@@ -298,6 +298,23 @@ def test_aliases_of_transformers() -> None:
         ("bert", {"hidden_size": 770}, "hidden_size = 770 is not a multiple of num_attention_heads = 12"),
         ("bert", {"embedding_size": 128}, 'unknown key "embedding_size" for family bert'),
         ("bert", {"num_key_value_heads": 2}, 'unknown key "num_key_value_heads" for family bert'),
+        ("t5", {"encoder_layers": 2}, 'unknown key "encoder_layers" for family t5'),
+        ("t5", {"num_layers": 0}, "num_layers = 0: must be 1 to 4096"),
+        ("t5", {"is_encoder_decoder": False}, "is_encoder_decoder = false is not supported by family t5 here; legal: true"),
+        ("t5", {"feed_forward_proj": "gated-tanh"}, 'feed_forward_proj = "gated-tanh": must be one of gelu, gelu_new'),
+        ("t5", {"is_gated_act": True}, "is_gated_act = true, but feed_forward_proj is what counts: remove is_gated_act"),
+        ("t5", {"dense_act_fn": "gelu_new"}, 'dense_act_fn = "gelu_new", but feed_forward_proj is what counts'),
+        ("t5", {"relative_attention_num_buckets": 3}, "relative_attention_num_buckets = 3: must be 4 to"),
+        (
+            "t5",
+            {"relative_attention_max_distance": 16},
+            "relative_attention_max_distance = 16 is not beyond the 16 of relative_attention_num_buckets = 32",
+        ),
+        (
+            "t5",
+            {"tie_word_embeddings": False, "scale_decoder_outputs": True},
+            "scale_decoder_outputs = true, but tie_word_embeddings = false",
+        ),
         ("llama", {"rope_parameters": {"rope_type": "default", "factor": 2}}, "unknown key rope_parameters.factor"),
         ("llama", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "give one of them"),
         ("llama", {"rope_theta": -1}, "rope_theta = -1: must be a number above 0"),
@@ -335,10 +352,10 @@ def test_bookkeeping_changes_nothing() -> None:
 def test_a_table_names_only_fields_that_exist_and_all_of_them() -> None:
     fields = {field.name for field in dataclasses.fields(translate("gpt2", {}))}
     for family in FAMILIES.values():
-        derived = {"family", "num_layers", "num_kv_heads", "head_dim", "windows", "classes"}
+        derived = {"family", "num_layers", "num_kv_heads", "head_dim", "activation", "windows", "classes"}
         says_windows = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
-        says_sides = {"decoder_layers", "shared_embedding", "target_vocab_size"}
-        named = {name for rule in family.keys.values() for name in rule.fields} - says_windows - says_sides | set(
+        says_others = {"decoder_layers", "shared_embedding", "target_vocab_size", "feed_forward"}
+        named = {name for rule in family.keys.values() for name in rule.fields} - says_windows - says_others | set(
             family.constants
         )
         assert named <= fields <= named | derived | set(PLAIN)

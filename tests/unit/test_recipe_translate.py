@@ -50,7 +50,7 @@ def test_a_row_has_two_halves() -> None:
         ({"data": {}, "model": MODEL}, "reads one text and writes another, and data.task is pretrain; legal families"),
         (
             data() | {"model": {"family": "llama"}},
-            "has no encoder, and data.task is translate; legal families for translate: marian",
+            "has no encoder, and data.task is translate; legal families for translate: marian, t5",
         ),
         (data() | {"train": {"eval_translations": 9}}, "train.eval_translations = 9 compares translations with those"),
         ({"data": {}, "model": {"family": "gpt2"}, "train": {"beams": 2}}, "train.beams is used only with data.task"),
@@ -61,6 +61,23 @@ def test_a_row_has_two_halves() -> None:
             "decoder_vocab_size = 290, but the embedding is shared",
         ),
         (data() | {"train": {"label_smoothing": 1.0}}, "train.label_smoothing"),
+        (
+            {"data": {}, "model": {"family": "t5"}},
+            "reads one text and writes another, and data.task is pretrain; legal families",
+        ),
+        (data() | {"model": {"family": "t5"}, "tuning": {"method": "lora"}}, "family t5 is trained whole here; remove it"),
+        (
+            data() | {"model": {"family": "t5", "config": {"num_heads": 6}}, "parallel": {"tensor": 4}},
+            "parallel.tensor = 4 does not divide num_heads = 6 of the network; legal: 1, 2",
+        ),
+        (
+            data() | {"model": {"family": "t5", "config": {"n_positions": 512, "d_ff": 0}}},
+            "d_ff = 0: must be 1 to",
+        ),
+        (
+            data() | {"model": {"family": "t5"}, "parallel": {"pipeline": 16}, "batch": {"global_sequences": 16}},
+            "16 stages, but the model has 12 layers",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(changes: dict[str, Any], said: str) -> None:

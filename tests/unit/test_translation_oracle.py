@@ -6,23 +6,29 @@ Sizes are odd, sources and targets differ in length, and every weight is random,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from parallel import attention
 from parallel.attention import Documents
 from parallel.loss import IGNORE
-from parallel.params import owned_specs
+from parallel.params import initialise, owned_specs
+from parallel.relative_bias import RelativeBias, by_place
 from parallel.rng import Streams
+from parallel.tensor import TensorParallel
 from tests.unit.test_transformer_oracle import assert_close, assert_same_gradients, logical_gradients, stage_from
+from trainer.model.blocks import blocks_of
 from trainer.model.families import FAMILIES
-from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
+from trainer.model.heads import Head
+from trainer.model.hugging_face import PretrainedWeights, assembled, read_config, write_folder
 from trainer.model.names import names_of
 from trainer.model.transformer import Stage, logical_specs
 from trainer.model.translation import to_hf_config, translate
@@ -39,6 +45,18 @@ MARIAN = {
     "decoder_ffn_dim": 52,
     "max_position_embeddings": 40,
 }
+# Heads that are wider than hidden / heads; so few buckets, so near the last, that a row has distances of every kind.
+T5 = {
+    "vocab_size": V,
+    "d_model": 36,
+    "d_kv": 10,
+    "d_ff": 52,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 6,
+    "relative_attention_num_buckets": 11,
+    "relative_attention_max_distance": 13,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "marian": ("marian", MARIAN),
     "marian-scaled-relu": ("marian", {**MARIAN, "scale_embedding": True, "activation_function": "relu"}),
@@ -54,11 +72,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "activation_function": "swish",
         },
     ),
+    "t5": ("t5", T5),
+    "t5-gated-untied": ("t5", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "t5-gated-tied": (
+        "t5",
+        {**T5, "feed_forward_proj": "gated-silu", "num_layers": 1, "num_heads": 3, "relative_attention_num_buckets": 24},
+    ),
+    "t5-untied": ("t5", {**T5, "tie_word_embeddings": False, "layer_norm_epsilon": 0.1, "feed_forward_proj": "gelu"}),
 }
 # Lengths of the sources and of the targets in each row: one pair that fills its half, pairs that leave room for filler on one
 # side only, on both, and so many that they share one call of attention.
 HALF = 17
-TOLERANCE = 1e-6  # transformers rounds its table of positions to fp32 and its relative distances' logarithms
+# Marian's table of positions is rounded to fp32 in transformers.
+TOLERANCES = {"marian": 1e-6, "t5": 1e-10}
 PAIRS: list[list[tuple[int, int]]] = [[(17, 17)], [(10, 9), (7, 2)], [(3, 12), (4, 5)], [(2, 3)] * 5]
 
 
@@ -85,6 +111,8 @@ def random_model(family: str, shape: dict[str, Any]) -> Any:
     if family == "marian":
         tokens["forced_eos_token_id"] = 0
     model = their_class(family)(CONFIG_MAPPING[family](**shape, **tokens)).eval()
+    if shape.get("tie_word_embeddings") is False:  # transformers 5 ties it until a folder holds another
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
     stream = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in [*model.named_parameters(), *model.named_buffers()]:
@@ -140,9 +168,19 @@ def their_logits(theirs: Any, tokens: Tensor, row: int, source: slice, target: s
     return logits
 
 
+def their_norm(norm: Any, x: Tensor) -> Tensor:
+    """T5's, which transformers computes in fp32 whatever the format, in that of x."""
+    weight: Tensor = norm.weight
+    return weight * nn.functional.rms_norm(x, x.shape[-1:], eps=norm.variance_epsilon)
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_of_pairs_equal_transformers_on_each(name: str, tmp_path: Path) -> None:
+def test_rows_of_pairs_equal_transformers_on_each(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64: gradients of keys are small sums of large terms."""
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    monkeypatch.setattr(T5LayerNorm, "forward", their_norm)
+    tolerance = TOLERANCES[MODELS[name][0]]
     random_model(*MODELS[name]).save_pretrained(tmp_path)
     theirs, ours = random_model(*MODELS[name]).double(), stage_from(tmp_path, dtype=torch.float64).double()
     weights = trained(theirs)
@@ -154,17 +192,48 @@ def test_rows_of_pairs_equal_transformers_on_each(name: str, tmp_path: Path) -> 
     for row, source, target in each_pair(PAIRS):
         expected = their_logits(theirs, tokens, row, source, target)
         got = logits[row, target.start - HALF : target.stop - HALF].detach()
-        assert_close(got, expected.detach(), TOLERANCE, f"logits of row {row} from {target.start}")
+        assert_close(got, expected.detach(), tolerance, f"logits of row {row} from {target.start}")
         expected_sum = expected_sum + nn.functional.cross_entropy(expected, labels[row, target], reduction="sum")
-    torch.testing.assert_close(loss_sum, expected_sum, rtol=TOLERANCE, atol=0.0)
+    torch.testing.assert_close(loss_sum, expected_sum, rtol=tolerance, atol=0.0)
     num_targets = (labels != IGNORE).sum()
     (loss_sum / num_targets).backward()
     (expected_sum / num_targets).backward()
-    assert_same_gradients(ours, theirs, TOLERANCE)
+    assert_same_gradients(ours, theirs, tolerance)
 
 
-def test_a_pair_sees_no_other(tmp_path: Path) -> None:
-    _, ours = twins("marian", tmp_path)
+def decoder_looks_both_ways() -> Any:
+    """The decoder's distances are in the encoder's buckets."""
+    forward = RelativeBias.forward
+
+    def both_ways(bias: RelativeBias, length: int) -> Tensor:
+        bias.causal = False
+        return forward(bias, length)
+
+    return RelativeBias, "forward", both_ways
+
+
+def distances_turned_round() -> Any:
+    """From a key to a query."""
+    return attention, "by_place", lambda bias_HX, *places: by_place(bias_HX.flip(1), *places)
+
+
+def head_not_scaled() -> Any:
+    return Head, "scale", property(lambda head: 1.0, lambda head, scale: None)
+
+
+@pytest.mark.parametrize("mutation", [decoder_looks_both_ways, distances_turned_round, head_not_scaled])
+def test_the_oracle_catches(mutation: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*mutation(), raising=False)
+    theirs, ours = twins("t5", tmp_path)
+    tokens, _, documents = rows_of(PAIRS[:1])
+    expected, got = their_logits(theirs, tokens, 0, slice(0, HALF), slice(HALF, 2 * HALF)), ours(tokens, documents)[0]
+    with pytest.raises(AssertionError, match="logits"):
+        assert_close(got, expected, 1e-3, "logits")
+
+
+@pytest.mark.parametrize("name", ["marian", "t5"])
+def test_a_pair_sees_no_other(name: str, tmp_path: Path) -> None:
+    _, ours = twins(name, tmp_path)
     tokens, _, documents = rows_of(PAIRS)
     for row, source, target in each_pair(PAIRS):
         other = tokens.clone()
@@ -176,10 +245,16 @@ def test_a_pair_sees_no_other(tmp_path: Path) -> None:
         assert not changed.any(), "another target saw it"
 
 
+DROPPING = {
+    "marian": {**MARIAN, "dropout": 0.2, "attention_dropout": 0.2, "activation_dropout": 0.2},
+    "t5": {**T5, "dropout_rate": 0.2},
+}
+
+
+@pytest.mark.parametrize("family", DROPPING)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recompute_changes_no_bit(recompute: Any, tmp_path: Path) -> None:
-    shape = {**MARIAN, "dropout": 0.2, "attention_dropout": 0.2, "activation_dropout": 0.2}
-    random_model("marian", shape).save_pretrained(tmp_path)
+def test_recompute_changes_no_bit(recompute: Any, family: str, tmp_path: Path) -> None:
+    random_model(family, DROPPING[family]).save_pretrained(tmp_path)
     tokens, labels, documents = rows_of(PAIRS)
     seen = []
     for how in ("none", recompute):
@@ -190,6 +265,32 @@ def test_recompute_changes_no_bit(recompute: Any, tmp_path: Path) -> None:
     assert torch.equal(seen[0][0], seen[1][0])
     for weight, gradient in seen[0][1].items():
         assert torch.equal(gradient, seen[1][1][weight]), weight
+
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_dropout_is_wherever_transformers_has_it(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = random_model(family, DROPPING[family])
+    theirs.save_pretrained(tmp_path)
+    theirs.set_attn_implementation("eager")  # which calls the function that is counted
+    calls, drop = [], nn.functional.dropout
+
+    def counted(x: Tensor, p: float = 0.5, training: bool = True, *more: Any) -> Tensor:
+        calls.append(p if training else 0.0)
+        return drop(x, p, training, *more)
+
+    monkeypatch.setattr(nn.functional, "dropout", counted)
+    tokens, labels, documents = rows_of(PAIRS[:1])
+    theirs.train()(input_ids=tokens[:, :HALF], decoder_input_ids=tokens[:, HALF:])
+    sites: set[str] = set()
+    streams = Streams((5,))
+    monkeypatch.setattr(Streams, "_keeps", lambda self, site, rate, row, shape, device: _noted(site, shape, sites))
+    stage_from(tmp_path)(tokens, documents, labels, streams)
+    assert calls.count(0.2) == len(sites)
+
+
+def _noted(site: Any, shape: tuple[int, int], sites: set[str]) -> Tensor:
+    sites.add(site if isinstance(site, str) else site[0])  # of one head, or block of queries
+    return torch.ones(shape, dtype=torch.bool)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -215,3 +316,54 @@ def test_out_and_in_again(name: str, tmp_path: Path) -> None:
         assert translate(hf_config["model_type"], hf_config) == ours.config
     specs = logical_specs(ours.config)
     PretrainedWeights(tmp_path / "ours").check_names(specs, ties=names_of(ours.config).ties(specs))
+
+
+def test_what_the_first_folders_of_t5_hold_beside_it(tmp_path: Path) -> None:
+    """A table that no model reads, the embedding again for each side, and what was said of its configs since."""
+    random_model("t5", T5).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights |= {f"{side}.embed_tokens.weight": weights["shared.weight"].clone() for side in ("encoder", "decoder")}
+    weights["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.ones(11, 6)
+    save_file(weights, tmp_path / "model.safetensors")
+    config = translate("t5", {**read_config(tmp_path), "n_positions": 512, "output_past": True})
+    specs, names = logical_specs(config), names_of(config)
+    is_unused = partial(names.is_for_other_heads, config)
+    PretrainedWeights(tmp_path).check_names(specs, ties=names.ties(specs), is_unused=is_unused)
+
+
+@pytest.mark.parametrize(
+    ("said", "scaled"),
+    [
+        ({}, True),
+        ({"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": False}, False),  # transformers 4
+        ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, False),  # transformers 5
+        ({"tie_word_embeddings": False, "scale_decoder_outputs": False}, False),  # ours, for both
+    ],
+)
+def test_how_folders_of_t5_say_whether_the_head_is_tied(said: dict[str, bool], scaled: bool) -> None:
+    config = translate("t5", said)
+    assert (config.tied_head, config.scaled_head) == (scaled, scaled)
+
+
+def test_the_first_weights_of_t5_are_as_large_as_in_transformers() -> None:
+    """Standard deviations: with nothing that divides the logits of attention, those of queries are smaller."""
+    shape = {**T5, "vocab_size": 300, "d_model": 64, "d_kv": 16, "d_ff": 200, "initializer_factor": 0.5}
+    config = translate("t5", shape)
+    stage = Stage(
+        config,
+        blocks_of(config),
+        dtype=torch.float32,
+        recompute="none",
+        tp=TensorParallel.alone(),
+        device=torch.device("cpu"),
+        fill=lambda block: initialise(block, seed=0),
+    )
+    from transformers import T5Config
+
+    theirs = {name: weight.detach() for name, weight in their_class("t5")(T5Config(**shape)).named_parameters()}
+    for name, weight in assembled((spec, parameter.detach()) for _, parameter, spec in owned_specs(stage)):
+        if "norm" not in name:
+            assert float(weight.std() / theirs[name].std()) == pytest.approx(1.0, abs=0.25 if weight.numel() < 100 else 0.1), (
+                name
+            )

@@ -32,6 +32,8 @@ class TransformerConfig:
     | `norm_offset` | the norms multiply by weight + offset (1 in Gemma, whose weights start and decay at 0) |
     | `norm_position` | pre: x + f(norm(x)); sandwich: x + norm(f(norm(x))); post: norm(x + f(x)), and none before the head |
     | `embedding_norm` | embeddings are normalised before their dropout |
+    | `positions` | relative: attention knows how far apart tokens are: one table for all that read, one for all that write |
+    | `relative_buckets`, `relative_distance` | rows of such a table, and the distance from which on all have the last of them |
     | `causal` | a token attends to itself and those before it; else to its whole document |
     | `encoder_layers` | of the layers, the first so many read a source; the others write its target; 0: there is one text |
     | `source_vocab_size` | rows of the source's own embedding; None: it has the target's |
@@ -39,9 +41,12 @@ class TransformerConfig:
     | `query_scalar` | attention logits are divided by its square root |
     | `attention_softcap`, `logit_softcap` | logits x become cap · tanh(x / cap); None: they stay |
     | `scaled_embedding` | embeddings of tokens are multiplied by √hidden_size |
+    | `scaled_head` | hidden states are divided by √hidden_size before the logits |
     | `token_types` | rows of a table that tells the texts of a pair apart; 0: there is none |
     | `head_transform` | before the logits a linear layer of the hidden size, the activation and a norm |
     | `head_bias` | one bias for each symbol on the logits |
+    | `final_dropout` | of what the norms make that end the layers that read and those that write |
+    | `fan_in_init` | matrices start with `init_std` / √(their inputs), those of queries with that / √head_dim |
     | `classes` | names of what a text is sorted into by a head in place of that over the vocabulary; (): there is none |
     | `classifier_dropout` | in front of that head where it pools; None: as in the residuals |
     """
@@ -63,7 +68,9 @@ class TransformerConfig:
     causal: bool
     encoder_layers: int
     source_vocab_size: int | None
-    positions: Literal["learned", "rope", "sinusoidal"]
+    positions: Literal["learned", "rope", "sinusoidal", "relative"]
+    relative_buckets: int
+    relative_distance: int
     rope_theta: float
     rope_scaling: RopeScaling | None
     windows: tuple[int | None, ...]
@@ -72,6 +79,7 @@ class TransformerConfig:
     attention_softcap: float | None
     logit_softcap: float | None
     scaled_embedding: bool
+    scaled_head: bool
     token_types: int
     activation: Literal["gelu", "gelu_tanh", "relu", "silu"]
     gated_mlp: bool
@@ -86,8 +94,10 @@ class TransformerConfig:
     attention_dropout: float
     residual_dropout: float
     mlp_dropout: float
+    final_dropout: float
     init_std: float
     scaled_residual_init: bool
+    fan_in_init: bool
     classifier_dropout: float | None = None
     classes: tuple[str, ...] = ()
 

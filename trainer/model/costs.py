@@ -19,7 +19,7 @@ from trainer.flops import (
 )
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import TransformerConfig
-from trainer.model.names import names_of
+from trainer.model.names import names_of, position_table
 
 # What a device computes while it moves a byte, when matrix products run at half of its peak: H100 989e12 / 3.35e12 / 2 = 148,
 # A100 312e12 / 2.04e12 / 2 = 76, V100 125e12 / 0.9e12 / 2 = 69 (dense 16-bit peaks and memory bandwidths of the data sheets).
@@ -61,7 +61,8 @@ def block_flops(config: TransformerConfig, block: Block, seq_len: int) -> int:
 
 
 def block_parameters(config: TransformerConfig, block: Block) -> int:
-    """Elements of the weights that the block uses: a head has its own, also one tied to the embedding."""
+    """Elements of the weights that the block uses: a head has its own, also one tied to the embedding, and a layer its table of
+    positions, also where others have it too."""
     D, F = config.hidden_size, config.ffn_size
     norm = D * (1 + config.norm_bias)
     match block.kind:
@@ -74,6 +75,7 @@ def block_parameters(config: TransformerConfig, block: Block) -> int:
             biases = config.qkv_bias * (queries + keys_values) + config.attention_out_bias * D
             biases += config.mlp_bias * (F * (2 if config.gated_mlp else 1) + D)
             norms = norm * (4 if config.norm_position == "sandwich" else 2) + 2 * config.head_dim * config.qk_norm
+            biases += _table_elements(config)
             if config.encoder_layers and block.layer >= config.encoder_layers:
                 biases += config.qkv_bias * (queries + keys_values) + config.attention_out_bias * D
                 norms += norm
@@ -91,7 +93,13 @@ def block_parameters(config: TransformerConfig, block: Block) -> int:
 
 
 def count_parameters(config: TransformerConfig, blocks: Sequence[Block] | None = None) -> int:
-    """Elements of the weights of these blocks, absent: of the whole model; a head tied to the embedding among them once."""
+    """Elements of the weights of these blocks, absent: of the whole model; what several of them share once."""
     chosen = blocks_of(config) if blocks is None else blocks
-    shared = config.ties_head and {"embedding", "head"} <= {block.kind for block in chosen}
-    return sum(block_parameters(config, block) for block in chosen) - shared * config.vocab_size * config.hidden_size
+    tied = config.ties_head and {"embedding", "head"} <= {block.kind for block in chosen}
+    tables = [position_table(config, block.layer) for block in chosen if block.kind == "layer"]
+    shared = tied * config.vocab_size * config.hidden_size + (len(tables) - len(set(tables))) * _table_elements(config)
+    return sum(block_parameters(config, block) for block in chosen) - shared
+
+
+def _table_elements(config: TransformerConfig) -> int:
+    return config.relative_buckets * config.num_heads

@@ -19,11 +19,14 @@ from trainer.model.hf_keys import (
     activation,
     activation_name,
     at_least_one,
+    feed_forward,
+    feed_forward_name,
     flag,
     gemma_activation_name,
     gemma_window,
     key,
     layer_types,
+    optional_flag,
     optional_rate,
     positive,
     rate,
@@ -141,6 +144,8 @@ PLAIN: Mapping[str, Any] = {
     "norm_position": "pre",
     "embedding_norm": False,
     "causal": True,
+    "relative_buckets": 0,
+    "relative_distance": 0,
     "encoder_layers": 0,
     "source_vocab_size": None,
     "gated_mlp": True,
@@ -152,14 +157,17 @@ PLAIN: Mapping[str, Any] = {
     "attention_softcap": None,
     "logit_softcap": None,
     "scaled_embedding": False,
+    "scaled_head": False,
     "token_types": 0,
     "head_transform": False,
     "head_bias": False,
     "embedding_dropout": 0.0,
     "residual_dropout": 0.0,
     "mlp_dropout": 0.0,
+    "final_dropout": 0.0,
     "classifier_dropout": None,
     "scaled_residual_init": False,
+    "fan_in_init": False,
 }
 
 GPT2 = Family(
@@ -435,6 +443,56 @@ MARIAN = Family(
     overridable=frozenset(("dropout", "attention_dropout", "activation_dropout")),
 )
 
+# Where generation begins and ends, what the first checkpoints wrote, and what follows from feed_forward_proj.
+T5_BOOKKEEPING = """
+classifier_dropout decoder_start_token_id dense_act_fn early_stopping gradient_checkpointing is_gated_act length_penalty
+max_length n_positions num_beams output_past
+"""
+
+# Raffel et al. 2020, arXiv:1910.10683; its version 1.1, and Flan-T5, have a gated MLP (Shazeer 2020, arXiv:2002.05202) and a
+# head of their own.
+T5 = Family(
+    name="t5",
+    architecture="T5ForConditionalGeneration",
+    keys={
+        "vocab_size": key("vocab_size", 32128, VOCABULARY),
+        "d_model": key("hidden_size", 512, HIDDEN),
+        "d_kv": key("head_dim", 64, Whole(HEAD_DIM.limit)),
+        "d_ff": key("ffn_size", 2048, Whole(FFN.limit)),
+        "num_layers": key("encoder_layers", 6, LAYERS),
+        "num_decoder_layers": key("decoder_layers", None, Whole(LAYERS.limit, optional=True)),
+        "num_heads": key("num_heads", 8, HEADS),
+        # Of a half of them, one direction, a half again has one distance each.
+        "relative_attention_num_buckets": key("relative_buckets", 32, Whole(2**16, smallest=4)),
+        "relative_attention_max_distance": key("relative_distance", 128, POSITIONS),
+        "feed_forward_proj": key("feed_forward", "relu", feed_forward, feed_forward_name),
+        "dropout_rate": Key(
+            ("embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout", "final_dropout"), 0.1, rate
+        ),
+        "layer_norm_epsilon": key("norm_eps", 1e-6, positive),
+        "initializer_factor": key("init_std", 1.0, positive),
+        "tie_word_embeddings": key("tied_head", True, flag),
+        "scale_decoder_outputs": key("scaled_head", None, optional_flag),
+    },
+    constants={
+        "norm": "rmsnorm",
+        "positions": "relative",
+        "max_positions": POSITIONS.limit,  # a table of distances has no end
+        "query_scalar": 1,
+        "fan_in_init": True,
+    },
+    aliases={
+        "hidden_size": "d_model",
+        "head_dim": "d_kv",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+    },
+    ignored=frozenset((BOOKKEEPING + T5_BOOKKEEPING).split()),
+    fixed={"is_encoder_decoder": True},
+    overridable=frozenset(("dropout_rate",)),
+    free_head_dim=True,
+)
+
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, BERT, MARIAN)}
+    {family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, BERT, MARIAN, T5)}
 )

@@ -39,17 +39,20 @@ class EmbeddedHalves(nn.Module):
 
 
 class SourceLayer(nn.Module):
-    """A layer of the encoder, the last one with the norm behind it; the target passes by."""
+    """A layer of the encoder, the last one with the norm and the dropout behind it; the target passes by."""
 
-    def __init__(self, layer: nn.Module, final: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, final: nn.Module, dropout: nn.Module | None) -> None:
         super().__init__()
         self.layer = layer
         self.final = final
+        self.dropout = dropout
 
     def forward(self, x_ND: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None) -> Tensor:
         source_ND, target_ND = x_ND.chunk(2)
-        source_ND = self.layer(source_ND, documents.halves[0], rotation, streams)
-        return torch.cat([self.final(source_ND), target_ND])
+        source_ND = self.final(self.layer(source_ND, documents.halves[0], rotation, streams))
+        if self.dropout is not None:
+            source_ND = self.dropout(source_ND, documents.halves[0], streams)
+        return torch.cat([source_ND, target_ND])
 
 
 class TargetLayer(nn.Module):

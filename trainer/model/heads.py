@@ -23,7 +23,7 @@ from parallel.params import Init
 from parallel.rng import Streams
 from parallel.tensor import TensorParallel
 from trainer.model.config import TransformerConfig
-from trainer.model.layers import Dropout, make_norm
+from trainer.model.layers import Dropout, final_dropout, make_norm, matrix_init
 from trainer.model.names import names_of
 
 
@@ -95,7 +95,7 @@ def token_sums(losses_N: Tensor, is_hit_N: Tensor, is_target_N: Tensor, document
 
 
 class Head(nn.Module):
-    """Final norm or transform, logits and loss."""
+    """Final norm or transform, logits and loss; where the head is scaled, of hidden states / √D."""
 
     def __init__(
         self,
@@ -110,6 +110,8 @@ class Head(nn.Module):
         names = names_of(config)
         self.loss = loss
         self.norm = make_norm(config, names.final_norm, tp)
+        self.dropout = final_dropout(config, names, tp)
+        self.scale = config.hidden_size**-0.5 if config.scaled_head else 1.0
         self.transform = nn.Identity()
         if names.head_transform is not None:
             self.transform = HeadTransform(config, names.head_transform, names.head_transform_norm, tp)
@@ -117,7 +119,7 @@ class Head(nn.Module):
             config.vocab_size,
             config.hidden_size,
             name=names.embedding if config.tied_head else names.head,
-            init=Init(std=config.init_std),
+            init=Init(std=config.init_std) if config.tied_head else matrix_init(config, config.hidden_size),
             tp=tp,
             tied_to=tied_to,
             tied_over=tied_over,
@@ -139,7 +141,9 @@ class Head(nn.Module):
     ) -> Tensor:
         """What the loss gives; `by_document`, without gradients, `document_scores`; without labels this rank's logits
         [B, S, V/p]."""
-        x_ND = self.transform(self.norm(x_ND))
+        x_ND = self.transform(self.dropout(self.norm(x_ND), documents, streams))
+        if self.scale != 1.0:
+            x_ND = x_ND * self.scale
         if labels_BS is None:
             return self.logits(x_ND).unflatten(0, documents.shape)
         if by_document:

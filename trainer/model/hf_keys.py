@@ -66,6 +66,10 @@ def flag(value: Any) -> bool:
     return value
 
 
+def optional_flag(value: Any) -> bool | None:
+    return None if value is None else flag(value)
+
+
 # Hugging Face's names for one function; the first name of each is the one written back.
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -86,6 +90,25 @@ def activation(value: Any) -> str:
 
 def activation_name(value: str) -> str:
     return next(name for name, ours in ACTIVATIONS.items() if ours == value)
+
+
+GATED = "gated-"
+
+
+def feed_forward(value: Any) -> tuple[bool, str]:
+    """Whether the MLP is gated, and its activation. T5's word for the gated GELU means the one by tanh."""
+    if value == "gated-gelu":
+        return True, "gelu_tanh"
+    if not isinstance(value, str) or value.removeprefix(GATED) not in ACTIVATIONS:
+        raise ValueError(f"one of {', '.join(ACTIVATIONS)}, or {GATED} and one of them")
+    return value.startswith(GATED), ACTIVATIONS[value.removeprefix(GATED)]
+
+
+def feed_forward_name(value: tuple[bool, str]) -> str:
+    gated, function = value
+    if gated and function == "gelu_tanh":
+        return "gated-gelu"
+    return GATED * gated + activation_name(function)
 
 
 def gemma_activation_name(value: str) -> str:

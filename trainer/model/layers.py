@@ -23,6 +23,7 @@ from parallel.tensor import TensorParallel
 from trainer.model.config import TransformerConfig
 from trainer.model.halves import EmbeddedHalves, SourceLayer, TargetLayer
 from trainer.model.names import WeightNames, names_of
+from trainer.model.position_tables import PositionTables
 
 Source = tuple[Tensor, Documents]  # what the encoder made of the sources [N, D], and where they lie
 
@@ -34,6 +35,16 @@ def make_norm(config: TransformerConfig, name: str | None, tp: TensorParallel) -
     if config.norm == "rmsnorm":
         return RMSNorm(config.hidden_size, eps=config.norm_eps, name=name, tp=tp, offset=config.norm_offset)
     return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias, name=name, tp=tp)
+
+
+def matrix_init(config: TransformerConfig, inputs: int, *, into_residual: bool = False) -> Init:
+    """How a matrix with so many inputs starts; `into_residual`: its outputs are added to the hidden states."""
+    if config.fan_in_init:
+        return Init(std=config.init_std / math.sqrt(inputs))
+    if into_residual and config.scaled_residual_init:
+        # 2 residual additions per layer: their sum keeps its variance (Radford et al. 2019, GPT-2, §2.3).
+        return Init(std=config.init_std / math.sqrt(2 * config.num_layers))
+    return Init(std=config.init_std)
 
 
 class Dropout(nn.Module):
@@ -118,8 +129,6 @@ class CrossAttention(nn.Module):
         config: TransformerConfig,
         number: int,
         names: WeightNames,
-        init: Init,
-        out_init: Init,
         norm: Callable[[str | None], nn.Module],
         *,
         recompute_core: bool,
@@ -142,8 +151,8 @@ class CrossAttention(nn.Module):
             transposed=names.transposed,
             dropout=config.attention_dropout,
             scale=config.query_scalar**-0.5,
-            init=init,
-            out_init=out_init,
+            init=matrix_init(config, config.hidden_size),
+            out_init=matrix_init(config, config.num_heads * config.head_dim, into_residual=True),
             recompute=recompute_core,
             tp=tp,
         )
@@ -164,13 +173,18 @@ class Layer(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, index: int, *, recompute_core: bool, tp: TensorParallel, kv_copies: Group
+        self,
+        config: TransformerConfig,
+        index: int,
+        *,
+        recompute_core: bool,
+        tp: TensorParallel,
+        kv_copies: Group,
+        tables: PositionTables,
     ) -> None:
         super().__init__()
         names, number = names_of(config).of_layer(config, index)
-        init = Init(std=config.init_std)
-        # 2 residual additions per layer: their sum keeps its variance (Radford et al. 2019, GPT-2, §2.3).
-        out_init = Init(std=config.init_std / math.sqrt(2 * config.num_layers)) if config.scaled_residual_init else init
+        init = matrix_init(config, config.hidden_size)
         query, key, value = names.query_key_value(config, number)
         attention_out, mlp_out = names.attention_out.format(layer=number), names.mlp_out.format(layer=number)
 
@@ -196,8 +210,9 @@ class Layer(nn.Module):
             scale=config.query_scalar**-0.5,
             softcap=config.attention_softcap,
             qk_norm=_qk_norm(config, index, tp),
+            relative_bias=tables.of_layer(config, index, init, tp),
             init=init,
-            out_init=out_init,
+            out_init=matrix_init(config, config.num_heads * config.head_dim, into_residual=True),
             recompute=recompute_core,
             share_calls=bool(config.encoder_layers),  # sentences
             tp=tp,
@@ -208,7 +223,7 @@ class Layer(nn.Module):
         self.attention_residual_norm = norm(names.attention_residual_norm)
         self.cross = None
         if names.encoder is not None:
-            self.cross = CrossAttention(config, number, names, init, out_init, norm, recompute_core=recompute_core, tp=tp)
+            self.cross = CrossAttention(config, number, names, norm, recompute_core=recompute_core, tp=tp)
         self.mlp_norm = norm(names.mlp_norm)
         self.mlp = ParallelMLP(
             hidden_size=config.hidden_size,
@@ -220,7 +235,7 @@ class Layer(nn.Module):
             transposed=names.transposed,
             dropout=config.mlp_dropout,
             init=init,
-            out_init=out_init,
+            out_init=matrix_init(config, config.ffn_size, into_residual=True),
             tp=tp,
         )
         self.mlp_post_norm = norm(names.mlp_post_norm)
@@ -246,15 +261,28 @@ class Layer(nn.Module):
 
 
 def make_layer(
-    config: TransformerConfig, index: int, *, recompute_core: bool, tp: TensorParallel, kv_copies: Group
+    config: TransformerConfig,
+    index: int,
+    *,
+    recompute_core: bool,
+    tp: TensorParallel,
+    kv_copies: Group,
+    tables: PositionTables,
 ) -> Layer | SourceLayer | TargetLayer:
-    layer = Layer(config, index, recompute_core=recompute_core, tp=tp, kv_copies=kv_copies)
+    layer = Layer(config, index, recompute_core=recompute_core, tp=tp, kv_copies=kv_copies, tables=tables)
     encoder = names_of(config).encoder
     if encoder is None:
         return layer
     if index >= config.encoder_layers:
         return TargetLayer(layer)
-    return SourceLayer(layer, make_norm(config, encoder.final_norm if index == config.encoder_layers - 1 else None, tp))
+    ends = index == config.encoder_layers - 1
+    norm = make_norm(config, encoder.final_norm if ends else None, tp)
+    return SourceLayer(layer, norm, final_dropout(config, encoder, tp) if ends else None)
+
+
+def final_dropout(config: TransformerConfig, names: WeightNames, tp: TensorParallel) -> Dropout:
+    """Of what the last norm of a stack makes."""
+    return Dropout(config.final_dropout, f"{names.final_norm}.outputs", tp)
 
 
 def _qk_norm(config: TransformerConfig, index: int, tp: TensorParallel) -> QueryKeyNorm | None:

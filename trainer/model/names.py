@@ -25,13 +25,15 @@ class WeightNames:
     [gate, up]. `transposed`: linear weights are stored [in, out]. What may be None exists in some families only: three places
     for the norms around attention and MLP (before them, after them, after what they are added to).
 
+    `position_bias`: the table that all layers of a stack add to the logits of their attention.
+
     `cross_*`: attention of a target to its source. `encoder`: the names of the layers that read the source, whose numbers
     begin again; those here are the layers that write the target then.
 
     `head_bias_is_row`: it is stored as [1, V]. `classifier`: the head over classes, `pooler` what stands in front of it.
 
     `second_names`: further names under which a folder may hold a weight again, beside that of a tied head. `other_heads`:
-    how the names of weights begin that are for heads which no network here has.
+    how the names of weights begin that are for heads, or other parts, which no network here has.
     """
 
     embedding: str
@@ -52,6 +54,7 @@ class WeightNames:
     attention_norm: str | None = None
     attention_post_norm: str | None = None
     attention_residual_norm: str | None = None
+    position_bias: str | None = None
     cross_query: str = ""
     cross_key_value: tuple[str, ...] = ()
     cross_out: str = ""
@@ -79,13 +82,13 @@ class WeightNames:
         """The projection of the target, and those of the source: key and value."""
         K = config.head_dim
         (query,) = _outputs((self.cross_query,), (config.num_heads * K,), layer)
-        return query, _outputs(self.cross_key_value, (config.num_kv_heads * K,) * 2, layer)
+        return _as_queries(config, query), _outputs(self.cross_key_value, (config.num_kv_heads * K,) * 2, layer)
 
     def query_key_value(self, config: TransformerConfig, layer: int) -> tuple[Output, Output, Output]:
         """The three outputs of the fused projection and the boxes of the checkpoint that they are."""
         K = config.head_dim
         q, k, v = _outputs(self.qkv, (config.num_heads * K, config.num_kv_heads * K, config.num_kv_heads * K), layer)
-        return q, k, v
+        return _as_queries(config, q), k, v
 
     def mlp_inputs(self, config: TransformerConfig, layer: int) -> list[Output]:
         """[up] or [gate, up]."""
@@ -116,6 +119,11 @@ def _outputs(names: tuple[str, ...], features: tuple[int, ...], layer: int) -> l
     (module,) = modules
     starts = itertools.accumulate(features, initial=0)
     return [Output(module, n, at, sum(features)) for n, at in zip(features, starts, strict=False)]
+
+
+def _as_queries(config: TransformerConfig, output: Output) -> Output:
+    """Where nothing divides the logits of attention, the weights of queries start smaller."""
+    return replace(output, gain=config.head_dim**-0.5) if config.fan_in_init else output
 
 
 OVER_VOCABULARY = ("lm_head.", "cls.")  # how the names of heads over the vocabulary begin
@@ -194,6 +202,43 @@ MARIAN = replace(
     head_bias_is_row=True,
     second_names={f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in ("encoder", "decoder")},
 )
+
+
+def _t5_side(side: str, *, mlp: int) -> WeightNames:
+    """What T5's encoder and decoder have alike; `mlp`: which part of a block that is."""
+    block = f"{side}.block.{{layer}}.layer"
+    return WeightNames(
+        embedding="shared.weight",
+        attention_norm=f"{block}.0.layer_norm",
+        qkv=tuple(f"{block}.0.SelfAttention.{x}" for x in "qkv"),
+        attention_out=f"{block}.0.SelfAttention.o",
+        position_bias=f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias",
+        mlp_norm=f"{block}.{mlp}.layer_norm",
+        mlp_in=(f"{block}.{mlp}.DenseReluDense.wi",),
+        mlp_out=f"{block}.{mlp}.DenseReluDense.wo",
+        final_norm=f"{side}.final_layer_norm",
+        head="lm_head.weight",
+    )
+
+
+def _gated(names: WeightNames) -> WeightNames:
+    (single,) = names.mlp_in
+    return replace(names, mlp_in=(f"{single}_0", f"{single}_1"))
+
+
+T5 = replace(
+    _t5_side("decoder", mlp=2),
+    encoder=_t5_side("encoder", mlp=1),
+    cross_norm="decoder.block.{layer}.layer.1.layer_norm",
+    cross_query="decoder.block.{layer}.layer.1.EncDecAttention.q",
+    cross_key_value=tuple(f"decoder.block.{{layer}}.layer.1.EncDecAttention.{x}" for x in "kv"),
+    cross_out="decoder.block.{layer}.layer.1.EncDecAttention.o",
+    second_names={f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")},
+    # The first checkpoints hold a table for attention to the source, which no model reads.
+    other_heads=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.",),
+)
+T5_GATED = replace(_gated(T5), encoder=_gated(_t5_side("encoder", mlp=1)))
+
 # An embedding for each side; the head has the target's.
 SEPARATE = {
     "marian": replace(
@@ -221,8 +266,16 @@ WEIGHT_NAMES = {
     ),
     "bert": BERT,
     "marian": MARIAN,
+    "t5": T5,
 }
 
 
 def names_of(config: TransformerConfig) -> WeightNames:
+    if config.family == "t5" and config.gated_mlp:
+        return T5_GATED
     return WEIGHT_NAMES[config.family] if config.source_vocab_size is None else SEPARATE[config.family]
+
+
+def position_table(config: TransformerConfig, layer: int) -> str | None:
+    """The table of relative positions that this layer has together with others; None: it has none."""
+    return names_of(config).of_layer(config, layer)[0].position_bias

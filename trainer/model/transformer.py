@@ -29,6 +29,7 @@ from trainer.model.config import RopeScaling, TransformerConfig
 from trainer.model.halves import EmbeddedHalves, TargetHead
 from trainer.model.heads import ClassHead, Head, Loss, next_token_loss
 from trainer.model.layers import Embedding, make_embedding, make_layer
+from trainer.model.position_tables import PositionTables
 
 
 def logical_specs(config: TransformerConfig) -> list[ShardSpec]:
@@ -54,7 +55,8 @@ class Stage(nn.Module):
 
     A tied head shares the weight of the embedding in this stage, or of `tied_to`, the embedding in another stage on this
     rank; or holds a copy of it, when the first and the last stage are on different ranks: `tied_over` these two. `tied_over`
-    is also given, as a group of one, where two stages of one rank share the weight.
+    is also given, as a group of one, where two stages of one rank share the weight. `tables`: those of relative positions of
+    this rank's stages; absent: it has this one only.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Stage(nn.Module):
         partition: Callable[[nn.Module], None] = lambda block: None,
         tied_to: VocabParallelEmbedding | None = None,
         tied_over: Group | None = None,
+        tables: PositionTables | None = None,
         loss: Loss = next_token_loss,
     ) -> None:
         super().__init__()
@@ -82,6 +85,7 @@ class Stage(nn.Module):
         self.kv_copies = key_value_copies(config.num_kv_heads, tp.group)
         self.tied_over = tied_over if config.ties_head else None
         self.tied_to = (tied_to,)  # in a tuple: a module here would be listed as this one's child
+        self.tables = PositionTables() if tables is None else tables
         self.embedding: Embedding | EmbeddedHalves | None
         self.head: Head | ClassHead | TargetHead | None
         self.register_module("embedding", None)  # so that parameters are listed in the order of the model
@@ -107,6 +111,7 @@ class Stage(nn.Module):
                 recompute_core=self.recompute == "selective",
                 tp=self.tp,
                 kv_copies=self.kv_copies,
+                tables=self.tables,
             )
             return self.layers[str(block.layer)]
         if self.config.classes:

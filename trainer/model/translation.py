@@ -15,7 +15,7 @@ from typing import Any
 from trainer.errors import RecipeError
 from trainer.model.config import RopeScaling, TransformerConfig
 from trainer.model.families import FAMILIES, FIXED, PLAIN, ROPE_SCALINGS, ROPE_THETA, Family
-from trainer.model.hf_keys import positive
+from trainer.model.hf_keys import ACTIVATIONS, positive
 from trainer.sections import Finding
 from trainer.spelling import nearest
 
@@ -49,8 +49,12 @@ def read_config(family: str, hf_config: Mapping[str, Any]) -> tuple[TransformerC
         findings.extend(_read_rope(spec, hf_config, values))
     if not findings and spec.translates:
         findings.extend(_read_sides(spec, hf_config, values))
+    if not findings and "feed_forward" in values:
+        findings.extend(_read_feed_forward(hf_config, values))
+        findings.extend(_read_head(values))
     if not findings:
         findings.extend(_window_findings(values))
+        findings.extend(_relative_findings(values))
     if findings:
         return None, findings
     config = replace(_derive(spec, values), classes=classes_of(spec, hf_config))
@@ -113,6 +117,28 @@ def _read_sides(family: Family, hf_config: Mapping[str, Any], values: dict[str, 
     elif source != target:
         message = f"decoder_vocab_size = {target}, but the embedding is shared: share_encoder_decoder_embeddings false, or "
         yield Finding(("decoder_vocab_size", "vocab_size"), message + f"decoder_vocab_size {source}")
+
+
+def _read_feed_forward(hf_config: Mapping[str, Any], values: dict[str, Any]) -> Iterator[Finding]:
+    """Set both that T5 says in one word; where folders say it again, it must be the same."""
+    values["gated_mlp"], values["activation"] = values["feed_forward"]
+    for name, meant in (("is_gated_act", values["gated_mlp"]), ("dense_act_fn", values["activation"])):
+        said = hf_config.get(name, meant)
+        if (ACTIVATIONS.get(said, said) if isinstance(said, str) else said) != meant:
+            message = f"{name} = {json.dumps(said)}, but feed_forward_proj is what counts: remove {name}"
+            yield Finding((name, "feed_forward_proj"), message)
+
+
+def _read_head(values: dict[str, Any]) -> Iterator[Finding]:
+    """T5 scales a head that is tied, and no other. Where there is another, transformers 4 writes tie_word_embeddings false; 5
+    writes true for both, and scale_decoder_outputs false."""
+    if values["scaled_head"] is None:
+        values["scaled_head"] = values["tied_head"]
+    elif not values["scaled_head"]:
+        values["tied_head"] = False
+    elif not values["tied_head"]:
+        message = "scale_decoder_outputs = true, but tie_word_embeddings = false: a head of its own is not scaled; legal: false"
+        yield Finding(("scale_decoder_outputs", "tie_word_embeddings"), message)
 
 
 def _side_keys(config: TransformerConfig) -> dict[str, Any]:
@@ -199,6 +225,17 @@ def _window_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(("layer_types", off.split()[0]), message)
 
 
+def _relative_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
+    single = values["relative_buckets"] // 2
+    if single and values["relative_distance"] <= single:
+        name, buckets = "relative_attention_max_distance", "relative_attention_num_buckets"
+        yield Finding(
+            (name, buckets),
+            f"{name} = {values['relative_distance']} is not beyond the {single} of {buckets} = {values['relative_buckets']} "
+            f"that have one distance each; legal: {single + 1} or more",
+        )
+
+
 def _window_size(values: Mapping[str, Any]) -> int | None:
     return values.get("sliding_window") if values.get("use_sliding_window", True) else None
 
@@ -276,7 +313,7 @@ def _divisors_near(n: int, wanted: int) -> str:
 
 
 def _generation_keys(end: int | None, start: int | None) -> dict[str, int | None]:
-    """What comes before a translation also fills what is shorter than others."""
+    """What comes before a translation also fills what is shorter than others; a family writes those that it has."""
     return {"decoder_start_token_id": start, "pad_token_id": start, "forced_eos_token_id": end}
 
 
@@ -294,6 +331,7 @@ def to_hf_config(
     """
     family = FAMILIES[config.family]
     values = {**dataclasses.asdict(config), **_window_keys(config), **_side_keys(config)}
+    values["feed_forward"] = (config.gated_mlp, config.activation)
     written = {name: rule.write(values[rule.fields[0]]) for name, rule in family.keys.items()}
     written |= {name: written[of] for name, of in family.equal.items()}
     if family.rope:
@@ -303,6 +341,9 @@ def to_hf_config(
         written["rope_theta"] = config.rope_theta
         if scaling:
             written["rope_scaling"] = scaling
+    generation = {
+        name: token for name, token in _generation_keys(eos_token_id, start_of_target).items() if name in family.known
+    }
     classes = {
         "id2label": {str(number): name for number, name in enumerate(config.classes)},
         "label2id": {name: number for number, name in enumerate(config.classes)},
@@ -315,7 +356,7 @@ def to_hf_config(
         "bos_token_id": eos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
-        **(_generation_keys(eos_token_id, start_of_target) if family.translates else {}),
+        **(generation if family.translates else {}),
         "use_cache": True,
         **(classes if config.classes else {}),
         **written,
