@@ -17,6 +17,7 @@ from trainer.errors import RecipeError
 from trainer.generate import load_folder
 
 BATCH = 32  # texts translated together, of about the same length
+ENDLESS = 2**30  # tokens; a tokenizer that knows no end says 10³⁰, which its own truncation cannot hold
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,11 @@ class Translator:
             raise RecipeError(f"{folder}: its model continues texts and has no encoder: give one that translates")
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(self._device)
-        self._positions: int = getattr(self._model.config, "max_position_embeddings", self._tokenizer.model_max_length)
+        positions: int = getattr(self._model.config, "max_position_embeddings", self._tokenizer.model_max_length)
+        self._positions = min(positions, ENDLESS)
+        # transformers 5.23 makes a cache for as many layers as a T5 encoder has: too few for a deeper decoder.
+        deeper = getattr(self._model.config, "num_decoder_layers", 0) > self._model.config.num_hidden_layers
+        self._how: dict[str, Any] = {"use_cache": False} if deeper else {}
 
     @torch.no_grad()
     def translate(self, texts: Sequence[str], search: Search, *, tick: Callable[[], None] = lambda: None) -> list[str]:
@@ -115,7 +120,7 @@ class Translator:
         """Token ids of the translations, int64 [texts, tokens]."""
         sources = self._encoded(texts)
         longest = min(self._positions - 1, 2 * sources["input_ids"].shape[1] + 20)
-        how = {"length_penalty": search.length_penalty} if search.beams > 1 else {}
+        how = {"length_penalty": search.length_penalty, **self._how} if search.beams > 1 else self._how
         found: torch.Tensor = self._model.generate(
             **sources, num_beams=search.beams, do_sample=False, max_new_tokens=longest, **how
         )

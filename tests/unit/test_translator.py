@@ -10,7 +10,7 @@ from PIL import Image
 
 from parallel.params import owned_specs
 from tests.unit.test_transformer_oracle import stage_from
-from tests.unit.test_translation_oracle import MARIAN, random_model
+from tests.unit.test_translation_oracle import MARIAN, T5, random_model
 from trainer.cli import main
 from trainer.data.tokenizer import make_tokenizer
 from trainer.data.translations import Translation
@@ -22,11 +22,25 @@ from trainer.translator import Search, Translator, scores
 TEXTS = ["a dog", "two dogs in the snow run", "", "b"]
 
 
+MODELS = {
+    "marian": {**MARIAN, "vocab_size": 257, "decoder_vocab_size": 257},
+    "t5": {**T5, "vocab_size": 257},
+}
+# Tokens of a translation at most: all positions, or by the length of the longest text.
+LONGEST = {"marian": 39, "t5": 2 * 25 + 20}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def family(request: pytest.FixtureRequest) -> str:
+    family: str = request.param
+    return family
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As a run exports it, of random weights."""
     root = tmp_path_factory.mktemp("translator")
-    random_model("marian", {**MARIAN, "vocab_size": 257, "decoder_vocab_size": 257}).save_pretrained(root / "theirs")
+    random_model(family, MODELS[family]).save_pretrained(root / "theirs")
     stage = stage_from(root / "theirs")
     files = ModelFiles(stage.config, make_tokenizer("bytes").ending_texts(), "float32")
     tensors = ((spec, parameter.detach()) for _, parameter, spec in owned_specs(stage))
@@ -35,14 +49,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_a_batch_translates_as_transformers_does_one_by_one(beams: int, folder: Path) -> None:
+def test_a_batch_translates_as_transformers_does_one_by_one(beams: int, family: str, folder: Path) -> None:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     expected = []
     for text in TEXTS:
         ids = torch.tensor([[*text.encode(), 256]])  # as training ends a source
-        found = model.generate(input_ids=ids, num_beams=beams, max_new_tokens=39, length_penalty=1.0, do_sample=False)
+        how = {"max_new_tokens": LONGEST[family], "length_penalty": 1.0, "do_sample": False, "use_cache": family != "t5"}
+        found = model.generate(input_ids=ids, num_beams=beams, **how)
         expected.append(tokenizer.decode(found[0], skip_special_tokens=True).strip())
     assert Translator(folder).translate(TEXTS, Search(beams)) == expected
     assert len(set(expected)) > 1, "all alike, and the order would not show"
