@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import trainer.engine
+import trainer.execution
 from parallel import linear, params, ties
 from parallel.collectives import Pending
 from parallel.deferred import WeightGradients
@@ -318,13 +319,13 @@ def stages_drop_alike() -> None:
 
 def layer_run_twice() -> None:
     """A block at a cut belongs to both stages."""
-    stages_of = trainer.engine.stages_of
+    stages_of = trainer.execution.stages_of
 
     def overlapping(*args: Any) -> list[list[Any]]:
         first, *rest = stages_of(*args)
         return [[*first, rest[0][0]], *rest]
 
-    trainer.engine.stages_of = overlapping
+    trainer.execution.stages_of = overlapping
 
 
 def weight_gradients_lost() -> None:
