@@ -9,7 +9,7 @@ import torch
 
 from parallel.attention import Documents
 from parallel.loss import IGNORE
-from trainer.preference.losses import LOSSES, Answers, sums_over_pairs
+from trainer.preference.losses import LOSSES, Answers, preference_loss, sums_over_pairs
 from trainer.sections import Preference
 
 CHOSEN, REJECTED = (-12.5, -3.0, -40.0), (-11.0, -9.5, -40.5)  # log-probabilities of three pairs' answers
@@ -90,3 +90,20 @@ def test_pairs_are_told_from_what_fills_a_row_up() -> None:
     assert found.reference_P2.tolist() == [[0, 1], [2, 3], [4, 5]]
     nothing = Answers.of_documents(log_probs[-1:], labels[2:], Documents(((8,),)), None)
     assert sums_over_pairs(nothing, Preference(loss="orpo")).tolist() == [0.0] * 4
+
+
+def test_a_pair_that_is_tied_is_not_in_order() -> None:
+    """As nothing is before the first step of a model that is its own reference."""
+    tied = Answers(torch.full((1, 2), -3.0), torch.tensor([[2, 2]]), torch.full((1, 2), -3.0))
+    assert sums_over_pairs(tied, Preference()).tolist()[1:] == [0.0, 0.0, 0.0]
+
+
+def test_a_long_answers_log_probability_keeps_what_each_token_adds() -> None:
+    """fp32 holds 4096 in steps of 0.0005: a sum in it would lose a token of 0.0001."""
+    losses = torch.tensor([4096.0, 1e-4, 4096.0, 0.0])
+    documents, labels = Documents(((2, 2),)), torch.ones(1, 4, dtype=torch.int64)
+    reference = torch.full((2,), -4096.0, dtype=torch.float64)
+    _, chosen, rejected, _ = preference_loss(
+        lambda *_, **__: losses, torch.empty(4, 1), labels, documents, reference, measured=True, keys=Preference(beta=1.0)
+    ).tolist()
+    assert (chosen, rejected) == (pytest.approx(-1e-4, rel=1e-6), 0.0)
