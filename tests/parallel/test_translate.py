@@ -106,7 +106,7 @@ CASES = {
 }
 EVERY_DAY = {
     "shared": {"dp2-zero3", "tp2", "pp2", "tp2xpp2"},
-    "separate": {"pp2"},
+    "separate": {"tp2xpp2"},
     "t5": {"dp2-zero3", "tp2", "pp2-interleaved"},
     "t5-gated": set(),
 }

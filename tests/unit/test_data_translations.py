@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from parallel.loss import IGNORE
+from tests.unit.test_data_tokenizer import write_folder
 from trainer.data import prepare
 from trainer.data.loader import EvalData, TrainData
 from trainer.data.prepared import PreparedData, held_out_pairs
@@ -86,6 +87,18 @@ def test_a_target_that_is_cut_does_not_learn_to_stop() -> None:
     assert not source.is_target.any()
     assert target.ids == [END] + [ord("t")] * (S - 2)
     assert target.is_target.tolist() == [False] + [True] * (S - 2)
+
+
+def test_a_target_begins_with_the_token_that_pads_where_there_is_one(tmp_path: Path) -> None:
+    """As decoders of Marian and T5 are started. Tokens kept from a tokenizer that has none are not taken for these."""
+    plain, padded = (
+        Translations(make_tokenizer(str(write_folder(tmp_path / name, {"eos_token": "</s>", **more}))), seq_len=S)
+        for name, more in (("plain", {}), ("padded", {"pad_token": "<unk>"}))
+    )
+    pair = Translation("a b", "b")
+    assert [document.ids for document in padded.tokenize(pair).documents] == [[2, 3, 1], [0, 3, 1]]
+    assert [document.ids for document in plain.tokenize(pair).documents] == [[2, 3, 1], [1, 3, 1]]
+    assert plain.fingerprint != padded.fingerprint
 
 
 def test_fields_are_found_inside_of_objects(tmp_path: Path) -> None:

@@ -8,12 +8,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from parallel import loss
+from parallel.attention import Documents
 from parallel.loss import IGNORE, VocabParallelHead
 from parallel.mesh import Mesh
 from parallel.params import Init, initialise
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.spawn import spawn
+from trainer.objective import loss_of
+from trainer.sections import Recipe
 
 N, D, V = 21, 6, 11  # no degree divides V: of three ranks the last has a row of padding
 SMOOTHING = 0.2
@@ -58,6 +61,15 @@ def test_what_is_measured_is_not_smoothed() -> None:
     with torch.no_grad():
         plain = functional.cross_entropy(head(h), labels, ignore_index=IGNORE, reduction="sum")
         torch.testing.assert_close(head(h, labels, measured=True)[0].sum(), plain)
+
+
+def test_a_recipe_smooths_what_is_minimised_and_not_what_is_measured() -> None:
+    minimised = loss_of(Recipe.model_validate({"train": {"label_smoothing": SMOOTHING}}))
+    (h, labels), head = drawn(), head_of(TensorParallel.alone(), None)
+    rows = head, h, labels.view(3, 7), Documents.whole_rows(3, 7), None
+    with torch.no_grad():
+        assert minimised(*rows, measured=False) == head(h, labels, smoothing=SMOOTHING)
+        torch.testing.assert_close(minimised(*rows, measured=True)[0], head(h, labels))
 
 
 def on_ranks(mesh: Mesh) -> list[Tensor]:
