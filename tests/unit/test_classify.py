@@ -257,6 +257,15 @@ def test_an_export_is_the_same_classifier_in_transformers(family: str, rows: Pat
     assert torch.equal(again(tokens_BS, packed), ours(tokens_BS, packed))
 
 
+@pytest.mark.parametrize(
+    ("family", "of_head", "rate"), [("bert", None, 0.2), ("bert", 0.5, 0.5), ("bert", 0.0, 0.0), ("llama", 0.5, 0.0)]
+)
+def test_the_heads_dropout_is_its_own_where_it_has_one(family: str, of_head: float | None, rate: float) -> None:
+    """As in transformers: that of the hidden states where it is not given, and none behind a decoder."""
+    config = replace(network(family), residual_dropout=0.2, classifier_dropout=of_head)
+    assert stage_of(config, lambda block: initialise(block, seed=3)).head.dropout.rate == rate
+
+
 def test_a_head_without_a_document_of_its_own_gives_no_loss() -> None:
     ours = stage_of(network("llama"), lambda block: initialise(block, seed=3))
     tokens_BS = torch.zeros(1, 4, dtype=torch.int64)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
+from tests.unit.test_data_loader import S, make_store
+from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.rows import Row
 from trainer.data.targets import MaskedTokens, targets_of
 from trainer.data.tokenizer import make_tokenizer
@@ -12,10 +16,10 @@ from trainer.sections import Data
 SIZE, END, MASK = 20_000, 256, 257
 
 
-def masked(seed: int = 0, part: str = "training") -> MaskedTokens:
+def masked(seed: int = 0, part: str = "training", **keys: float) -> MaskedTokens:
     tokenizer = make_tokenizer("bytes").for_masking()
     assert (tokenizer.mask, tokenizer.vocab_size) == (MASK, 258)
-    targets = targets_of(Data(task="mlm"), tokenizer, causal=False, seed=seed, part=part)
+    targets = targets_of(Data(task="mlm", **keys), tokenizer, causal=False, seed=seed, part=part)
     assert isinstance(targets, MaskedTokens)
     return targets
 
@@ -52,3 +56,33 @@ def test_only_seed_part_row_and_position_decide() -> None:
     half = row()
     short = Row(half.tokens[:50], half.labels[:50], half.is_target[:50], (50,))
     np.testing.assert_array_equal(masked().mark(short, 7).tokens, first.tokens[:50])
+
+
+def test_the_share_is_that_of_the_recipe() -> None:
+    chosen = masked(mask_fraction=0.4).mark(row(), 7).is_target
+    assert abs(chosen.sum() - 0.4 * 18_000) < 5 * (18_000 * 0.4 * 0.6) ** 0.5
+
+
+def labels_of(batches: list[MicroBatch]) -> list[tuple[int, ...]]:
+    return [tuple(row.tolist()) for batch in batches for row in batch.labels_BS]
+
+
+def test_each_row_of_a_run_is_masked_anew_and_alike_in_every_layout(tmp_path: Path) -> None:
+    """A store of one row, so that each row is another epoch of it; an evaluation of it eight times over."""
+    store = make_store(tmp_path / "store", [8 * S + 1])
+    targets = MaskedTokens(0.5, mask=998, ordinary=np.arange(900), stream=0)
+    keys = {"seq_len": 8 * S, "isolate_documents": True, "targets": targets}
+    data = TrainData([store], [1.0], seed=0, global_sequences=4, **keys)
+    assert data.num_samples == 1
+    held_out = EvalData([store] * 8, sequences=8, **keys)
+    alone, divided = (
+        [
+            *(data.micro_batches(step, dp_rank=rank, dp=dp, micro_sequences=1) for step in range(3) for rank in range(dp)),
+            *(held_out.micro_batches(dp_rank=rank, dp=dp, micro_sequences=1) for rank in range(dp)),
+        ]
+        for dp in (1, 2)
+    )
+    rows, again = ([row for batches in way for row in labels_of(list(batches))] for way in (alone, divided))
+    assert rows == again
+    assert len(set(rows[:12])) == 12
+    assert len(set(rows[12:])) == 8
