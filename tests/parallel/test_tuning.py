@@ -44,6 +44,7 @@ from tests.parallel.test_engine_parity import (
     outcome,
     rows_of_step,
     run_case,
+    whole_weights,
 )
 from tests.spawn import spawn
 from tools.campaign import exactness, reshard
@@ -192,7 +193,11 @@ PEFT_CASES = {
     "adalora-gpt2": Case(
         family="gpt2",
         config=NO_DROPOUT,
-        tuning={**ADALORA, "targets": ["attention", "down"], "budget": {**BUDGET, "every": 3}},
+        tuning={
+            **ADALORA,
+            "targets": ["attention", "down"],
+            "budget": {**BUDGET, "every": 3, "betas": [0.5, 0.95], "orthogonality": 2.0},
+        },
         optimizer={"name": "adamw", "lr": 0.01},
         steps=STEPS,
         clip_norm=0.1,
@@ -378,6 +383,29 @@ def test_every_method_trains_alike_in_every_layout(
     assert got.initial_hash == expected.initial_hash
     # SGD shows the gradient itself: fp32 sums in another order, seen 2e-7 in the norm and 2e-8 in the weights.
     assert_same_training(got, expected, relative=2e-6, weights=1e-6)
+
+
+def under_loss_scales(mesh: Mesh) -> list[tuple[list[float], dict[str, np.ndarray]]]:
+    """Of AdaLoRA with each scale: losses and norms, and the weights with what is known of the triplets."""
+    found = []
+    for scale in (1.0, 1024.0):
+        case = METHODS["adalora"]
+        engine = make_engine(mesh, case)
+        engine.scaler.scale = scale
+        results = [engine.step(micro_batches(mesh, engine.plan, step), step=step, lr=0.1) for step in range(case.steps)]
+        numbers = [number for result in results for number in (result.loss, result.grad_norm)]
+        found.append((numbers, {**whole_weights(engine), "importance": engine.budget._scores().numpy()}))
+        engine.close()
+    return found
+
+
+def test_a_loss_scale_changes_no_bit_of_adalora() -> None:
+    """A power of two: the pull towards orthogonality is scaled with the loss, and importance sees none of it."""
+    (expected, whole), (got, scaled) = spawn(under_loss_scales, Layout())[0]
+    assert got == expected
+    assert whole["importance"].any()
+    for name, tensor in whole.items():
+        np.testing.assert_array_equal(scaled[name], tensor, err_msg=name)
 
 
 def test_only_adapters_are_trained(one_process: Outcome) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from parallel.low_rank import LowRank
+from parallel.low_rank import InputDropout, LowRank
 from parallel.mesh import Group
 from parallel.params import draw, initialise, owned_specs
+from parallel.rng import Streams
 from parallel.tensor import TensorParallel
 from trainer.census import Census
 from trainer.checkpoint.facts import recipe_facts, refusals
@@ -107,6 +108,15 @@ def test_the_first_factor_starts_as_kaiming_uniform_makes_it() -> None:
     assert float(drawn.abs().max()) == pytest.approx(0.125, rel=1e-3)
     assert float(drawn.std()) == pytest.approx(0.125 / math.sqrt(3), rel=0.02)
     assert not torch.equal(drawn, draw("b", (200, 64), start, seed=0))
+
+
+def test_each_module_drops_inputs_of_its_own() -> None:
+    x, streams = torch.ones(8, 64), Streams((1,))
+    one, again, other = (InputDropout(name, 0.5, 64, slice(None))(x, streams, slice(0, 8), 8) for name in ("q", "q", "k"))
+    assert torch.equal(one, again)
+    # 512 unrelated elements agree 256 times by chance; the bounds are 5 standard deviations.
+    assert abs(int((one == other).sum()) - 256) < 5 * 128**0.5
+    assert torch.equal(InputDropout("q", 0.5, 64, slice(None))(x, None, slice(0, 8), 8), x)
 
 
 @pytest.mark.parametrize(("warmup", "final", "every"), [(0, 1, 1), (3, 5, 1), (2, 4, 3), (0, 9, 5)])
