@@ -18,8 +18,13 @@ from trainer.track import read_metrics
 
 ROWS = [{"prompt": f"{n} is", "completion": "odd" if n % 2 else "even"} for n in range(40)]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
+MARIAN = {
+    **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
+    **{"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 32},
+}
 # Losses of other layouts are sums in another order; logits of fp32 of about 10 are rounded by 1e-6.
 RELATIVE, ABSOLUTE = 1e-6, 1e-6
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LAYOUTS = {
     "dp2": (2, ()),
     "tp2": (2, ("parallel.tensor=2",)),
@@ -72,6 +77,7 @@ def test_what_was_held_out_gives_what_the_run_said(folder: Path, tmp_path: Path)
         assert measured["step"] == step
         for name in ("loss", "perplexity", "accuracy", "exact_match", "targets"):
             assert measured[name] == said[step][f"eval_{name}"], name
+    assert found(str(run), "--sequences", "2", log=tmp_path / "two")["sequences"] == 2
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -100,22 +106,84 @@ def test_an_answer_counts_as_right_where_greedy_decoding_writes_it(folder: Path,
             written = model.generate(prompt["input_ids"], max_new_tokens=8, do_sample=False)
         text = tokenizer.decode(written[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         right += text.strip() == row["completion"]
-    measured = found(str(run), str(folder / "rows.jsonl"), log=tmp_path / "log")
+    measured = found(str(run), str(folder / "rows.jsonl"), "--set=train.eval_sequences=1", log=tmp_path / "log")
+    assert measured["sequences"] > 1, "a file is read whole, however much a run evaluates of what it holds out"
     assert right > 0
     assert measured["exact_match"] == right / len(ROWS)
 
 
+def assert_measured_as_said(recipe: Path, run: Path, *settings: str) -> dict[str, Any]:
+    """What is measured of the last checkpoint of two steps."""
+    words = [f"--set={setting}" for setting in ("train.steps=2", "train.eval_every=2", "run.seed=3", *settings)]
+    ended = run_ranks(train, [str(recipe), *words], world_size=1, log=recipe.parent / "train")
+    assert ended.codes == (0,), ended.said
+    (said,) = read_metrics(run / "evaluations.jsonl")
+    measured = found(str(run), log=recipe.parent / "eval")
+    for name, value in said.items():
+        if name.startswith("eval_"):
+            assert measured[name.removeprefix("eval_")] == value, name
+    return measured
+
+
+def test_tokens_that_a_run_masked_are_masked_again(tmp_path: Path) -> None:
+    recipe = test_classify.write_recipe(tmp_path, "mlm")
+    assert_measured_as_said(recipe, tmp_path / "runs" / "mlm", "data.eval_fraction=0.2")
+
+
+def test_an_adapter_is_measured_with_its_model_as_its_run_did(tmp_path: Path) -> None:
+    """In half precision, its weights in four bits; of rows that name their fields, which a FILE is then taken to name alike."""
+    rows = tmp_path / "named.jsonl"
+    rows.write_text("".join(json.dumps({"asked": row["prompt"], "said": row["completion"]}) + "\n" for row in ROWS))
+    path = write_recipe(tmp_path)
+    recipe = json.loads(path.read_text())
+    recipe["data"]["sources"] = [{"path": str(rows), "fields": {"prompt": "asked", "completion": "said"}}]
+    recipe["model"]["config"]["hidden_size"] = 64  # inputs that are quantized together
+    tuning = {"method": "lora", "quantize": "nf4"}
+    path.write_text(json.dumps({**recipe, "tuning": tuning, "precision": {"dtype": "bf16"}}))
+    run = tmp_path / "runs" / "parity"
+    held_out = assert_measured_as_said(path, run)
+    assert held_out["precision"] == "bf16"
+    assert found(str(run), str(rows), log=tmp_path / "log")["sequences"] > held_out["sequences"]
+
+
+def test_translations_score_as_they_did_at_the_end_of_the_run(tmp_path: Path) -> None:
+    for name, numbers in (("rows", range(80)), ("held_out", range(8))):
+        rows = [{"source": f"{n} is", "target": "odd" if n % 2 else "even"} for n in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {
+        key: [{"path": str(tmp_path / f"{name}.jsonl")}] for key, name in (("sources", "rows"), ("eval_sources", "held_out"))
+    }
+    recipe: dict[str, Any] = {
+        "run": {"name": "translator", "dir": str(tmp_path / "runs")},
+        "model": {"family": "marian", "config": MARIAN},
+        "data": {"task": "translate", **files, "seq_len": 32, "workers": 1},
+        "batch": {"global_sequences": 4, "micro_sequences": 2},
+        "optimizer": {"lr": 0.01},
+        "train": {"eval_translations": 8, "beams": 1},
+    }
+    path, run = tmp_path / "recipe.json", tmp_path / "runs" / "translator"
+    path.write_text(json.dumps(recipe))
+    measured = assert_measured_as_said(path, run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert measured["translations"] == 8
+    assert measured["chrf"] > 0
+    assert {name: measured[name] for name in ("bleu", "chrf", "sacrebleu")}.items() <= summary.items()
+
+
 def test_a_classifier_shows_which_classes_it_takes_for_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = test_classify.write_recipe(tmp_path, "classify")
-    ended = run_ranks(train, [str(recipe), "--set=train.steps=2"], world_size=1, log=tmp_path / "log")
-    assert ended.codes == (0,), ended.said
     run, rows = tmp_path / "runs" / "classify", str(tmp_path / "rows.jsonl")
+    assert_measured_as_said(recipe, run, "data.eval_fraction=0.2")
     measured = found(str(run), rows, log=tmp_path / "eval")
     confusion = measured["confusion"]
     assert [sum(row.values()) for row in confusion.values()] == [60, 60]
     assert measured["accuracy"] == (confusion["even"]["even"] + confusion["odd"]["odd"]) / 120
+    # Nothing is dropped, so a network that has no dropout measures the same.
+    config = run / "export" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **NO_DROPOUT}))
     exported = found(str(run / "export"), rows, log=tmp_path / "exported", world_size=2)
     assert exported["confusion"] == confusion
+    assert exported["loss"] == pytest.approx(measured["loss"], rel=RELATIVE)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +193,7 @@ def test_a_classifier_shows_which_classes_it_takes_for_which(tmp_path: Path, cap
         (("{run}", "{run}/no.jsonl"), 'no.jsonl" does not exist'),
         (("{run}", "--set=parallel.tensor=4"), "world size 2 (RANK="),
         (("{run}", "--set=model.tensors=3"), "model.tensors"),
+        (("{run}", "--set=data.task=preference"), "compares with the model before training, which no checkpoint has"),
         pytest.param(  # which lists thousands of tasks
             ("{run}", "--harness", "no_such_task"), "--harness no_such_task: no such task", marks=pytest.mark.grid
         ),
