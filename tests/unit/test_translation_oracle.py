@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from parallel import attention
-from parallel.attention import Documents
+from parallel.attention import Documents, _share_a_call
 from parallel.loss import IGNORE
 from parallel.params import initialise, owned_specs
 from parallel.relative_bias import RelativeBias, by_place
@@ -81,11 +81,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5-untied": ("t5", {**T5, "tie_word_embeddings": False, "layer_norm_epsilon": 0.1, "feed_forward_proj": "gelu"}),
 }
 # Lengths of the sources and of the targets in each row: one pair that fills its half, pairs that leave room for filler on one
-# side only, on both, and so many that they share one call of attention.
+# side only, and on both.
 HALF = 17
 # Marian's table of positions is rounded to fp32 in transformers.
 TOLERANCES = {"marian": 1e-6, "t5": 1e-10}
 PAIRS: list[list[tuple[int, int]]] = [[(17, 17)], [(10, 9), (7, 2)], [(3, 12), (4, 5)], [(2, 3)] * 5]
+SHORT = [[(2, 3)] * 5, [(1, 2)] * 8, [(4, 3), (1, 2), (3, 1), (2, 5), (6, 1)]]  # so many that they share one call of attention
 
 
 @pytest.fixture(autouse=True)
@@ -174,8 +175,15 @@ def their_norm(norm: Any, x: Tensor) -> Tensor:
     return weight * nn.functional.rms_norm(x, x.shape[-1:], eps=norm.variance_epsilon)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_rows_of_pairs_equal_transformers_on_each(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_pairs_share_a_call_and_others_do_not() -> None:
+    for pairs, shares in ((PAIRS, False), (SHORT, True)):
+        assert {_share_a_call(half) for half in rows_of(pairs)[2].halves} == {shares}
+
+
+@pytest.mark.parametrize(("name", "pairs"), [*((name, PAIRS) for name in MODELS), ("marian", SHORT), ("t5", SHORT)])
+def test_rows_of_pairs_equal_transformers_on_each(
+    name: str, pairs: list[list[tuple[int, int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float64: gradients of keys are small sums of large terms."""
     from transformers.models.t5.modeling_t5 import T5LayerNorm
 
@@ -185,11 +193,11 @@ def test_rows_of_pairs_equal_transformers_on_each(name: str, tmp_path: Path, mon
     theirs, ours = random_model(*MODELS[name]).double(), stage_from(tmp_path, dtype=torch.float64).double()
     weights = trained(theirs)
     theirs.named_parameters = lambda: weights
-    tokens, labels, documents = rows_of(PAIRS)
+    tokens, labels, documents = rows_of(pairs)
 
     logits, loss_sum = ours(tokens, documents), ours(tokens, documents, labels)
     expected_sum = torch.zeros((), dtype=torch.float64)
-    for row, source, target in each_pair(PAIRS):
+    for row, source, target in each_pair(pairs):
         expected = their_logits(theirs, tokens, row, source, target)
         got = logits[row, target.start - HALF : target.stop - HALF].detach()
         assert_close(got, expected.detach(), tolerance, f"logits of row {row} from {target.start}")
@@ -231,11 +239,12 @@ def test_the_oracle_catches(mutation: Callable[[], Any], tmp_path: Path, monkeyp
         assert_close(got, expected, 1e-3, "logits")
 
 
+@pytest.mark.parametrize("pairs", [PAIRS, SHORT])
 @pytest.mark.parametrize("name", ["marian", "t5"])
-def test_a_pair_sees_no_other(name: str, tmp_path: Path) -> None:
+def test_a_pair_sees_no_other(name: str, pairs: list[list[tuple[int, int]]], tmp_path: Path) -> None:
     _, ours = twins(name, tmp_path)
-    tokens, _, documents = rows_of(PAIRS)
-    for row, source, target in each_pair(PAIRS):
+    tokens, _, documents = rows_of(pairs)
+    for row, source, target in each_pair(pairs):
         other = tokens.clone()
         other[row, source.start] = other[row, source.start] % (V - 1) + 1
         with torch.no_grad():
@@ -249,6 +258,15 @@ DROPPING = {
     "marian": {**MARIAN, "dropout": 0.2, "attention_dropout": 0.2, "activation_dropout": 0.2},
     "t5": {**T5, "dropout_rate": 0.2},
 }
+
+
+def test_each_half_drops_features_of_its_own(tmp_path: Path) -> None:
+    random_model("marian", {**MARIAN, "dropout": 0.2}).save_pretrained(tmp_path)
+    ours = stage_from(tmp_path)
+    tokens, documents = torch.arange(HALF).repeat(1, 2), Documents(((HALF, HALF),))
+    for streams, alike in ((None, True), (Streams((5,)), False)):
+        source, target = ours.embedding(tokens, documents, streams).chunk(2)
+        assert torch.equal(source, target) == alike
 
 
 @pytest.mark.parametrize("family", DROPPING)
