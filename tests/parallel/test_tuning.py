@@ -385,27 +385,36 @@ def test_every_method_trains_alike_in_every_layout(
     assert_same_training(got, expected, relative=2e-6, weights=1e-6)
 
 
-def under_loss_scales(mesh: Mesh) -> list[tuple[list[float], dict[str, np.ndarray]]]:
-    """Of AdaLoRA with each scale: losses and norms, and the weights with what is known of the triplets."""
-    found = []
-    for scale in (1.0, 1024.0):
-        case = METHODS["adalora"]
-        engine = make_engine(mesh, case)
-        engine.scaler.scale = scale
-        results = [engine.step(micro_batches(mesh, engine.plan, step), step=step, lr=0.1) for step in range(case.steps)]
-        numbers = [number for result in results for number in (result.loss, result.grad_norm)]
-        found.append((numbers, {**whole_weights(engine), "importance": engine.budget._scores().numpy()}))
-        engine.close()
-    return found
+def shared_out(mesh: Mesh, case: Case, scale: float) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Losses and norms; the weights and how important each triplet of AdaLoRA is."""
+    engine = make_engine(mesh, case)
+    engine.scaler.scale = scale
+    results = [engine.step(micro_batches(mesh, engine.plan, step), step=step, lr=0.1) for step in range(case.steps)]
+    tensors = {**whole_weights(engine), "importance": engine.budget._scores().numpy()}
+    engine.close()
+    return [number for result in results for number in (result.loss, result.grad_norm)], tensors
 
 
-def test_a_loss_scale_changes_no_bit_of_adalora() -> None:
+@pytest.fixture(scope="module")
+def shared_out_by_one() -> tuple[list[float], dict[str, np.ndarray]]:
+    return spawn(shared_out, Layout(), METHODS["adalora"], 1.0)[0]
+
+
+def test_a_loss_scale_changes_no_bit_of_adalora(shared_out_by_one: tuple[list[float], dict[str, np.ndarray]]) -> None:
     """A power of two: the pull towards orthogonality is scaled with the loss, and importance sees none of it."""
-    (expected, whole), (got, scaled) = spawn(under_loss_scales, Layout())[0]
-    assert got == expected
-    assert whole["importance"].any()
+    numbers, tensors = spawn(shared_out, Layout(), METHODS["adalora"], 1024.0)[0]
+    expected, whole = shared_out_by_one
+    assert numbers == expected
     for name, tensor in whole.items():
-        np.testing.assert_array_equal(scaled[name], tensor, err_msg=name)
+        np.testing.assert_array_equal(tensors[name], tensor, err_msg=name)
+
+
+def test_triplets_are_judged_by_the_data_of_all_ranks(shared_out_by_one: tuple[list[float], dict[str, np.ndarray]]) -> None:
+    expected = shared_out_by_one[1]["importance"]
+    assert (expected > 0).all()
+    for _, tensors in spawn(shared_out, Layout(dp=2), replace(METHODS["adalora"], dp=2, stage=2), 1.0):
+        # A product of two means of differences of fp32 gradients, whose sums are in another order: seen 1e-7.
+        np.testing.assert_allclose(tensors["importance"], expected, rtol=1e-5)
 
 
 def test_only_adapters_are_trained(one_process: Outcome) -> None:
