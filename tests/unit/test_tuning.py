@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from parallel.attention import Documents
 from parallel.low_rank import InputDropout, LowRank
 from parallel.mesh import Group
 from parallel.params import draw, initialise, owned_specs
@@ -88,6 +89,29 @@ def test_a_merged_stream_has_the_models_own_names(method: str, network: Transfor
     for name, tensor in after.items():
         # Every method starts where the model is: B = 0, lengths as they are, scales 1.
         torch.testing.assert_close(tensor, before[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "ia3"])
+@pytest.mark.parametrize("network", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_a_merged_model_is_the_adapted_one(method: str, network: TransformerConfig) -> None:
+    """Every weight at random, biases too, which start at 0."""
+    tuning, stream = Tuning(method=method, targets=["attention", "mlp"]), torch.Generator().manual_seed(0)
+    adapted = whole_model(network, tuning, "cpu", lambda block: initialise(block, seed=0))
+    with torch.no_grad():
+        for _, parameter, _ in owned_specs(adapted):
+            parameter.add_(torch.randn(parameter.shape, generator=stream) * 0.1)
+    specs = [(spec, parameter.detach()) for _, parameter, spec in owned_specs(adapted)]
+    tensors = dict(merged(assembled(specs), tuning=tuning, network=network))
+
+    def fill(block: nn.Module) -> None:
+        for _, parameter, spec in owned_specs(block):
+            for piece in spec.pieces:
+                piece.in_parameter(parameter.data).copy_(piece.box_of(tensors[piece.name]))
+
+    plain = whole_model(network, Tuning(), "cpu", fill)
+    tokens, documents = torch.arange(12).view(1, 12), Documents(((12,),))
+    # fp32, two orders of sums.
+    torch.testing.assert_close(plain(tokens, documents), adapted(tokens, documents), rtol=1e-4, atol=1e-5)
 
 
 def test_every_layer_is_adapted_in_the_order_of_the_model() -> None:
