@@ -143,6 +143,20 @@ def test_each_module_drops_inputs_of_its_own() -> None:
     assert torch.equal(InputDropout("q", 0.5, 64, slice(None))(x, None, slice(0, 8), 8), x)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+def test_only_what_the_factors_see_is_dropped(method: str) -> None:
+    """They start by adding nothing, so that what is dropped changes nothing either; until something is learned."""
+    tuning = Tuning(method=method, targets=["attention", "mlp"], dropout=0.5)
+    stage = whole_model(LLAMA, tuning, "cpu", lambda block: initialise(block, seed=0))
+    tokens, documents = torch.arange(12).view(1, 12), Documents(((12,),))
+    assert torch.equal(stage(tokens, documents, None, Streams((1,))), stage(tokens, documents))
+    with torch.no_grad():
+        for _, parameter, spec in owned_specs(stage):
+            if spec.added:
+                parameter.add_(0.1)
+    assert not torch.equal(stage(tokens, documents, None, Streams((1,))), stage(tokens, documents))
+
+
 @pytest.mark.parametrize(("warmup", "final", "every"), [(0, 1, 1), (3, 5, 1), (2, 4, 3), (0, 9, 5)])
 def test_ranks_come_down_as_peft_lets_them(warmup: int, final: int, every: int) -> None:
     from peft import AdaLoraConfig
