@@ -14,6 +14,7 @@ settings.load_profile("suite")
 OF_PROCESSES = ("parallel", "end_to_end", "slurm")  # folders whose tests start several processes each
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """Where pytest-xdist has several workers, one of them has all tests that start processes: two at a time would want more
     cores than a small machine has."""

@@ -228,6 +228,10 @@ def test_one_that_is_being_removed_is_out_of_the_choice_before_its_first_file_go
         with pytest.raises(OSError, match="killed here"):
             folder.prune(1)
     assert seen == [([2], sorted(files_in(folder.of_step(2))))]
+    assert [path.name for path in folder.path.glob(".*")] == [".step-00000001.removed"]
+    assert folder.prune(1) == [], "the run's next start removes it, also where nothing is saved any more"
+    assert [path.name for path in folder.path.iterdir()] == ["step-00000002"]
+    (folder.path / ".step-00000001.removed").mkdir()
     folder.begin(3)
     assert sorted(path.name for path in folder.path.iterdir()) == [".step-00000003.draft", "step-00000002"]
 

@@ -84,8 +84,11 @@ class CheckpointFolder:
         return aside
 
     def prune(self, keep: int) -> list[Path]:
-        """Remove all but the newest `keep`; the ones that went. Each is out of the choice before its first file goes."""
+        """Remove all but the newest `keep`, and what a crash left of removing others; the ones that went. Each is out of the
+        choice before its first file goes."""
         gone = []
+        for left in self.path.glob(".step-*.removed"):
+            remove(left)
         for step, path in self.steps()[keep:]:
             doomed = self.path / f".step-{step:08d}.removed"
             os.rename(path, doomed)
