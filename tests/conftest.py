@@ -1,7 +1,8 @@
 """Settings of the whole suite."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -14,14 +15,18 @@ settings.load_profile("suite")
 OF_PROCESSES = ("parallel", "end_to_end", "slurm")  # folders whose tests start several processes each
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Where pytest-xdist has several workers, one of them has all tests that start processes: two at a time would want more
-    cores than a small machine has."""
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.is_relative_to(here) and item.path.relative_to(here).parts[0] in OF_PROCESSES:
-            item.add_marker(pytest.mark.xdist_group("processes"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of pytest-xdist's workers one has all tests that start processes, as two at a time would want more cores than a small
+    machine has; the others have the files of the rest."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneAtATime(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "processes" if Path(file).parent.name in OF_PROCESSES else file
+
+    return OneAtATime(config, log)
 
 
 @pytest.fixture(autouse=True)

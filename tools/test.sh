@@ -26,5 +26,5 @@ ruff format --check --quiet .
 ruff check --quiet .
 mypy
 # One worker has the tests that start processes, the other all that need a single core.
-[ $# -gt 0 ] || set -- --numprocesses 2 --dist loadgroup
+[ $# -gt 0 ] || set -- --numprocesses 2
 exec python -m pytest "$@"
