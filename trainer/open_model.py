@@ -7,15 +7,19 @@ ranks that are left divide the data. Weights are read box by box, so each rank h
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from parallel.mesh import Mesh
 from parallel.messages import Messages
+from parallel.params import owned_specs
 from parallel.topology import Layout
 from trainer import launch
 from trainer.batching import BatchPlan, data_parallel_degree
@@ -28,7 +32,7 @@ from trainer.checkpoint.weights import Filling
 from trainer.data.tokenizer import Tokenizer, make_tokenizer
 from trainer.errors import RecipeError
 from trainer.evaluator import Evaluator
-from trainer.execution import make_execution
+from trainer.execution import DTYPES, make_execution
 from trainer.first_weights import first_weights
 from trainer.launch import Place, together
 from trainer.measures import Measures, measures_of
@@ -45,6 +49,7 @@ from trainer.watchdog.lost import among_strangers
 
 # Of a saved recipe, what says what the model is and what is asked of it. How it was divided, offloaded and optimized is gone.
 KEPT = ("run", "model", "data", "precision", "tuning", "preference")
+KEPT_OF_TRAINING = ("eval_sequences", "beams", "length_penalty")
 SEQ_LEN = 512  # of a Hugging Face folder with as many positions, which says nothing of how long its texts are
 
 
@@ -91,8 +96,8 @@ class Weights:
             data["eval_sources"] = [{**_named(known, file), **file} for file in files]
             data["sources"] = [{"path": str(self.config)}]  # a recipe has some; these are never read
         batch = {"micro_sequences": saved.get("batch", {}).get("micro_sequences", 1)}
-        searches = {key: value for key, value in saved.get("train", {}).items() if key in ("beams", "length_penalty")}
-        return {**kept, "batch": batch, "train": {**searches, "recompute": "none"}}
+        asked = {key: value for key, value in saved.get("train", {}).items() if key in KEPT_OF_TRAINING}
+        return {**kept, "batch": batch, "train": {**asked, "recompute": "none"}}
 
 
 def _named(source: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +172,7 @@ def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[st
                 place.device,
                 measures=measures,
                 watch=watch,
-                fill=quantizing(fill, recipe.tuning),
+                fill=_rounding(quantizing(fill, recipe.tuning), DTYPES[recipe.precision.dtype]),
             )
         yield OpenModel(
             weights=weights,
@@ -180,6 +185,17 @@ def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[st
             measures=measures,
             evaluator=Evaluator(execution, measures, mesh, place.device, watch, vocab_size=network.vocab_size),
         )
+
+
+def _rounding(fill: Callable[[nn.Module], None], dtype: torch.dtype) -> Callable[[nn.Module], None]:
+    """A `fill` after which a block is in the compute format, to which the layers would round it at every use."""
+
+    def fill_and_round(block: nn.Module) -> None:
+        fill(block)
+        for _, parameter, _ in owned_specs(block):
+            parameter.data = parameter.data.to(dtype)
+
+    return fill_and_round
 
 
 def _in_layout(resolved: ResolvedRecipe, place: Place) -> ResolvedRecipe:

@@ -41,7 +41,7 @@ def write_recipe(folder: Path) -> Path:
         "batch": {"global_sequences": 4, "micro_sequences": 2},
         "optimizer": {"lr": 0.01},
         "schedule": {"name": "constant"},
-        "train": {"steps": 40, "eval_every": 20},
+        "train": {"steps": 40, "eval_every": 20, "eval_sequences": 2},
         "checkpoint": {"every": 20, "keep": 9},
     }
     recipe["data"]["eval_fraction"] = 0.3
