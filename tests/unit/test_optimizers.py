@@ -50,6 +50,7 @@ def test_the_roles_of_a_real_model(family: str) -> None:
         others = {p.name for spec in logical_specs(config) if spec.role is not Role.MATRIX for p in spec.pieces}
         linear = ("proj.weight", "c_attn.weight", "c_fc.weight", "lm_head.weight", "dense.weight", "fc1.weight", "fc2.weight")
         linear += tuple(f"attention.self.{what}.weight" for what in ("query", "key", "value"))
+        linear += tuple(f".{what}.weight" for what in ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"))  # of T5
         assert decaying == {name for name in decaying | others if name.endswith(linear)}
         assert ("lm_head.weight" in decaying) == (not tied)
         assert not decaying & others

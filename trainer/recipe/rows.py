@@ -31,7 +31,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 def row_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
     """`given`: the dotted keys that were written."""
     task = recipe.data.task
-    if task in ROWS and any(source.path == STDLIB for source in recipe.data.sources):
+    if task in ROWS and reads_stdlib(recipe, given):
         yield Finding(
             ("data.sources", "data.task"),
             f'data.sources is "{STDLIB}", source code, which holds no {ROWS[task]}: data.task "{task}" '
@@ -44,6 +44,12 @@ def row_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
     for group in ("sources", "eval_sources"):
         for number, source in enumerate(getattr(recipe.data, group)):
             yield from _source_findings(source, f"data.{group}[{number}]", recipe.data.task, given)
+
+
+def reads_stdlib(recipe: Recipe, given: Collection[str]) -> bool:
+    """Because no other sources are given; those that were written wrong are spoken of elsewhere."""
+    written = any(key.startswith("data.sources") for key in given)
+    return not written and any(source.path == STDLIB for source in recipe.data.sources)
 
 
 def _source_findings(source: Source, where: str, task: str, given: Collection[str]) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from trainer.recipe.rows import reads_stdlib
 from trainer.sections import STDLIB, Finding, Recipe, Source
 
 SIDES = ("source", "target")  # fields of a row
@@ -26,7 +27,7 @@ def translation_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Fin
         for where, source in sources:
             yield from _unused_findings(where, source)
         return
-    if any(source.path == STDLIB for source in recipe.data.sources):
+    if reads_stdlib(recipe, given):
         yield Finding(
             ("data.sources", "data.task"),
             f'data.sources is "{STDLIB}", source code, which holds no translations: data.task "translate" '
