@@ -88,7 +88,7 @@ def sorts(folder: Path, summary: dict[str, Any]) -> None:
     assert "unigram_perplexity" not in summary
 
 
-@pytest.mark.parametrize("task", ["classify", "mlm"])
+@pytest.mark.parametrize("task", ["classify", pytest.param("mlm", marks=pytest.mark.grid)])
 def test_verify_compares_layouts_with_the_task_s_own_head(
     task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def copy(done: tuple[Path, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(done[1], tmp_path / "run"))
 
 
+@pytest.mark.grid  # half a minute; the slices of the campaigns kill ranks every day
 def test_killed_under_torchrun_and_started_again(tmp_path: Path) -> None:
     """kill -9 of everything in the middle; the same command again ends with the record of a run that nobody killed."""
     constant = {"schedule": {"name": "constant", "warmup_steps": 4}, "checkpoint": {"async": True}}

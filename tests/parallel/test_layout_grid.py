@@ -34,7 +34,6 @@ EVERY_DAY = {
     ("pp2", 5, 2, "tied"),
     ("pp4", 4, 1, "untied"),
     ("tp2xpp2", 1, 1, "untied"),
-    ("pp2xdp2", 5, 3, "tied"),
     ("dp4", 5, 2, "untied"),
 }
 EVERY_DAY64 = {("dp2", 5, "tied"), ("tp2", 4, "untied"), ("pp2xdp2", 5, "tied"), ("tp2xpp2xdp2", 1, "tied")}

@@ -260,7 +260,14 @@ def test_every_layout_prefers_alike(name: str, folder: Path, one_process: Outcom
         assert_same(got, one_process, relative=1e-5, weights=1e-5)
 
 
-@pytest.mark.parametrize("preference", [{"loss": "ipo", "beta": 0.2}, {"loss": "orpo"}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "preference",
+    [
+        {"loss": "orpo"},
+        *(pytest.param(keys, marks=pytest.mark.grid) for keys in ({"loss": "ipo", "beta": 0.2}, {"label_smoothing": 0.1})),
+    ],
+    ids=str,
+)
 def test_other_losses_are_divided_alike(preference: dict[str, Any], folder: Path) -> None:
     case = Case(preference=preference, steps=4)
     (expected,) = spawn(train, Layout(), case, folder)
