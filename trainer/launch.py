@@ -139,7 +139,15 @@ def join(place: Place, timeout: timedelta) -> Neighbour | None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
     address = f"tcp://{place.master_addr}:{place.master_port}"
-    store, _, _ = next(rendezvous(address, place.rank, place.world_size, timeout=timeout))
+    try:
+        store, _, _ = next(rendezvous(address, place.rank, place.world_size, timeout=timeout))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise RecipeError(
+            f"port {place.master_port} of this machine, on which the ranks would meet ({place.how}), is taken by another "
+            "process: set MASTER_PORT to a free one, the same for all ranks"
+        ) from error
     store.set_timeout(timeout)
     store.set(f"process of rank {place.rank}", json.dumps([os.getpid(), start_of(os.getpid())]))
     dist.init_process_group(

@@ -106,7 +106,9 @@ def _of_srun(environment: Environment) -> Seat:
         )
     _must_agree(environment, "WORLD_SIZE", world_size, f"SLURM_NTASKS={world_size}", "#SBATCH --ntasks")
     _must_agree(environment, "LOCAL_RANK", local_rank, f"SLURM_LOCALID={local_rank}", "srun")
-    port = _port(environment) or step_port(whole(environment, "SLURM_JOB_ID"), whole(environment, "SLURM_STEP_ID"))
+    restarts = whole(environment, "SLURM_RESTART_COUNT") if environment.get("SLURM_RESTART_COUNT") else 0
+    step = whole(environment, "SLURM_STEP_ID")
+    port = _port(environment) or step_port(whole(environment, "SLURM_JOB_ID"), step, restarts)
     how = f"SLURM_PROCID={rank} and SLURM_NTASKS={world_size} of srun"
     return Seat(rank, local_rank, world_size, here, _first_host(environment, world_size), port, how)
 
@@ -147,10 +149,10 @@ def _counts(text: str, name: str) -> Iterator[int]:
         yield from [int(match[1])] * int(match[2] or 1)
 
 
-def step_port(job: int, step: int) -> int:
-    """Ten ports for each job, so that jobs that share a node, and the steps of one, do not meet: jobs do that are a multiple
-    of 1,000 apart."""
-    return PORTS[(10 * job + step % 10) % len(PORTS)]
+def step_port(job: int, step: int, restarts: int = 0) -> int:
+    """Ten ports for each job, so that jobs that share a node, the steps of one, and a step with what outlived its job's
+    earlier start there, do not meet: jobs do that are a multiple of 1,000 apart."""
+    return PORTS[(10 * job + (step + restarts) % 10) % len(PORTS)]
 
 
 def _of_mpirun(environment: Environment, prefix: str, *names: str) -> Seat:

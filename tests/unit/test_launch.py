@@ -1,5 +1,9 @@
+import os
 import socket
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -174,3 +178,22 @@ def test_a_host_that_nobody_knows_is_one_line(host: str, monkeypatch: pytest.Mon
     assert len(caught.value.lines) == 1
     assert f"MASTER_ADDR={host}" in caught.value.lines[0]
     assert "finds no such host" in caught.value.lines[0]
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
+    """In a process of its own: joining binds the process to its cores."""
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        seat = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ended = subprocess.run(
+            [sys.executable, "-m", "trainer", "train", "ds_configs/quickstart.json", "--run-dir", str(tmp_path / "run")],
+            env=os.environ | seat,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert ended.returncode == 78
+    assert f"port {port} of this machine, on which the ranks would meet" in ended.stderr
+    assert "Traceback" not in ended.stderr

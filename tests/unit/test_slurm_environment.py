@@ -53,6 +53,8 @@ def test_the_first_rank_alone_speaks_before_they_meet(case: dict[str, Any]) -> N
 def test_ranks_of_one_step_agree_and_jobs_on_one_node_do_not_meet() -> None:
     ports = [step_port(job, step) for job in range(41_230_000, 41_231_000) for step in range(10)]
     assert len(set(ports)) == len(ports) == len(PORTS)
+    starts = [step_port(41_230_000, 0, restarts) for restarts in range(10)]
+    assert sorted(starts) == ports[:10], "a start has not the port of one before it, whose ranks may live on"
 
 
 NODE_LISTS = {
