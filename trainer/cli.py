@@ -562,8 +562,9 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _with_harness(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from importlib.util import find_spec
 
-    if arguments.files:
-        raise RecipeError(f"--harness brings its own data: remove {arguments.files[0]}")
+    given = {"--target": arguments.target, "--translations": arguments.translations}
+    if unread := [*arguments.files, *(flag for flag, value in given.items() if value is not None)]:
+        raise RecipeError(f"--harness brings its own data: remove {unread[0]}")
     if find_spec("lm_eval") is None:
         raise RecipeError("--harness needs lm-evaluation-harness: pip install lm-eval")
     from trainer.harness import run_harness

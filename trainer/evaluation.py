@@ -133,8 +133,8 @@ def table(found: Found) -> Iterator[Table]:
                 rows.add_row(Text(f"{task} {name}"), short(value))
     yield rows
     if confusion := found.get("confusion"):
-        matrix = Table(title="true class, by the class that was named", box=None)
-        matrix.add_column("")
+        matrix = Table(box=None, pad_edge=False)
+        matrix.add_column("true class, by the one that was named")
         for named in confusion:
             matrix.add_column(Text(named), justify="right")
         for true, counts in confusion.items():

@@ -199,6 +199,7 @@ def test_a_classifier_shows_which_classes_it_takes_for_which(tmp_path: Path, cap
         ),
         (("{run}", "--target", "x"), "--target is the other side of one FILE, not of 0"),
         (("{run}", "--chat"), "--chat is used only with --harness"),
+        (("{run}", "--harness", "x", "--translations", "3"), "--harness brings its own data: remove --translations"),
     ],
 )
 def test_what_is_wrong_is_said_once(words: tuple[str, ...], line: str, folder: Path, tmp_path: Path) -> None:
