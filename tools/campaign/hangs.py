@@ -246,7 +246,7 @@ def slow_ranks(cases: int, names: Sequence[str]) -> bool:
 
 # --------------------------------------------------------------------------------------------------------- false alarms
 
-SLOW_EVERY, SLOW_S = 10_000, 2.5  # an evaluation and a save that take twice the limit of a step
+SLOW_EVERY, SLOW_S = 500, 2.5  # an evaluation and a save that take twice the limit of a step, on one rank after the other
 CALM_LIMIT_S = 1
 
 
@@ -255,7 +255,8 @@ def train_slowly_at_times(words: Sequence[str]) -> int:
 
     def slow(real: Callable[..., Any]) -> Callable[..., Any]:
         def slower(run: Any, *args: Any, steps_done: int) -> Any:
-            if steps_done % SLOW_EVERY == 0 and os.environ["RANK"] == "0":
+            turn = steps_done // SLOW_EVERY
+            if steps_done % SLOW_EVERY == 0 and turn % int(os.environ["WORLD_SIZE"]) == int(os.environ["RANK"]):
                 with run.engine.watch("evaluation" if real.__name__ == "evaluate" else "saving"):
                     time.sleep(SLOW_S)
             return real(run, *args, steps_done=steps_done)
