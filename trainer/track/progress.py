@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+if TYPE_CHECKING:
+    from trainer.data.cache import Progress
 
 
 @contextmanager
-def work_progress(*, shown: bool) -> Iterator[Callable[[int, int, str], None]]:
+def work_progress(*, shown: bool) -> Iterator[Progress]:
     """A callback (done, total, what); each new `what` gets a bar of its own. Not shown: it does nothing."""
     if not shown:
         yield lambda done, total, what: None
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(highlight=False)) as bars:
+    with Bars(*columns, console=Console(highlight=False)) as bars:
         tasks = {}
 
         def show(done: int, total: int, what: str) -> None:

@@ -1,0 +1,61 @@
+"""What a recipe says of its network before anything is opened."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from trainer.commands.output import say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trainer.model.config import TransformerConfig
+    from trainer.recipe import ResolvedRecipe
+
+
+def known_network(resolved: ResolvedRecipe) -> TransformerConfig | None:
+    """The network, as far as it is known without opening the tokenizer, the hub or transformers."""
+    from trainer.recipe import tokenizer_vocab_size
+    from trainer.recipe.auto import AUTO
+
+    if resolved.recipe.model.family == AUTO:
+        return None
+    vocab_size = tokenizer_vocab_size(resolved.recipe.data)
+    known = resolved.hf_config is not None and (vocab_size is not None or "vocab_size" in resolved.hf_config)
+    return resolved.network(vocab_size=vocab_size) if known else None
+
+
+def show_model(console: Console, resolved: ResolvedRecipe, network: TransformerConfig | None) -> None:
+    from trainer.model.costs import count_parameters
+    from trainer.recipe.auto import AUTO
+
+    if network is None and resolved.hf_config is not None and resolved.recipe.model.family == AUTO:
+        say(console, f"model: {resolved.hf_config['model_type']}, as transformers builds it when training starts")
+        return
+    if network is None:
+        say(console, f"model: known once {_missing_part(resolved)} is opened")
+        return
+    say(
+        console,
+        f"model: {network.family}, {count_parameters(network):,} parameters: {network.num_layers} layers, hidden "
+        f"{network.hidden_size}, {network.num_heads} heads, vocabulary {network.vocab_size:,}",
+    )
+
+
+def show_stages(console: Console, resolved: ResolvedRecipe, network: TransformerConfig | None) -> None:
+    if resolved.recipe.parallel.pipeline == 1:
+        return
+    if network is None:
+        say(console, f"stages: known once {_missing_part(resolved)} is opened")
+        return
+    from trainer.timeline import division
+
+    for line in division(resolved.recipe, network):
+        say(console, line)
+
+
+def _missing_part(resolved: ResolvedRecipe) -> str:
+    if resolved.hf_config is None:
+        return f"model.from_pretrained {json.dumps(resolved.recipe.model.from_pretrained)}"
+    return f"data.tokenizer {json.dumps(resolved.recipe.data.tokenizer)}"

@@ -1,0 +1,22 @@
+"""The JSON Schema of a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from trainer.errors import EXIT_OK
+
+SUMMARY = "Print the JSON Schema of a recipe, for editors."
+
+
+def add_arguments(_: argparse.ArgumentParser) -> None:
+    """None."""
+
+
+def run(_: argparse.Namespace) -> int:
+    from trainer.recipe import json_schema
+
+    sys.stdout.write(json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n")
+    return EXIT_OK
