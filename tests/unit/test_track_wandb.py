@@ -144,6 +144,15 @@ def test_an_offline_run_holds_the_whole_history_once_and_no_secret(folder: Path,
             assert SECRET.encode() not in written.read_bytes(), written
 
 
+def test_nothing_stays_in_the_temporary_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    run_through(Wandb(mode="offline"), folder)
+    assert offline_files(folder)
+    assert list(temporary.iterdir()) == []
+
+
 def test_the_id_belongs_to_the_run_folder(folder: Path) -> None:
     first = mirror._kept_id(folder)
     assert mirror._kept_id(folder) == first

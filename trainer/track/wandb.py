@@ -23,6 +23,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -247,7 +248,14 @@ def _kept_id(folder: Path) -> str:
 
 
 def _serve() -> None:
-    """Open the run that the first line of stdin orders, log the records of the others, and end with stdin."""
+    with tempfile.TemporaryDirectory(prefix="triaxis-wandb-", ignore_cleanup_errors=True) as folder:
+        os.environ["TMPDIR"] = tempfile.tempdir = folder  # W&B makes two more when it is imported; a hook at exit removes them
+        code = _mirror()
+    os._exit(code)  # W&B's exit hooks wait for a server that was given its time already
+
+
+def _mirror() -> int:
+    """Open the run that the first line of stdin orders, log the records of the others, and end with stdin; the exit code."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever W&B prints goes to the log
     signal.alarm(int(START_LIMIT_S) + 15)  # an import or init that blocks outlives no parent
@@ -269,7 +277,7 @@ def _serve() -> None:
         answers.write(redact_text(" ".join(f"{type(error).__name__}: {error}".split()))[:300] + "\n")
         code = 1
     answers.flush()
-    os._exit(code)  # W&B's exit hooks wait for a server that was given its time already
+    return code
 
 
 def _open_run(order: Mapping[str, Any]) -> Any:
