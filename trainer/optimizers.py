@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from parallel.params import Role, ShardSpec
 from trainer.errors import RecipeError
-from trainer.sections import Optimizer as Keys
 from trainer.sections import Recipe
 
 
@@ -40,24 +39,6 @@ def make_optimizer(recipe: Recipe, parameters: list[tuple[nn.Parameter, ShardSpe
         case "lion":
             on_host = device.type == "cpu" or recipe.zero.offload_optimizer.device != "none"
             return _lion("DeepSpeedCPULion" if on_host else "FusedLion")(groups, lr=keys.lr, betas=betas)
-
-
-def state_names(keys: Keys) -> tuple[str, ...]:
-    """What the rule keeps of each parameter beside its weight."""
-    match keys.name:
-        case "adamw" | "adam":
-            return ("exp_avg", "exp_avg_sq")
-        case "lion":
-            return ("exp_avg",)
-        case "sgd":
-            return ("momentum_buffer",) if keys.momentum else ()
-        case "adafactor":
-            return ("row_var", "col_var", "variance")  # the first two of matrices, the last of vectors
-
-
-def states_per_element(keys: Keys) -> int:
-    """How many of them have the weight's own shape; Adafactor's are smaller by orders of magnitude."""
-    return 0 if keys.name == "adafactor" else len(state_names(keys))
 
 
 def _lion(name: str) -> type[Optimizer]:

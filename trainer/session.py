@@ -26,6 +26,7 @@ from trainer.checkpoint.door import Resume, as_json
 from trainer.checkpoint.facts import data_facts, model_facts, recipe_facts
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.resume import Found
+from trainer.checkpoint.room import bytes_of_one, room
 from trainer.data import PreparedData, prepare, prepare_summary
 from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.targets import Part, Targets, targets_of
@@ -249,7 +250,8 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         if remark := slower_than_fp32(place.device, recipe.precision.dtype, peak_flops):
             tracker.note(remark)
         census = Census.take(engine.specs, mesh.replica, place.device, engine.quantized)
-        for remark in (*remarks, checkpoints.room(census)):
+        one = bytes_of_one(recipe, trained=census.trained, frozen_bytes=census.frozen_bytes)
+        for remark in (*remarks, room(recipe, checkpoints.folder, one)):
             tracker.note(remark)
         stack.enter_context(among_ranks(watchdog, lambda: watch.doing))  # so that the tracker hears who was lost
         peak = f"{peak_flops / 1e12:.3g} TFLOP/s per rank ({peak_source})"

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -48,11 +48,14 @@ MEMORY = re.compile(r"\d{1,9}[KMGT]?", re.ASCII)
 
 
 class Container(Section):
-    """An apptainer image that the ranks run in."""
+    """An image that the ranks run in."""
 
-    image: str = Field(min_length=1, description="File of the image; triaxis is installed in it.")
-    bind: list[str] = Field(default_factory=list, description="Folders to show inside, as apptainer's --bind has them.")
-    nv: bool = Field(True, description="Show NVIDIA GPUs inside.")
+    runtime: Literal["apptainer", "pyxis"] = Field("apptainer", description="What opens it: apptainer, or srun's plugin pyxis.")
+    image: str = Field(
+        min_length=1, description="The image, in which triaxis is installed: a file, or for pyxis also USER@REGISTRY#IMAGE:TAG."
+    )
+    bind: list[str] = Field(default_factory=list, description='Folders to show inside, as "/data:/data".')
+    nv: bool = Field(True, description="Show NVIDIA GPUs inside; pyxis always does.")
 
 
 class Site(Section):
@@ -187,7 +190,7 @@ def _values(order: Order, site: Site) -> dict[str, Any]:
             }
             for task, settings in enumerate(order.sweep)
         ],
-        "container": _container(site.container),
+        "container": _container(site.container, order),
     }
 
 
@@ -261,13 +264,31 @@ def _variable(name: str, value: str) -> tuple[str, str]:
     return name, quoted(f"environment.{name}", value)
 
 
-def _container(container: Container | None) -> str:
+def _container(container: Container | None, order: Order) -> str:
+    """What stands between srun's own options and the command of a rank."""
     if container is None:
         return ""
-    words = [*(["--nv"] if container.nv else []), *(word for bind in container.bind for word in ("--bind", bind))]
     if container.image.startswith("-"):
         raise RecipeError(f"container.image {container.image!r} starts with '-': give the path of a file")
-    return " ".join(quoted("container", word) for word in (*words, container.image))
+    if container.runtime == "pyxis":
+        words = _pyxis(container, order)
+    else:
+        binds = [word for bind in container.bind for word in ("--bind", bind)]
+        words = ["apptainer", "exec", *(["--nv"] if container.nv else []), *binds, container.image]
+    return " ".join(quoted("container", word) for word in words)
+
+
+def _pyxis(container: Container, order: Order) -> list[str]:
+    """Options of srun. Unlike apptainer, pyxis shows no folder of the host by itself."""
+    folders = dict.fromkeys((Path.cwd(), order.run_dir, order.recipe.parent))
+    mounts = [*(f"{folder}:{folder}" for folder in folders), *container.bind]
+    if parted := next((mount for mount in mounts if "," in mount), None):
+        raise RecipeError(f"container: {parted!r} has a comma, at which pyxis would part it: rename the folder")
+    return [
+        f"--container-image={container.image}",
+        f"--container-mounts={','.join(mounts)}",
+        f"--container-workdir={Path.cwd()}",
+    ]
 
 
 def _nameable(path: Path, log: str) -> Path:
@@ -310,21 +331,43 @@ def _secret(what: str) -> RecipeError:
 
 
 def write_script(order: Order, text: str) -> Path:
-    """Into the run folder, for its owner alone."""
-    path = make_private(order.run_dir) / SCRIPT
+    """Into the run folder, for its owner alone. RecipeError when it cannot be written."""
+    path = order.run_dir / SCRIPT
     draft = path.with_name(f".{SCRIPT}.tmp")
-    with private_file(draft) as file:
-        file.write(text.encode())
-    draft.replace(path)
+    try:
+        make_private(order.run_dir)
+        with private_file(draft) as file:
+            file.write(text.encode())
+        draft.replace(path)
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}: choose a run folder that can be written (--run-dir)") from error
     return path
 
 
+def rehearse(script: Path, site: Site) -> str:
+    """A line in SLURM's words: when and where it would start the job, or a warning that it sees no place for it.
+
+    That may pass (nodes that are down) or not: sbatch takes a job for more nodes than there are, and lets it wait for ever.
+    """
+    done = _sbatch("--test-only", script, site)
+    said = " ".join(done.stderr.split()).removeprefix("sbatch: ")
+    return said if done.returncode == 0 else f"warning: SLURM has no place for this job as things are: {said}"
+
+
 def hand_in(script: Path, site: Site) -> str:
-    """The job's id. sbatch gets no more of the environment than the job: SBATCH_… would override the script."""
+    """The job's id. RecipeError when sbatch refuses it."""
+    done = _sbatch("--parsable", script, site)
+    if done.returncode != 0:
+        raise RecipeError(f"sbatch refused {script}: {done.stderr.strip() or done.returncode}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def _sbatch(option: str, script: Path, site: Site) -> subprocess.CompletedProcess[str]:
+    """sbatch gets no more of the environment than the job: SBATCH_… would override the script."""
     environment = {name: os.environ[name] for name in (*EXPORTED, *site.export) if name in os.environ}
-    command = ["sbatch", "--parsable", str(script)]
+    command = ["sbatch", option, str(script)]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SBATCH_ANSWERS_S, check=False)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SBATCH_ANSWERS_S, check=False)
     except FileNotFoundError:
         raise RecipeError(
             f"sbatch is not on this machine: submit on a login node, `sbatch {shlex.quote(str(script))}`"
@@ -333,6 +376,3 @@ def hand_in(script: Path, site: Site) -> str:
         raise RecipeError(
             f"sbatch did not answer in {SBATCH_ANSWERS_S} s: is it queued (squeue)? else submit {script}"
         ) from None
-    if done.returncode != 0:
-        raise RecipeError(f"sbatch refused {script}: {done.stderr.strip() or done.returncode}")
-    return done.stdout.strip().partition(";")[0]

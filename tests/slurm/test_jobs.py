@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from tools.campaign.cases import digests, numbers, write_recipe
 from tools.campaign.preemption import KINDS, NO_END, differs, one_run, queued_again, set_end
-from tools.campaign.slurm import Job, Lab, said, steps_logged
+from tools.campaign.slurm import ROOT, Job, Lab, said, steps_logged
 
 STEPS = 120
 STEPS_MEANWHILE = 2000  # more than a start trains until the next one asks for the folder
@@ -42,6 +44,22 @@ def undisturbed(lab: Lab, recipe: Path) -> Path:
 
 def trains(lab: Lab, run_dir: Path) -> None:
     lab.until(lambda: steps_logged(run_dir) >= 5, 120, f"{run_dir} trains")
+
+
+@pytest.mark.parametrize(("nodes", "says"), [(2, "to start at"), (4, "warning: SLURM has no place for this job as things are")])
+def test_slurm_is_asked_before_a_job_waits_for_ever(nodes: int, says: str, lab: Lab, recipe: Path, tmp_path: Path) -> None:
+    words = ("--run-dir", str(tmp_path / "run"), "--nodes", str(nodes), "--ranks-per-node", "1", "--dry-run")
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", "submit", str(recipe), *words],
+        env=lab.environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert says in done.stderr
+    assert done.stdout == (tmp_path / "run" / "job.sbatch").read_text()
+    assert lab.run("squeue", "--noheader") == ""
 
 
 @pytest.mark.grid

@@ -278,6 +278,19 @@ def test_a_wrong_sweep_is_one_line(text: str, tmp_path: Path) -> None:
         read_sweep(path)
 
 
+def test_pyxis_gets_the_folders_of_the_run_and_the_site_s() -> None:
+    site = Site(container=Container(runtime="pyxis", image="nvcr.io#a/b:1", bind=["/data:/data"]))
+    script = render(replace(ORDER, template="container"), site)
+    here = Path.cwd()
+    mounts = f"{here}:{here},{ORDER.run_dir}:{ORDER.run_dir},{ORDER.recipe.parent}:{ORDER.recipe.parent},/data:/data"
+    words = shlex.split(next(line for line in script.splitlines() if "--container-image" in line))
+    assert words[:3] == ["--container-image=nvcr.io#a/b:1", f"--container-mounts={mounts}", f"--container-workdir={here}"]
+    assert words[3:6] == ["python3", "-m", "trainer"]
+    assert "apptainer" not in script
+    parted = Site(container=Container(runtime="pyxis", image="i", bind=["/a,b:/c"]))
+    assert "has a comma" in refused(replace(ORDER, template="container"), parted)
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     return write_recipe(tmp_path, steps=6, every=2, keep=2)
@@ -295,6 +308,51 @@ def test_a_recipe_that_cannot_run_there_is_refused_first(recipe: Path, capsys: p
     assert "--nodes × --ranks-per-node" in capsys.readouterr().err
     assert main(["submit", str(recipe), "--nodes", "1", "--ranks-per-node", "1", "--set", "train.stepz=1"]) == 78
     assert not (recipe.parent / "campaign").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    words = ("--run-dir", str(tmp_path / "file" / "run"), "--dry-run")
+    assert main(["submit", str(recipe), "--nodes", "1", "--ranks-per-node", "1", *words]) == 78
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].endswith("Not a directory: choose a run folder that can be written (--run-dir)")
+
+
+def test_what_its_owner_may_want_to_change_is_said_before_it_waits(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    fake(tmp_path, "sbatch", "echo 'allocation failure: no such node' >&2; exit 1")
+    words = ["submit", str(recipe), "--nodes", "1", "--ranks-per-node", "1", "--dry-run"]
+    assert main(words) == 0
+    data, place = capsys.readouterr().err.splitlines()
+    assert data.startswith("triaxis: the data is not tokenized yet")
+    assert place == "triaxis: warning: SLURM has no place for this job as things are: allocation failure: no such node"
+
+    assert main(["data", "prepare", str(recipe)]) == 0
+    fake(tmp_path, "sbatch", "echo 'sbatch: Job 7 to start at noon' >&2")
+    capsys.readouterr()
+    assert main(words) == 0
+    assert capsys.readouterr().err == "triaxis: Job 7 to start at noon\n"
+
+    assert main([*words, "--set", "checkpoint.every=0"]) == 0
+    assert "the run cannot be resumed" in capsys.readouterr().err
+    monkeypatch.setattr(CheckpointFolder, "free_bytes", lambda _: 10)
+    assert main(words) == 0
+    assert "has 0.0 MB free; make room" in capsys.readouterr().err
+
+
+def test_a_run_that_has_ended_is_not_submitted(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe)]) == 0
+    monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch
+    words = ["submit", str(recipe), "--nodes", "1", "--ranks-per-node", "1"]
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert main([*words, "--set", "model.config.n_layer=3"]) == 78
+    assert "model.config" in capsys.readouterr().err
 
 
 def fake(folder: Path, name: str, body: str) -> None:

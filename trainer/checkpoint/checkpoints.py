@@ -13,19 +13,17 @@ from typing import Any
 from parallel.messages import Messages
 from parallel.topology import Layout
 from trainer.batching import BatchPlan
-from trainer.census import Census
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.resume import CheckpointSource, Found, newest_whole
 from trainer.checkpoint.save import Saved, Saver
 from trainer.engine import Engine
 from trainer.errors import DataError
-from trainer.optimizers import state_names, states_per_element
+from trainer.optimizer_state import state_names
 from trainer.redaction import redact
 from trainer.sections import Recipe
 
 PACKAGES = ("triaxis", "torch", "deepspeed", "transformers")
-FP32_BYTES = 4
 
 
 @dataclass
@@ -100,23 +98,6 @@ class Checkpoints:
         """Until nothing is being written; lines to show."""
         return self._told(self._saver.wait())
 
-    def room(self, census: Census) -> str:
-        """How large a checkpoint will be, and whether the disk has room for those that are kept."""
-        keys = self.recipe.checkpoint
-        if not keys.every:
-            return "checkpoints: none (checkpoint.every = 0): the run cannot be resumed"
-        one = census.frozen_bytes + census.trained * FP32_BYTES * (1 + states_per_element(self.recipe.optimizer))
-        there = len(self.folder.steps())
-        need = one * max(0, keys.keep + 1 - there)  # a new one is written before the oldest goes
-        free = self.folder.free_bytes()
-        line = f"checkpoints: every {keys.every} steps, {keys.keep} kept, {_size(one)} each"
-        if need <= free:
-            return f"{line}; {_size(free)} free"
-        return (
-            f"warning: {line}: {self.folder.path} needs {_size(need)} and has {_size(free)} free; make room, lower "
-            "checkpoint.keep, or set run.dir to another disk: what does not fit is not saved"
-        )
-
     @cached_property
     def _saver(self) -> Saver:
         keys = self.recipe.checkpoint
@@ -130,7 +111,3 @@ class Checkpoints:
             for saved in saves
             if saved.failure or saved.litter
         ]
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +12,11 @@ from trainer.commands.arguments import add_recipe, whole
 from trainer.commands.network import known_network
 from trainer.commands.output import open_console, say
 from trainer.errors import EXIT_OK
+from trainer.redaction import redact_text
 
 if TYPE_CHECKING:
     from trainer.recipe import ResolvedRecipe
+    from trainer.submit import Order
 
 SUMMARY = "Write the sbatch script of a recipe for N nodes, check it, and hand it in to SLURM."
 
@@ -36,12 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from trainer.recipe import load
     from trainer.run_folder import RunFolder
-    from trainer.submit import Order, hand_in, read_site, read_sweep, render, write_script
+    from trainer.submit import Order, hand_in, read_site, read_sweep, rehearse, render, task_folder, write_script
 
     site, sweep = read_site(arguments.site), read_sweep(arguments.sweep) if arguments.sweep else ()
-    for settings in sweep or [()]:
-        resolved = load(arguments.recipe, [*arguments.set, *settings])
-        _check_division(resolved, arguments.nodes * arguments.ranks_per_node, "--nodes × --ranks-per-node")
     recipe = load(arguments.recipe, arguments.set).recipe
     order = Order(
         recipe=arguments.recipe.absolute(),
@@ -56,7 +56,16 @@ def run(arguments: argparse.Namespace) -> int:
         sweep=sweep,
     )
     text = render(order, site)
+    tasks = [(settings, task_folder(order, task)) for task, settings in enumerate(sweep)] or [((), order.run_dir)]
+    looked = [_look_before(load(arguments.recipe, [*arguments.set, *settings]), order, folder) for settings, folder in tasks]
+    if all(done for done, _ in looked):
+        say(open_console(), "\n".join(done for done, _ in looked))
+        return EXIT_OK
+    for remark in dict.fromkeys(remark for _, remarks in looked for remark in remarks):
+        _remark(remark)
     script = write_script(order, text)
+    if not arguments.dry_run or shutil.which("sbatch"):
+        _remark(rehearse(script, site))
     if arguments.dry_run:
         sys.stdout.write(text)
     else:
@@ -64,13 +73,15 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _check_division(resolved: ResolvedRecipe, world_size: int, how: str) -> None:
-    """RecipeError when that many ranks cannot train the recipe."""
-    from trainer.batching import BatchPlan
-    from trainer.deepspeed_config import deepspeed_config
-    from trainer.model.config import largest_weight
-    from trainer.recipe.pipeline import check_micro_batches
+def _look_before(resolved: ResolvedRecipe, order: Order, run_dir: Path) -> tuple[str, list[str]]:
+    """(the line to say when the run has ended already, else ""; remarks) of one task."""
+    from trainer.checkpoint.door import Resume, finished
+    from trainer.preflight import divide, remarks
 
-    plan, network = BatchPlan.from_recipe(resolved.recipe, world_size, how), known_network(resolved)
-    check_micro_batches(resolved.recipe, plan)
-    deepspeed_config(resolved.recipe, plan, largest_weight=largest_weight(network) if network is not None else None)
+    network = known_network(resolved)
+    divide(resolved.recipe, network, order.nodes * order.ranks_per_node, "--nodes × --ranks-per-node")
+    return finished(resolved, str(run_dir), Resume()), list(remarks(resolved.recipe, network, run_dir))
+
+
+def _remark(line: str) -> None:
+    sys.stderr.write(f"triaxis: {redact_text(line)}\n")  # stdout may be the script

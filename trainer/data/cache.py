@@ -46,7 +46,7 @@ class Cache:
             self._begun = _file_system_time(root)
         except OSError as error:
             raise RecipeError(f"data.cache_dir: {root}: {error.strerror}; name a folder that can be written") from None
-        self._outcome = root / f"{request[:16]}.outcome.json"
+        self._outcome = _outcome_file(root, request)
 
     def folder(self, fingerprint: str, make: Callable[[Path], None], *, what: str) -> Path:
         """The folder of that fingerprint, made by `make(staging)` where it is missing.
@@ -137,6 +137,18 @@ class Cache:
             return Outcome(read_json(self._outcome), self._outcome.stat().st_mtime)
         except (OSError, ValueError):
             return None
+
+
+def was_built(root: Path, *, request: str) -> bool:
+    """Whether the last build of that request left word of success."""
+    try:
+        return not read_json(_outcome_file(root, request))["failed"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _outcome_file(root: Path, request: str) -> Path:
+    return root / f"{request[:16]}.outcome.json"
 
 
 @dataclass(frozen=True)

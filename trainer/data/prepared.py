@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trainer import sections
 from trainer.data.build import COUNTS, HELD_OUT, MAIN, build_stores
-from trainer.data.cache import Cache, Progress
+from trainer.data.cache import Cache, Progress, was_built
 from trainer.data.chat import Chat
 from trainer.data.digests import Digests, fingerprint_of
 from trainer.data.examples import Examples
@@ -85,8 +85,7 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
     `build`: for one process of a run; it tokenizes what the cache lacks. The others wait for it, without a collective, and
     open what it made; they raise what it raised. RecipeError or DataError, with the place in the recipe or in the data.
     """
-    request = fingerprint_of(data.model_dump(mode="json", exclude={"workers"}))
-    cache = Cache(cache_dir, request=request, build=build, progress=progress)
+    cache = Cache(cache_dir, request=_request(data), build=build, progress=progress)
     with cache.reporting_outcome():
         digests = Digests(cache_dir)
         corpora, eval_corpora = (_look(data, group, digests) for group in ("sources", "eval_sources"))
@@ -160,6 +159,15 @@ def held_out_pairs(data: sections.Data, *, cache_dir: Path, limit: int) -> list[
     corpora = _look(data, "eval_sources", Digests(cache_dir))
     pairs = (pair for corpus in corpora for shard in corpus.shards for pair in shard.examples(lambda pair: pair) if all(pair))
     return list(islice(pairs, limit))
+
+
+def was_prepared(data: sections.Data, cache_dir: Path) -> bool:
+    """Whether `prepare` has made all of this under `cache_dir` before; the sources may have changed since."""
+    return was_built(cache_dir, request=_request(data))
+
+
+def _request(data: sections.Data) -> str:
+    return fingerprint_of(data.model_dump(mode="json", exclude={"workers"}))
 
 
 def prepare_summary(prepared: PreparedData) -> list[SourceRow]:
