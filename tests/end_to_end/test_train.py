@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,37 @@ def test_the_loss_does_not_depend_on_the_launcher_or_the_number_of_ranks(runs: A
     assert losses["deepspeed"] == losses["torchrun"], "same layout: bit for bit"
     # One rank sums the micro-batches' gradients in another order, which Adam magnifies: seen 2e-7 after 12 steps.
     np.testing.assert_allclose(losses["plain"][:12], losses["deepspeed"][:12], rtol=1e-5)
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(folder / "runs" / "small" / "metrics.jsonl")]
+
+
+@pytest.mark.grid
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here: apt-get install openmpi-bin")
+def test_mpirun_is_torchrun_to_the_bit(runs: Any, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    mpirun = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m", "trainer")
+    done = start(*mpirun, "train", str(recipe), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses_of(tmp_path) == losses_of(runs["torchrun"][1].parents[1])
+
+
+@pytest.mark.grid
+def test_deepspeed_on_each_host_of_a_file_is_torchrun_to_the_bit(runs: Any, tmp_path: Path) -> None:
+    """Two hosts of one rank; --no_ssh, so both may be this machine."""
+    recipe, hosts, port = write_recipe(tmp_path), tmp_path / "hosts", free_port()
+    hosts.write_text("node-a slots=1\nnode-b slots=1\n")
+    file = ("--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port)
+
+    def on_host(number: int) -> subprocess.CompletedProcess[str]:
+        module = ("--node_rank", str(number), "--no_local_rank", "--module", "trainer", "train", str(recipe))
+        return start("deepspeed", *file, *module, cwd=tmp_path)
+
+    with ThreadPoolExecutor(2) as both:
+        for done in both.map(on_host, (0, 1)):
+            assert done.returncode == 0, done.stdout + done.stderr
+    assert losses_of(tmp_path) == losses_of(runs["torchrun"][1].parents[1])
 
 
 def test_stdout_is_ours(runs: Any) -> None:
