@@ -236,7 +236,8 @@ TASKS = {
 }
 
 
-def test_the_harness_gives_what_it_gives_of_the_exported_folder(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_harness_gives_what_it_gives_of_the_exported_folder(chat: bool, folder: Path, tmp_path: Path) -> None:
     """Its own model of transformers is the oracle; the text is longer than the model has positions."""
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
@@ -252,6 +253,7 @@ def test_the_harness_gives_what_it_gives_of_the_exported_folder(folder: Path, tm
     words = [word for name in TASKS for word in ("--harness", name)]
     ours = found(
         *(str(run), *words, "--harness-path", str(tmp_path), "--sequences", "12", "--set=parallel.tensor=2"),
+        *(["--chat"] if chat else []),
         log=tmp_path / "log",
         world_size=4,
     )["tasks"]
@@ -262,6 +264,7 @@ def test_the_harness_gives_what_it_gives_of_the_exported_folder(folder: Path, tm
         limit=12,
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         bootstrap_iters=0,
+        apply_chat_template=chat,
     )["results"]
     for name in TASKS:
         for metric in ("acc,none", "acc_norm,none", "byte_perplexity,none", "exact_match,none"):
