@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from parallel.autograd import TensorFunction
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Group
 from parallel.norm import QueryKeyNorm
@@ -89,7 +90,7 @@ def _spans(lengths: tuple[int, ...]) -> list[slice]:
     return [slice(end - n, end) for end, n in zip(accumulate(lengths), lengths, strict=True)]
 
 
-class _Rotate(torch.autograd.Function):
+class _Rotate(TensorFunction):
     """Rotate the halves of the last dim: (a, b) → (a cos − b sin, b cos + a sin). Backward: rotate the other way.
 
     Written out because autograd would keep four intermediates per layer for what needs only cos and sin.
@@ -285,7 +286,7 @@ def _written_out(
     """
     wide = torch.promote_types(q_BHSK.dtype, torch.float32)
     scale = q_BHSK.shape[-1] ** -0.5 if reach.scale is None else reach.scale
-    q_BGRSK = q_BHSK.unflatten(1, (k_BGTK.shape[1], -1))  # R query heads share one key/value head
+    q_BGRSK: Tensor = q_BHSK.unflatten(1, (k_BGTK.shape[1], -1))  # R query heads share one key/value head
     logits_BGRST = (q_BGRSK @ k_BGTK.unsqueeze(2).mT).to(wide) * scale
     if reach.softcap is not None:
         logits_BGRST = soft_cap(logits_BGRST, reach.softcap)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.autograd import TensorFunction
 from parallel.mesh import Group
 
 
@@ -77,7 +78,7 @@ def reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
 Collective = Callable[[Tensor, Group], Tensor]
 
 
-class _Pair(torch.autograd.Function):
+class _Pair(TensorFunction):
     """One collective forward, another on the gradient."""
 
     @staticmethod

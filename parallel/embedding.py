@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from parallel.mesh import Group
@@ -47,6 +47,8 @@ class VocabParallelEmbedding(Sharded):
     Backward: each rank keeps its rows' gradient; with sequence parallelism after an all-gather.
     """
 
+    weight: nn.Parameter
+
     def __init__(
         self,
         vocab_size: int,
@@ -83,6 +85,8 @@ class ReplicatedEmbedding(Sharded):
 
     Forward: rows of the table [N] → [N, D]; with sequence parallelism of this rank's tokens, so its gradient is partial.
     """
+
+    weight: nn.Parameter
 
     def __init__(self, rows: int, hidden_size: int, *, name: str, init: Init, tp: TensorParallel) -> None:
         super().__init__()

@@ -77,14 +77,16 @@ def _header(spec: ShardSpec, tensor: Tensor) -> dict[str, Any]:
 
 
 def _receive_parameter(header: dict[str, Any], source: int, group: Group, device: torch.device) -> tuple[ShardSpec, Tensor]:
-    pieces = tuple(
-        Piece(**{key: tuple(value) if isinstance(value, list) else value for key, value in piece.items()})
-        for piece in header["pieces"]
-    )
+    pieces = tuple(map(_piece, header["pieces"]))
     tensor = torch.empty(header["shape"], dtype=getattr(torch, header["dtype"]), device=device)
     dist.recv(tensor, source, group=group.handle)
     spec = ShardSpec(Role(header["role"]), Init(**header["init"]), pieces, copies=Group.alone(), added=header["added"])
     return spec, tensor
+
+
+def _piece(fields: dict[str, Any]) -> Piece:
+    lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+    return Piece(**{**fields, **lists})
 
 
 def _send_text(header: dict[str, Any] | None, group: Group, device: torch.device) -> None:

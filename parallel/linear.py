@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from parallel.autograd import TensorFunction
 from parallel.collectives import Pending, all_gather, start_all_gather, start_all_reduce, start_reduce_scatter
 from parallel.deferred import WeightGradients
 from parallel.mesh import Group
@@ -51,7 +52,7 @@ class Adapter(Protocol):
         """Set what follows from the layer's own weights."""
 
 
-class _ColumnParallelLinear(torch.autograd.Function):
+class _ColumnParallelLinear(TensorFunction):
     """Y = X Wᵀ + b, for two weights whose outputs stand side by side (the second may be None).
 
     Backward: dX = Σ over ranks of dY W, dW = dYᵀ X, db = Σ dY. Written out for what autograd cannot do: with sequence
@@ -103,14 +104,15 @@ class _ColumnParallelLinear(torch.autograd.Function):
         return summing.wait(), None, None, dw, db, shared_dw, shared_db
 
 
-class _LinearForLater(torch.autograd.Function):
+class _LinearForLater(TensorFunction):
     """Y = X Wᵀ whose weight gradient is left for later, or never wanted. Backward: dX = dY W."""
 
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, later: _Later, weight: Tensor | None) -> Tensor:
         ctx.later = later
         ctx.save_for_backward(x_NI, weight)
-        return _linear(x_NI, *later.values(x_NI.dtype, weight), None)
+        (value,) = later.values(x_NI.dtype, weight)
+        return _linear(x_NI, value, None)
 
     @staticmethod
     @once_differentiable
@@ -137,11 +139,11 @@ class _Later:
 
     def values(self, dtype: torch.dtype, *seen: Tensor | None) -> list[Tensor]:
         """Those that there are: as autograd saw them, or made whole in `dtype`."""
-        return [
+        every = (
             held.dequantized(dtype) if isinstance(held, QuantizedWeight) else weight
             for held, weight in zip(self.weights, seen, strict=True)
-            if held is not None
-        ]
+        )
+        return [value for value in every if value is not None]
 
     def gradient(self, index: int, weight: Tensor, dy_NO: Tensor, x_NI: Tensor) -> Tensor | None:
         """dYᵀ X in the weight's format; None when it is left for later, or the weight is frozen."""
@@ -166,6 +168,8 @@ def _linear(x_NI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _Adaptable(Sharded):
     """A layer that may have an adapter beside it, and then weights in few bits."""
 
+    weight: nn.Parameter  # unless it is quantized
+
     def __init__(self) -> None:
         super().__init__()
         self.adapter: Adapter | None = None
@@ -187,9 +191,9 @@ class _Adaptable(Sharded):
         """A weight that the layer may have, in the form in which it is here."""
         return self.quantized.get(name) or self.given(name)
 
-    def values(self, name: str) -> Tensor | None:
-        """Of a parameter that the layer may have; fp32 where it is quantized."""
-        return self.quantized[name].dequantized(torch.float32) if name in self.quantized else self.given(name)
+    def values(self, name: str) -> Tensor:
+        """Of a weight that the layer has; fp32 where it is quantized."""
+        return self.quantized[name].dequantized(torch.float32) if name in self.quantized else self.get_parameter(name)
 
     def forward(self, x_NI: Tensor, streams: Streams | None = None) -> Tensor:
         """`streams`: for the dropout of an adapter."""
@@ -242,7 +246,8 @@ class ColumnParallelLinear(_Adaptable):
     def _declare(self, prefix: str, outputs: Sequence[Output], bias: bool, copies: Group) -> list[Shard]:
         """Weight and bias of outputs that are cut into one part for each `copies` ranks; what is here of each."""
         parts, part = self.tp.group.size // copies.size, self.tp.group.rank // copies.size
-        weights, biases, shards = [], [], []
+        weights, biases = [], []
+        shards: list[Shard] = []
         for out in outputs:
             if out.features % parts:
                 raise ValueError(f"{out.name}: output features = {out.features} does not divide over {parts} ranks")
@@ -280,6 +285,8 @@ class RowParallelLinear(_Adaptable):
     all-gather backward, and the bias sees only this rank's tokens: its gradient is partial.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, in_features: int, out_features: int, *, name: str, bias: bool, init: Init, transposed: bool, tp: TensorParallel
     ) -> None:
@@ -314,6 +321,9 @@ class ReplicatedLinear(Sharded):
     Forward: X [N, I], or this rank's tokens of it → Y [N, O] of the same tokens; no communication. With sequence parallelism
     each rank gives its tokens' part of the gradients; without, all ranks compute the same.
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from parallel.autograd import TensorFunction
 from parallel.collectives import all_reduce
 from parallel.embedding import VocabParallelEmbedding, vocabulary_piece, vocabulary_shard, vocabulary_weight
 from parallel.mesh import Group
@@ -147,11 +148,11 @@ class _Gradients:
     def __init__(self, h_ND: Tensor, vocabulary: _Vocabulary, *, trains_weight: bool, trains_bias: bool) -> None:
         # Several chunks are summed in fp32: in bf16 the sum would lose what later chunks add.
         self._h_ND, self._vocabulary = h_ND, vocabulary
-        like = {"dtype": vocabulary.wide, "device": h_ND.device}
+        zeros = partial(torch.zeros, dtype=vocabulary.wide, device=h_ND.device)
         bias_V = vocabulary.bias_V
         self.h = torch.empty_like(h_ND)
-        self.weight = torch.zeros(vocabulary.weight_VD.shape, **like) if trains_weight else None
-        self.bias = torch.zeros(bias_V.shape, **like) if trains_bias and bias_V is not None else None
+        self.weight = zeros(vocabulary.weight_VD.shape) if trains_weight else None
+        self.bias = zeros(bias_V.shape) if trains_bias and bias_V is not None else None
 
     def add(self, part: slice, of_logits: Tensor) -> None:
         if self.bias is not None:
@@ -162,7 +163,7 @@ class _Gradients:
             self.weight += delta.t() @ self._h_ND[part]
 
 
-class _CrossEntropySum(torch.autograd.Function):
+class _CrossEntropySum(TensorFunction):
     """Σ over targets of −log softmax(x)[label], with the gradients computed chunk by chunk in forward.
 
     With a smoothing ε the share ε of the label's weight is divided evenly over the vocabulary (Szegedy et al. 2016,
@@ -230,7 +231,7 @@ def losses_and_hits(
     return found_2N
 
 
-class _TokenLosses(torch.autograd.Function):
+class _TokenLosses(TensorFunction):
     """−log softmax(x)[label] of each token, 0 where it is no target, each with a gradient of its own.
 
     The weight of a token's gradient is known only when the losses are, often of other tokens (of both answers of a pair), so
@@ -252,7 +253,7 @@ class _TokenLosses(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         vocabulary = _Vocabulary(weight_VD.to(h_ND.dtype), bias_V, vocab_size, group, softcap)
-        losses_N, log_normalisers_N = torch.empty((2, h_ND.shape[0]), dtype=vocabulary.wide, device=h_ND.device)
+        losses_N, log_normalisers_N = torch.empty((2, h_ND.shape[0]), dtype=vocabulary.wide, device=h_ND.device).unbind()
         for part in vocabulary.parts(h_ND.shape[0]):
             chunk = vocabulary.chunk(h_ND[part], labels_N[part], wants_slope=False)
             losses_N[part], log_normalisers_N[part] = chunk.losses()
@@ -286,6 +287,9 @@ class VocabParallelHead(Sharded):
     `bias`: its logical tensor's name, None: there is none; `bias_is_row`: that is [1, V], not [V]. `softcap`: logits x become
     softcap · tanh(x / softcap).
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,

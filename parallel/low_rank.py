@@ -23,11 +23,11 @@ columns add to its square.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from parallel.collectives import all_reduce
@@ -87,6 +87,9 @@ class ColumnLowRank(Sharded):
     of its gradient backward; without: an all-reduce backward.
     """
 
+    lora_A: nn.Parameter
+    lora_E: nn.Parameter  # AdaLoRA's
+
     def __init__(self, layer: ColumnParallelLinear, modules: Collection[str], keys: LowRank) -> None:
         super().__init__()
         self.tp, self.keys = layer.tp, keys
@@ -136,15 +139,16 @@ class ColumnLowRank(Sharded):
         hs, seconds, lengths = h_NR.split(self.keys.rank, -1), self._rows("lora_B"), self._rows("magnitude")
         firsts = self.lora_A.split(self.keys.rank)
         parts = []
-        nothing = [None] * len(self.features)
-        ours = (self._of_layer(layer, name) if self.keys.magnitude else nothing for name in ("weight", "bias"))
-        for y, module, weight, bias in zip(layer.plain(x_NI).split(self.features, -1), self.module_of, *ours, strict=True):
+        ys = layer.plain(x_NI).split(self.features, -1)
+        weights = self._weights(layer) if self.keys.magnitude else [None] * len(ys)
+        biases = self._biases(layer) if self.keys.magnitude else [None] * len(ys)
+        for y, module, weight, bias in zip(ys, self.module_of, weights, biases, strict=True):
             if module is None:
                 parts.append(y)
                 continue
             b_OR = next(seconds)
             changed = torch.addmm(y, hs[module], b_OR.to(y.dtype).t(), alpha=self.keys.scale)
-            if self.keys.magnitude:
+            if weight is not None:
                 norm_O = _row_squares(weight, b_OR, firsts[module], self.keys.scale).sqrt()
                 changed = _rescaled(changed, next(lengths) / norm_O, bias)
             parts.append(changed)
@@ -154,7 +158,7 @@ class ColumnLowRank(Sharded):
     def start_from(self, layer: ColumnParallelLinear) -> None:
         if not self.keys.magnitude:
             return
-        weights = [w for w, module in zip(self._of_layer(layer, "weight"), self.module_of, strict=True) if module is not None]
+        weights = [w for w, module in zip(self._weights(layer), self.module_of, strict=True) if module is not None]
         for length, weight in zip(self._rows("magnitude"), weights, strict=True):
             length.copy_(weight.double().square().sum(-1).sqrt())
 
@@ -166,11 +170,16 @@ class ColumnLowRank(Sharded):
             if sizes and f"{prefix}{name}" in self.specs:
                 yield from getattr(self, f"{prefix}{name}").split(sizes)
 
-    def _of_layer(self, layer: ColumnParallelLinear, name: str) -> list[Tensor | None]:
-        """Of this parameter of the layer, what belongs to each shard; None where there is none."""
-        own, shared = layer.values(name), layer.values(f"shared_{name}")
-        if own is None:
-            return [None] * len(self.features)
+    def _weights(self, layer: ColumnParallelLinear) -> list[Tensor]:
+        """What of the layer's weights belongs to each shard."""
+        shared = layer.values("shared_weight") if layer.shared_shards else None
+        return self._by_shard(layer.values("weight"), shared)
+
+    def _biases(self, layer: ColumnParallelLinear) -> Sequence[Tensor | None]:
+        bias = layer.given("bias")
+        return [None] * len(self.features) if bias is None else self._by_shard(bias, layer.given("shared_bias"))
+
+    def _by_shard(self, own: Tensor, shared: Tensor | None) -> list[Tensor]:
         parts = list(own.split(self.features[: self.own_shards]))
         return parts if shared is None else [*parts, *shared.split(self.features[self.own_shards :])]
 
@@ -195,6 +204,11 @@ class RowLowRank(Sharded):
     Forward: X_i [N, I/p] → H = Σ_i X_i A_iᵀ [N, R], or this rank's tokens of it → Y + s · H Bᵀ. Communication: an all-reduce
     of H forward; with sequence parallelism a reduce-scatter of it forward, an all-gather of its gradient backward.
     """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_E: nn.Parameter  # AdaLoRA's
+    magnitude: nn.Parameter  # DoRA's
 
     def __init__(self, layer: RowParallelLinear, keys: LowRank) -> None:
         super().__init__()

@@ -10,15 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from parallel.autograd import TensorFunction
 from parallel.params import Init, Role, Sharded, whole
 from parallel.tensor import TensorParallel
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(TensorFunction):
     """y = n · w with n = x · s, s = 1 / sqrt(mean(x²) + eps); backward: dx = s (dn − n · mean(dn · n)), dn = dy · w.
 
     The mean is over the last dim; w has as many of the last dims of x as it needs. With an offset, w is weight + offset in
@@ -57,6 +58,8 @@ def _gain(weight: Tensor, dtype: torch.dtype, offset: float) -> Tensor:
 class RMSNorm(Sharded):
     """x / sqrt(mean(x²) + eps) · (weight + offset) (Zhang & Sennrich 2019, arXiv:1910.07467); statistics in fp32."""
 
+    weight: nn.Parameter
+
     def __init__(self, hidden_size: int, *, eps: float, name: str, tp: TensorParallel, offset: float = 0.0) -> None:
         super().__init__()
         self.eps = eps
@@ -74,6 +77,9 @@ class QueryKeyNorm(Sharded):
     The weights are whole on every rank, but a rank normalises only its own heads: their gradients are partial.
     """
 
+    query: nn.Parameter
+    key: nn.Parameter
+
     def __init__(self, head_dim: int, *, eps: float, query: str, key: str, tp: TensorParallel) -> None:
         super().__init__()
         self.eps = eps
@@ -89,6 +95,9 @@ class QueryKeyNorm(Sharded):
 
 class LayerNorm(Sharded):
     """(x − mean) / sqrt(var + eps) · weight + bias (Ba et al. 2016, arXiv:1607.06450)."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(self, hidden_size: int, *, eps: float, bias: bool, name: str, tp: TensorParallel) -> None:
         super().__init__()

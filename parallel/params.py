@@ -117,6 +117,8 @@ class Sharded(nn.Module):
     The names are those of `named_parameters`, so it may also speak for parameters of modules below it that are not ours.
     """
 
+    __call__: Callable[..., Tensor]  # torch says of no module what it gives
+
     def __init__(self) -> None:
         super().__init__()
         self.specs: dict[str, ShardSpec] = {}

@@ -123,11 +123,11 @@ class Pipeline:
         """One micro-batch through all stages, without gradients: the last stage's output where that is, elsewhere None.
         `hidden` has its shape between the stages, when that is not the schedule's."""
         hidden = self.hidden if hidden is None else hidden
-        output = None
+        output: Tensor | None = None
         for index, module in self.modules.items():
             if index == 0:
                 x = tokens_BS
-            elif index - 1 in self.modules:
+            elif output is not None and index - 1 in self.modules:
                 x = output
             else:
                 x = torch.empty(hidden.shape, dtype=hidden.dtype, device=self.device)
@@ -192,12 +192,12 @@ class _Stage(PipelineStage):
         return super()._get_recv_ops(recv_infos)
 
     def _retrieve_recv_activations(self, micro_batch: int) -> tuple[Tensor, ...]:
-        activations = super()._retrieve_recv_activations(micro_batch)
+        activations: tuple[Tensor, ...] = super()._retrieve_recv_activations(micro_batch)
         _forget(self.args_recv_info[micro_batch])
         return activations
 
     def _retrieve_recv_grads(self, micro_batch: int) -> tuple[Tensor | None, ...]:
-        grads = super()._retrieve_recv_grads(micro_batch)
+        grads: tuple[Tensor | None, ...] = super()._retrieve_recv_grads(micro_batch)
         _forget(self.grad_recv_info[micro_batch])
         return grads
 

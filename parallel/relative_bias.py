@@ -10,7 +10,7 @@ import math
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from parallel.mesh import Group
@@ -24,6 +24,8 @@ class RelativeBias(Sharded):
     Each tensor rank has the columns of its heads, and sees whole sequences, so nothing is communicated. Forward: → [H, X], to
     be laid out by `by_place`. A distance is within a document: where each begins does not matter.
     """
+
+    weight: nn.Parameter
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, Shard
 from parallel.mesh import Group
@@ -52,6 +52,8 @@ class OutputRescaling(Sharded):
 
 class InputRescaling(Sharded):
     """(X · l) Wᵀ of a row-parallel layer. No communication."""
+
+    scale: nn.Parameter
 
     def __init__(self, layer: RowParallelLinear) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ class Streams:
     ) -> Tensor:
         """Bool [rows, heads, *block]: which attention weights survive, for the block of queries that begins at `start`."""
         drawn = [self._keeps((site, head, start), rate, row, block, device) for row in rows for head in heads]
-        return torch.stack(drawn).unflatten(0, (len(rows), len(heads)))
+        return torch.stack(drawn).view(len(rows), len(heads), *block)
 
     def _keeps(self, site: object, rate: float, row: int, shape: tuple[int, int], device: torch.device) -> Tensor:
         return torch.rand(shape, generator=stream(device, self.seeds[row], site), device=device) >= rate
