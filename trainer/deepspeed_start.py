@@ -71,17 +71,17 @@ class Units:
         raise AttributeError(name)
 
 
-def prepare(recipe: Recipe, notes: list[str]) -> None:
+def prepare(recipe: Recipe, dtype: torch.dtype, notes: list[str]) -> None:
     """Settle before `initialize` what DeepSpeed would otherwise decide by itself."""
     if not deepspeed.comm.is_initialized():
         # Its shared-memory collectives serve inference only; without this they are compiled at first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     accelerator = get_accelerator()
-    if recipe.precision.dtype == "fp16" and accelerator.device_name() == "cpu":
+    if dtype == torch.float16 and accelerator.device_name() == "cpu":
         # The CPU accelerator denies fp16 without AVX512-FP16; torch computes it all the same, slower.
         accelerator.is_fp16_supported = lambda: True
-    if recipe.precision.dtype == "fp64":
+    if dtype == torch.float64:
         reducible = accelerator.supported_dtypes()  # without float64, which the backends do reduce
         accelerator.supported_dtypes = lambda: [*reducible, torch.float64]
     if "nvme" in (recipe.zero.offload_optimizer.device, recipe.zero.offload_param.device):

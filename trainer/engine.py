@@ -79,9 +79,9 @@ class Engine:
         self.scaler = LossScaler.from_recipe(recipe.precision)
         self.zero_stage = recipe.zero.stage
         self.measures = measures_of(recipe.data.task, config)
-        prepare(recipe, self.notes)
-        units = Units(mesh)
         dtype = DTYPES[recipe.precision.dtype]
+        prepare(recipe, dtype, self.notes)
+        units = Units(mesh)
         masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
         self.execution = make_execution(
             recipe,
@@ -100,7 +100,8 @@ class Engine:
         self.quantized = quantized_weights(module)  # frozen, and no parameters
         self.specs: list[tuple[nn.Parameter, ShardSpec]] = [(p, spec) for _, p, spec in owned_specs(module)]
         for parameter, spec in self.specs:
-            parameter.model_parallel = spec.owned  # DeepSpeed's mark: off the first rank only these count in the norm
+            # DeepSpeed's mark: off the first rank only these count in the norm.
+            parameter.model_parallel = spec.owned  # type: ignore[attr-defined]
         optimizer = make_optimizer(recipe, self.specs, device)
         self.deepspeed, self.optimizer = start(module, optimizer, deepspeed_config, units)
         self.execution.attach(self.deepspeed)
@@ -110,7 +111,8 @@ class Engine:
         if self.zero_stage in (1, 2):
             # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
             self.optimizer.check_grad_overflow = True
-        self.budget = RankBudget(recipe, config, self.specs, mesh, device) if recipe.tuning.method == "adalora" else None
+        adalora = recipe.tuning.method == "adalora"
+        self.budget = RankBudget(recipe, config, self.specs, mesh, device, dtype) if adalora else None
         companions = self.budget.companions if self.budget else []
         companions += [Companion.of(*part, state=state) for weight in self.quantized for state, part in weight.stored.items()]
         self.state = ZeroState(
@@ -118,7 +120,7 @@ class Engine:
         )
         if isinstance(module, AutoStage) and module.looks_ahead(device):
             raise RecipeError(
-                f"{config.architecture}: its logits at a token depend on the next one, so predicting it would teach nothing; "
+                f"{module.architecture}: its logits at a token depend on the next one, so predicting it would teach nothing; "
                 "legal: a model with causal attention"
             )
 
@@ -201,7 +203,6 @@ class Engine:
                 # With CPU offload DeepSpeed 0.19 keeps a half format's sums, NaN and all: no later step would be finite.
                 vars(self.optimizer).get("averaged_gradients", {}).clear()
             return float(self.deepspeed.get_global_grad_norm()), bool(self.optimizer.overflow)
-        parameters = [p for p, _ in self.specs if p.grad is not None]
         owned = torch.nn.utils.get_total_norm([p.grad for p, spec in self.specs if p.grad is not None and spec.owned])
         norm = all_reduce(owned.square(), self.mesh.replica).sqrt() / scale
         if not float(norm) <= min(norm_limit, sys.float_info.max):  # NaN is in no order
@@ -211,7 +212,7 @@ class Engine:
         # 1e-6 as in torch's and DeepSpeed's own clipping, so that all stages take the same step.
         shrink = min(1.0, clip / (float(norm) + 1e-6)) / scale if clip else 1.0 / scale
         if shrink != 1.0:
-            torch._foreach_mul_([p.grad for p in parameters], shrink)
+            torch._foreach_mul_([p.grad for p, _ in self.specs if p.grad is not None], shrink)
         self.deepspeed.step()
         return float(norm), False
 

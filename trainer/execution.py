@@ -54,8 +54,9 @@ class Batch:
 
     @classmethod
     def on(cls, device: torch.device, batch: MicroBatch, streams: Streams | None = None) -> Batch:
-        tensors = (batch.tokens_BS, batch.labels_BS, batch.reference_R)
-        tokens_BS, labels_BS, reference_R = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
+        optional = (batch.labels_BS, batch.reference_R)
+        tokens_BS = batch.tokens_BS.to(device, non_blocking=True)
+        labels_BS, reference_R = (t if t is None else t.to(device, non_blocking=True) for t in optional)
         return cls(tokens_BS, labels_BS, Documents(batch.documents), streams, reference_R)
 
     @property
@@ -75,8 +76,10 @@ class Execution(Protocol):
     """`module` is what DeepSpeed gets; losses and statistics are sums over targets of this data-parallel rank, float64, the
     loss first, the same on all its ranks. `reads_tokens`: this rank needs tokens or labels, not only where documents end."""
 
-    module: nn.Module
     reads_tokens: bool
+
+    @property
+    def module(self) -> nn.Module: ...
 
     def attach(self, engine: Any) -> None:
         """The DeepSpeed engine, once there is one."""
@@ -108,10 +111,21 @@ def make_execution(
 ) -> Execution:
     """This rank's part of the model, built, and how it runs; `fill` and `partition`: see `Stage`."""
     dtype = DTYPES[recipe.precision.dtype]
-    common = {"dtype": dtype, "recompute": recipe.train.recompute, "device": device, "fill": fill, "partition": partition}
+    recompute = recipe.train.recompute
     if isinstance(network, AutoNetwork):
-        return OneStage(AutoStage(network, **common), watch)
-    build = partial(Stage, network, adapt=adaptation(recipe.tuning, network), loss=loss_of(recipe), **common)
+        stage = AutoStage(network, dtype=dtype, recompute=recompute, device=device, fill=fill, partition=partition)
+        return OneStage(stage, watch)
+    build = partial(
+        Stage,
+        network,
+        dtype=dtype,
+        recompute=recompute,
+        device=device,
+        fill=fill,
+        adapt=adaptation(recipe.tuning, network),
+        partition=partition,
+        loss=loss_of(recipe),
+    )
     tp = TensorParallel(mesh.tp, sequence=recipe.parallel.divides_tokens, overlap=recipe.parallel.overlap)
     if recipe.parallel.pipeline == 1:
         return OneStage(build(blocks_of(network), tp=tp), watch)

@@ -6,10 +6,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.rng import derive_seed
 from trainer.errors import DataError, RecipeError
@@ -105,7 +105,9 @@ def load_folder(folder: Path) -> tuple[Any, Any]:
         _require_next_tokens(network.architectures or (), folder)
         kind = AutoModelForSeq2SeqLM if network.is_encoder_decoder else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model, loading = kind.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
+        # transformers' types know of no `output_loading_info`.
+        loaded = kind.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
+        model, loading = cast(tuple[nn.Module, dict[str, Any]], loaded)
     except RecipeError:
         raise
     except Exception as error:  # transformers, tokenizers and safetensors each raise kinds of their own

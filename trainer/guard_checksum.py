@@ -22,6 +22,7 @@ from parallel.collectives import all_reduce
 from parallel.mesh import Group, Mesh
 from parallel.messages import Messages
 from parallel.params import ShardSpec
+from trainer.zero_parameter import Share, divided
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNK = 2**20  # elements that are widened to int64 at a time: 24 MiB with their factors
@@ -66,7 +67,7 @@ def replicas(specs: Sequence[tuple[nn.Parameter, ShardSpec]], mesh: Mesh, zero_s
 def held_values(parameter: nn.Parameter) -> Tensor:
     """What this rank holds of a parameter between steps: all of it, or under ZeRO-3 its share, flat; nothing of a share that
     is on NVMe."""
-    share: Tensor | None = getattr(parameter, "ds_tensor", None)
+    share: Share | None = getattr(parameter, "ds_tensor", None)
     if share is None:
         return parameter.detach()
     return share.detach().reshape(-1)[: share.numel() if share.status.name == "AVAILABLE" else 0]
@@ -107,8 +108,8 @@ def _differing(held: Sequence[Held], device: torch.device) -> Iterator[tuple[Hel
 
 def _without_padding(parameter: nn.Parameter, dp: Group) -> Tensor:
     """A share of ZeRO-3 may end in padding, which nobody sets."""
-    start = dp.rank * parameter.partition_numel()
-    return held_values(parameter)[: max(0, parameter.ds_numel - start)]
+    start = dp.rank * divided(parameter).partition_numel()
+    return held_values(parameter)[: max(0, divided(parameter).ds_numel - start)]
 
 
 def _listed(ranks: Sequence[int]) -> str:

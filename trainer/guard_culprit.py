@@ -128,8 +128,8 @@ class _Search:
         position = {path: place for place, (path, _) in enumerate(modules)}
         for name, parameter, spec in declared:
             if parameter.requires_grad:
-                place = (-index, -position[_home(name, position)])
-                yield before_other_hooks(parameter, self._gradient_hook(place, name, spec, count))
+                backwards = (-index, -position[_home(name, position)])
+                yield before_other_hooks(parameter, self._gradient_hook(backwards, name, spec, count))
 
     def _output_hook(self, place: tuple[int, int], label: str, count: Counter[str]) -> Callable[..., None]:
         def look(module: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -164,6 +164,7 @@ def before_other_hooks(parameter: nn.Parameter, hook: Callable[[Tensor], Any]) -
     """Register a gradient hook that sees what autograd gives, before hooks sum it over ranks."""
     handle = parameter.register_hook(hook)
     hooks = parameter._backward_hooks
+    assert hooks is not None, "there is one at least, ours"
     others = [(key, other) for key, other in hooks.items() if key != handle.id]
     hooks.clear()  # autograd reads the plain dict below this ordered one, which `move_to_end` does not reorder
     hooks.update([(handle.id, hook), *others])

@@ -124,8 +124,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         documents = tuple((len(row) - 1, S - len(row) + 1) if len(row) - 1 < S else (S,) for row in rows)
         scores_2R = self._model.evaluator.scores(MicroBatch(tokens_BS, labels_BS, documents))
         firsts = [0]
-        for row in documents[:-1]:
-            firsts.append(firsts[-1] + len(row))
+        for lengths in documents[:-1]:
+            firsts.append(firsts[-1] + len(lengths))
         return scores_2R[:, firsts]
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from trainer.binding import bind
@@ -152,7 +153,7 @@ def join(place: Place, timeout: timedelta) -> Neighbour | None:
     store.set(f"process of rank {place.rank}", json.dumps([os.getpid(), start_of(os.getpid())]))
     dist.init_process_group(
         "nccl" if place.device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("default_pg", store),  # as init_process_group itself would have it
+        store=PrefixStore("default_pg", store),  # as init_process_group itself would have it
         rank=place.rank,
         world_size=place.world_size,
         timeout=timeout,
@@ -167,7 +168,7 @@ def _pci_address(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     card = torch.cuda.get_device_properties(device)
-    return f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"
+    return f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"  # type: ignore[attr-defined]
 
 
 def _check_host(place: Place) -> None:

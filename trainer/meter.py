@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -75,7 +75,7 @@ class Meter:
         run.account(steps_done)
         self.restart()
 
-    def summary(self) -> dict[str, float | int]:
+    def summary(self) -> Mapping[str, float | int]:
         """The closing figures: those of the last record, and the median rate; few when a resumed run had no step to do."""
         if not self._rates:
             return self.state()

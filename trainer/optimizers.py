@@ -7,6 +7,7 @@ does, was measured no faster (see `tools/bench_optimizers.py`).
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -41,9 +42,9 @@ def make_optimizer(recipe: Recipe, parameters: list[tuple[nn.Parameter, ShardSpe
             return _lion("DeepSpeedCPULion" if on_host else "FusedLion")(groups, lr=keys.lr, betas=betas)
 
 
-def _lion(name: str) -> type[Optimizer]:
+def _lion(name: str) -> Callable[..., Optimizer]:
     """DeepSpeed's class, after a try whether its extension is or can be compiled here."""
-    rule: type[Optimizer] = getattr(importlib.import_module("deepspeed.ops.lion"), name)
+    rule: Callable[..., Optimizer] = getattr(importlib.import_module("deepspeed.ops.lion"), name)
     try:
         rule([nn.Parameter(torch.zeros(1))])
     except Exception as error:  # compilers fail in too many ways to name

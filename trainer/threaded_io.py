@@ -75,7 +75,7 @@ class ThreadedHandle:
         return len(transfers)
 
     def _start(self, move: Any, path: str, file: int, tensor: Tensor, offset: int) -> None:
-        memory = memoryview(tensor.detach().view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+        memory = tensor.detach().view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
         blocks = [
             self._threads.submit(move, file, memory[at : at + self._block_size], offset + at)
             for at in range(0, len(memory), self._block_size)

@@ -131,7 +131,8 @@ def scores(
     translator: Translator, pairs: Sequence[Translation], search: Search, *, tick: Callable[[], None] = lambda: None
 ) -> Scores:
     """BLEU and chrF of the sources' translations beside the pairs' targets."""
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     found = translator.translate([pair.source for pair in pairs], search, tick=tick)
     references = [[pair.target for pair in pairs]]

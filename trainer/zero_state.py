@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from parallel.mesh import Group
 from parallel.params import Piece, ShardSpec
 from trainer.checkpoint.manifest import WEIGHT
+from trainer.zero_parameter import divided
 
 STEP = "step"  # torch's name for the number of updates, the same for all parameters
 
@@ -264,13 +265,13 @@ class ZeroState:
         """A weight that is not trained, in the format in which it is held."""
         if self._zero < 3:
             return _replicated(parameter.detach(), spec, trained=False)
-        return _Flat(parameter.ds_tensor, [self._extent(parameter, 0)], trained=False)
+        return _Flat(divided(parameter).ds_tensor, [self._extent(parameter, 0)], trained=False)
 
     def _extent(self, parameter: nn.Parameter, offset: int) -> Extent:
         """Of a parameter that ZeRO-3 divides: the rank-th of equal shares."""
-        share = parameter.partition_numel()
+        share = divided(parameter).partition_numel()
         start = self._group.rank * share
-        return Extent(self._specs[parameter], start, max(0, min(share, parameter.ds_numel - start)), offset)
+        return Extent(self._specs[parameter], start, max(0, min(share, divided(parameter).ds_numel - start)), offset)
 
     def _partitions(self) -> Iterator[_Flat]:
         zero = self._optimizer

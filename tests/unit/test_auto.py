@@ -389,7 +389,7 @@ class TinyForCausalLM(PreTrainedModel):
 def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that brings its own model; what transformers copies of it goes to a place of the test's own."""
     modules = tmp_path / "modules"
-    for owner in ("transformers.utils", "transformers.dynamic_module_utils"):
+    for owner in ("transformers.utils.hub", "transformers.dynamic_module_utils"):
         monkeypatch.setattr(f"{owner}.HF_MODULES_CACHE", str(modules))
     monkeypatch.syspath_prepend(str(modules))
     folder = tmp_path / "custom"

@@ -116,7 +116,8 @@ class Saver:
             return Saved(step, verdict["failure"])
         files = [File(*entry) for entry in verdict["files"]]
         outcome = self._make_room(self.folder.of_step(step), files)
-        return Saved(step, **outcome, num_bytes=sum(file.num_bytes for file in files))
+        num_bytes = sum(file.num_bytes for file in files)
+        return Saved(step, outcome.get("failure", ""), outcome.get("litter", ""), num_bytes)
 
     def _begin(self, step: int, need: int) -> dict[str, Any]:
         def begin() -> dict[str, Any]:

@@ -104,7 +104,7 @@ def chunks(tensor: Tensor) -> Iterator[Tensor]:
 def as_bytes(values: Tensor) -> memoryview:
     """The values of a flat tensor; those of a contiguous one in place."""
     flat = values.contiguous().as_strided((values.numel(),), (1,))  # one element may claim any stride
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 class TensorFile:

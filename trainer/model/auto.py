@@ -167,7 +167,7 @@ class _Maker:
         subject = self.folder or f"model.config (model_type {self.recipe.model.config.get('model_type')})"
         with ExitStack() as stack:
             if self.recipe.model.trust_remote_code:
-                from transformers.utils import HF_MODULES_CACHE
+                from transformers.utils.hub import HF_MODULES_CACHE
 
                 Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(Path(HF_MODULES_CACHE) / "triaxis.lock", mode=0o600))
@@ -194,7 +194,7 @@ def _parameters_on_meta() -> Iterator[None]:
             return parameter
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(to_meta)
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # what it returns is registered
     try:
         yield
     finally:
@@ -280,8 +280,9 @@ def _matmul_weights(model: Any, contents: Contents, text: Any) -> int:
 def _attention_width(text: Any) -> int:
     """Σ over the layers that attend of heads · head size; 0 where the config does not tell."""
     layers, heads, hidden = (getattr(text, key, None) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    if not all(isinstance(size, int) for size in (layers, heads, hidden)):
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
         return 0
     if kinds := getattr(text, "layer_types", None):
         layers = sum(kind.endswith("attention") and kind != "linear_attention" for kind in kinds)
-    return layers * heads * (getattr(text, "head_dim", None) or hidden // heads)
+    head_dim: int = getattr(text, "head_dim", None) or hidden // heads
+    return layers * heads * head_dim

@@ -112,6 +112,7 @@ class AutoStage(Sharded):
     ) -> None:
         super().__init__()
         self.dtype = dtype
+        self.architecture = network.architecture
         self.model = network.build()
         contents = contents_of(self.model)
         self.specs = {f"model.{name}": spec for name, spec in contents.parameters.items()}

@@ -9,7 +9,7 @@ Shape letters: B batch, S tokens of half a row, N = B · S (with sequence parall
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,14 @@ from parallel.attention import Documents, Rotation
 from parallel.embedding import VocabParallelEmbedding
 from parallel.rng import Streams
 
+if TYPE_CHECKING:
+    from trainer.model.layers import Embedding
+
 
 class EmbeddedHalves(nn.Module):
     """tokens [B, 2S] → [2N, D]."""
 
-    def __init__(self, source: nn.Module, target: nn.Module) -> None:
+    def __init__(self, source: Embedding, target: Embedding) -> None:
         super().__init__()
         self.target = target  # first: it has the weight that both may share
         self.source = source
@@ -30,8 +33,7 @@ class EmbeddedHalves(nn.Module):
     @property
     def tokens(self) -> VocabParallelEmbedding:
         """What a tied head shares."""
-        tokens: VocabParallelEmbedding = self.target.tokens
-        return tokens
+        return self.target.tokens
 
     def forward(self, tokens_BS: Tensor, documents: Documents, streams: Streams | None) -> Tensor:
         halves = zip((self.source, self.target), tokens_BS.chunk(2, dim=1), documents.halves, strict=True)

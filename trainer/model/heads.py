@@ -39,7 +39,8 @@ class HeadTransform(nn.Module):
         self.norm = make_norm(config, norm, tp)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return self.norm(self.activation(self.dense(x_ND)))
+        transformed_ND: Tensor = self.norm(self.activation(self.dense(x_ND)))
+        return transformed_ND
 
 
 class Loss(Protocol):
@@ -112,7 +113,7 @@ class Head(nn.Module):
         self.norm = make_norm(config, names.final_norm, tp)
         self.dropout = final_dropout(config, names, tp)
         self.scale = config.hidden_size**-0.5 if config.scaled_head else 1.0
-        self.transform = nn.Identity()
+        self.transform: nn.Module = nn.Identity()
         if names.head_transform is not None:
             self.transform = HeadTransform(config, names.head_transform, names.head_transform_norm, tp)
         self.logits = VocabParallelHead(
@@ -145,7 +146,8 @@ class Head(nn.Module):
         if self.scale != 1.0:
             x_ND = x_ND * self.scale
         if labels_BS is None:
-            return self.logits(x_ND).unflatten(0, documents.shape)
+            logits_BSV: Tensor = self.logits(x_ND).unflatten(0, documents.shape)
+            return logits_BSV
         if by_document:
             losses_N, is_hit_N = self.logits(x_ND, labels_BS.flatten(), measured=True)
             return document_scores(losses_N, is_hit_N, (labels_BS != IGNORE).flatten(), documents)
@@ -188,7 +190,8 @@ class ClassHead(nn.Module):
         if labels_BS is None:
             logits_NC = self.classifier(self._pooled(x_ND))
             whole_NC = all_gather(logits_NC, self.tp.group) if self.tp.sequence else logits_NC
-            return whole_NC.unflatten(0, documents.shape)
+            logits_BSC: Tensor = whole_NC.unflatten(0, documents.shape)
+            return logits_BSC
         labels_N = labels_BS.flatten()[self.tp.tokens(labels_BS.numel())]
         chosen = (labels_N != IGNORE).nonzero().squeeze(-1)
         pooled_LD = self.dropout(self._pooled(x_ND[chosen]), documents, streams, chosen)

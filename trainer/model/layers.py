@@ -101,7 +101,8 @@ class Embedding(nn.Module):
             x_ND = x_ND + self.positions(documents.positions_BS.to(tokens_BS.device).flatten())
         if self.token_types is not None:
             x_ND = x_ND + self.token_types(torch.zeros_like(tokens_BS).flatten())
-        return self.dropout(self.norm(x_ND.to(self.dtype)), documents, streams)
+        y_ND: Tensor = self.dropout(self.norm(x_ND.to(self.dtype)), documents, streams)
+        return y_ND
 
 
 def make_embedding(
@@ -161,7 +162,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_ND: Tensor, documents: Documents, source: Source, streams: Streams | None) -> Tensor:
         attended = self.attention(self.norm(x_ND), documents, *source, streams)
-        return self.residual_norm(x_ND + self.dropout(attended, documents, streams))
+        y_ND: Tensor = self.residual_norm(x_ND + self.dropout(attended, documents, streams))
+        return y_ND
 
 
 class Layer(nn.Module):
@@ -257,7 +259,8 @@ class Layer(nn.Module):
             x_ND = self.cross(x_ND, documents, source, streams)
         fed_forward = self.mlp(self.mlp_norm(x_ND), streams)
         fed_forward = self.mlp_dropout(self.mlp_post_norm(fed_forward), documents, streams)
-        return self.mlp_residual_norm(x_ND + fed_forward)
+        y_ND: Tensor = self.mlp_residual_norm(x_ND + fed_forward)
+        return y_ND
 
 
 def make_layer(

@@ -146,7 +146,8 @@ class Stage(nn.Module):
                 x = layer(x, documents, rotation, streams)
         if self.head is None:
             return x
-        return self.head(x, documents, labels_BS, streams, reference_R=reference_R, **wanted)
+        output: Tensor = self.head(x, documents, labels_BS, streams, reference_R=reference_R, **wanted)
+        return output
 
     def _rotation(self, documents: Documents, device: torch.device) -> Rotation | None:
         if self.config.positions != "rope":

@@ -18,14 +18,16 @@ from torch.nn import functional
 
 from trainer.errors import DataError
 from trainer.model.config import TransformerConfig
+from trainer.model.network import Network
 from trainer.sections import Recipe
 from trainer.tuning.targets import targeted_modules
 
 CONFIG, WEIGHTS = "bottleneck_config.json", "bottleneck.safetensors"
 
 
-def bottleneck_config(recipe: Recipe, network: TransformerConfig) -> dict[str, Any]:
+def bottleneck_config(recipe: Recipe, network: Network) -> dict[str, Any]:
     """bottleneck_config.json."""
+    assert isinstance(network, TransformerConfig), "family auto has no tuning"
     return {
         "base_model_name_or_path": recipe.model.from_pretrained,
         "revision": recipe.model.revision,

@@ -69,4 +69,5 @@ def _changed(weight_OI: Tensor, parts: Sequence[Tensor], tuning: Tuning) -> Tens
     changed_OI = weight_OI + scale_of(tuning) * (b_OR @ a_RI)
     if tuning.method != "dora":
         return changed_OI
-    return changed_OI * (more[0] / torch.linalg.vector_norm(changed_OI, dim=-1)).unsqueeze(-1)
+    lengths_O: Tensor = torch.linalg.vector_norm(changed_OI, dim=-1)
+    return changed_OI * (more[0] / lengths_O).unsqueeze(-1)

@@ -26,7 +26,7 @@ def adapter_config(recipe: Recipe, network: Network) -> dict[str, Any]:
     assert isinstance(network, TransformerConfig), "family auto has no tuning"
     tuning = recipe.tuning
     names = WEIGHT_NAMES[network.family]
-    shared = {
+    shared: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": recipe.model.from_pretrained,
         "revision": recipe.model.revision,

@@ -30,6 +30,7 @@ from parallel.mesh import Mesh
 from parallel.params import Piece, ShardSpec
 from trainer.deepspeed_start import whole
 from trainer.model.config import TransformerConfig
+from trainer.model.network import Network
 from trainer.sections import RankBudget as Keys
 from trainer.sections import Recipe
 from trainer.tuning.targets import parts_of, targeted_modules
@@ -65,11 +66,13 @@ class RankBudget:
     def __init__(
         self,
         recipe: Recipe,
-        config: TransformerConfig,
+        config: Network,
         specs: Sequence[tuple[nn.Parameter, ShardSpec]],
         mesh: Mesh,
         device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
+        assert isinstance(config, TransformerConfig), "family auto has no tuning"
         tuning = recipe.tuning
         self._keys, self._rank, self._steps = tuning.budget, tuning.rank, recipe.train.steps
         self._clip_norm, self._zero_stage = recipe.train.clip_norm, recipe.zero.stage
@@ -81,7 +84,7 @@ class RankBudget:
         }
         mine = [(p, spec) for p, spec in specs if spec.pieces[0].name in self._place]
         shapes = [torch.Size(getattr(p, "ds_shape", p.shape)) for p, _ in mine]  # ZeRO-3 holds a part of it
-        wide = torch.float64 if recipe.precision.dtype == "fp64" else torch.float32
+        wide = torch.promote_types(dtype, torch.float32)
         self._grads = torch.zeros(sum(shape.numel() for shape in shapes), dtype=wide, device=device)
         grads = self._grads.split([shape.numel() for shape in shapes])
         self._factors = [

@@ -37,6 +37,7 @@ from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
 from trainer.deepspeed_config import deepspeed_config
 from trainer.engine import Engine, StepResult
+from trainer.execution import DTYPES
 from trainer.launch import Place
 from trainer.model.config import TransformerConfig, largest_weight
 from trainer.recipe import ResolvedRecipe, load
@@ -126,7 +127,7 @@ class Trial:
             self.mesh,
             self.device,
             deepspeed_config=deepspeed_config(recipe, self.plan, largest_weight=largest_weight(self.network)),
-            fill=self.fill_in_float64 if recipe.precision.dtype == "fp64" else self.fill,
+            fill=self.fill_in_float64 if DTYPES[recipe.precision.dtype] == torch.float64 else self.fill,
         )
         try:
             yield engine

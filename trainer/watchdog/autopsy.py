@@ -82,8 +82,8 @@ class Finding:
 def find(scene: Scene) -> Finding:
     """The first ranks that are missing or different, and how they are."""
     if failed := {rank: beat for rank, beat in scene.silent.items() if beat.ended not in ("", DONE)}:
-        first = min(failed)
-        return Finding(tuple(sorted(failed)), f"has ended: {failed[first].ended}, in {failed[first].at}")
+        last_beat = failed[min(failed)]
+        return Finding(tuple(sorted(failed)), f"has ended: {last_beat.ended}, in {last_beat.at}")
     stuck = {rank for rank in scene.silent if scene.state(rank) not in (None, "")}
     if not stuck and (found := _left_the_usual_order(scene.reports)):  # gloo ends a peer that receives what it does not expect
         return found

@@ -32,7 +32,7 @@ STATES = {
 def stack_of(thread_id: int) -> list[str]:
     """`file:line function` of a thread, the innermost first; [] when it has ended."""
     frame = sys._current_frames().get(thread_id)
-    lines = []
+    lines: list[str] = []
     while frame is not None and len(lines) < FRAMES:
         lines.append(_place(frame, frame.f_lineno))
         frame = frame.f_back

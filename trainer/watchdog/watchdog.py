@@ -28,6 +28,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from trainer.durable import private_file
 from trainer.errors import EXIT_HANG, EXIT_REQUEUE, UserError
@@ -77,14 +78,14 @@ class Verdict:
     noticed: str
 
 
-def _own_connection(neighbour: Neighbour | None) -> dist.Store:
+def _own_connection(neighbour: Neighbour | None) -> Store:
     """Another one to the store of the default group. torch tries for as long as a collective may take, and cannot be woken:
     PeerLost as soon as the neighbour has ended, which is how a store comes to be gone."""
-    answers: SimpleQueue[dist.Store | RuntimeError] = SimpleQueue()
+    answers: SimpleQueue[Store | RuntimeError] = SimpleQueue()
 
     def connect() -> None:
         try:
-            answers.put(dist.distributed_c10d._get_default_store().clone())
+            answers.put(dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
         except RuntimeError as error:
             answers.put(error)
 
