@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trainer.errors import DataError
 from trainer.track import read_metrics, truncate_after
 from trainer.track.jsonl import JsonlTracker, MetricsFile, read_summary, to_json
-from trainer.track.tracker import RunInfo
+from trainer.track.run_info import RunInfo
 
 
 def write(path: Path, *records: dict) -> None:

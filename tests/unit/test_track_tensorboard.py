@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer.track.run_info import RunInfo
 from trainer.track.tensorboard import TensorBoardTracker
-from trainer.track.tracker import RunInfo
 
 
 def info(folder: Path, start_step: int = 0) -> RunInfo:

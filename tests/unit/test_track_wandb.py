@@ -21,7 +21,7 @@ import pytest
 
 from trainer.sections import Wandb
 from trainer.track import wandb as mirror
-from trainer.track.tracker import RunInfo
+from trainer.track.run_info import RunInfo
 from trainer.track.wandb import WandbTracker
 
 pytestmark = pytest.mark.timeout(60)
@@ -261,7 +261,7 @@ def test_a_slow_child_drops_records_with_one_warning(folder: Path, tmp_path: Pat
 def test_a_killed_run_leaves_its_history_and_no_process(folder: Path) -> None:
     code = (
         "import os, signal, time; from pathlib import Path\n"
-        "from trainer.track.wandb import WandbTracker; from trainer.track.tracker import RunInfo\n"
+        "from trainer.track.wandb import WandbTracker; from trainer.track.run_info import RunInfo\n"
         "from trainer.sections import Wandb\n"
         "t = WandbTracker(Wandb(mode='offline', id='killed'), print)\n"
         f"folder = Path({str(folder)!r})\n"

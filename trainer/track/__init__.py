@@ -11,7 +11,8 @@ The history (`jsonl.py`) is ours and is the truth; everything else may fail with
 
 from trainer.track.jsonl import read_metrics, truncate_after
 from trainer.track.log import open_rank_log
-from trainer.track.tracker import CompositeTracker, NullTracker, RunInfo, Tracker, make_tracker
+from trainer.track.run_info import RunInfo
+from trainer.track.tracker import CompositeTracker, NullTracker, Tracker, make_tracker
 
 __all__ = [
     "CompositeTracker",

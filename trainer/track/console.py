@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.redaction import redact_text
+from trainer.track.run_info import RunInfo
 from trainer.track.text import duration, percent, printable, scaled, short
-from trainer.track.tracker import RunInfo
 
 LINE_EVERY_S = 2.0
 

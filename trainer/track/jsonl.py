@@ -21,7 +21,7 @@ from typing import IO, Any
 from trainer.durable import write_json
 from trainer.errors import DataError
 from trainer.redaction import redact
-from trainer.track.tracker import RunInfo
+from trainer.track.run_info import RunInfo
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"

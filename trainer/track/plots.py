@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -22,10 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from trainer.track.history import Column, History
 from trainer.track.text import percent, scaled, short, tick
-
-if TYPE_CHECKING:
-    from trainer.track.report import Column, History
 
 MAX_POINTS = 2_000  # per curve: two for each pixel of a wide screen
 ROUND = [1, 2, 2.5, 5, 10]  # distances of axis ticks, up to a power of ten

@@ -15,53 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trainer.errors import DataError, RecipeError
 from trainer.goodput import read_starts, shares_of
 from trainer.redaction import redact
 from trainer.track.console import EVAL_WORDS
-from trainer.track.jsonl import EVALUATIONS, METRICS, Number, read_metrics, read_summary
+from trainer.track.history import History
+from trainer.track.jsonl import EVALUATIONS, METRICS, read_metrics, read_summary
 from trainer.track.text import duration, percent, printable, scaled, short
-
-Column = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class History:
-    """Records as columns: float64, one element per record, NaN where a record has no such number."""
-
-    columns: Mapping[str, Column]
-    num_records: int
-
-    @classmethod
-    def of(cls, records: Sequence[Mapping[str, Number]]) -> History:
-        names = dict.fromkeys(name for record in records for name in record)
-        # numpy turns None into NaN here.
-        columns = {name: np.array([record.get(name) for record in records], dtype=np.float64) for name in names}
-        return cls(columns, len(records))
-
-    def __getitem__(self, name: str) -> Column:
-        column = self.columns.get(name)
-        return np.full(self.num_records, np.nan) if column is None else column
-
-    def has(self, name: str) -> bool:
-        """Whether any record has a finite number there."""
-        return bool(np.isfinite(self[name]).any())
-
-    def last(self, name: str) -> float | None:
-        """The last record's number, NaN and infinity included; None when there is none."""
-        return float(self[name][-1]) if self.num_records and name in self.columns else None
-
-    def median(self, name: str) -> float | None:
-        return float(np.median(self._finite(name))) if self.has(name) else None
-
-    def largest(self, name: str) -> float | None:
-        return float(self._finite(name).max()) if self.has(name) else None
-
-    def _finite(self, name: str) -> Column:
-        column = self[name]
-        return column[np.isfinite(column)]
 
 
 @dataclass(frozen=True)

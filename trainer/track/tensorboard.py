@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.track.tracker import RunInfo
+from trainer.track.run_info import RunInfo
 
 FLUSH_EVERY_S = 5.0
 

@@ -4,30 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from trainer import sections
+from trainer.track.run_info import RunInfo
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunInfo:
-    """What a tracker may want to know before the first step.
-
-    `recipe` is the resolved recipe, nested as in the file. `total_steps` is the step at which the run ends, `start_step`
-    the steps done before this start (0, or those of the checkpoint); `devices` says what it runs on, such as "8 × H100".
-    """
-
-    name: str
-    folder: Path
-    recipe: Mapping[str, Any]
-    total_steps: int
-    world_size: int
-    devices: str
-    start_step: int = 0
 
 
 class Tracker(Protocol):

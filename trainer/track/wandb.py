@@ -34,7 +34,7 @@ from typing import IO, Any
 from trainer import sections
 from trainer.durable import write_json
 from trainer.redaction import redact, redact_text
-from trainer.track.tracker import RunInfo
+from trainer.track.run_info import RunInfo
 
 START_LIMIT_S = 30.0  # for W&B to accept the run; its own default is 90 s
 START_LIMIT_AT_FINISH_S = 3.0  # the same, once the run has finished and only waits for W&B
