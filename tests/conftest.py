@@ -14,21 +14,24 @@ settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 
-OF_PROCESSES = ("parallel", "end_to_end", "slurm")  # folders whose tests start several processes each
+# Folders of tests that start several processes each. Those of whole runs (launchers, SLURM, faults to be noticed) wait for half of
+# their time, so the others may have the cores meanwhile.
+SCOPES = {"end_to_end": "waiting", "slurm": "waiting", "parallel": "computing"}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of pytest-xdist's workers one has all tests that start processes, as two at a time would want more cores than a small
-    machine has; the others have the files of the rest."""
+    """Of pytest-xdist's workers one begins with the tests of each scope, one after the other; the files of the rest follow on
+    those that are free."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class OneAtATime(LoadScopeScheduling):  # type: ignore[misc]
+    class InScopes(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "processes" if Path(file).parent.name in OF_PROCESSES else file
+            return SCOPES.get(Path(file).parent.name, file)
 
-    return OneAtATime(config, log)
+    config.option.loadscopereorder = False  # in the order of collection: the folders of processes come first
+    return InScopes(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,6 +25,6 @@ export DS_ACCELERATOR=${DS_ACCELERATOR:-$(python -c 'import torch; print("cuda" 
 ruff format --check --quiet .
 ruff check --quiet .
 mypy
-# One worker has the tests that start processes, the other all that need a single core.
+# Two workers, as tests/conftest.py divides the tests.
 [ $# -gt 0 ] || set -- --numprocesses 2
 exec python -m pytest "$@"
