@@ -14,8 +14,8 @@ settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 
-# Folders of tests that start several processes each. Those of whole runs (launchers, SLURM, faults to be noticed) wait for half of
-# their time, so the others may have the cores meanwhile.
+# Folders of tests that start several processes each. Those of whole runs (launchers, SLURM, faults to be noticed) wait for
+# half of their time, so the others may have the cores meanwhile.
 SCOPES = {"end_to_end": "waiting", "slurm": "waiting", "parallel": "computing"}
 
 
