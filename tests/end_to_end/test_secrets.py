@@ -157,11 +157,11 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     said = {}
     with CommandLines() as lines:
         for name, words in {
+            "submit": ["submit", str(recipe), "--nodes", "1", "--ranks-per-node", "2", "--dry-run"],
             "train": ["train", str(recipe), *prompt],
             "goes on": ["train", str(recipe), *prompt, "--set", "train.steps=8"],
             "check": ["check", str(recipe), *prompt],
             "check --json": ["check", str(recipe), *prompt, "--json", "--world-size", "1"],
-            "submit": ["submit", str(recipe), "--nodes", "1", "--ranks-per-node", "2", "--dry-run"],
             "checkpoints": ["checkpoints", str(folder / "runs" / "small"), "--verify"],
             "export": ["export", str(folder / "runs" / "small"), str(folder / "exported")],
             "report": ["report", str(folder / "runs" / "small")],

@@ -279,8 +279,8 @@ def test_source_without_a_document(tmp_path: Path, digests: Digests, make: str) 
 
 @pytest.fixture
 def closed_file() -> Iterator[Path]:
-    """A file we may not read, also when the tests run as root."""
-    with tempfile.TemporaryDirectory() as folder:
+    """A file we may not read, also when the tests run as root; in /tmp, as pytest's own folders are closed to all others."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         os.chmod(folder, 0o755)
         path = Path(folder, "closed.txt")
         path.write_text("secret")
@@ -296,7 +296,8 @@ def closed_file() -> Iterator[Path]:
 
 
 def test_file_without_permission_is_named(closed_file: Path) -> None:
-    with tempfile.TemporaryDirectory() as cache, pytest.raises(DataError, match="cannot be read: Permission denied") as caught:
+    denied = pytest.raises(DataError, match="cannot be read: Permission denied")
+    with tempfile.TemporaryDirectory(dir="/tmp") as cache, denied as caught:
         corpus_of(closed_file, Digests(Path(cache)))
     assert str(closed_file) in str(caught.value)
 
