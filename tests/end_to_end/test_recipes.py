@@ -33,7 +33,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "pretrain": [{"text": f"{n} times {n} is {n * n}."} for n in range(400)],
     "sft": [{"prompt": f"{n} times {n}?", "completion": f"{n * n}."} for n in range(200)],
     "translate": [{"source": f"{n} times {n}.", "target": f"{n} mal {n}."} for n in range(200)],
-    "preference": [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(200)],
+    "preference": [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(40)],
     "classify": [{"text": f"{n} times {n}", "label": n % 3} for n in range(200)],
 }
 

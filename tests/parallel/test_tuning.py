@@ -446,7 +446,13 @@ def test_quantized_weights_are_the_same_when_recomputed(dtype: str, recompute: s
     assert (got.losses, got.norms) == (expected.losses, expected.norms)
 
 
-@pytest.mark.parametrize("more", [{}, {"config": WIDE, "tuning": {**LORA, "quantize": "nf4"}}], ids=["lora", "qlora"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({}, id="lora", marks=pytest.mark.grid),
+        pytest.param({"config": WIDE, "tuning": {**LORA, "quantize": "nf4"}}, id="qlora"),
+    ],
+)
 def test_bf16_follows_its_one_process_run(more: dict[str, Any]) -> None:
     case = Case(**{"dtype": "bf16", "tuning": LORA, "optimizer": ADAMW, "steps": 4, **more})
     expected = outcome(case)
@@ -630,17 +636,19 @@ def test_another_rank_is_refused_on_resuming(pretrained: Path, tmp_path: Path) -
     assert "was saved with 4, this run has 8: it is another model" in ended.said
 
 
+RESUMED = {"adalora": "tp2xpp2", "dora": "tp2xpp2", "ia3": "dp2-zero2", "adapter": "dp2-zero2", "bitfit": "dp2-zero2"}
+
+
 @pytest.mark.parametrize(
-    "method", [*(pytest.param(name, marks=[pytest.mark.grid]) for name in ("dora", "ia3", "adapter", "bitfit")), "adalora"]
+    ("method", "layout"), [("adalora", "tp2"), *(pytest.param(*pair, marks=pytest.mark.grid) for pair in RESUMED.items())]
 )
-def test_other_methods_are_resumed(method: str, tmp_path: Path) -> None:
+def test_other_methods_are_resumed(method: str, layout: str, tmp_path: Path) -> None:
     of_method = {
         "ia3": {"targets": ["attention", "down"]},
         "adalora": {"rank": 4, "budget": {"target_rank": 2, "warmup_steps": 1, "final_steps": 2}},
     }
     tuning = {"method": method, **of_method.get(method, {})}
-    way = BY_NAME["tp2xpp2" if method in ("dora", "adalora") else "dp2-zero2"]
-    exact, total = exactness.run(way, "bf16", 6, 3, tmp_path, tuning=tuning)
+    exact, total = exactness.run(BY_NAME[layout], "bf16", 6, 3, tmp_path, tuning=tuning)
     assert (exact, total) == (2, 2)
 
 
@@ -672,9 +680,9 @@ QUANTIZED = {"hidden": 128, "tuning": {**LORA, "targets": ["attention", "mlp"]}}
 @pytest.mark.parametrize(
     ("name", "dtype", "form"),
     [
-        ("dp2-zero3", "bf16", "int8"),
+        ("one", "bf16", "nf4"),
+        pytest.param("dp2-zero3", "bf16", "int8", marks=pytest.mark.grid),
         pytest.param("tp2xpp2", "fp32", "nf4", marks=pytest.mark.grid),
-        pytest.param("one", "bf16", "nf4", marks=pytest.mark.grid),
     ],
 )
 def test_a_quantized_run_is_resumed_with_the_weights_that_were_saved(name: str, dtype: str, form: str, tmp_path: Path) -> None:

@@ -571,9 +571,16 @@ def equal_to_one_process(mesh: Mesh, folders: dict[str, Path], dtype: torch.dtyp
             assert not wrong, f"{model} on {how}: {json.dumps(wrong, indent=1)}"
 
 
-@pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_tensor_ranks_equal_one_process(tp: int, dtype: torch.dtype, tolerance: float, folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "tp"),
+    [
+        (torch.float32, 1e-5, 2),
+        (torch.float64, 1e-12, 4),
+        pytest.param(torch.float32, 1e-5, 4, marks=pytest.mark.grid),
+        pytest.param(torch.float64, 1e-12, 2, marks=pytest.mark.grid),
+    ],
+)
+def test_tensor_ranks_equal_one_process(dtype: torch.dtype, tolerance: float, tp: int, folders: dict[str, Path]) -> None:
     spawn(equal_to_one_process, Layout(tp=tp), folders, dtype, tolerance)
 
 
