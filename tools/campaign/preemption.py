@@ -226,10 +226,12 @@ def step_of(lab: Lab, job: str) -> str:
 
 def differs(recipe: Path, disturbed: Path, undisturbed: Path) -> Any:
     """The first number or weight that is not the same, or None."""
-    ended = run_ranks(train, arguments(recipe, undisturbed, TWO), world_size=2, log=undisturbed.with_name("log"))
+    steps = json.loads(recipe.read_text())["train"]["steps"]
+    words, log = arguments(recipe, undisturbed, TWO), undisturbed.with_name("log")
+    # A step takes milliseconds, but how many there are is decided by how long the disturbed run lived.
+    ended = run_ranks(train, words, world_size=2, log=log, timeout_s=120.0 + 0.5 * steps)
     if ended.codes != (0, 0):
         return ended.said
-    steps = json.loads(recipe.read_text())["train"]["steps"]
     last = Path("checkpoints") / f"step-{steps:08d}"
     if not (disturbed / last).is_dir():
         return f"no {last}"
