@@ -34,7 +34,7 @@ WEIGHT, OUTPUT, GRADIENT = range(3)
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """Something that is not finite; the least is the first. `micro_batch` -1: not known."""
+    """Something that is not finite; the least is the first. `micro_batch` -1: not known; their number: after all of them."""
 
     phase: int  # WEIGHT, OUTPUT or GRADIENT
     micro_batch: int
@@ -75,7 +75,7 @@ def find_culprit(
         return None
     first = min(suspects)
     together = sorted({found.rank for found in suspects if found.where == first.where})
-    known = first.phase != WEIGHT and first.micro_batch >= 0
+    known = first.phase != WEIGHT and 0 <= first.micro_batch < len(micro_batches)
     return Culprit(first.what, tuple(together), first.micro_batch if known else None)
 
 
@@ -86,7 +86,6 @@ class _Search:
         self._rank = rank
         self._found: list[Finding] = []
         self._specs = engine.specs
-        self._num_micro_batches = engine.plan.num_micro_batches
         module = engine.execution.module
         self._stages = (
             {int(index): stage for index, stage in module.items()} if isinstance(module, nn.ModuleDict) else {0: module}
@@ -148,8 +147,9 @@ class _Search:
         twice = spec.tied and spec.copies.size == 1
 
         def look(grad: Tensor) -> None:
-            # The last call of a tied weight is the sum over the step (`parallel.ties`).
-            micro_batch = -1 if twice else min(count[name], self._num_micro_batches - 1)
+            # A tied weight has one call more than there are micro-batches: the sum over the step and all its copies
+            # (`parallel.ties`), which is infected wherever one of them is, and comes after all.
+            micro_batch = -1 if twice else count[name]
             count[name] += 1
             if not _is_finite(grad):
                 self._add(GRADIENT, micro_batch, place, f"gradient of {culprit_piece(spec, grad)}", grad)

@@ -26,7 +26,8 @@ BY_NAME = {way.name: way for way in WAYS} | {
     "cpu-zero2": Way("cpu-zero2", 2, ("zero.stage=2", "zero.offload_optimizer.device=cpu")),
     "full": Way("full", 2, ("parallel.tensor=2", "train.recompute=full")),
 }
-EVERY_DAY = {("tp2xpp2", "fp32"), ("dp2-zero3", "bf16")}
+# The first one's draw has a tied weight's gradient, of the last micro-batch, on one of the stages that hold it.
+EVERY_DAY = {("tp2xpp2", "bf16"), ("dp2-zero3", "fp32")}
 
 
 @pytest.mark.parametrize(
