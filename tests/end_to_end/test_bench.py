@@ -38,6 +38,7 @@ def assert_spread(spread: object) -> None:
     assert math.isfinite(spread["high"])
 
 
+@pytest.mark.grid
 def test_one_process_beside_the_plain_loop(tmp_path: Path) -> None:
     done = run("bench.py", "--quick", "--profile", "--json", str(tmp_path / "figures.jsonl"))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -105,7 +105,7 @@ def test_masters_on_nvme_start_from_the_fp32_values(pipelined: bool, dtype: str,
     assert all(path.suffix == ".swp" for path in tmp_path.rglob("*") if path.is_file()), "the values aside are gone"
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.grid), 3])
 def test_padding_uneven_shares_and_ties(stage: int) -> None:
     """67 · 32 elements do not divide by 3; 67 tokens do not divide by 2 tensor ranks; the head is the embedding."""
     spawn(compare_start, Layout(dp=3), Case(stage=stage, dtype="bf16"), 6)

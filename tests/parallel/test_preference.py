@@ -285,6 +285,7 @@ def test_an_adapter_learns_to_prefer(folder: Path) -> None:
         assert_same(got, expected, relative=1e-5, weights=1e-5)
 
 
+@pytest.mark.grid
 def test_half_precision_learns_to_prefer(folder: Path, one_process: Outcome) -> None:
     """bf16 over both axes: near the fp32 run, as far as 8 bits can be."""
     case = Case(Layout(tp=2), {"stage": 1}, dtype="bf16")

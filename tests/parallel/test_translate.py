@@ -105,7 +105,7 @@ CASES = {
     "pp3-divided": Case(Layout(pp=3), schedule={"balance": [1, 2, 1]}),
 }
 EVERY_DAY = {
-    "shared": {"dp2-zero3", "tp2", "pp2", "tp2xpp2"},
+    "shared": {"dp2-zero3", "tp2xpp2"},
     "separate": {"tp2xpp2"},
     "t5": {"dp2-zero3", "tp2", "pp2-interleaved"},
     "t5-gated": set(),

@@ -343,7 +343,7 @@ METHODS = {
     "bitfit": Case(family="gpt2", tuning={"method": "bitfit"}, clip_norm=0.1, steps=4, config={"n_layer": 4}),
 }
 METHODS_EVERY_DAY = {
-    ("dora", "tp4-shared-heads"),
+    ("dora", "tp2"),
     ("ia3", "dp2-zero3-cpu"),
     ("adalora", "tp2xpp2"),
     ("adalora", "dp2-zero2"),
@@ -540,7 +540,7 @@ def test_peft_and_transformers_load_every_layouts_export(name: str, pretrained: 
 
 # peft 0.21 looks for modules of the names in its own AdaLoRA pattern, which are names of parameters.
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match any targeted module:RuntimeWarning")
-@pytest.mark.parametrize("method", ["dora", "adalora", "ia3"])
+@pytest.mark.parametrize("method", [pytest.param("dora", marks=pytest.mark.grid), "adalora", "ia3"])
 def test_other_adapters_leave_too(method: str, pretrained: Path, tmp_path: Path) -> None:
     from trainer.checkpoint.export import compare_logits, export
 
@@ -602,6 +602,7 @@ def test_bottleneck_adapters_leave_and_are_put_behind_a_model(pretrained: Path, 
     assert main(["export", str(checkpoint), str(tmp_path / "merged"), "--merge"]) == 78
 
 
+@pytest.mark.grid
 def test_a_run_can_leave_a_merged_model(pretrained: Path, tmp_path: Path) -> None:
     way, keys = BY_NAME["tp2"], ("tuning.merge=true",)
     ended = run_ranks(train, arguments(pretrained, tmp_path / "run", way, *keys), world_size=2, log=tmp_path / "log")
@@ -640,7 +641,7 @@ RESUMED = {"adalora": "tp2xpp2", "dora": "tp2xpp2", "ia3": "dp2-zero2", "adapter
 
 
 @pytest.mark.parametrize(
-    ("method", "layout"), [("adalora", "tp2"), *(pytest.param(*pair, marks=pytest.mark.grid) for pair in RESUMED.items())]
+    ("method", "layout"), [("adalora", "one"), *(pytest.param(*pair, marks=pytest.mark.grid) for pair in RESUMED.items())]
 )
 def test_other_methods_are_resumed(method: str, layout: str, tmp_path: Path) -> None:
     of_method = {
