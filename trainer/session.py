@@ -251,7 +251,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             tracker.note(remark)
         census = Census.take(engine.specs, mesh.replica, place.device, engine.quantized)
         one = bytes_of_one(recipe, trained=census.trained, frozen_bytes=census.frozen_bytes)
-        for remark in (*remarks, room(recipe, checkpoints.folder, one)):
+        for remark in (*remarks, room(recipe, checkpoints.folder, one).line):
             tracker.note(remark)
         stack.enter_context(among_ranks(watchdog, lambda: watch.doing))  # so that the tracker hears who was lost
         peak = f"{peak_flops / 1e12:.3g} TFLOP/s per rank ({peak_source})"

@@ -55,7 +55,7 @@ class Container(Section):
         min_length=1, description="The image, in which triaxis is installed: a file, or for pyxis also USER@REGISTRY#IMAGE:TAG."
     )
     bind: list[str] = Field(default_factory=list, description='Folders to show inside, as "/data:/data".')
-    nv: bool = Field(True, description="Show NVIDIA GPUs inside; pyxis always does.")
+    nv: bool = Field(True, description="For apptainer: its --nv, which shows NVIDIA GPUs inside.")
 
 
 class Site(Section):
@@ -279,7 +279,7 @@ def _container(container: Container | None, order: Order) -> str:
 
 
 def _pyxis(container: Container, order: Order) -> list[str]:
-    """Options of srun. Unlike apptainer, pyxis shows no folder of the host by itself."""
+    """Options of srun. What is not mounted may not be seen inside."""
     folders = dict.fromkeys((Path.cwd(), order.run_dir, order.recipe.parent))
     mounts = [*(f"{folder}:{folder}" for folder in folders), *container.bind]
     if parted := next((mount for mount in mounts if "," in mount), None):

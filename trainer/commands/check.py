@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from trainer.commands.arguments import add_recipe, whole
 from trainer.commands.network import known_network, show_model, show_stages
 from trainer.commands.output import open_console, say
+from trainer.commands.ranks import divide
 from trainer.errors import EXIT_OK
 from trainer.redaction import redact
 
@@ -28,20 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from trainer.batching import BatchPlan
-    from trainer.deepspeed_config import deepspeed_config
-    from trainer.model.config import largest_weight
     from trainer.recipe import load
-    from trainer.recipe.pipeline import check_micro_batches
 
     resolved = load(arguments.recipe, arguments.set)
     network = known_network(resolved)
     plan = config = None
     if arguments.world_size is not None:
-        plan = BatchPlan.from_recipe(resolved.recipe, arguments.world_size, "--world-size")
-        check_micro_batches(resolved.recipe, plan)
-        largest = largest_weight(network) if network is not None else None
-        config = deepspeed_config(resolved.recipe, plan, largest_weight=largest)
+        plan, config = divide(resolved.recipe, network, arguments.world_size, "--world-size")
     if arguments.json:
         sys.stdout.write(json.dumps(resolved.as_resolved_json(config), indent=2) + "\n")
         return EXIT_OK

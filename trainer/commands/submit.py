@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from trainer.commands.arguments import add_recipe, whole
 from trainer.commands.network import known_network
 from trainer.commands.output import open_console, say
+from trainer.commands.ranks import divide
 from trainer.errors import EXIT_OK
 from trainer.redaction import redact_text
 
@@ -42,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     from trainer.submit import Order, hand_in, read_site, read_sweep, rehearse, render, task_folder, write_script
 
     site, sweep = read_site(arguments.site), read_sweep(arguments.sweep) if arguments.sweep else ()
-    recipe = load(arguments.recipe, arguments.set).recipe
+    resolved = load(arguments.recipe, arguments.set)
+    recipe = resolved.recipe
     order = Order(
         recipe=arguments.recipe.absolute(),
         run_dir=RunFolder.of(recipe, arguments.run_dir).path.absolute(),
@@ -56,8 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
         sweep=sweep,
     )
     text = render(order, site)
-    tasks = [(settings, task_folder(order, task)) for task, settings in enumerate(sweep)] or [((), order.run_dir)]
-    looked = [_look_before(load(arguments.recipe, [*arguments.set, *settings]), order, folder) for settings, folder in tasks]
+    of_sweep = (load(arguments.recipe, [*arguments.set, *settings]) for settings in sweep)
+    tasks = [(task, task_folder(order, number)) for number, task in enumerate(of_sweep)] or [(resolved, order.run_dir)]
+    looked = [_look_before(task, order, folder) for task, folder in tasks]
     if all(done for done, _ in looked):
         say(open_console(), "\n".join(done for done, _ in looked))
         return EXIT_OK
@@ -76,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _look_before(resolved: ResolvedRecipe, order: Order, run_dir: Path) -> tuple[str, list[str]]:
     """(the line to say when the run has ended already, else ""; remarks) of one task."""
     from trainer.checkpoint.door import Resume, finished
-    from trainer.preflight import divide, remarks
+    from trainer.preflight import remarks
 
     network = known_network(resolved)
     divide(resolved.recipe, network, order.nodes * order.ranks_per_node, "--nodes × --ranks-per-node")

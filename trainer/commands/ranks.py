@@ -1,0 +1,22 @@
+"""A recipe divided over so many ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.batching import BatchPlan
+    from trainer.model.config import TransformerConfig
+    from trainer.sections import Recipe
+
+
+def divide(recipe: Recipe, network: TransformerConfig | None, world_size: int, how: str) -> tuple[BatchPlan, dict[str, Any]]:
+    """Its batch and what DeepSpeed gets. RecipeError when `world_size` ranks, which come from `how`, cannot train it."""
+    from trainer.batching import BatchPlan
+    from trainer.deepspeed_config import deepspeed_config
+    from trainer.model.config import largest_weight
+    from trainer.recipe.pipeline import check_micro_batches
+
+    plan = BatchPlan.from_recipe(recipe, world_size, how)
+    check_micro_batches(recipe, plan)
+    return plan, deepspeed_config(recipe, plan, largest_weight=largest_weight(network) if network is not None else None)
