@@ -20,8 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from parallel.collectives import all_reduce
 from parallel.loss import IGNORE
-from trainer.data.chat_template import ChatTemplate
-from trainer.data.conversations import Message
+from trainer.data.chat_template import ChatTemplate, Request
 from trainer.data.loader import MicroBatch
 from trainer.errors import RecipeError
 from trainer.launch import together
@@ -78,8 +77,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         tokenizer = self._model.tokenizer
         template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
-        conversation = [Message(turn["role"], turn["content"], counts=False) for turn in chat_history]
-        return template.render(conversation, add_generation_prompt=add_generation_prompt)
+        return template.render(Request(chat_history), add_generation_prompt=add_generation_prompt)
 
     def _generate(self, context: str, how: dict[str, Any]) -> str:
         if how.get("do_sample") or how.get("temperature", 0.0):

@@ -83,7 +83,9 @@ class Fields(Section):
     instruction: str | None = Field(None, min_length=1, description="What is asked.")
     input: str | None = Field(None, min_length=1, description="What the instruction is about.")
     output: str | None = Field(None, min_length=1, description="What is answered to the instruction.")
+    history: str | None = Field(None, min_length=1, description="alpaca: earlier turns, pairs of question and answer.")
     system: str | None = Field(None, min_length=1, description="What is said before the first turn.")
+    tools: str | None = Field(None, min_length=1, description="Tools that the assistant may call, as JSON Schema.")
     source: str | None = Field(None, min_length=1, description="translate: a text; a.b is field b of the object in field a.")
     target: str | None = Field(None, min_length=1, description="translate: its translation.")
     chosen: str | None = Field(None, min_length=1, description="preference: the better answer.")
@@ -153,8 +155,8 @@ class Data(Section):
         description="mlm: share of the tokens that are to be guessed; of ten such tokens eight are masked, one is replaced by "
         "another, one stays.",
     )
-    learn: Literal["answers", "all"] = Field(
-        "answers", description="sft: whose tokens are targets: those of the assistant's turns, or all."
+    learn: Literal["answers", "last", "all"] = Field(
+        "answers", description="sft: whose tokens are targets: those of the assistant's turns, of the last of them, or all."
     )
     seq_len: PositiveInt = Field(
         512,

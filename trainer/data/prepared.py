@@ -16,6 +16,7 @@ from trainer.data.chat import Chat
 from trainer.data.digests import Digests, fingerprint_of
 from trainer.data.examples import Examples
 from trainer.data.labelled import Labelled, LabelledText, in_order, require_classes
+from trainer.data.row_format import unread_keys
 from trainer.data.rows import order_fingerprint
 from trainer.data.sampling import num_windows
 from trainer.data.sources import Corpus, look_at
@@ -121,7 +122,8 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
             folder = cache.folder(fingerprint_of(facts), make, what=f"tokenizing {corpus.name}")
             if examples:
                 counts = _counts(folder)
-                notes.extend(f"data: {corpus.name}: {remark}" for remark in examples.remarks(counts))
+                remarks = [*examples.remarks(counts), *filter(None, [unread_keys(counts)])]
+                notes.extend(f"data: {corpus.name}: {remark}" for remark in remarks)
             return _open(folder, corpus, tokenizer, verify="sampled" if build else "header")
 
         opened = [stores(corpus, held_out_fraction) for corpus in corpora]

@@ -112,9 +112,11 @@ def _encoded_texts(shard: Shard, tokenizer: Tokenizer) -> Iterator[Batch]:
 
 def _encoded_examples(shard: Shard, tokenizer: Tokenizer, examples: Examples) -> Iterator[Batch]:
     dtype = token_dtype(tokenizer.vocab_size)
-    for batch in _batches(shard.examples(examples.tokenize), lambda tokenized: len(tokenized.content)):
+    unread: Counter[str] = Counter()
+    for batch in _batches(shard.examples(examples.tokenize, unread), lambda tokenized: len(tokenized.content)):
         tokens, targets, documents = [], [], []
-        counts: Counter[str] = Counter()
+        counts = Counter(unread)
+        unread.clear()
         for tokenized in batch:
             counts.update(tokenized.counts)
             digest, text_bytes = _hash(tokenized.content), len(tokenized.content)

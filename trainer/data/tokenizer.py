@@ -91,7 +91,7 @@ class Tokenizer:
         """This tokenizer with a chat template: its own, or ours where it has none."""
         config = {**self._config, "chat_template": self.chat_template}
         backend = Backend.from_str(self._backend.to_str())
-        if self.end_of_document not in self.special_ids:  # a template writes it as text, which must become that token
+        if self._eos_token not in self.added_tokens:  # a template writes it as text, which must become that token
             backend.add_special_tokens([AddedToken(self._eos_token, special=True, normalized=False)])
         return Tokenizer(backend, end_of_document=self._eos_token, config=config, reads_special=True)
 
@@ -168,16 +168,13 @@ class Tokenizer:
         return {name: token for name, token in spelt.items() if token is not None} | {"eos_token": self._eos_token}
 
     @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Ids of the special tokens, and of added ones that the chat template writes: what ends turns is one of them."""
-        added, template = self._backend.get_added_tokens_decoder(), self.chat_template
-        return frozenset(number for number, token in added.items() if token.special or token.content in template)
+    def added_tokens(self) -> dict[str, bool]:
+        """Spellings of the tokens that were added to those of the model; of each, whether it is a special one."""
+        return {token.content: token.special for token in self._backend.get_added_tokens_decoder().values()}
 
-    @property
-    def special_spellings(self) -> list[str]:
-        return [
-            token.content for number, token in self._backend.get_added_tokens_decoder().items() if number in self.special_ids
-        ]
+    @cached_property
+    def added_ids(self) -> frozenset[int]:
+        return frozenset({self.end_of_document, *self._backend.get_added_tokens_decoder()})
 
     def encode_with_offsets(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokens, and where in the text each stands; `special`: a spelt special token is that token."""
