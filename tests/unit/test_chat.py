@@ -53,6 +53,17 @@ MARKED = (
     "{%- if message.role == 'assistant' -%}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
     "{%- else -%}{{ message.content + '<|im_end|>' }}{%- endif -%}{{ '\n' }}{%- endfor -%}"
 )
+# The loop is over numbers.
+NUMBERED = (
+    "{% set first = messages[0] %}{% for i in range(messages | length) %}{% set m = messages[i] %}"
+    "{% set before = messages[i - 1] %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# The generation prompt stands at the end of the loop.
+INSIDE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}{% endfor %}"
+)
 # No token ends anything, and generation begins with the role.
 BARE = "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
 EOS, IM_END, EOT = "<|endoftext|>", "<|im_end|>", "<|eot|>"
@@ -112,6 +123,8 @@ EXPECTED = {
     "marked": (MARKED, ["because" + IM_END, "nothing  more" + IM_END]),
     "marked without the end": (MARKED.replace(" + '<|im_end|>' }}{% endg", " }}{% endgeneration %}{{ '<|im_end|>' }}{# ")
                                .replace("{# eneration %}", ""), ["because" + IM_END, "nothing  more" + IM_END]),
+    "numbered": (NUMBERED, ["because" + IM_END, "nothing  more" + IM_END]),
+    "prompt inside": (INSIDE, ["because" + IM_END, "nothing  more" + IM_END]),
     "bare": (BARE, ["assistant: because\n", "assistant: nothing  more\n" + EOS]),
     "named": ([{"name": "tools", "template": "{{ 1 }}"}, {"name": "default", "template": CHATML}],
               ["because" + IM_END, "nothing  more" + IM_END]),

@@ -155,7 +155,7 @@ class _Reading:
     conversation: Conversation
     whole: Trace
     learned: Sequence[int]
-    prompts: dict[str, str] = field(default_factory=dict)  # by the role that speaks before
+    prompts: dict[str, str] = field(default_factory=dict)  # by the role that speaks before, and by what QUESTION says
 
     def answer(self, number: int) -> Answer:
         """Where a turn's answer stands. Fault where it cannot be told."""
@@ -260,17 +260,21 @@ class _Reading:
         turns = self.conversation.turns
         before = turns[number - 1].role if number else ""
         if before not in self.prompts or not written.startswith(self.prompts[before]):
-            self.prompts[before] = next(self._prompts_after(turns[:number], turns), "")
+            self.prompts[before] = self._prompt_after(turns[:number]) or self._prompt_after(turns)
         yield self.prompts[before]
-        yield from self._prompts_after((QUESTION,))
+        if QUESTION.content not in self.prompts:
+            self.prompts[QUESTION.content] = self._prompt_after((QUESTION,))
+        yield self.prompts[QUESTION.content]
 
-    def _prompts_after(self, *talks: Turns) -> Iterator[str]:
-        for turns in filter(None, talks):
-            trace = self._traced(turns, add_generation_prompt=True)
-            if trace is not None and len(turns) - 1 in trace.turns:
-                yield trace.text[trace.end :]
-            elif trace is not None and (without := self._traced(turns)) and trace.text.startswith(without.text):
-                yield trace.text[len(without.text) :]
+    def _prompt_after(self, turns: Turns) -> str:
+        """What follows the last of some turns when the assistant is to speak: behind their loop, or at the end of it."""
+        trace = self._traced(turns, add_generation_prompt=True) if turns else None
+        if trace is None:
+            return ""
+        if len(turns) - 1 in trace.turns and trace.end < len(trace.text):
+            return trace.text[trace.end :]
+        without = self._traced(turns)
+        return trace.text[len(without.text) :] if without is not None and trace.text.startswith(without.text) else ""
 
     def _first_word(self, number: int, written: str) -> int:
         """Where the content of another role's turn begins in what it wrote."""

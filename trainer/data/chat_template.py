@@ -163,17 +163,33 @@ class _Tracer:
 
     def __init__(self, messages: Sequence[Mapping[str, Any]]) -> None:
         self._messages = messages
-        self._over_messages: set[int] = set()
+        self._over_messages: set[int] = set()  # loops
+        self._by_number: set[int] = set()
+        self._has_taken: set[int] = set()  # loops over numbers, in this turn of theirs
 
     def begin(self, loop: int, value: Any) -> str:
-        number = next((n for n, message in enumerate(self._messages) if message is value), None)
+        """A loop takes its next value."""
+        self._has_taken.discard(loop)
+        number = self._number(value)
         if number is None:
             return ""
         self._over_messages.add(loop)
         return f"{VISIT}{loop}:{number}{VISIT_END}"
 
+    def take(self, loop: int, value: Any) -> str:
+        """Inside a loop a name gets a value: of a loop over numbers, the first message is what it is about."""
+        number = self._number(value)
+        if number is None or loop in self._over_messages | self._has_taken:
+            return ""
+        self._by_number.add(loop)
+        self._has_taken.add(loop)
+        return f"{VISIT}{loop}:{number}{VISIT_END}"
+
     def end(self, loop: int) -> str:
-        return f"{VISIT}{loop}{VISIT_END}" if loop in self._over_messages else ""
+        return f"{VISIT}{loop}{VISIT_END}" if loop in self._over_messages | self._by_number else ""
+
+    def _number(self, value: Any) -> int | None:
+        return next((number for number, message in enumerate(self._messages) if message is value), None)
 
 
 class _Tracing(NodeTransformer):
@@ -182,16 +198,23 @@ class _Tracing(NodeTransformer):
 
     def __init__(self) -> None:
         self._loops = 0
+        self._inside: list[nodes.Const] = []
 
     def visit_For(self, node: nodes.For, *args: Any, **kwargs: Any) -> nodes.Node | list[nodes.Node]:
-        self.generic_visit(node, *args, **kwargs)
-        if not isinstance(node.target, nodes.Name):
-            return node
         self._loops += 1
         loop = nodes.Const(self._loops)
-        begin = _said("begin", loop, nodes.Name(node.target.name, "load"))
-        node.body = [begin, *node.body, _said("end", loop)]
+        self._inside.append(loop)
+        self.generic_visit(node, *args, **kwargs)
+        self._inside.pop()
+        if isinstance(node.target, nodes.Name):
+            node.body.insert(0, _said("begin", loop, nodes.Name(node.target.name, "load")))
+        node.body.append(_said("end", loop))
         return [node, _said("end", loop)]  # a body that was left by continue or break did not come to its end
+
+    def visit_Assign(self, node: nodes.Assign, *args: Any, **kwargs: Any) -> nodes.Node | list[nodes.Node]:
+        if not self._inside or not isinstance(node.target, nodes.Name):
+            return node
+        return [node, _said("take", self._inside[-1], nodes.Name(node.target.name, "load"))]
 
 
 def _said(method: str, *arguments: nodes.Expr) -> nodes.Output:
