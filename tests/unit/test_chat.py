@@ -301,6 +301,21 @@ def test_a_space_in_front_of_words_does_not_shift_the_targets() -> None:
     assert encoded.is_target.tolist() == [False] * 4 + [True] * 3
 
 
+@pytest.mark.parametrize("strips", [{"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}])
+def test_tokens_that_take_the_white_space_beside_them_end_turns_too(strips: dict[str, bool], tmp_path: Path) -> None:
+    """As Phi's do: such a token begins before its own letters."""
+    backend = Backend.from_str(bpe()._backend.to_str())
+    backend.add_special_tokens([AddedToken(token, normalized=False, **strips) for token in ("<|im_start|>", IM_END)])
+    chat = Chat(Tokenizer(backend, end_of_document=EOS, config={"chat_template": CHATML}), seq_len=512, learned="answers")
+    runs = [run.strip() for run in learned(chat, talk("why? ", "because ", "and?", "so"))]
+    assert [run.replace(" ", "") for run in runs] == ["because" + IM_END, "so" + IM_END]
+    chat.tokenizer.save(tmp_path)
+    given = [{"role": turn.role, "content": turn.content} for turn in talk("why? ", "because ", "and?", "so")]
+    ids = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(given, return_dict=False)
+    ours = encode(chat, talk("why? ", "because ", "and?", "so")).ids
+    assert ids[: len(ours)] == ours
+
+
 def test_the_fingerprint_follows_all_that_decides_targets() -> None:
     chats = [
         chat_with(CHATML),

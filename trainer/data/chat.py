@@ -217,7 +217,8 @@ class Chat(Examples):
         if not len(inside):
             return 0, 0, False
         first, last = int(inside[0]), int(inside[-1]) + 1
-        closing = [at for at in range(first, last) if begins[at] >= answer.said and ids[at] in self.tokenizer.added_ids]
+        behind = (ends > answer.said) & (ends <= answer.end)  # by their ends: some tokens begin with white space before them
+        closing = [at for at in range(first, last) if behind[at] and ids[at] in self.tokenizer.added_ids]
         if closing and not text[ends[closing[-1]] : answer.end].strip():
             return first, closing[-1] + 1, True
         if last < len(ids) and ids[last] in self.tokenizer.added_ids:
