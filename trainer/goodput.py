@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.durable import write_json
-from trainer.watchdog.stacks import start_of
+from trainer.processes import start_of
 
 LEDGER = "goodput.json"
 WRITTEN_EVERY_S = 30.0  # a kill leaves at most this much of the last start untold
