@@ -49,7 +49,7 @@ class Ledger:
         self._ended = False
 
     def write(self, step: int, totals: Mapping[str, float], waiting: Mapping[str, float], *, always: bool = False) -> None:
-        """`totals`: seconds by phase since the stopwatch was made; `waiting`: of each, the share that waited for other ranks."""
+        """`totals`: seconds by phase since the stopwatch began; `waiting`: of each, the share that waited for other ranks."""
         if always or time.monotonic() - self._written >= WRITTEN_EVERY_S:
             self._written = time.monotonic()
             write_json(self._path, {"starts": [*self._starts, self.of_now(step, totals, waiting)]})
