@@ -15,7 +15,7 @@ EXIT_DATA = 65  # data or checkpoint damaged
 EXIT_INTERNAL = 70
 EXIT_REQUEUE = 75  # interrupted, or another rank is gone: start the run again
 EXIT_RECIPE = 78  # recipe wrong
-EXIT_NO_PROGRESS = 93  # every step is skipped; starting again would change nothing
+EXIT_NO_PROGRESS = 93  # every step is skipped, or the model is not finite; starting again would change nothing
 EXIT_HANG = 124  # another process does not answer, as timeout(1) says it
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
 
@@ -46,3 +46,9 @@ class DataError(UserError):
     """Data on disk is damaged, unreadable or changed under us."""
 
     exit_code = EXIT_DATA
+
+
+class NotFinite(UserError):
+    """The model holds NaN or infinity: it is no result, and going on from it would change nothing."""
+
+    exit_code = EXIT_NO_PROGRESS

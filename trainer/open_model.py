@@ -29,7 +29,7 @@ from trainer.checkpoint.folder import HUGGING_FACE
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.resume import examine
 from trainer.checkpoint.weights import Filling
-from trainer.data.tokenizer import Tokenizer, make_tokenizer
+from trainer.data.tokenizer import Tokenizer, make_tokenizer, reopen_tokenizer
 from trainer.errors import RecipeError
 from trainer.evaluator import Evaluator
 from trainer.execution import DTYPES, make_execution
@@ -157,7 +157,7 @@ def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[st
         with together():
             if weights.manifest is not None:
                 examine(weights.folder, messages)
-            tokenizer = make_tokenizer(str(weights.config))
+            tokenizer = reopen_tokenizer(weights.config) if weights.manifest else make_tokenizer(str(weights.config))
             network, fill = first_weights(resolved, tokenizer, recipe.data.classes, resumed=weights.manifest is not None)
             if weights.manifest is not None:
                 fill = Filling(weights.folder, weights.manifest)
