@@ -49,6 +49,17 @@ class DataError(UserError):
 
 
 class NotFinite(UserError):
-    """The model holds NaN or infinity: it is no result, and going on from it would change nothing."""
+    """A model holds NaN or infinity: it is no result, and going on from it would change nothing."""
 
     exit_code = EXIT_NO_PROGRESS
+
+    def __init__(self, what: str, *, step: int | None = None, began: int | None = None) -> None:
+        """`what`: such as a tensor. `step`: after which it is so, where that is known. `began`: the first of the steps up to
+        that one whose loss or gradient norm was not finite, None where the last one's were."""
+        self.what = what
+        when = "" if step is None else f" after step {step}"
+        since = f" (it began in step {began or step})" if step is not None else ""
+        super().__init__(
+            f"{what} is not finite{when}{since}: the model is neither saved nor exported; lower optimizer.lr, or go on from an "
+            "earlier checkpoint (--resume PATH)"
+        )

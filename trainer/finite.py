@@ -37,7 +37,7 @@ class Rounding:
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         if self._wrong is None:
             if not is_finite(tensor):
-                self._wrong = NotFinite(f"tensor {name} holds NaN or infinity")
+                self._wrong = NotFinite(f"tensor {name}")
             elif told := overflow(name, tensor, self._dtype):
                 self._wrong = DataError(f"{told}: export in {WIDER[NAMES[self._dtype]]}")
         return tensor.to(self._dtype)

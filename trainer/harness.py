@@ -23,6 +23,7 @@ from parallel.loss import IGNORE
 from trainer.data.chat_template import ChatTemplate
 from trainer.data.conversations import Message
 from trainer.data.loader import MicroBatch
+from trainer.data.texts import Texts
 from trainer.errors import RecipeError
 from trainer.launch import together
 from trainer.model.auto_network import AutoNetwork
@@ -49,8 +50,20 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def tokenizer_name(self) -> str:
         return str(self._model.weights.config)
 
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context: the token that begins texts, where one does."""
+        return self._opening[-1] if self._opening else self.eot_token_id
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **others: Any) -> list[int]:
-        return self._model.tokenizer.encode_with_offsets(string, special=self._chat)[0]
+        """A text begins as in training, as it does in the harness' own models; a chat template writes its beginning itself."""
+        opening = () if self._chat or add_special_tokens is False else self._opening
+        return [*opening, *self._model.tokenizer.encode_with_offsets(string, special=self._chat)[0]]
+
+    @property
+    def _opening(self) -> tuple[int, ...]:
+        data, tokenizer = self._model.recipe.data, self._model.tokenizer
+        return Texts.from_recipe(data, tokenizer).opening
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **others: Any
@@ -62,7 +75,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         with."""
         windows, of_text = [], []
         for number, request in enumerate(requests):
-            for window in _windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length):
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            for window in _windows(tokens, self.prefix_token_id, self.max_length):
                 windows.append(window)
                 of_text.append(number)
         totals = [0.0] * len(requests)

@@ -35,6 +35,7 @@ from trainer.evaluator import Evaluator
 from trainer.execution import DTYPES, make_execution
 from trainer.first_weights import first_weights
 from trainer.launch import Place, together
+from trainer.master_weights import require_in_range
 from trainer.measures import Measures, measures_of
 from trainer.model.families import FAMILIES
 from trainer.model.hugging_face import read_config
@@ -192,7 +193,8 @@ def _rounding(fill: Callable[[nn.Module], None], dtype: torch.dtype) -> Callable
 
     def fill_and_round(block: nn.Module) -> None:
         fill(block)
-        for _, parameter, _ in owned_specs(block):
+        for _, parameter, spec in owned_specs(block):
+            require_in_range(parameter, spec, dtype)
             parameter.data = parameter.data.to(dtype)
 
     return fill_and_round

@@ -35,7 +35,10 @@ NOT_KEPT = ("auto_map", "name_or_path", "tokenizer_file", "vocab_file", "merges_
 # Of a class that is not one of transformers' own it takes the one that we name beside it, unless it may run this file.
 CODE = "tokenizer_as_saved.py"
 AUTO_MAP = {"AutoTokenizer": [None, f"{CODE.removesuffix('.py')}.TokenizerAsSaved"]}
-SOURCE = '''"""This folder's tokenizer as its tokenizer.json has it; transformers would build one of the class of its model_type."""
+SOURCE = '''"""This folder's tokenizer as its tokenizer.json has it.
+
+By the model's type alone transformers would build another one.
+"""
 
 from transformers import PreTrainedTokenizerFast
 

@@ -134,13 +134,14 @@ class Chat(Examples):
         size = int(np.flatnonzero(is_target)[-1]) + 1  # what follows the last target teaches nothing
         return Encoded(ids[:size], is_target[:size], lost=0).cut(self.layout.part_tokens)
 
-    def prompt(self, text: str) -> list[int]:
-        """The tokens after which the assistant answers a user's message; RecipeError when the template refuses it."""
+    def prompt(self, text: str, *, key: str = "train.sample_prompt") -> list[int]:
+        """The tokens after which the assistant answers a user's message; RecipeError, which names `key`, when the template
+        refuses it."""
         message = Message("user", self._mark_spelt(text), False)
         try:
             return self._tokens(self._template.render([message], add_generation_prompt=True))[0]
         except Fault as fault:
-            raise RecipeError(f"train.sample_prompt = {text[:60]!r}: {fault}: give another, or none") from None
+            raise RecipeError(f"{key} = {text[:60]!r}: {fault}: give another, or none") from None
 
     @property
     def end_of_turn(self) -> int:

@@ -155,7 +155,7 @@ class Tokenizer:
         if self.end_of_document not in self.special_ids:  # a template writes it as text, which must become that token
             backend = self._copied_backend()
             backend.add_special_tokens([AddedToken(self._eos_token, special=True, normalized=False)])
-        template = {} if self._config.get("chat_template") else {"chat_template": self.chat_template}
+        template = {} if self.has_template else {"chat_template": self.chat_template}
         return self.changed(backend, **template, **self._reading_special)
 
     def for_classification(self) -> Tokenizer:
@@ -241,6 +241,11 @@ class Tokenizer:
         return template
 
     @property
+    def has_template(self) -> bool:
+        """Whether it brings a chat template of its own."""
+        return bool(self._config.get("chat_template"))
+
+    @property
     def special_tokens(self) -> dict[str, str]:
         """What a chat template may write by name."""
         spelt = {name: _spelling(self._config.get(name)) for name in SPECIAL_TOKENS}
@@ -269,6 +274,13 @@ class Tokenizer:
 
     def spelling_of(self, token: int) -> str:
         return str(self._backend.id_to_token(token))
+
+    def spells_as(self, folder: Path, tokens: Sequence[int]) -> bool:
+        """Whether a folder has a tokenizer too, in which these tokens are the same."""
+        if not (folder / "tokenizer.json").is_file():
+            return False
+        theirs = _read_backend(folder)
+        return all(theirs.id_to_token(token) == self._backend.id_to_token(token) for token in tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the tokens, added tokens spelt out; bytes that are no UTF-8 become U+FFFD."""
