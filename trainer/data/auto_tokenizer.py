@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,6 @@ class TokenizerAsSaved(PreTrainedTokenizerFast):
     pass
 '''
 TEXTS = (
-    "",
     "Hello, world! It's the 3rd time we're here; don't stop.",
     "def f(x):\n    return [x, -1.5e3]  # two\n\n\n\tif  y:\r\n",
     "  leading, trailing  and   inner spaces   ",
@@ -59,6 +59,7 @@ TEXTS = (
     "🙂 👩‍👩‍👧 🇩🇪 \u200b\u00a0\u3000\ufeff\u2028x\x07\x7f",
     "a" * 60 + " " * 20 + "\n" * 5 + "!?" * 8,
     "▁a Ġb ##c @@ <0x41> <unk>",
+    "",
 )
 ADDED = 24  # of the added tokens, so many are spelt in a text each; all of them in one
 
@@ -80,7 +81,15 @@ def load(name: str) -> tuple[dict[str, Any], Any]:
     return config, loaded
 
 
-def reason(error: Exception) -> str:
+def backend_of(loaded: Any) -> Backend:
+    """Of what `load` gave, as it is read back from a file: scores of pieces may lose their last digit there."""
+    return Backend.from_str(loaded.backend_tokenizer.to_str())
+
+
+def reason(error: Exception, folder: Path | None = None) -> str:
+    """In one line. transformers takes a sentencepiece file for another one where that package is missing."""
+    if folder is not None and (folder / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
+        return "its tokenizer.model needs the package sentencepiece: pip install sentencepiece"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -110,20 +119,13 @@ def named_by(loaded: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_of(loaded: Any) -> dict[str, Any]:
     """What `loaded` does beside giving tokens, as JSON values."""
-    found = {name: _plain(getattr(loaded, name)) for name in SETTINGS}
-    found["chat_template"] = _templates(loaded.chat_template)
-    return found
+    return {name: getattr(loaded, name) if name == "chat_template" else _plain(getattr(loaded, name)) for name in SETTINGS}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     return value if value is None or isinstance(value, bool | int | float) else str(value)
-
-
-def _templates(value: Any) -> Any:
-    """Several chat templates as transformers has them, by name."""
-    return {entry["name"]: entry["template"] for entry in value} if isinstance(value, list) else value
 
 
 def first_difference(ours: Backend, theirs: Backend) -> str | None:
@@ -164,7 +166,7 @@ def _difference(ours: Backend, theirs: Backend, text: str) -> str | None:
             a, b = (backend.encode(text, add_special_tokens=around) for backend in (ours, theirs))
             if (a.ids, a.type_ids) != (b.ids, b.type_ids):
                 return f"{text[:40]!r} is {len(a.ids)} tokens {a.tokens[:8]} and {len(b.ids)} tokens {b.tokens[:8]}"
-    pairs = [backend.encode(text, TEXTS[1]) for backend in (ours, theirs)]
+    pairs = [backend.encode(text, TEXTS[0]) for backend in (ours, theirs)]
     if (pairs[0].ids, pairs[0].type_ids) != (pairs[1].ids, pairs[1].type_ids):
         return f"the pair of {text[:40]!r} and another is {pairs[0].tokens[:8]} and {pairs[1].tokens[:8]}"
     for skip in (False, True):
@@ -227,7 +229,7 @@ def _unlike(folder: Path, tokenizer: Tokenizer) -> str:
     expected = tokenizer.settings or {name: _content(tokenizer.config[name]) for name in NAMED if name in tokenizer.config}
     found = settings_of(loaded)
     for name, value in expected.items():
-        if _templates(value) != found[name]:
+        if value != found[name]:
             return f"{name} is {str(value)[:60]!r} and {str(found[name])[:60]!r}"
     return first_difference(tokenizer.backend, loaded.backend_tokenizer) or ""
 

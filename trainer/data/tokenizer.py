@@ -366,10 +366,10 @@ def load_tokenizer(name: str) -> Tokenizer:
     except Exception as error:  # transformers, its hub client and its HTTP client each raise kinds of their own
         raise RecipeError(
             f"data.tokenizer: {name!r} is not 'bytes' or 'bpe:N', and no tokenizer could be loaded from it: "
-            f"{auto_tokenizer.reason(error)}"
+            f"{auto_tokenizer.reason(error, folder)}"
         ) from None
     config |= auto_tokenizer.named_by(loaded, config)
-    backend, settings = loaded.backend_tokenizer, auto_tokenizer.settings_of(loaded)
+    backend, settings = auto_tokenizer.backend_of(loaded), auto_tokenizer.settings_of(loaded)
     return Tokenizer(backend, end_of_document=_require_eos(config, name), config=config, settings=settings)
 
 
@@ -395,7 +395,7 @@ def _load_folder(folder: Path) -> Tokenizer:
         config |= auto_tokenizer.named_by(loaded, config)
         settings = auto_tokenizer.settings_of(loaded)
         if difference := auto_tokenizer.first_difference(backend, loaded.backend_tokenizer):
-            backend = loaded.backend_tokenizer
+            backend = auto_tokenizer.backend_of(loaded)
             remarks.append(
                 f"data.tokenizer: transformers builds a {type(loaded).__name__} for {folder}, which differs from its "
                 f"tokenizer.json ({difference}): tokens are those of transformers"
