@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -91,7 +91,7 @@ def way_of(folder: Path, asked: Way | None) -> tuple[Way, str]:
     if task is not None:
         taught, why = task in TAUGHT, f"data.task {task} trained it"
     else:
-        taught = _end_of_turn(tokenizer) in _ends(folder, config)
+        taught = _end_of_turn(tokenizer) in ends_of(folder)
         why = f"its generation {'ends' if taught else 'does not end'} at the end of a turn"
     if taught:
         return "chat", f"the text is asked as a user's message: {why}; --raw continues it as it is"
@@ -114,13 +114,14 @@ def _end_of_turn(tokenizer: Tokenizer) -> int | None:
         return None
 
 
-def _ends(folder: Path, config: Mapping[str, Any]) -> list[int]:
+def ends_of(folder: Path) -> list[int]:
+    """The tokens at which generation by the model in a folder ends."""
     path = folder / GENERATION_CONFIG
     try:
         generation = read_json(path) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable JSON: {error}; mend or remove the file") from None
-    return as_list(generation.get("eos_token_id", config.get("eos_token_id")))
+    return as_list(generation.get("eos_token_id", read_config(folder).get("eos_token_id")))
 
 
 def continue_from_folder(folder: Path, prompt: str, writing: Writing, *, way: Way = "raw") -> str:

@@ -70,8 +70,12 @@ class Guard:
             self._compare(step, lr)
 
     def require_finite(self, steps: int) -> None:
-        """NotFinite, after the last of `steps` steps, where its loss was none: what such a model gives is no result."""
-        if self.not_finite_since is not None:
+        """NotFinite, after the last of `steps` steps, where the model gives no loss: what it gives is no result. A last step
+        that was skipped may have had another cause, so its loss is computed once more."""
+        if self.not_finite_since is None:
+            return
+        again = self._run.engine.evaluator.evaluate(iter(self._run.micro_batches(steps - 1)))
+        if not math.isfinite(again.loss):
             self._end(NotFinite("the loss", step=steps, began=self.not_finite_since))
 
     def _explain(self, step: int, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:

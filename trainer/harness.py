@@ -25,6 +25,7 @@ from trainer.data.conversations import Message
 from trainer.data.loader import MicroBatch
 from trainer.data.texts import Texts
 from trainer.errors import RecipeError
+from trainer.generate import ends_of
 from trainer.launch import together
 from trainer.model.auto_network import AutoNetwork
 from trainer.open_model import OpenModel, open_model
@@ -39,6 +40,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def __init__(self, model: OpenModel, *, chat: bool) -> None:
         super().__init__()
         self._model, self._chat = model, chat
+        self._ends = {model.tokenizer.end_of_document, *ends_of(model.weights.config)}
         positions = None if isinstance(model.network, AutoNetwork) else model.network.max_positions
         self.max_length: int = positions or model.recipe.data.seq_len
 
@@ -104,7 +106,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         begin, text = len(tokens), ""
         for _ in range(new_tokens):
             token = int(self._model.evaluator.next_logits(tokens[-self.max_length :]).argmax())
-            if token == self.eot_token_id:
+            if token in self._ends:
                 break
             tokens.append(token)
             text = self._model.tokenizer.decode(tokens[begin:])

@@ -87,6 +87,8 @@ class Weights:
             )
         model |= {"from_pretrained": str(self.config), "revision": None, "config": {}}
         data |= {"tokenizer": str(self.config)}
+        if self.manifest is not None:
+            data.setdefault("bos", False)  # so it was before there was such a key
         config = read_config(self.config)
         if classes := _classes(config):
             data |= {"task": "classify", "classes": list(classes)}
