@@ -48,6 +48,7 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
             step += 1
         with run.engine.watch("saving"):
             run.say(run.checkpoints.wait())
+        guard.require_finite(steps)
         with run.engine.watch("export"):
             export(run)
             summary = {"steps": steps, "wall_s": time.monotonic() - started}

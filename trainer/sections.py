@@ -182,6 +182,16 @@ class Data(Section):
         description="'bytes' (256 symbols + end of document), 'bpe:4096' (byte-level BPE of that size trained on the "
         "sources), or a Hugging Face folder or hub name.",
     )
+    bos: bool | None = Field(
+        None,
+        description="pretrain, mlm: each document begins with the tokenizer's bos_token; absent: with what its post-processor "
+        "writes before a text, if anything (Llama 3, Gemma, [CLS] of Bert); false: with nothing.",
+    )
+    special_tokens: Literal["text", "parse"] = Field(
+        "text",
+        description="pretrain, mlm: what a text spells that is a special token, such as <|im_start|>: text like any other, or "
+        '"parse": that token, for text in which a template has been rendered.',
+    )
     isolate_documents: bool = Field(
         True, description="Documents packed into one sequence do not attend to each other; their positions restart at 0."
     )

@@ -216,6 +216,20 @@ def test_a_template_in_a_file_of_its_own(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
+def test_conversations_with_tools_are_written_by_the_template_for_tools(tmp_path: Path) -> None:
+    with_tools = "{{ tools | tojson }}" + CHATML
+    chat = chat_with([{"name": "default", "template": CHATML}, {"name": "tool_use", "template": with_tools}])
+    chat.tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    given = [{"role": turn.role, "content": turn.content} for turn in TWO_TURNS]
+    for tools in ((), ({"type": "function", "function": {"name": "weather"}},)):
+        ids = theirs.apply_chat_template(given, tools=list(tools) or None, return_dict=False)
+        encoded = chat.encode(chat.render(Conversation(TWO_TURNS, tools)))
+        assert encoded is not None
+        assert ids[: len(encoded.ids)] == encoded.ids
+        assert ("weather" in chat.tokenizer.decode(encoded.ids)) == bool(tools)
+
+
 def test_several_templates_without_a_default() -> None:
     with pytest.raises(RecipeError, match='none of its chat templates is named "default"'):
         chat_with([{"name": "tools", "template": CHATML}])

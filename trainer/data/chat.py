@@ -72,13 +72,20 @@ class Chat(Examples):
     def __init__(self, tokenizer: Tokenizer, *, seq_len: int, learned: Learned) -> None:
         """RecipeError when the template is not valid."""
         super().__init__(tokenizer.for_chat(), seq_len=seq_len, learned=learned)
-        self._template = ChatTemplate(self.tokenizer.chat_template, self.tokenizer.special_tokens)
         self.layout = RowLayout(seq_len)
         self._learned = learned
         self._spelt = re.compile("(?!)")
-        self._writer = Writer(self._template, list(self.tokenizer.added_tokens), self._guard)
+        self._writer = self._writer_by(self.tokenizer.chat_template)
+        has_other = self.tokenizer.tool_template != self.tokenizer.chat_template
+        self._tool_writer = self._writer_by(self.tokenizer.tool_template) if has_other else self._writer
         guarded = sorted(self._guarded_tokens(), key=len, reverse=True)
         self._spelt = re.compile("|".join(map(re.escape, guarded)) or "(?!)")
+
+    def _writer_by(self, template: str) -> Writer:
+        return Writer(ChatTemplate(template, self.tokenizer.special_tokens), list(self.tokenizer.added_tokens), self._guard)
+
+    def _writer_of(self, conversation: Conversation) -> Writer:
+        return self._tool_writer if conversation.tools else self._writer
 
     def _guarded_tokens(self) -> Iterator[str]:
         """Tokens that a content may spell but not write: special ones, and others that divide turns. But what the template has
@@ -90,7 +97,7 @@ class Chat(Examples):
         named = self.tokenizer.special_tokens.values()
         for token, is_special in self.tokenizer.added_tokens.items():
             divides = is_special or token in structure
-            if token in named or (divides and not self._template.has_in_contents(token)):
+            if token in named or (divides and not self._writer.template.has_in_contents(token)):
                 yield token
 
     @classmethod
@@ -104,7 +111,8 @@ class Chat(Examples):
     @property
     def fingerprint(self) -> str:
         tokenizer = self.tokenizer
-        settings = [self.settings, tokenizer.chat_template, tokenizer.special_tokens]
+        templates = [tokenizer.chat_template, tokenizer.tool_template]
+        settings = [self.settings, *dict.fromkeys(templates), tokenizer.special_tokens]
         return fingerprint_of(["chat", VERSION, tokenizer.fingerprint, settings])
 
     def tokenize(self, example: Conversation) -> Tokenized:
@@ -124,15 +132,16 @@ class Chat(Examples):
     def left_out(self, rendered: Rendered) -> Iterator[str]:
         """What of a conversation the template does not write, each once, for counts."""
         conversation, written = rendered.conversation, rendered.written
-        known = TURN_KEYS | self._template.mentioned
+        mentioned = self._writer_of(conversation).template.mentioned
+        known = TURN_KEYS | mentioned
         if written.cut:
             yield "cut_answers"
         if written.mute:
             yield "mute_turns"
-        if conversation.tools and "tools" not in self._template.mentioned:
+        if conversation.tools and "tools" not in mentioned:
             yield "tools"
         yield from {f"{UNREAD}{key} of a turn" for turn in conversation.turns for key in turn.keys if key not in known}
-        yield from (f"{UNREAD}{OPTIONS}.{key}" for key in conversation.options if key not in self._template.mentioned)
+        yield from (f"{UNREAD}{OPTIONS}.{key}" for key in conversation.options if key not in mentioned)
 
     def remarks(self, counts: Mapping[str, int]) -> Iterator[str]:
         of_all, limit = f"of {counts['read']:,} conversations", f"{self.layout.part_tokens:,} tokens"
@@ -155,7 +164,7 @@ class Chat(Examples):
 
     def render(self, conversation: Conversation) -> Rendered:
         """Fault for a conversation that the template refuses, or of whose answers it writes nothing."""
-        return Rendered(conversation, self._writer.write(conversation))
+        return Rendered(conversation, self._writer_of(conversation).write(conversation))
 
     def encode(self, rendered: Rendered) -> Encoded | None:
         """None when no target is left: there is no answer, or all begin beyond seq_len tokens."""
@@ -177,12 +186,13 @@ class Chat(Examples):
         size = int(np.flatnonzero(is_target)[-1]) + 1  # what follows the last target teaches nothing
         return Encoded(ids[:size], is_target[:size], lost=0).cut(self.layout.part_tokens)
 
-    def prompt(self, text: str) -> list[int]:
-        """The tokens after which the assistant answers a user's message; RecipeError when the template refuses it."""
+    def prompt(self, text: str, *, key: str = "train.sample_prompt") -> list[int]:
+        """The tokens after which the assistant answers a user's message; RecipeError, which names `key`, when the template
+        refuses it."""
         try:
             return self._tokens(self._writer.prompt((Message("user", text, False),)))[0]
         except Fault as fault:
-            raise RecipeError(f"train.sample_prompt = {text[:60]!r}: {fault}: give another, or none") from None
+            raise RecipeError(f"{key} = {text[:60]!r}: {fault}: give another, or none") from None
 
     @property
     def end_of_turn(self) -> int:

@@ -22,7 +22,8 @@ from trainer.data.sampling import num_windows
 from trainer.data.sources import Corpus, look_at
 from trainer.data.store import VERSION, Packing, TokenStore, Verify
 from trainer.data.tasks import ROW_TASKS, examples_of
-from trainer.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, make_tokenizer, train_bpe
+from trainer.data.texts import Texts
+from trainer.data.tokenizer import Tokenizer, bpe_size, make_tokenizer, reopen_tokenizer, train_bpe
 from trainer.data.translations import Translation
 from trainer.durable import read_json, write_json
 from trainer.errors import DataError, RecipeError
@@ -37,6 +38,7 @@ class PreparedData:
 
     tokenizer: Tokenizer
     examples: Examples | None  # how examples are written; None: documents are texts
+    texts: Texts | None  # how texts are written; None: documents are examples
     sources: tuple[str, ...]  # names, one per training store
     train: tuple[TokenStore, ...]
     weights: tuple[float, ...]  # one per training store, as the recipe gives them
@@ -95,11 +97,15 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
             tokenizer = tokenizer.for_masking()
         if data.task == "classify" and not data.classes:
             data = data.model_copy(update={"classes": _classes((*corpora, *eval_corpora), cache, progress)})
-        examples = examples_of(data, tokenizer)
-        tokenizer = examples.tokenizer if examples else tokenizer
+        examples, texts = examples_of(data, tokenizer), None
+        if examples is not None:
+            tokenizer = examples.tokenizer
+        else:
+            texts = Texts.from_recipe(data, tokenizer)
+            tokenizer = tokenizer.reading_special() if texts.parse else tokenizer
         held_out_fraction = 0.0 if eval_corpora else data.eval_fraction
 
-        notes: list[str] = []
+        notes = [*tokenizer.notes, *([texts.note(tokenizer)] if texts else [])]
 
         def stores(corpus: Corpus, fraction: float) -> dict[str, TokenStore]:
             make = partial(
@@ -107,7 +113,7 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
                 corpus=corpus,
                 tokenizer=tokenizer,
                 task=data.task,
-                examples=examples,
+                written=examples or texts or Texts(),
                 held_out_fraction=fraction,
                 workers=data.workers,
                 progress=progress,
@@ -118,6 +124,7 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
                 tokenizer.fingerprint,
                 fraction,
                 *([examples.fingerprint] if examples else []),
+                *(texts.facts if texts else []),
             ]
             folder = cache.folder(fingerprint_of(facts), make, what=f"tokenizing {corpus.name}")
             if examples:
@@ -144,6 +151,7 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
     return PreparedData(
         tokenizer=tokenizer,
         examples=examples,
+        texts=texts,
         sources=tuple(corpus.name for corpus in corpora),
         train=tuple(train),
         weights=weights,
@@ -236,7 +244,7 @@ def _tokenizer(spec: str, corpora: Sequence[Corpus], cache: Cache, progress: Pro
     folder = cache.folder(
         fingerprint, lambda staging: train_bpe(_sample(corpora, progress, what), vocab_size).save(staging), what=what
     )
-    return load_tokenizer(str(folder))
+    return reopen_tokenizer(folder)
 
 
 def _sample(corpora: Sequence[Corpus], progress: Progress, what: str) -> Iterator[str]:

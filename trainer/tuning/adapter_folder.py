@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.durable import replacing_folder
+from trainer.finite import Rounding
 from trainer.model.hugging_face import NamedTensor
 from trainer.model.network import Network
 from trainer.sections import Recipe
@@ -44,8 +45,11 @@ class AdapterFormat:
         return cls(bottleneck_format.CONFIG, bottleneck_format.WEIGHTS, "", config)
 
     def write(self, tensors: Iterable[NamedTensor], folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Both files, of those tensors that were trained beside the model; what was written."""
-        found = {self.prefix + name: tensor.to(dtype).contiguous() for name, tensor in tensors if is_added(name)}
+        """Both files, of those tensors that were trained beside the model; what was written. NotFinite or DataError, when all
+        have come, for one that holds NaN or infinity, or would in `dtype`."""
+        rounding = Rounding(dtype)
+        found = {self.prefix + name: rounding(name, tensor).contiguous() for name, tensor in tensors if is_added(name)}
+        rounding.require_survivors()
         config = self.config
         if config.get("peft_type") == "ADALORA":
             found, pattern = peft_format.trimmed(found)
