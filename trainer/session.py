@@ -46,7 +46,7 @@ from trainer.preference.reference import with_reference
 from trainer.recipe import ResolvedRecipe
 from trainer.run_folder import RunFolder
 from trainer.sections import Recipe
-from trainer.start import agree, begin_again, claim, find, leave_behind, make_room
+from trainer.start import agree, begin_again, claim, find, keep_rules, leave_behind, make_room
 from trainer.stopwatch import Stopwatch
 from trainer.swap_folder import private_swap_folders
 from trainer.track import RunInfo, Tracker, make_tracker, open_rank_log, read_metrics, truncate_after
@@ -186,6 +186,10 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         stack.enter_context(among_ranks(watchdog, lambda: watch.doing))
         mesh, messages = Mesh.build(layout, timeout), Messages.among_all(timeout)
         watch.begin("reading the data")
+        with together():
+            resolved, told = keep_rules(resolved, folder, resume, messages)
+        recipe = resolved.recipe
+        remarks += told
         with together(), work_progress(shown=place.is_first) as progress:
             cache_dir = Path(str(recipe.data.cache_dir))
             prepared = prepare(recipe.data, seed=recipe.run.seed, cache_dir=cache_dir, build=place.is_first, progress=progress)
@@ -255,7 +259,8 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             tracker.note(remark)
         stack.enter_context(among_ranks(watchdog, lambda: watch.doing))  # so that the tracker hears who was lost
         peak = f"{peak_flops / 1e12:.3g} TFLOP/s per rank ({peak_source})"
-        _introduce(tracker, prepared, engine, plan, census, peak)
+        data = _train_data(recipe, prepared, network)
+        _introduce(tracker, recipe, prepared, data, engine, plan, census, peak)
         yield Session(
             recipe=recipe,
             place=place,
@@ -265,7 +270,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             network=network,
             files=files,
             prepared=prepared,
-            data=_train_data(recipe, prepared, network),
+            data=data,
             eval_data=_eval_data(recipe, prepared, network),
             engine=engine,
             census=census,
@@ -328,6 +333,7 @@ def _train_data(recipe: Recipe, prepared: PreparedData, network: Network) -> Tra
         seq_len=recipe.data.row_tokens,
         seed=recipe.run.seed,
         isolate_documents=recipe.data.isolate_documents,
+        tails=recipe.data.tails == "train",
         global_sequences=recipe.batch.global_sequences,
         targets=targets_for(recipe, prepared, network, "training"),
     )
@@ -355,9 +361,20 @@ def _devices(place: Place) -> str:
     )
 
 
-def _introduce(tracker: Tracker, prepared: PreparedData, engine: Engine, plan: BatchPlan, census: Census, peak: str) -> None:
+def _introduce(
+    tracker: Tracker,
+    recipe: Recipe,
+    prepared: PreparedData,
+    data: TrainData,
+    engine: Engine,
+    plan: BatchPlan,
+    census: Census,
+    peak: str,
+) -> None:
     for row in prepare_summary(prepared):
         tracker.note(f"data: {row}")
+    for line in data.described(prepared.sources, recipe.train.steps):
+        tracker.note(f"data: {line}")
     for note in (*prepared.notes, *engine.notes):
         tracker.note(note)
     tracker.note(

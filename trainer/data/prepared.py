@@ -38,7 +38,7 @@ class PreparedData:
     examples: Examples | None  # how examples are written; None: documents are texts
     sources: tuple[str, ...]  # names, one per training store
     train: tuple[TokenStore, ...]
-    weights: tuple[float, ...]  # one per training store, as the recipe gives them
+    weights: tuple[float, ...] | None  # one per training store; None: by size
     evaluation: tuple[TokenStore, ...]  # empty: nothing is held out
     eval_sources: tuple[str, ...]  # names, one per evaluation store
     fingerprint: str  # equal when every training sample is; saved with checkpoints
@@ -127,10 +127,10 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
         opened = [stores(corpus, held_out_fraction) for corpus in corpora]
         train = [found[MAIN] for found in opened]
         for corpus, store in zip(corpora, train, strict=True):
-            _require_one_sequence(corpus, store, data.row_tokens)
+            _require_one_sequence(corpus, store, data)
         held_out = [(corpus.name, found[HELD_OUT]) for corpus, found in zip(corpora, opened, strict=True) if HELD_OUT in found]
         held_out += [(corpus.name, stores(corpus, 0.0)[MAIN]) for corpus in eval_corpora]
-    weights = tuple(source.weight for source in data.sources)
+    weights = _weights(data.sources)
     notes += [note for corpus in (*corpora, *eval_corpora) for note in corpus.notes]
     if held_out_fraction:
         noun = examples.noun if examples else "documents"
@@ -148,7 +148,12 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
         evaluation=tuple(store for _, store in held_out),
         eval_sources=tuple(name for name, _ in held_out),
         fingerprint=order_fingerprint(
-            train, weights, seq_len=data.row_tokens, seed=seed, isolate_documents=data.isolate_documents
+            train,
+            weights,
+            seq_len=data.row_tokens,
+            seed=seed,
+            isolate_documents=data.isolate_documents,
+            tails=data.tails == "train",
         ),
         notes=tuple(notes),
     )
@@ -268,9 +273,18 @@ def _counts(folder: Path) -> Counter[str]:
         raise DataError(f"{folder / COUNTS}: damaged: {error}; delete {folder} to tokenize again") from None
 
 
-def _require_one_sequence(corpus: Corpus, store: TokenStore, seq_len: int) -> None:
-    if not num_windows(store.num_tokens, seq_len):
+def _weights(sources: Sequence[sections.Source]) -> tuple[float, ...] | None:
+    """None: by size, which of a single source says nothing."""
+    if len(sources) > 1 and all(source.weight is None for source in sources):
+        return None
+    return tuple(1.0 if source.weight is None else source.weight for source in sources)
+
+
+def _require_one_sequence(corpus: Corpus, store: TokenStore, data: sections.Data) -> None:
+    seq_len = data.row_tokens
+    if not num_windows(store.num_tokens, seq_len, tails=data.tails == "train"):
         raise RecipeError(
             f"data.seq_len: {seq_len} is too long for {corpus.where} ({corpus.name}): its {store.num_tokens} training tokens "
-            f"are fewer than one sequence and its last target ({seq_len + 1}); lower data.seq_len or add documents"
+            f'are fewer than one sequence and its last target ({seq_len + 1}), and data.tails is "drop"; lower data.seq_len, '
+            'add documents, or set data.tails to "train"'
         )

@@ -157,9 +157,9 @@ def _corpus_of_files(
     return Corpus(
         name=source.path,
         where=where,
-        shards=tuple(_divide(files, text_kind, where, source.field)),
+        shards=tuple(_divide(files, text_kind, where, source.text_field)),
         fingerprint=fingerprint_of(
-            {"kind": text_kind, "field": source.field, "files": [[file.name, file.size, file.digest] for file in files]}
+            {"kind": text_kind, "field": source.text_field, "files": [[file.name, file.size, file.digest] for file in files]}
         ),
     )
 
@@ -225,11 +225,11 @@ def _corpus_of_saved(source: sections.Source, where: str, root: Path, digests: D
     parts = min(rows, max(1, min(MAX_SHARDS, size // MIN_SHARD_BYTES)))
     cuts = [rows * part // parts for part in range(parts + 1)]
     shards = [
-        Shard("saved", where, files, begin, end, max(1, size // parts), str(root), source.field, source.split)
+        Shard("saved", where, files, begin, end, max(1, size // parts), str(root), source.text_field, source.split)
         for begin, end in pairwise(cuts)
     ]
     facts = [[file.name, file.size, file.digest] for file in files]
-    fingerprint = fingerprint_of({"kind": "saved", "field": source.field, "split": source.split, "files": facts})
+    fingerprint = fingerprint_of({"kind": "saved", "field": source.text_field, "split": source.split, "files": facts})
     return Corpus(source.path, where, tuple(shards), fingerprint)
 
 
@@ -244,8 +244,8 @@ def _corpus_of_hub(source: sections.Source, where: str) -> Corpus:
             "correct the path, or data.sources[].split, or bring the data here as a folder"
         ) from None
     shards = [
-        Shard("hub", where, begin=part, end=parts, path=source.path, field=source.field, split=source.split)
+        Shard("hub", where, begin=part, end=parts, path=source.path, field=source.text_field, split=source.split)
         for part in range(parts)
     ]
-    facts = {"kind": "hub", "path": source.path, "revision": revision, "field": source.field, "split": source.split}
+    facts = {"kind": "hub", "path": source.path, "revision": revision, "field": source.text_field, "split": source.split}
     return Corpus(source.path, where, tuple(shards), fingerprint_of(facts))
