@@ -15,18 +15,20 @@ from trainer.data.cache import Cache, Progress, was_built
 from trainer.data.chat import Chat
 from trainer.data.digests import Digests, fingerprint_of
 from trainer.data.examples import Examples
-from trainer.data.labelled import Labelled, LabelledText, in_order, require_classes
+from trainer.data.labelled import Labelled, LabelledText, class_name, in_order, require_classes
 from trainer.data.rows import order_fingerprint
 from trainer.data.sampling import num_windows
+from trainer.data.shards import UNREAD
 from trainer.data.sources import Corpus, look_at
 from trainer.data.store import VERSION, Packing, TokenStore, Verify
-from trainer.data.tasks import ROW_TASKS, examples_of
+from trainer.data.tasks import examples_of
 from trainer.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, make_tokenizer, train_bpe
 from trainer.data.translations import Translation
 from trainer.durable import read_json, write_json
 from trainer.errors import DataError, RecipeError
 
 CLASSES = "classes.json"
+MAX_KEYS = 20  # of rows that are named in a line
 BPE_TRAINING_BYTES = 256 << 20  # of text: merges hardly change beyond, and counting words takes memory
 
 
@@ -119,9 +121,9 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
                 *([examples.fingerprint] if examples else []),
             ]
             folder = cache.folder(fingerprint_of(facts), make, what=f"tokenizing {corpus.name}")
-            if examples:
-                counts = _counts(folder)
-                notes.extend(f"data: {corpus.name}: {remark}" for remark in examples.remarks(counts))
+            counts = _counts(folder)
+            remarks = [*_unread(counts), *(examples.remarks(counts) if examples else ())]
+            notes.extend(f"data: {corpus.name}: {remark}" for remark in remarks)
             return _open(folder, corpus, tokenizer, verify="sampled" if build else "header")
 
         opened = [stores(corpus, held_out_fraction) for corpus in corpora]
@@ -195,10 +197,10 @@ def _documents(store: TokenStore) -> int:
 def _look(data: sections.Data, group: str, digests: Digests) -> list[Corpus]:
     """The sources in one of the lists of `data`."""
     sources = getattr(data, group)
-    corpora = [look_at(source, where=f"data.{group}[{number}]", digests=digests) for number, source in enumerate(sources)]
-    if data.task not in ROW_TASKS:
-        return corpora
-    return [corpus.in_rows(source, data.task) for corpus, source in zip(corpora, sources, strict=True)]
+    return [
+        look_at(source, where=f"data.{group}[{number}]", digests=digests, task=data.task)
+        for number, source in enumerate(sources)
+    ]
 
 
 def _classes(corpora: Sequence[Corpus], cache: Cache, progress: Progress) -> list[str]:
@@ -210,7 +212,7 @@ def _classes(corpora: Sequence[Corpus], cache: Cache, progress: Progress) -> lis
 
     folder = cache.folder(fingerprint_of(["classes", [corpus.fingerprint for corpus in corpora]]), make, what=what)
     try:
-        names = [str(name) for name in read_json(folder / CLASSES)["classes"]]
+        names = in_order(class_name(str(name)) for name in read_json(folder / CLASSES)["classes"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder / CLASSES}: damaged: {error}; delete {folder} to look again") from None
     return require_classes(names, corpora[0].name)
@@ -266,11 +268,21 @@ def _open(folder: Path, corpus: Corpus, tokenizer: Tokenizer, verify: Verify) ->
 
 
 def _counts(folder: Path) -> Counter[str]:
-    """What became of the examples of a source."""
+    """What became of the rows of a source."""
     try:
         return Counter(read_json(folder / COUNTS))
+    except FileNotFoundError:  # of texts, before their rows were counted
+        return Counter()
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder / COUNTS}: damaged: {error}; delete {folder} to tokenize again") from None
+
+
+def _unread(counts: Counter[str]) -> Iterator[str]:
+    keys = {key.removeprefix(UNREAD): count for key, count in counts.most_common() if key.startswith(UNREAD)}
+    if keys:
+        named = ", ".join(f"{key} ({count:,})" for key, count in islice(keys.items(), MAX_KEYS))
+        more = f" and {len(keys) - MAX_KEYS:,} more" if len(keys) > MAX_KEYS else ""
+        yield f"keys of rows that are not read: {named}{more}"
 
 
 def _weights(sources: Sequence[sections.Source]) -> tuple[float, ...] | None:

@@ -3,7 +3,7 @@
 tokens.bin      the tokens of the shard's documents: texts, each ended by the end-of-document token, or those of examples
 targets.bin     of examples: 1 for a token that is to be predicted, 0 for another; u1
 documents.bin   one DOCUMENT record per document
-shard.json      the SHA-256 of each; of examples, what became of them
+shard.json      the SHA-256 of each; of rows, how often keys are not read; of examples, what became of them
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from trainer.errors import DataError
 # Tokens with the end of document, the hash that decides whether the document is held out, its length in UTF-8 (of an example's
 # documents the first has that of all), its label.
 DOCUMENT = np.dtype([("tokens", "<i8"), ("hash", "<u8"), ("text_bytes", "<i8"), ("label", "<i4")])
+UNREAD = "unread:"  # before the key of a row that is not read, in counts
 HASH_KEY = b"triaxis held-out documents"
 Record = TypeVar("Record")
 BATCH_CHARACTERS = 1 << 20  # tokenized at a time: bounds the memory of a worker
@@ -100,7 +101,8 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 
 def _encoded_texts(shard: Shard, tokenizer: Tokenizer) -> Iterator[Batch]:
     dtype = token_dtype(tokenizer.vocab_size)
-    for texts in _batches(shard.documents(), len):
+    unread: Counter[str] = Counter()
+    for texts in _batches(shard.documents(unread), len):
         tokens, documents = [], []
         for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
             if ids:
@@ -108,6 +110,7 @@ def _encoded_texts(shard: Shard, tokenizer: Tokenizer) -> Iterator[Batch]:
                 tokens.append(np.array([*ids, tokenizer.end_of_document], dtype).tobytes())
                 documents.append((len(ids) + 1, _hash(content), len(content), NO_LABEL))
         yield (b"".join(tokens), np.array(documents, DOCUMENT).tobytes()), Counter()
+    yield (b"", b""), Counter({f"{UNREAD}{key}": count for key, count in unread.items()})
 
 
 def _encoded_examples(shard: Shard, tokenizer: Tokenizer, examples: Examples) -> Iterator[Batch]:

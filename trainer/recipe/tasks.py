@@ -56,6 +56,9 @@ def _class_findings(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(
             ("data.classes",), f"data.classes = {json.dumps(data.classes)}: legal: two or more names, each once; or none"
         )
+    if unread := [name for name in data.classes if name != name.strip()]:
+        message = f"data.classes has {json.dumps(unread[0])}, but labels are read without white space around them: remove it"
+        yield Finding(("data.classes",), message)
     if recipe.tuning.method is not None:
         yield Finding(
             ("tuning.method", "data.task"),
