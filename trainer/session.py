@@ -41,6 +41,7 @@ from trainer.launch import PeerFailed, Place, together
 from trainer.lifecycle import LOST, WANTED
 from trainer.matmul_peak import device_peak, slower_than_fp32
 from trainer.model.auto_network import AutoNetwork
+from trainer.model.hugging_face import local_folder, unread_weights
 from trainer.model.network import ModelFiles, Network, largest_weight
 from trainer.preference.reference import with_reference
 from trainer.recipe import ResolvedRecipe
@@ -198,6 +199,8 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             found, told = find(folder, resume, messages)
             remarks += told
             network, fill = first_weights(resolved, prepared.tokenizer, prepared.classes, resumed=found is not None)
+            if recipe.model.from_pretrained is not None and found is None:
+                remarks += unread_weights(local_folder(recipe.model.from_pretrained, recipe.model.revision))
             if prepared.chat and recipe.train.sample_prompt is not None:
                 prepared.chat.prompt(recipe.train.sample_prompt)  # refused now rather than after the last step
             dtype, chat = str(DTYPES[recipe.precision.dtype]).removeprefix("torch."), prepared.chat

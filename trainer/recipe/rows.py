@@ -54,7 +54,7 @@ def reads_stdlib(recipe: Recipe, given: Collection[str]) -> bool:
 
 def _source_findings(source: Source, where: str, task: str, given: Collection[str]) -> Iterator[Finding]:
     for name, readers in READERS.items():
-        if task not in readers and any(key == f"{where}.{name}" or key.startswith(f"{where}.{name}.") for key in given):
+        if task not in readers and f"{where}.{name}" in given:
             hint = "; what rows call their fields is said in fields" if name == "field" else ""
             users = " or ".join(f'"{user}"' for user in readers)
             yield Finding(
