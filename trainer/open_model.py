@@ -36,6 +36,7 @@ from trainer.execution import DTYPES, make_execution
 from trainer.first_weights import first_weights
 from trainer.launch import Place, together
 from trainer.measures import Measures, measures_of
+from trainer.model.auto_stage import AutoStage
 from trainer.model.families import FAMILIES
 from trainer.model.hugging_face import read_config
 from trainer.model.network import CONFIG, Network
@@ -175,6 +176,8 @@ def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[st
                 watch=watch,
                 fill=_rounding(quantizing(fill, recipe.tuning), DTYPES[recipe.precision.dtype]),
             )
+        if isinstance(execution.module, AutoStage) and recipe.data.isolate_documents:
+            execution.module.settle_lengths(place.device, plan.seq_len, may_call_apart=True)
         yield OpenModel(
             weights=weights,
             recipe=recipe,
