@@ -216,6 +216,13 @@ def test_packed_documents_equal_separate_ones(name: str) -> None:
     assert_close(loss, losses, 1e-5, "loss")
 
 
+def test_what_a_recipe_says_is_not_written_into() -> None:
+    """transformers completes rope_parameters in place."""
+    of = from_scratch(BY_LENGTH["longrope"])
+    open_auto(of, TOKENIZER)
+    assert of.model.config["rope_parameters"] == LONG
+
+
 ROPE = {**TINY, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 48, "pad_token_id": None}
 LONG = {
     **{"rope_type": "longrope", "rope_theta": 10.0, ORIGINAL: 6},
