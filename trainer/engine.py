@@ -123,6 +123,8 @@ class Engine:
                 f"{module.architecture}: its logits at a token depend on the next one, so predicting it would teach nothing; "
                 "legal: a model with causal attention"
             )
+        if isinstance(module, AutoStage) and recipe.data.isolate_documents:
+            self.notes += module.settle_lengths(device, plan.seq_len, may_call_apart=self.zero_stage < 3)
 
     @property
     def num_params(self) -> int:

@@ -97,8 +97,8 @@ def _rows(model: OpenModel, prepared: PreparedData, request: Request) -> EvalDat
 
 def _measured(model: OpenModel, result: EvalResult) -> Found:
     found: Found = {name.removeprefix("eval_"): value for name, value in model.measures.record(result).items()}
-    if isinstance(model.measures, ClassMeasures):
-        classes, matrix = model.recipe.data.classes, model.measures.confusion(result)
+    if isinstance(model.measures, ClassMeasures) and (matrix := model.measures.confusion(result)):
+        classes = model.recipe.data.classes
         found["confusion"] = {true: dict(zip(classes, row, strict=True)) for true, row in zip(classes, matrix, strict=True)}
     return found
 

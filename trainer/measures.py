@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from trainer.model.config import TransformerConfig
+from trainer.model.config import PAIRED_CLASSES, TransformerConfig
 
 if TYPE_CHECKING:
     from trainer.data.loader import MicroBatch
@@ -103,7 +103,8 @@ class PairMeasures:
 
 @dataclass(frozen=True)
 class ClassMeasures:
-    """Of texts sorted into classes: loss, and how many of class i were taken for class j."""
+    """Of texts sorted into classes: loss, and how many of class i were taken for class j, or, of more than PAIRED_CLASSES, how
+    many of each were right, there and named."""
 
     num_classes: int
     num_step_sums: int = 1
@@ -111,7 +112,11 @@ class ClassMeasures:
 
     @property
     def num_sums(self) -> int:
-        return 1 + self.num_classes**2
+        return 1 + (self.num_classes**2 if self._paired else 3 * self.num_classes)
+
+    @property
+    def _paired(self) -> bool:
+        return self.num_classes <= PAIRED_CLASSES
 
     def num_targets(self, batch: MicroBatch) -> int:
         return batch.num_targets
@@ -122,28 +127,40 @@ class ClassMeasures:
     def record(self, result: EvalResult) -> dict[str, float]:
         """`eval_majority`: the accuracy of always naming the commonest class. `eval_f1` is the mean over the classes that occur
         or were named (macro); of two classes also that of the second alone, as in GLUE (Wang et al. 2018, arXiv:1804.07461)."""
-        true_by_named = self.confusion(result)
-        scores = {number: _f1(true_by_named, number) for number in range(self.num_classes)}
-        occurring = [score for score in scores.values() if score is not None]
+        right, there, named = self._by_class(result)
+        scores = [_f1(*counts) for counts in zip(right, there, named, strict=True)]
+        occurring = [score for score in scores if score is not None]
         return {
             "eval_loss": result.loss,
-            "eval_accuracy": sum(row[number] for number, row in enumerate(true_by_named)) / result.num_targets,
-            "eval_majority": max(map(sum, true_by_named)) / result.num_targets,
+            "eval_accuracy": sum(right) / result.num_targets,
+            "eval_majority": max(there) / result.num_targets,
             "eval_f1": sum(occurring) / len(occurring),
             **({"eval_f1_positive": scores[1] or 0.0} if self.num_classes == 2 else {}),
             "eval_targets": result.num_targets,
         }
 
+    def _by_class(self, result: EvalResult) -> tuple[list[int], list[int], list[int]]:
+        """How often each class was right, there and named."""
+        if pairs := self.confusion(result):
+            return (
+                [row[number] for number, row in enumerate(pairs)],
+                list(map(sum, pairs)),
+                list(map(sum, zip(*pairs, strict=True))),
+            )
+        counts, C = [round(count) for count in result.sums[1:]], self.num_classes
+        return counts[:C], counts[C : 2 * C], counts[2 * C :]
+
     def confusion(self, result: EvalResult) -> list[list[int]]:
-        """Row: the true class; column: the class that was named."""
+        """Row: the true class; column: the class that was named. [] of more than PAIRED_CLASSES."""
+        if not self._paired:
+            return []
         counts, C = [round(count) for count in result.sums[1:]], self.num_classes
         return [counts[row * C : (row + 1) * C] for row in range(C)]
 
 
-def _f1(true_by_named: list[list[int]], number: int) -> float | None:
+def _f1(right: int, there: int, named: int) -> float | None:
     """2 · hits / (how many there are + how many were named); None where there is neither."""
-    there, named = sum(true_by_named[number]), sum(row[number] for row in true_by_named)
-    return 2 * true_by_named[number][number] / (there + named) if there + named else None
+    return 2 * right / (there + named) if there + named else None
 
 
 def measures_of(task: str, network: Network) -> Measures:

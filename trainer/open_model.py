@@ -37,12 +37,14 @@ from trainer.first_weights import first_weights
 from trainer.launch import Place, together
 from trainer.master_weights import require_in_range
 from trainer.measures import Measures, measures_of
+from trainer.model.auto_stage import AutoStage
 from trainer.model.families import FAMILIES
 from trainer.model.hugging_face import read_config
 from trainer.model.network import CONFIG, Network
 from trainer.model.translation import classes_of
 from trainer.recipe import ResolvedRecipe, load_given
 from trainer.recipe.auto import AUTO
+from trainer.recipe.earlier import in_todays_keys
 from trainer.sections import Guard, Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.tuning.adapt import quantizing
@@ -78,7 +80,7 @@ class Weights:
 
     def given(self, *, files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A recipe of this model; `files`: what it is evaluated on, in place of what it was trained on."""
-        saved = dict(self.manifest.recipe) if self.manifest else {}
+        saved = in_todays_keys(self.manifest.recipe) if self.manifest else {}
         kept = {section: dict(saved.get(section, {})) for section in KEPT}
         model, data = kept["model"], kept["data"]
         if self.manifest and model.get("family") == AUTO:
@@ -177,6 +179,8 @@ def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[st
                 watch=watch,
                 fill=_rounding(quantizing(fill, recipe.tuning), DTYPES[recipe.precision.dtype]),
             )
+        if isinstance(execution.module, AutoStage) and recipe.data.isolate_documents:
+            execution.module.settle_lengths(place.device, plan.seq_len, may_call_apart=True)
         yield OpenModel(
             weights=weights,
             recipe=recipe,

@@ -35,6 +35,10 @@ class RunFolder:
         return self.path / "evaluations.jsonl"
 
     @property
+    def resolved(self) -> Path:
+        return self.path / "resolved.json"
+
+    @property
     def export(self) -> Path:
         return self.path / "export"
 
@@ -85,4 +89,4 @@ class RunFolder:
 
     def write_resolved(self, resolved: Mapping[str, Any]) -> None:
         """Every value with its origin, and the exact dict that DeepSpeed got."""
-        write_json(self.path / "resolved.json", redact(resolved))
+        write_json(self.resolved, redact(resolved))

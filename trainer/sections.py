@@ -99,17 +99,26 @@ class Source(Section):
 
     path: str = Field(
         min_length=1,
-        description="A file (.txt, .jsonl, .parquet, .arrow; with rows also .csv, .tsv), a folder of such files, a hub name, "
-        "or 'stdlib' (the sources of this Python's standard library).",
+        description="A file of text, or of rows (.jsonl, .json, .csv, .tsv, .parquet, .arrow), perhaps .gz or .zst, a "
+        "folder of such files, a hub name, or 'stdlib' (the sources of this Python's standard library).",
     )
-    weight: float = Field(
-        1.0, gt=0.0, allow_inf_nan=False, description="Share of the training sequences, relative to the other sources."
+    weight: float | None = Field(
+        None,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Share of the training sequences, relative to the other sources, of which those that say none have 1; "
+        "absent from all: by size, so that an epoch has each sequence of each source once.",
     )
-    field: str = Field("text", min_length=1, description="Field that holds the text, in JSONL, Parquet, Arrow and hub data.")
+    field: str | None = Field(
+        None,
+        min_length=1,
+        description="pretrain, mlm: field of the rows that holds the text; absent: text, and a .json, .csv or .tsv file in a "
+        "folder whose rows have none is one text itself.",
+    )
     target_path: str | None = Field(
         None,
         min_length=1,
-        description="translate: a text file whose lines are the translations of those of path, both perhaps .gz.",
+        description="translate: a text file whose lines are the translations of those of path, both perhaps .gz or .zst.",
     )
     split: str = Field("train", min_length=1, description="Split of a hub data set.")
     shape: Literal["messages", "sharegpt", "prompt", "alpaca"] | None = Field(
@@ -124,8 +133,13 @@ class Source(Section):
     )
     columns: list[str] = Field(
         default_factory=list,
-        description="Tasks of rows: names of the columns of .csv and .tsv files; empty: their first line has them.",
+        description="Names of the columns of .csv and .tsv files; empty: their first line has them.",
     )
+
+    @property
+    def text_field(self) -> str:
+        """What rows of texts call the text."""
+        return self.field or "text"
 
     @property
     def names(self) -> dict[str, str]:
@@ -191,6 +205,11 @@ class Data(Section):
         "text",
         description="pretrain, mlm: what a text spells that is a special token, such as <|im_start|>: text like any other, or "
         '"parse": that token, for text in which a template has been rendered.',
+    )
+    tails: Literal["train", "drop"] = Field(
+        "train",
+        description="pretrain, mlm: what is left of a source beyond its whole sequences, or of one that has none: trained as a "
+        "shorter sequence, or left out.",
     )
     isolate_documents: bool = Field(
         True, description="Documents packed into one sequence do not attend to each other; their positions restart at 0."

@@ -43,14 +43,14 @@ from trainer.launch import PeerFailed, Place, together
 from trainer.lifecycle import LOST, WANTED
 from trainer.matmul_peak import device_peak, slower_than_fp32
 from trainer.model.auto_network import AutoNetwork
-from trainer.model.hugging_face import local_folder, read_config
+from trainer.model.hugging_face import local_folder, read_config, unread_weights
 from trainer.model.network import ModelFiles, Network, largest_weight
 from trainer.model.origin import Origin
 from trainer.preference.reference import with_reference
 from trainer.recipe import ResolvedRecipe
 from trainer.run_folder import RunFolder
 from trainer.sections import Recipe
-from trainer.start import agree, begin_again, claim, find, leave_behind, make_room
+from trainer.start import agree, begin_again, claim, find, keep_rules, leave_behind, make_room
 from trainer.stopwatch import Stopwatch
 from trainer.swap_folder import private_swap_folders
 from trainer.track import RunInfo, Tracker, make_tracker, open_rank_log, read_metrics, truncate_after
@@ -193,6 +193,10 @@ def open_session(
         stack.enter_context(among_ranks(watchdog, lambda: watch.doing))
         mesh, messages = Mesh.build(layout, timeout), Messages.among_all(timeout)
         watch.begin("reading the data")
+        with together():
+            resolved, told = keep_rules(resolved, folder, resume, messages)
+        recipe = resolved.recipe
+        remarks += told
         with together(), work_progress(shown=place.is_first) as progress:
             cache_dir = Path(str(recipe.data.cache_dir))
             prepared = prepare(recipe.data, seed=recipe.run.seed, cache_dir=cache_dir, build=place.is_first, progress=progress)
@@ -201,6 +205,8 @@ def open_session(
             found, told = find(folder, resume, messages)
             remarks += told
             network, fill = first_weights(resolved, prepared.tokenizer, prepared.classes, resumed=found is not None)
+            if recipe.model.from_pretrained is not None and found is None:
+                remarks += unread_weights(local_folder(recipe.model.from_pretrained, recipe.model.revision))
             if prepared.chat and recipe.train.sample_prompt is not None:
                 prepared.chat.prompt(recipe.train.sample_prompt)  # refused now rather than after the last step
             dtype, chat = str(DTYPES[recipe.precision.dtype]).removeprefix("torch."), prepared.chat
@@ -271,7 +277,8 @@ def open_session(
             tracker.note(remark)
         stack.enter_context(among_ranks(watchdog, lambda: watch.doing))  # so that the tracker hears who was lost
         peak = f"{peak_flops / 1e12:.3g} TFLOP/s per rank ({peak_source})"
-        _introduce(tracker, prepared, engine, plan, census, peak)
+        data = _train_data(recipe, prepared, network)
+        _introduce(tracker, recipe, prepared, data, engine, plan, census, peak)
         yield Session(
             recipe=recipe,
             place=place,
@@ -281,7 +288,7 @@ def open_session(
             network=network,
             files=files,
             prepared=prepared,
-            data=_train_data(recipe, prepared, network),
+            data=data,
             eval_data=_eval_data(recipe, prepared, network),
             engine=engine,
             census=census,
@@ -355,6 +362,7 @@ def _train_data(recipe: Recipe, prepared: PreparedData, network: Network) -> Tra
         seq_len=recipe.data.row_tokens,
         seed=recipe.run.seed,
         isolate_documents=recipe.data.isolate_documents,
+        tails=recipe.data.tails == "train",
         global_sequences=recipe.batch.global_sequences,
         targets=targets_for(recipe, prepared, network, "training"),
     )
@@ -382,9 +390,20 @@ def _devices(place: Place) -> str:
     )
 
 
-def _introduce(tracker: Tracker, prepared: PreparedData, engine: Engine, plan: BatchPlan, census: Census, peak: str) -> None:
+def _introduce(
+    tracker: Tracker,
+    recipe: Recipe,
+    prepared: PreparedData,
+    data: TrainData,
+    engine: Engine,
+    plan: BatchPlan,
+    census: Census,
+    peak: str,
+) -> None:
     for row in prepare_summary(prepared):
         tracker.note(f"data: {row}")
+    for line in data.described(prepared.sources, recipe.train.steps):
+        tracker.note(f"data: {line}")
     for note in (*prepared.notes, *engine.notes):
         tracker.note(note)
     tracker.note(

@@ -11,9 +11,12 @@ from parallel.messages import Messages
 from trainer.checkpoint.door import Resume, checkpoint_named
 from trainer.checkpoint.facts import refusals
 from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.resume import Found, examine, newest_whole
 from trainer.errors import DataError, RecipeError
 from trainer.hold import JobStart, held
+from trainer.recipe import ResolvedRecipe
+from trainer.recipe.earlier import as_begun, rules_of_checkpoint, rules_of_run
 from trainer.run_folder import RunFolder
 from trainer.track.jsonl import read_metrics
 
@@ -39,6 +42,34 @@ def begin_again(folder: RunFolder, resume: Resume) -> list[str]:
         return []
     _require_restartable(folder)
     return ["the run was ended before its first checkpoint: it begins again at step 0"]
+
+
+def keep_rules(
+    resolved: ResolvedRecipe, folder: RunFolder, resume: Resume, messages: Messages
+) -> tuple[ResolvedRecipe, list[str]]:
+    """The recipe with the rules of the data by which what it goes on from began, where it leaves them open; remarks.
+    Collective."""
+    begun = messages.broadcast(_rules(folder, resume) if messages.is_first else None)
+    return (resolved, []) if begun is None else as_begun(resolved, begun["rules"], begun["where"])
+
+
+def _rules(folder: RunFolder, resume: Resume) -> dict[str, Any] | None:
+    """Those of the checkpoint that is named, else of the run that is there."""
+    if resume.how == "never":
+        return None
+    if resume.path is None and folder.holds_a_run and (rules := rules_of_run(folder.resolved)) is not None:
+        return {"rules": rules, "where": f"the run in {folder.path}"}
+    found = (
+        checkpoint_named(resume.path)
+        if resume.path
+        else next((p for _, p in CheckpointFolder(folder.checkpoints).steps()), None)
+    )
+    if found is None:
+        return None
+    try:
+        return {"rules": rules_of_checkpoint(Manifest.read(found).recipe), "where": str(found)}
+    except DataError:
+        return None  # another one will be found, or it will be said
 
 
 def find(folder: RunFolder, resume: Resume, messages: Messages) -> tuple[Found | None, list[str]]:
@@ -108,7 +139,7 @@ def _require_restartable(folder: RunFolder) -> None:
 def _saved_every(folder: RunFolder) -> int:
     """checkpoint.every of the run that is there; 0 where that is not known."""
     try:
-        values = json.loads((folder.path / "resolved.json").read_text(encoding="utf-8"))["values"]
+        values = json.loads(folder.resolved.read_text(encoding="utf-8"))["values"]
         return int(values["checkpoint.every"]["value"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0

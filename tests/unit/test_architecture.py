@@ -155,6 +155,7 @@ OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
         ),
     ),
     "huggingface_hub": (True, ("trainer/model/hugging_face.py",)),
+    "zstandard": (True, ("trainer/data/files.py",)),
 }
 
 

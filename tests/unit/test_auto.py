@@ -25,6 +25,7 @@ from trainer.errors import DataError, RecipeError
 from trainer.flops import training_flops
 from trainer.model.auto import open_auto
 from trainer.model.auto_network import AutoNetwork
+from trainer.model.auto_rotations import ORIGINAL
 from trainer.model.auto_stage import AutoStage, cross_entropy_sum
 from trainer.model.hugging_face import write_folder
 from trainer.sections import Recipe
@@ -213,6 +214,115 @@ def test_packed_documents_equal_separate_ones(name: str) -> None:
     assert_close(logits, expected, 1e-5, "logits")
     losses = torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORE)
     assert_close(loss, losses, 1e-5, "loss")
+
+
+def test_what_a_recipe_says_is_not_written_into() -> None:
+    """transformers completes rope_parameters in place."""
+    of = from_scratch(BY_LENGTH["longrope"])
+    open_auto(of, TOKENIZER)
+    assert of.model.config["rope_parameters"] == LONG
+
+
+ROPE = {**TINY, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 48, "pad_token_id": None}
+LONG = {
+    **{"rope_type": "longrope", "rope_theta": 10.0, ORIGINAL: 6},
+    **{"short_factor": [1.0, 1.5], "long_factor": [3.0, 9.0], "factor": 4.0},
+}
+BY_LENGTH: dict[str, dict[str, Any]] = {
+    "longrope": {"model_type": "phi3", **ROPE, "max_position_embeddings": 24, ORIGINAL: 6, "rope_parameters": LONG},
+    "dynamic": {
+        **{"model_type": "llama", **ROPE, "max_position_embeddings": 6},
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10.0, "factor": 4.0},
+    },
+}
+
+
+def by_length(kind: str, seed: int = 0, recompute: Any = "none") -> AutoStage:
+    """A model whose rotations of a text of more than 6 tokens are others, with weights so large that it shows."""
+    of = from_scratch(BY_LENGTH[kind], data={"seq_len": 6}, run={"seed": seed})
+    _, stage = stage_of(of, recompute=recompute)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.mul_(20.0 if parameter.dim() > 1 else 1.0)
+    return stage
+
+
+def losses_of_transformers(kind: str, documents: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of each document alone, by a model that has seen no other; and the gradient of their sum."""
+    losses, gradients = [], {}
+    for document in documents:
+        theirs = by_length(kind).model
+        for module in theirs.modules():
+            vars(module).pop("forward", None)  # our own
+        logits = theirs(input_ids=document[None]).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, document[1:], reduction="sum"))
+        losses[-1].backward()
+        for name, parameter in theirs.named_parameters():
+            gradients[name] = gradients.get(name, 0.0) + parameter.grad
+    return torch.stack([loss.detach() for loss in losses]), gradients
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_a_document_is_the_same_beside_longer_ones(kind: str, recompute: str) -> None:
+    """In every division into micro-batches, in any order, loss and gradient are those of each document alone."""
+    lengths = ((13,), (6, 7), (2, 11), (3, 4, 6), (5, 8), (12, 1), (13,), (6, 6, 1))
+    tokens = torch.randint(0, V, (len(lengths), 13), generator=torch.Generator().manual_seed(0))
+    labels = next_labels(tokens, lengths)
+    documents = [part for row, parts in zip(tokens, lengths, strict=True) for part in row.split(parts)]
+    expected, gradients = losses_of_transformers(kind, [document for document in documents if len(document) > 1])
+    for rows in (8, 2, 1):
+        stage = by_length(kind, recompute=recompute)
+        cuts = [slice(at, at + rows) for at in range(0, 8, rows)]
+        losses = torch.stack(
+            [stage(tokens[c], Documents(lengths[c]), labels[c], Streams.of_step(0, 0, range(rows))) for c in cuts]
+        )
+        # Sums of products in another order: seen 3e-6.
+        assert_close(losses.sum(), expected.sum(), 1e-5, f"loss by {rows}")
+        losses.sum().backward()
+        for name, parameter in stage.model.named_parameters():
+            assert_close(parameter.grad, gradients[name], 1e-4, f"gradient of {name} by {rows}")
+    without = by_length(kind)
+    for module in without.model.modules():
+        vars(module).pop("forward", None)
+    wrong = without(tokens, Documents(lengths), labels)
+    assert abs(float((wrong - expected.sum()).detach())) > 1e-3 * float(expected.sum()), "the test must be able to see it"
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_measures_do_not_depend_on_the_longest_either(kind: str) -> None:
+    stage, tokens = by_length(kind), torch.arange(26).view(2, 13) % V
+    packed = Documents(((13,), (4, 9)))
+    scores = stage(tokens, packed, next_labels(tokens, packed.lengths), by_document=True)
+    for number, document in enumerate((tokens[0], tokens[1, :4], tokens[1, 4:])):
+        alone = Documents.whole_rows(1, len(document))
+        found = stage(document[None], alone, next_labels(document[None], alone.lengths), by_document=True)
+        assert_close(found[0, 0], scores[0, number], 1e-5, "log-probability")
+
+
+def test_a_model_that_looks_at_the_longest_is_called_for_each_length() -> None:
+    _, stage = stage_of(from_scratch(GPT_NEOX))
+    assert stage.settle_lengths(torch.device("cpu"), S, may_call_apart=False) == []
+    real = stage.model.gpt_neox.embed_in.forward
+    stage.model.gpt_neox.embed_in.forward = lambda ids: real(ids) * ids.shape[1] ** 0.5
+    with pytest.raises(RecipeError, match=r"depend on the longest document of its call.*zero.stage of at most 2"):
+        stage.settle_lengths(torch.device("cpu"), S, may_call_apart=False)
+    (said,) = stage.settle_lengths(torch.device("cpu"), S, may_call_apart=True)
+    assert "those of each length have a call of their own" in said
+    tokens, packed = random_tokens(), Documents(((S,), (5, S - 5), (5, 4, S - 9))[:B] + ((S,),) * (B - 3))
+    expected = [
+        stage(document[None], Documents.whole_rows(1, len(document)))[0]
+        for row, row_lengths in zip(tokens, packed.lengths, strict=True)
+        for document in row.split(row_lengths)
+    ]
+    assert_close(stage(tokens, packed), torch.cat(expected).unflatten(0, (B, S)), 1e-5, "logits")
+
+
+@pytest.mark.parametrize("name", [*MODELS, *BY_LENGTH])
+def test_these_models_do_not_look_at_the_longest(name: str) -> None:
+    stage = by_length(name) if name in BY_LENGTH else stage_of(from_scratch(MODELS[name]))[1]
+    assert stage.settle_lengths(torch.device("cpu"), S, may_call_apart=False) == []
 
 
 def test_the_loss_is_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -600,6 +600,7 @@ def test_an_index_that_names_a_pickle_is_refused(form: str, made: Path, tmp_path
     folder = saved(tmp_path / "model")
     with PretrainedWeights(folder)._open(SINGLE) as file:
         names = list(file.keys())
+    (folder / SINGLE).unlink()
     (folder / "pytorch_model.bin").write_bytes(canaries(made)[form])
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "pytorch_model.bin")}))
     assert_refused(folder, DataError, 65, "pytorch_model.bin: cannot be read")
@@ -609,6 +610,8 @@ def test_an_index_that_names_a_pickle_is_refused(form: str, made: Path, tmp_path
 @pytest.mark.parametrize("name", ["config.json", INDEX])
 def test_a_pickle_for_json_is_refused(name: str, form: str, made: Path, tmp_path: Path) -> None:
     folder = saved(tmp_path / "model")
+    if name == INDEX:
+        (folder / SINGLE).unlink()  # which is read instead where it is there
     (folder / name).write_bytes(canaries(made)[form])
     assert_refused(folder, DataError, 65, name)
 
@@ -624,6 +627,8 @@ def test_an_index_of_pickles_alone_is_refused(made: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["config.json", INDEX])
 def test_json_of_great_depth_is_refused(name: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / "model")
+    if name == INDEX:
+        (folder / SINGLE).unlink()
     (folder / name).write_bytes(b"[" * 100_000)
     assert_refused(folder, DataError, 65, name)
 

@@ -16,6 +16,7 @@ from parallel.attention import Documents
 from parallel.loss import IGNORE
 from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel
+from trainer import measures
 from trainer.data import PreparedData, prepare
 from trainer.data.labelled import in_order
 from trainer.data.loader import EvalData, TrainData
@@ -23,8 +24,10 @@ from trainer.data.targets import targets_of
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import DataError, RecipeError
 from trainer.measures import ClassMeasures, EvalResult
+from trainer.model import heads
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig
+from trainer.model.heads import ClassHead
 from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
 from trainer.model.network import ModelFiles
 from trainer.model.transformer import Stage
@@ -161,6 +164,34 @@ def test_scores_against_their_definitions() -> None:
     absent = ClassMeasures(3).record(EvalResult((4.0, 3, 1, 0, 2, 2, 0, 0, 0, 0), 8))
     assert absent["eval_f1"] == record["eval_f1"], "a class that neither occurs nor is named does not count"
     assert "eval_f1_positive" not in absent
+
+
+def test_many_classes_are_measured_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same texts counted by pairs, and class by class as where pairs would take too much memory."""
+    stream = torch.Generator().manual_seed(0)
+    config = translate("llama", {**SIZES["llama"], "vocab_size": 300, "id2label": {str(i): str(i) for i in range(7)}})
+    head = ClassHead(replace(config, classes=tuple("abcdefg")), tp=TensorParallel.alone())
+    initialise(head, 0)
+    x_ND, labels_BS = torch.randn(400, 24, generator=stream), torch.randint(-1, 7, (1, 400), generator=stream)
+    labels_BS[labels_BS < 0] = IGNORE
+    records = []
+    for most in (1000, 6):
+        monkeypatch.setattr(measures, "PAIRED_CLASSES", most)
+        monkeypatch.setattr(heads, "PAIRED_CLASSES", most)
+        sums = head(x_ND, Documents.whole_rows(1, 400), labels_BS, None, measured=True)
+        found = ClassMeasures(7)
+        assert len(sums) == found.num_sums == (50 if most == 1000 else 22)
+        result = EvalResult(tuple(sums.tolist()), int((labels_BS != IGNORE).sum()))
+        records.append(found.record(result))
+        assert bool(found.confusion(result)) == (most == 1000)
+    assert records[0] == records[1]
+
+
+def test_a_thousand_classes_and_more(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"t{i}", "label": i}) + "\n" for i in range(1100)))
+    found = prepared(data_of(path, eval_fraction=0.0), tmp_path)
+    assert found.classes == tuple(map(str, range(1100)))
 
 
 # -------------------------------------------------------------------------------------------- heads against transformers'

@@ -274,7 +274,7 @@ def as_folder(folder: Path) -> Path:
 
 def corpus_of(path: Path, **keys: Any) -> Corpus:
     source = sections.Source.model_validate({"path": str(path), **keys})
-    return look_at(source, where="data.sources[0]", digests=Digests(path.parent / "cache")).in_rows(source, "sft")
+    return look_at(source, where="data.sources[0]", digests=Digests(path.parent / "cache"), task="sft")
 
 
 def contents_of(corpus: Corpus) -> list[tuple[str, ...]]:
@@ -313,10 +313,10 @@ def test_a_bad_row_is_named_by_its_place(write: Callable[[Path], Path], tmp_path
 
 
 def test_text_holds_no_conversations(tmp_path: Path) -> None:
-    (tmp_path / "list.json").write_text("[]  ")
+    (tmp_path / "list.json").write_text('["a", "b"]')
     with pytest.raises(
         RecipeError, match=r"data\.sources\[0\]\.path: .*list\.json' is text \(list\.json\), which holds no"
     ) as caught:
         corpus_of(tmp_path / "list.json")
     assert caught.value.exit_code == 78
-    assert "jq -c '.[]'" in str(caught.value)
+    assert "reads .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, also .gz and .zst" in str(caught.value)

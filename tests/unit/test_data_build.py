@@ -180,7 +180,7 @@ def test_the_unigram_baseline_is_the_formula(corpus: Path, tmp_path: Path) -> No
         ('{"text": ""}\n', {}, DataError, r"data.sources\[0\]: .* holds nothing to learn: its documents are empty"),
         (
             '{"text": "short"}\n',
-            {},
+            {"tails": "drop"},
             RecipeError,
             r"data.seq_len: 16 is too long for data.sources\[0\] .*: its 6 training tokens",
         ),

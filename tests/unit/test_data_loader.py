@@ -79,13 +79,13 @@ def test_order_does_not_depend_on_the_layout(stores: list[TokenStore], dp: int, 
 def test_changing_dp_in_the_middle_gives_every_sample_once_per_epoch(stores: list[TokenStore]) -> None:
     data = train_data(stores[:1], weights=[1.0], global_sequences=12)
     steps, rest = divmod(data.num_samples, 12)
-    assert (data.num_samples, steps, rest) == (41, 3, 5)
+    assert (data.num_samples, steps, rest) == (42, 3, 6)
     seen: Counter[tuple] = Counter()
-    for step, dp in zip(range(41), [1, 2, 4, 3] * 11, strict=False):
+    for step, dp in zip(range(42), [1, 2, 4, 3] * 11, strict=False):
         for rank in range(dp):
             seen.update(row[0] for row in rows_of(list(data.micro_batches(step, dp_rank=rank, dp=dp, micro_sequences=1))))
-    assert len(seen) == 41
-    assert set(seen.values()) == {12}  # 41 steps of 12 sequences are 12 epochs of 41
+    assert len(seen) == 42
+    assert set(seen.values()) == {12}  # 42 steps of 12 sequences are 12 epochs of 42
 
 
 def test_isolated_documents(tmp_path: Path) -> None:
@@ -142,11 +142,49 @@ def test_micro_batch_of_training(stores: list[TokenStore]) -> None:
 
 def test_fingerprint_and_sizes(stores: list[TokenStore]) -> None:
     data = train_data(stores)
-    assert (data.num_samples, data.num_tokens) == (41 + 18, 59 * S)
+    assert (data.num_samples, train_data(stores, tails=False).num_samples) == (42 + 19, 41 + 18)
     others = [train_data(stores, seed=4), train_data(stores, seq_len=4), train_data(stores, weights=[1.0, 1.0])]
     others += [train_data(stores, isolate_documents=False), train_data(stores[::-1])]
-    assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 6
+    others += [train_data(stores, tails=False), train_data(stores, weights=None)]
+    assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 8
     assert train_data(stores, global_sequences=4).fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize("isolate_documents", [True, False])
+@pytest.mark.parametrize("size", [2, 5, 8, 9, 10, 63, 64, 65, 66])
+def test_an_epoch_has_every_target_once_to_the_last(tmp_path: Path, size: int, isolate_documents: bool) -> None:
+    lengths = [5] * ((size - 2) // 5) + [size - (size - 2) // 5 * 5]
+    store = make_store(tmp_path / "s", lengths)
+    data = train_data([store], weights=None, global_sequences=1, isolate_documents=isolate_documents)
+    batches = [b for step in range(data.num_samples) for b in data.micro_batches(step, dp_rank=0, dp=1, micro_sequences=1)]
+    learned = sorted(label for batch in batches for label in batch.labels_BS[batch.labels_BS != IGNORE].tolist())
+    first = [] if not isolate_documents else np.cumsum([0, *lengths[:-1]]).tolist()
+    expected = [token for at, token in enumerate(store.tokens.tolist()) if at > 0 and at not in first]
+    assert learned == sorted(expected)
+    assert all(batch.num_targets > 0 for batch in batches)
+    assert all(sum(batch.documents[0]) == S for batch in batches)
+    cut = [batch.documents[0] for batch in batches if (batch.labels_BS == IGNORE).all(0)[-1] and not isolate_documents]
+    assert cut == ([] if isolate_documents or (size - 1) % S == 0 else [((size - 1) % S, S - (size - 1) % S)])
+
+
+def test_earlier_orders_have_their_earlier_fingerprints(stores: list[TokenStore], tmp_path: Path) -> None:
+    """Those that version 4de7b33 gave, without which its checkpoints would be refused."""
+    assert train_data(stores, tails=False).fingerprint == "18f4168bf50186e35621ab4cec32faed"
+    whole = make_store(tmp_path / "c", [9, 8])
+    assert train_data([whole], weights=[1.0]).fingerprint == "adcdad345f01da5e411d1ee2cd38e06b", "no tail, so no difference"
+
+
+def test_what_is_said_of_each_source(stores: list[TokenStore]) -> None:
+    by_size = list(train_data(stores, weights=None, global_sequences=1).described(("a", "b"), 122))
+    assert by_size == [
+        "a: 42 sequences, 68.9% of the steps, 2 passes in 122 steps",
+        "b: 19 sequences, 31.1% of the steps, 2 passes in 122 steps",
+    ]
+    weighted = list(train_data(stores, weights=[1.0, 1.0], tails=False, global_sequences=8).described(("a", "b"), 9))
+    assert weighted == [
+        'a: 41 sequences, 50.0% of the steps, 0.878 passes in 9 steps; data.tails "drop" leaves out its last 1 tokens',
+        'b: 18 sequences, 50.0% of the steps, 2 passes in 9 steps; data.tails "drop" leaves out its last 4 tokens',
+    ]
 
 
 @pytest.mark.parametrize(("dp", "micro_sequences"), [(1, 1), (2, 3), (4, 2)])

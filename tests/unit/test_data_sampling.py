@@ -17,6 +17,7 @@ from trainer.data.sampling import (
     BLOCK_SAMPLES,
     PERIOD_BLOCKS,
     Blend,
+    Pool,
     apportion,
     held_out_windows,
     num_windows,
@@ -103,6 +104,33 @@ def test_each_source_gives_every_sample_once_per_epoch(sources: list[tuple[float
             assert epochs[0] != epochs[1]
 
 
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.lists(st.integers(1, 700), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_by_size_an_epoch_has_each_sample_of_each_source_once(sizes: list[int], seed: int) -> None:
+    order, size = Pool(sizes, seed), sum(sizes)
+    epochs = [list(zip(*map(list, order.locate(np.arange(n * size, (n + 1) * size))), strict=True)) for n in range(3)]
+    everything = [(source, sample) for source, count in enumerate(sizes) for sample in range(count)]
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert order.shares == pytest.approx([count / size for count in sizes])
+    if size > 20:
+        assert epochs[0] != epochs[1] != everything
+    late = np.arange(10**12, 10**12 + 50)
+    sources, samples = order.locate(late)
+    assert [tuple(map(int, order.locate(n))) for n in late] == list(zip(sources.tolist(), samples.tolist(), strict=True))
+
+
+def test_by_size_the_sources_are_mixed_all_along() -> None:
+    """600 and 20 samples: each hundred has about 3 of the small one (hypergeometric: 12 or more once in 10^5)."""
+    sources, _ = Pool([600, 20], seed=0).locate(np.arange(620))
+    counts = [int((sources[begin : begin + 100] == 1).sum()) for begin in range(0, 600, 100)]
+    assert max(counts) < 12
+    assert sum(count > 0 for count in counts) >= 4
+
+
+def test_shares_of_a_blend() -> None:
+    assert Blend([3.0, 1.0], [5, 500], seed=0).shares == (0.75, 0.25)
+
+
 @settings(max_examples=15, deadline=None)
 @given(start=st.integers(0, 10**9), cuts=st.lists(st.integers(0, 3000), max_size=5), seed=st.integers(0, 9))
 def test_the_answer_does_not_depend_on_how_it_is_asked(start: int, cuts: list[int], seed: int) -> None:
@@ -140,7 +168,9 @@ def test_impossible_blends(weights: list[float], sizes: list[int]) -> None:
 
 
 def test_windows() -> None:
-    assert [num_windows(tokens, 4) for tokens in (0, 1, 4, 5, 8, 9)] == [0, 0, 0, 1, 1, 2]
+    tokens = (0, 1, 2, 4, 5, 6, 8, 9)
+    assert [num_windows(count, 4, tails=False) for count in tokens] == [0, 0, 0, 0, 1, 1, 1, 2]
+    assert [num_windows(count, 4, tails=True) for count in tokens] == [0, 0, 1, 1, 1, 2, 2, 2]
     everything = held_out_windows([9, 2, 6], 4, 100)
     assert [(window.store, window.begin) for window in everything] == [(0, 0), (0, 4), (1, 0), (2, 0), (2, 4)]
     some = Counter(window.store for window in held_out_windows([401, 41, 2], 4, 12))

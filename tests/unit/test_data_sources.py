@@ -135,7 +135,7 @@ def test_stdlib_is_decoded_as_python_decodes_it(digests: Digests) -> None:
 def test_python_sources_keep_to_their_declared_encoding(tmp_path: Path, digests: Digests) -> None:
     (tmp_path / "old.py").write_bytes("# -*- coding: latin-1 -*-\r\nx = 'é'\r\n".encode("latin-1"))
     (shard,) = sources._corpus_of_files(
-        sections.Source(path="stdlib"), "data.sources[0]", tmp_path, [tmp_path / "old.py"], digests, text_kind="python"
+        sections.Source(path="stdlib"), "data.sources[0]", tmp_path, [tmp_path / "old.py"], digests, python=True
     ).shards
     assert list(shard.documents()) == ["# -*- coding: latin-1 -*-\nx = 'é'\n"]
 
@@ -229,7 +229,7 @@ def test_bad_utf8_is_named_by_line_and_byte(tmp_path: Path, digests: Digests) ->
 def test_python_without_a_known_encoding_is_named(tmp_path: Path, digests: Digests) -> None:
     (tmp_path / "odd.py").write_bytes(b"# coding: nonsense\n")
     (shard,) = sources._corpus_of_files(
-        sections.Source(path="stdlib"), "data.sources[0]", tmp_path, [tmp_path / "odd.py"], digests, text_kind="python"
+        sections.Source(path="stdlib"), "data.sources[0]", tmp_path, [tmp_path / "odd.py"], digests, python=True
     ).shards
     with pytest.raises(DataError, match=r"odd.py: .*nonsense"):
         list(shard.documents())

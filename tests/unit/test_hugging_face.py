@@ -33,7 +33,16 @@ from tests.unit.test_transformer_oracle import (
 )
 from trainer.errors import DataError, RecipeError, UserError
 from trainer.model.blocks import blocks_of
-from trainer.model.hugging_face import INDEX, SINGLE, PretrainedWeights, local_folder, read_config, write_folder
+from trainer.model.hugging_face import (
+    INDEX,
+    SINGLE,
+    PretrainedWeights,
+    local_folder,
+    read_config,
+    unread_weights,
+    weights_file,
+    write_folder,
+)
 from trainer.model.names import WEIGHT_NAMES
 from trainer.model.transformer import Stage, logical_specs
 from trainer.model.translation import to_hf_config, translate
@@ -357,8 +366,83 @@ def test_an_index_that_is_wrong_is_named(fault: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [b"{", b"[]", b"\xff", b"3"])
 def test_an_index_that_is_not_json_is_named(text: bytes, tmp_path: Path) -> None:
-    (saved(tmp_path) / INDEX).write_bytes(text)
+    random_model("gpt2", GPT2).save_pretrained(tmp_path, max_shard_size="9KB")
+    (tmp_path / INDEX).write_bytes(text)
     assert_refused(tmp_path, DataError, 65, INDEX, "no valid weight_map")
+
+
+def with_stale_files(folder: Path, leave: str) -> Path:
+    """A model saved in several files, and another one saved over it in one."""
+    old, new = random_model("gpt2", GPT2), random_model("gpt2", GPT2)
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.add_(1.0)
+    new.save_pretrained(folder / "new")
+    old.save_pretrained(folder, max_shard_size="9KB")
+    match leave:
+        case "index and shards":
+            (folder / "new" / SINGLE).rename(folder / SINGLE)
+        case "index":
+            for shard in folder.glob("model-*"):
+                shard.unlink()
+            (folder / "new" / SINGLE).rename(folder / SINGLE)
+        case "shards":
+            (folder / INDEX).unlink()
+            (folder / "new" / SINGLE).rename(folder / SINGLE)
+        case "a shard beside the index":
+            (folder / "new" / SINGLE).rename(folder / "model-00077-of-00077.safetensors")
+        case "a variant":
+            (folder / "new" / SINGLE).rename(folder / "model.fp16.safetensors")
+        case "what config.json names":
+            (folder / "new" / SINGLE).rename(folder / "other.safetensors")
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    return folder
+
+
+LEFT = ["index and shards", "index", "shards", "a shard beside the index", "a variant", "what config.json names"]
+
+
+@pytest.mark.parametrize("leave", LEFT)
+def test_of_several_saves_the_one_is_read_that_transformers_reads(leave: str, tmp_path: Path) -> None:
+    folder = with_stale_files(tmp_path, leave)
+    theirs = dict(load_theirs(folder).named_parameters())
+    weights = PretrainedWeights(folder)
+    for spec in logical_specs(translate("gpt2", GPT2)):
+        for piece in spec.pieces:
+            box = tuple(slice(at, at + size) for at, size in zip(piece.start, piece.size, strict=True))
+            assert torch.equal(weights.read(piece), theirs[piece.name][box]), piece.name
+    (said,) = unread_weights(folder)
+    assert f"the weights are those of {weights_file(folder)}, as in transformers; not read: " in said
+    assert (INDEX in said) == (leave in ("index", "index and shards", *LEFT[3:]))
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    random_model("gpt2", GPT2).save_pretrained(tmp_path, max_shard_size="9KB")
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: tensor + 1}, second, metadata={"format": "pt"})
+    assert_refused(tmp_path, DataError, 65, f"tensor {name} is in model-0", "files of several models")
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("../model.safetensors", "no file of weights beside it"),
+        ("gone.safetensors", "is not there"),
+        (3, "no file of weights beside it"),
+    ],
+)
+def test_weights_that_config_json_names_wrongly_are_refused(named: object, said: str, tmp_path: Path) -> None:
+    config = read_config(saved(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_weights": named}))
+    with pytest.raises(DataError, match=said):
+        PretrainedWeights(tmp_path)
+
+
+def test_a_folder_of_a_variant_alone_is_refused_by_its_name(tmp_path: Path) -> None:
+    (saved(tmp_path) / SINGLE).rename(tmp_path / "model.fp16.safetensors")
+    assert_refused(tmp_path, RecipeError, 78, "there is model.fp16.safetensors, which transformers does not load either")
 
 
 class Bomb:

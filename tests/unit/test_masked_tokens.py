@@ -70,7 +70,7 @@ def labels_of(batches: list[MicroBatch]) -> list[tuple[int, ...]]:
 def test_each_row_of_a_run_is_masked_anew_and_alike_in_every_layout(tmp_path: Path) -> None:
     """A store of one row, so that each row is another epoch of it; an evaluation of it eight times over."""
     store = make_store(tmp_path / "store", [8 * S + 1])
-    targets = MaskedTokens(0.5, mask=998, ordinary=np.arange(900), stream=0)
+    targets = MaskedTokens(0.5, mask=998, ordinary=np.arange(900), stream=0, never_none=False)
     keys = {"seq_len": 8 * S, "isolate_documents": True, "targets": targets}
     data = TrainData([store], [1.0], seed=0, global_sequences=4, **keys)
     assert data.num_samples == 1
@@ -86,3 +86,21 @@ def test_each_row_of_a_run_is_masked_anew_and_alike_in_every_layout(tmp_path: Pa
     assert rows == again
     assert len(set(rows[:12])) == 12
     assert len(set(rows[12:])) == 8
+
+
+def test_a_short_row_has_something_to_guess(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", [3, 2, 2])
+    keys = {"seq_len": S, "isolate_documents": False, "weights": None, "seed": 0, "global_sequences": 1}
+    mark = {"fraction": 0.01, "mask": 998, "ordinary": np.arange(900), "stream": 0}
+    counts = {
+        never_none: {
+            batch.num_targets
+            for step in range(100)
+            for batch in TrainData([store], **keys, targets=MaskedTokens(**mark, never_none=never_none)).micro_batches(
+                step, dp_rank=0, dp=1, micro_sequences=1
+            )
+        }
+        for never_none in (True, False)
+    }
+    assert counts[False] >= {0, 1}
+    assert min(counts[True]) == 1

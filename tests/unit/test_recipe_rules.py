@@ -284,7 +284,7 @@ RULES: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
         {"model": {"family": "auto", "from_pretrained": "owner/name", **revision}}])
       for revision in ({}, {"revision": "main"}, {"revision": PINNED[:7]}, {"revision": PINNED.upper()})),
     ("a pretrained folder has a config",
-     {"model": {"from_pretrained": "empty"}}, "empty/config.json: no such file",
+     {"model": {"from_pretrained": "empty"}}, "empty/config.json: No such file",
      [{"model": {"from_pretrained": "hf"}}]),
     ("a local model exists",
      {"model": {"from_pretrained": "./nothing"}}, 'model.from_pretrained = "./nothing" does not exist',
@@ -414,3 +414,33 @@ def test_a_pretrained_config_that_cannot_be_translated_is_said_at_the_door() -> 
         load({"model": {"from_pretrained": "hf"}})
     assert len(error.value.lines) == 2
     assert all("hf/config.json: " in line for line in error.value.lines)
+
+
+def test_a_config_of_others_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    """With Infinity, and more values than a recipe may have; the recipe's own JSON stays strict."""
+    labels = {str(number): f"label {number}" for number in range(30_000)}
+    config = {**PRETRAINED, "id2label": labels, "label2id": {name: int(number) for number, name in labels.items()}}
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "config.json").write_text(json.dumps(config))
+    found = load({"model": {"from_pretrained": str(tmp_path / "many")}})
+    assert found.hf_config is not None
+    assert len(found.hf_config["id2label"]) == 30_000
+    (tmp_path / "mamba").mkdir()
+    mamba = {"model_type": "mamba2", "vocab_size": 300, "time_step_limit": [0.0, float("inf")]}
+    (tmp_path / "mamba" / "config.json").write_text(json.dumps(mamba))
+    assert "Infinity" in (tmp_path / "mamba" / "config.json").read_text()
+    found = load({"model": {"family": "auto", "from_pretrained": str(tmp_path / "mamba")}})
+    assert found.hf_config is not None
+    assert found.hf_config["time_step_limit"] == [0.0, float("inf")]
+    (tmp_path / "mamba" / "config.json").write_text("[Infinity]")
+    with pytest.raises(RecipeError, match=r"config.json: not a JSON object"):
+        load({"model": {"family": "auto", "from_pretrained": str(tmp_path / "mamba")}})
+    with pytest.raises(RecipeError, match="Infinity is not a JSON number"):
+        load({"model": {"family": "auto", "config": mamba}})
+
+
+def test_a_recipe_may_have_a_thousand_sources(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    source = {"path": str(tmp_path / "a.txt"), "weight": 1.0, "field": "text", "split": "train", "columns": ["text"]}
+    found = load({"model": {"family": "gpt2"}, "data": {"sources": [source] * 1000}})
+    assert len(found.recipe.data.sources) == 1000

@@ -4,7 +4,7 @@ Inside the folder being built:
 
     tokenizer/      what the workers load; stays with the stores
     shards/00042/   one tokenized shard; appears whole, so a killed build redoes unfinished shards only
-    counts.json     of examples: how many were left out or cut
+    counts.json     of rows: how often keys are not read; of examples: how many were left out or cut
     main/           the store of the documents that are not held out
     held_out/       the store of those that are; absent when there are none
 """
@@ -122,6 +122,7 @@ def _lay_out(folder: Path, corpus: Corpus, tokenizer: Tokenizer, examples: Examp
     }
     if examples is None:
         _lay_end_to_end(folder, shards, held_out, parts, contents)
+        write_json(folder / COUNTS, counts)
         return
     tokenized = _TokenizedDocuments(shards)
     for side, name in parts.items():

@@ -24,13 +24,16 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 
 VERSION = 1  # of all that decides the tokens and the label of a text
-MAX_CLASSES = 1000  # an evaluation sums a matrix of all pairs of them: 8 MB
+MAX_CLASSES = 100_000  # found in the data; more are rather texts
 
 
 @dataclass(frozen=True)
 class LabelledText:
+    """`spelt`: the label with the white space that is around it in the data."""
+
     text: str
     label: str
+    spelt: str
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class LabelledRows(RowFormat):
         text, label = (self._value(row, name) for name in ("text", "label"))
         if not isinstance(text, str):
             raise Fault(f"{self._name('text')!r} is {kind_of(text)}, not text; mend or remove the row")
-        return LabelledText(require_characters(text, repr(self._name("text"))), self._class_name(label))
+        spelt = self._spelt(label)
+        return LabelledText(require_characters(text, repr(self._name("text"))), class_name(spelt), spelt)
 
     def keys_read(self, row: Mapping[str, Any]) -> set[str]:
         return {self._name("text"), self._name("label")}
@@ -68,14 +72,21 @@ class LabelledRows(RowFormat):
             )
         return row[name]
 
-    def _class_name(self, label: Any) -> str:
-        if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
+    def _spelt(self, label: Any) -> str:
+        if isinstance(label, float) and label.is_integer():  # as a table has whole numbers where some are missing
+            label = int(label)
+        if isinstance(label, bool) or not isinstance(label, int | str) or (isinstance(label, str) and not class_name(label)):
             raise Fault(f"{self._name('label')!r} is {label!r}: a label is a word or a whole number; mend or remove the row")
         if label == -1:
             raise Fault(
                 f"{self._name('label')!r} is -1, by which published data hides the label of a test; leave this split out"
             )
         return require_characters(str(label), repr(self._name("label")))
+
+
+def class_name(label: str) -> str:
+    """A label without the white space around it, or a byte order mark: `pos` and `pos ` are one class."""
+    return label.strip().strip("\ufeff").strip()
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -111,6 +122,7 @@ class Labelled(Examples):
             raise Fault(f"the label {example.label!r} is not in data.classes ({legal}); mend the row, or add the class")
         ids, lost = self.tokenizer.encode_sequence(example.text, max_tokens=self.layout.part_tokens)
         counts = Counter(read=1, empty=int(not example.text.strip()), truncated=int(lost > 0), lost_tokens=lost)
+        counts["stripped"] = int(example.spelt != example.label)
         content = json.dumps([example.text, example.label], ensure_ascii=False).encode()
         if counts["empty"]:
             return Tokenized((), content, counts)
@@ -123,6 +135,8 @@ class Labelled(Examples):
                 f"{counts['truncated']:,} of {counts['read']:,} texts were longer than {self.layout.part_tokens:,} tokens: "
                 f"truncated, {counts['lost_tokens']:,} tokens lost"
             )
+        if counts["stripped"]:
+            yield f"{counts['stripped']:,} of {counts['read']:,} labels are read without the white space around them"
         if counts["empty"]:
             yield f"{counts['empty']:,} of {counts['read']:,} texts left out: empty"
 

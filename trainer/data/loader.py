@@ -17,7 +17,7 @@ import torch
 
 from parallel.loss import IGNORE
 from trainer.data.rows import Row, filler_row, held_out_rows, order_fingerprint, row_at
-from trainer.data.sampling import Blend, num_windows
+from trainer.data.sampling import num_windows, order_of
 from trainer.data.store import TokenStore
 from trainer.data.targets import NextToken, Targets
 
@@ -38,38 +38,48 @@ class MicroBatch:
 
 
 class TrainData:
-    """The training samples in their order, for ever: epoch after epoch of every source, blended by weight."""
+    """The training samples in their order, for ever: epoch after epoch of every source, blended by weight or by size."""
 
     def __init__(
         self,
         stores: Sequence[TokenStore],
-        weights: Sequence[float],
+        weights: Sequence[float] | None,
         *,
         seq_len: int,
         seed: int,
         isolate_documents: bool,
         global_sequences: int,
+        tails: bool = True,
         targets: Targets | None = None,
     ) -> None:
-        """`weights`: one per store, relative; `targets` None: the next tokens. ValueError when a store is shorter than one
-        sample of seq_len + 1 tokens."""
+        """`weights`: one per store, relative; None: by size. `tails`: what is left of a store beyond its whole sequences is
+        one more, shorter. `targets` None: the next tokens. ValueError when a store has no sample."""
         self._stores = tuple(stores)
-        self._blend = Blend(weights, [num_windows(store.num_tokens, seq_len) for store in stores], seed)
+        self._order = order_of(weights, [num_windows(store.num_tokens, seq_len, tails=tails) for store in stores], seed)
         self._seq_len = seq_len
         self._isolate_documents = isolate_documents
         self._global_sequences = global_sequences
         self._targets = targets or NextToken()
-        self.fingerprint = order_fingerprint(stores, weights, seq_len=seq_len, seed=seed, isolate_documents=isolate_documents)
+        self.fingerprint = order_fingerprint(
+            stores, weights, seq_len=seq_len, seed=seed, isolate_documents=isolate_documents, tails=tails
+        )
 
     @property
     def num_samples(self) -> int:
-        """Sequences that the stores hold together: one epoch when sources are weighted by their size."""
-        return sum(self._blend.sizes)
+        """Sequences that the stores hold together: one epoch when sources are taken by size."""
+        return sum(self._order.sizes)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the stores hold together, in whole sequences."""
-        return self.num_samples * self._seq_len
+    def described(self, names: Sequence[str], steps: int) -> Iterator[str]:
+        """For each source, a line: its sequences, its share of so many steps, how often they pass over it, and what is left
+        out of it."""
+        drawn = steps * self._global_sequences
+        for name, store, size, share in zip(names, self._stores, self._order.sizes, self._order.shares, strict=True):
+            left_out = max(0, store.num_tokens - 1 - size * self._seq_len)
+            yield (
+                f"{name}: {size:,} sequence{'s' if size > 1 else ''}, {share:.1%} of the steps, "
+                f"{drawn * share / size:.3g} passes in {steps:,} steps"
+                + (f'; data.tails "drop" leaves out its last {left_out:,} tokens' if left_out else "")
+            )
 
     def micro_batches(
         self, step: int, *, dp_rank: int, dp: int, micro_sequences: int, read: bool = True
@@ -79,7 +89,7 @@ class TrainData:
         assert rest == 0 and mine % micro_sequences == 0, (self._global_sequences, dp, micro_sequences)  # noqa: PT018
         first = step * self._global_sequences + dp_rank * mine
         numbers = np.arange(first, first + mine)
-        sources, samples = self._blend.locate(numbers)
+        sources, samples = self._order.locate(numbers)
         rows = [
             self._row(source, sample, number, read=read)
             for source, sample, number in zip(sources.tolist(), samples.tolist(), numbers.tolist(), strict=True)
@@ -131,7 +141,7 @@ class Sweep:
 
     def __init__(self, store: TokenStore, *, seq_len: int, dp_rank: int, dp: int, micro_sequences: int) -> None:
         self._store, self._seq_len, self._micro_sequences = store, seq_len, micro_sequences
-        self._num_rows = num_windows(store.num_tokens, seq_len)
+        self._num_rows = num_windows(store.num_tokens, seq_len, tails=False)  # whole ones, in a store of rows
         self.num_micro_batches = -(-self._num_rows // (dp * micro_sequences))  # of each rank
         self._first_row = min(dp_rank * self.num_micro_batches * micro_sequences, self._num_rows)
 

@@ -15,13 +15,13 @@ from trainer.data.cache import Cache, Progress, was_built
 from trainer.data.chat import Chat
 from trainer.data.digests import Digests, fingerprint_of
 from trainer.data.examples import Examples
-from trainer.data.labelled import Labelled, LabelledText, in_order, require_classes
+from trainer.data.labelled import Labelled, LabelledText, class_name, in_order, require_classes
 from trainer.data.row_format import unread_keys
 from trainer.data.rows import order_fingerprint
 from trainer.data.sampling import num_windows
 from trainer.data.sources import Corpus, look_at
 from trainer.data.store import VERSION, Packing, TokenStore, Verify
-from trainer.data.tasks import ROW_TASKS, examples_of
+from trainer.data.tasks import examples_of
 from trainer.data.texts import Texts
 from trainer.data.tokenizer import Tokenizer, bpe_size, make_tokenizer, reopen_tokenizer, train_bpe
 from trainer.data.translations import Translation
@@ -41,7 +41,7 @@ class PreparedData:
     texts: Texts | None  # how texts are written; None: documents are examples
     sources: tuple[str, ...]  # names, one per training store
     train: tuple[TokenStore, ...]
-    weights: tuple[float, ...]  # one per training store, as the recipe gives them
+    weights: tuple[float, ...] | None  # one per training store; None: by size
     evaluation: tuple[TokenStore, ...]  # empty: nothing is held out
     eval_sources: tuple[str, ...]  # names, one per evaluation store
     fingerprint: str  # equal when every training sample is; saved with checkpoints
@@ -127,19 +127,18 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
                 *(texts.facts if texts else []),
             ]
             folder = cache.folder(fingerprint_of(facts), make, what=f"tokenizing {corpus.name}")
-            if examples:
-                counts = _counts(folder)
-                remarks = [*examples.remarks(counts), *filter(None, [unread_keys(counts)])]
-                notes.extend(f"data: {corpus.name}: {remark}" for remark in remarks)
+            counts = _counts(folder)
+            remarks = [*filter(None, [unread_keys(counts)]), *(examples.remarks(counts) if examples else ())]
+            notes.extend(f"data: {corpus.name}: {remark}" for remark in remarks)
             return _open(folder, corpus, tokenizer, verify="sampled" if build else "header")
 
         opened = [stores(corpus, held_out_fraction) for corpus in corpora]
         train = [found[MAIN] for found in opened]
         for corpus, store in zip(corpora, train, strict=True):
-            _require_one_sequence(corpus, store, data.row_tokens)
+            _require_one_sequence(corpus, store, data)
         held_out = [(corpus.name, found[HELD_OUT]) for corpus, found in zip(corpora, opened, strict=True) if HELD_OUT in found]
         held_out += [(corpus.name, stores(corpus, 0.0)[MAIN]) for corpus in eval_corpora]
-    weights = tuple(source.weight for source in data.sources)
+    weights = _weights(data.sources)
     notes += [note for corpus in (*corpora, *eval_corpora) for note in corpus.notes]
     if held_out_fraction:
         noun = examples.noun if examples else "documents"
@@ -158,7 +157,12 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
         evaluation=tuple(store for _, store in held_out),
         eval_sources=tuple(name for name, _ in held_out),
         fingerprint=order_fingerprint(
-            train, weights, seq_len=data.row_tokens, seed=seed, isolate_documents=data.isolate_documents
+            train,
+            weights,
+            seq_len=data.row_tokens,
+            seed=seed,
+            isolate_documents=data.isolate_documents,
+            tails=data.tails == "train",
         ),
         notes=tuple(notes),
     )
@@ -200,10 +204,10 @@ def _documents(store: TokenStore) -> int:
 def _look(data: sections.Data, group: str, digests: Digests) -> list[Corpus]:
     """The sources in one of the lists of `data`."""
     sources = getattr(data, group)
-    corpora = [look_at(source, where=f"data.{group}[{number}]", digests=digests) for number, source in enumerate(sources)]
-    if data.task not in ROW_TASKS:
-        return corpora
-    return [corpus.in_rows(source, data.task) for corpus, source in zip(corpora, sources, strict=True)]
+    return [
+        look_at(source, where=f"data.{group}[{number}]", digests=digests, task=data.task)
+        for number, source in enumerate(sources)
+    ]
 
 
 def _classes(corpora: Sequence[Corpus], cache: Cache, progress: Progress) -> list[str]:
@@ -215,7 +219,7 @@ def _classes(corpora: Sequence[Corpus], cache: Cache, progress: Progress) -> lis
 
     folder = cache.folder(fingerprint_of(["classes", [corpus.fingerprint for corpus in corpora]]), make, what=what)
     try:
-        names = [str(name) for name in read_json(folder / CLASSES)["classes"]]
+        names = in_order(class_name(str(name)) for name in read_json(folder / CLASSES)["classes"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder / CLASSES}: damaged: {error}; delete {folder} to look again") from None
     return require_classes(names, corpora[0].name)
@@ -271,16 +275,27 @@ def _open(folder: Path, corpus: Corpus, tokenizer: Tokenizer, verify: Verify) ->
 
 
 def _counts(folder: Path) -> Counter[str]:
-    """What became of the examples of a source."""
+    """What became of the rows of a source."""
     try:
         return Counter(read_json(folder / COUNTS))
+    except FileNotFoundError:  # of texts, before their rows were counted
+        return Counter()
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder / COUNTS}: damaged: {error}; delete {folder} to tokenize again") from None
 
 
-def _require_one_sequence(corpus: Corpus, store: TokenStore, seq_len: int) -> None:
-    if not num_windows(store.num_tokens, seq_len):
+def _weights(sources: Sequence[sections.Source]) -> tuple[float, ...] | None:
+    """None: by size, which of a single source says nothing."""
+    if len(sources) > 1 and all(source.weight is None for source in sources):
+        return None
+    return tuple(1.0 if source.weight is None else source.weight for source in sources)
+
+
+def _require_one_sequence(corpus: Corpus, store: TokenStore, data: sections.Data) -> None:
+    seq_len = data.row_tokens
+    if not num_windows(store.num_tokens, seq_len, tails=data.tails == "train"):
         raise RecipeError(
             f"data.seq_len: {seq_len} is too long for {corpus.where} ({corpus.name}): its {store.num_tokens} training tokens "
-            f"are fewer than one sequence and its last target ({seq_len + 1}); lower data.seq_len or add documents"
+            f'are fewer than one sequence and its last target ({seq_len + 1}), and data.tails is "drop"; lower data.seq_len, '
+            'add documents, or set data.tails to "train"'
         )

@@ -6,25 +6,40 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import tokenize
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer.data.digests import Stamp, unreadable
 from trainer.data.fault import Fault, first_line, kind_of, require_characters
-from trainer.data.row_format import RowFormat
+from trainer.data.files import (
+    BYTE_ORDER_MARK,
+    LOOKED_AT,
+    content_of,
+    decoded,
+    foreign,
+    is_wide,
+    packing_of,
+    unpacked,
+    unpacked_name,
+)
+from trainer.data.kinds import TABLE_SUFFIXES, suffix_of
+from trainer.data.row_files import (
+    JSONFault,
+    Row,
+    delimited_values,
+    json_rows,
+    names_of_columns,
+    row_of,
+    row_of_values,
+)
+from trainer.data.row_format import RowFormat, unread_of
 from trainer.errors import DataError, RecipeError, UserError
 
-DELIMITED_SUFFIXES = (".csv", ".tsv")
-TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
-Row = dict[str, Any]
 Rows = Iterable[Row]
 Record = TypeVar("Record")
 
@@ -60,6 +75,7 @@ class Shard:
     field: str = ""
     split: str = ""
     columns: tuple[str, ...] = ()  # names, where a delimited file has no header
+    delimiter: str = ""  # of a delimited file
     format: RowFormat | None = None  # how rows become examples; None: they are texts
 
     @classmethod
@@ -75,9 +91,18 @@ class Shard:
             }
         )
 
-    def documents(self) -> Iterator[str]:
-        """The texts in order, empty ones included. DataError names the file and place of damage, or a file that changed."""
-        yield from self._read(lambda row: _text_of_field(row, self.field))
+    def documents(self, unread: Counter[str] | None = None) -> Iterator[str]:
+        """The texts in order, empty ones included; `unread` counts the keys of rows that nothing reads. DataError names the
+        file and place of damage, or a file that changed."""
+
+        def text_of(row: Any) -> str:
+            if isinstance(row, str):  # an item of a JSON list
+                return require_characters(row, "the text")
+            if unread is not None and isinstance(row, dict):
+                unread.update(unread_of(row, {self.field}))
+            return _text_of_field(row_of(row), self.field)
+
+        yield from self._read(text_of)
 
     def examples(self, make: Callable[[Any], Record], unread: Counter[str] | None = None) -> Iterator[Record]:
         """What `make` makes of each example, in order; errors as for `documents`, and `make` may raise Fault too. `unread`
@@ -85,12 +110,13 @@ class Shard:
         rows = self.format
         assert rows is not None
 
-        def of_row(row: Row) -> Record:
+        def make_of(row: Any) -> Record:
+            found = row_of(row)
             if unread is not None:
-                unread.update(rows.unread(row))
-            return make(rows.example_of(row))
+                unread.update(rows.unread(found))
+            return make(rows.example_of(found))
 
-        yield from self._read(of_row)
+        yield from self._read(make_of)
 
     def texts(self) -> Iterator[str]:
         """What a tokenizer is trained on: documents, or the texts in examples."""
@@ -108,34 +134,38 @@ class Shard:
 
 # ---------------------------------------------------------------------------------------------- readers, one per kind
 
-OfRow = Callable[[Row], Any]  # a record of a row; raises Fault
+OfRow = Callable[[Any], Any]  # a record of a row; raises Fault
 
 
 def _read_text(shard: Shard, of_row: OfRow) -> Iterator[str]:
     for file in shard.files:
-        yield _decode(_content(file.path), "utf-8-sig", file.path)
+        yield decoded(content_of(file.path), file.path)
 
 
 def _read_python(shard: Shard, of_row: OfRow) -> Iterator[str]:
     """Python sources as `tokenize.open` reads them: the encoding their first lines declare, newlines made one."""
     for file in shard.files:
-        content = _content(file.path)
+        content = content_of(file.path)
         try:
             encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
         except SyntaxError as error:
             raise DataError(f"{file.path}: {error.msg}; remove it from the source") from None
-        yield _decode(content, encoding, file.path).replace("\r\n", "\n").replace("\r", "\n")
+        yield decoded(content, file.path, encoding).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _read_jsonl(shard: Shard, of_row: OfRow) -> Iterator[Any]:
-    """Documents of the lines that begin in [begin, end): every line belongs to one range, wherever the cuts fall."""
     path = shard.files[0].path
+    yield from _read_packed_jsonl(path, of_row) if packing_of(path) else _read_jsonl_range(shard, path, of_row)
+
+
+def _read_jsonl_range(shard: Shard, path: str, of_row: OfRow) -> Iterator[Any]:
+    """Documents of the lines that begin in [begin, end): every line belongs to one range, wherever the cuts fall."""
     try:
         with open(path, "rb") as lines:
             offset = _seek_line(lines, shard.begin)
             while offset < shard.end and (line := lines.readline()):
-                if line.strip():
-                    yield of_row(_row_of_line(line))
+                if (content := line if offset else line.removeprefix(BYTE_ORDER_MARK)).strip():
+                    yield of_row(_value_of_line(content))
                 offset += len(line)
     except Fault as fault:
         raise DataError(f"{path}:{_line_number(path, offset)}: {fault}") from None
@@ -156,44 +186,43 @@ def _line_number(path: str, offset: int) -> int:
         return file.read(offset).count(b"\n") + 1
 
 
-def _read_jsonl_gz(shard: Shard, of_row: OfRow) -> Iterator[Any]:
-    path = shard.files[0].path
+def _read_packed_jsonl(path: str, of_row: OfRow) -> Iterator[Any]:
     number = 0
     try:
-        with gzip.open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):  # noqa: B007  (named in the message below)
-                if line.strip():
-                    yield of_row(_row_of_line(line))
+        with unpacked(path) as lines:
+            for number, line in enumerate(lines, start=1):
+                if (content := line if number > 1 else line.removeprefix(BYTE_ORDER_MARK)).strip():
+                    yield of_row(_value_of_line(content))
     except Fault as fault:
         raise DataError(f"{path}:{number}: {fault}") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file: {error}; fetch or compress it again") from None
-    except OSError as error:
-        raise unreadable(path, error) from None
+
+
+def _read_json(shard: Shard, of_row: OfRow) -> Iterator[Any]:
+    """Rows of a list, of the list "data" of an object, or one after the other."""
+    path = shard.files[0].path
+    text = decoded(content_of(path), path)
+    at = 0
+    try:
+        for at, row in json_rows(text):  # noqa: B007  (named in the message below)
+            yield of_row(row)
+    except Fault as fault:
+        at = fault.at if isinstance(fault, JSONFault) else at
+        raise DataError(f"{path}:{text.count(chr(10), 0, at) + 1}: {fault}") from None
 
 
 def _read_lines(shard: Shard, of_row: OfRow) -> Iterator[Any]:
     """Two text files: a line of the first and its translation in the second are a row."""
     sides = [file.path for file in shard.files]
-    texts = [_decode(_gunzipped(path), "utf-8-sig", path).removesuffix("\n").split("\n") for path in sides]
-    if len({len(lines) for lines in texts}) > 1:
+    texts = [decoded(content_of(path), path).removesuffix("\n").split("\n") for path in sides]
+    shorter = min(map(len, texts))
+    if any(line.strip() for lines in texts for line in lines[shorter:]):  # empty lines at an end belong to nothing
         said = " but ".join(f"{path} has {len(lines):,} lines" for path, lines in zip(sides, texts, strict=True))
         raise DataError(f"{said}: a line of one is the translation of that line of the other; correct the paths or the files")
-    for number, (source, target) in enumerate(zip(*texts, strict=True), start=1):
+    for number, (source, target) in enumerate(zip(*texts, strict=False), start=1):
         try:
             yield of_row({"source": source, "target": target})
         except Fault as fault:
             raise DataError(f"{sides[0]}:{number}: {fault}") from None
-
-
-def _gunzipped(path: str) -> bytes:
-    content = _content(path)
-    if not path.endswith(".gz"):
-        return content
-    try:
-        return gzip.decompress(content)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file: {error}; fetch or compress it again") from None
 
 
 def _read_table(shard: Shard, of_row: OfRow) -> Iterator[Any]:
@@ -202,7 +231,7 @@ def _read_table(shard: Shard, of_row: OfRow) -> Iterator[Any]:
     path = shard.files[0].path
 
     def open_rows() -> Rows:
-        kind = TABLE_SUFFIXES[Path(path).suffix]
+        kind = TABLE_SUFFIXES[suffix_of(path)]
         rows: Rows = datasets.load_dataset(kind, data_files={"train": [path]}, split="train", streaming=True)
         return rows
 
@@ -210,38 +239,29 @@ def _read_table(shard: Shard, of_row: OfRow) -> Iterator[Any]:
 
 
 def _read_delimited(shard: Shard, of_row: OfRow) -> Iterator[Any]:
-    """Comma-separated values quoted as RFC 4180 says; in tab-separated ones a quotation mark is a letter like others."""
     path = shard.files[0].path
-    style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.endswith(".tsv") else {"strict": True}
     limit = csv.field_size_limit(1 << 30)  # a document may be longer than csv's 128 KiB
     line = 0
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, **style)
-            names = list(shard.columns) or next(rows, [])
+        with unpacked(path) as content, io.TextIOWrapper(content, "utf-8-sig", newline="") as file:
+            if is_wide(beginning := content.peek(LOOKED_AT)[:LOOKED_AT]):
+                raise Fault(foreign(beginning))
+            rows = delimited_values(unpacked_name(path), file, shard.delimiter)
+            line = 1
+            names = list(shard.columns) or names_of_columns(next(rows, []))
             while True:
                 line = rows.line_num + 1
                 if (values := next(rows, None)) is None:
                     return
                 if values:
-                    yield of_row(_row_of_values(names, values))
+                    yield of_row(row_of_values(names, values))
     except (Fault, csv.Error) as fault:
         raise DataError(f"{path}:{line}: {fault}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: near line {line}: byte 0x{error.object[error.start]:02x} is not utf-8; convert it") from None
-    except OSError as error:
-        raise unreadable(path, error) from None
+        said = foreign(error.object, error.start) or "convert it"
+        raise DataError(f"{path}: near line {line}: byte 0x{error.object[error.start]:02x} is not utf-8; {said}") from None
     finally:
         csv.field_size_limit(limit)
-
-
-def _row_of_values(names: list[str], values: list[str]) -> Row:
-    if len(values) != len(names):
-        raise Fault(
-            f"{len(values)} values for the {len(names)} columns {', '.join(map(repr, names))}; mend the line, or name the "
-            "columns of a file without a header in data.sources[].columns"
-        )
-    return dict(zip(names, values, strict=True))
 
 
 def _read_saved(shard: Shard, of_row: OfRow) -> Iterator[Any]:
@@ -264,7 +284,7 @@ READERS: dict[str, Callable[[Shard, OfRow], Iterator[Any]]] = {
     "text": _read_text,
     "python": _read_python,
     "jsonl": _read_jsonl,
-    "jsonl.gz": _read_jsonl_gz,
+    "json": _read_json,
     "lines": _read_lines,
     "table": _read_table,
     "delimited": _read_delimited,
@@ -316,31 +336,15 @@ def _records_of_rows(open_rows: Callable[[], Rows], of_row: OfRow, name: str, fi
 # ---------------------------------------------------------------------------------------------------- damage, named
 
 
-def _content(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from None
-
-
-def _decode(content: bytes, encoding: str, path: str) -> str:
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}: byte {error.start} (0x{content[error.start]:02x}) is not {encoding.removesuffix('-sig')} text; "
-            "convert the file or remove it from the source"
-        ) from None
-
-
-def _row_of_line(line: bytes) -> Row:
+def _value_of_line(line: bytes) -> Any:
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise Fault(f"byte {error.start} of the line is not utf-8; convert the file or remove the line") from None
+        said = foreign(line, error.start) or "convert the file or remove the line"
+        raise Fault(f"byte {error.start} of the line is not utf-8; {said}") from None
     except (ValueError, RecursionError) as error:
-        raise Fault(f"not JSON: {first_line(error)}; mend or remove the line") from None
+        said = foreign(line) if is_wide(line) else "mend or remove the line"
+        raise Fault(f"not JSON: {first_line(error)}; {said}") from None
     if not isinstance(value, dict):
         raise Fault(f"a JSON object is needed, this is {kind_of(value)}; mend or remove the line")
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -36,9 +36,13 @@ class RowFormat(ABC):
         """The keys of a row that are read, or would be if the row had them."""
 
     def unread(self, row: Mapping[str, Any]) -> list[str]:
-        """Keys that the row has and nobody reads, as they are counted; null is no value."""
-        read = self.keys_read(row)
-        return [f"{UNREAD}{key}" for key, value in row.items() if value is not None and key not in read]
+        """Keys that the row has and nobody reads, as they are counted."""
+        return unread_of(row, self.keys_read(row))
+
+
+def unread_of(row: Mapping[str, Any], read: Collection[str]) -> list[str]:
+    """Keys that a row has beside those that are `read`, as they are counted; null is no value."""
+    return [f"{UNREAD}{key}" for key, value in row.items() if value is not None and key not in read]
 
 
 def unread_keys(counts: Mapping[str, int]) -> str | None:

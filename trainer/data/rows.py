@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,8 @@ def row_at(store: TokenStore, begin: int, *, seq_len: int, isolate_documents: bo
     """The row whose first token is token `begin` of the store; where the store ends early, filler without targets.
 
     Targets are what the store says. With `isolate_documents` the row is divided where documents end, and the last token of a
-    document predicts nothing: what follows belongs to another. Without, the row is one document. `read` False: its documents
-    and targets are right, its tokens are filler, for ranks that need none.
+    document predicts nothing: what follows belongs to another. Without, the row is one document. Filler is a document of its
+    own. `read` False: its documents and targets are right, its tokens are filler, for ranks that need none.
     """
     length = min(seq_len, store.num_tokens - begin - 1)
     row = filler_row(store, seq_len)
@@ -40,7 +40,7 @@ def row_at(store: TokenStore, begin: int, *, seq_len: int, isolate_documents: bo
         row.labels[:length] = stream[1:]
     row.is_target[:length] = store.targets(begin + 1, begin + length + 1)
     if not isolate_documents:
-        return row
+        return row if length == seq_len else replace(row, documents=(length, seq_len - length))
     ends = store.document_ends(begin, begin + length)
     row.is_target[ends - 1] = False
     cuts = np.unique([0, *ends, length, seq_len])
@@ -64,8 +64,17 @@ def held_out_rows(stores: Sequence[TokenStore], *, seq_len: int, isolate_documen
 
 
 def order_fingerprint(
-    stores: Sequence[TokenStore], weights: Sequence[float], *, seq_len: int, seed: int, isolate_documents: bool
+    stores: Sequence[TokenStore],
+    weights: Sequence[float] | None,
+    *,
+    seq_len: int,
+    seed: int,
+    isolate_documents: bool,
+    tails: bool,
 ) -> str:
-    """Equal when every sample is: content, weights, length, order."""
-    contents = [[store.fingerprint, weight] for store, weight in zip(stores, weights, strict=True)]
-    return fingerprint_of([contents, seq_len, seed, isolate_documents])
+    """Equal when every sample is: content, weights (None: by size), length, order, and whether what is left of a store beyond
+    its whole sequences is one more, where there is any."""
+    by_size: Sequence[None] = [None] * len(stores)
+    contents = [[store.fingerprint, weight] for store, weight in zip(stores, weights or by_size, strict=True)]
+    has_tails = tails and any((store.num_tokens - 1) % seq_len for store in stores)
+    return fingerprint_of([contents, seq_len, seed, isolate_documents, *(["tails"] if has_tails else [])])

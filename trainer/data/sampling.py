@@ -1,7 +1,7 @@
 """Which tokens make which sample: pure arithmetic, O(1) in memory and time, the same however it is asked.
 
     permute     a keyed bijection on range(size): a shuffled order that is computed, never stored
-    Blend       global sample number → (source, sample of that source)
+    Order       global sample number → (source, sample of that source): `Blend` by weights, `Pool` by size
     windows     a store's token stream cut to fixed length
 
 So the sample for (seed, step, index) needs no state, no layout and no history: resuming at step 10^6 of 10^8 samples is the
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from math import isqrt
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +85,50 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
+class Order(Protocol):
+    """Which sample of which source is the n-th of a run, for ever."""
+
+    sizes: tuple[int, ...]  # of the sources [samples]
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of all samples, those of each source; they sum to 1."""
+
+    def locate(self, samples: npt.ArrayLike) -> tuple[Int64s, Int64s]:
+        """Source and sample in it, int64 [samples] each, of global samples [samples]."""
+
+
+def order_of(weights: Sequence[float] | None, sizes: Sequence[int], seed: int) -> Order:
+    """`weights` None: by size. ValueError when a source has no sample or no positive weight."""
+    return Pool(sizes, seed) if weights is None else Blend(weights, sizes, seed)
+
+
+class Pool:
+    """All samples of all sources in one shuffled order, then again in another: in an epoch each is taken once, so a source's
+    share of it is that of its samples, to the last one."""
+
+    def __init__(self, sizes: Sequence[int], seed: int) -> None:
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"each source needs a sample: sizes {sizes}")
+        self.sizes = tuple(sizes)
+        self._seed = seed
+        self._begins = np.cumsum([0, *sizes[:-1]], dtype=np.int64)
+        self._size = sum(sizes)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return tuple(size / self._size for size in self.sizes)
+
+    def locate(self, samples: npt.ArrayLike) -> tuple[Int64s, Int64s]:
+        epochs, places = np.divmod(np.asarray(samples, dtype=np.int64), self._size)
+        pooled = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            pooled[here] = permute(places[here], self._size, stream_key(self._seed, "pool", int(epoch)))
+        sources = np.searchsorted(self._begins, pooled, side="right").astype(np.int64) - 1
+        return sources, pooled - self._begins[sources]
+
+
 class Blend:
     """Global sample number → (source, sample of that source), for sources of given weights and sizes [samples].
 
@@ -100,8 +145,11 @@ class Blend:
         self._counts = _block_counts(weights)
         self._before = np.concatenate([np.zeros((1, len(sizes)), np.int64), np.cumsum(self._counts, axis=0)])
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return tuple((self._before[-1] / (PERIOD_BLOCKS * BLOCK_SAMPLES)).tolist())
+
     def locate(self, samples: npt.ArrayLike) -> tuple[Int64s, Int64s]:
-        """Source and sample in it, int64 [samples] each, of global samples [samples]."""
         samples = np.asarray(samples, dtype=np.int64)
         sources, draws = np.empty_like(samples), np.empty_like(samples)
         blocks, places = np.divmod(samples, BLOCK_SAMPLES)
@@ -164,9 +212,11 @@ class Window:
     begin: int
 
 
-def num_windows(num_tokens: int, seq_len: int) -> int:
-    """Whole samples of a stream: sample j covers tokens [j seq_len, j seq_len + seq_len], so neighbours share one token."""
-    return max(0, (num_tokens - 1) // seq_len)
+def num_windows(num_tokens: int, seq_len: int, *, tails: bool) -> int:
+    """Samples of a stream: sample j covers tokens [j seq_len, j seq_len + seq_len], so neighbours share one token. `tails`:
+    the last one, which the end of the stream may cut short, counts too."""
+    whole, rest = divmod(max(0, num_tokens - 1), seq_len)
+    return whole + (tails and rest > 0)
 
 
 def held_out_windows(num_tokens: Sequence[int], seq_len: int, limit: int) -> list[Window]:
@@ -174,6 +224,6 @@ def held_out_windows(num_tokens: Sequence[int], seq_len: int, limit: int) -> lis
 
     Every store in proportion to its tokens, from its beginning, in order.
     """
-    available = [-(-(count - 1) // seq_len) for count in num_tokens]
+    available = [num_windows(count, seq_len, tails=True) for count in num_tokens]
     taken = available if sum(available) <= limit else apportion(limit, available)
     return [Window(store, j * seq_len) for store, count in enumerate(taken) for j in range(count)]

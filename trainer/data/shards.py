@@ -3,7 +3,7 @@
 tokens.bin      the tokens of the shard's documents: texts with what begins and ends each, or those of examples
 targets.bin     of examples: 1 for a token that is to be predicted, 0 for another; u1
 documents.bin   one DOCUMENT record per document
-shard.json      the SHA-256 of each; of examples, what became of them
+shard.json      the SHA-256 of each; of rows, how often keys are not read; of examples, what became of them
 """
 
 from __future__ import annotations
@@ -101,14 +101,17 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 
 def _encoded_texts(shard: Shard, tokenizer: Tokenizer, written: Texts) -> Iterator[Batch]:
     dtype = token_dtype(tokenizer.vocab_size)
-    for texts in _batches(shard.documents(), len):
+    unread: Counter[str] = Counter()
+    for texts in _batches(shard.documents(unread), len):
         tokens, documents = [], []
         for text, ids in zip(texts, written.documents(tokenizer, texts), strict=True):
             if ids:
                 content = text.encode()
                 tokens.append(np.array(ids, dtype).tobytes())
                 documents.append((len(ids), _hash(content), len(content), NO_LABEL))
-        yield (b"".join(tokens), np.array(documents, DOCUMENT).tobytes()), Counter()
+        counts = Counter(unread)
+        unread.clear()
+        yield (b"".join(tokens), np.array(documents, DOCUMENT).tobytes()), counts
 
 
 def _encoded_examples(shard: Shard, tokenizer: Tokenizer, examples: Examples) -> Iterator[Batch]:

@@ -18,23 +18,16 @@ from pathlib import Path
 from trainer import sections
 from trainer.data.digests import Digests, fingerprint_of, unreadable
 from trainer.data.fault import first_line
-from trainer.data.readers import DELIMITED_SUFFIXES, TABLE_SUFFIXES, LocalFile, Shard, hub_revision, open_hub, open_saved
+from trainer.data.files import packing_of, unpacked_name
+from trainer.data.kinds import JSONL_SUFFIXES, MAYBE_ROWS, ROW_SUFFIXES, TEXT, Kind, Wanted, is_known, kind_of_file, suffix_of
+from trainer.data.readers import LocalFile, Shard, hub_revision, open_hub, open_saved
 from trainer.data.tasks import ROW_TASKS
 from trainer.errors import DataError, RecipeError
 
 MIN_SHARD_BYTES = 2 << 20  # a few seconds of one core: what a killed build loses at most per worker
 MAX_SHARDS = 1024  # per source, so that a huge source does not become a huge folder
 
-TEXT_SUFFIXES = frozenset(
-    f".{kind}"
-    for kind in (
-        *("txt", "text", "md", "rst", "tex", "html", "htm", "xml", "csv", "tsv", "json", "yaml", "yml", "toml", "ini", "log"),
-        *("py", "pyi", "c", "h", "cc", "cpp", "hpp", "cu", "rs", "go", "java", "kt", "scala", "js", "ts", "jsx", "tsx", "css"),
-        *("rb", "php", "pl", "lua", "jl", "r", "m", "swift", "sh", "sql", "hs", "ml", "lisp", "el", "tcl"),
-    )
-)
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson")
-ROW_FILES = (*JSONL_SUFFIXES, *TABLE_SUFFIXES, *DELIMITED_SUFFIXES)
+TEXT_KINDS = ("text", "python")
 NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
@@ -58,49 +51,30 @@ class Corpus:
         for shard in self.shards:
             yield from shard.documents()
 
-    def in_rows(self, source: sections.Source, task: str) -> Corpus:
-        """The same source, its rows read as the examples of a task; RecipeError when no file of it has rows."""
-        format, examples = ROW_TASKS[task]
-        files = [file for shard in self.shards if shard.kind in ("text", "python") for file in shard.files]
-        texts = [file.name for file in files if not file.path.endswith(DELIMITED_SUFFIXES)]
-        shards = [shard for shard in self.shards if shard.kind not in ("text", "python")]
-        shards += [
-            Shard("delimited", self.where, (file,), size=file.size, columns=tuple(source.columns))
-            for file in files
-            if file.path.endswith(DELIMITED_SUFFIXES)
-        ]
-        if not shards:
-            raise RecipeError(
-                f"{self.where}.path: {source.path!r} is text ({texts[0]}), which holds no {examples.noun}; data.task {task} "
-                f"reads {', '.join(ROW_FILES)}, saved and hub data sets (a JSON list becomes rows by jq -c '.[]')"
-            )
-        notes = [f"{self.where}: text files passed over in {source.path}: {', '.join(texts)}"] if texts else []
-        rows = format.of_source(source)
-        return replace(
-            self,
-            shards=tuple(replace(shard, format=rows) for shard in shards),
-            fingerprint=fingerprint_of([task, self.fingerprint, asdict(rows), *([source.columns] if source.columns else [])]),
-            notes=(*self.notes, *notes),
-        )
 
-
-def look_at(source: sections.Source, *, where: str, digests: Digests) -> Corpus:
+def look_at(source: sections.Source, *, where: str, digests: Digests, task: str = "pretrain") -> Corpus:
     """Find what `source` names and divide it into shards.
 
-    `where` is the recipe's name of the source for messages. RecipeError when there is nothing of that name, DataError when it
-    holds no document or cannot be read.
+    `where` is the recipe's name of the source for messages. RecipeError when there is nothing of that name, or nothing that
+    `task` can learn from, DataError when it holds no document or cannot be read.
     """
+    if task not in ROW_TASKS:
+        return _found(source, where, digests, in_rows=False)
+    return _in_rows(_found(source, where, digests, in_rows=True), source, task)
+
+
+def _found(source: sections.Source, where: str, digests: Digests, *, in_rows: bool) -> Corpus:
     if source.path == sections.STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         files = [path for path in _walk(root, skip=NOT_LIBRARY) if path.suffix == ".py"]
-        return _corpus_of_files(source, where, root, files, digests, text_kind="python")
+        return _corpus_of_files(source, where, root, files, digests, python=True)
     path = Path(source.path).expanduser()
     if source.target_path is not None:
         return _corpus_of_lines(source, where, [path, Path(source.target_path).expanduser()], digests)
     if path.is_file():
-        return _corpus_of_files(source, where, path.absolute().parent, [path.absolute()], digests)
+        return _corpus_of_files(source, where, path.absolute().parent, [path.absolute()], digests, in_rows=in_rows, alone=True)
     if path.is_dir():
-        return _corpus_of_folder(source, where, path.absolute(), digests)
+        return _corpus_of_folder(source, where, path.absolute(), digests, in_rows=in_rows)
     if _looks_local(source.path):
         raise RecipeError(f"{where}.path: no such file or folder: {source.path!r} (from {Path.cwd()}); correct the path")
     if not HUB_NAME.match(source.path):
@@ -110,25 +84,42 @@ def look_at(source: sections.Source, *, where: str, digests: Digests) -> Corpus:
     return _corpus_of_hub(source, where)
 
 
+def _in_rows(corpus: Corpus, source: sections.Source, task: str) -> Corpus:
+    """The same source, its rows read as the examples of a task."""
+    format, examples = ROW_TASKS[task]
+    texts = [file.name for shard in corpus.shards if shard.kind in TEXT_KINDS for file in shard.files]
+    shards = [shard for shard in corpus.shards if shard.kind not in TEXT_KINDS]
+    if not shards:
+        raise RecipeError(
+            f"{corpus.where}.path: {source.path!r} is text ({texts[0]}), which holds no {examples.noun}; data.task {task} "
+            f"reads {', '.join(ROW_SUFFIXES)}, also .gz and .zst, saved and hub data sets"
+        )
+    shards.sort(key=lambda shard: shard.kind == "delimited")  # these come last
+    notes = [f"{corpus.where}: text files passed over in {source.path}: {', '.join(texts)}"] if texts else []
+    rows = format.of_source(source)
+    return replace(
+        corpus,
+        shards=tuple(replace(shard, format=rows) for shard in shards),
+        fingerprint=fingerprint_of([task, corpus.fingerprint, asdict(rows), *([source.columns] if source.columns else [])]),
+        notes=(*corpus.notes, *notes),
+    )
+
+
 def _looks_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or _is_jsonl(path) or Path(path).suffix in {*TEXT_SUFFIXES, *TABLE_SUFFIXES, ".gz"}
+    return path.startswith((".", "/", "~")) or is_known(path) or packing_of(path) != ""
 
 
-def _is_jsonl(path: str) -> bool:
-    return path.endswith(JSONL_SUFFIXES)
-
-
-def _corpus_of_folder(source: sections.Source, where: str, root: Path, digests: Digests) -> Corpus:
+def _corpus_of_folder(source: sections.Source, where: str, root: Path, digests: Digests, *, in_rows: bool) -> Corpus:
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
         return _corpus_of_saved(source, where, root, digests)
     found = list(_walk(root))
-    known = [path for path in found if _is_jsonl(path.name) or path.suffix in TEXT_SUFFIXES or path.suffix in TABLE_SUFFIXES]
-    corpus = _corpus_of_files(source, where, root, known, digests)
+    known = [path for path in found if is_known(path.name)]
+    corpus = _corpus_of_files(source, where, root, known, digests, in_rows=in_rows)
     skipped = Counter(path.suffix or path.name for path in set(found) - set(known))
     if not skipped:
         return corpus
     kinds = ", ".join(f"{count} × {suffix}" for suffix, count in sorted(skipped.items()))
-    return replace(corpus, notes=(f"{where}: files of unknown kind passed over in {source.path}: {kinds}",))
+    return replace(corpus, notes=(f"{where}: files of unknown kind passed over in {source.path}: {kinds}", *corpus.notes))
 
 
 def _walk(root: Path, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
@@ -145,8 +136,17 @@ def _walk(root: Path, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
 
 
 def _corpus_of_files(
-    source: sections.Source, where: str, root: Path, paths: list[Path], digests: Digests, text_kind: str = "text"
+    source: sections.Source,
+    where: str,
+    root: Path,
+    paths: list[Path],
+    digests: Digests,
+    *,
+    in_rows: bool = False,
+    alone: bool = False,
+    python: bool = False,
 ) -> Corpus:
+    """`alone`: the source names this file. `python`: all are Python sources."""
     stamped = digests.of([str(path) for path in paths])
     files = [
         LocalFile(str(path), path.relative_to(root).as_posix(), stamp, digest)
@@ -154,21 +154,54 @@ def _corpus_of_files(
     ]
     if not any(file.size for file in files):
         raise DataError(f"{where}: {source.path!r} holds no document ({len(files)} files, 0 bytes of text); correct the path")
+    field = None if in_rows else source.text_field
+    wanted = Wanted(field, source.columns, must=source.field is not None, alone=alone)
+    kinds = [Kind("python") if python else kind_of_file(file.path, wanted) for file in files]
+    facts = [
+        [file.name, file.size, file.digest]
+        + ([] if kind.is_plain(file.name, in_rows=in_rows) else [kind.reader, kind.delimiter])
+        for file, kind in zip(files, kinds, strict=True)
+    ]
+    columns = [] if in_rows or not any(kind.reader == "delimited" for kind in kinds) else source.columns
     return Corpus(
         name=source.path,
         where=where,
-        shards=tuple(_divide(files, text_kind, where, source.field)),
+        shards=tuple(_divide(files, kinds, where, source)),
         fingerprint=fingerprint_of(
-            {"kind": text_kind, "field": source.field, "files": [[file.name, file.size, file.digest] for file in files]}
+            {
+                "kind": "python" if python else "text",
+                "field": source.text_field,
+                "files": facts,
+                **({"columns": columns} if columns else {}),
+            }
         ),
+        notes=tuple(_remarks(files, kinds, where, source, in_rows=in_rows)),
     )
 
 
-def _divide(files: list[LocalFile], text_kind: str, where: str, field: str) -> Iterator[Shard]:
+def _remarks(files: list[LocalFile], kinds: list[Kind], where: str, source: sections.Source, *, in_rows: bool) -> Iterator[str]:
+    """How files are read whose names do not say it."""
+    maybe_rows = [kind for file, kind in zip(files, kinds, strict=True) if suffix_of(file.path) in MAYBE_ROWS]
+    texts = sum(kind == TEXT for kind in maybe_rows)
+    if maybe_rows and not in_rows:
+        as_texts = f", {texts:,} as one text each, whose rows have no such field (data.sources[].field names another)"
+        yield (
+            f"{where}: of the {', '.join(MAYBE_ROWS)} files of {source.path} {len(maybe_rows) - texts:,} are read as rows by "
+            f"the field {source.text_field!r}" + (as_texts if texts else "")
+        )
+    for file, kind in zip(files, kinds, strict=True):
+        if kind.reader == "delimited" and not kind.is_plain(unpacked_name(file.name), in_rows=True):
+            yield f"{where}: {file.name}: its values are divided by {kind.delimiter!r}"
+        elif suffix_of(file.path) in JSONL_SUFFIXES and kind.reader == "json":
+            yield f"{where}: {file.name}: it is one JSON list, not JSON lines, and is read as that"
+
+
+def _divide(files: list[LocalFile], kinds: list[Kind], where: str, source: sections.Source) -> Iterator[Shard]:
     """Shards of about equal size: small text files together, long JSON-lines files in ranges, other files one by one."""
     shard_bytes = max(MIN_SHARD_BYTES, sum(file.size for file in files) // MAX_SHARDS)
     gathered: list[LocalFile] = []
     gathered_bytes = 0
+    text_kind = "python" if any(kind.reader == "python" for kind in kinds) else "text"
 
     def gathered_shard() -> Iterator[Shard]:
         nonlocal gathered_bytes
@@ -177,23 +210,23 @@ def _divide(files: list[LocalFile], text_kind: str, where: str, field: str) -> I
         gathered.clear()
         gathered_bytes = 0
 
-    for file in files:
-        suffix = Path(file.path).suffix
-        if not _is_jsonl(file.path) and suffix not in TABLE_SUFFIXES:
+    for file, kind in zip(files, kinds, strict=True):
+        if kind.reader in TEXT_KINDS:
             gathered.append(file)
             gathered_bytes += file.size
             if gathered_bytes >= shard_bytes:
                 yield from gathered_shard()
             continue
         yield from gathered_shard()
-        if suffix == ".gz":
-            yield Shard("jsonl.gz", where, (file,), size=file.size, field=field)
-        elif suffix in TABLE_SUFFIXES:
-            yield Shard("table", where, (file,), size=file.size, field=field)
-        else:
+        whole = Shard(kind.reader, where, (file,), size=file.size, field=source.text_field)
+        if kind.reader == "delimited":
+            yield replace(whole, columns=tuple(source.columns), delimiter=kind.delimiter)
+        elif kind.reader == "jsonl" and not packing_of(file.path):
             for begin in range(0, file.size, shard_bytes):
                 end = min(begin + shard_bytes, file.size)
-                yield Shard("jsonl", where, (file,), begin=begin, end=end, size=end - begin, field=field)
+                yield replace(whole, begin=begin, end=end, size=end - begin)
+        else:
+            yield whole
     yield from gathered_shard()
 
 
@@ -225,11 +258,11 @@ def _corpus_of_saved(source: sections.Source, where: str, root: Path, digests: D
     parts = min(rows, max(1, min(MAX_SHARDS, size // MIN_SHARD_BYTES)))
     cuts = [rows * part // parts for part in range(parts + 1)]
     shards = [
-        Shard("saved", where, files, begin, end, max(1, size // parts), str(root), source.field, source.split)
+        Shard("saved", where, files, begin, end, max(1, size // parts), str(root), source.text_field, source.split)
         for begin, end in pairwise(cuts)
     ]
     facts = [[file.name, file.size, file.digest] for file in files]
-    fingerprint = fingerprint_of({"kind": "saved", "field": source.field, "split": source.split, "files": facts})
+    fingerprint = fingerprint_of({"kind": "saved", "field": source.text_field, "split": source.split, "files": facts})
     return Corpus(source.path, where, tuple(shards), fingerprint)
 
 
@@ -244,8 +277,8 @@ def _corpus_of_hub(source: sections.Source, where: str) -> Corpus:
             "correct the path, or data.sources[].split, or bring the data here as a folder"
         ) from None
     shards = [
-        Shard("hub", where, begin=part, end=parts, path=source.path, field=source.field, split=source.split)
+        Shard("hub", where, begin=part, end=parts, path=source.path, field=source.text_field, split=source.split)
         for part in range(parts)
     ]
-    facts = {"kind": "hub", "path": source.path, "revision": revision, "field": source.field, "split": source.split}
+    facts = {"kind": "hub", "path": source.path, "revision": revision, "field": source.text_field, "split": source.split}
     return Corpus(source.path, where, tuple(shards), fingerprint_of(facts))

@@ -62,12 +62,16 @@ class MaskedTokens:
     mask: int
     ordinary: Int64s  # tokens that stand for text: only these are chosen, and put in
     stream: int
+    never_none: bool  # of a row with a token that may be chosen: a short one might else have nothing to learn
     needs_tokens: ClassVar[bool] = True
 
     def mark(self, row: Row, number: int) -> Row:
         size = len(row.tokens)
         chosen, kind, other = (uniform(size, stream_key(self.stream, what, number)) for what in ("chosen", "kind", "other"))
-        is_target = (chosen < self.fraction) & np.isin(row.tokens, self.ordinary)
+        may_be = np.isin(row.tokens, self.ordinary)
+        is_target = (chosen < self.fraction) & may_be
+        if self.never_none and not is_target.any() and may_be.any():
+            is_target[np.argmin(np.where(may_be, chosen, 1.0))] = True
         replaced = self.ordinary[(other * len(self.ordinary)).astype(np.int64)]
         shown = np.select([kind < 0.8, kind < 0.9], [np.int64(self.mask), replaced], row.tokens)
         return replace(row, tokens=np.where(is_target, shown, row.tokens), labels=row.tokens, is_target=is_target)
@@ -80,5 +84,6 @@ def targets_of(data: sections.Data, tokenizer: Tokenizer, *, causal: bool, seed:
     if data.task == "mlm":
         assert tokenizer.mask is not None
         ordinary = np.array(tokenizer.ordinary_ids, np.int64)
-        return MaskedTokens(data.mask_fraction, tokenizer.mask, ordinary, stream_key(seed, "masks", part))
+        stream = stream_key(seed, "masks", part)
+        return MaskedTokens(data.mask_fraction, tokenizer.mask, ordinary, stream, never_none=data.tails == "train")
     return NextToken()

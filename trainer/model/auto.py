@@ -82,7 +82,7 @@ class _Maker:
     def config(self, tokenizer: Tokenizer) -> Any:
         from transformers import AutoConfig
 
-        given = self.recipe.model.config
+        given = copy.deepcopy(self.recipe.model.config)  # transformers writes into what it is given
         with self._transformers():
             if self.folder is not None:
                 trusted = self.recipe.model.trust_remote_code

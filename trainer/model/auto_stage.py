@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -29,7 +29,9 @@ from parallel.loss import CHUNK_BYTES, IGNORE
 from parallel.mesh import Group
 from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
 from parallel.rng import Streams
+from trainer.errors import RecipeError
 from trainer.model.auto_network import AutoNetwork
+from trainer.model.auto_rotations import DocumentRotations
 from trainer.model.heads import document_scores, token_sums
 
 LAYER = re.compile(r".*?\.\d+\.")  # the part of a parameter's name that names its layer, as in "model.layers.7."
@@ -132,6 +134,8 @@ class AutoStage(Sharded):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         accepted = inspect.signature(self.model.forward).parameters
         self._takes_mask = "attention_mask" in accepted
+        self._rotations = DocumentRotations(self.model)
+        self.calls_apart = False  # documents of each length: see `settle_lengths`
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
 
     def forward(
@@ -153,11 +157,8 @@ class AutoStage(Sharded):
         if self.model.training != (streams is not None):
             self.model.train(streams is not None)
         rows = _Rows(documents, tokens_BS.device)
-        inputs = {"input_ids": rows.split(tokens_BS, 0), **self._options}
-        if rows.padded and self._takes_mask:
-            inputs["attention_mask"] = rows.is_token_RL.long()
         with _dropout_stream(streams, tokens_BS.device), self._autocast(tokens_BS.device):
-            logits_RLV = self.model(**inputs).logits
+            logits_RLV = self._logits(rows, tokens_BS)
         if labels_BS is None:
             return rows.join(logits_RLV)
         labels_RL = rows.split(labels_BS, IGNORE)
@@ -167,6 +168,54 @@ class AutoStage(Sharded):
         losses_RL = token_losses(logits_RLV, labels_RL)
         found = token_sums if measured else document_scores
         return found(rows.join(losses_RL).flatten(), rows.join(is_hit_RL).flatten(), (labels_BS != IGNORE).flatten(), documents)
+
+    def _logits(self, rows: _Rows, tokens_BS: Tensor) -> Tensor:
+        if rows.padded and self.calls_apart:
+            return self._logits_by_length(rows.documents_of(tokens_BS))
+        inputs = {"input_ids": rows.split(tokens_BS, 0), **self._options}
+        if rows.padded and self._takes_mask:
+            inputs["attention_mask"] = rows.is_token_RL.long()
+        with self._rotations.of(rows.lengths):
+            logits_RLV: Tensor = self.model(**inputs).logits
+        return logits_RLV
+
+    def _logits_by_length(self, documents: Sequence[Tensor]) -> Tensor:
+        """A call for the documents of each length, so that none stands beside a longer one."""
+        rows_of: dict[int, list[int]] = {}
+        for row, document in enumerate(documents):
+            rows_of.setdefault(len(document), []).append(row)
+        logits: dict[int, Tensor] = {}
+        for rows in rows_of.values():
+            found = self.model(input_ids=torch.stack([documents[row] for row in rows]), **self._options).logits
+            logits |= dict(zip(rows, found, strict=True))
+        return pad_sequence([logits[row] for row in range(len(documents))], batch_first=True)
+
+    def settle_lengths(self, device: torch.device, seq_len: int, *, may_call_apart: bool) -> list[str]:
+        """Where a document's logits depend on the longest one of its call, have each length called apart; remarks.
+        `may_call_apart`: ranks may make different numbers of calls; RecipeError where they may not and must."""
+        if not self._mixes_lengths(device, seq_len):
+            return []
+        depends = f"{self.architecture}: a document's logits depend on the longest document of its call"
+        if not may_call_apart:
+            raise RecipeError(
+                f"{depends}, so those of each length need a call of their own, and with ZeRO-3 all ranks must make as many; "
+                "legal: zero.stage of at most 2, or data.isolate_documents false"
+            )
+        self.calls_apart = True
+        return [f"{depends}: those of each length have a call of their own"]
+
+    @torch.no_grad()
+    def _mixes_lengths(self, device: torch.device, seq_len: int) -> bool:
+        """A short document alone against itself beside the longest that there may be: up to rounding they agree. Half of the
+        tokens must differ, as a router of experts may take rounding for another choice."""
+        short = min(8, seq_len // 2)
+        if not short:
+            return False
+        tokens_BS = torch.arange(2 * seq_len, device=device).view(2, seq_len) % self.model.get_input_embeddings().num_embeddings
+        beside_SV = self(tokens_BS, Documents(((seq_len,), (short, seq_len - short))))[1, :short].float()
+        alone_SV = self(tokens_BS[1:, :short], Documents.whole_rows(1, short))[0].float()
+        differences_S = (beside_SV - alone_SV).abs().amax(-1)
+        return bool(differences_S.median() > max(1e-3, 25 * torch.finfo(self.dtype).eps) * alone_SV.std())
 
     @torch.no_grad()
     def looks_ahead(self, device: torch.device) -> bool:
@@ -229,15 +278,19 @@ class _Rows:
 
     def __init__(self, documents: Documents, device: torch.device) -> None:
         self._shape = documents.shape
-        self._lengths = [length for row in documents.lengths for length in row]
-        self.padded = len(self._lengths) > documents.shape[0]
-        lengths_R1 = torch.tensor(self._lengths, device=device)[:, None]
-        self.is_token_RL = torch.arange(max(self._lengths), device=device) < lengths_R1
+        self.lengths = [length for row in documents.lengths for length in row]
+        self.padded = len(self.lengths) > documents.shape[0]
+        lengths_R1 = torch.tensor(self.lengths, device=device)[:, None]
+        self.is_token_RL = torch.arange(max(self.lengths), device=device) < lengths_R1
+
+    def documents_of(self, x_BS: Tensor) -> Sequence[Tensor]:
+        documents: Sequence[Tensor] = x_BS.flatten().split(self.lengths)
+        return documents
 
     def split(self, x_BS: Tensor, padding: int) -> Tensor:
         if not self.padded:
             return x_BS
-        return pad_sequence(x_BS.flatten().split(self._lengths), batch_first=True, padding_value=padding)
+        return pad_sequence(list(self.documents_of(x_BS)), batch_first=True, padding_value=padding)
 
     def join(self, x_RLV: Tensor) -> Tensor:
         return x_RLV[self.is_token_RL].unflatten(0, self._shape) if self.padded else x_RLV

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+# Up to so many classes an evaluation counts all pairs of the true class and the one that was named (8 MB); of more, for each
+# class how often it was right, there and named.
+PAIRED_CLASSES = 1000
+
 
 @dataclass(frozen=True)
 class RopeScaling:

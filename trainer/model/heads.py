@@ -22,7 +22,7 @@ from parallel.mlp import ACTIVATIONS
 from parallel.params import Init
 from parallel.rng import Streams
 from parallel.tensor import TensorParallel
-from trainer.model.config import TransformerConfig
+from trainer.model.config import PAIRED_CLASSES, TransformerConfig
 from trainer.model.layers import Dropout, final_dropout, make_norm, matrix_init
 from trainer.model.names import names_of
 
@@ -184,8 +184,8 @@ class ClassHead(nn.Module):
         *,
         measured: bool = False,
     ) -> Tensor:
-        """The loss summed over documents; `measured`, that and how many of class i were taken for class j, float64
-        [1 + C²]; without labels every token's logits [B, S, C]."""
+        """The loss summed over documents; `measured`, that and what `ClassMeasures` reads, float64; without labels every
+        token's logits [B, S, C]."""
         x_ND = self.norm(x_ND)
         if labels_BS is None:
             logits_NC = self.classifier(self._pooled(x_ND))
@@ -198,13 +198,17 @@ class ClassHead(nn.Module):
         logits_LC = self.classifier(pooled_LD)
         wide = torch.promote_types(logits_LC.dtype, torch.float32)
         loss = cross_entropy(logits_LC.to(wide), labels_N[chosen], reduction="sum")
-        sums = torch.cat([loss.double()[None], self._confusion(logits_LC, labels_N[chosen])]) if measured else loss
+        sums = torch.cat([loss.double()[None], self._counts(logits_LC.argmax(-1), labels_N[chosen])]) if measured else loss
         return reduce_from_group(sums, self.tp.group) if self.tp.sequence else sums
 
     def _pooled(self, x_ND: Tensor) -> Tensor:
         return x_ND if self.pooler is None else self.pooler(x_ND).tanh()
 
-    def _confusion(self, logits_LC: Tensor, labels_L: Tensor) -> Tensor:
-        """Row by row of the true class, float64 [C²]; of equal logits the lowest class counts."""
-        pairs_L = labels_L * self.num_classes + logits_LC.argmax(-1)
-        return torch.bincount(pairs_L, minlength=self.num_classes**2).double()
+    def _counts(self, named_L: Tensor, labels_L: Tensor) -> Tensor:
+        """Of pairs, row by row of the true class, [C²]; of many classes how often each was right, there and named, [3 C].
+        Of equal logits the lowest class counts."""
+        C = self.num_classes
+        if C <= PAIRED_CLASSES:
+            return torch.bincount(labels_L * C + named_L, minlength=C**2).double()
+        parts = (labels_L[labels_L == named_L], labels_L, named_L)
+        return torch.cat([torch.bincount(part, minlength=C) for part in parts]).double()

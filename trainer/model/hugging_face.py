@@ -21,11 +21,13 @@ from parallel.params import Piece, ShardSpec, owned_specs, zero_padding
 from trainer.durable import replacing_folder
 from trainer.errors import DataError, RecipeError
 from trainer.finite import Rounding, is_finite, overflow
+from trainer.model.config_file import read_config as read_config
 
 NamedTensor = tuple[str, Tensor]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
 SHARD_BYTES = 4 << 30
 COMPARED_ROWS = 4096  # of a tied weight and its second copy at a time
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -52,17 +54,50 @@ def local_folder(name: str, revision: str | None, *, code: bool = False) -> Path
         ) from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def weights_file(folder: Path) -> str | None:
+    """The file of weights, or of their index, that transformers loads: what config.json names, else one file before an index
+    of several. DataError where config.json names none that is here."""
+    named = _named_weights(folder)
+    if named is None:
+        return next((file for file in (SINGLE, INDEX) if (folder / file).is_file()), None)
+    if not isinstance(named, str) or Path(named).name != named or not named.endswith((".safetensors", INDEX_SUFFIX)):
+        raise DataError(
+            f"{folder / 'config.json'}: transformers_weights = {named!r} is no file of weights beside it: remove it"
+        )
+    if not (folder / named).is_file():
+        raise DataError(f"{folder / 'config.json'}: transformers_weights = {named!r} is not there: fetch the folder again")
+    return named
+
+
+def _named_weights(folder: Path) -> Any:
+    return read_config(folder).get("transformers_weights") if (folder / "config.json").is_file() else None
+
+
+def unread_weights(folder: Path) -> list[str]:
+    """A remark where a folder has weights beside those that are loaded, such as the rest of an earlier save."""
+    file = weights_file(folder)
+    if file is None:
+        return []
+    indexed = read_index(folder / file).values() if file.endswith(INDEX_SUFFIX) else ()
+    there = {path.name for path in folder.glob("*.safetensors*") if path.name.endswith((".safetensors", INDEX_SUFFIX))}
+    unread = sorted(there - {file, *indexed}, key=lambda name: (not name.endswith(INDEX_SUFFIX), name))
+    return [f"{folder}: the weights are those of {file}, as in transformers; not read: {_names(unread)}"] if unread else []
+
+
+def _names(files: Sequence[str]) -> str:
+    return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """{tensor: file}; DataError where it is damaged, or a file lies elsewhere."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}: a Hugging Face folder needs config.json") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}): fetch the folder again") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path}: not a JSON object: fetch the folder again")
-    return config
+        entries = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{index}: no valid weight_map ({error}): fetch the folder again") from error
+    for name, file in entries.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
+            raise DataError(f"{index}: tensor {name} points outside the folder ({file!r}): do not use this folder")
+    return entries
 
 
 class PretrainedWeights:
@@ -76,9 +111,7 @@ class PretrainedWeights:
         """RecipeError or DataError when the folder has no weights, or a file of it cannot be opened."""
         self.folder = folder
         listing = self._listing()
-        for file in listing:
-            with self._open(file):
-                pass
+        self._require_one_place(listing)
         self._files = {name: file for file, names in listing.items() for name in names}
 
     def fill(self, module: nn.Module, *, drawn: Callable[[ShardSpec], bool] = lambda spec: spec.added) -> None:
@@ -128,29 +161,36 @@ class PretrainedWeights:
                 )
 
     def _listing(self) -> dict[str, list[str]]:
-        index = self.folder / INDEX
-        if index.is_file():
-            return self._indexed(index)
-        if (self.folder / SINGLE).is_file():
-            with self._open(SINGLE) as file:
-                return {SINGLE: list(file.keys())}
+        file = weights_file(self.folder)
+        if file is not None and file.endswith(INDEX_SUFFIX):
+            return self._indexed(self.folder / file)
+        if file is not None:
+            with self._open(file) as opened:
+                return {file: list(opened.keys())}
         if (self.folder / "pytorch_model.bin").exists():
             raise RecipeError(
                 f"{self.folder}: only pickled weights (pytorch_model.bin), which are never opened here: "
                 "convert them with transformers' save_pretrained, which writes safetensors"
             )
-        raise RecipeError(f"{self.folder}: neither {SINGLE} nor {INDEX}: give a Hugging Face folder with weights")
+        others = _names(sorted(path.name for path in self.folder.glob("*.safetensors")))
+        there = f"; there is {others}, which transformers does not load either without being told" if others else ""
+        raise RecipeError(f"{self.folder}: neither {SINGLE} nor {INDEX}{there}: give a Hugging Face folder with weights")
+
+    def _require_one_place(self, listing: Mapping[str, list[str]]) -> None:
+        """Every file can be opened, and no tensor is in two of them: which one is meant nobody could say."""
+        place: dict[str, str] = {}
+        for file in listing:
+            with self._open(file) as opened:
+                for name in opened.keys():  # noqa: SIM118 - safetensors' files are no mappings
+                    if place.setdefault(name, file) != file:
+                        raise DataError(
+                            f"{self.folder}: tensor {name} is in {place[name]} and in {file}: files of several models are "
+                            "mixed here; fetch the folder again"
+                        )
 
     def _indexed(self, index: Path) -> dict[str, list[str]]:
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            entries = dict(weight_map)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{index}: no valid weight_map ({error}): fetch the folder again") from error
         listing: dict[str, list[str]] = {}
-        for name, file in entries.items():
-            if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
-                raise DataError(f"{index}: tensor {name} points outside the folder ({file!r}): do not use this folder")
+        for name, file in read_index(index).items():
             listing.setdefault(file, []).append(name)
         return listing
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import RecipeError
+from trainer.errors import DataError, RecipeError
+from trainer.model.config_file import read_config
 from trainer.model.families import FAMILIES
-from trainer.recipe.layers import read_file
 from trainer.recipe.names import exists, tokenizer_vocab_size
 from trainer.recipe.places import printable, shown
 from trainer.sections import Finding, Recipe
@@ -74,8 +74,8 @@ def read_auto(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
         if not exists(model.from_pretrained):
             return None, findings
         try:
-            config = read_file(Path(model.from_pretrained).expanduser() / "config.json", []).value
-        except RecipeError as error:
+            config = read_config(Path(model.from_pretrained).expanduser())
+        except (RecipeError, DataError) as error:
             return None, [Finding(("model.from_pretrained",), f"model.from_pretrained: {line}") for line in error.lines]
         findings += folder_findings(recipe, config)
     vocab_size, positions = config.get("vocab_size"), config.get("max_position_embeddings")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from trainer.recipe.layers import Layer, read_chain
 from trainer.recipe.names import name_findings
 from trainer.recipe.network import fit_findings, read_network, translate, with_head
 from trainer.recipe.pipeline import pipeline_findings
-from trainer.recipe.places import KeyPath, Problem, dotted, first_mark
+from trainer.recipe.places import Problem, dotted, first_mark, leaves
 from trainer.recipe.rules import section_findings
 from trainer.redaction import redact
 from trainer.schedule import decay_steps
@@ -61,7 +61,7 @@ class ResolvedRecipe:
         no secrets."""
         values = {
             dotted(path): {"value": value, "origin": self.origins[dotted(path)]}
-            for path, value in _leaves(self.recipe.model_dump())
+            for path, value in leaves(self.recipe.model_dump())
         }
         resolved = {"values": values} | ({} if deepspeed_config is None else {"deepspeed_config": deepspeed_config})
         return dict(redact(resolved))
@@ -111,21 +111,9 @@ def _resolve(recipe: Recipe, layer: Layer, hf_config: dict[str, Any] | None) -> 
     resolved = Recipe.model_validate(values)
     origins = {
         dotted(path): "derived" if path in derived else layer.marks[path].origin if path in layer.marks else "default"
-        for path, _ in _leaves(resolved.model_dump())
+        for path, _ in leaves(resolved.model_dump())
     }
     return ResolvedRecipe(resolved, origins, layer.value, tuple(layer.sources), hf_config)
-
-
-def _leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Every value with its path; objects and lists of objects are opened, other lists are values."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _leaves(inner, (*path, key))
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        for index, inner in enumerate(value):
-            yield from _leaves(inner, (*path, index))
-    else:
-        yield path, value
 
 
 def _under(key: str, faulty: str) -> bool:

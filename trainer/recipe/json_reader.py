@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from trainer.recipe.places import KeyPath
 
 MAX_DEPTH = 32
-MAX_VALUES = 2000
+MAX_VALUES = 20_000  # a thousand sources with every key
 
 NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 WORDS = {"true": True, "false": False, "null": None}

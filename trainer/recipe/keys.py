@@ -20,6 +20,8 @@ from trainer.recipe.unknown_keys import unknown_key
 from trainer.sections import Recipe
 from trainer.spelling import nearest
 
+MAX_EXPLAINED = 500  # problems; who reads more than a hundred, and to look for what was meant takes time
+
 
 def validate(given: Mapping[str, Any], marks: Mapping[str, Mark]) -> tuple[Recipe, list[Problem], set[str]]:
     """The recipe without its faulty keys, the problems, and the dotted names of keys that must not be judged further."""
@@ -32,7 +34,7 @@ def validate(given: Mapping[str, Any], marks: Mapping[str, Mark]) -> tuple[Recip
         except ValidationError as error:
             for detail in error.errors(include_url=False):
                 path: KeyPath = tuple(detail["loc"])
-                message, meant = _explain(detail)
+                message, meant = _explain(detail) if len(problems) < MAX_EXPLAINED else (f"{dotted(path)}: {detail['msg']}", [])
                 places = [dotted(path[:length]) for length in range(len(path), 0, -1)]
                 problems.append(Problem(first_mark(places, marks), message))
                 faulty |= {dotted(path), *(key for key in meant if key not in marks)}

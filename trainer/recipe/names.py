@@ -11,7 +11,7 @@ from trainer.sections import STDLIB, Data, Finding, Recipe
 from trainer.spelling import nearest
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-DATA_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".arrow", ".csv", ".gz", ".zst")
+DATA_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv", ".gz", ".zst")
 SMALLEST_BPE = 257  # 256 bytes and the end of a document
 LARGEST_BPE = 1 << 24
 

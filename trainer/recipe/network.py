@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import RecipeError
+from trainer.errors import DataError, RecipeError
+from trainer.model import config_file
 from trainer.model.config import TransformerConfig
 from trainer.model.families import FAMILIES, Family
 from trainer.model.translation import read_config
 from trainer.recipe.auto import AUTO, read_auto
-from trainer.recipe.layers import read_file
 from trainer.recipe.names import exists, tokenizer_vocab_size
 from trainer.recipe.pipeline import layer_findings
 from trainer.recipe.places import printable, shown
@@ -171,8 +171,8 @@ def _pretrained_config(name: str, findings: list[Finding]) -> tuple[dict[str, An
     folder = Path(name).expanduser()
     keys = ("model.from_pretrained",)
     try:
-        config = read_file(folder / "config.json", []).value
-    except RecipeError as error:
+        config = config_file.read_config(folder)
+    except (RecipeError, DataError) as error:
         findings.extend(Finding(keys, f"model.from_pretrained: {line}") for line in error.lines)
         return None, None
     family = config.get("model_type")

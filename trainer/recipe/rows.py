@@ -12,7 +12,7 @@ READERS = {
     "field": ("pretrain", "mlm"),
     "shape": ("sft",),
     "fields": ("sft", "preference", "classify"),
-    "columns": ("sft", "preference", "translate", "classify"),
+    "columns": ("pretrain", "mlm", "sft", "preference", "translate", "classify"),
 }
 # What the rows of a task are, in which shapes, and which names each shape needs and may have.
 ROWS = {"sft": "conversations", "preference": "pairs", "classify": "labelled texts"}
@@ -54,12 +54,18 @@ def reads_stdlib(recipe: Recipe, given: Collection[str]) -> bool:
 
 def _source_findings(source: Source, where: str, task: str, given: Collection[str]) -> Iterator[Finding]:
     for name, readers in READERS.items():
-        if task not in readers and any(key == f"{where}.{name}" or key.startswith(f"{where}.{name}.") for key in given):
+        if task not in readers and f"{where}.{name}" in given:
             hint = "; what rows call their fields is said in fields" if name == "field" else ""
             users = " or ".join(f'"{user}"' for user in readers)
             yield Finding(
                 (f"{where}.{name}", "data.task"), f"{where}.{name} is used only with data.task {users}: remove it{hint}"
             )
+    if task in READERS["field"] and source.columns and source.text_field not in source.columns:
+        columns, wanted = ", ".join(map(json.dumps, source.columns)), json.dumps(source.text_field)
+        yield Finding(
+            (f"{where}.columns", f"{where}.field"),
+            f"{where}.columns has no {wanted} ({columns}): name the one that holds the text in {where}.field",
+        )
     if task not in NAMES:
         return
     named = set(source.names)

@@ -10,7 +10,11 @@ from trainer.sections import Finding, Recipe
 
 # Which tasks alone read which key.
 TEXTS = ("pretrain", "mlm")
-READERS = {"data.classes": ("classify",), "data.mask_fraction": ("mlm",), "data.bos": TEXTS, "data.special_tokens": TEXTS}
+READERS = {
+    "data.classes": ("classify",),
+    "data.mask_fraction": ("mlm",),
+    **dict.fromkeys(("data.bos", "data.special_tokens", "data.tails"), TEXTS),
+}
 BESIDE_LANGUAGE = ("classify", "mlm")
 
 
@@ -21,6 +25,10 @@ def task_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
         if key in given and task not in readers:
             users = " or ".join(f'"{reader}"' for reader in readers)
             yield Finding((key, "data.task"), f"{key} is used only with data.task {users}: remove it")
+    for number, source in enumerate(recipe.data.eval_sources):
+        if source.weight is not None and f"data.eval_sources[{number}].weight" in given:
+            key = f"data.eval_sources[{number}].weight"
+            yield Finding((key,), f"{key}: evaluation takes sources in proportion to their tokens: remove it")
     if task not in BESIDE_LANGUAGE:
         return
     if recipe.model.family == AUTO:
@@ -53,6 +61,9 @@ def _class_findings(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(
             ("data.classes",), f"data.classes = {json.dumps(data.classes)}: legal: two or more names, each once; or none"
         )
+    if unread := [name for name in data.classes if name != name.strip()]:
+        message = f"data.classes has {json.dumps(unread[0])}, but labels are read without white space around them: remove it"
+        yield Finding(("data.classes",), message)
     if recipe.tuning.method is not None:
         yield Finding(
             ("tuning.method", "data.task"),

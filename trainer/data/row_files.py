@@ -1,0 +1,119 @@
+"""Text with rows in it: JSON, as a list or one value after the other, and delimited values."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Generator, Iterator, Sequence
+from json.decoder import scanstring  # type: ignore[attr-defined]  # the C scanner, in json since 2.6
+from typing import Any
+
+from trainer.data.fault import Fault, first_line, kind_of
+
+Row = dict[str, Any]
+SPACE = re.compile(r"[ \t\r\n]*")
+ROWS = "data"  # the key of an object that has the rows beside it, as in {"version": "1.1", "data": [{…}, …]}
+DELIMITERS = ",;\t|"
+_decode = json.JSONDecoder().raw_decode
+
+
+def json_rows(text: str) -> Iterator[tuple[int, Any]]:
+    """Each row of a JSON text, and where it begins: the items of a list, the items of the list "data" of an object, else the
+    values themselves, which may follow one another. Fault where it is not JSON."""
+    at = _skip(text, 0)
+    try:
+        while at < len(text):
+            if text[at] == "[":
+                at = yield from _items(text, at)
+            elif text[at] == "{" and (rows := _list_inside(text, at)):
+                yield from _items(text, rows)
+                at = _decode(text, at)[1]
+            else:
+                value, end = _decode(text, at)
+                yield at, value
+                at = end
+            at = _skip(text, at)
+    except (ValueError, RecursionError) as error:
+        raise JSONFault(error, at) from None
+
+
+class JSONFault(Fault):
+    """`at`: where in the text reading stopped [characters]."""
+
+    def __init__(self, error: Exception, at: int) -> None:
+        super().__init__(f"not JSON: {first_line(error)}; mend or remove it")
+        self.at = getattr(error, "pos", at)
+
+
+def _items(text: str, at: int) -> Generator[tuple[int, Any], None, int]:
+    """Those of the list that begins at `at`; returns where it ends."""
+    at = _skip(text, at + 1)
+    while text[at : at + 1] != "]":
+        value, end = _decode(text, at)
+        yield at, value
+        at = _skip(text, end)
+        if text[at : at + 1] == ",":
+            at = _skip(text, at + 1)
+        elif text[at : at + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+    return at + 1
+
+
+def _list_inside(text: str, at: int) -> int | None:
+    """Where the list of objects or texts under "data" begins, in the object that begins at `at`; None where it has none."""
+    at = _skip(text, at + 1)
+    while text[at : at + 1] == '"':
+        key, at = scanstring(text, at + 1, False)
+        at = _skip(text, _skip(text, at) + 1)
+        if key == ROWS and text[at : at + 1] == "[" and text[(first := _skip(text, at + 1)) : first + 1] in ("{", '"'):
+            return at
+        at = _skip(text, _decode(text, at)[1])
+        if text[at : at + 1] == ",":
+            at = _skip(text, at + 1)
+    return None
+
+
+def _skip(text: str, at: int) -> int:
+    match = SPACE.match(text, at)
+    return match.end() if match else at
+
+
+def row_of(value: Any) -> Row:
+    """A JSON value that must be an object."""
+    if not isinstance(value, dict):
+        raise Fault(f"a JSON object is needed, this is {kind_of(value)}; mend or remove it")
+    return value
+
+
+def delimiter_of(name: str, line: str, columns: Sequence[str]) -> str:
+    """What divides the values of a file whose first line this is: comma in .csv and tab in .tsv, unless by it the line is one
+    value, and several by just one other. `columns`: names, where it has no header."""
+    own = "\t" if name.endswith(".tsv") else ","
+    values = {delimiter: len(next(csv.reader([line], delimiter=delimiter), [])) for delimiter in DELIMITERS}
+    others = [d for d in DELIMITERS if values[d] > 1 and (not columns or values[d] == len(columns))]
+    return others[0] if values[own] == 1 and len(others) == 1 else own
+
+
+def delimited_values(name: str, lines: Iterator[str], delimiter: str) -> Any:
+    """Values of each line, quoted as RFC 4180 says; in tab-separated files a quotation mark is a letter like others."""
+    if name.endswith(".tsv") and delimiter == "\t":
+        return csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    return csv.reader(lines, delimiter=delimiter, strict=True)
+
+
+def names_of_columns(values: Sequence[str]) -> list[str]:
+    """Of a header; Fault where a name stands twice, so that it would not say which values are meant."""
+    names = [name.strip() for name in values]
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise Fault(f"two columns are named {twice[0]!r}; rename one of them")
+    return names
+
+
+def row_of_values(names: Sequence[str], values: Sequence[str]) -> Row:
+    if len(values) != len(names):
+        raise Fault(
+            f"{len(values)} values for the {len(names)} columns {', '.join(map(repr, names))}; mend the line, or name the "
+            "columns of a file without a header in data.sources[].columns"
+        )
+    return dict(zip(names, values, strict=True))

@@ -1,0 +1,103 @@
+"""Rules of the data that have changed: a run keeps those it began with, and a checkpoint those it was trained with.
+
+Each is a key of the recipe, so what a run goes by is in its resolved.json and in its checkpoints' manifests. Those of a version
+that did not have the key lack it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trainer.errors import DataError
+from trainer.recipe.door import ResolvedRecipe
+from trainer.recipe.places import KeyPath, dotted, leaves
+from trainer.sections import Data, Recipe
+
+ORIGIN = "earlier version"
+# What was done before there was the key.
+EARLIER = {"data.tails": "drop", "data.bos": False}
+# What else a run keeps where its recipe leaves it open: before, the default was 1 for each source.
+KEPT = (*EARLIER, "data.sources[].weight")
+UNWRITTEN = ("default", ORIGIN)
+
+
+def rules_of_run(resolved_json: Path) -> dict[str, Any] | None:
+    """The rules by which the run with that resolved.json began, as far as its recipe left them open, by dotted key; None where
+    the file is not there, or damaged."""
+    try:
+        values = json.loads(resolved_json.read_text(encoding="utf-8"))["values"]
+        open_ones = {key: entry["value"] for key, entry in values.items() if _is_kept(key) and entry["origin"] in UNWRITTEN}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return open_ones | _lacking(values)
+
+
+def rules_of_checkpoint(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The rules by which the data of a checkpoint were laid out; `recipe`: its manifest's."""
+    values = {dotted(path): value for path, value in leaves(recipe)}
+    return {key: value for key, value in values.items() if _is_kept(key)} | _lacking(values)
+
+
+def as_begun(resolved: ResolvedRecipe, rules: Mapping[str, Any], where: str) -> tuple[ResolvedRecipe, list[str]]:
+    """The recipe with the rules of what it goes on from, where it leaves them open; remarks. `where`: names that."""
+    values = resolved.recipe.model_dump()
+    changed = {
+        path: rules[key]
+        for path, value in leaves(values)
+        if (key := dotted(path)) in rules and resolved.origins[key] == "default" and rules[key] != value
+    }
+    if not changed:
+        return resolved, []
+    for path, value in changed.items():
+        _put(values, path, value)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        raise DataError(f"{where}: damaged: {dotted(tuple(detail['loc']))} = {detail['input']!r}: {detail['msg']}") from None
+    origins = resolved.origins | {dotted(path): ORIGIN for path in changed}
+    said = {_pattern(dotted(path)): json.dumps(value) for path, value in changed.items()}
+    kept = ", ".join(f"{key} = {value}" for key, value in said.items())
+    return replace(resolved, recipe=recipe, origins=origins), [
+        f"{where} keeps the rules of the data that it began with: {kept}"
+    ]
+
+
+def in_todays_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of a manifest, with the keys that were not there when it was saved."""
+    found = copy.deepcopy(dict(recipe))
+    data = found.get("data", {})
+    lacking = _lacking({dotted(path): value for path, value in leaves(recipe)})
+    if "data.tails" in lacking:
+        for source in (*data.get("sources", ()), *data.get("eval_sources", ())):
+            if source.get("field") == "text":  # which was the default, whether a file has fields or not
+                source["field"] = None
+    data |= {key.removeprefix("data."): value for key, value in lacking.items()}
+    return found
+
+
+def _lacking(values: Mapping[str, Any]) -> dict[str, Any]:
+    known = {f"data.{key}" for key in Data.model_fields}
+    return {key: value for key, value in EARLIER.items() if key not in values and key in known}
+
+
+def _put(values: Any, path: KeyPath, value: Any) -> None:
+    for part in path[:-1]:
+        values = values[part]
+    values[path[-1]] = value
+
+
+def _is_kept(key: str) -> bool:
+    return _pattern(key) in KEPT
+
+
+def _pattern(key: str) -> str:
+    return re.sub(r"\[\d+\]", "[]", key)
