@@ -93,7 +93,7 @@ MODELS: dict[str, dict[str, Any]] = {
 # Lengths of the documents in the rows of every step.
 PACKED = ((5, 11), (16,), (1, 3, 12), (2, 2, 2, 2, 8), (15, 1), (16,), (7, 9), (4, 4, 8))
 LR, WEIGHT_DECAY = 0.1, 0.01
-TOKENIZER: Any = SimpleNamespace(vocab_size=V, end_of_document=0)
+TOKENIZER: Any = SimpleNamespace(vocab_size=V, end_of_document=0, bos=None)
 
 
 @dataclass(frozen=True)

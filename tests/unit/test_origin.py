@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig
 
 from tests.unit.test_auto_tokenizer import DECODER, SIZES, begins, chat, word_piece
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from trainer.errors import DataError
+from trainer.model.auto_network import AutoNetwork
 from trainer.model.families import FAMILIES
 from trainer.model.network import ModelFiles
 from trainer.model.origin import Origin
@@ -97,6 +98,21 @@ def test_with_another_tokenizer_ids_are_not_kept(same: bool, source: Path) -> No
     )
     sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
     assert written.generation == (QWEN3 if same else {**sampling, "eos_token_id": 256})
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_family_auto_does_the_same(same: bool, source: Path) -> None:
+    tokenizer = load_tokenizer(str(source)) if same else make_tokenizer("bytes")
+    said = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
+    network = AutoNetwork(GPTNeoXConfig(vocab_size=500, **said), "GPTNeoXForCausalLM", lambda: None, 500, 1, 1, 1, None)
+    origin = Origin.of(source, said, tokenizer, same_tokenizer=False)
+    written = ModelFiles(network, tokenizer, "float32", task="sft", end_of_turn=1, origin=origin)
+    other = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": None}
+    assert {name: written.config[name] for name in said} == (said if same else other)
+    assert written.config["finetuning_task"] == "sft"
+    generation = written.generation
+    assert generation is not None
+    assert (generation["temperature"], generation["eos_token_id"]) == (0.6, [2, 0, 1] if same else [1, 256])
 
 
 def test_translations_begin_after_what_they_were_trained_to_follow(source: Path) -> None:

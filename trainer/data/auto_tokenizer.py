@@ -33,6 +33,7 @@ SETTINGS = (
 )
 # Paths on the machine that saved it, and code, which is never run here.
 NOT_KEPT = ("auto_map", "name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")
+PLAIN_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is, in every version of transformers
 # Of a class that is not one of transformers' own it takes the one that we name beside it, unless it may run this file.
 CODE = "tokenizer_as_saved.py"
 AUTO_MAP = {"AutoTokenizer": [None, f"{CODE.removesuffix('.py')}.TokenizerAsSaved"]}
@@ -201,7 +202,7 @@ def _candidates(tokenizer: Tokenizer) -> Iterator[Tokenizer]:
     said = {
         name: value for name, value in (tokenizer.settings or {}).items() if value is not None and name not in tokenizer.config
     }
-    plain = tokenizer.changed(tokenizer_class="PreTrainedTokenizerFast", **said)
+    plain = tokenizer.changed(tokenizer_class=PLAIN_CLASS, **said)
     yield plain
     yield plain.changed(auto_map=AUTO_MAP)
 
@@ -215,8 +216,8 @@ def require_same(folder: Path, tokenizer: Tokenizer) -> None:
     """DataError where AutoTokenizer does not make of the folder what trained."""
     if wrong := _unlike(folder, tokenizer):
         raise DataError(
-            f"{folder.name}: transformers would not make of its tokenizer what trained: {wrong}; it is not written: export the "
-            "newest checkpoint with triaxis export, beside the version of transformers that trained"
+            f"{folder.name}: transformers would not make of its tokenizer what trained: {wrong}; it is not written: install "
+            "the version of transformers that trained, and write the newest checkpoint with triaxis export"
         )
 
 

@@ -25,8 +25,6 @@ from trainer.errors import DataError, RecipeError
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_BPE = 257  # 256 bytes and the end of document
 MASK = "<|mask|>"
-# Of a saved tokenizer_config.json: the class that takes tokenizer.json as it is, in every version of transformers.
-PLAIN_CLASS = "PreTrainedTokenizerFast"
 SPECIAL_TOKENS = ("bos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # and eos_token
 
 
@@ -316,7 +314,7 @@ class Tokenizer:
 
 def _own_config() -> dict[str, Any]:
     """Of a tokenizer that is made here: what a text spells is text, as it was in training."""
-    return {"tokenizer_class": PLAIN_CLASS, "split_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return {"tokenizer_class": auto_tokenizer.PLAIN_CLASS, "split_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
 def make_tokenizer(spec: str) -> Tokenizer:

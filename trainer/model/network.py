@@ -92,7 +92,8 @@ def config_json(network: Network, tokenizer: Tokenizer, *, dtype: str, origin: O
     if isinstance(network, AutoNetwork):
         written = network.config_json(dtype)
         if origin is not None and not ids:  # another tokenizer
-            ids = {"bos_token_id": tokenizer.bos, "eos_token_id": end, "pad_token_id": tokenizer.padding}
+            begin = end if tokenizer.bos is None else tokenizer.bos
+            ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": tokenizer.padding}
         return {**written, **{name: token for name, token in ids.items() if name in written}}
     start = tokenizer.start_of_target
     written = translation.to_hf_config(
