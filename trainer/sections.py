@@ -180,6 +180,12 @@ class Data(Section):
         description="'bytes' (256 symbols + end of document), 'bpe:4096' (byte-level BPE of that size trained on the "
         "sources), or a Hugging Face folder or hub name.",
     )
+    new_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="Special tokens that the tokenizer gets, or has and the model is yet to learn: a text that spells one "
+        "means it. Embedding and head get the rows that they lack, and those of all these tokens are trained, under every "
+        "tuning.method too.",
+    )
     isolate_documents: bool = Field(
         True, description="Documents packed into one sequence do not attend to each other; their positions restart at 0."
     )

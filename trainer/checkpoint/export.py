@@ -31,7 +31,7 @@ LOGITS_TOLERANCE = 1e-4
 def require_mergeable(checkpoint: Path) -> None:
     """RecipeError where `--merge` asks for what cannot be."""
     tuned = Tuned.of(checkpoint, read_sound(checkpoint))
-    if tuned is None:
+    if tuned is None or not tuned.has_adapter:
         raise RecipeError(f"--merge: {checkpoint} has no adapter (tuning.method none or bitfit): export it without")
     if not tuned.merges:
         raise RecipeError(
@@ -62,15 +62,16 @@ def export(
     check_files(checkpoint, manifest.files)
     chosen = dtype or str(manifest.recipe["precision"]["dtype"])
     tuned = Tuned.of(checkpoint, manifest)
+    whole = whole or tuned is None or not tuned.has_adapter
     sizes: dict[str, int] = {}
     try:
         with replacing_folder(out) as draft:
             shutil.copytree(checkpoint / HUGGING_FACE, draft, dirs_exist_ok=True, copy_function=shutil.copyfile)
-            if tuned is None or whole:
+            if whole:
                 sizes |= _write_model(Contents(checkpoint, manifest, tuned, adapter=False), draft, chosen, shard_bytes)
             else:
                 (draft / "config.json").unlink()  # an adapter's folder must not look like a model's
-            if tuned is not None and not (whole and tuned.merges):
+            if tuned is not None and tuned.has_adapter and not (whole and tuned.merges):
                 sizes |= _write_adapter(Contents(checkpoint, manifest, tuned, adapter=True), tuned.form, draft, chosen)
             for path in (draft, *draft.rglob("*")):  # a folder to hand on, unlike the checkpoint
                 path.chmod(0o755 if path.is_dir() else 0o644)
@@ -191,8 +192,8 @@ def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dt
         raise RecipeError(
             "--verify compares with our own network; family auto is transformers' already, and is read back anyway"
         )
-    network = translate(family, config)
     tuned = Tuned.of(checkpoint, manifest)
+    network = tuned.network if tuned else translate(family, config)
     stage = Stage(
         network,
         blocks_of(network),

@@ -2,12 +2,13 @@
 
 `tokenizers` does the work; `transformers` is imported only for a hub name or a folder without tokenizer.json.
 A text never yields the end-of-document token, not even a text that spells it: only we put it between documents, and a chat
-template at the end of turns.
+template at the end of turns. Of special tokens it yields only those that a recipe names as new.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ MASK = "<|mask|>"
 KEPT_CONFIG = (
     *("bos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token"),
     *("chat_template", "model_max_length"),
+    "new_tokens",  # ours: those that a text spells where it means them
 )
 SPECIAL_TOKENS = ("bos_token", "unk_token", "pad_token")  # of these, what a chat template may write; eos_token besides
 
@@ -47,9 +49,11 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
+        self.new_tokens = tuple(map(str, (config or {}).get("new_tokens") or ()))
         self.end_of_document: int = token_id
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self._backend = backend
+        self._reader = _parsing(backend, self.new_tokens) if self.new_tokens else backend
         self._eos_token = end_of_document
         self._config = {key: value for key, value in (config or {}).items() if key in KEPT_CONFIG}
         self._reads_special = reads_special
@@ -58,7 +62,7 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """Equal for tokenizers that encode equally and end documents equally."""
-        return fingerprint_of([self._backend.to_str(), self.end_of_document])
+        return fingerprint_of([self._reader.to_str(), self.end_of_document])
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -67,7 +71,7 @@ class Tokenizer:
         """Tokens of each text, without end-of-document or other added tokens."""
         if self._ids_are_bytes:  # the backend gives the same, at 2.6 MB/s on one core
             return [list(text.encode()) for text in texts]
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self._reader.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     @property
@@ -86,6 +90,35 @@ class Tokenizer:
             end = (self._eos_token, self.end_of_document)
             backend.post_processor = processors.TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
         return Tokenizer(backend, end_of_document=self._eos_token, config=config)
+
+    def with_new_tokens(self, tokens: Sequence[str]) -> Tokenizer:
+        """This tokenizer with these special tokens, each of which a text that spells it means; those that it has already keep
+        their numbers. RecipeError where its numbers leave no room for them."""
+        if not tokens:
+            return self
+        backend = Backend.from_str(self._backend.to_str())
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise RecipeError(
+                "data.new_tokens: this tokenizer leaves numbers out, and would give a new token that of another symbol: add "
+                "the tokens to its folder, and name them here all the same"
+            )
+        config = {**self._config, "new_tokens": list(dict.fromkeys([*self.new_tokens, *tokens]))}
+        return Tokenizer(backend, end_of_document=self._eos_token, config=config, reads_special=True)
+
+    def ids_of(self, tokens: Iterable[str]) -> dict[str, int]:
+        """The numbers of those of these symbols that it has."""
+        found = {token: self._backend.token_to_id(token) for token in tokens}
+        return {token: number for token, number in found.items() if number is not None}
+
+    def from_number(self, first: int) -> dict[str, bool]:
+        """The symbols with this number or a higher one, in order, and whether each is an added token."""
+        added = self._backend.get_added_tokens_decoder()
+        numbers = self._backend.get_vocab(with_added_tokens=True)
+        return {
+            token: number in added for token, number in sorted(numbers.items(), key=lambda item: item[1]) if number >= first
+        }
 
     def for_chat(self) -> Tokenizer:
         """This tokenizer with a chat template: its own, or ours where it has none."""
@@ -141,12 +174,12 @@ class Tokenizer:
     def encode_sequence(self, text: str, *, max_tokens: int) -> tuple[list[int], int]:
         """At most `max_tokens` tokens of a text with the special tokens around it, as transformers gives them, and how many
         were cut off."""
-        self._backend.enable_truncation(max_tokens)
+        self._reader.enable_truncation(max_tokens)
         try:
-            encoding = self._backend.encode(text, add_special_tokens=True)
+            encoding = self._reader.encode(text, add_special_tokens=True)
         finally:
-            self._backend.no_truncation()
-        around = self._backend.num_special_tokens_to_add(is_pair=False)
+            self._reader.no_truncation()
+        around = self._reader.num_special_tokens_to_add(is_pair=False)
         return encoding.ids, sum(len(more.ids) - around for more in encoding.overflowing)
 
     @property
@@ -175,17 +208,18 @@ class Tokenizer:
 
     @property
     def special_spellings(self) -> list[str]:
-        return [
-            token.content for number, token in self._backend.get_added_tokens_decoder().items() if number in self.special_ids
-        ]
+        """Of the special tokens that a text which spells them does not mean."""
+        added = self._backend.get_added_tokens_decoder()
+        spelt = [token.content for number, token in added.items() if number in self.special_ids]
+        return [token for token in spelt if token not in self.new_tokens]
 
     def encode_with_offsets(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokens, and where in the text each stands; `special`: a spelt special token is that token."""
-        self._backend.encode_special_tokens = not special
+        self._reader.encode_special_tokens = not special
         try:
-            encoding = self._backend.encode(text, add_special_tokens=False)
+            encoding = self._reader.encode(text, add_special_tokens=False)
         finally:
-            self._backend.encode_special_tokens = True
+            self._reader.encode_special_tokens = True
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -307,6 +341,16 @@ def _spelling(token: Any) -> str | None:
     """A special token as tokenizer_config.json has it, a text or an object with the text."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
+
+
+def _parsing(backend: Backend, tokens: Collection[str]) -> Backend:
+    """The backend with these added tokens not marked special: so it finds them in every text, whatever it does with others."""
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in tokens
+    parsing = Backend.from_str(json.dumps(state))
+    parsing.encode_special_tokens = True
+    return parsing
 
 
 def _bytes_backend() -> Backend:
