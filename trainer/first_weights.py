@@ -11,7 +11,6 @@ from torch import nn
 
 from parallel.params import ShardSpec, initialise
 from trainer.data.tokenizer import Tokenizer
-from trainer.errors import RecipeError
 from trainer.model.auto import open_auto
 from trainer.model.config import TransformerConfig
 from trainer.model.families import FAMILIES
@@ -22,7 +21,7 @@ from trainer.model.transformer import logical_specs
 from trainer.model.translation import classes_of
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.auto import AUTO
-from trainer.recipe.new_tokens import rows_missing
+from trainer.recipe.new_tokens import require_rows
 
 
 def first_weights(
@@ -55,14 +54,6 @@ def first_weights(
         initialise(block, recipe.run.seed, only=drawn)
 
     return network, fill
-
-
-def require_rows(folder: Path, rows: object, tokenizer: Tokenizer, named: Sequence[str]) -> None:
-    """RecipeError where the tokenizer has symbols beyond the rows of the folder's embedding that the recipe does not name."""
-    if not isinstance(rows, int) or tokenizer.vocab_size <= rows:
-        return
-    if line := rows_missing(str(folder), rows, tokenizer.vocab_size, tokenizer.from_number(rows), named):
-        raise RecipeError(line)
 
 
 def _drawn(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
+from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.sections import Finding, Recipe
 
@@ -20,8 +22,6 @@ def new_token_findings(recipe: Recipe) -> Iterator[Finding]:
             yield Finding((KEY,), f"{KEY} names {json.dumps(token)} {times} times: once is enough")
         if not token.strip():
             yield Finding((KEY,), f"{KEY}: {json.dumps(token)} is white space, which texts are full of: name something rare")
-        if any("\ud800" <= character <= "\udfff" for character in token):
-            yield Finding((KEY,), f"{KEY}: {json.dumps(token)} is no text that UTF-8 can write: correct it")
 
 
 def growth_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:
@@ -52,21 +52,31 @@ def stand_ins(number: int, vocab_size: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(vocab_size * (2 * place + 1) // (2 * number) for place in range(number)))
 
 
-def rows_missing(place: str, rows: int, vocab_size: int, beyond: Mapping[str, bool], named: Collection[str]) -> str:
-    """The line for a tokenizer that is larger than the weights of a folder; `beyond`: its symbols from `rows` on, and whether
-    each was added to it. "" where the recipe names them all."""
-    unnamed = [token for token in beyond if token not in named]
-    if not unnamed:
-        return ""
-    said = f"{place}: the weights have {rows} rows of embedding, and data.tokenizer has {vocab_size} symbols"
-    if ordinary := [token for token in unnamed if not beyond[token]]:
-        return (
+class Symbols(Protocol):
+    """A tokenizer, as far as it matters here."""
+
+    vocab_size: int
+
+    def from_number(self, first: int) -> Mapping[str, bool]: ...
+
+
+def require_rows(place: str | Path, rows: object, tokenizer: Symbols, named: Collection[str]) -> None:
+    """RecipeError for symbols beyond the rows of a folder's embedding that the recipe does not name; `rows`: None where its
+    config does not say."""
+    if not isinstance(rows, int) or tokenizer.vocab_size <= rows:
+        return
+    beyond = {token: is_added for token, is_added in tokenizer.from_number(rows).items() if token not in named}
+    said = f"{place}: the weights have {rows} rows of embedding, and data.tokenizer has {tokenizer.vocab_size} symbols"
+    if ordinary := [token for token, is_added in beyond.items() if not is_added]:
+        raise RecipeError(
             f"{said}, among them ordinary ones that the weights do not know ({_listed(ordinary)}): it is another model's "
             "tokenizer; give the one that came with the weights"
         )
-    return (
-        f"{said}; the others were added to it and have none: name them, {KEY} {_listed(unnamed)}, and they get rows that learn"
-    )
+    if beyond:
+        raise RecipeError(
+            f"{said}: those that were added to it have no rows; name them, {KEY} {_listed(list(beyond))}, and they get rows "
+            "that learn"
+        )
 
 
 def _listed(tokens: Sequence[str]) -> str:
