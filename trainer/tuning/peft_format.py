@@ -27,7 +27,7 @@ def adapter_config(recipe: Recipe, network: Network) -> dict[str, Any]:
     tuning = recipe.tuning
     names = WEIGHT_NAMES[network.family]
     shared: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if network.causal else None,
         "base_model_name_or_path": recipe.model.from_pretrained,
         "revision": recipe.model.revision,
         "inference_mode": True,
@@ -114,7 +114,9 @@ def target_modules(tuning: Tuning, network: TransformerConfig, *, among: Collect
     adapted = set(targeted_modules(tuning, network))
     layer = dict.fromkeys(modules_by_role(network, 0).values())
     chosen = adapted if among is None else adapted.intersection(among)
-    others = {module.rpartition(".")[2] for module in layer if module not in chosen}
+    names = names_of(network)
+    of_head = filter(None, (names.head_transform, names.pooler))
+    others = {module.rpartition(".")[2] for module in (*layer, *of_head) if module not in chosen}
 
     def ending(module: str) -> str:
         last = module.rpartition(".")[2]
