@@ -32,6 +32,9 @@ from tests.parallel.test_engine_parity import (
     run_case,
 )
 from tests.spawn import spawn
+from tools.campaign import exactness, reshard
+from tools.campaign.cases import WAYS, arguments, digests, write_recipe
+from tools.campaign.ranks import run_ranks, train
 from trainer.model import transformer
 from trainer.model.hugging_face import assembled, write_folder
 from trainer.model.translation import to_hf_config, translate
@@ -160,7 +163,6 @@ BEGINNINGS: dict[str, Case] = {
     "adapter": Case(tuning={"method": "adapter", "bottleneck": 6}, new_tokens=TOKENS, clip_norm=0.1, config=DEEP),
 }
 EVERY_DAY = {
-    ("tied", "tp4"),
     ("tied", "tp2xpp2"),
     ("tied", "split-backward"),
     ("untied", "tp2"),
@@ -201,7 +203,7 @@ def test_only_the_rows_and_the_adapter_are_trained(one_process: Callable[[str], 
         assert (np.abs(trained.weights[f"{weight}{TOKEN_ROWS}"] - rows).max(-1) > 1e-5).all(), "a row was not trained"
 
 
-@pytest.mark.parametrize("stage", [0, 1, pytest.param(3, marks=pytest.mark.grid)])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.grid), 1, pytest.param(3, marks=pytest.mark.grid)])
 def test_in_bf16_rows_keep_their_fp32_values(stage: int) -> None:
     """A step smaller than bf16 can tell from the row is not lost."""
     case = Case(tuning=LORA, new_tokens=TOKENS, dtype="bf16", stage=stage, optimizer={"name": "sgd", "lr": 1e-3}, steps=8)
@@ -214,6 +216,39 @@ def test_in_bf16_rows_keep_their_fp32_values(stage: int) -> None:
         moved_in_bf16 = moved_in_bf16[np.abs(start) < np.abs(moved)]
         moved = moved[np.abs(start) < np.abs(moved)]
     np.testing.assert_allclose(moved_in_bf16, moved, atol=0.05 * np.abs(moved).max())
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+# Words of the campaigns' text; "7" is a byte already, so that both of two tensor ranks have rows.
+WORDS = {"tuning": LORA, "data": {"new_tokens": ["times", "remainder", "7"]}}
+BY_NAME = {way.name: way for way in WAYS}
+
+
+def test_a_checkpoint_with_rows_is_read_in_other_layouts(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, steps=4, every=4, keep=9, **WORDS)
+    ended = run_ranks(train, arguments(recipe, tmp_path / "run", BY_NAME["one"]), world_size=1, log=tmp_path / "log")
+    assert ended.codes == (0,), ended.said
+    checkpoint = start = tmp_path / "run" / "checkpoints" / "step-00000004"
+    states = [name for name in digests(start) if TOKEN_ROWS in name]
+    assert states == [f"transformer.wte{TOKEN_ROWS} {state}" for state in ("weight", "exp_avg", "exp_avg_sq")]
+    for name in ("tp2xpp2", "dp2-zero3"):
+        way, run = BY_NAME[name], tmp_path / name
+        ended = run_ranks(
+            reshard.save_again,
+            *(str(recipe), str(run), way.keys, str(checkpoint)),
+            world_size=way.processes,
+            log=tmp_path / "log",
+        )
+        assert not any(ended.codes), ended.said
+        checkpoint = run / "checkpoints" / checkpoint.name
+        assert digests(checkpoint) == digests(start), name
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("name", ["one", "tp2xpp2", "dp2-zero3"])
+def test_a_resumed_run_is_the_undisturbed_one(name: str, tmp_path: Path) -> None:
+    assert exactness.run(BY_NAME[name], "bf16", 4, 2, tmp_path, **WORDS) == (2, 2)
 
 
 # ------------------------------------------------------------------------------------------------ mistakes are caught

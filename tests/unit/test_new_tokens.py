@@ -186,6 +186,29 @@ def test_a_larger_tokenizer_is_refused_with_what_is_missing() -> None:
         require_rows("base", 60, FakeSymbols(69), [])
 
 
+def test_verify_trains_rows_where_everything_else_is_frozen(tmp_path: Path) -> None:
+    """All over the vocabulary, so that each tensor rank has some; as many as the twin's vocabulary has room for."""
+    from parallel.topology import Layout
+    from trainer.recipe import load
+    from trainer.verify.twin import full_size, scaled_down
+
+    given = {
+        "model": {"family": "llama", "config": FAMILIES["tied"][1]},
+        "data": {"seq_len": 32, "new_tokens": [f"<{n}>" for n in range(9)]},
+        "tuning": {"method": "lora"},
+    }
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(given))
+    for twin, tokens in ((scaled_down(load(path), [Layout(tp=2)]), 6), (full_size(load(path)), 9)):
+        assert twin.given["data"]["new_tokens"] == [f"<{n}>" for n in range(tokens)]
+        path.write_text(json.dumps(twin.given))
+        network = load(path).network(vocab_size=None)
+        assert len({token * 2 // network.vocab_size for token in network.new_tokens}) == 2
+        path.write_text(json.dumps(given))
+    path.write_text(json.dumps({**given, "tuning": {}}))
+    assert "new_tokens" not in scaled_down(load(path), [Layout(tp=2)]).given["data"]
+
+
 def test_another_list_is_another_model_on_resuming() -> None:
     saved, given = (recipe_facts(Recipe.model_validate({"data": {"new_tokens": tokens}})) for tokens in (["<x>"], []))
     (line,) = refusals("c", 1, saved, given, ())
