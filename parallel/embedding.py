@@ -13,41 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from parallel.mesh import Group
-from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
+from parallel.params import Init, Role, Sharded, whole
 from parallel.tensor import TensorParallel
+from parallel.vocabulary import VocabularyMatrix, vocabulary_shard
 
 
-def vocabulary_shard(vocab_size: int, group: Group) -> tuple[int, int]:
-    """(first, rows): this rank's rows of a vocabulary padded to a multiple of the degree; the padding is at the end."""
-    rows = -(-vocab_size // group.size)
-    return group.rank * rows, rows
-
-
-def vocabulary_piece(name: str, shape: tuple[int, ...], group: Group) -> Piece:
-    """The real, unpadded rows of a [V] or [V, D] tensor that this rank holds; none on a rank that holds only padding."""
-    vocab_size, *features = shape
-    first, rows = vocabulary_shard(vocab_size, group)
-    first = min(first, vocab_size)
-    return Piece(name, shape, (first, *[0] * len(features)), (min(rows, vocab_size - first), *features))
-
-
-def vocabulary_weight(
-    name: str, vocab_size: int, hidden_size: int, role: Role, init: Init, group: Group, tied_over: Group | None
-) -> tuple[tuple[int, int], ShardSpec]:
-    """Shape and spec of this rank's rows of a [V, D] tensor, padding included."""
-    rows = vocabulary_shard(vocab_size, group)[1]
-    piece = vocabulary_piece(name, (vocab_size, hidden_size), group)
-    return (rows, hidden_size), ShardSpec(role, init, (piece,), tied_over or Group.alone(), tied=tied_over is not None)
-
-
-class VocabParallelEmbedding(Sharded):
+class VocabParallelEmbedding(VocabularyMatrix):
     """Rows of the embedding matrix E divided over the vocabulary: Y = Σ_i E_i[tokens], a token being in one E_i only.
 
     Forward: tokens [N] → [N, D], or with sequence parallelism this rank's tokens of it; one all-reduce or reduce-scatter.
     Backward: each rank keeps its rows' gradient; with sequence parallelism after an all-gather.
     """
-
-    weight: nn.Parameter
 
     def __init__(
         self,
@@ -62,21 +38,19 @@ class VocabParallelEmbedding(Sharded):
     ) -> None:
         """`tied_over`: the ranks of the first and the last pipeline stage, when the head there has this weight too. `tied_to`:
         another text's embedding, whose weight is this one's."""
-        super().__init__()
-        self.tp = tp
+        super().__init__(tp)
         self.first = vocabulary_shard(vocab_size, tp.group)[0]
         if tied_to is not None:
             self.borrow("weight", tied_to)
             return
-        shape, spec = vocabulary_weight(name, vocab_size, hidden_size, Role.EMBEDDING, init, tp.group, tied_over)
-        self.declare("weight", shape, spec)
+        self.declare_weight(name, vocab_size, hidden_size, Role.EMBEDDING, init, tied_over)
 
     def forward(self, tokens_N: Tensor) -> Tensor:
         if self.tp.group.size == 1:
-            return functional.embedding(tokens_N, self.weight)
+            return self.rows_of(tokens_N)
         local_N = tokens_N - self.first
         elsewhere_N = (local_N < 0) | (local_N >= self.weight.shape[0])
-        y_ND = functional.embedding(local_N.masked_fill(elsewhere_N, 0), self.weight)
+        y_ND = self.rows_of(local_N.masked_fill(elsewhere_N, 0))
         return self.tp.leave(y_ND.masked_fill(elsewhere_N.unsqueeze(-1), 0.0))
 
 

@@ -1,11 +1,12 @@
 """Vocabulary-parallel head and cross entropy that never hold the logits of a whole micro-batch.
 
-Shape letters: N tokens of a micro-batch, D model, V vocabulary (local: this rank's rows).
+Shape letters: N tokens of a micro-batch, D model, V vocabulary (local: this rank's rows), R tokens of this rank whose rows of W
+are a tensor of their own (`parallel.vocabulary`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -18,28 +19,57 @@ from torch.nn import functional
 
 from parallel.autograd import TensorFunction
 from parallel.collectives import all_reduce
-from parallel.embedding import VocabParallelEmbedding, vocabulary_piece, vocabulary_shard, vocabulary_weight
+from parallel.embedding import VocabParallelEmbedding
 from parallel.mesh import Group
-from parallel.params import Init, Piece, Role, Sharded, ShardSpec
+from parallel.params import Init, Piece, Role, ShardSpec
 from parallel.soft_cap import soft_cap
 from parallel.tensor import TensorParallel
+from parallel.vocabulary import VocabularyMatrix, vocabulary_piece, vocabulary_shard
 
 IGNORE = -100  # label of a position that is not a target, as in torch and transformers
 CHUNK_BYTES = 32 << 20  # fp32 logits held at a time: fits a server CPU's L3, and is launch-bound on no GPU
 
 
 @dataclass(frozen=True)
+class _Output:
+    """What a head is beside its weights. `places_R`: which of W's rows are a tensor of their own; None: none is."""
+
+    size: int  # V
+    group: Group
+    softcap: float | None
+    places_R: Tensor | None
+
+
+@dataclass(frozen=True)
 class _Vocabulary:
-    """This rank's rows of the logits' matrix W [V/p, D], their bias [V/p] or None, and the soft cap.
+    """This rank's rows of the logits' matrix W [V/p, D], their bias [V/p] or None, what stands in place of some of them [R, D]
+    or None, and the rest of the head.
 
     Logits are x = cap(h Wᵀ + b), with cap(x) = c · tanh(x / c) where there is a soft cap c, else x.
     """
 
     weight_VD: Tensor
     bias_V: Tensor | None
-    size: int  # V
-    group: Group
-    softcap: float | None
+    own_RD: Tensor | None
+    output: _Output
+
+    @classmethod
+    def of(cls, weight_VD: Tensor, bias_V: Tensor | None, own_MD: Tensor | None, output: _Output, h: Tensor) -> _Vocabulary:
+        """In the format of h, the bias as it is; the rows without their padding."""
+        own_RD = None if own_MD is None or output.places_R is None else own_MD[: len(output.places_R)].to(h.dtype)
+        return cls(weight_VD.to(h.dtype), bias_V, own_RD, output)
+
+    @property
+    def size(self) -> int:
+        return self.output.size
+
+    @property
+    def group(self) -> Group:
+        return self.output.group
+
+    @property
+    def softcap(self) -> float | None:
+        return self.output.softcap
 
     @property
     def rows(self) -> int:
@@ -58,9 +88,16 @@ class _Vocabulary:
         step = max(1, CHUNK_BYTES // (4 * self.rows))
         return (slice(start, start + step) for start in range(0, num_tokens, step))
 
+    def products(self, h_ND: Tensor) -> Tensor:
+        """h Wᵀ [N, V/p]."""
+        products = h_ND @ self.weight_VD.t()
+        if self.own_RD is not None and self.output.places_R is not None:
+            products.index_copy_(1, self.output.places_R, h_ND @ self.own_RD.t())
+        return products
+
     def chunk(self, h_ND: Tensor, labels_N: Tensor, *, wants_slope: bool) -> _Chunk:
         padding = self.first + self.rows - self.size
-        logits = (h_ND @ self.weight_VD.t()).to(self.wide)
+        logits = self.products(h_ND).to(self.wide)
         slope = None
         if self.bias_V is not None:
             logits.add_(self.bias_V)
@@ -143,24 +180,41 @@ class _Chunk:
 
 
 class _Gradients:
-    """Those of h, W and b, chunk by chunk from those of the logits."""
+    """Those of h, W, b and the rows that stand in W, chunk by chunk from those of the logits."""
 
-    def __init__(self, h_ND: Tensor, vocabulary: _Vocabulary, *, trains_weight: bool, trains_bias: bool) -> None:
+    def __init__(self, h_ND: Tensor, vocabulary: _Vocabulary, trains: tuple[bool, bool, bool], own_MD: Tensor | None) -> None:
+        """`trains`: W, b, the rows [M, D]."""
         # Several chunks are summed in fp32: in bf16 the sum would lose what later chunks add.
         self._h_ND, self._vocabulary = h_ND, vocabulary
         zeros = partial(torch.zeros, dtype=vocabulary.wide, device=h_ND.device)
         bias_V = vocabulary.bias_V
         self.h = torch.empty_like(h_ND)
-        self.weight = zeros(vocabulary.weight_VD.shape) if trains_weight else None
-        self.bias = zeros(bias_V.shape) if trains_bias and bias_V is not None else None
+        self.weight = zeros(vocabulary.weight_VD.shape) if trains[0] else None
+        self.bias = zeros(bias_V.shape) if trains[1] and bias_V is not None else None
+        self.own = zeros(own_MD.shape) if trains[2] and own_MD is not None else None
 
     def add(self, part: slice, of_logits: Tensor) -> None:
         if self.bias is not None:
             self.bias += of_logits.sum(0)
         delta = of_logits.to(self._h_ND.dtype)
-        self.h[part] = delta @ self._vocabulary.weight_VD
+        own_RD, places_R = self._vocabulary.own_RD, self._vocabulary.output.places_R
+        if own_RD is None or places_R is None:
+            self.h[part] = delta @ self._vocabulary.weight_VD
+        else:
+            own_NR = delta[:, places_R]
+            delta = delta.index_fill(1, places_R, 0.0)
+            self.h[part] = torch.addmm(own_NR @ own_RD, delta, self._vocabulary.weight_VD)
+            if self.own is not None:
+                self.own[: len(places_R)] += own_NR.t() @ self._h_ND[part]
         if self.weight is not None:
             self.weight += delta.t() @ self._h_ND[part]
+
+    def of_weights(self, like: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """W's, b's and the rows', in the formats of these."""
+        return tuple(
+            None if grads is None or weight is None else grads.to(weight.dtype)
+            for grads, weight in zip((self.weight, self.bias, self.own), like, strict=True)
+        )
 
 
 class _CrossEntropySum(TensorFunction):
@@ -179,35 +233,35 @@ class _CrossEntropySum(TensorFunction):
         h_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
+        own_MD: Tensor | None,
         labels_N: Tensor,
-        vocab_size: int,
-        group: Group,
-        softcap: float | None,
+        output: _Output,
         smoothing: float,
     ) -> Tensor:
         wants_grad = any(ctx.needs_input_grad)
-        trains_weight, trains_bias = ctx.needs_input_grad[1:3]
-        vocabulary = _Vocabulary(weight_VD.to(h_ND.dtype), bias_V, vocab_size, group, softcap)
+        vocabulary = _Vocabulary.of(weight_VD, bias_V, own_MD, output, h_ND)
         loss = torch.zeros((), dtype=vocabulary.wide, device=h_ND.device)
         gradients = None
         if wants_grad:
-            gradients = _Gradients(h_ND, vocabulary, trains_weight=trains_weight, trains_bias=trains_bias)
+            gradients = _Gradients(h_ND, vocabulary, ctx.needs_input_grad[1:4], own_MD)
         for part in vocabulary.parts(h_ND.shape[0]):
             chunk = vocabulary.chunk(h_ND[part], labels_N[part], wants_slope=wants_grad)
             loss += chunk.losses(smoothing)[0].sum()
             if gradients is not None:
                 gradients.add(part, chunk.to_gradients(smoothing))
         if gradients is not None:
-            ctx.save_for_backward(gradients.h, gradients.weight, gradients.bias)
-            ctx.weight_dtype = weight_VD.dtype
+            ctx.save_for_backward(gradients.h, gradients.weight, gradients.bias, gradients.own)
+            ctx.dtypes = [None if weight is None else weight.dtype for weight in (weight_VD, bias_V, own_MD)]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_h, grad_w, grad_b = ctx.saved_tensors
-        weight, bias = (None if grads is None else (grads * grad).to(ctx.weight_dtype) for grads in (grad_w, grad_b))
-        return grad_h * grad, weight, bias, None, None, None, None, None
+        grad_h, *of_weights = ctx.saved_tensors
+        scaled = (
+            None if grads is None else (grads * grad).to(dtype) for grads, dtype in zip(of_weights, ctx.dtypes, strict=True)
+        )
+        return grad_h * grad, *scaled, None, None, None
 
 
 @torch.no_grad()
@@ -215,14 +269,13 @@ def losses_and_hits(
     h_ND: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
+    own_MD: Tensor | None,
     labels_N: Tensor,
-    vocab_size: int,
-    group: Group,
-    softcap: float | None,
+    output: _Output,
 ) -> Tensor:
     """Each token's loss, and 1 where its label has the highest logit, both 0 where it is no target: float64 [2, N], the same on
     every rank. Communication per chunk: that of the losses, and the lowest id."""
-    vocabulary = _Vocabulary(weight_VD.to(h_ND.dtype), bias_V, vocab_size, group, softcap)
+    vocabulary = _Vocabulary.of(weight_VD, bias_V, own_MD, output, h_ND)
     found_2N = torch.empty((2, h_ND.shape[0]), dtype=torch.float64, device=h_ND.device)
     for part in vocabulary.parts(h_ND.shape[0]):
         chunk = vocabulary.chunk(h_ND[part], labels_N[part], wants_slope=False)
@@ -247,36 +300,33 @@ class _TokenLosses(TensorFunction):
         h_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
+        own_MD: Tensor | None,
         labels_N: Tensor,
-        vocab_size: int,
-        group: Group,
-        softcap: float | None,
+        output: _Output,
     ) -> Tensor:
-        vocabulary = _Vocabulary(weight_VD.to(h_ND.dtype), bias_V, vocab_size, group, softcap)
+        vocabulary = _Vocabulary.of(weight_VD, bias_V, own_MD, output, h_ND)
         losses_N, log_normalisers_N = torch.empty((2, h_ND.shape[0]), dtype=vocabulary.wide, device=h_ND.device).unbind()
         for part in vocabulary.parts(h_ND.shape[0]):
             chunk = vocabulary.chunk(h_ND[part], labels_N[part], wants_slope=False)
             losses_N[part], log_normalisers_N[part] = chunk.losses()
-        ctx.save_for_backward(h_ND, weight_VD, bias_V, labels_N, log_normalisers_N)
-        ctx.output = (vocab_size, group, softcap)
+        ctx.save_for_backward(h_ND, weight_VD, bias_V, own_MD, labels_N, log_normalisers_N)
+        ctx.output = output
         return losses_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        h_ND, weight_VD, bias_V, labels_N, log_normalisers_N = ctx.saved_tensors
-        trains_weight, trains_bias = ctx.needs_input_grad[1:3]
-        vocabulary = _Vocabulary(weight_VD.to(h_ND.dtype), bias_V, *ctx.output)
-        gradients = _Gradients(h_ND, vocabulary, trains_weight=trains_weight, trains_bias=trains_bias)
+        h_ND, weight_VD, bias_V, own_MD, labels_N, log_normalisers_N = ctx.saved_tensors
+        vocabulary = _Vocabulary.of(weight_VD, bias_V, own_MD, ctx.output, h_ND)
+        gradients = _Gradients(h_ND, vocabulary, ctx.needs_input_grad[1:4], own_MD)
         for part in vocabulary.parts(h_ND.shape[0]):
             chunk = vocabulary.chunk(h_ND[part], labels_N[part], wants_slope=True)
             chunk.to_probabilities(log_normalisers_N[part])
             gradients.add(part, chunk.to_gradients().mul_(grad_N[part].unsqueeze(-1)))
-        weight, bias = (None if grads is None else grads.to(weight_VD.dtype) for grads in (gradients.weight, gradients.bias))
-        return gradients.h, weight, bias, None, None, None, None
+        return gradients.h, *gradients.of_weights((weight_VD, bias_V, own_MD)), None, None
 
 
-class VocabParallelHead(Sharded):
+class VocabParallelHead(VocabularyMatrix):
     """Logits' matrix W [V/p, D], its own, borrowed from the embedding, or a copy of the embedding of the first pipeline stage
     (`tied_over` the ranks of both), their bias [V/p], and the loss that goes with them.
 
@@ -288,7 +338,6 @@ class VocabParallelHead(Sharded):
     softcap · tanh(x / softcap).
     """
 
-    weight: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(
@@ -305,13 +354,13 @@ class VocabParallelHead(Sharded):
         bias_is_row: bool = False,
         softcap: float | None = None,
     ) -> None:
-        super().__init__()
-        self.tp = tp
+        super().__init__(tp)
         self.softcap = softcap
         self.vocab_size = vocab_size
+        self.tied_to = (tied_to,)  # in a tuple: a module here would be listed as this one's child
         if tied_to is None:
             role = Role.MATRIX if tied_over is None else Role.EMBEDDING
-            self.declare("weight", *vocabulary_weight(name, vocab_size, hidden_size, role, init, tp.group, tied_over))
+            self.declare_weight(name, vocab_size, hidden_size, role, init, tied_over)
         else:
             self.borrow("weight", tied_to)
         if bias is None:
@@ -338,9 +387,22 @@ class VocabParallelHead(Sharded):
         bias_V = None if self.bias is None else self.bias.flatten()
         if labels_N is None:
             bias_V = None if bias_V is None else bias_V.to(h_ND.dtype)
-            logits_NV = functional.linear(h_ND, self.weight.to(h_ND.dtype), bias_V)
+            logits_NV = self._logits(h_ND, bias_V)
             return logits_NV if self.softcap is None else soft_cap(logits_NV, self.softcap)
-        of_head = h_ND, self.weight, bias_V, labels_N, self.vocab_size, self.tp.group, self.softcap
+        output = _Output(self.vocab_size, self.tp.group, self.softcap, self._places(h_ND.device))
+        of_head = h_ND, self.weight, bias_V, self.token_rows, labels_N, output
         if by_token:
             return _TokenLosses.apply(*of_head)
         return losses_and_hits(*of_head) if measured else _CrossEntropySum.apply(*of_head, smoothing)
+
+    def _logits(self, h_ND: Tensor, bias_V: Tensor | None) -> Tensor:
+        logits_NV = functional.linear(h_ND, self.weight.to(h_ND.dtype), bias_V)
+        places_R = self._places(h_ND.device)
+        if self.token_rows is None or places_R is None:
+            return logits_NV
+        own_RD = self.token_rows[: len(places_R)].to(h_ND.dtype)
+        own_NR = functional.linear(h_ND, own_RD, None if bias_V is None else bias_V[places_R])
+        return logits_NV.index_copy(1, places_R, own_NR)
+
+    def _places(self, device: torch.device) -> Tensor | None:
+        return None if self.token_rows is None else self.lookup(device)[: len(self.places)]

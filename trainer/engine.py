@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.collectives import all_reduce
@@ -33,7 +34,7 @@ from trainer.master_weights import MasterWeights
 from trainer.measures import measures_of
 from trainer.model.auto_stage import AutoStage
 from trainer.model.network import Network
-from trainer.optimizers import make_optimizer
+from trainer.optimizers import make_optimizer, num_groups
 from trainer.sections import Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.tuning.adapt import quantized_weights, quantizing
@@ -102,7 +103,8 @@ class Engine:
         for parameter, spec in self.specs:
             # DeepSpeed's mark: off the first rank only these count in the norm.
             parameter.model_parallel = spec.owned  # type: ignore[attr-defined]
-        optimizer = make_optimizer(recipe, self.specs, device)
+        groups = all_reduce(torch.tensor(num_groups(self.specs), device=device), mesh.replica, dist.ReduceOp.MAX)
+        optimizer = make_optimizer(recipe, self.specs, device, least_groups=int(groups))
         self.deepspeed, self.optimizer = start(module, optimizer, deepspeed_config, units)
         self.execution.attach(self.deepspeed)
         if dtype == torch.float64:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from parallel.attention import Documents
 from parallel.collectives import all_reduce
 from parallel.deferred import WeightGradients
-from parallel.embedding import vocabulary_shard
 from parallel.mesh import Group, Mesh
 from parallel.params import Role, owned_specs
 from parallel.pipeline import Pipeline
 from parallel.rng import Streams
 from parallel.schedule_table import ScheduleTable
 from parallel.tensor import TensorParallel
+from parallel.vocabulary import vocabulary_shard
 from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
 from trainer.measures import Measures

@@ -21,6 +21,7 @@ from trainer.model.transformer import logical_specs
 from trainer.model.translation import classes_of
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.auto import AUTO
+from trainer.recipe.new_tokens import require_rows
 
 
 def first_weights(
@@ -28,17 +29,22 @@ def first_weights(
 ) -> tuple[Network, Callable[[nn.Module], None]]:
     """The network, and what fills its blocks: the seed, a Hugging Face folder, or, where a checkpoint will give them all,
     nothing."""
-    recipe, vocab_size = resolved.recipe, tokenizer.vocab_size
+    recipe = resolved.recipe
     if recipe.model.family == AUTO:
         return open_auto(recipe, tokenizer)
+    new_tokens = tokenizer.ids_of(recipe.data.new_tokens).values()
+    network_of = partial(resolved.network, vocab_size=tokenizer.vocab_size, new_tokens=new_tokens, classes=classes)
     if recipe.model.from_pretrained is None:
-        network = resolved.network(vocab_size=vocab_size, classes=classes)
+        network = network_of()
         return network, _zeros if resumed else lambda block: initialise(block, recipe.run.seed)
     folder = local_folder(recipe.model.from_pretrained, recipe.model.revision)
-    network = resolved.network(vocab_size=vocab_size, pretrained=read_config(folder), classes=classes)
+    config = read_config(folder)
+    require_rows(folder, config.get("vocab_size"), tokenizer, recipe.data.new_tokens)
+    network = network_of(pretrained=config)
     if resumed:
         return network, _zeros
-    weights, names, specs = PretrainedWeights(folder), names_of(network), logical_specs(network)
+    weights = PretrainedWeights(folder, grown=(config.get("vocab_size"), network.vocab_size))
+    names, specs = names_of(network), logical_specs(network)
     drawn = _drawn(weights, folder, network, specs)
     ties = {} if network.classes else names.ties(specs)
     weights.check_names(specs, ties=ties, is_unused=partial(names.is_for_other_heads, network))

@@ -7,7 +7,8 @@ does, was measured no faster (see `tools/bench_optimizers.py`).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,16 +18,27 @@ from parallel.params import Role, ShardSpec
 from trainer.errors import RecipeError
 from trainer.sections import Recipe
 
+Specified = Sequence[tuple[nn.Parameter, ShardSpec]]
 
-def make_optimizer(recipe: Recipe, parameters: list[tuple[nn.Parameter, ShardSpec]], device: torch.device) -> Optimizer:
-    """The recipe's update rule. Weight decay goes by the parameter's role: matrices only."""
+
+def num_groups(parameters: Specified) -> int:
+    """How many kinds of parameters are trained: those that decay, and those that do not."""
+    return len({spec.role is Role.MATRIX for p, spec in parameters if p.requires_grad})
+
+
+def make_optimizer(recipe: Recipe, parameters: Specified, device: torch.device, *, least_groups: int = 1) -> Optimizer:
+    """The recipe's update rule. Weight decay goes by the parameter's role: matrices only. `least_groups`: as many as any rank
+    of the replica has. ZeRO reduces one norm after another, for each group, so ranks with fewer would be waited for: a stage of
+    a pipeline in which only matrices are trained, between the ends with rows of new tokens."""
     keys = recipe.optimizer
     parameters = [(p, spec) for p, spec in parameters if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p, spec in parameters if spec.role is Role.MATRIX], "weight_decay": keys.weight_decay},
         {"params": [p for p, spec in parameters if spec.role is not Role.MATRIX], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    while len(groups) < least_groups:
+        groups.append({**groups[0], "params": [groups[0]["params"].pop()]})
     betas = (keys.betas[0], keys.betas[1])
     match keys.name:
         case "adamw":

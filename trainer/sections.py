@@ -211,6 +211,12 @@ class Data(Section):
         description="pretrain, mlm: what is left of a source beyond its whole sequences, or of one that has none: trained as a "
         "shorter sequence, or left out.",
     )
+    new_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="Special tokens that the tokenizer gets, or has and the model is yet to learn: a text that spells one "
+        "means it. Embedding and head get the rows that they lack, and those of all these tokens are trained, under every "
+        "tuning.method too.",
+    )
     isolate_documents: bool = Field(
         True, description="Documents packed into one sequence do not attend to each other; their positions restart at 0."
     )

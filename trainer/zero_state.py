@@ -305,6 +305,8 @@ def _pieces(extent: Extent) -> Iterator[tuple[Piece, int, int, int]]:
     """(piece, offset in its flattening, count, place in the flat tensor) of all pieces of which the extent has a part."""
     for piece in extent.spec.pieces:
         numel = math.prod(piece.size)
+        if not numel:  # a rank that holds only padding of it
+            continue
         first = piece.row * (numel // piece.rows)
         part = extent.within(first, first + numel)
         if part.count:

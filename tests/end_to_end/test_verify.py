@@ -87,8 +87,8 @@ trainer.model.transformer.complete_partial_gradients = lambda block: None
 DECAY = """
 import trainer.engine
 make = trainer.engine.make_optimizer
-def decaying(recipe, parameters, device):
-    optimizer = make(recipe, parameters, device)
+def decaying(recipe, parameters, device, **more):
+    optimizer = make(recipe, parameters, device, **more)
     for group in optimizer.param_groups:
         if trainer.engine.dist.get_world_size() > 1:
             group["weight_decay"] = recipe.optimizer.weight_decay

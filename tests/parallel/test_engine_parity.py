@@ -69,6 +69,7 @@ class Case:
     tuning: dict[str, Any] = field(default_factory=dict)
     family: str = "llama"
     config: dict[str, Any] = field(default_factory=dict)
+    new_tokens: tuple[int, ...] = ()
     poison_step: int | None = None
     poisoned_rank: int = 0
 
@@ -126,7 +127,7 @@ def rows_of_step(step: int, rows: int = G) -> tuple[torch.Tensor, torch.Tensor]:
 def make_engine(mesh: Mesh, case: Case) -> Engine:
     recipe = case.recipe()
     plan = BatchPlan.from_recipe(recipe, mesh.layout.world_size, "the test")
-    network = translate(case.family, {**SHAPES[case.family], **case.config})
+    network = replace(translate(case.family, {**SHAPES[case.family], **case.config}), new_tokens=case.new_tokens)
     return Engine(
         recipe,
         plan,

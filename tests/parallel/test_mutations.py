@@ -89,8 +89,8 @@ def weight_decay_on_everything() -> None:
     """Norms, biases and embeddings decay too."""
     make = trainer.engine.make_optimizer
 
-    def decaying(*args: Any) -> torch.optim.Optimizer:
-        optimizer = make(*args)
+    def decaying(*args: Any, **more: Any) -> torch.optim.Optimizer:
+        optimizer = make(*args, **more)
         for group in optimizer.param_groups:
             group["weight_decay"] = 0.01
         return optimizer

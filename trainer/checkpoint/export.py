@@ -34,7 +34,7 @@ LOGITS_TOLERANCE = 1e-4
 def require_mergeable(checkpoint: Path) -> None:
     """RecipeError where `--merge` asks for what cannot be."""
     tuned = Tuned.of(checkpoint, read_sound(checkpoint))
-    if tuned is None:
+    if tuned is None or not tuned.has_adapter:
         raise RecipeError(f"--merge: {checkpoint} has no adapter (tuning.method none or bitfit): export it without")
     if not tuned.merges:
         raise RecipeError(
@@ -89,10 +89,10 @@ def export(
 
 def _parts(checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, whole: bool) -> dict[str, Contents]:
     """What is written: "model", "adapter" or both."""
-    found = {}
-    if tuned is None or whole:
+    found, whole = {}, whole or tuned is None or not tuned.has_adapter
+    if whole:
         found["model"] = Contents(checkpoint, manifest, tuned, adapter=False)
-    if tuned is not None and not (whole and tuned.merges):
+    if tuned is not None and tuned.has_adapter and not (whole and tuned.merges):
         found["adapter"] = Contents(checkpoint, manifest, tuned, adapter=True)
     return found
 
@@ -225,8 +225,8 @@ def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dt
         raise RecipeError(
             "--verify compares with our own network; family auto is transformers' already, and is read back anyway"
         )
-    network = translate(family, config)
     tuned = Tuned.of(checkpoint, manifest)
+    network = tuned.network if tuned else translate(family, config)
     stage = Stage(
         network,
         blocks_of(network),

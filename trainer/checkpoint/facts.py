@@ -42,6 +42,7 @@ MODEL = "model.config."
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     return {
         "data.task": recipe.data.task,
+        "data.new_tokens": list(recipe.data.new_tokens),
         "batch.global_sequences": recipe.batch.global_sequences,
         "precision.dtype": recipe.precision.dtype,
         "optimizer.name": recipe.optimizer.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from trainer.checkpoint.folder import HUGGING_FACE
 from trainer.checkpoint.manifest import WEIGHT, Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import Slot
+from trainer.data.tokenizer import reopen_tokenizer
 from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import read_config
 from trainer.model.names import WEIGHT_NAMES
@@ -31,18 +32,26 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # others, such as counters in buffers, k
 
 @dataclass(frozen=True)
 class Tuned:
-    """The recipe and the network of a checkpoint with an adapter."""
+    """The recipe and the network of a checkpoint with something beside the model's own weights: an adapter, or the rows of new
+    tokens."""
 
     recipe: Recipe
     network: TransformerConfig
 
     @classmethod
     def of(cls, checkpoint: Path, manifest: Manifest) -> Tuned | None:
-        """None where the model's own weights were trained, all of them or the biases."""
-        if manifest.recipe.get("tuning", {}).get("method") not in PARTS:
+        """None where only the model's own weights were trained, all of them or the biases."""
+        if not any(is_added(name) for name in manifest.tensors):
             return None
-        recipe = Recipe.model_validate(manifest.recipe)
-        return cls(recipe, translate(str(recipe.model.family), read_config(checkpoint / HUGGING_FACE)))
+        recipe, folder = Recipe.model_validate(manifest.recipe), checkpoint / HUGGING_FACE
+        network = translate(str(recipe.model.family), read_config(folder))
+        if tokens := recipe.data.new_tokens:
+            network = replace(network, new_tokens=tuple(sorted(reopen_tokenizer(folder).ids_of(tokens).values())))
+        return cls(recipe, network)
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.recipe.tuning.method in PARTS
 
     @property
     def merges(self) -> bool:
@@ -64,13 +73,9 @@ class Contents:
 
     def __init__(self, checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, adapter: bool) -> None:
         self._reader, self._tuned = Reader(checkpoint, manifest), tuned
-        merges = tuned is not None and tuned.merges and not adapter
-        self._parts = merged_tensors(tuned.recipe.tuning, tuned.network) if tuned is not None and merges else {}
-        self.tensors = {
-            name: tensor
-            for name, tensor in manifest.tensors.items()
-            if WEIGHT in tensor.dtypes and (tuned is None or is_added(name) == adapter)
-        }
+        self._parts = merged_tensors(tuned.recipe.tuning, tuned.network) if tuned is not None and not adapter else {}
+        beside = tuned.form.wanted if tuned is not None and adapter else lambda name: not is_added(name)
+        self.tensors = {name: tensor for name, tensor in manifest.tensors.items() if WEIGHT in tensor.dtypes and beside(name)}
         if tuned is not None and not adapter:
             self.tensors |= dict(_quantized(manifest, tuned))
 

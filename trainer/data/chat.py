@@ -96,6 +96,8 @@ class Chat(Examples):
             structure = ""
         named = self.tokenizer.special_tokens.values()
         for token, is_special in self.tokenizer.added_tokens.items():
+            if token in self.tokenizer.new_tokens:  # the recipe names it so that texts may write it
+                continue
             divides = is_special or token in structure
             if token in named or (divides and not self._writer.template.has_in_contents(token)):
                 yield token

@@ -92,7 +92,8 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
     with cache.reporting_outcome():
         digests = Digests(cache_dir)
         corpora, eval_corpora = (_look(data, group, digests) for group in ("sources", "eval_sources"))
-        tokenizer = _tokenizer(data.tokenizer, corpora, cache, progress)
+        own = _tokenizer(data.tokenizer, corpora, cache, progress)
+        tokenizer = own.with_new_tokens(data.new_tokens)
         if data.task == "mlm":
             tokenizer = tokenizer.for_masking()
         if data.task == "classify" and not data.classes:
@@ -105,7 +106,8 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
             tokenizer = tokenizer.reading_special() if texts.parse else tokenizer
         held_out_fraction = 0.0 if eval_corpora else data.eval_fraction
 
-        notes = [*tokenizer.notes, *([texts.note(tokenizer)] if texts else [])]
+        notes = [*tokenizer.notes, *_new_token_notes(own, tokenizer, data.new_tokens)]
+        notes += [texts.note(tokenizer)] if texts else []
 
         def stores(corpus: Corpus, fraction: float) -> dict[str, TokenStore]:
             make = partial(
@@ -249,6 +251,14 @@ def _tokenizer(spec: str, corpora: Sequence[Corpus], cache: Cache, progress: Pro
         fingerprint, lambda staging: train_bpe(_sample(corpora, progress, what), vocab_size).save(staging), what=what
     )
     return reopen_tokenizer(folder)
+
+
+def _new_token_notes(own: Tokenizer, tokenizer: Tokenizer, tokens: Sequence[str]) -> Iterator[str]:
+    known, found = own.ids_of(tokens), tokenizer.ids_of(tokens)
+    for said, group in (("added", found.keys() - known.keys()), ("in the tokenizer already", known.keys())):
+        if group:
+            listed = ", ".join(f"{token} = {found[token]}" for token in tokens if token in group)
+            yield f"data.new_tokens: {said}, and read wherever a text spells them: {listed}"
 
 
 def _sample(corpora: Sequence[Corpus], progress: Progress, what: str) -> Iterator[str]:

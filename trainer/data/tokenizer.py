@@ -1,14 +1,14 @@
 """Texts ↔ tokens: byte-level, trained on the corpus, or from Hugging Face, all behind one class.
 
 `tokenizers` does the work; `transformers` is asked how a folder from elsewhere is to be read (`auto_tokenizer.py`).
-A text never yields a special token, not even a text that spells it, unless the recipe says so: we put them around documents,
-and a chat template around turns.
+A text never yields a special token, not even a text that spells it, unless the recipe says so (`data.special_tokens`) or names
+that token (`data.new_tokens`): we put them around documents, and a chat template around turns.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_BPE = 257  # 256 bytes and the end of document
 MASK = "<|mask|>"
 SPECIAL_TOKENS = ("bos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # and eos_token
+NEW_TOKENS = "new_tokens"  # our key of a saved config: those that a text spells where it means them
 
 
 class Tokenizer:
@@ -56,12 +57,14 @@ class Tokenizer:
         backend.encode_special_tokens = True
         if of_merges := getattr(backend.model, "dropout", None):
             dropout, backend.model.dropout = of_merges, None
+        self.new_tokens = tuple(map(str, (config or {}).get(NEW_TOKENS) or ()))
         self.end_of_document: int = token_id
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.settings = settings
         self.remarks = tuple(remarks)
         self._backend = backend
         self._dropout = dropout
+        self._reader = _parsing(backend, self.new_tokens) if self.new_tokens else backend
         self._eos_token = end_of_document
         self._config = _own_config() if config is None else dict(config)
         if eos_of(self._config) is None:
@@ -105,7 +108,7 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """Equal for tokenizers that encode equally and end documents equally."""
-        return fingerprint_of([self._backend.to_str(), self.end_of_document])
+        return fingerprint_of([self._reader.to_str(), self.end_of_document])
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self.encode_batch([text], special=special)[0]
@@ -115,11 +118,11 @@ class Tokenizer:
         transformers reads it by default; else it is text like any other."""
         if self._ids_are_bytes and not special:  # the backend gives the same, at 2.6 MB/s on one core
             return [list(text.encode()) for text in texts]
-        self._backend.encode_special_tokens = not special
+        self._reader.encode_special_tokens = not special
         try:
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = self._reader.encode_batch_fast(list(texts), add_special_tokens=False)
         finally:
-            self._backend.encode_special_tokens = True
+            self._reader.encode_special_tokens = True
         return [encoding.ids for encoding in encodings]
 
     @cached_property
@@ -146,6 +149,35 @@ class Tokenizer:
             end = (self._eos_token, self.end_of_document)
             backend.post_processor = processors.TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
         return self.changed(backend, **self._padded)
+
+    def with_new_tokens(self, tokens: Sequence[str]) -> Tokenizer:
+        """This tokenizer with these special tokens, each of which a text that spells it means; those that it has already keep
+        their numbers. RecipeError where its numbers leave no room for them."""
+        if not tokens:
+            return self
+        backend = self._copied_backend()
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise RecipeError(
+                "data.new_tokens: this tokenizer leaves numbers out, and would give a new token that of another symbol: add "
+                "the tokens to its folder, and name them here all the same"
+            )
+        named = list(dict.fromkeys([*self.new_tokens, *tokens]))
+        return self.changed(backend, **{NEW_TOKENS: named}, **self._reading_special)
+
+    def ids_of(self, tokens: Iterable[str]) -> dict[str, int]:
+        """The numbers of those of these symbols that it has."""
+        found = {token: self._backend.token_to_id(token) for token in tokens}
+        return {token: number for token, number in found.items() if number is not None}
+
+    def from_number(self, first: int) -> dict[str, bool]:
+        """The symbols with this number or a higher one, in order, and whether each is an added token."""
+        added = self._backend.get_added_tokens_decoder()
+        numbers = self._backend.get_vocab(with_added_tokens=True)
+        return {
+            token: number in added for token, number in sorted(numbers.items(), key=lambda item: item[1]) if number >= first
+        }
 
     def for_chat(self) -> Tokenizer:
         """This tokenizer with a chat template: its own, or ours where it has none."""
@@ -218,12 +250,12 @@ class Tokenizer:
     def encode_sequence(self, text: str, *, max_tokens: int) -> tuple[list[int], int]:
         """At most `max_tokens` tokens of a text with the special tokens around it, as transformers gives them, and how many
         were cut off."""
-        self._backend.enable_truncation(max_tokens)
+        self._reader.enable_truncation(max_tokens)
         try:
-            encoding = self._backend.encode(text, add_special_tokens=True)
+            encoding = self._reader.encode(text, add_special_tokens=True)
         finally:
-            self._backend.no_truncation()
-        around = self._backend.num_special_tokens_to_add(is_pair=False)
+            self._reader.no_truncation()
+        around = self._reader.num_special_tokens_to_add(is_pair=False)
         return encoding.ids, sum(len(more.ids) - around for more in encoding.overflowing)
 
     @property
@@ -271,11 +303,11 @@ class Tokenizer:
 
     def encode_with_offsets(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokens, and where in the text each stands; `special`: a spelt special token is that token."""
-        self._backend.encode_special_tokens = not special
+        self._reader.encode_special_tokens = not special
         try:
-            encoding = self._backend.encode(text, add_special_tokens=False)
+            encoding = self._reader.encode(text, add_special_tokens=False)
         finally:
-            self._backend.encode_special_tokens = True
+            self._reader.encode_special_tokens = True
         return encoding.ids, encoding.offsets
 
     def spelling_of(self, token: int) -> str:
@@ -457,6 +489,16 @@ def _spelling(token: Any) -> str | None:
     """A special token as tokenizer_config.json has it, a text or an object with the text."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
+
+
+def _parsing(backend: Backend, tokens: Collection[str]) -> Backend:
+    """The backend with these added tokens not marked special: so it finds them in every text, whatever it does with others."""
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in tokens
+    parsing = Backend.from_str(json.dumps(state))
+    parsing.encode_special_tokens = True
+    return parsing
 
 
 def _bytes_backend() -> Backend:

@@ -32,6 +32,7 @@ from trainer.model.auto_network import AutoNetwork
 from trainer.model.auto_stage import Contents, contents_of
 from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
 from trainer.recipe.auto import folder_findings, size_findings
+from trainer.recipe.new_tokens import require_rows
 from trainer.sections import Finding, Recipe
 from trainer.spelling import nearest
 
@@ -52,6 +53,7 @@ def open_auto(recipe: Recipe, tokenizer: Tokenizer) -> tuple[AutoNetwork, Fill]:
         _refuse(folder_findings(recipe, read_config(folder)))
     maker = _Maker(recipe, folder)
     config = maker.config(tokenizer)
+    maker.grow(config, tokenizer)
     _refuse(_config_findings(recipe, config, tokenizer))
     skeleton = maker.on_meta(config)
     contents = contents_of(skeleton)
@@ -78,6 +80,7 @@ class _Maker:
         self.recipe = recipe
         self.folder = folder
         self.auto_class = AUTO_CLASSES[recipe.data.task]
+        self.grown: tuple[int, int] | None = None  # rows of the folder's embedding, and of the model's
 
     def config(self, tokenizer: Tokenizer) -> Any:
         from transformers import AutoConfig
@@ -102,6 +105,16 @@ class _Maker:
             config.is_decoder = True
         return config
 
+    def grow(self, config: Any, tokenizer: Tokenizer) -> None:
+        """Let a folder's embedding and head have rows for new tokens. RecipeError for symbols that the recipe does not name."""
+        text = _text_config(config)
+        rows = getattr(text, "vocab_size", None)
+        if self.folder is None or not isinstance(rows, int) or tokenizer.vocab_size <= rows:
+            return
+        require_rows(self.folder, rows, tokenizer, self.recipe.data.new_tokens)
+        self.grown = (rows, tokenizer.vocab_size)
+        text.vocab_size = tokenizer.vocab_size
+
     def on_meta(self, config: Any) -> Any:
         """The model without storage for its parameters; its buffers (rotary frequencies, slopes) hold their values."""
         with _parameters_on_meta():
@@ -111,7 +124,7 @@ class _Maker:
         """What makes the model, and what fills its blocks."""
         if self.folder is None:
             return partial(self._drawn, config), _filled_already
-        weights = PretrainedWeights(self.folder)
+        weights = PretrainedWeights(self.folder, grown=self.grown)
         specs = [*contents.parameters.values(), *contents.constants.values()]
         if not weights.holds(specs):
             return partial(self._converted, config), _filled_already
@@ -143,10 +156,13 @@ class _Maker:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()  # every rank would draw one
+        config = copy.deepcopy(config)
+        if self.grown is not None:
+            _text_config(config).vocab_size = self.grown[0]
         with self._transformers():
             model, loading = getattr(transformers, self.auto_class).from_pretrained(
                 self.folder,
-                config=copy.deepcopy(config),
+                config=config,
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=self.recipe.model.trust_remote_code,
@@ -159,6 +175,8 @@ class _Maker:
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise DataError(f"{self.folder}: tensor {name} holds NaN or infinity: fetch the folder again")
+        if self.grown is not None:
+            _grow_by_means(model, *self.grown)
         return model
 
     @contextmanager
@@ -180,6 +198,15 @@ class _Maker:
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()]
                 reason = " ".join(lines)[:300] or type(error).__name__
                 raise RecipeError(f"{subject}: transformers cannot make a {self.auto_class} of it: {reason}") from error
+
+
+@torch.no_grad()
+def _grow_by_means(model: Any, rows: int, wanted: int) -> None:
+    """As `PretrainedWeights` has it: transformers would add noise, other on every rank."""
+    model.resize_token_embeddings(wanted, mean_resizing=False)
+    for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        for weight in module.parameters(recurse=False):
+            weight[rows:] = weight[:rows].double().mean(0)
 
 
 def _filled_already(block: nn.Module) -> None:

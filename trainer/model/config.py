@@ -52,6 +52,7 @@ class TransformerConfig:
     | `final_dropout` | of what the norms make that end the layers that read and those that write |
     | `fan_in_init` | matrices start with `init_std` / √(their inputs), those of queries with that / √head_dim |
     | `classes` | names of what a text is sorted into by a head in place of that over the vocabulary; (): there is none |
+    | `new_tokens` | ids, in order, whose rows of embedding and head are trained also where the rest of the network is not |
     | `classifier_dropout` | in front of that head where it pools; None: as in the residuals |
     """
 
@@ -104,6 +105,7 @@ class TransformerConfig:
     fan_in_init: bool
     classifier_dropout: float | None = None
     classes: tuple[str, ...] = ()
+    new_tokens: tuple[int, ...] = ()
 
     @property
     def ties_head(self) -> bool:

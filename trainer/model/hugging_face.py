@@ -29,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 SHARD_BYTES = 4 << 30
-COMPARED_ROWS = 4096  # of a tied weight and its second copy at a time
+COMPARED_ROWS = 4096  # of a weight, where all of it is looked at, at a time
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that older checkpoints of these families carry; they hold no weights.
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "embeddings.position_ids", ".embed_positions.weight")
@@ -107,9 +107,12 @@ class PretrainedWeights:
     until the whole file is in it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """RecipeError or DataError when the folder has no weights, or a file of it cannot be opened."""
+    def __init__(self, folder: Path, *, grown: tuple[int | None, int] | None = None) -> None:
+        """`grown`: where the folder has the first of these sizes and the model the second, what is missing is the mean of what
+        is there. RecipeError or DataError when the folder has no weights, or a file of it cannot be opened."""
         self.folder = folder
+        self._grown = grown
+        self._means: dict[str, Tensor] = {}
         listing = self._listing()
         self._require_one_place(listing)
         self._files = {name: file for file, names in listing.items() for name in names}
@@ -223,11 +226,15 @@ class PretrainedWeights:
                         f"give the original ones ({', '.join(FLOATS)})"
                     )
                 shape = tuple(tensor.get_shape())
-                if shape != piece.shape:
+                dim = self._grown_dim(shape, piece.shape)
+                if shape != piece.shape and dim is None:
                     raise DataError(
                         f"{self.folder}: tensor {stored} has shape {list(shape)}, the config asks for {list(piece.shape)}"
                     )
-                box: Tensor = tensor[tuple(slice(at, at + n) for at, n in zip(piece.start, piece.size, strict=True))]
+                ends = (min(at + n, of) for at, n, of in zip(piece.start, piece.size, shape, strict=True))
+                box: Tensor = tensor[tuple(slice(min(at, end), end) for at, end in zip(piece.start, ends, strict=True))]
+                if dim is not None and box.shape[dim] < piece.size[dim]:
+                    box = self._with_means(stored, tensor, box, piece.size, dim)
         except SafetensorError as error:
             raise DataError(f"{self.folder}: tensor {stored} cannot be read ({error}): fetch the folder again") from error
         if not is_finite(box):
@@ -235,6 +242,35 @@ class PretrainedWeights:
         if told := overflow(stored, box, torch.float32):
             raise DataError(f"{self.folder}: {told}: weights that large cannot be trained; give others")
         return box
+
+    def _grown_dim(self, stored: tuple[int, ...], wanted: tuple[int, ...]) -> int | None:
+        """The only dimension in which they differ, and by how much they may; None: there is none."""
+        if len(stored) != len(wanted):
+            return None
+        differing = [dim for dim, sizes in enumerate(zip(stored, wanted, strict=True)) if sizes[0] != sizes[1]]
+        fits = len(differing) == 1 and (stored[differing[0]], wanted[differing[0]]) == self._grown
+        return differing[0] if fits else None
+
+    def _with_means(self, name: str, stored: Any, box: Tensor, size: tuple[int, ...], dim: int) -> Tensor:
+        """The box, what it lacks along `dim` filled with the mean of the whole tensor along it: what is added so is no likelier
+        than what is there (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html), and the same in every layout."""
+        if name not in self._means:
+            self._means[name] = _mean(stored, dim)
+        mean = self._means[name]
+        missing = list(size)
+        missing[dim] -= box.shape[dim]
+        wide = torch.promote_types(box.dtype, torch.float32)
+        return torch.cat([box.to(wide), mean.to(wide).expand(missing)], dim)
+
+
+def _mean(stored: Any, dim: int) -> Tensor:
+    """Of a stored matrix along a dimension, which stays with size 1, float64; some rows in memory at a time."""
+    rows = stored.get_shape()[0]
+    parts = (stored[first : first + COMPARED_ROWS].double() for first in range(0, rows, COMPARED_ROWS))
+    if dim:
+        return torch.cat([part.mean(dim, keepdim=True) for part in parts])
+    mean: Tensor = torch.cat([part.sum(0, keepdim=True) for part in parts]).sum(0, keepdim=True) / rows
+    return mean
 
 
 def write_folder(
@@ -315,6 +351,8 @@ def assembled(tensors: Iterable[tuple[ShardSpec, Tensor]]) -> Iterator[NamedTens
         for piece in spec.pieces:
             if parameter.numel() == 0:
                 raise RuntimeError(f"{piece.name}: empty parameter; it was not gathered")
+            if not math.prod(piece.size):  # a rank that holds only padding of it
+                continue
             logical, filled = partial.pop(piece.name, (torch.empty(piece.shape, dtype=parameter.dtype), 0))
             piece.box_of(logical).copy_(piece.in_parameter(parameter))
             filled += math.prod(piece.size)

@@ -108,13 +108,16 @@ def folder_findings(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Findi
 
 
 def size_findings(recipe: Recipe, vocab_size: object, max_positions: object, tokenizer_size: int | None) -> Iterator[Finding]:
-    """Where data ask for more than the network has; a size that is not a number here is not known here."""
+    """Where data ask for more than the network has; a size that is not a number here is not known here. The weights of a folder
+    get rows for new tokens."""
     keys = ("model.config", "model.from_pretrained")
-    if isinstance(vocab_size, int) and tokenizer_size is not None and vocab_size < tokenizer_size:
+    fixed = recipe.model.from_pretrained is not None
+    missing = tokenizer_size - vocab_size if isinstance(vocab_size, int) and tokenizer_size is not None else 0
+    if missing > (len(recipe.data.new_tokens) if fixed else 0):
+        remedy = "give the tokenizer that came with the weights" if fixed else f"legal: {tokenizer_size} or more"
         yield Finding(
             ("model.config.vocab_size", *keys, "data.tokenizer"),
-            f"the model's vocab_size = {vocab_size} is less than the tokenizer's {tokenizer_size} symbols; legal: "
-            f"{tokenizer_size} or more",
+            f"the model's vocab_size = {vocab_size} is less than the tokenizer's {tokenizer_size} symbols; {remedy}",
         )
     if isinstance(max_positions, int) and 0 < max_positions < recipe.data.seq_len:  # XLNet: -1, no limit
         yield Finding(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from trainer.recipe.keys import validate
 from trainer.recipe.layers import Layer, read_chain
 from trainer.recipe.names import name_findings
 from trainer.recipe.network import fit_findings, read_network, translate, with_head
+from trainer.recipe.new_tokens import number_at_the_end, stand_ins
 from trainer.recipe.pipeline import pipeline_findings
 from trainer.recipe.places import Problem, dotted, first_mark, leaves
 from trainer.recipe.rules import section_findings
@@ -39,19 +40,31 @@ class ResolvedRecipe:
     hf_config: dict[str, Any] | None
 
     def network(
-        self, *, vocab_size: int | None, pretrained: Mapping[str, Any] | None = None, classes: Sequence[str] = ()
+        self,
+        *,
+        vocab_size: int | None,
+        new_tokens: Collection[int] | None = None,
+        pretrained: Mapping[str, Any] | None = None,
+        classes: Sequence[str] = (),
     ) -> TransformerConfig:
-        """What to build. `vocab_size`: symbols of the tokenizer, taken when the config names none; `pretrained`: the
-        config.json that came from the hub; `classes`: those of a classifier, as they are found in the data. RecipeError when it
-        does not translate or the tokenizer does not fit."""
+        """What to build. `vocab_size`: symbols of the tokenizer, taken when the config names none; `new_tokens`: the numbers of
+        those of data.new_tokens, None where it was not opened; `pretrained`: the config.json that came from the hub; `classes`:
+        those of a classifier, as they are found in the data. RecipeError when it does not translate or the tokenizer does not
+        fit."""
         hf_config = {**pretrained, **self.recipe.model.config} if pretrained is not None else self.hf_config
         if hf_config is None:
             raise RecipeError("model.from_pretrained is a hub name: its config.json must be fetched first")
         family = self.recipe.model.family or str(hf_config.get("model_type"))
-        config, findings = translate(family, hf_config, vocab_size)
+        num_new = len(self.recipe.data.new_tokens)
+        if new_tokens is not None and vocab_size is not None:
+            num_new = number_at_the_end(vocab_size, new_tokens)
+        fixed = self.recipe.model.from_pretrained is not None
+        config, findings = translate(family, hf_config, vocab_size, num_new=num_new, fixed=fixed)
         if config is None or findings:
             raise RecipeError([f"model.config: {finding.message}" for finding in findings])
-        config = with_head(self.recipe, config, classes)
+        if new_tokens is None:
+            new_tokens = stand_ins(num_new, config.vocab_size)
+        config = replace(with_head(self.recipe, config, classes), new_tokens=tuple(sorted(new_tokens)))
         if unfit := list(fit_findings(self.recipe, config)):
             raise RecipeError([finding.message for finding in unfit])
         return config

@@ -24,7 +24,7 @@ def looks_local(name: str) -> bool:
 def tokenizer_vocab_size(data: Data) -> int | None:
     """Symbols of a tokenizer that is named in full by the recipe; None for one that must be opened to know."""
     size = _named_size(data.tokenizer)
-    return None if size is None else size + (data.task == "mlm")  # and the mask
+    return None if size is None else size + (data.task == "mlm") + len(data.new_tokens)  # and the mask
 
 
 def _named_size(tokenizer: str) -> int | None:

@@ -15,6 +15,7 @@ from trainer.model.families import FAMILIES, Family
 from trainer.model.translation import read_config
 from trainer.recipe.auto import AUTO, read_auto
 from trainer.recipe.names import exists, tokenizer_vocab_size
+from trainer.recipe.new_tokens import grown, growth_findings
 from trainer.recipe.pipeline import layer_findings
 from trainer.recipe.places import printable, shown
 from trainer.recipe.tensor import tensor_findings
@@ -40,7 +41,8 @@ def read_network(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
     if config is None or findings:
         return None, findings
     merged = {**config, **model.config}
-    network, wrong = translate(str(family), merged, tokenizer_vocab_size(recipe.data))
+    vocab_size, num_new = tokenizer_vocab_size(recipe.data), len(recipe.data.new_tokens)
+    network, wrong = translate(str(family), merged, vocab_size, num_new=num_new, fixed=True)
     place = Path(model.from_pretrained) / "config.json"
     findings += [Finding(("model.from_pretrained", *_config_keys(f)), f"{place}: {f.message}") for f in wrong]
     findings += fit_findings(recipe, with_head(recipe, network)) if network else []
@@ -67,16 +69,17 @@ def _from_config(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
 
 
 def translate(
-    family: str, hf_config: Mapping[str, Any], vocab_size: int | None
+    family: str, hf_config: Mapping[str, Any], vocab_size: int | None, *, num_new: int = 0, fixed: bool = False
 ) -> tuple[TransformerConfig | None, list[Finding]]:
-    """The network with the tokenizer's number of symbols where the config gives none."""
+    """The network with the tokenizer's number of symbols where the config gives none. `fixed`: the config is that of a folder's
+    weights, which grow by no more than the `num_new` new tokens at the tokenizer's end."""
     if vocab_size is not None:
         hf_config = {"vocab_size": vocab_size, **hf_config}
+        hf_config = grown(hf_config, vocab_size, num_new) if fixed else hf_config
     config, findings = read_config(family, hf_config)
     if config is not None and vocab_size is not None and config.vocab_size < vocab_size:
-        message = (
-            f"vocab_size = {config.vocab_size} is less than the tokenizer's {vocab_size} symbols; legal: {vocab_size} or more"
-        )
+        remedy = "give the tokenizer that came with the weights" if fixed else f"legal: {vocab_size} or more"
+        message = f"vocab_size = {config.vocab_size} is less than the tokenizer's {vocab_size} symbols; {remedy}"
         findings.append(Finding(("vocab_size",), message))
     return config, findings
 
@@ -100,6 +103,7 @@ def _config_keys(finding: Finding) -> tuple[str, ...]:
 def fit_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:
     """Where the rest of the recipe asks for more than this network has."""
     yield from _task_findings(recipe, network)
+    yield from growth_findings(recipe, network)
     yield from _position_findings(recipe, network)
     yield from tensor_findings(recipe, network)
     yield from layer_findings(recipe, network)

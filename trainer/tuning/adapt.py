@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from torch import nn
 
 from parallel.bottleneck import Bottleneck
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
+from parallel.loss import VocabParallelHead
 from parallel.low_rank import ColumnLowRank, LowRank, RowLowRank
 from parallel.params import Sharded
 from parallel.quantized import QuantizedWeight
 from parallel.rescaling import InputRescaling, OutputRescaling
+from parallel.vocabulary import VocabularyMatrix
 from trainer.model.config import TransformerConfig
 from trainer.sections import Tuning
-from trainer.tuning.targets import targeted_modules
+from trainer.tuning.targets import rows_name, targeted_modules
 
 BIASES = ("bias", "shared_bias")  # what our layers and norms call them
 
@@ -28,6 +30,8 @@ def adaptation(tuning: Tuning, config: TransformerConfig) -> Callable[[nn.Module
 
     def adapt(block: nn.Module) -> None:
         block.requires_grad_(False)
+        if config.new_tokens:
+            _train_token_rows(block, config.new_tokens)
         if tuning.method == "bitfit":
             _thaw_biases(block)
         else:
@@ -63,6 +67,15 @@ def scale_of(tuning: Tuning) -> float:
     if tuning.method == "adalora":
         return tuning.alpha / (tuning.rank + 1e-5)
     return tuning.alpha / (math.sqrt(tuning.rank) if tuning.rank_stabilized else tuning.rank)
+
+
+def _train_token_rows(block: nn.Module, tokens: Sequence[int]) -> None:
+    """Of the embedding, and of a head that has a matrix of its own, or another copy of the embedding's."""
+    for matrix in block.modules():
+        if isinstance(matrix, VocabParallelHead) and (owner := matrix.tied_to[0]) is not None:
+            matrix.share_rows(owner)
+        elif isinstance(matrix, VocabularyMatrix):
+            matrix.train_rows(tokens, rows_name(matrix.specs["weight"].pieces[0].name))
 
 
 def _thaw_biases(block: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from trainer.durable import replacing_folder
 from trainer.finite import Rounding
+from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import NamedTensor
 from trainer.model.network import Network
-from trainer.sections import Recipe
+from trainer.sections import Recipe, Tuning
 from trainer.tuning import bottleneck_format, peft_format
-from trainer.tuning.targets import MERGEABLE, PARTS, is_added
+from trainer.tuning.merge import merge
+from trainer.tuning.targets import MERGEABLE, PARTS, TOKEN_ROWS, is_added, token_rows
 
 
 def leaves_adapter(recipe: Recipe) -> bool:
@@ -28,27 +30,37 @@ def leaves_adapter(recipe: Recipe) -> bool:
 
 @dataclass(frozen=True)
 class AdapterFormat:
-    """`prefix`: what stands before our logical names in the file of weights."""
+    """`prefix`: what stands before our logical names in the file of weights. `saved_whole`: of embedding and head with rows of
+    new tokens, where the format has no such rows, our names → those under which the file has all of it."""
 
     config_file: str
     weights_file: str
     prefix: str
     config: dict[str, Any]
+    tuning: Tuning
+    network: TransformerConfig
+    saved_whole: Mapping[str, Sequence[str]]
 
     @classmethod
     def of(cls, recipe: Recipe, network: Network) -> AdapterFormat:
         """peft's, of all methods that it has."""
-        if recipe.tuning.method in MERGEABLE:
-            config = peft_format.adapter_config(recipe, network)
-            return cls(peft_format.CONFIG, peft_format.WEIGHTS, peft_format.PREFIX, config)
+        assert isinstance(network, TransformerConfig), "family auto has no tuning"
+        tuning = recipe.tuning
+        if tuning.method in MERGEABLE:
+            config, saved_whole = peft_format.adapter_config(recipe, network), peft_format.saved_whole(tuning, network)
+            return cls(peft_format.CONFIG, peft_format.WEIGHTS, peft_format.PREFIX, config, tuning, network, saved_whole)
         config = bottleneck_format.bottleneck_config(recipe, network)
-        return cls(bottleneck_format.CONFIG, bottleneck_format.WEIGHTS, "", config)
+        return cls(bottleneck_format.CONFIG, bottleneck_format.WEIGHTS, "", config, tuning, network, {})
+
+    def wanted(self, name: str) -> bool:
+        """Whether the file has something of this logical tensor."""
+        return is_added(name) or name in self.saved_whole
 
     def write(self, tensors: Iterable[NamedTensor], folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
         """Both files, of those tensors that were trained beside the model; what was written. NotFinite or DataError, when all
         have come, for one that holds NaN or infinity, or would in `dtype`."""
         rounding = Rounding(dtype)
-        found = {self.prefix + name: rounding(name, tensor).contiguous() for name, tensor in tensors if is_added(name)}
+        found = {self.prefix + name: rounding(name, tensor).contiguous() for name, tensor in self._contents(tensors)}
         rounding.require_survivors()
         config = self.config
         if config.get("peft_type") == "ADALORA":
@@ -57,6 +69,24 @@ class AdapterFormat:
         save_file(found, folder / self.weights_file, metadata={"format": "pt"})
         (folder / self.config_file).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return found
+
+    def _contents(self, tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+        """What the file has, by its names there."""
+        rows: dict[str, Tensor] = {}
+        whole: dict[str, Tensor] = {}
+        for name, tensor in tensors:
+            if name in self.saved_whole:
+                whole[name] = tensor
+            elif self.saved_whole and name.endswith(TOKEN_ROWS):
+                rows[name] = tensor
+            elif is_added(name):
+                yield name, tensor
+        rows_of = token_rows(self.tuning, self.network)
+        for name, tensor in whole.items():
+            parts = [rows[rows_of[name]]] if name in rows_of else []
+            complete = merge(tensor, parts, name=name, tuning=self.tuning, network=self.network) if parts else tensor
+            for stored in self.saved_whole[name]:
+                yield stored, complete.clone()  # safetensors refuses two names of one memory
 
 
 def write_adapter(

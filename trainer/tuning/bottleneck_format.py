@@ -4,6 +4,9 @@ transformers. peft has no such adapters.
 The config names the modules behind whose output an adapter stands ("modules"), its inner features ("bottleneck") and what is
 between its two projections ("activation"). The tensors of a module are those of two linear layers in it, `adapter_down` and
 `adapter_up`, under their names in a state dict: "model.layers.0.self_attn.o_proj.adapter_down.weight".
+
+Where the recipe has new tokens: the rows of the vocabulary that the model must have ("vocab_size"), the tokens ("tokens"), and
+for each matrix that gets their rows, in this order, the tensor that holds them ("token_rows").
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from trainer.errors import DataError
 from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
 from trainer.sections import Recipe
-from trainer.tuning.targets import targeted_modules
+from trainer.tuning.targets import targeted_modules, token_rows
 
 CONFIG, WEIGHTS = "bottleneck_config.json", "bottleneck.safetensors"
 
@@ -34,7 +37,14 @@ def bottleneck_config(recipe: Recipe, network: Network) -> dict[str, Any]:
         "bottleneck": recipe.tuning.bottleneck,
         "activation": "gelu",
         "modules": targeted_modules(recipe.tuning, network),
+        **_token_keys(recipe, network),
     }
+
+
+def _token_keys(recipe: Recipe, network: TransformerConfig) -> dict[str, Any]:
+    rows = token_rows(recipe.tuning, network)
+    keys = {"vocab_size": network.vocab_size, "tokens": list(network.new_tokens), "token_rows": rows}
+    return keys if rows else {}
 
 
 def load_bottlenecks(model: nn.Module, folder: Path | str) -> nn.Module:
@@ -45,6 +55,8 @@ def load_bottlenecks(model: nn.Module, folder: Path | str) -> nn.Module:
     folder = Path(folder)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     tensors = load_file(folder / WEIGHTS)
+    if "tokens" in config:
+        _set_rows(model, config, tensors)
     for name in config["modules"]:
         try:
             projection = model.get_submodule(name)
@@ -59,6 +71,15 @@ def load_bottlenecks(model: nn.Module, folder: Path | str) -> nn.Module:
     if unexpected:
         raise DataError(f"{folder}: tensor {unexpected[0]} belongs to none of its modules: export the adapter again")
     return model
+
+
+def _set_rows(model: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Those of new tokens, for which the model may have to grow."""
+    if model.get_input_embeddings().weight.shape[0] < config["vocab_size"]:
+        model.resize_token_embeddings(config["vocab_size"])
+    for weight, rows in config["token_rows"].items():
+        matrix = model.get_parameter(weight).data
+        matrix[config["tokens"]] = tensors.pop(rows).to(matrix)
 
 
 def _through_adapter(projection: Any, inputs: tuple[Any, ...], y: Tensor) -> Tensor:

@@ -13,44 +13,49 @@ from trainer.model.names import WEIGHT_NAMES
 from trainer.model.network import Network
 from trainer.sections import Tuning
 from trainer.tuning.adapt import scale_of
-from trainer.tuning.targets import MERGEABLE, is_added, parts_of, targeted_modules
+from trainer.tuning.targets import MERGEABLE, is_added, parts_of, targeted_modules, token_rows
 
 
 def merged(tensors: Iterable[NamedTensor], *, tuning: Tuning, network: Network) -> Iterator[NamedTensor]:
     """The model's own tensors, the adapted ones with what was learned; each waits for its parts, which come with its layer.
     What no weight can take up is left out."""
-    if tuning.method not in MERGEABLE or not isinstance(network, TransformerConfig):
-        yield from ((name, tensor) for name, tensor in tensors if not is_added(name))
-        return
-    parts_by_name = merged_tensors(tuning, network)
+    parts_by_name = merged_tensors(tuning, network) if isinstance(network, TransformerConfig) else {}
+    wanted = {part for parts in parts_by_name.values() for part in parts}
     waiting: dict[str, Tensor] = {}
     parts: dict[str, Tensor] = {}
     for name, tensor in tensors:
         if name in parts_by_name:
             waiting[name] = tensor
-        elif is_added(name):
+        elif name in wanted:
             parts[name] = tensor
-        else:
+        elif not is_added(name):
             yield name, tensor
         for ready in [each for each in waiting if parts.keys() >= set(parts_by_name[each])]:
             values = [parts[part] for part in parts_by_name[ready]]
+            assert isinstance(network, TransformerConfig), "family auto has no tuning"
             yield ready, merge(waiting.pop(ready), values, name=ready, tuning=tuning, network=network)
     assert not waiting, f"never complete: {', '.join(waiting)}"
 
 
 def merged_tensors(tuning: Tuning, network: TransformerConfig) -> dict[str, list[str]]:
-    """For each tensor that changes, the names of the parts that change it: weights, and the biases of what is rescaled."""
+    """For each tensor that changes, the names of the parts that change it: weights, the biases of what is rescaled, and
+    matrices over the vocabulary that get the rows of new tokens."""
+    vocabulary = {weight: [rows] for weight, rows in token_rows(tuning, network).items()}
+    if tuning.method not in MERGEABLE:
+        return vocabulary
     kinds = ("weight", "bias") if tuning.method == "ia3" else ("weight",)
     outputs_end = (WEIGHT_NAMES[network.family].attention_out, WEIGHT_NAMES[network.family].mlp_out)
     inputs_are_scaled = tuple(name.rpartition("}")[2] + ".bias" for name in outputs_end)
     names = {f"{module}.{kind}": parts_of(tuning, module) for module in targeted_modules(tuning, network) for kind in kinds}
-    return {name: parts for name, parts in names.items() if not name.endswith(inputs_are_scaled)}
+    return vocabulary | {name: parts for name, parts in names.items() if not name.endswith(inputs_are_scaled)}
 
 
 def merge(tensor: Tensor, parts: Sequence[Tensor], *, name: str, tuning: Tuning, network: TransformerConfig) -> Tensor:
     """Computed and left in fp32 at least."""
     wide = torch.promote_types(parts[0].dtype, torch.float32)
     parts, tensor = [part.to(wide) for part in parts], tensor.to(wide)
+    if name in token_rows(tuning, network):
+        return tensor.index_copy(0, torch.tensor(network.new_tokens), parts[0])
     if name.endswith(".bias"):
         return tensor * parts[0].flatten()
     transposed = WEIGHT_NAMES[network.family].transposed

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from trainer.model.config import TransformerConfig
-from trainer.model.names import WEIGHT_NAMES
+from trainer.model.names import WEIGHT_NAMES, names_of
 from trainer.model.network import Network
 from trainer.sections import Recipe, Tuning
-from trainer.tuning.targets import modules_by_role, targeted_modules
+from trainer.tuning.targets import modules_by_role, targeted_modules, token_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -27,12 +27,13 @@ def adapter_config(recipe: Recipe, network: Network) -> dict[str, Any]:
     tuning = recipe.tuning
     names = WEIGHT_NAMES[network.family]
     shared: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if network.causal else None,
         "base_model_name_or_path": recipe.model.from_pretrained,
         "revision": recipe.model.revision,
         "inference_mode": True,
         "fan_in_fan_out": names.transposed,
         "target_modules": target_modules(tuning, network),
+        **_token_keys(tuning, network),
     }
     if tuning.method == "ia3":
         scaled_inputs = {names.attention_out.format(layer=0), names.mlp_out.format(layer=0)}
@@ -47,6 +48,32 @@ def adapter_config(recipe: Recipe, network: Network) -> dict[str, Any]:
         "use_rslora": tuning.rank_stabilized,
         "use_dora": tuning.method == "dora",
     }
+
+
+def _token_keys(tuning: Tuning, network: TransformerConfig) -> dict[str, Any]:
+    """How peft is told of the rows of new tokens."""
+    modules = [weight.removesuffix(".weight") for weight in token_rows(tuning, network)]
+    if whole := saved_whole(tuning, network):
+        stored = [name.rpartition(".")[0] for names in whole.values() for name in names]
+        return {"modules_to_save": list(dict.fromkeys(stored))}
+    return {"trainable_token_indices": {module: list(network.new_tokens) for module in modules}} if modules else {}
+
+
+def saved_whole(tuning: Tuning, network: TransformerConfig) -> dict[str, list[str]]:
+    """Where peft 0.21 has no rows of single tokens, embedding and head whole: our names → those of peft's modules. (IA)³ knows
+    no such rows, and beside those of a head peft forgets its bias."""
+    if not token_rows(tuning, network):
+        return {}
+    names = names_of(network)
+    has_bias = names.head_bias is not None and not network.classes
+    if tuning.method != "ia3" and not has_bias:
+        return {}
+    whole = {weight: [weight] for weight in token_rows(tuning, network)}
+    if network.ties_head:
+        whole[names.embedding].append(names.head)
+    if has_bias and names.head_bias is not None:
+        whole[names.head_bias] = [names.head.removesuffix("weight") + "bias"]
+    return whole
 
 
 def _budget(tuning: Tuning, steps: int) -> dict[str, Any]:
@@ -74,6 +101,9 @@ def trimmed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     cut = {}
     for name, tensor in tensors.items():
         module, _, factor = name.rpartition(".")
+        if module not in left:  # rows of new tokens
+            cut[name] = tensor
+            continue
         cut[name] = (tensor[:, left[module]] if factor == "lora_B" else tensor[left[module]]).contiguous()
     return cut, {f"{module.removeprefix(PREFIX)}.lora_E": kept.tolist() for module, kept in left.items()}
 
@@ -84,7 +114,9 @@ def target_modules(tuning: Tuning, network: TransformerConfig, *, among: Collect
     adapted = set(targeted_modules(tuning, network))
     layer = dict.fromkeys(modules_by_role(network, 0).values())
     chosen = adapted if among is None else adapted.intersection(among)
-    others = {module.rpartition(".")[2] for module in layer if module not in chosen}
+    names = names_of(network)
+    of_head = filter(None, (names.head_transform, names.pooler))
+    others = {module.rpartition(".")[2] for module in (*layer, *of_head) if module not in chosen}
 
     def ending(module: str) -> str:
         last = module.rpartition(".")[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trainer.model.config import TransformerConfig
-from trainer.model.names import WEIGHT_NAMES
+from trainer.model.names import WEIGHT_NAMES, names_of
 from trainer.sections import Finding, Recipe, Tuning
 
 GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
@@ -31,6 +31,9 @@ PARTS = {
     "adapter": (".adapter_down.weight", ".adapter_down.bias", ".adapter_up.weight", ".adapter_up.bias"),
 }
 
+
+# The rows of new tokens that are trained beside a frozen matrix over the vocabulary, as peft ends their names.
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
 # Methods that peft has; what they learn can be put into the weights that it was learned for.
 MERGEABLE = tuple(method for method in PARTS if method != "adapter")
@@ -78,7 +81,20 @@ def parts_of(tuning: Tuning, module: str) -> list[str]:
 
 def is_added(name: str) -> bool:
     """Whether a logical tensor is none of the model's own."""
-    return any(name.endswith(parts) for parts in PARTS.values())
+    return name.endswith(TOKEN_ROWS) or any(name.endswith(parts) for parts in PARTS.values())
+
+
+def token_rows(tuning: Tuning, config: TransformerConfig) -> dict[str, str]:
+    """Each matrix over the vocabulary of which the rows of new tokens are trained beside it → the name of these rows."""
+    if tuning.method is None or not config.new_tokens:
+        return {}
+    names = names_of(config)
+    weights = [names.embedding] if config.tied_head or config.classes else [names.embedding, names.head]
+    return {weight: rows_name(weight) for weight in weights}
+
+
+def rows_name(weight: str) -> str:
+    return weight.removesuffix(".weight") + TOKEN_ROWS
 
 
 def target_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Finding]:

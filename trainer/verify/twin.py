@@ -16,6 +16,7 @@ from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.model.families import FAMILIES
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
+from trainer.recipe.names import SMALLEST_BPE
 from trainer.recipe.network import TWO_CLASSES, translate
 from trainer.sections import Recipe
 from trainer.tuning.targets import QUANTIZED_TOGETHER
@@ -91,7 +92,12 @@ def _recipe(
         **kept,
         "run": {"name": "verify", "seed": recipe.run.seed, "deterministic": recipe.run.deterministic},
         "model": {"family": family, "config": dict(config)},
-        "data": {"seq_len": seq_len, "isolate_documents": recipe.data.isolate_documents, **_task(recipe, given)},
+        "data": {
+            "seq_len": seq_len,
+            "isolate_documents": recipe.data.isolate_documents,
+            **_new_tokens(recipe, config["vocab_size"]),
+            **_task(recipe, given),
+        },
         "batch": batch,
         "zero": _in_memory(given.get("zero", {})),
         "deepspeed": policy,
@@ -101,6 +107,13 @@ def _recipe(
             "recompute": recipe.train.recompute,
         },
     }
+
+
+def _new_tokens(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
+    """Where they are trained beside what is frozen; as many as are left beyond the symbols of the tokenizer "bytes"."""
+    room = vocab_size - SMALLEST_BPE - (recipe.data.task == "mlm")
+    tokens = recipe.data.new_tokens[: max(0, room)] if recipe.tuning.method else []
+    return {"new_tokens": tokens} if tokens else {}
 
 
 def _task(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
