@@ -67,7 +67,8 @@ def values_of(run_dir: Path) -> dict[str, Any]:
 def test_sources_are_taken_by_size_and_the_start_says_it(recipe: Path, tmp_path: Path) -> None:
     said = run(recipe, tmp_path / "run").said
     texts = {
-        name: [json.loads(line)["text"] for line in (recipe.parent / name).open()] for name in ("large.jsonl", "small.jsonl")
+        name: [json.loads(line)["text"] for line in (recipe.parent / name).read_text().splitlines()]
+        for name in ("large.jsonl", "small.jsonl")
     }
     tokens = {name: sum(len(text) + 1 for text in rows) for name, rows in texts.items()}  # each with the end of a document
     sequences = {name: math.ceil((count - 1) / 32) for name, count in tokens.items()}
