@@ -9,9 +9,13 @@ from pathlib import Path
 import torch
 
 from trainer.data import unigram_perplexity
+from trainer.data.auto_tokenizer import require_same
 from trainer.data.prepared import held_out_pairs
+from trainer.data.texts import Texts
+from trainer.errors import NotFinite
 from trainer.execution import DTYPES
 from trainer.generate import sample
+from trainer.launch import together
 from trainer.model.hugging_face import assembled, write_folder
 from trainer.session import Session, targets_for
 from trainer.track.report import write_report
@@ -24,12 +28,21 @@ SAMPLE_TOKENS = 96
 
 
 def export(run: Session) -> None:
-    """Write the weights as a Hugging Face folder, or what was trained beside them as an adapter."""
+    """Write the weights as a Hugging Face folder, or what was trained beside them as an adapter. NotFinite or DataError on all
+    ranks, and no folder, where a weight is not finite or transformers would tokenize otherwise."""
+    with together():
+        try:
+            _write_export(run)
+        except NotFinite as error:
+            raise NotFinite(error.what, step=run.recipe.train.steps) from None
+
+
+def _write_export(run: Session) -> None:
     tensors, dtype = run.engine.gathered_tensors(), DTYPES[run.recipe.precision.dtype]
     folder = run.folder.export if run.place.is_first else None
     if leaves_adapter(run.recipe):
         form = AdapterFormat.of(run.recipe, run.network)
-        write_adapter(assembled(tensors), folder, dtype=dtype, form=form, save_beside=run.files.save_others)
+        write_adapter(assembled(tensors), folder, dtype=dtype, form=form, save_beside=_others(run))
         run.tracker.note(f"adapter: {run.folder.export}")
         return
     write_folder(
@@ -43,15 +56,25 @@ def export(run: Session) -> None:
     run.tracker.note(f"weights: {run.folder.export}")
 
 
+def _others(run: Session) -> Callable[[Path], None]:
+    """What puts the tokenizer, and what else belongs there, into a folder, and looks whether transformers reads it so."""
+
+    def save(folder: Path) -> None:
+        run.files.save_others(folder)
+        require_same(folder, run.files.tokenizer)
+
+    return save
+
+
 def _with_unmerged(run: Session, dtype: torch.dtype) -> Callable[[Path], None]:
     """What goes into a whole model's folder beside its weights: the tokenizer, and an adapter that no weight can take up."""
     if run.recipe.tuning.method not in PARTS or run.recipe.tuning.method in MERGEABLE:
-        return run.files.save_others
+        return _others(run)
     form = AdapterFormat.of(run.recipe, run.network)
     adapter = [(name, tensor) for name, tensor in assembled(run.engine.gathered_tensors()) if is_added(name)]
 
     def save(folder: Path) -> None:
-        run.files.save_others(folder)
+        _others(run)(folder)
         form.write(adapter, folder, dtype)
 
     return save
@@ -71,11 +94,12 @@ def finish(run: Session, summary: dict[str, object]) -> None:
             targets=targets_for(recipe, run.prepared, run.network, "evaluation"),
         )
     if recipe.train.sample_prompt is not None:
-        chat = run.prepared.chat
-        prompt = (chat.prompt if chat else tokenizer.encode)(recipe.train.sample_prompt)
+        chat, texts = run.prepared.chat, run.prepared.texts or Texts()
+        asked = recipe.train.sample_prompt
+        prompt = chat.prompt(asked) if chat else texts.prompt(tokenizer, asked)
         tokens = sample(
             run.engine.evaluator.next_logits,
-            prompt or [tokenizer.end_of_document],
+            prompt,
             new_tokens=SAMPLE_TOKENS,
             context=recipe.data.seq_len,
             end=chat.end_of_turn if chat else tokenizer.end_of_document,

@@ -15,7 +15,7 @@ EXIT_DATA = 65  # data or checkpoint damaged
 EXIT_INTERNAL = 70
 EXIT_REQUEUE = 75  # interrupted, or another rank is gone: start the run again
 EXIT_RECIPE = 78  # recipe wrong
-EXIT_NO_PROGRESS = 93  # every step is skipped; starting again would change nothing
+EXIT_NO_PROGRESS = 93  # every step is skipped, or the model is not finite; starting again would change nothing
 EXIT_HANG = 124  # another process does not answer, as timeout(1) says it
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
 
@@ -46,3 +46,20 @@ class DataError(UserError):
     """Data on disk is damaged, unreadable or changed under us."""
 
     exit_code = EXIT_DATA
+
+
+class NotFinite(UserError):
+    """A model holds NaN or infinity: it is no result, and going on from it would change nothing."""
+
+    exit_code = EXIT_NO_PROGRESS
+
+    def __init__(self, what: str, *, step: int | None = None, began: int | None = None) -> None:
+        """`what`: such as a tensor. `step`: after which it is so, where that is known. `began`: the first of the steps up to
+        that one whose loss or gradient norm was not finite, None where the last one's were."""
+        self.what = what
+        when = "" if step is None else f" after step {step}"
+        since = f" (it began in step {began or step})" if step is not None else ""
+        super().__init__(
+            f"{what} is not finite{when}{since}: the model is neither saved nor exported; lower optimizer.lr, or go on from an "
+            "earlier checkpoint (--resume PATH)"
+        )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.durable import write_json
-from trainer.watchdog.stacks import start_of
+from trainer.processes import start_of
 
 LEDGER = "goodput.json"
 WRITTEN_EVERY_S = 30.0  # a kill leaves at most this much of the last start untold
@@ -42,14 +42,14 @@ class Ledger:
         self._starts = read_starts(folder)
         if self._starts:
             _close(self._starts[-1], from_step, times)
-        self._began, self._before_s = time.time() - age_of_this_process(), age_of_this_process()
+        self._began = time.time() - age_of_this_process()
         self._from_step = from_step
         self._lost_s = 0.0
         self._written = -math.inf
         self._ended = False
 
     def write(self, step: int, totals: Mapping[str, float], waiting: Mapping[str, float], *, always: bool = False) -> None:
-        """`totals`: seconds by phase since this was made; `waiting`: by phase, the share of it that waited for other ranks."""
+        """`totals`: seconds by phase since the stopwatch began; `waiting`: of each, the share that waited for other ranks."""
         if always or time.monotonic() - self._written >= WRITTEN_EVERY_S:
             self._written = time.monotonic()
             write_json(self._path, {"starts": [*self._starts, self.of_now(step, totals, waiting)]})
@@ -61,8 +61,8 @@ class Ledger:
             self.write(step, totals, waiting, always=True)
 
     def of_now(self, step: int, totals: Mapping[str, float], waiting: Mapping[str, float]) -> dict[str, Any]:
-        seconds = dict.fromkeys(KINDS[:-1], 0.0)
-        seconds["init"] = max(0.0, self._before_s)
+        now, seconds = time.time(), dict.fromkeys(KINDS[:-1], 0.0)
+        seconds["init"] = max(0.0, now - self._began - sum(totals.values()))  # before the stopwatch was made: imports
         for phase, spent in totals.items():
             kind = KIND_OF.get(phase, "other")
             waited = spent * waiting.get(phase, 0.0) if kind == "compute" else 0.0
@@ -70,7 +70,7 @@ class Ledger:
             seconds[kind] += spent - waited
         return {
             "began": self._began,
-            "until": time.time(),
+            "until": now,
             "from_step": self._from_step,
             "to_step": step,
             "seconds": seconds,

@@ -13,7 +13,7 @@ from typing import Any
 from trainer.data.loader import MicroBatch
 from trainer.durable import make_private, write_json
 from trainer.engine import StepResult
-from trainer.errors import EXIT_NO_PROGRESS, DataError, UserError
+from trainer.errors import EXIT_NO_PROGRESS, DataError, NotFinite, UserError
 from trainer.guard_checksum import disagreements, replicas
 from trainer.guard_culprit import Culprit, find_culprit
 from trainer.guard_window import SpikeWindow
@@ -38,6 +38,7 @@ class Guard:
         self._keys = run.recipe.guard
         memory = run.checkpoints.memory.get("guard", {})
         self._in_a_row: int = memory.get("skipped_in_a_row", 0)
+        self.not_finite_since: int | None = memory.get("not_finite_since")  # the first step since when no loss was finite
         self.must_rewind = False  # the last step's spike is to be undone
         self._agreed: int = run.checkpoints.start_step  # after this step all replicas were the same
         self._windows = {
@@ -47,7 +48,8 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must judge by."""
-        return {"skipped_in_a_row": self._in_a_row, **{name: window.values for name, window in self._windows.items()}}
+        since = {} if self.not_finite_since is None else {"not_finite_since": self.not_finite_since}
+        return {"skipped_in_a_row": self._in_a_row, **since, **{name: window.values for name, window in self._windows.items()}}
 
     @property
     def norm_limit(self) -> float:
@@ -56,12 +58,25 @@ class Guard:
 
     def judge(self, step: int, lr: float, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
         """After step `step`, counted from 0. NoProgress or DataError when the run must end."""
+        if math.isfinite(result.loss):
+            self.not_finite_since = None
+        elif self.not_finite_since is None:
+            self.not_finite_since = step + 1
         if result.skipped:
             self._explain(step, result, micro_batches)
         self._look_for_spikes(step, result)
         self._count(result)
         if self._keys.check_every and (step + 1) % self._keys.check_every == 0:
             self._compare(step, lr)
+
+    def require_finite(self, steps: int) -> None:
+        """NotFinite, after the last of `steps` steps, where the model gives no loss: what it gives is no result. A last step
+        that was skipped may have had another cause, so its loss is computed once more."""
+        if self.not_finite_since is None:
+            return
+        again = self._run.engine.evaluator.evaluate(iter(self._run.micro_batches(steps - 1)))
+        if not math.isfinite(again.loss):
+            self._end(NotFinite("the loss", step=steps, began=self.not_finite_since))
 
     def _explain(self, step: int, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
         """One line that names the culprit, and a file with what a replay needs."""

@@ -20,10 +20,11 @@ from lm_eval.tasks import TaskManager
 
 from parallel.collectives import all_reduce
 from parallel.loss import IGNORE
-from trainer.data.chat_template import ChatTemplate
-from trainer.data.conversations import Message
+from trainer.data.chat_template import ChatTemplate, Request
 from trainer.data.loader import MicroBatch
+from trainer.data.texts import Texts
 from trainer.errors import RecipeError
+from trainer.generate import ends_of
 from trainer.launch import together
 from trainer.model.auto_network import AutoNetwork
 from trainer.open_model import OpenModel, open_model
@@ -38,6 +39,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def __init__(self, model: OpenModel, *, chat: bool) -> None:
         super().__init__()
         self._model, self._chat = model, chat
+        self._ends = {model.tokenizer.end_of_document, *ends_of(model.weights.config)}
         positions = None if isinstance(model.network, AutoNetwork) else model.network.max_positions
         self.max_length: int = positions or model.recipe.data.seq_len
 
@@ -49,8 +51,20 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def tokenizer_name(self) -> str:
         return str(self._model.weights.config)
 
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context: the token that begins texts, where one does."""
+        return self._opening[-1] if self._opening else self.eot_token_id
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **others: Any) -> list[int]:
-        return self._model.tokenizer.encode_with_offsets(string, special=self._chat)[0]
+        """A text begins as in training, as it does in the harness' own models; a chat template writes its beginning itself."""
+        opening = () if self._chat or add_special_tokens is False else self._opening
+        return [*opening, *self._model.tokenizer.encode_with_offsets(string, special=self._chat)[0]]
+
+    @property
+    def _opening(self) -> tuple[int, ...]:
+        data, tokenizer = self._model.recipe.data, self._model.tokenizer
+        return Texts.from_recipe(data, tokenizer).opening
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **others: Any
@@ -62,7 +76,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         with."""
         windows, of_text = [], []
         for number, request in enumerate(requests):
-            for window in _windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length):
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            for window in _windows(tokens, self.prefix_token_id, self.max_length):
                 windows.append(window)
                 of_text.append(number)
         totals = [0.0] * len(requests)
@@ -78,8 +93,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         tokenizer = self._model.tokenizer
         template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
-        conversation = [Message(turn["role"], turn["content"], counts=False) for turn in chat_history]
-        return template.render(conversation, add_generation_prompt=add_generation_prompt)
+        return template.render(Request(chat_history), add_generation_prompt=add_generation_prompt)
 
     def _generate(self, context: str, how: dict[str, Any]) -> str:
         if how.get("do_sample") or how.get("temperature", 0.0):
@@ -90,7 +104,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         begin, text = len(tokens), ""
         for _ in range(new_tokens):
             token = int(self._model.evaluator.next_logits(tokens[-self.max_length :]).argmax())
-            if token == self.eot_token_id:
+            if token in self._ends:
                 break
             tokens.append(token)
             text = self._model.tokenizer.decode(tokens[begin:])

@@ -6,10 +6,9 @@ variables of their own (`slurm_environment.py`). Without any of them the run is 
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,12 +17,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from trainer.binding import bind
 from trainer.errors import RecipeError, UserError
+from trainer.meeting import meet
+from trainer.processes import Process
 from trainer.slurm_environment import Seat, check_launcher_in_step, in_a_step, seat_of_srun_or_mpirun
-from trainer.watchdog.stacks import start_of
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -38,13 +37,6 @@ class Place(Seat):
     def gpu(self) -> int:
         """Its number among those that this process sees."""
         return 0 if self.own_gpu else self.local_rank
-
-    @property
-    def neighbour(self) -> int | None:
-        """The next rank of this node, round about; None where it is alone. A node's ranks are consecutive."""
-        if self.local_world_size == 1:
-            return None
-        return self.rank - self.local_rank + (self.local_rank + 1) % self.local_world_size
 
     @property
     def device(self) -> torch.device:
@@ -116,17 +108,21 @@ def free_port() -> int:
 
 
 class Neighbour(NamedTuple):
-    """The process of the next rank of this node; `started`: see `start_of`."""
+    """The next rank of this node, and its process."""
 
     rank: int
-    pid: int
-    started: int
+    process: Process
 
 
-def join(place: Place, timeout: timedelta) -> Neighbour | None:
+def never_stopped() -> str:
+    """Of a command that Ctrl-C ends at once."""
+    return ""
+
+
+def join(place: Place, timeout: timedelta, stopped: Callable[[], str] = never_stopped) -> Neighbour | None:
     """Bind the device, share the cores among this node's ranks, and join the process group, whose collectives wait for
     `timeout` at most. What is known of the neighbour is known before anybody is in the group: a process that was never heard
-    of could not be missed."""
+    of could not be missed. `stopped`: the signal that asks to end while ranks are waited for."""
     for name, value in zip(
         LAUNCHER_VARIABLES,
         (place.rank, place.gpu, place.world_size, place.master_addr, place.master_port),
@@ -139,18 +135,8 @@ def join(place: Place, timeout: timedelta) -> Neighbour | None:
     bind(place, _pci_address(place.device))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
-    address = f"tcp://{place.master_addr}:{place.master_port}"
-    try:
-        store, _, _ = next(rendezvous(address, place.rank, place.world_size, timeout=timeout))
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise RecipeError(
-            f"port {place.master_port} of this machine, on which the ranks would meet ({place.how}), is taken by another "
-            "process: set MASTER_PORT to a free one, the same for all ranks"
-        ) from error
+    store, processes = meet(place, timeout, stopped)
     store.set_timeout(timeout)
-    store.set(f"process of rank {place.rank}", json.dumps([os.getpid(), start_of(os.getpid())]))
     dist.init_process_group(
         "nccl" if place.device.type == "cuda" else "gloo",
         store=PrefixStore("default_pg", store),  # as init_process_group itself would have it
@@ -158,9 +144,17 @@ def join(place: Place, timeout: timedelta) -> Neighbour | None:
         world_size=place.world_size,
         timeout=timeout,
     )
-    if place.neighbour is None:
+    return _neighbour(place.rank, processes)
+
+
+def _neighbour(rank: int, processes: Sequence[Process]) -> Neighbour | None:
+    """The next rank, round about, among those whose processes this one can see; None where it is alone. A node's ranks need not
+    be consecutive."""
+    beside = [other for other, process in enumerate(processes) if process.is_beside(processes[rank])]
+    if len(beside) == 1:
         return None
-    return Neighbour(place.neighbour, *json.loads(store.get(f"process of rank {place.neighbour}")))
+    following = beside[(beside.index(rank) + 1) % len(beside)]
+    return Neighbour(following, processes[following])
 
 
 def _pci_address(device: torch.device) -> str | None:

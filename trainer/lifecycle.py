@@ -33,6 +33,11 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, self._heard)
 
+    @property
+    def heard(self) -> str:
+        """The name of the signal that this process has heard; "" while it has heard none."""
+        return signal.Signals(self._signal).name if self._signal else ""
+
     def _heard(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
 

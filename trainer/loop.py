@@ -17,7 +17,7 @@ from trainer.session import Session, open_session
 
 def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: StopRequest) -> int:
     """Run a recipe to its last step, or to the end of the step in which `stop` is asked for; the exit code."""
-    with open_session(resolved, run_dir, resume) as run:
+    with open_session(resolved, run_dir, resume, lambda: stop.heard) as run:
         started = time.monotonic()
         keys, steps = run.recipe.train, run.recipe.train.steps
         meter, guard = Meter(run), Guard(run)
@@ -48,6 +48,7 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
             step += 1
         with run.engine.watch("saving"):
             run.say(run.checkpoints.wait())
+        guard.require_finite(steps)
         with run.engine.watch("export"):
             export(run)
             summary = {"steps": steps, "wall_s": time.monotonic() - started}

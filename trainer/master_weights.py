@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from parallel.collectives import all_gather
 from parallel.mesh import Group
-from parallel.params import owned_specs
+from parallel.params import ShardSpec, owned_specs
+from trainer.errors import DataError
+from trainer.finite import NAMES, WIDER, overflow
+
+
+def require_in_range(parameter: Tensor, spec: ShardSpec, dtype: torch.dtype) -> None:
+    """DataError for first values that are infinite in the compute format."""
+    if told := overflow(spec.pieces[0].name, parameter.detach(), dtype):
+        raise DataError(f"{told}: set precision.dtype to {WIDER[NAMES[dtype]]}")
 
 
 class MasterWeights:
@@ -49,7 +57,8 @@ class MasterWeights:
 
         def fill_and_round(block: nn.Module) -> None:
             fill(block)
-            for _, parameter, _ in owned_specs(block):
+            for _, parameter, spec in owned_specs(block):
+                require_in_range(parameter, spec, self._dtype)
                 if parameter.requires_grad and not self._needed:
                     continue
                 if parameter.requires_grad:

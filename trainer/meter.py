@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,8 @@ from trainer.data.loader import MicroBatch
 from trainer.engine import StepResult
 from trainer.flops import row_flops
 from trainer.session import Session
+from trainer.track import read_metrics
+from trainer.track.history import History
 
 PARTS = ("data", "forward", "backward", "optimizer")
 
@@ -25,7 +26,6 @@ class Meter:
         self._run = run
         self._skipped: int = run.checkpoints.memory.get("meter", {}).get("skipped", 0)
         self._last: dict[str, float | int] = {}
-        self._rates: list[float] = []
         self.restart()
 
     def state(self) -> dict[str, int]:
@@ -70,17 +70,20 @@ class Meter:
             "num_targets": result.num_targets,
             "time": time.time(),
         }
-        self._rates.append(self._last["tokens_per_s"])
         run.tracker.log(self._last)
         run.account(steps_done)
         self.restart()
 
     def summary(self) -> Mapping[str, float | int]:
-        """The closing figures: those of the last record, and the median rate; few when a resumed run had no step to do."""
-        if not self._rates:
+        """The closing figures: those of the last record, and of rates the median over all records of the run, as its report has
+        it; few when a resumed run had no step to do."""
+        if not self._last:
             return self.state()
-        last = {key: self._last[key] for key in ("tokens", "mfu", "memory_gib", "skipped")}
-        return {"final_loss": self._last["loss"], "tokens_per_s": statistics.median(self._rates), **last}
+        history = History.of(read_metrics(self._run.folder.metrics))
+        medians = {key: history.median(key) for key in ("tokens_per_s", "mfu")}
+        rates = {key: self._last[key] if median is None else median for key, median in medians.items()}
+        last = {key: self._last[key] for key in ("tokens", "memory_gib", "skipped")}
+        return {"final_loss": self._last["loss"], **rates, **last}
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -29,12 +29,13 @@ from trainer.checkpoint.folder import HUGGING_FACE
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.resume import examine
 from trainer.checkpoint.weights import Filling
-from trainer.data.tokenizer import Tokenizer, make_tokenizer
+from trainer.data.tokenizer import Tokenizer, make_tokenizer, reopen_tokenizer
 from trainer.errors import RecipeError
 from trainer.evaluator import Evaluator
 from trainer.execution import DTYPES, make_execution
 from trainer.first_weights import first_weights
 from trainer.launch import Place, together
+from trainer.master_weights import require_in_range
 from trainer.measures import Measures, measures_of
 from trainer.model.families import FAMILIES
 from trainer.model.hugging_face import read_config
@@ -86,6 +87,8 @@ class Weights:
             )
         model |= {"from_pretrained": str(self.config), "revision": None, "config": {}}
         data |= {"tokenizer": str(self.config)}
+        if self.manifest is not None:
+            data.setdefault("bos", False)  # so it was before there was such a key
         config = read_config(self.config)
         if classes := _classes(config):
             data |= {"task": "classify", "classes": list(classes)}
@@ -157,7 +160,7 @@ def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[st
         with together():
             if weights.manifest is not None:
                 examine(weights.folder, messages)
-            tokenizer = make_tokenizer(str(weights.config))
+            tokenizer = reopen_tokenizer(weights.config) if weights.manifest else make_tokenizer(str(weights.config))
             network, fill = first_weights(resolved, tokenizer, recipe.data.classes, resumed=weights.manifest is not None)
             if weights.manifest is not None:
                 fill = Filling(weights.folder, weights.manifest)
@@ -192,7 +195,8 @@ def _rounding(fill: Callable[[nn.Module], None], dtype: torch.dtype) -> Callable
 
     def fill_and_round(block: nn.Module) -> None:
         fill(block)
-        for _, parameter, _ in owned_specs(block):
+        for _, parameter, spec in owned_specs(block):
+            require_in_range(parameter, spec, dtype)
             parameter.data = parameter.data.to(dtype)
 
     return fill_and_round

@@ -83,7 +83,9 @@ class Fields(Section):
     instruction: str | None = Field(None, min_length=1, description="What is asked.")
     input: str | None = Field(None, min_length=1, description="What the instruction is about.")
     output: str | None = Field(None, min_length=1, description="What is answered to the instruction.")
+    history: str | None = Field(None, min_length=1, description="alpaca: earlier turns, pairs of question and answer.")
     system: str | None = Field(None, min_length=1, description="What is said before the first turn.")
+    tools: str | None = Field(None, min_length=1, description="Tools that the assistant may call, as JSON Schema.")
     source: str | None = Field(None, min_length=1, description="translate: a text; a.b is field b of the object in field a.")
     target: str | None = Field(None, min_length=1, description="translate: its translation.")
     chosen: str | None = Field(None, min_length=1, description="preference: the better answer.")
@@ -153,8 +155,8 @@ class Data(Section):
         description="mlm: share of the tokens that are to be guessed; of ten such tokens eight are masked, one is replaced by "
         "another, one stays.",
     )
-    learn: Literal["answers", "all"] = Field(
-        "answers", description="sft: whose tokens are targets: those of the assistant's turns, or all."
+    learn: Literal["answers", "last", "all"] = Field(
+        "answers", description="sft: whose tokens are targets: those of the assistant's turns, of the last of them, or all."
     )
     seq_len: PositiveInt = Field(
         512,
@@ -185,6 +187,16 @@ class Data(Section):
         description="Special tokens that the tokenizer gets, or has and the model is yet to learn: a text that spells one "
         "means it. Embedding and head get the rows that they lack, and those of all these tokens are trained, under every "
         "tuning.method too.",
+    )
+    bos: bool | None = Field(
+        None,
+        description="pretrain, mlm: each document begins with the tokenizer's bos_token; absent: with what its post-processor "
+        "writes before a text, if anything (Llama 3, Gemma, [CLS] of Bert); false: with nothing.",
+    )
+    special_tokens: Literal["text", "parse"] = Field(
+        "text",
+        description="pretrain, mlm: what a text spells that is a special token, such as <|im_start|>: text like any other, or "
+        '"parse": that token, for text in which a template has been rendered.',
     )
     isolate_documents: bool = Field(
         True, description="Documents packed into one sequence do not attend to each other; their positions restart at 0."

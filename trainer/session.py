@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,8 +28,10 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.resume import Found
 from trainer.checkpoint.room import bytes_of_one, room
 from trainer.data import PreparedData, prepare, prepare_summary
+from trainer.data.auto_tokenizer import beside_model
 from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.targets import Part, Targets, targets_of
+from trainer.data.tokenizer import Tokenizer
 from trainer.deepspeed_config import deepspeed_config
 from trainer.engine import Engine
 from trainer.errors import EXIT_REQUEUE
@@ -41,7 +43,9 @@ from trainer.launch import PeerFailed, Place, together
 from trainer.lifecycle import LOST, WANTED
 from trainer.matmul_peak import device_peak, slower_than_fp32
 from trainer.model.auto_network import AutoNetwork
+from trainer.model.hugging_face import local_folder, read_config
 from trainer.model.network import ModelFiles, Network, largest_weight
+from trainer.model.origin import Origin
 from trainer.preference.reference import with_reference
 from trainer.recipe import ResolvedRecipe
 from trainer.run_folder import RunFolder
@@ -155,8 +159,11 @@ class Session:
 
 
 @contextmanager
-def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> Iterator[Session]:
-    """Make everything on every rank, and give it back when the run ends, however it ends."""
+def open_session(
+    resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stopped: Callable[[], str] = launch.never_stopped
+) -> Iterator[Session]:
+    """Make everything on every rank, and give it back when the run ends, however it ends. `stopped`: the signal that this
+    process has heard, or ""."""
     recipe = resolved.recipe
     place = Place.from_environment(os.environ)
     folder = RunFolder.of(recipe, run_dir)
@@ -164,7 +171,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         limits = Limits(step_s=recipe.guard.timeout_s, long_s=recipe.guard.long_timeout_s)
         timeout = timedelta(seconds=limits.longest_s + BACKSTOP_S)
         stack.enter_context(among_strangers(place.rank))
-        neighbour = launch.join(place, timeout)
+        neighbour = launch.join(place, timeout, stopped)
         stack.callback(launch.leave)
         watch = Stopwatch(place.device)
         with together():
@@ -197,7 +204,16 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             if prepared.chat and recipe.train.sample_prompt is not None:
                 prepared.chat.prompt(recipe.train.sample_prompt)  # refused now rather than after the last step
             dtype, chat = str(DTYPES[recipe.precision.dtype]).removeprefix("torch."), prepared.chat
-            files = ModelFiles(network, prepared.tokenizer, dtype, chat.end_of_turn if chat else None)
+            files = ModelFiles(
+                network,
+                prepared.tokenizer,
+                dtype,
+                task=recipe.data.task,
+                end_of_turn=chat.end_of_turn if chat else None,
+                origin=_origin(recipe, prepared.tokenizer),
+            )
+            if place.is_first:  # which writes them; what cannot be handed on is refused now rather than after the last step
+                files = replace(files, tokenizer=beside_model(prepared.tokenizer, files.config))
             facts = _facts(recipe, files, prepared)
             if found is not None:
                 agree(found, facts, resume)
@@ -288,6 +304,17 @@ def _closing(tracker: Tracker) -> Callable[..., None]:
             tracker.finish({"ended_by": f"{type(error).__name__}: {error}" if str(error) else type(error).__name__})
 
     return close
+
+
+def _origin(recipe: Recipe, tokenizer: Tokenizer) -> Origin | None:
+    """What the folder that the run starts from says of special tokens and of writing."""
+    name = recipe.model.from_pretrained
+    if name is None:
+        return None
+    folder = local_folder(name, recipe.model.revision, code=recipe.model.trust_remote_code)
+    named = Path(recipe.data.tokenizer).expanduser()
+    same = name == recipe.data.tokenizer or (named.is_dir() and named.samefile(folder))
+    return Origin.of(folder, read_config(folder), tokenizer, same_tokenizer=same)
 
 
 def _facts(recipe: Recipe, files: ModelFiles, prepared: PreparedData) -> dict[str, Any]:

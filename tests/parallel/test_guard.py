@@ -16,6 +16,7 @@ from tools.campaign import nan_injection
 from tools.campaign.cases import WAYS, Way, arguments, digests, numbers, remembered, write_recipe
 from tools.campaign.ranks import run_ranks, train
 from tools.campaign.spikes import plant_spikes
+from trainer.cli import main
 from trainer.errors import EXIT_DATA, EXIT_NO_PROGRESS
 from trainer.track import read_metrics
 
@@ -57,10 +58,14 @@ def test_the_culprit_is_named_in_any_model_of_transformers(name: str, tmp_path: 
     assert (count, failures) == (6, {})
 
 
-def change_weight(name: str, rank: int, step: int, value: float | None, command: Sequence[str]) -> int:
-    """`train`, in which element 5 of what one rank holds of a weight changes after a step: to `value`, or by its last bit."""
+def change_weight(name: str, rank: int, step: int, value: float | None, command: Sequence[str], blind: bool = False) -> int:
+    """`train`, in which element 5 of what one rank holds of a weight changes after a step: to `value`, or by its last bit.
+    `blind`: a mistake, saving does not look whether values are finite."""
+    import trainer.checkpoint.save
     import trainer.guard
 
+    if blind:
+        trainer.checkpoint.save.is_finite = lambda values: True
     judge = trainer.guard.Guard.judge
 
     def judged(guard: Any, now: int, *rest: Any) -> None:
@@ -121,6 +126,64 @@ def test_a_weight_that_is_nan_ends_the_run_with_code_93(name: str, tmp_path: Pat
     record = json.loads(records[0].read_text())
     assert (record["what"], record["ranks"]) == (f"weight {weight}", [way.processes - 1])
     assert record["sequences_of_ranks"][0][0] == 16
+
+
+def poison(
+    name: str, tmp_path: Path, *, value: float, at: int, steps: int = 3, blind: bool = False, **checkpoint: Any
+) -> tuple[Any, Path]:
+    """A run in which one weight becomes `value` after a step; `blind`: a mistake, saving does not look."""
+    way, weight = BY_NAME[name], "transformer.h.2.mlp.c_fc.weight"
+    recipe = write_recipe(
+        tmp_path, steps=steps, keep=9, guard={"check_every": 0}, schedule={"warmup_steps": 1}, **{"every": 0, **checkpoint}
+    )
+    body = partial(change_weight, weight, way.processes - 1, at, value, **({"blind": True} if blind else {}))
+    ended = run_ranks(body, arguments(recipe, tmp_path / "run", way), world_size=way.processes, log=tmp_path / "log")
+    return ended, tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["one", pytest.param("tp2xpp2", marks=pytest.mark.grid)])
+@pytest.mark.parametrize("asynchronous", [False, pytest.param(True, marks=pytest.mark.grid)])
+def test_a_model_that_is_not_finite_is_not_saved(name: str, asynchronous: bool, tmp_path: Path) -> None:
+    ended, run = poison(name, tmp_path, value=math.inf, at=1, every=1, checkpoint={"async": asynchronous})
+    assert set(ended.codes) == {EXIT_NO_PROGRESS}, ended.said
+    assert "tensor transformer.h.2.mlp.c_fc.weight is not finite after step 2 (it began in step 2)" in ended.said
+    assert ended.said.count("triaxis: error:") == 1
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"], "the earlier one stays the newest"
+    assert not (run / "export").exists()
+
+
+@pytest.mark.parametrize("name", ["dp2-zero3", *(pytest.param(name, marks=pytest.mark.grid) for name in ("one", "tp2xpp2"))])
+def test_a_model_that_is_not_finite_at_the_end_is_not_exported(name: str, tmp_path: Path) -> None:
+    ended, run = poison(name, tmp_path, value=math.nan, at=2)
+    assert set(ended.codes) == {EXIT_NO_PROGRESS}, ended.said
+    assert "is not finite after step 3 (it began in step 3): the model is neither saved nor exported" in ended.said
+    assert not (run / "export").exists()
+
+
+def test_a_run_whose_last_loss_is_not_finite_is_not_done(tmp_path: Path) -> None:
+    """The weight is NaN before step 3 of 4, so that no loss is a number from then on."""
+    ended, run = poison("one", tmp_path, value=math.nan, at=1, steps=4)
+    assert ended.codes == (EXIT_NO_PROGRESS,), ended.said
+    assert "the loss is not finite after step 4 (it began in step 3)" in ended.said
+    assert not (run / "export").exists()
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_exported_either(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ended, run = poison("one", tmp_path, value=math.nan, at=2, blind=True, every=3)
+    assert ended.codes == (EXIT_NO_PROGRESS,), ended.said
+    assert main(["export", str(run), str(tmp_path / "out")]) == EXIT_NO_PROGRESS
+    assert "tensor transformer.h.2.mlp.c_fc.weight is not finite after step 3" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_value_that_the_chosen_format_does_not_have_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ended, run = poison("one", tmp_path, value=1e5, at=2, every=3)
+    assert ended.codes == (0,), ended.said
+    assert main(["export", str(run), str(tmp_path / "out"), "--dtype", "fp16"]) == EXIT_DATA
+    told = "tensor transformer.h.2.mlp.c_fc.weight has values up to 1e+05, and fp16 ends at 6.55e+04: nothing is written;"
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+    assert main(["export", str(run), str(tmp_path / "out"), "--dtype", "bf16"]) == 0
 
 
 def spikes_at(steps: Sequence[int], forget: bool, command: Sequence[str]) -> int:

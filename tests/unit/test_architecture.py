@@ -148,7 +148,7 @@ OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
         True,
         (
             "trainer/checkpoint/export.py",
-            "trainer/data/tokenizer.py",
+            "trainer/data/auto_tokenizer.py",
             "trainer/generate.py",
             "trainer/model/auto.py",
             "trainer/model/auto_stage.py",

@@ -54,7 +54,7 @@ MIXTRAL = {
 }
 FALCON = {"model_type": "falcon", **TINY, "max_position_embeddings": 32}
 MODELS = {c["model_type"]: c for c in (GPT_NEOX, OPT, BLOOM, APERTUS, MAMBA, PEGASUS, MIXTRAL, FALCON)}
-TOKENIZER: Any = SimpleNamespace(vocab_size=V, end_of_document=0)
+TOKENIZER: Any = SimpleNamespace(vocab_size=V, end_of_document=0, bos=None)
 
 
 def recipe(model: dict[str, Any], **sections: Any) -> Recipe:

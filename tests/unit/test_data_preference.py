@@ -40,7 +40,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_of_a_row_is_the_same_pair(shape: str) -> None:
     pair = PairRows().example_of(SHAPES[shape])
-    told = [[(message.role, message.content, message.counts) for message in side] for side in (pair.chosen, pair.rejected)]
+    told = [
+        [(message.role, message.content, message.counts) for message in side.turns] for side in (pair.chosen, pair.rejected)
+    ]
     assert told == [[("user", "2?", False), ("assistant", answer, True)] for answer in ("4", "5")]
     assert list(PairRows().texts_of(pair)) == ["2?", "4", "5"]
 
@@ -49,9 +51,9 @@ def test_what_was_said_before_is_no_answer() -> None:
     """Earlier turns of the assistant, which both conversations have, and what the system said."""
     row = {"system": "add", "better": [*EARLIER, ASKED, YES], "worse": [*EARLIER, ASKED, NO, ASKED, YES]}
     pair = PairRows({"chosen": "better", "rejected": "worse"}).example_of(row)
-    assert [message.counts for message in pair.chosen] == [False, False, False, False, True]
-    assert [message.counts for message in pair.rejected] == [False, False, False, False, True, False, True]
-    assert pair.chosen[0].role == "system"
+    assert [message.counts for message in pair.chosen.turns] == [False, False, False, False, True]
+    assert [message.counts for message in pair.rejected.turns] == [False, False, False, False, True, False, True]
+    assert pair.chosen.turns[0].role == "system"
 
 
 @pytest.mark.parametrize(

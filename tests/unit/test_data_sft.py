@@ -257,3 +257,93 @@ def test_packing_many_is_quick_and_tight() -> None:
     lengths = np.random.default_rng(0).integers(10, 1500, 20_000)
     rows = pack(lengths, 4096)
     assert len(rows) * 4096 < lengths.sum() * 1.01
+
+
+# ------------------------------------------------------------------------------------------------ what is said of rows
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def chat_tokenizer(folder: Path, template: str = TEMPLATE) -> str:
+    """A folder with byte tokens and a template."""
+    from trainer.data.tokenizer import make_tokenizer
+
+    make_tokenizer("bytes").for_chat().save(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    return str(folder)
+
+
+def test_keys_that_nothing_reads_are_named_and_counted(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "a", "id": 1}, {"role": "assistant", "content": "b"}], "source": "web"}
+    found = prepared(write(tmp_path, [row, {**row, "score": 1}]))
+    said = [note for note in found.notes if "nothing reads" in note]
+    assert said == [
+        f"data: {tmp_path / 'chats.jsonl'}: keys of rows that nothing reads: id of a turn (2), source (2), score (1)"
+    ]
+    again = prepared(tmp_path / "chats.jsonl")  # from the cache
+    assert [note for note in again.notes if "nothing reads" in note] == said
+
+
+def test_what_the_template_leaves_out_is_counted(tmp_path: Path) -> None:
+    asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows: list[dict[str, Any]] = [
+        {"messages": [asked, {**answered, "reasoning_content": "because"}]},
+        {"messages": [asked, answered], "tools": [{"name": "weather"}], "chat_template_kwargs": {"enable_thinking": False}},
+    ]
+    found = prepared(write(tmp_path, rows), tokenizer=chat_tokenizer(tmp_path / "hf"))
+    notes = [note.partition("chats.jsonl: ")[2] for note in found.notes]
+    assert "1 of 2 conversations: the chat template leaves out a part of an answer, such as its thought" in notes
+    assert "1 of 2 conversations have tools, which the chat template does not write" in notes
+    assert "keys of rows that nothing reads: chat_template_kwargs.enable_thinking (1)" in notes
+
+
+def test_a_system_message_that_the_template_leaves_out_is_counted(tmp_path: Path) -> None:
+    """As Mistral's, which writes it only before a question that stands last; an answer that also stands in the question is
+    found all the same."""
+    template = (
+        "{% set talk = messages[1:] if messages[0].role == 'system' else messages %}{% for m in talk %}"
+        "{% if m.role == 'user' %}{{ '[INST] ' + (messages[0].content + '\n\n' if loop.last and messages[0].role == 'system'"
+        " else '') + m.content + '[/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "Answer yes or no."},
+                {"role": "user", "content": f"yes or no: is {number} even?"},
+                {"role": "assistant", "content": ("yes", "no")[number % 2]},
+            ]
+        }
+        for number in range(40)
+    ]
+    found = prepared(write(tmp_path, rows), tokenizer=chat_tokenizer(tmp_path / "hf", template), seq_len=128)
+    assert "40 of 40 conversations: the chat template leaves out a turn, such as the system's" in " ".join(found.notes)
+    packing = found.train[0].packing
+    assert packing is not None
+    assert packing.targets == sum(len(f" {row['messages'][2]['content']}") + 1 for row in rows)
+    assert sorted(answers_of(found, epoch(found, seq_len=128))) == sorted(f" {row['messages'][2]['content']}" for row in rows)
+
+
+@pytest.mark.parametrize("learn", ["answers", "last"])
+def test_only_the_last_answer_may_be_learned(learn: str, tmp_path: Path) -> None:
+    turns = [{"role": role, "content": role[0] + str(n)} for n in range(3) for role in ("user", "assistant")]
+    found = prepared(write(tmp_path, [{"messages": turns}] * 3), learn=learn)
+    expected = ["a2"] if learn == "last" else ["a0", "a1", "a2"]
+    assert sorted(answers_of(found, epoch(found))) == sorted(expected * 3)
+
+
+def test_a_turn_that_is_not_learned_need_not_be_written(tmp_path: Path) -> None:
+    """A template that drops earlier answers refuses a row only where they are to be learned."""
+    template = TEMPLATE.replace("m.content", "(m.content if loop.last or m.role == 'user' else '')", 1)
+    turns = [{"role": role, "content": role[0] + str(n)} for n in range(2) for role in ("user", "assistant")]
+    tokenizer = chat_tokenizer(tmp_path / "hf", template)
+    with pytest.raises(DataError, match=r"chats\.jsonl:1: the chat template does not write what turn 2 says"):
+        prepared(write(tmp_path, [{"messages": turns}]), tokenizer=tokenizer)
+    turns[1]["weight"] = 0  # type: ignore[assignment]
+    found = prepared(write(tmp_path, [{"messages": turns}]), tokenizer=tokenizer, seq_len=256)
+    assert found.train[0].packing is not None
+    # To a tokenizer of bytes alone that end is text, and the end of document ends the answer.
+    assert found.train[0].packing.targets == len("a1<|im_end|>\n") + 1

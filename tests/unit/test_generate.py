@@ -12,7 +12,7 @@ from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel
 from trainer.data.tokenizer import Tokenizer, make_tokenizer
 from trainer.errors import DataError, RecipeError, UserError
-from trainer.generate import continue_from_folder, sample
+from trainer.generate import Writing, continue_from_folder, sample
 from trainer.model.blocks import blocks_of
 from trainer.model.hugging_face import write_folder
 from trainer.model.transformer import Stage
@@ -119,7 +119,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
 
 
 def continue_text(folder: Path, prompt: str = "ab c", **changes: object) -> str:
-    return continue_from_folder(folder, prompt, **({"new_tokens": 9, "temperature": 0.0, "top_k": 50, "seed": 0} | changes))
+    writing = Writing(**({"new_tokens": 9, "temperature": 0.0, "top_k": 50, "seed": 0} | changes))
+    return continue_from_folder(folder, prompt, writing)
 
 
 @pytest.mark.parametrize("family", SHAPES)

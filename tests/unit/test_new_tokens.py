@@ -21,7 +21,7 @@ from parallel.tensor import TensorParallel
 from trainer.census import Census
 from trainer.checkpoint.facts import recipe_facts, refusals
 from trainer.data.chat import Chat
-from trainer.data.conversations import Message
+from trainer.data.conversations import Conversation, Message
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, train_bpe
 from trainer.errors import RecipeError
 from trainer.model.blocks import blocks_of
@@ -115,8 +115,8 @@ def test_in_conversations_contents_and_templates_alike() -> None:
         backend._backend, end_of_document="<|endoftext|>", config={"chat_template": TEMPLATE, "new_tokens": NEW}
     )
     chat = Chat(tokenizer, seq_len=64, learned="answers")
-    turns = [Message("user", "use <|tool|>", False), Message("assistant", "<|tool|>1<|endoftext|>", True)]
-    encoded = chat.encode(chat.render(turns))
+    turns = (Message("user", "use <|tool|>", False), Message("assistant", "<|tool|>1<|endoftext|>", True))
+    encoded = chat.encode(chat.render(Conversation(turns)))
     assert encoded is not None
     assert encoded.ids == [
         *bytes_of("user:use "),

@@ -381,7 +381,7 @@ def test_the_first_weights_of_t5_are_as_large_as_in_transformers() -> None:
 
     theirs = {name: weight.detach() for name, weight in their_class("t5")(T5Config(**shape)).named_parameters()}
     for name, weight in assembled((spec, parameter.detach()) for _, parameter, spec in owned_specs(stage)):
-        if "norm" not in name:
+        if "norm" not in name:  # of n numbers the deviation is known to 1 / sqrt(2 n): 9 % of the 64 that biases have
             assert float(weight.std() / theirs[name].std()) == pytest.approx(1.0, abs=0.25 if weight.numel() < 100 else 0.1), (
                 name
             )

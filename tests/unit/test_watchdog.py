@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainer.processes import start_of, state_of
 from trainer.stopwatch import Stopwatch
 from trainer.watchdog.autopsy import Finding, Report, Scene, find, page
 from trainer.watchdog.beats import DONE, SILENT_S, Beat, Limits, Roll
@@ -25,8 +26,6 @@ from trainer.watchdog.stacks import (
     innermost_of_ours,
     stack_of,
     stack_of_error,
-    start_of,
-    state_of,
     written_stack,
 )
 
@@ -35,7 +34,7 @@ LIMITS = Limits(step_s=10, long_s=100)
 
 def beat(rank: int, *, count: int = 1, phase: str = "backward", idle_s: float = 0.0, ended: str = "") -> Beat:
     limit_s = LIMITS.of(phase, settled=True)
-    return Beat(rank, "host", 100 + rank, 1, count, 7, phase, "trainer/loop.py:3 train", idle_s, limit_s, ended=ended)
+    return Beat(rank, "host", "boot", 100 + rank, 1, count, 7, phase, "trainer/loop.py:3 train", idle_s, limit_s, ended=ended)
 
 
 def test_a_beat_comes_back_as_it_was_sent() -> None:

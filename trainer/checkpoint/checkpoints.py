@@ -18,7 +18,8 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.resume import CheckpointSource, Found, newest_whole
 from trainer.checkpoint.save import Saved, Saver
 from trainer.engine import Engine
-from trainer.errors import DataError
+from trainer.errors import DataError, NotFinite
+from trainer.launch import PeerFailed
 from trainer.optimizer_state import state_names
 from trainer.redaction import redact
 from trainer.sections import Recipe
@@ -104,6 +105,11 @@ class Checkpoints:
         return Saver(self.folder, self.messages, keep=keys.keep, asynchronous=keys.asynchronous)
 
     def _told(self, saves: list[Saved]) -> list[str]:
+        """Lines to show. NotFinite where the model is: what is there already stays the newest."""
+        for saved in saves:
+            if saved.not_finite:
+                wrong = NotFinite(saved.not_finite, step=saved.step, began=saved.began)
+                raise wrong if self.messages.is_first else PeerFailed(wrong.exit_code)
         return [
             f"warning: no checkpoint of step {saved.step}: {saved.failure}; training goes on, and tries again at the next one"
             if saved.failure

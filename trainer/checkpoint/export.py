@@ -17,8 +17,11 @@ from trainer.checkpoint.folder import HUGGING_FACE
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.tensor_file import TORCH_DTYPES, Slot, TensorFile, as_bytes, chunks, write_tensor_file
 from trainer.checkpoint.weights import FORMATS, Contents, Filling, Tuned
+from trainer.data.auto_tokenizer import beside_model, require_same
+from trainer.data.tokenizer import reopen_tokenizer
 from trainer.durable import replacing_folder
-from trainer.errors import DataError, RecipeError
+from trainer.errors import DataError, NotFinite, RecipeError
+from trainer.finite import WIDER, is_finite, overflow
 from trainer.model.hugging_face import INDEX, SHARD_BYTES, file_name, read_config, write_index
 from trainer.model.translation import translate
 from trainer.tuning import bottleneck_format
@@ -56,28 +59,58 @@ def export(
     Of a tuned model an adapter is written, or, with `whole`, the model with what was learned added to its weights, or,
     where they cannot take it up, in the adapter's files beside them.
 
-    DataError when the checkpoint is damaged, or the folder does not hold what it should when it is read back.
+    DataError when the checkpoint is damaged, when a value is infinite in `dtype`, when the folder does not hold what it should
+    when it is read back, or when transformers would tokenize otherwise there; NotFinite where a weight is not.
     """
     manifest = read_sound(checkpoint)
     check_files(checkpoint, manifest.files)
     chosen = dtype or str(manifest.recipe["precision"]["dtype"])
     tuned = Tuned.of(checkpoint, manifest)
-    whole = whole or tuned is None or not tuned.has_adapter
+    parts = _parts(checkpoint, manifest, tuned, whole=whole)
+    for contents in parts.values():
+        _require_finite(contents, manifest, chosen)
     sizes: dict[str, int] = {}
     try:
         with replacing_folder(out) as draft:
             shutil.copytree(checkpoint / HUGGING_FACE, draft, dirs_exist_ok=True, copy_function=shutil.copyfile)
-            if whole:
-                sizes |= _write_model(Contents(checkpoint, manifest, tuned, adapter=False), draft, chosen, shard_bytes)
+            _write_tokenizer(draft)
+            if "model" in parts:
+                sizes |= _write_model(parts["model"], draft, chosen, shard_bytes)
             else:
                 (draft / "config.json").unlink()  # an adapter's folder must not look like a model's
-            if tuned is not None and tuned.has_adapter and not (whole and tuned.merges):
-                sizes |= _write_adapter(Contents(checkpoint, manifest, tuned, adapter=True), tuned.form, draft, chosen)
+            if "adapter" in parts and tuned is not None:
+                sizes |= _write_adapter(parts["adapter"], tuned.form, draft, chosen)
             for path in (draft, *draft.rglob("*")):  # a folder to hand on, unlike the checkpoint
                 path.chmod(0o755 if path.is_dir() else 0o644)
     except OSError as error:
         raise RecipeError(f"{error.filename or out}: {error.strerror}: give a folder that can be written") from error
     return Exported(out, manifest.step, len(sizes), sum(sizes.values()), chosen)
+
+
+def _parts(checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, whole: bool) -> dict[str, Contents]:
+    """What is written: "model", "adapter" or both."""
+    found = {}
+    if tuned is None or whole or not tuned.has_adapter:
+        found["model"] = Contents(checkpoint, manifest, tuned, adapter=False)
+    if tuned is not None and tuned.has_adapter and not (whole and tuned.merges):
+        found["adapter"] = Contents(checkpoint, manifest, tuned, adapter=True)
+    return found
+
+
+def _require_finite(contents: Contents, manifest: Manifest, dtype: str) -> None:
+    for name in contents.tensors:
+        for chunk in chunks(contents.whole(name)):
+            if not is_finite(chunk):
+                raise NotFinite(f"tensor {name}", step=manifest.step, began=manifest.not_finite_since)
+            if told := overflow(name, chunk, TORCH_DTYPES[FORMATS[dtype]]):
+                raise DataError(f"{told}: nothing is written; give --dtype {WIDER[dtype]}")
+
+
+def _write_tokenizer(draft: Path) -> None:
+    """So that transformers makes of it, beside this config.json, what trained."""
+    tokenizer = beside_model(reopen_tokenizer(draft), read_config(draft))
+    tokenizer.save(draft)
+    require_same(draft, tokenizer)
 
 
 def _write_model(contents: Contents, draft: Path, dtype: str, shard_bytes: int) -> dict[str, int]:

@@ -30,6 +30,9 @@ NOT_OF_THE_MODEL = (
     "pad_token_id",
     "decoder_start_token_id",
     "forced_eos_token_id",
+    "sep_token_id",
+    "cls_token_id",
+    "finetuning_task",
     "use_cache",
 )
 TUNING_FACTS = ("targets", "rank", "alpha", "rank_stabilized", "bottleneck", "quantize")

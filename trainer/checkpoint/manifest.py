@@ -118,6 +118,12 @@ class Manifest:
     def num_bytes(self) -> int:
         return sum(file.num_bytes for file in self.files)
 
+    @property
+    def not_finite_since(self) -> int | None:
+        """The first step since when no loss was finite; None where the last one was."""
+        since: int | None = self.state.get("memory", {}).get("guard", {}).get("not_finite_since")
+        return since
+
     def encode(self) -> bytes:
         body = {
             "format": FORMAT,

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,24 @@ from torch import Tensor
 from parallel.messages import Messages
 from trainer.checkpoint.check import check_files
 from trainer.checkpoint.folder import HUGGING_FACE, CheckpointFolder
-from trainer.checkpoint.manifest import File, Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.manifest import WEIGHT, File, Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.tensor_file import DTYPES, Slot, header_bytes, write_tensor_file
 from trainer.durable import FILE_MODE
 from trainer.errors import DataError
+from trainer.finite import is_finite
 from trainer.zero_state import Stretch, ZeroState
 
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save went. `failure`: "" or why there is no checkpoint; `litter`: "" or why older ones are still there;
-    `blocked_s`: how long the ranks could not train."""
+    """How a save went. `failure`: "" or why there is no checkpoint; `not_finite`: "", or the tensor that holds NaN or infinity,
+    for which there is none, and `began` as in NotFinite; `litter`: "" or why older ones are still there; `blocked_s`: how long
+    the ranks could not train."""
 
     step: int
     failure: str = ""
+    not_finite: str = ""
+    began: int | None = None
     litter: str = ""
     num_bytes: int = 0
     blocked_s: float = 0.0
@@ -113,11 +117,12 @@ class Saver:
         reports = messages.gather(_tried(lambda: self._write_own(folder, stretches, slots, tensors, save_beside), folder))
         verdict = messages.broadcast(self._commit(manifest, folder, reports) if reports is not None else None)
         if "failure" in verdict:
-            return Saved(step, verdict["failure"])
+            began = manifest.not_finite_since
+            return Saved(step, verdict["failure"], not_finite=verdict.get("not_finite", ""), began=began)
         files = [File(*entry) for entry in verdict["files"]]
         outcome = self._make_room(self.folder.of_step(step), files)
         num_bytes = sum(file.num_bytes for file in files)
-        return Saved(step, outcome.get("failure", ""), outcome.get("litter", ""), num_bytes)
+        return Saved(step, outcome.get("failure", ""), litter=outcome.get("litter", ""), num_bytes=num_bytes)
 
     def _begin(self, step: int, need: int) -> dict[str, Any]:
         def begin() -> dict[str, Any]:
@@ -139,8 +144,12 @@ class Saver:
         save_beside: Callable[[Path], None],
     ) -> dict[str, Any]:
         files: list[File] = []
+        wrong: list[str] = []
         if stretches:
-            files.append(write_tensor_file(draft / _file_name(self.messages.rank), slots, tensors))
+            checked = _noticing(stretches, tensors, wrong)
+            files.append(write_tensor_file(draft / _file_name(self.messages.rank), slots, checked))
+        if wrong:
+            return {"failure": f"{wrong[0]} holds NaN or infinity", "not_finite": wrong[0]}
         if self.messages.is_first:
             files += _write_beside(draft / HUGGING_FACE, save_beside)
         return {"files": [[file.name, file.num_bytes, file.sha256] for file in files], "ranges": _ranges(stretches)}
@@ -148,6 +157,8 @@ class Saver:
     def _commit(self, manifest: Manifest, draft: Path, reports: list[dict[str, Any]]) -> dict[str, Any]:
         def commit() -> dict[str, Any]:
             failures = [f"rank {rank}: {report['failure']}" for rank, report in enumerate(reports) if "failure" in report]
+            if wrong := [report["not_finite"] for report in reports if "not_finite" in report]:
+                return {"failure": failures[0], "not_finite": wrong[0]}
             if failures:
                 raise OSError(failures[0])
             complete = _merged(manifest, reports)
@@ -200,6 +211,15 @@ def _tried(attempt: Callable[[], dict[str, Any] | None], about: Path) -> dict[st
         return {"failure": str(error) if error.errno is None else f"{about / (error.filename or '')}: {error.strerror}"}
     except (DataError, ValueError) as error:
         return {"failure": str(error)}
+
+
+def _noticing(stretches: Sequence[Stretch], tensors: Iterable[Tensor], wrong: list[str]) -> Iterator[Tensor]:
+    """The tensors; names of those that are not finite are added to `wrong`."""
+    for stretch, values in zip(stretches, tensors, strict=True):
+        if not is_finite(values):
+            state = "" if stretch.state == WEIGHT else f" ({stretch.state})"
+            wrong.append(f"tensor {stretch.piece.name}{state}")
+        yield values
 
 
 def _file_name(rank: int) -> str:

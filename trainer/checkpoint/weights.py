@@ -15,7 +15,7 @@ from trainer.checkpoint.folder import HUGGING_FACE
 from trainer.checkpoint.manifest import WEIGHT, Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import Slot
-from trainer.data.tokenizer import load_tokenizer
+from trainer.data.tokenizer import reopen_tokenizer
 from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import read_config
 from trainer.model.names import WEIGHT_NAMES
@@ -46,7 +46,7 @@ class Tuned:
         recipe, folder = Recipe.model_validate(manifest.recipe), checkpoint / HUGGING_FACE
         network = translate(str(recipe.model.family), read_config(folder))
         if tokens := recipe.data.new_tokens:
-            network = replace(network, new_tokens=tuple(sorted(load_tokenizer(str(folder)).ids_of(tokens).values())))
+            network = replace(network, new_tokens=tuple(sorted(reopen_tokenizer(folder).ids_of(tokens).values())))
         return cls(recipe, network)
 
     @property

@@ -10,15 +10,31 @@ from pathlib import Path
 from trainer.commands.arguments import number, whole
 from trainer.errors import EXIT_OK, RecipeError
 
-SUMMARY = "Continue a text with an exported model, or with a checkpoint's weights."
+SUMMARY = "Continue a text, or answer it, with an exported model or a checkpoint's weights."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a Hugging Face folder, such as RUN_DIR/export")
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--max-new-tokens", type=whole(1), default=64, metavar="N")
-    parser.add_argument("--temperature", type=number, default=0.8, metavar="T", help="0 takes the likeliest token")
-    parser.add_argument("--top-k", type=whole(1), default=50, metavar="K", help="sample among the K likeliest")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
+        "--chat",
+        dest="way",
+        action="store_const",
+        const="chat",
+        help="ask the text as a user's message, by the folder's chat template; default for a model that was taught one: by "
+        "data.task sft or preference here, elsewhere where its generation ends at the end of a turn",
+    )
+    way.add_argument(
+        "--raw", dest="way", action="store_const", const="raw", help="continue the text as it is; default for others"
+    )
+    parser.add_argument(
+        "--temperature", type=number, metavar="T", help="0 takes the likeliest token; default: generation_config.json's, or 0.8"
+    )
+    parser.add_argument(
+        "--top-k", type=whole(1), metavar="K", help="sample among the K likeliest; default: generation_config.json's, or 50"
+    )
     parser.add_argument("--seed", type=whole(0), default=0, metavar="S")
     parser.add_argument("--beams", type=whole(1), default=4, metavar="N", help="of a translation; 1 takes the likeliest token")
     parser.add_argument("--length-penalty", type=number, default=1.0, metavar="A", help="of a translation's beams")
@@ -40,20 +56,18 @@ def _continued(arguments: argparse.Namespace, scratch: Path) -> str:
         from trainer.checkpoint.export import export
 
         folder = export(folder, scratch / "model", whole=True).folder
-    from trainer.generate import continue_from_folder, translates
+    from trainer.generate import Writing, continue_from_folder, translates, way_of
 
     if translates(folder):
+        if arguments.way is not None:
+            raise RecipeError(f"--{arguments.way}: the model in {folder} translates: leave it out")
         return _translated(arguments, folder)
     if arguments.attention is not None:
         raise RecipeError(f"--attention: the model in {folder} continues texts: give one that translates")
-    return continue_from_folder(
-        folder,
-        arguments.prompt,
-        new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        seed=arguments.seed,
-    )
+    way, told = way_of(folder, arguments.way)
+    sys.stderr.write(f"{told}\n")
+    writing = Writing(arguments.max_new_tokens, arguments.temperature, arguments.top_k, arguments.seed)
+    return continue_from_folder(folder, arguments.prompt, writing, way=way)
 
 
 def _translated(arguments: argparse.Namespace, folder: Path) -> str:

@@ -29,6 +29,7 @@ from trainer.data.packing import pack
 from trainer.data.shards import TokenizedShard, shard_folder
 from trainer.data.sources import Corpus
 from trainer.data.store import Contents, Packing, StoreWriter
+from trainer.data.texts import Texts
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.workers import tokenize_shards
 from trainer.durable import make_private, write_json
@@ -45,14 +46,14 @@ def build_stores(
     tokenizer: Tokenizer,
     *,
     task: str,
-    examples: Examples | None,
+    written: Texts | Examples,
     held_out_fraction: float,
     workers: int,
     progress: Progress,
 ) -> None:
     """Fill `folder` with the stores of `corpus`, using the finished shards of an earlier build that was killed.
 
-    `examples`: what writes its rows, where `task` learns from rows. `workers`: processes that tokenize; 0 = one per core this
+    `written`: how `task` writes its texts or examples. `workers`: processes that tokenize; 0 = one per core this
     process may use. DataError when the corpus is damaged, changes meanwhile, or holds nothing to learn.
     """
     tokenizer.save(folder / "tokenizer")
@@ -66,12 +67,13 @@ def build_stores(
         tokenizer=folder / "tokenizer",
         into=shards,
         workers=workers or _usable_cores(),
-        examples=(task, examples.settings) if examples else None,
+        task=task,
+        settings=written.settings,
     )
     for number in crew:
         done += todo[number].size
         progress(done, corpus.size, what)
-    _lay_out(folder, corpus, tokenizer, examples, held_out_fraction)
+    _lay_out(folder, corpus, tokenizer, written if isinstance(written, Examples) else None, held_out_fraction)
     shutil.rmtree(shards)
 
 

@@ -7,26 +7,31 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from trainer import sections
+from trainer.data.answers import Answer, Writer, Written
 from trainer.data.chat_template import ChatTemplate, Span
-from trainer.data.conversations import Conversation, Message
+from trainer.data.conversations import OPTIONS, REASONING, Conversation, Message
 from trainer.data.digests import fingerprint_of
 from trainer.data.examples import Document, Examples, RowLayout, Tokenized
 from trainer.data.fault import Fault
+from trainer.data.row_format import UNREAD
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import RecipeError
 
-VERSION = 1  # of all that decides the tokens and targets of a conversation
+VERSION = 2  # of all that decides the tokens and targets of a conversation
 # Around the spelling of a special token in a content: it is that text, not that token.
 SPELT, SPELT_END = "\ufdd2", "\ufdd3"
-PROBE = (Message("user", "x", False), Message("assistant", "y", True))
+GUARDED = re.compile(f"{SPELT}([^{SPELT}{SPELT_END}]*){SPELT_END}|[{SPELT}{SPELT_END}]")
+PROBE = Conversation((Message("user", "x", False), Message("assistant", "y", True)))
+# Keys of turns that templates are given whether or not they name them.
+TURN_KEYS = frozenset({"content", "name", "tool_calls", "tool_call_id", *REASONING})
 
-Learned = Literal["answers", "all"]
+Learned = Literal["answers", "last", "all"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,15 @@ class Rendered:
     """A conversation as its template writes it, before tokenizing."""
 
     conversation: Conversation
-    text: str
-    answers: list[Span]  # of characters
+    written: Written
+
+    @property
+    def text(self) -> str:
+        return self.written.text
+
+    @property
+    def answers(self) -> list[Answer]:
+        return self.written.answers
 
 
 @dataclass(frozen=True)
@@ -60,11 +72,36 @@ class Chat(Examples):
     def __init__(self, tokenizer: Tokenizer, *, seq_len: int, learned: Learned) -> None:
         """RecipeError when the template is not valid."""
         super().__init__(tokenizer.for_chat(), seq_len=seq_len, learned=learned)
-        self._template = ChatTemplate(self.tokenizer.chat_template, self.tokenizer.special_tokens)
         self.layout = RowLayout(seq_len)
         self._learned = learned
-        spellings = sorted(self.tokenizer.special_spellings, key=len, reverse=True)
-        self._spelt = re.compile("|".join(map(re.escape, spellings)))
+        self._spelt = re.compile("(?!)")
+        self._writer = self._writer_by(self.tokenizer.chat_template)
+        has_other = self.tokenizer.tool_template != self.tokenizer.chat_template
+        self._tool_writer = self._writer_by(self.tokenizer.tool_template) if has_other else self._writer
+        guarded = sorted(self._guarded_tokens(), key=len, reverse=True)
+        self._spelt = re.compile("|".join(map(re.escape, guarded)) or "(?!)")
+
+    def _writer_by(self, template: str) -> Writer:
+        return Writer(ChatTemplate(template, self.tokenizer.special_tokens), list(self.tokenizer.added_tokens), self._guard)
+
+    def _writer_of(self, conversation: Conversation) -> Writer:
+        return self._tool_writer if conversation.tools else self._writer
+
+    def _guarded_tokens(self) -> Iterator[str]:
+        """Tokens that a content may spell but not write: special ones, and others that divide turns. But what the template has
+        contents written with, such as <think>, is that token there too, as it is in transformers; and so is what a recipe names
+        as new."""
+        try:
+            structure = self._writer.prompt((*PROBE.turns, *PROBE.turns[:1]))
+        except Fault:  # it wants more than questions and answers
+            structure = ""
+        named = self.tokenizer.special_tokens.values()
+        for token, is_special in self.tokenizer.added_tokens.items():
+            divides = is_special or token in structure
+            if token in self.tokenizer.new_tokens:
+                continue
+            if token in named or (divides and not self._writer.template.has_in_contents(token)):
+                yield token
 
     @classmethod
     def from_recipe(cls, data: sections.Data, tokenizer: Tokenizer) -> Chat:
@@ -77,7 +114,8 @@ class Chat(Examples):
     @property
     def fingerprint(self) -> str:
         tokenizer = self.tokenizer
-        settings = [self.settings, tokenizer.chat_template, tokenizer.special_tokens]
+        templates = [tokenizer.chat_template, tokenizer.tool_template]
+        settings = [self.settings, *dict.fromkeys(templates), tokenizer.special_tokens]
         return fingerprint_of(["chat", VERSION, tokenizer.fingerprint, settings])
 
     def tokenize(self, example: Conversation) -> Tokenized:
@@ -90,12 +128,27 @@ class Chat(Examples):
             truncated=int(encoded is not None and encoded.lost > 0),
             lost_targets=encoded.lost if encoded is not None else 0,
         )
-        content = json.dumps([[turn.role, turn.content] for turn in example], ensure_ascii=False).encode()
+        counts.update(self.left_out(rendered))
+        content = json.dumps(example.told, ensure_ascii=False).encode()
         return Tokenized((Document(encoded.ids, encoded.is_target),) if encoded else (), content, counts)
+
+    def left_out(self, rendered: Rendered) -> Iterator[str]:
+        """What of a conversation the template does not write, each once, for counts."""
+        conversation, written = rendered.conversation, rendered.written
+        mentioned = self._writer_of(conversation).template.mentioned
+        known = TURN_KEYS | mentioned
+        if written.cut:
+            yield "cut_answers"
+        if written.mute:
+            yield "mute_turns"
+        if conversation.tools and "tools" not in mentioned:
+            yield "tools"
+        yield from {f"{UNREAD}{key} of a turn" for turn in conversation.turns for key in turn.keys if key not in known}
+        yield from (f"{UNREAD}{OPTIONS}.{key}" for key in conversation.options if key not in mentioned)
 
     def remarks(self, counts: Mapping[str, int]) -> Iterator[str]:
         of_all, limit = f"of {counts['read']:,} conversations", f"{self.layout.part_tokens:,} tokens"
-        lost = "answer tokens" if self._learned == "answers" else "targets"
+        lost = "targets" if self._learned == "all" else "answer tokens"
         if counts["truncated"]:
             yield (
                 f"{counts['truncated']:,} {of_all} were longer than {limit}: truncated, {counts['lost_targets']:,} {lost} lost"
@@ -104,6 +157,7 @@ class Chat(Examples):
             yield f"{counts['too_long']:,} {of_all} left out: the first answer begins beyond {limit}"
         if counts["unanswered"]:
             yield f"{counts['unanswered']:,} {of_all} left out: no answer, or only empty ones"
+        yield from unwritten(counts, of_all)
 
     def nothing(self, counts: Mapping[str, int]) -> str:
         return (
@@ -112,20 +166,21 @@ class Chat(Examples):
         )
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Fault for a conversation that the template refuses."""
-        marked = tuple(Message(turn.role, self._mark_spelt(turn.content), turn.counts) for turn in conversation)
-        return Rendered(conversation, *self._template.answers(marked))
+        """Fault for a conversation that the template refuses, or of whose answers it writes nothing."""
+        return Rendered(conversation, self._writer_of(conversation).write(conversation))
 
     def encode(self, rendered: Rendered) -> Encoded | None:
         """None when no target is left: there is no answer, or all begin beyond seq_len tokens."""
         ids, begins, ends = self._tokens(rendered.text)
         is_target = np.zeros(len(ids), dtype=bool)
-        for span in rendered.answers:
-            first, last = self._span(span, rendered.text, ids, begins, ends)
+        answers = rendered.answers[-1:] if self._learned == "last" else rendered.answers
+        ended = False
+        for answer in answers:
+            first, last, ended = self._span(answer, rendered.text, ids, begins, ends)
             is_target[first:last] = True
         if not is_target.any():
             return None
-        if not self._has_end(rendered, ids, begins):  # the template writes nothing there, and the model must learn to stop
+        if not ended:  # the template writes nothing there, and the model must learn to stop
             last = int(np.flatnonzero(is_target)[-1]) + 1
             ids, is_target = [*ids[:last], self.tokenizer.end_of_document], np.append(is_target[:last], True)
         if self._learned == "all":
@@ -134,13 +189,13 @@ class Chat(Examples):
         size = int(np.flatnonzero(is_target)[-1]) + 1  # what follows the last target teaches nothing
         return Encoded(ids[:size], is_target[:size], lost=0).cut(self.layout.part_tokens)
 
-    def prompt(self, text: str) -> list[int]:
-        """The tokens after which the assistant answers a user's message; RecipeError when the template refuses it."""
-        message = Message("user", self._mark_spelt(text), False)
+    def prompt(self, text: str, *, key: str = "train.sample_prompt") -> list[int]:
+        """The tokens after which the assistant answers a user's message; RecipeError, which names `key`, when the template
+        refuses it."""
         try:
-            return self._tokens(self._template.render([message], add_generation_prompt=True))[0]
+            return self._tokens(self._writer.prompt((Message("user", text, False),)))[0]
         except Fault as fault:
-            raise RecipeError(f"train.sample_prompt = {text[:60]!r}: {fault}: give another, or none") from None
+            raise RecipeError(f"{key} = {text[:60]!r}: {fault}: give another, or none") from None
 
     @property
     def end_of_turn(self) -> int:
@@ -151,8 +206,9 @@ class Chat(Examples):
             probe = None
         return probe.ids[-1] if probe is not None else self.tokenizer.end_of_document
 
-    def _mark_spelt(self, content: str) -> str:
-        return self._spelt.sub(lambda found: f"{SPELT}{found[0]}{SPELT_END}", content)
+    def _guard(self, text: str) -> str:
+        """A text that a row gives, with marks around the special tokens that it spells."""
+        return self._spelt.sub(lambda found: f"{SPELT}{found[0]}{SPELT_END}", text)
 
     def _tokens(self, text: str) -> tuple[list[int], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Token ids, and for each the first character that it stands for and the one after its last."""
@@ -165,29 +221,43 @@ class Chat(Examples):
         places = np.array(offsets, np.int64).reshape(-1, 2)
         return ids, places[:, 0], places[:, 1]
 
-    def _span(self, span: Span, text: str, ids: list[int], begins: Any, ends: Any) -> Span:
-        """The tokens of an answer, [first, last): up to the token that ends the turn, and not what a template writes after."""
-        inside = np.flatnonzero((begins < span[1]) & (ends > span[0]))
+    def _span(
+        self, answer: Answer, text: str, ids: list[int], begins: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+    ) -> tuple[int, int, bool]:
+        """The tokens of an answer, [first, last), and whether the last one ends the turn: an added token behind what is said,
+        after which only white space follows, or the one with which what follows begins."""
+        inside = np.flatnonzero((begins < answer.end) & (ends > answer.begin))
         if not len(inside):
-            return 0, 0
+            return 0, 0, False
         first, last = int(inside[0]), int(inside[-1]) + 1
-        closing = [index for index in range(first, last) if ids[index] in self.tokenizer.special_ids]
-        if closing and not text[ends[closing[-1]] : span[1]].strip():
-            return first, closing[-1] + 1
-        if last < len(ids) and ids[last] in self.tokenizer.special_ids:  # left out by a template that marks answers
-            return first, last + 1
-        return first, last
+        behind = (ends > answer.said) & (ends <= answer.end)  # by their ends: some tokens begin with white space before them
+        closing = [at for at in range(first, last) if behind[at] and ids[at] in self.tokenizer.added_ids]
+        if closing and not text[ends[closing[-1]] : answer.end].strip():
+            return first, closing[-1] + 1, True
+        if last < len(ids) and ids[last] in self.tokenizer.added_ids:
+            return first, last + 1, True
+        return first, last, False
 
-    def _has_end(self, rendered: Rendered, ids: list[int], begins: Any) -> bool:
-        """Whether a special token follows the content of the last answer."""
-        begin = rendered.answers[-1][0]
-        return any(token in self.tokenizer.special_ids for token, at in zip(ids, begins, strict=True) if at >= begin)
+
+def unwritten(counts: Mapping[str, int], of_all: str) -> Iterator[str]:
+    """Remarks on what the template leaves out of rows."""
+    if counts["cut_answers"]:
+        yield f"{counts['cut_answers']:,} {of_all}: the chat template leaves out a part of an answer, such as its thought"
+    if counts["mute_turns"]:
+        yield f"{counts['mute_turns']:,} {of_all}: the chat template leaves out a turn, such as the system's"
+    if counts["tools"]:
+        yield f"{counts['tools']:,} {of_all} have tools, which the chat template does not write"
 
 
 def _pieces(text: str) -> Iterator[tuple[int, str, bool]]:
-    """Where each piece begins, the piece, and whether it spells a special token that it is not."""
+    """Where each piece begins, the piece, and whether it spells a special token that it is not. A mark whose other one the
+    template cut off marks nothing."""
     at = 0
-    for number, piece in enumerate(re.split(f"[{SPELT}{SPELT_END}]", text)):
-        if piece:
-            yield at, piece, number % 2 == 1
-        at += len(piece) + 1
+    for found in GUARDED.finditer(text):
+        if at < found.start():
+            yield at, text[at : found.start()], False
+        if found[1]:
+            yield found.start(1), found[1], True
+        at = found.end()
+    if at < len(text):
+        yield at, text[at:], False

@@ -3,41 +3,97 @@
     messages     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
     prompt       {"prompt": "…", "completion": "…"}, texts, or lists of messages
     sharegpt     {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}
-    alpaca       {"instruction": "…", "input": "…", "output": "…"}; input may be missing or empty
+    alpaca       {"instruction": "…", "input": "…", "output": "…"}; input may be missing or empty, "history" has earlier turns
 
-Each but the first may have "system", a text. Files that name these fields otherwise are read through `fields`.
+Each may have "system", a text, "tools", and "chat_template_kwargs". Files that name these otherwise are read through `fields`.
+A turn's further keys (thoughts, calls of tools, a name) go to the chat template as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainer import sections
 from trainer.data.fault import Fault, kind_of, require_characters
 from trainer.data.row_format import RowFormat, renamed
 
-# Other words for the roles, as they are found in published data.
+# Other words for the roles, as they are found in published data. CALLS: an assistant's turn whose content is what it calls.
+CALLS = "function_call"
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"},
-    **{"function": "tool", "observation": "tool", "developer": "system"},
+    **{"function": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool", "ipython": "tool"},
+    **{CALLS: "assistant", "tool_call": "assistant", "developer": "system"},
 }
+CALLING_ROLES = (CALLS, "tool_call")
+REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # names of what was thought before an answer, as transformers has them
+# Keys of a turn that say whether it is learned. Weights are 1 or 0; "mask" is true where a turn is not learned; the last three
+# may have another role's turn learned.
+WEIGHTS = ("weight", "loss_weight")
+FLAGS = ("loss", "train", "trainable", "do_train")
+FLAGS_OF_ANY_ROLE = ("train", "trainable", "do_train")
+MASK = "mask"
+OPTIONS = "chat_template_kwargs"  # what a row sets for its template, such as {"enable_thinking": false}
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 # Unicode's 32 code points that are never characters, used as marks in rendered conversations.
 NONCHARACTERS = range(0xFDD0, 0xFDF0)
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `counts`: an assistant's turn that is to be learned."""
+    """One turn. `counts`: it is to be learned. `parts`: the texts that its content was given in, if in several. `keys`: what
+    else it has for the template; {"content": None} where it has none."""
 
     role: str
     content: str
     counts: bool
+    parts: tuple[str, ...] = ()
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def says_something(self) -> bool:
+        """Whether there is something to learn: a text, a call or a thought."""
+        return bool(self.content.strip() or self.calls or self.thought)
+
+    @property
+    def calls(self) -> list[Any]:
+        """Calls of tools."""
+        return list(self.keys.get("tool_calls") or ())
+
+    @property
+    def thought(self) -> str:
+        """What was thought before the answer, in a key of its own."""
+        return next((str(self.keys[name]) for name in REASONING if self.keys.get(name) is not None), "")
 
 
-Conversation = tuple[Message, ...]
+Turns = tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns, the tools that they may call, and what the row sets for the template."""
+
+    turns: Turns
+    tools: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def told(self) -> list[Any]:
+        """All that is said, as JSON values: equal for conversations that say the same."""
+        told: list[Any] = [_told(turn) for turn in self.turns]
+        return told if not self.tools else [*told, {"tools": self.tools}]
+
+
+def _told(turn: Message) -> list[Any]:
+    more = {name: turn.keys[name] for name in ("tool_calls", *REASONING) if turn.keys.get(name) is not None}
+    return [turn.role, turn.content, *([more] if more else [])]
 
 
 @dataclass(frozen=True)
@@ -55,18 +111,24 @@ class ChatRows(RowFormat):
         return cls(source.shape or "", source.names)
 
     def example_of(self, row: Mapping[str, Any]) -> Conversation:
-        shape = self._shape_of(row)
-        return SHAPES[shape].read(renamed(row, self.fields))
+        shape, named = self._shape_of(row), renamed(row, self.fields)
+        return with_surroundings(SHAPES[shape].read(named), named)
+
+    def keys_read(self, row: Mapping[str, Any]) -> set[str]:
+        names = {*SHAPES[self._shape_of(row)].all_names, *SURROUNDINGS}
+        return {self.fields.get(name, name) for name in names}
 
     def texts_of(self, example: Conversation) -> Iterator[str]:
-        yield from (message.content for message in example)
+        for message in example.turns:
+            yield from (text for text in (message.thought, message.content) if text)
 
     def _shape_of(self, row: Mapping[str, Any]) -> str:
         has = {ours for ours, theirs in self.fields.items() if row.get(theirs) is not None}
         has |= {name for name in row if name not in self.fields and row[name] is not None}
         candidates = [self.shape] if self.shape else list(SHAPES)
-        if self.fields and not self.shape:  # what is renamed says which shape is meant
-            candidates = [name for name in candidates if self.fields.keys() <= SHAPES[name].all_names]
+        named = self.fields.keys() - SURROUNDINGS
+        if named and not self.shape:  # what is renamed says which shape is meant
+            candidates = [name for name in candidates if named <= SHAPES[name].all_names]
         fitting = [name for name in candidates if has.issuperset(SHAPES[name].needs)]
         if fitting:
             return fitting[0]
@@ -80,18 +142,18 @@ class ChatRows(RowFormat):
         return " + ".join(repr(self.fields.get(name, name)) for name in SHAPES[shape].needs) + f" ({shape})"
 
 
-def _read_messages(row: Mapping[str, Any]) -> Conversation:
+def _read_messages(row: Mapping[str, Any]) -> Turns:
     return (*read_system(row), *_messages(row["messages"], "messages", ("role", "content")))
 
 
-def _read_sharegpt(row: Mapping[str, Any]) -> Conversation:
+def _read_sharegpt(row: Mapping[str, Any]) -> Turns:
     turns = row["conversations"]
     if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0] and "from" not in turns[0]:
         return (*read_system(row), *_messages(turns, "conversations", ("role", "content")))
     return (*read_system(row), *_messages(turns, "conversations", ("from", "value")))
 
 
-def _read_prompt(row: Mapping[str, Any]) -> Conversation:
+def _read_prompt(row: Mapping[str, Any]) -> Turns:
     return (
         *read_system(row),
         *read_side(row["prompt"], "prompt", "user"),
@@ -99,12 +161,24 @@ def _read_prompt(row: Mapping[str, Any]) -> Conversation:
     )
 
 
-def _read_alpaca(row: Mapping[str, Any]) -> Conversation:
+def _read_alpaca(row: Mapping[str, Any]) -> Turns:
     instruction, more = _text(row["instruction"], "'instruction'"), row.get("input")
     if more:
         instruction = f"{instruction}\n\n{_text(more, repr('input'))}"
     answer = _text(row["output"], "'output'")
-    return (*read_system(row), Message("user", instruction, False), Message("assistant", answer, True))
+    asked, answered = Message("user", instruction, False), Message("assistant", answer, True)
+    return (*read_system(row), *_history(row.get("history")), asked, answered)
+
+
+def _history(value: Any) -> Iterator[Message]:
+    """Earlier turns, as pairs of what was asked and answered."""
+    if not isinstance(value or [], list):
+        raise Fault(f'\'history\' is {kind_of(value)}, not a list of pairs ["question", "answer"]; mend the row')
+    for number, pair in enumerate(value or []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise Fault(f'history[{number}] is no pair ["question", "answer"]; mend the row')
+        yield Message("user", _text(pair[0], f"history[{number}][0]"), False)
+        yield Message("assistant", _text(pair[1], f"history[{number}][1]"), True)
 
 
 @dataclass(frozen=True)
@@ -113,7 +187,7 @@ class Shape:
 
     needs: tuple[str, ...]
     may: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], Conversation]
+    read: Callable[[Mapping[str, Any]], Turns]
 
     @property
     def all_names(self) -> set[str]:
@@ -125,58 +199,150 @@ SHAPES = {
     "messages": Shape(("messages",), ("system",), _read_messages),
     "sharegpt": Shape(("conversations",), ("system",), _read_sharegpt),
     "prompt": Shape(("prompt", "completion"), ("system",), _read_prompt),
-    "alpaca": Shape(("instruction", "output"), ("input", "system"), _read_alpaca),
+    "alpaca": Shape(("instruction", "output"), ("input", "history", "system"), _read_alpaca),
 }
+SURROUNDINGS = frozenset({"tools", "functions", OPTIONS, *MEDIA})  # what a row of any shape may have
 
 
-def read_system(row: Mapping[str, Any]) -> Conversation:
+def with_surroundings(turns: Turns, row: Mapping[str, Any]) -> Conversation:
+    """The turns of a row with the tools and options that it has beside them. Fault for pictures and sounds."""
+    if media := [name for name in MEDIA if row.get(name)]:
+        raise Fault(f"it has {media[0]!r}, and texts alone are trained here; remove the row")
+    options = row.get(OPTIONS)
+    if options is not None and not isinstance(options, dict):
+        raise Fault(f"{OPTIONS!r} is {kind_of(options)}, not an object; mend or remove it")
+    functions = [{"type": "function", "function": function} for function in _listed(row, "functions")]
+    return Conversation(turns, (*_listed(row, "tools"), *functions), options or {})
+
+
+def _listed(row: Mapping[str, Any], name: str) -> list[Any]:
+    """A list of objects, which may be given as a text of JSON, as tables have it."""
+    value = _parsed(row.get(name) or [], repr(name))
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise Fault(f"{name!r} is {kind_of(value)}, not a list of objects; mend or remove it")
+    return value
+
+
+def _parsed(value: Any, what: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise Fault(f"{what} is text that is not JSON ({error}); mend or remove it") from None
+
+
+def read_system(row: Mapping[str, Any]) -> Turns:
     """What is said before the first turn."""
     system = row.get("system")
     return (Message("system", _text(system, "'system'"), False),) if system else ()
 
 
-def read_side(value: Any, name: str, role: str) -> Conversation:
+def read_side(value: Any, name: str, role: str) -> Turns:
     """A prompt or a completion: a text, or a list of messages; what is in a prompt is not learned."""
     if isinstance(value, list):
         turns = _messages(value, name, ("role", "content"))
-        return turns if role == "assistant" else tuple(Message(turn.role, turn.content, False) for turn in turns)
+        return turns if role == "assistant" else asked(turns)
     return (Message(role, _text(value, repr(name)), role == "assistant"),)
 
 
-def _messages(value: Any, name: str, keys: tuple[str, str]) -> Conversation:
+def asked(turns: Iterable[Message]) -> Turns:
+    """The turns, none of which is to be learned."""
+    return tuple(replace(turn, counts=False) for turn in turns)
+
+
+def _messages(value: Any, name: str, keys: tuple[str, str]) -> Turns:
     if not isinstance(value, list):
         raise Fault(f"{name!r} is {kind_of(value)}, not a list of turns {_turn(keys)}; mend the row")
     return tuple(_message(turn, f"{name}[{number}]", keys) for number, turn in enumerate(value))
 
 
 def _message(turn: Any, place: str, keys: tuple[str, str]) -> Message:
-    if not isinstance(turn, dict) or not turn.keys() >= set(keys):
+    role_key, content_key = keys
+    calls = isinstance(turn, dict) and any(turn.get(name) for name in ("tool_calls", "function_call", *REASONING))
+    if not isinstance(turn, dict) or not turn.keys() >= ({role_key} if calls else set(keys)):
         has = f"has {', '.join(map(repr, turn)) or 'no field'}" if isinstance(turn, dict) else f"is {kind_of(turn)}"
         raise Fault(f"{place} {has}; a turn is {_turn(keys)}; mend the row")
-    if turn.get("tool_calls") or turn.get("function_call"):
-        raise Fault(f"{place} calls tools, which this version does not train; remove the row")
-    spelling = turn[keys[0]]
+    spelling = turn[role_key]
     role = ROLES.get(spelling) if isinstance(spelling, str) else None
     if role is None:
         legal = ", ".join(ROLES)
-        raise Fault(f"{place}: {keys[0]} is {str(spelling)[:40]!r}; legal: {legal}; mend the row")
-    weight = turn.get("weight")
-    if weight not in (None, 0, 1):
-        raise Fault(f"{place}: weight is {str(weight)[:40]!r}; legal: 1 (learned) and 0 (not); mend the row")
-    content = _text(_joined(turn[keys[1]]), f"{place}: {keys[1]}")
-    return Message(role, content, role == "assistant" and weight != 0)
+        raise Fault(f"{place}: {role_key} is {str(spelling)[:40]!r}; legal: {legal}; mend the row")
+    told = {name: value for name, value in turn.items() if name not in (role_key, content_key) and value is not None}
+    counts = _counts(told, role, place)
+    more = {name: _checked(value, f"{place}: {name}") for name, value in told.items() if name not in LEARNING}
+    if role == "assistant" and (called := _calls(turn, spelling, content_key, place)):
+        more = {**{name: value for name, value in more.items() if name != "function_call"}, "tool_calls": called}
+    content = None if spelling in CALLING_ROLES else turn.get(content_key)
+    if content is None and calls | (spelling in CALLING_ROLES):
+        return Message(role, "", counts, keys={**more, "content": None})
+    parts = _parts(content, f"{place}: {content_key}")
+    return Message(role, "".join(parts), counts, parts if isinstance(content, list) else (), more)
 
 
-def _joined(content: Any) -> Any:
-    """A content given in parts, [{"type": "text", "text": "…"}], as one text."""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        texts = [part.get("text") for part in content]
-        return "".join(texts) if all(isinstance(text, str) for text in texts) else content
-    return content
+LEARNING = frozenset({*WEIGHTS, *FLAGS, MASK})
+
+
+def _counts(told: Mapping[str, Any], role: str, place: str) -> bool:
+    """Whether a turn is learned: an assistant's is, unless a key of it says that it is not."""
+    said: dict[str, bool] = {}
+    for name in (*WEIGHTS, *FLAGS, MASK):
+        if name in told:
+            if told[name] not in (0, 1):  # true and false are among them
+                raise Fault(
+                    f"{place}: {name} is {str(told[name])[:40]!r}; legal: 1 (learned) and 0 (not)"
+                    f"{', or the other way round: it masks' if name == MASK else ''}; mend the row"
+                )
+            said[name] = bool(told[name]) != (name == MASK)
+    if not all(said.values()):
+        return False
+    return role == "assistant" or any(name in said for name in FLAGS_OF_ANY_ROLE)
+
+
+def _calls(turn: Mapping[str, Any], role: str, content_key: str, place: str) -> list[Any]:
+    """An assistant's calls of tools, as chat templates take them, whichever way they were written."""
+    if role in CALLING_ROLES:
+        called = _parsed(turn.get(content_key), f"{place}: {content_key}")
+        return [_call(call, f"{place}: {content_key}") for call in (called if isinstance(called, list) else [called])]
+    if turn.get("function_call"):
+        return [_call(_parsed(turn["function_call"], f"{place}: function_call"), f"{place}: function_call")]
+    called = _parsed(turn.get("tool_calls") or [], f"{place}: tool_calls")
+    if not isinstance(called, list) or not all(isinstance(call, dict) for call in called):
+        raise Fault(f"{place}: tool_calls is {kind_of(called)}, not a list of objects; mend the row")
+    return called
+
+
+def _call(call: Any, what: str) -> dict[str, Any]:
+    if not isinstance(call, dict) or "name" not in call:
+        raise Fault(f'{what} is no call {{"name": "…", "arguments": {{…}}}}; mend the row')
+    return {"type": "function", "function": call}
+
+
+def _parts(content: Any, what: str) -> tuple[str, ...]:
+    """A content given as one text or in parts, [{"type": "text", "text": "…"}]."""
+    if not isinstance(content, list):
+        return (_text(content, what),)
+    texts = []
+    for number, part in enumerate(content):
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise Fault(
+                f"{what}[{number}] is of type {str(part['type'])[:40]!r}, and texts alone are trained here; remove the row"
+            )
+        texts.append(_text(part.get("text") if isinstance(part, dict) else part, f"{what}[{number}]"))
+    return tuple(texts)
 
 
 def _turn(keys: tuple[str, str]) -> str:
     return f'{{"{keys[0]}": "…", "{keys[1]}": "…"}}'
+
+
+def _checked(value: Any, what: str) -> Any:
+    """A value for the template, each text in it as `_text` wants it."""
+    if isinstance(value, str):
+        return _text(value, what)
+    if isinstance(value, dict):
+        return {name: _checked(entry, f"{what}.{name}") for name, entry in value.items()}
+    return [_checked(entry, what) for entry in value] if isinstance(value, list) else value
 
 
 def _text(value: Any, what: str) -> str:

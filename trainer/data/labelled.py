@@ -49,6 +49,9 @@ class LabelledRows(RowFormat):
             raise Fault(f"{self._name('text')!r} is {kind_of(text)}, not text; mend or remove the row")
         return LabelledText(require_characters(text, repr(self._name("text"))), self._class_name(label))
 
+    def keys_read(self, row: Mapping[str, Any]) -> set[str]:
+        return {self._name("text"), self._name("label")}
+
     def texts_of(self, example: LabelledText) -> Iterator[str]:
         yield example.text
 

@@ -13,11 +13,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer import sections
-from trainer.data.conversations import Conversation, Message, read_side, read_system
+from trainer.data.conversations import (
+    SURROUNDINGS,
+    Conversation,
+    Message,
+    Turns,
+    asked,
+    read_side,
+    read_system,
+    with_surroundings,
+)
 from trainer.data.fault import Fault, kind_of
 from trainer.data.row_format import RowFormat, renamed
 
@@ -54,15 +63,18 @@ class PairRows(RowFormat):
         prompt = read_side(named["prompt"], "prompt", "user") if named.get("prompt") is not None else ()
         chosen, rejected = (_conversation(prompt, named[name], name) for name in ANSWERS)
         alike = _begins_alike(chosen, rejected)
-        system = read_system(named)
-        return Pair(*((*system, *_asked(turns[:alike]), *turns[alike:]) for turns in (chosen, rejected)))
+        both = ((*read_system(named), *asked(turns[:alike]), *turns[alike:]) for turns in (chosen, rejected))
+        return Pair(*(with_surroundings(turns, named) for turns in both))
+
+    def keys_read(self, row: Mapping[str, Any]) -> set[str]:
+        return {self.fields.get(name, name) for name in ("prompt", "system", *ANSWERS, *SURROUNDINGS)}
 
     def texts_of(self, example: Pair) -> Iterator[str]:
-        yield from (turn.content for turn in example.chosen)
-        yield from (turn.content for turn in example.rejected if turn.counts)
+        yield from (turn.content for turn in example.chosen.turns)
+        yield from (turn.content for turn in example.rejected.turns if turn.counts)
 
 
-def _conversation(prompt: Conversation, answer: Any, name: str) -> Conversation:
+def _conversation(prompt: Turns, answer: Any, name: str) -> Turns:
     """A list of messages that begins before the assistant speaks has the prompt in it already."""
     if isinstance(answer, str) and not prompt:
         return _dialogue(answer, name)
@@ -70,7 +82,7 @@ def _conversation(prompt: Conversation, answer: Any, name: str) -> Conversation:
     return (*prompt, *turns) if not turns or turns[0].role == "assistant" else turns
 
 
-def _dialogue(text: str, name: str) -> Conversation:
+def _dialogue(text: str, name: str) -> Turns:
     before, *parts = DIALOGUE.split(text)
     if before.strip() or not parts:
         raise Fault(
@@ -81,11 +93,7 @@ def _dialogue(text: str, name: str) -> Conversation:
     return tuple(Message(role, content.strip(), role == "assistant") for role, content in zip(roles, parts[1::2], strict=True))
 
 
-def _begins_alike(chosen: Conversation, rejected: Conversation) -> int:
+def _begins_alike(chosen: Turns, rejected: Turns) -> int:
     """Turns that both have at their beginning."""
-    told = [[(turn.role, turn.content) for turn in turns] for turns in (chosen, rejected)]
+    told = [Conversation(turns).told for turns in (chosen, rejected)]
     return next((n for n, (one, other) in enumerate(zip(*told, strict=False)) if one != other), min(map(len, told)))
-
-
-def _asked(turns: Conversation) -> Conversation:
-    return tuple(replace(turn, counts=False) for turn in turns)

@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from trainer import sections
-from trainer.data.chat import Chat, Encoded, Rendered
+from trainer.data.chat import Chat, Encoded, Rendered, unwritten
 from trainer.data.digests import fingerprint_of
 from trainer.data.examples import Document, Examples, RowLayout, Tokenized
 from trainer.data.pairs import Pair
 from trainer.data.tokenizer import Tokenizer
 
-VERSION = 1  # of all that decides the tokens and targets of a pair
+VERSION = 2  # of all that decides the tokens and targets of a pair
 
 
 class Preferences(Examples):
@@ -45,7 +45,7 @@ class Preferences(Examples):
 
     def tokenize(self, example: Pair) -> Tokenized:
         conversations = (example.chosen, example.rejected)
-        told = [[[turn.role, turn.content] for turn in conversation] for conversation in conversations]
+        told = [conversation.told for conversation in conversations]
         content = json.dumps(told, ensure_ascii=False).encode()
         if told[0] == told[1]:
             return Tokenized((), content, Counter(read=1, same=1))
@@ -56,6 +56,7 @@ class Preferences(Examples):
         if answers is None:
             return Tokenized((), content, Counter(read=1, too_long=1))
         counts = Counter(read=1, truncated=int(cut), lost_targets=sum(answer.lost for answer in answers))
+        counts.update({what for one in rendered for what in self._chat.left_out(one)})
         return Tokenized(tuple(Document(answer.ids, answer.is_target) for answer in answers), content, counts)
 
     def _that_fit(self, rendered: list[Rendered]) -> tuple[list[Encoded] | None, bool]:
@@ -83,6 +84,7 @@ class Preferences(Examples):
             yield f"{counts['unanswered']:,} {of_all} left out: an answer is missing or empty"
         if counts["same"]:
             yield f"{counts['same']:,} {of_all} left out: both answers are the same"
+        yield from unwritten(counts, of_all)
 
     def nothing(self, counts: Mapping[str, int]) -> str:
         return (

@@ -16,12 +16,14 @@ from trainer.data.chat import Chat
 from trainer.data.digests import Digests, fingerprint_of
 from trainer.data.examples import Examples
 from trainer.data.labelled import Labelled, LabelledText, in_order, require_classes
+from trainer.data.row_format import unread_keys
 from trainer.data.rows import order_fingerprint
 from trainer.data.sampling import num_windows
 from trainer.data.sources import Corpus, look_at
 from trainer.data.store import VERSION, Packing, TokenStore, Verify
 from trainer.data.tasks import ROW_TASKS, examples_of
-from trainer.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, make_tokenizer, train_bpe
+from trainer.data.texts import Texts
+from trainer.data.tokenizer import Tokenizer, bpe_size, make_tokenizer, reopen_tokenizer, train_bpe
 from trainer.data.translations import Translation
 from trainer.durable import read_json, write_json
 from trainer.errors import DataError, RecipeError
@@ -36,6 +38,7 @@ class PreparedData:
 
     tokenizer: Tokenizer
     examples: Examples | None  # how examples are written; None: documents are texts
+    texts: Texts | None  # how texts are written; None: documents are examples
     sources: tuple[str, ...]  # names, one per training store
     train: tuple[TokenStore, ...]
     weights: tuple[float, ...]  # one per training store, as the recipe gives them
@@ -95,11 +98,19 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
             tokenizer = tokenizer.for_masking()
         if data.task == "classify" and not data.classes:
             data = data.model_copy(update={"classes": _classes((*corpora, *eval_corpora), cache, progress)})
-        examples = examples_of(data, tokenizer)
-        tokenizer = examples.tokenizer if examples else tokenizer
+        examples, texts = examples_of(data, tokenizer), None
+        if examples is not None:
+            tokenizer = examples.tokenizer
+        else:
+            texts = Texts.from_recipe(data, tokenizer)
+            tokenizer = tokenizer.reading_special() if texts.parse else tokenizer
         held_out_fraction = 0.0 if eval_corpora else data.eval_fraction
 
-        notes = list(_new_token_notes(own, tokenizer, data.new_tokens))
+        notes = [
+            *tokenizer.notes,
+            *_new_token_notes(own, tokenizer, data.new_tokens),
+            *([texts.note(tokenizer)] if texts else []),
+        ]
 
         def stores(corpus: Corpus, fraction: float) -> dict[str, TokenStore]:
             make = partial(
@@ -107,7 +118,7 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
                 corpus=corpus,
                 tokenizer=tokenizer,
                 task=data.task,
-                examples=examples,
+                written=examples or texts or Texts(),
                 held_out_fraction=fraction,
                 workers=data.workers,
                 progress=progress,
@@ -118,11 +129,13 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
                 tokenizer.fingerprint,
                 fraction,
                 *([examples.fingerprint] if examples else []),
+                *(texts.facts if texts else []),
             ]
             folder = cache.folder(fingerprint_of(facts), make, what=f"tokenizing {corpus.name}")
             if examples:
                 counts = _counts(folder)
-                notes.extend(f"data: {corpus.name}: {remark}" for remark in examples.remarks(counts))
+                remarks = [*examples.remarks(counts), *filter(None, [unread_keys(counts)])]
+                notes.extend(f"data: {corpus.name}: {remark}" for remark in remarks)
             return _open(folder, corpus, tokenizer, verify="sampled" if build else "header")
 
         opened = [stores(corpus, held_out_fraction) for corpus in corpora]
@@ -143,6 +156,7 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
     return PreparedData(
         tokenizer=tokenizer,
         examples=examples,
+        texts=texts,
         sources=tuple(corpus.name for corpus in corpora),
         train=tuple(train),
         weights=weights,
@@ -235,7 +249,7 @@ def _tokenizer(spec: str, corpora: Sequence[Corpus], cache: Cache, progress: Pro
     folder = cache.folder(
         fingerprint, lambda staging: train_bpe(_sample(corpora, progress, what), vocab_size).save(staging), what=what
     )
-    return load_tokenizer(str(folder))
+    return reopen_tokenizer(folder)
 
 
 def _new_token_notes(own: Tokenizer, tokenizer: Tokenizer, tokens: Sequence[str]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import io
 import json
 import tokenize
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,11 +79,18 @@ class Shard:
         """The texts in order, empty ones included. DataError names the file and place of damage, or a file that changed."""
         yield from self._read(lambda row: _text_of_field(row, self.field))
 
-    def examples(self, make: Callable[[Any], Record]) -> Iterator[Record]:
-        """What `make` makes of each example, in order; errors as for `documents`, and `make` may raise Fault too."""
+    def examples(self, make: Callable[[Any], Record], unread: Counter[str] | None = None) -> Iterator[Record]:
+        """What `make` makes of each example, in order; errors as for `documents`, and `make` may raise Fault too. `unread`
+        counts the keys of rows that nothing reads."""
         rows = self.format
         assert rows is not None
-        yield from self._read(lambda row: make(rows.example_of(row)))
+
+        def of_row(row: Row) -> Record:
+            if unread is not None:
+                unread.update(rows.unread(row))
+            return make(rows.example_of(row))
+
+        yield from self._read(of_row)
 
     def texts(self) -> Iterator[str]:
         """What a tokenizer is trained on: documents, or the texts in examples."""

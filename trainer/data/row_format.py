@@ -9,6 +9,9 @@ from typing import Any, Self
 
 from trainer import sections
 
+UNREAD = "unread:"  # before a key's name in the counts of a source
+SHOWN_KEYS = 12
+
 
 @dataclass(frozen=True)
 class RowFormat(ABC):
@@ -27,6 +30,25 @@ class RowFormat(ABC):
     @abstractmethod
     def texts_of(self, example: Any) -> Iterator[str]:
         """What a tokenizer is trained on."""
+
+    @abstractmethod
+    def keys_read(self, row: Mapping[str, Any]) -> set[str]:
+        """The keys of a row that are read, or would be if the row had them."""
+
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """Keys that the row has and nobody reads, as they are counted; null is no value."""
+        read = self.keys_read(row)
+        return [f"{UNREAD}{key}" for key, value in row.items() if value is not None and key not in read]
+
+
+def unread_keys(counts: Mapping[str, int]) -> str | None:
+    """What is to be said of keys that nobody reads, one line of all; None where there are none."""
+    found = {name.removeprefix(UNREAD): count for name, count in counts.items() if name.startswith(UNREAD)}
+    if not found:
+        return None
+    said = [f"{key} ({count:,})" for key, count in sorted(found.items(), key=lambda entry: (-entry[1], entry[0]))]
+    more = f" and {len(said) - SHOWN_KEYS} more" if len(said) > SHOWN_KEYS else ""
+    return f"keys of rows that nothing reads: {', '.join(said[:SHOWN_KEYS])}{more}"
 
 
 def renamed(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One tokenized shard on disk: what a worker leaves behind, whole or not at all.
 
-tokens.bin      the tokens of the shard's documents: texts, each ended by the end-of-document token, or those of examples
+tokens.bin      the tokens of the shard's documents: texts with what begins and ends each, or those of examples
 targets.bin     of examples: 1 for a token that is to be predicted, 0 for another; u1
 documents.bin   one DOCUMENT record per document
 shard.json      the SHA-256 of each; of examples, what became of them
@@ -22,11 +22,12 @@ import numpy.typing as npt
 from trainer.data.examples import NO_LABEL, Examples
 from trainer.data.readers import Shard
 from trainer.data.store import token_dtype
+from trainer.data.texts import Texts
 from trainer.data.tokenizer import Tokenizer
 from trainer.durable import appearing_folder, private_file, read_json, write_json
 from trainer.errors import DataError
 
-# Tokens with the end of document, the hash that decides whether the document is held out, its length in UTF-8 (of an example's
+# Tokens with those around a text, the hash that decides whether the document is held out, its length in UTF-8 (of an example's
 # documents the first has that of all), its label.
 DOCUMENT = np.dtype([("tokens", "<i8"), ("hash", "<u8"), ("text_bytes", "<i8"), ("label", "<i4")])
 HASH_KEY = b"triaxis held-out documents"
@@ -38,12 +39,12 @@ def shard_folder(shards: Path, number: int) -> Path:
     return shards / f"{number:05d}"
 
 
-def tokenize_shard(shard: Shard, tokenizer: Tokenizer, folder: Path, examples: Examples | None = None) -> None:
-    """Write the shard's documents, less those without a token, to `folder`; with `examples`, theirs."""
-    if examples is None:
-        _write(folder, ("tokens.bin", "documents.bin"), _encoded_texts(shard, tokenizer))
+def tokenize_shard(shard: Shard, tokenizer: Tokenizer, folder: Path, written: Texts | Examples) -> None:
+    """Write the shard's documents, less those without a token, to `folder`. `written`: how its texts or examples are."""
+    if isinstance(written, Texts):
+        _write(folder, ("tokens.bin", "documents.bin"), _encoded_texts(shard, tokenizer, written))
     else:
-        _write(folder, ("tokens.bin", "targets.bin", "documents.bin"), _encoded_examples(shard, tokenizer, examples))
+        _write(folder, ("tokens.bin", "targets.bin", "documents.bin"), _encoded_examples(shard, tokenizer, written))
 
 
 Batch = tuple[tuple[bytes, ...], Counter[str]]  # what is added to each file; and what became of the examples
@@ -98,23 +99,25 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return np.memmap(path, dtype, mode="r")
 
 
-def _encoded_texts(shard: Shard, tokenizer: Tokenizer) -> Iterator[Batch]:
+def _encoded_texts(shard: Shard, tokenizer: Tokenizer, written: Texts) -> Iterator[Batch]:
     dtype = token_dtype(tokenizer.vocab_size)
     for texts in _batches(shard.documents(), len):
         tokens, documents = [], []
-        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        for text, ids in zip(texts, written.documents(tokenizer, texts), strict=True):
             if ids:
                 content = text.encode()
-                tokens.append(np.array([*ids, tokenizer.end_of_document], dtype).tobytes())
-                documents.append((len(ids) + 1, _hash(content), len(content), NO_LABEL))
+                tokens.append(np.array(ids, dtype).tobytes())
+                documents.append((len(ids), _hash(content), len(content), NO_LABEL))
         yield (b"".join(tokens), np.array(documents, DOCUMENT).tobytes()), Counter()
 
 
 def _encoded_examples(shard: Shard, tokenizer: Tokenizer, examples: Examples) -> Iterator[Batch]:
     dtype = token_dtype(tokenizer.vocab_size)
-    for batch in _batches(shard.examples(examples.tokenize), lambda tokenized: len(tokenized.content)):
+    unread: Counter[str] = Counter()
+    for batch in _batches(shard.examples(examples.tokenize, unread), lambda tokenized: len(tokenized.content)):
         tokens, targets, documents = [], [], []
-        counts: Counter[str] = Counter()
+        counts = Counter(unread)
+        unread.clear()
         for tokenized in batch:
             counts.update(tokenized.counts)
             digest, text_bytes = _hash(tokenized.content), len(tokenized.content)

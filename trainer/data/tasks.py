@@ -13,6 +13,7 @@ from trainer.data.labelled import Labelled, LabelledRows
 from trainer.data.pairs import PairRows
 from trainer.data.preferences import Preferences
 from trainer.data.row_format import RowFormat
+from trainer.data.texts import Texts
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.translations import TranslationRows, Translations
 
@@ -38,6 +39,6 @@ def examples_of(data: sections.Data, tokenizer: Tokenizer) -> Examples | None:
     return task.examples.from_recipe(data, tokenizer) if task else None
 
 
-def examples_again(task: str, tokenizer: Tokenizer, settings: dict[str, Any]) -> Examples:
-    """What another process has made, from its settings."""
-    return ROW_TASKS[task].examples(tokenizer, **settings)
+def written_again(task: str, tokenizer: Tokenizer, settings: dict[str, Any]) -> Texts | Examples:
+    """How the task writes its texts or examples, as another process has it, from its settings."""
+    return ROW_TASKS[task].examples(tokenizer, **settings) if task in ROW_TASKS else Texts.from_settings(settings)

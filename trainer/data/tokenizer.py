@@ -1,14 +1,14 @@
 """Texts ↔ tokens: byte-level, trained on the corpus, or from Hugging Face, all behind one class.
 
-`tokenizers` does the work; `transformers` is imported only for a hub name or a folder without tokenizer.json.
-A text never yields the end-of-document token, not even a text that spells it: only we put it between documents, and a chat
-template at the end of turns. Of special tokens it yields only those that a recipe names as new.
+`tokenizers` does the work; `transformers` is asked how a folder from elsewhere is to be read (`auto_tokenizer.py`).
+A text never yields a special token, not even a text that spells it, unless the recipe says so: we put them around documents,
+and a chat template around turns.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
+from trainer.data import auto_tokenizer
 from trainer.data.chat_template import DEFAULT_TEMPLATE
 from trainer.data.digests import fingerprint_of
 from trainer.durable import make_private, private_file, read_json, write_json
@@ -24,22 +25,28 @@ from trainer.errors import DataError, RecipeError
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_BPE = 257  # 256 bytes and the end of document
 MASK = "<|mask|>"
-KEPT_CONFIG = (
-    *("bos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token"),
-    *("chat_template", "model_max_length"),
-    "new_tokens",  # ours: those that a text spells where it means them
-)
-SPECIAL_TOKENS = ("bos_token", "unk_token", "pad_token")  # of these, what a chat template may write; eos_token besides
+# Of a saved tokenizer_config.json: the class that takes tokenizer.json as it is, in every version of transformers.
+PLAIN_CLASS = "PreTrainedTokenizerFast"
+SPECIAL_TOKENS = ("bos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # and eos_token
 
 
 class Tokenizer:
     """Texts ↔ token ids in [0, vocab_size)."""
 
     def __init__(
-        self, backend: Backend, *, end_of_document: str, config: dict[str, Any] | None = None, reads_special: bool = False
+        self,
+        backend: Backend,
+        *,
+        end_of_document: str,
+        config: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        remarks: Sequence[str] = (),
+        dropout: float | None = None,
     ) -> None:
-        """`config`: what else a Hugging Face tokenizer_config.json said and a saved one should say again. `reads_special`: a
-        saved one takes special tokens that are spelt in a text, as chat templates and masked texts spell them."""
+        """`config`: all that its tokenizer_config.json says; None: it is made here. `settings`: what transformers makes of
+        that, where it came from elsewhere; see `auto_tokenizer.settings_of`. `remarks`: what is to be said of how it was read.
+        `dropout`: of merges, which its tokenizer.json asks for; none is done here, so that a text always gives the same tokens.
+        """
         token_id = backend.token_to_id(end_of_document)
         if token_id is None:
             raise RecipeError(
@@ -49,54 +56,108 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        self.new_tokens = tuple(map(str, (config or {}).get("new_tokens") or ()))
+        if of_merges := getattr(backend.model, "dropout", None):
+            dropout, backend.model.dropout = of_merges, None
         self.end_of_document: int = token_id
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.settings = settings
+        self.remarks = tuple(remarks)
         self._backend = backend
-        self._reader = _parsing(backend, self.new_tokens) if self.new_tokens else backend
+        self._dropout = dropout
         self._eos_token = end_of_document
-        self._config = {key: value for key, value in (config or {}).items() if key in KEPT_CONFIG}
-        self._reads_special = reads_special
+        self._config = _own_config() if config is None else dict(config)
+        if eos_of(self._config) is None:
+            self._config["eos_token"] = end_of_document
+        # A key of ours, which goes with the folder: those that a text which spells them means.
+        self.new_tokens = tuple(map(str, self._config.get("new_tokens") or ()))
+        self._reader = _parsing(backend, self.new_tokens) if self.new_tokens else backend
         self._ids_are_bytes = self.vocab_size == SMALLEST_BPE and backend.to_str() == _bytes_backend().to_str()
+
+    def changed(self, backend: Backend | None = None, **config: Any) -> Tokenizer:
+        """This tokenizer with some keys of its config changed, and perhaps another backend."""
+        settings = {**self.settings, **_settings_among(config)} if self.settings is not None else None
+        return Tokenizer(
+            backend or self._backend,
+            end_of_document=self._eos_token,
+            config={**self._config, **config},
+            settings=settings,
+            remarks=self.remarks,
+            dropout=self._dropout,
+        )
+
+    @property
+    def backend(self) -> Backend:
+        return self._backend
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What its tokenizer_config.json says."""
+        return self._config
+
+    @property
+    def notes(self) -> Iterator[str]:
+        """What a run should say of it."""
+        yield from self.remarks
+        if self._dropout:
+            yield (
+                f"data.tokenizer: its tokenizer.json drops merges at random (dropout {self._dropout:g}): not here, so that a "
+                "text always gives the same tokens; the export asks for it as before"
+            )
+
+    def _copied_backend(self) -> Backend:
+        return Backend.from_str(self._backend.to_str())
 
     @property
     def fingerprint(self) -> str:
         """Equal for tokenizers that encode equally and end documents equally."""
         return fingerprint_of([self._reader.to_str(), self.end_of_document])
 
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return self.encode_batch([text], special=special)[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text, without end-of-document or other added tokens."""
-        if self._ids_are_bytes:  # the backend gives the same, at 2.6 MB/s on one core
+    def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+        """Tokens of each text, without any around them. `special`: a special token that a text spells is that token, as
+        transformers reads it by default; else it is text like any other."""
+        if self._ids_are_bytes and not special:  # the backend gives the same, at 2.6 MB/s on one core
             return [list(text.encode()) for text in texts]
-        encodings = self._reader.encode_batch_fast(list(texts), add_special_tokens=False)
+        self._reader.encode_special_tokens = not special
+        try:
+            encodings = self._reader.encode_batch_fast(list(texts), add_special_tokens=False)
+        finally:
+            self._reader.encode_special_tokens = True
         return [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def opening(self) -> tuple[int, ...]:
+        """What its post-processor writes before a text: the token that begins one in Llama 3 and Gemma, [CLS] in Bert; () in
+        most."""
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        text = self._backend.encode("a", add_special_tokens=False).ids
+        for begin in range(len(encoding.ids) - len(text) + 1):
+            if text and encoding.ids[begin : begin + len(text)] == text:
+                return tuple(encoding.ids[:begin])
+        return ()
 
     @property
     def start_of_target(self) -> int:
         """What comes before a translation: the token for padding, where there is one, as in Marian and T5; else the one that
         ends documents."""
-        padding = _spelling(self._config.get("pad_token"))
-        token_id = None if padding is None else self._backend.token_to_id(padding)
-        return self.end_of_document if token_id is None else int(token_id)
+        return self.end_of_document if self.padding is None else self.padding
 
     def ending_texts(self) -> Tokenizer:
         """This tokenizer, which where transformers encodes a text ends it as a source is ended here, and pads it."""
-        config = {"pad_token": self._eos_token, **self._config}
-        backend = Backend.from_str(self._backend.to_str())
+        backend = self._copied_backend()
         if backend.post_processor is None:
             end = (self._eos_token, self.end_of_document)
             backend.post_processor = processors.TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
-        return Tokenizer(backend, end_of_document=self._eos_token, config=config)
+        return self.changed(backend, **self._padded)
 
     def with_new_tokens(self, tokens: Sequence[str]) -> Tokenizer:
         """This tokenizer with these special tokens, each of which a text that spells it means; those that it has already keep
         their numbers. RecipeError where its numbers leave no room for them."""
         if not tokens:
             return self
-        backend = Backend.from_str(self._backend.to_str())
+        backend = self._copied_backend()
         backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
         vocabulary = backend.get_vocab(with_added_tokens=True)
         if len(set(vocabulary.values())) < len(vocabulary):
@@ -104,8 +165,7 @@ class Tokenizer:
                 "data.new_tokens: this tokenizer leaves numbers out, and would give a new token that of another symbol: add "
                 "the tokens to its folder, and name them here all the same"
             )
-        config = {**self._config, "new_tokens": list(dict.fromkeys([*self.new_tokens, *tokens]))}
-        return Tokenizer(backend, end_of_document=self._eos_token, config=config, reads_special=True)
+        return self.changed(backend, new_tokens=list(dict.fromkeys([*self.new_tokens, *tokens])), **self._reading_special)
 
     def ids_of(self, tokens: Iterable[str]) -> dict[str, int]:
         """The numbers of those of these symbols that it has."""
@@ -122,17 +182,17 @@ class Tokenizer:
 
     def for_chat(self) -> Tokenizer:
         """This tokenizer with a chat template: its own, or ours where it has none."""
-        config = {**self._config, "chat_template": self.chat_template}
-        backend = Backend.from_str(self._backend.to_str())
-        if self.end_of_document not in self.special_ids:  # a template writes it as text, which must become that token
+        backend = self._backend
+        if self._eos_token not in self.added_tokens:  # a template writes it as text, which must become that token
+            backend = self._copied_backend()
             backend.add_special_tokens([AddedToken(self._eos_token, special=True, normalized=False)])
-        return Tokenizer(backend, end_of_document=self._eos_token, config=config, reads_special=True)
+        template = {} if self.has_template else {"chat_template": self.chat_template}
+        return self.changed(backend, **template, **self._reading_special)
 
     def for_classification(self) -> Tokenizer:
         """This tokenizer with what begins and ends a text that is classified: its own special tokens, or, where it has none,
         the end of document before it. None then ends it: transformers' decoders read the last token that does not pad."""
-        backend = Backend.from_str(self._backend.to_str())
-        config = {"pad_token": self._eos_token, **self._config}
+        backend = self._copied_backend()
         if not backend.encode("", add_special_tokens=True).ids:
             opening = processors.TemplateProcessing(
                 single=[self._eos_token, "$A"], special_tokens=[(self._eos_token, self.end_of_document)]
@@ -140,15 +200,27 @@ class Tokenizer:
             backend.post_processor = (
                 processors.Sequence([backend.post_processor, opening]) if backend.post_processor else opening
             )
-        return Tokenizer(backend, end_of_document=self._eos_token, config=config)
+        return self.changed(backend, **self._padded)
 
     def for_masking(self) -> Tokenizer:
         """This tokenizer with a mask token: its own, or one more symbol."""
-        backend, config = Backend.from_str(self._backend.to_str()), self._config
-        if self.mask is None:
-            backend.add_special_tokens([AddedToken(MASK, special=True, normalized=False)])
-            config = {**config, "mask_token": MASK}
-        return Tokenizer(backend, end_of_document=self._eos_token, config=config, reads_special=True)
+        if self.mask is not None:
+            return self.reading_special()
+        backend = self._copied_backend()
+        backend.add_special_tokens([AddedToken(MASK, special=True, normalized=False)])
+        return self.changed(backend, mask_token=MASK, **self._reading_special)
+
+    def reading_special(self) -> Tokenizer:
+        """This tokenizer, which where transformers encodes a text takes a spelt special token for that token."""
+        return self.changed(**self._reading_special)
+
+    @property
+    def _padded(self) -> dict[str, Any]:
+        return {} if _spelling(self._config.get("pad_token")) else {"pad_token": self._eos_token}
+
+    @property
+    def _reading_special(self) -> dict[str, Any]:
+        return {"split_special_tokens": False} if self._config.get("split_special_tokens") else {}
 
     @property
     def mask(self) -> int | None:
@@ -158,6 +230,11 @@ class Tokenizer:
     @property
     def padding(self) -> int | None:
         return self._id_of("pad_token")
+
+    @property
+    def bos(self) -> int | None:
+        """The token that begins texts, where it names one."""
+        return self._id_of("bos_token")
 
     def _id_of(self, name: str) -> int | None:
         spelling = _spelling(self._config.get(name))
@@ -185,33 +262,45 @@ class Tokenizer:
     @property
     def chat_template(self) -> str:
         """Of several that a tokenizer brings, the one named "default"."""
-        template = self._config.get("chat_template") or DEFAULT_TEMPLATE
-        if isinstance(template, list):  # as tokenizer_config.json has several
-            template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        if isinstance(template, dict):
-            template = template.get("default")
-        if not isinstance(template, str):
+        template = self._templates.get("default")
+        if template is None:
             raise RecipeError('data.tokenizer: none of its chat templates is named "default"; name one so')
         return template
 
     @property
+    def tool_template(self) -> str:
+        """What conversations with tools are written by: of several templates the one named "tool_use", as in transformers."""
+        return self._templates.get("tool_use") or self.chat_template
+
+    @cached_property
+    def _templates(self) -> dict[str, str]:
+        given = self._config.get("chat_template") or DEFAULT_TEMPLATE
+        if isinstance(given, list):  # as tokenizer_config.json has several
+            given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+        named = given if isinstance(given, dict) else {"default": given}
+        return {str(name): template for name, template in named.items() if isinstance(template, str)}
+
+    @property
+    def has_template(self) -> bool:
+        """Whether it brings a chat template of its own."""
+        return bool(self._config.get("chat_template"))
+
+    @property
     def special_tokens(self) -> dict[str, str]:
-        """What a chat template may write by name."""
-        spelt = {name: _spelling(self._config.get(name)) for name in SPECIAL_TOKENS}
+        """What a chat template may write by name, as transformers hands it over: tokens that a model names itself, too."""
+        named = self._config.get("extra_special_tokens")
+        tokens = {**{name: self._config.get(name) for name in SPECIAL_TOKENS}, **(named if isinstance(named, dict) else {})}
+        spelt = {name: _spelling(token) for name, token in tokens.items()}
         return {name: token for name, token in spelt.items() if token is not None} | {"eos_token": self._eos_token}
 
     @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Ids of the special tokens, and of added ones that the chat template writes: what ends turns is one of them."""
-        added, template = self._backend.get_added_tokens_decoder(), self.chat_template
-        return frozenset(number for number, token in added.items() if token.special or token.content in template)
+    def added_tokens(self) -> dict[str, bool]:
+        """Spellings of the tokens that were added to those of the model; of each, whether it is a special one."""
+        return {token.content: token.special for token in self._backend.get_added_tokens_decoder().values()}
 
-    @property
-    def special_spellings(self) -> list[str]:
-        """Of the special tokens that a text which spells them does not mean."""
-        added = self._backend.get_added_tokens_decoder()
-        spelt = [token.content for number, token in added.items() if number in self.special_ids]
-        return [token for token in spelt if token not in self.new_tokens]
+    @cached_property
+    def added_ids(self) -> frozenset[int]:
+        return frozenset({self.end_of_document, *self._backend.get_added_tokens_decoder()})
 
     def encode_with_offsets(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokens, and where in the text each stands; `special`: a spelt special token is that token."""
@@ -222,25 +311,43 @@ class Tokenizer:
             self._reader.encode_special_tokens = True
         return encoding.ids, encoding.offsets
 
+    def spelling_of(self, token: int) -> str:
+        return str(self._backend.id_to_token(token))
+
+    def spells_as(self, folder: Path, tokens: Sequence[int]) -> bool:
+        """Whether a folder has a tokenizer too, in which these tokens are the same."""
+        if not (folder / "tokenizer.json").is_file():
+            return False
+        theirs = _read_backend(folder)
+        return all(theirs.id_to_token(token) == self._backend.id_to_token(token) for token in tokens)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the tokens, added tokens spelt out; bytes that are no UTF-8 become U+FFFD."""
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
     def save(self, folder: Path) -> None:
-        """Write a folder that `transformers.AutoTokenizer.from_pretrained` loads and that encodes and decodes the same."""
+        """Write a folder that `transformers.AutoTokenizer.from_pretrained` loads and that encodes and decodes the same: the
+        config of its source, less what the source needed of its own machine, and what was changed here."""
         make_private(folder)
-        write_json(
-            folder / "tokenizer_config.json",
-            {
-                **self._config,
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": self._eos_token,
-                "split_special_tokens": not self._reads_special,
-                "clean_up_tokenization_spaces": False,
-            },
-        )
+        write_json(folder / "tokenizer_config.json", self._config)
+        if "auto_map" in self._config:
+            auto_tokenizer.save_code(folder)
         with private_file(folder / "tokenizer.json") as file:
-            file.write(self._backend.to_str().encode())
+            file.write(self._with_dropout().encode())
+
+    def _with_dropout(self) -> str:
+        """tokenizer.json, which asks for what its source asked for."""
+        text = self._backend.to_str()
+        if not self._dropout:
+            return text
+        value = json.loads(text)
+        value["model"]["dropout"] = self._dropout
+        return json.dumps(value, ensure_ascii=False)
+
+
+def _own_config() -> dict[str, Any]:
+    """Of a tokenizer that is made here: what a text spells is text, as it was in training."""
+    return {"tokenizer_class": PLAIN_CLASS, "split_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
 def make_tokenizer(spec: str) -> Tokenizer:
@@ -286,55 +393,97 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder or hub name. Its code, if it brings any, is never run."""
+    """The tokenizer of a Hugging Face folder or hub name, as transformers' AutoTokenizer reads it. Its code, if it brings any,
+    is never run."""
     folder = Path(name).expanduser()
     if (folder / "tokenizer.json").is_file():
         return _load_folder(folder)
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or ":" in name):
         raise RecipeError(f"data.tokenizer: {name!r} is neither 'bytes', 'bpe:N', a folder here nor a hub name; correct it")
-    return _load_with_transformers(name)
+    try:
+        config, loaded = auto_tokenizer.load(name)
+    except Exception as error:  # transformers, its hub client and its HTTP client each raise kinds of their own
+        raise RecipeError(
+            f"data.tokenizer: {name!r} is not 'bytes' or 'bpe:N', and no tokenizer could be loaded from it: "
+            f"{auto_tokenizer.reason(error, folder)}"
+        ) from None
+    config |= auto_tokenizer.named_by(loaded, config)
+    backend, settings = auto_tokenizer.backend_of(loaded), auto_tokenizer.settings_of(loaded)
+    return Tokenizer(backend, end_of_document=_require_eos(config, name), config=config, settings=settings)
+
+
+def reopen_tokenizer(folder: Path) -> Tokenizer:
+    """What was saved here: its tokenizer.json is all that counts, so transformers is not needed."""
+    config = _read_config(folder)
+    return Tokenizer(_read_backend(folder), end_of_document=_require_eos(config, str(folder)), config=config)
 
 
 def _load_folder(folder: Path) -> Tokenizer:
-    config_path = folder / "tokenizer_config.json"
+    """For some classes transformers builds another tokenizer than tokenizer.json has. Who gets the export will have that one,
+    as had who trained the model, so it is taken."""
+    config, backend = _read_config(folder), _read_backend(folder)
+    settings, remarks = None, []
     try:
-        config = read_json(config_path) if config_path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{config_path}: not readable JSON: {error}; mend the file") from None
+        _, loaded = auto_tokenizer.load(str(folder))
+    except Exception as error:  # such as one that needs code of its own
+        remarks.append(
+            f"data.tokenizer: transformers does not load {folder} ({auto_tokenizer.reason(error)}): its tokenizer.json is read "
+            "as it is"
+        )
+    else:
+        config |= auto_tokenizer.named_by(loaded, config)
+        settings = auto_tokenizer.settings_of(loaded)
+        if difference := auto_tokenizer.first_difference(backend, loaded.backend_tokenizer):
+            backend = auto_tokenizer.backend_of(loaded)
+            remarks.append(
+                f"data.tokenizer: transformers builds a {type(loaded).__name__} for {folder}, which differs from its "
+                f"tokenizer.json ({difference}): tokens are those of transformers"
+            )
+    where = str(folder / "tokenizer_config.json")
+    return Tokenizer(backend, end_of_document=_require_eos(config, where), config=config, settings=settings, remarks=remarks)
+
+
+def _read_backend(folder: Path) -> Backend:
     try:
-        template = folder / "chat_template.jinja"  # where transformers saves it since version 4.53
-        if template.is_file():
-            config["chat_template"] = template.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{template}: not readable as UTF-8 text: {error}; mend the file") from None
-    try:
-        backend = Backend.from_file(str(folder / "tokenizer.json"))
+        return Backend.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain Exception for damaged files
         raise DataError(f"{folder / 'tokenizer.json'}: damaged: {error}; fetch it again") from None
-    return Tokenizer(backend, end_of_document=_eos_of(config, str(config_path)), config=config)
 
 
-def _load_with_transformers(name: str) -> Tokenizer:
-    from transformers import AutoTokenizer
-
+def _read_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, {} where there is none, with the chat templates that have files of their own: those count."""
+    path = folder / "tokenizer_config.json"
     try:
-        loaded = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
-        backend = Backend.from_str(loaded.backend_tokenizer.to_str())
-    except Exception as error:  # transformers, its hub client and its HTTP client each raise kinds of their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RecipeError(
-            f"data.tokenizer: {name!r} is not 'bytes' or 'bpe:N', and no tokenizer could be loaded from it: {reason}"
-        ) from None
-    config = {key: getattr(loaded, key, None) for key in KEPT_CONFIG}
-    kept = {key: value for key, value in config.items() if value is not None}
-    return Tokenizer(backend, end_of_document=_eos_of({**kept, "eos_token": loaded.eos_token}, name), config=kept)
+        config = auto_tokenizer.kept(read_json(path)) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable JSON: {error}; mend the file") from None
+    templates = {"default": folder / "chat_template.jinja"}  # where transformers saves them since version 4.53
+    templates |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    found = {name: _read_text(path) for name, path in templates.items() if path.is_file()}
+    return {**config, "chat_template": auto_tokenizer.templates_in_config(found)} if found else config
 
 
-def _eos_of(config: dict[str, Any], place: str) -> str:
-    spelling = _spelling(config.get("eos_token")) or _spelling(config.get("sep_token"))
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as UTF-8 text: {error}; mend the file") from None
+
+
+def eos_of(config: Mapping[str, Any]) -> str | None:
+    """The token that ends documents."""
+    return _spelling(config.get("eos_token")) or _spelling(config.get("sep_token"))
+
+
+def _require_eos(config: Mapping[str, Any], place: str) -> str:
+    spelling = eos_of(config)
     if spelling is None:
         raise RecipeError(f"data.tokenizer: {place} names no eos_token or sep_token, which ends documents; add one to it")
     return spelling
+
+
+def _settings_among(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name in auto_tokenizer.SETTINGS}
 
 
 def _spelling(token: Any) -> str | None:

@@ -47,6 +47,9 @@ class TranslationRows(RowFormat):
     def example_of(self, row: Mapping[str, Any]) -> Translation:
         return Translation(_text_at(row, self.source), _text_at(row, self.target))
 
+    def keys_read(self, row: Mapping[str, Any]) -> set[str]:
+        return {name if name in row else name.partition(".")[0] for name in (self.source, self.target)}
+
     def texts_of(self, example: Translation) -> Iterator[str]:
         yield from example
 

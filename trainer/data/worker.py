@@ -1,5 +1,5 @@
-"""A tokenizing process: `python -m trainer.data.worker TOKENIZER SHARDS [TASK SETTINGS]`, started by workers.py. TASK: one that
-learns from rows, and the settings of its examples as JSON; without, documents are texts.
+"""A tokenizing process: `python -m trainer.data.worker TOKENIZER SHARDS TASK SETTINGS`, started by workers.py. SETTINGS: how
+the task writes its texts or examples, as JSON.
 
 Reads one task per line, {"number", "shard"}, and answers each by one line: {"number"} when the shard is durable, or
 {"failed": lines, "exit_code"}. It ends at once when its input does: whoever started it has ended too.
@@ -17,25 +17,24 @@ from pathlib import Path
 
 from trainer.data.readers import Shard
 from trainer.data.shards import shard_folder, tokenize_shard
-from trainer.data.tasks import ROW_TASKS, examples_again
-from trainer.data.tokenizer import load_tokenizer
+from trainer.data.tasks import ROW_TASKS, written_again
+from trainer.data.tokenizer import reopen_tokenizer
 from trainer.errors import DataError, UserError
 from trainer.redaction import redact_text
 
 
 def main() -> None:
-    tokenizer_folder, shards = map(Path, sys.argv[1:3])
+    tokenizer_folder, shards, task_name, settings = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:5]
     tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
-    tokenizer = load_tokenizer(str(tokenizer_folder))
-    task_name, settings = sys.argv[3:] or ("", "{}")
-    examples = examples_again(task_name, tokenizer, json.loads(settings)) if task_name else None
-    format = ROW_TASKS[task_name].format if task_name else None
+    tokenizer = reopen_tokenizer(tokenizer_folder)
+    written = written_again(task_name, tokenizer, json.loads(settings))
+    format = ROW_TASKS[task_name].format if task_name in ROW_TASKS else None
     while True:
         task = json.loads(tasks.get())
         try:
             shard = Shard.from_json(task["shard"], format)
-            tokenize_shard(shard, tokenizer, shard_folder(shards, task["number"]), examples)
+            tokenize_shard(shard, tokenizer, shard_folder(shards, task["number"]), written)
             reply = {"number": task["number"]}
         except UserError as error:
             reply = {"failed": error.lines, "exit_code": error.exit_code}

@@ -29,15 +29,15 @@ KINDS = {kind.exit_code: kind for kind in (UserError, DataError, RecipeError)}
 
 
 def tokenize_shards(
-    shards: dict[int, Shard], *, tokenizer: Path, into: Path, workers: int, examples: tuple[str, dict[str, Any]] | None = None
+    shards: dict[int, Shard], *, tokenizer: Path, into: Path, workers: int, task: str, settings: dict[str, Any]
 ) -> Iterator[int]:
     """Have numbered shards tokenized by the tokenizer saved in a folder; yields each number when its shard is durable.
 
-    `into` receives one folder per shard. `examples`: the name and settings of a task that learns from rows. Raises the first
-    UserError that a worker meets, and ends the others.
+    `into` receives one folder per shard. `settings`: how the task writes its texts or examples. Raises the first UserError
+    that a worker meets, and ends the others.
     """
     waiting = iter(shards.items())
-    crew = [Worker(tokenizer, into, examples) for _ in range(min(workers, len(shards)))]
+    crew = [Worker(tokenizer, into, task, settings) for _ in range(min(workers, len(shards)))]
     try:
         for worker in crew:
             worker.hand(*next(waiting))
@@ -45,10 +45,10 @@ def tokenize_shards(
         while busy:
             for replies in select.select(list(busy), [], [])[0]:
                 yield busy[replies].take_reply()
-                if (task := next(waiting, None)) is None:
+                if (shard := next(waiting, None)) is None:
                     del busy[replies]
                 else:
-                    busy[replies].hand(*task)
+                    busy[replies].hand(*shard)
     finally:
         for worker in crew:
             worker.end()
@@ -57,12 +57,11 @@ def tokenize_shards(
 class Worker:
     """One `python -m trainer.data.worker`, from outside. It sends one reply for each task."""
 
-    def __init__(self, tokenizer: Path, into: Path, examples: tuple[str, dict[str, Any]] | None) -> None:
+    def __init__(self, tokenizer: Path, into: Path, task: str, settings: dict[str, Any]) -> None:
         package_root = str(Path(trainer.__file__).parent.parent)
-        settings = [examples[0], json.dumps(examples[1])] if examples else []
         inherited = os.environ.get("PYTHONPATH")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.data.worker", str(tokenizer), str(into), *settings],
+            [sys.executable, "-m", "trainer.data.worker", str(tokenizer), str(into), task, json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ

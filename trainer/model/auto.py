@@ -95,7 +95,8 @@ class _Maker:
                 # Without a padding token: torch would keep its embedding from learning, and in our data it is a token like
                 # any other.
                 end = tokenizer.end_of_document
-                special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+                begin = end if tokenizer.bos is None else tokenizer.bos
+                special = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": None}
                 keys = {"vocab_size": tokenizer.vocab_size, **special, **given}
                 config = AutoConfig.for_model(**keys)
                 _refuse_unknown(config, given)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.single_precision import LARGEST, SMALLEST, in_range
+
 # Reading a value: return it in our terms, or raise ValueError with what would be right.
 
 
@@ -41,6 +43,8 @@ def optional_rate(value: Any) -> float | None:
 def positive(value: Any) -> float:
     if not _is_number(value) or not 0.0 < value < float("inf"):
         raise ValueError("a number above 0")
+    if not in_range(value):
+        raise ValueError(f"a number that fp32 has: {SMALLEST:.3g} to {LARGEST:.3g}")
     return float(value)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from parallel.params import Piece, ShardSpec, owned_specs, zero_padding
 from trainer.durable import replacing_folder
 from trainer.errors import DataError, RecipeError
+from trainer.finite import Rounding, is_finite, overflow
 
 NamedTensor = tuple[str, Tensor]
 
@@ -169,7 +170,8 @@ class PretrainedWeights:
         return next((stored for stored in (*names, *bare) if stored in self._files), name)
 
     def read(self, piece: Piece) -> Tensor:
-        """One box of a logical tensor, as it is stored; DataError when it is missing, misshapen or not finite."""
+        """One box of a logical tensor, as it is stored; DataError when it is missing, misshapen or not finite in fp32, in which
+        every run starts."""
         stored = self._stored_name(piece.name)
         if stored not in self._files:
             raise DataError(
@@ -195,8 +197,10 @@ class PretrainedWeights:
                     box = self._with_means(stored, tensor, box, piece.size, dim)
         except SafetensorError as error:
             raise DataError(f"{self.folder}: tensor {stored} cannot be read ({error}): fetch the folder again") from error
-        if not torch.isfinite(box).all():
+        if not is_finite(box):
             raise DataError(f"{self.folder}: tensor {stored} holds NaN or infinity: fetch the folder again")
+        if told := overflow(stored, box, torch.float32):
+            raise DataError(f"{self.folder}: {told}: weights that large cannot be trained; give others")
         return box
 
     def _grown_dim(self, stored: tuple[int, ...], wanted: tuple[int, ...]) -> int | None:
@@ -243,7 +247,8 @@ def write_folder(
     `save_beside` puts the tokenizer, and what else belongs there, into the folder. `through`: what is done to the logical
     tensors before they are rounded to `dtype`.
 
-    Every logical tensor must come complete: an empty or partial one is an error, never a file.
+    Every logical tensor must come complete: an empty or partial one is an error, never a file. NotFinite or DataError, when all
+    have come, for one that holds NaN or infinity, or would in `dtype`.
     """
     if folder is None:
         for _ in tensors:
@@ -276,6 +281,7 @@ def _write_tensors(
     """Save logical tensors in files of at most `shard_bytes` (or one tensor); {file: {tensor: bytes}}."""
     shards: list[dict[str, int]] = []
     pending: dict[str, Tensor] = {}
+    rounding = Rounding(dtype)
 
     def flush() -> None:
         if pending:
@@ -284,10 +290,11 @@ def _write_tensors(
             pending.clear()
 
     for name, whole in tensors:
-        tensor = whole.to(dtype)
+        tensor = rounding(name, whole)
         if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard_bytes:
             flush()
         pending[name] = tensor
+    rounding.require_survivors()
     flush()
     files = {}
     for number, sizes in enumerate(shards):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from trainer.data.tokenizer import Tokenizer
 from trainer.model import config, translation
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.config import TransformerConfig
+from trainer.model.origin import GENERATION_CONFIG, Origin, as_list
 
 CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
+TASK = "finetuning_task"  # transformers' own key of config.json for what a model was trained to do last: our data.task
 Network = TransformerConfig | AutoNetwork
 
 
@@ -27,50 +29,45 @@ def save_code(network: Network, folder: Path) -> None:
         network.save_code(folder)
 
 
-class Saves(Protocol):
-    """A tokenizer, as far as it matters here."""
-
-    @property
-    def end_of_document(self) -> int: ...
-
-    @property
-    def start_of_target(self) -> int: ...
-
-    @property
-    def padding(self) -> int | None: ...
-
-    def save(self, folder: Path) -> None: ...
-
-
 @dataclass(frozen=True)
 class ModelFiles:
     """What a Hugging Face folder has beside the weights. `dtype`: of the weights, "float32", "bfloat16" or "float16".
 
-    `end_of_turn`: the token that ends an assistant's turn, where conversations are learned.
+    `task`: data.task. `end_of_turn`: the token that ends an assistant's turn, where conversations are learned. `origin`: of the
+    pretrained folder that the run started from.
     """
 
     network: Network
-    tokenizer: Saves
+    tokenizer: Tokenizer
     dtype: str
+    task: str = "pretrain"
     end_of_turn: int | None = None
+    origin: Origin | None = None
 
     @property
     def config(self) -> dict[str, Any]:
-        return config_json(
-            self.network,
-            dtype=self.dtype,
-            eos_token_id=self.tokenizer.end_of_document,
-            pad_token_id=self.tokenizer.padding,
-            start_of_target=self.tokenizer.start_of_target,
-        )
+        return {**config_json(self.network, self.tokenizer, dtype=self.dtype, origin=self.origin), TASK: self.task}
+
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """How transformers writes with the model: as the folder that it started from says, ended also by what ends a turn
+        where turns were learned; None where config.json says all."""
+        if not _writes(self.network):
+            return None
+        said = dict(self.origin.generation) if self.origin else {}
+        ends = as_list(said.get("eos_token_id"))
+        for token in (self.end_of_turn, self.tokenizer.end_of_document):
+            if token is not None and token not in ends:
+                ends.append(token)
+        if not said and ends == as_list(self.config.get("eos_token_id")):
+            return None
+        return {**said, "eos_token_id": ends if ends[1:] else ends[0]}
 
     def save_others(self, folder: Path) -> None:
-        """The tokenizer, where generation ends, and Python files that are part of the model."""
+        """The tokenizer, how the model writes, and Python files that are part of the model."""
         self.tokenizer.save(folder)
-        end = self.tokenizer.end_of_document
-        if self.end_of_turn not in (None, end):  # which config.json does not name
-            ends = {"eos_token_id": [self.end_of_turn, end]}
-            (folder / GENERATION_CONFIG).write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
+        if (generation := self.generation) is not None:
+            (folder / GENERATION_CONFIG).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
         save_code(self.network, folder)
 
     def save(self, folder: Path) -> None:
@@ -78,18 +75,34 @@ class ModelFiles:
         self.save_others(folder)
 
 
-def config_json(
-    network: Network,
-    *,
-    dtype: str,
-    eos_token_id: int | None,
-    pad_token_id: int | None = None,
-    start_of_target: int | None = None,
-) -> dict[str, Any]:
-    """The config.json with which transformers loads exported weights. `dtype`: "float32", "bfloat16" or "float16".
-    `start_of_target`: what comes before a translation."""
+def _writes(network: Network) -> bool:
+    """Whether its model gives one token after another."""
     if isinstance(network, AutoNetwork):
-        return network.config_json(dtype)
-    return translation.to_hf_config(
-        network, dtype=dtype, eos_token_id=eos_token_id, pad_token_id=pad_token_id, start_of_target=start_of_target
+        return True
+    return not network.classes and (network.causal or network.encoder_layers > 0)
+
+
+def config_json(network: Network, tokenizer: Tokenizer, *, dtype: str, origin: Origin | None) -> dict[str, Any]:
+    """The config.json with which transformers loads exported weights. `dtype`: "float32", "bfloat16" or "float16".
+
+    Special tokens are those of the folder that the run started from, or else the tokenizer's.
+    """
+    ids = dict(origin.ids) if origin else {}
+    end = tokenizer.end_of_document
+    if isinstance(network, AutoNetwork):
+        written = network.config_json(dtype)
+        if origin is not None and not ids:  # another tokenizer
+            ids = {"bos_token_id": tokenizer.bos, "eos_token_id": end, "pad_token_id": tokenizer.padding}
+        return {**written, **{name: token for name, token in ids.items() if name in written}}
+    start = tokenizer.start_of_target
+    written = translation.to_hf_config(
+        network,
+        dtype=dtype,
+        eos_token_id=end,
+        bos_token_id=tokenizer.bos,
+        pad_token_id=tokenizer.padding,
+        start_of_target=start,
     )
+    if network.encoder_layers:  # each target was trained to follow it
+        ids |= {"decoder_start_token_id": start}
+    return {**written, **ids}

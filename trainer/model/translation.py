@@ -322,12 +322,15 @@ def to_hf_config(
     *,
     dtype: str,
     eos_token_id: int | None,
+    bos_token_id: int | None = None,
     pad_token_id: int | None = None,
     start_of_target: int | None = None,
 ) -> dict[str, Any]:
     """The config.json with which transformers loads exported weights. `dtype`: "float32", "bfloat16" or "float16".
+    `start_of_target`: what comes before a translation.
 
-    The end-of-document token also begins a text: in training every document follows one.
+    Where no token begins texts, the one that ends documents is what a model begins to write after, as in GPT-2: in a packed
+    row every document follows one. One that sees both sides writes nothing.
     """
     family = FAMILIES[config.family]
     values = {**dataclasses.asdict(config), **_window_keys(config), **_side_keys(config)}
@@ -341,6 +344,7 @@ def to_hf_config(
         written["rope_theta"] = config.rope_theta
         if scaling:
             written["rope_scaling"] = scaling
+    writes = config.causal or config.encoder_layers > 0
     generation = {
         name: token for name, token in _generation_keys(eos_token_id, start_of_target).items() if name in family.known
     }
@@ -353,7 +357,7 @@ def to_hf_config(
         "architectures": [family.classifier if config.classes else family.architecture],
         "model_type": family.name,
         "dtype": dtype,
-        "bos_token_id": eos_token_id,
+        "bos_token_id": bos_token_id if bos_token_id is not None or not writes else eos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
         **(generation if family.translates else {}),

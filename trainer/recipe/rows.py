@@ -18,12 +18,12 @@ READERS = {
 ROWS = {"sft": "conversations", "preference": "pairs", "classify": "labelled texts"}
 NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "sft": {
-        "messages": ("messages", "system"),
-        "sharegpt": ("conversations", "system"),
-        "prompt": ("prompt", "completion", "system"),
-        "alpaca": ("instruction", "input", "output", "system"),
+        "messages": ("messages", "system", "tools"),
+        "sharegpt": ("conversations", "system", "tools"),
+        "prompt": ("prompt", "completion", "system", "tools"),
+        "alpaca": ("instruction", "input", "output", "history", "system", "tools"),
     },
-    "preference": {"pairs": ("prompt", "chosen", "rejected", "system")},
+    "preference": {"pairs": ("prompt", "chosen", "rejected", "system", "tools")},
     "classify": {"labelled": ("text", "label")},
 }
 

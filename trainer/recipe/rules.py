@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from trainer.deepspeed_config import zero_findings
 from trainer.recipe.auto import AUTO, auto_findings
 from trainer.recipe.new_tokens import new_token_findings
+from trainer.recipe.numbers import number_findings
 from trainer.recipe.preference import preference_findings
 from trainer.recipe.rows import row_findings
 from trainer.recipe.tasks import task_findings
@@ -33,6 +34,7 @@ def section_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding
     yield from _parallel_findings(recipe, given)
     yield from _precision_findings(recipe, given)
     yield from _optimizer_findings(recipe, given)
+    yield from number_findings(recipe)
     yield from _evaluation_findings(recipe, given)
     yield from row_findings(recipe, given)
     yield from new_token_findings(recipe)

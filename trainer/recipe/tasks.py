@@ -8,17 +8,19 @@ from collections.abc import Collection, Iterator
 from trainer.recipe.auto import AUTO
 from trainer.sections import Finding, Recipe
 
-# Which task alone reads which key.
-READERS = {"data.classes": "classify", "data.mask_fraction": "mlm"}
+# Which tasks alone read which key.
+TEXTS = ("pretrain", "mlm")
+READERS = {"data.classes": ("classify",), "data.mask_fraction": ("mlm",), "data.bos": TEXTS, "data.special_tokens": TEXTS}
 BESIDE_LANGUAGE = ("classify", "mlm")
 
 
 def task_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
     """Keys that nothing would read, and what the task does not go with; `given`: the dotted keys that were written."""
     task = recipe.data.task
-    for key, reader in READERS.items():
-        if key in given and task != reader:
-            yield Finding((key, "data.task"), f'{key} is used only with data.task "{reader}": remove it')
+    for key, readers in READERS.items():
+        if key in given and task not in readers:
+            users = " or ".join(f'"{reader}"' for reader in readers)
+            yield Finding((key, "data.task"), f"{key} is used only with data.task {users}: remove it")
     if task not in BESIDE_LANGUAGE:
         return
     if recipe.model.family == AUTO:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.durable import replacing_folder
+from trainer.finite import Rounding
 from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import NamedTensor
 from trainer.model.network import Network
@@ -56,8 +57,12 @@ class AdapterFormat:
         return is_added(name) or name in self.saved_whole
 
     def write(self, tensors: Iterable[NamedTensor], folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Both files, of those tensors that were trained beside the model; what was written."""
-        found = {self.prefix + name: tensor.to(dtype).contiguous() for name, tensor in self._contents(tensors)}
+        """Both files, of those tensors that were trained beside the model; what was written. NotFinite or DataError, when all
+        have come, for one that holds NaN or infinity, or would in `dtype`."""
+        rounding = Rounding(dtype)
+        contents = self._contents(tensors)
+        found = {self.prefix + name: rounding(name, tensor).contiguous() for name, tensor in contents}
+        rounding.require_survivors()
         config = self.config
         if config.get("peft_type") == "ADALORA":
             found, pattern = peft_format.trimmed(found)

@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
+from trainer.processes import Process
+
 IN_A_STEP = ("boundary", "data", "forward", "backward", "optimizer")
 DONE = "done"  # how a rank ended that reached its end
 SILENT_S = 3.0  # a thread that tells something twice a second and has not for so long is not running
@@ -17,12 +19,13 @@ SILENT_S = 3.0  # a thread that tells something twice a second and has not for s
 
 @dataclass(frozen=True)
 class Beat:
-    """`idle_s`: how long this rank has not got on; `limit_s`: how long it may. `started`: of the process, in clock ticks since
-    its host was booted, so that another process with its number is not taken for it. `data_s`, `compute_s`: spent since its
-    start on its data and computing, without waiting; `answer_s`: what the store took to answer. `ended`: "" or how."""
+    """`idle_s`: how long this rank has not got on; `limit_s`: how long it may. `host`, `table`, `pid`, `started`: its process,
+    see `Process`. `data_s`, `compute_s`: spent since its start on its data and computing, without waiting; `answer_s`: what the
+    store took to answer. `ended`: "" or how."""
 
     rank: int
     host: str
+    table: str
     pid: int
     started: int
     count: int
@@ -42,6 +45,10 @@ class Beat:
     @classmethod
     def decode(cls, text: str | bytes) -> Beat:
         return cls(**json.loads(text))
+
+    @property
+    def process(self) -> Process:
+        return Process(self.host, self.table, self.pid, self.started)
 
     @property
     def at(self) -> str:

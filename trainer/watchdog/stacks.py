@@ -1,5 +1,5 @@
-"""Where in the code a rank is: its own stack, seen from another thread; the stack that C writes when no Python runs; and what
-the system says of a process. No torch."""
+"""Where in the code a rank is: its own stack, seen from another thread, and the stack that C writes when no Python runs. No
+torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ SITE = "site-packages" + os.sep
 FRAMES = 12
 NO_PYTHON_S = 4.0  # after so long without a beat the stack is written by a thread of C's, which needs no interpreter
 
-ENDED = ("Z", "X")  # its parent has not asked for its exit code yet
 STATES = {
     "T": "is stopped (SIGSTOP; SIGCONT lets it go on)",
     "t": "is held by a debugger",
@@ -105,17 +104,3 @@ def _from_faulthandler(line: str) -> str:
     _, path, rest = line.split('"', 2)
     number, _, function = rest.removeprefix(", line ").partition(" in ")
     return f"{_short(path)}:{number} {function}"
-
-
-def state_of(pid: int, started: int) -> str:
-    """The system's letter for what a process of this host does; "" when it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return fields[0] if int(fields[19]) == started and fields[0] not in ENDED else ""
-
-
-def start_of(pid: int) -> int:
-    """When a process of this host was started, in clock ticks since the boot."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

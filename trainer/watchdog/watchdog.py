@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -33,6 +32,7 @@ from torch.distributed.distributed_c10d import Store
 from trainer.durable import private_file
 from trainer.errors import EXIT_HANG, EXIT_REQUEUE, UserError
 from trainer.launch import Neighbour, PeerFailed
+from trainer.processes import Process
 from trainer.redaction import redact_text
 from trainer.stopwatch import Stopwatch
 from trainer.watchdog.autopsy import Report, Scene, find, page
@@ -45,8 +45,6 @@ from trainer.watchdog.stacks import (
     is_waiting,
     stack_of,
     stack_of_error,
-    start_of,
-    state_of,
     written_stack,
 )
 
@@ -94,7 +92,7 @@ def _own_connection(neighbour: Neighbour | None) -> Store:
         with contextlib.suppress(Empty):
             answer = answers.get(timeout=BEAT_S / SAMPLES_PER_BEAT)
             break
-        if neighbour is not None and not state_of(neighbour.pid, neighbour.started):
+        if neighbour is not None and not neighbour.process.state:
             raise PeerLost(EXIT_REQUEUE, f"rank {neighbour.rank} has ended before the run was set up; start the run again")
     if isinstance(answer, RuntimeError):
         raise answer
@@ -119,8 +117,7 @@ class Watchdog:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._watch, self._limits, self._logs, self._run_name = watch, limits, logs, run_name
         self._main, self._neighbour = threading.get_ident(), neighbour
-        self._host, self._pid = socket.gethostname(), os.getpid()
-        self._started = start_of(self._pid)
+        self._process = Process.own()
         self._count = 0
         self._sampled: Counter[str] = Counter()
         self._waited: Counter[str] = Counter()
@@ -203,9 +200,7 @@ class Watchdog:
         watch = self._watch
         return Beat(
             rank=self.rank,
-            host=self._host,
-            pid=self._pid,
-            started=self._started,
+            **vars(self._process),
             count=self._count,
             step=watch.step,
             phase=watch.phase,
@@ -257,7 +252,7 @@ class Watchdog:
         """Whether its process ended before the run did. Who waits for it in a collective notices at once, but who waits for a
         file, or for a group to be made, would wait for hours."""
         neighbour = self._neighbour
-        if neighbour is None or state_of(neighbour.pid, neighbour.started):
+        if neighbour is None or neighbour.process.state:
             return False
         with contextlib.suppress(RuntimeError, OSError):
             self._hear([neighbour.rank])
@@ -360,11 +355,10 @@ class Watchdog:
             time.sleep(BEAT_S / 5)
 
     def _has_ended(self, beat: Beat) -> bool:
-        return beat.host == self._host and not state_of(beat.pid, beat.started)
+        return beat.process.is_beside(self._process) and not beat.process.state
 
     def _report(self, silent: dict[int, Beat]) -> Report:
-        near = {rank: beat for rank, beat in silent.items() if beat.host == self._host}
-        states = {rank: state_of(beat.pid, beat.started) for rank, beat in near.items()}
+        states = {rank: beat.process.state for rank, beat in silent.items() if beat.process.is_beside(self._process)}
         return Report(self._beat(), tuple(self._stack()), tuple(collectives()), states)
 
     def _scene(self, silent: dict[int, Beat]) -> Scene:
@@ -410,7 +404,8 @@ class Watchdog:
     def _kill(self, silent: Mapping[int, Beat]) -> None:
         """A process of this host that is stopped, or whose interpreter does not run, cannot end itself."""
         for beat in silent.values():
-            if beat.host == self._host and beat.pid != self._pid and state_of(beat.pid, beat.started):
+            process = beat.process
+            if process.is_beside(self._process) and process.pid != self._process.pid and process.state:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(beat.pid, signal.SIGKILL)
 

@@ -1,0 +1,238 @@
+"""Tokenizers as transformers' AutoTokenizer loads them: from a user's folder, and from one that is handed on.
+
+Which class it takes hangs on three things (transformers 5.23, `tokenization_auto.py`): `tokenizer_class` in
+tokenizer_config.json, the `model_type` of the config.json beside it, and a list of model types whose class it always takes,
+whatever the folder says (qwen2 and qwen3_5 among them). Classes of that kind build a normalizer and a pre-tokenizer of their
+own and take only the vocabulary from tokenizer.json. So what is handed on is loaded again, and compared.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer as Backend
+
+from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from trainer.data.tokenizer import Tokenizer
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# What a user of a tokenizer sees of it, beside the tokens.
+SETTINGS = (
+    *NAMED,
+    *("extra_special_tokens", "chat_template", "model_max_length", "padding_side", "truncation_side", "model_input_names"),
+    *("split_special_tokens", "clean_up_tokenization_spaces"),
+)
+# Paths on the machine that saved it, and code, which is never run here.
+NOT_KEPT = ("auto_map", "name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")
+# Of a class that is not one of transformers' own it takes the one that we name beside it, unless it may run this file.
+CODE = "tokenizer_as_saved.py"
+AUTO_MAP = {"AutoTokenizer": [None, f"{CODE.removesuffix('.py')}.TokenizerAsSaved"]}
+SOURCE = '''"""This folder's tokenizer as its tokenizer.json has it.
+
+By the model's type alone transformers would build another one.
+"""
+
+from transformers import PreTrainedTokenizerFast
+
+
+class TokenizerAsSaved(PreTrainedTokenizerFast):
+    pass
+'''
+TEXTS = (
+    "Hello, world! It's the 3rd time we're here; don't stop.",
+    "def f(x):\n    return [x, -1.5e3]  # two\n\n\n\tif  y:\r\n",
+    "  leading, trailing  and   inner spaces   ",
+    "UPPER lower CamelCase snake_case https://example.org/?a=1&b=2",
+    "12345 67,890.12 ½ ² Ⅳ １２３",
+    "naïve café Å ﬁ ﬀ ß İstanbul ǅ",
+    "nai\u0308ve cafe\u0301 A\u030a \u1100\u1161 \u0041\u030a\u0301",  # decomposed, which some normalize
+    "你好，世界。こんにちは 안녕하세요 สวัสดี नमस्ते Привет مرحبا שלום",
+    "🙂 👩‍👩‍👧 🇩🇪 \u200b\u00a0\u3000\ufeff\u2028x\x07\x7f",
+    "a" * 60 + " " * 20 + "\n" * 5 + "!?" * 8,
+    "▁a Ġb ##c @@ <0x41> <unk>",
+    "",
+)
+ADDED = 24  # of the added tokens, so many are spelt in a text each; all of them in one
+
+
+def load(name: str) -> tuple[dict[str, Any], Any]:
+    """The tokenizer_config.json of a folder or hub name, less what is never kept, and what transformers makes of it all.
+    Whatever transformers raises when it makes nothing of it, or nothing with a tokenizer.json."""
+    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if not isinstance(getattr(loaded, "backend_tokenizer", None), Backend):
+        raise TypeError(f"a {type(loaded).__name__} has no form as tokenizer.json")
+    config = kept(get_tokenizer_config(name))
+    if loaded.chat_template:
+        config["chat_template"] = templates_in_config(
+            loaded.chat_template if isinstance(loaded.chat_template, dict) else {"default": loaded.chat_template}
+        )
+    return config, loaded
+
+
+def backend_of(loaded: Any) -> Backend:
+    """Of what `load` gave, as it is read back from a file: scores of pieces may lose their last digit there."""
+    return Backend.from_str(loaded.backend_tokenizer.to_str())
+
+
+def reason(error: Exception, folder: Path | None = None) -> str:
+    """In one line. transformers takes a sentencepiece file for another one where that package is missing."""
+    if folder is not None and (folder / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
+        return "its tokenizer.model needs the package sentencepiece: pip install sentencepiece"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def kept(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in NOT_KEPT and not key.startswith("_")}
+
+
+def templates_in_config(templates: Mapping[str, str]) -> str | list[dict[str, str]]:
+    """Chat templates by name, as tokenizer_config.json has them."""
+    if list(templates) == ["default"]:
+        return templates["default"]
+    return [{"name": name, "template": template} for name, template in templates.items()]
+
+
+def named_by(loaded: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Special tokens that the config does not name, or names otherwise: they come from an older special_tokens_map.json, or
+    are those of the class."""
+    found: dict[str, Any] = {}
+    for name in NAMED:
+        token, said = getattr(loaded, name), config.get(name)
+        if token is not None and str(token) != (said.get("content") if isinstance(said, dict) else said):
+            found[name] = str(token)
+    if loaded.extra_special_tokens and not {"extra_special_tokens", "additional_special_tokens"} & config.keys():
+        found["extra_special_tokens"] = [str(token) for token in loaded.extra_special_tokens]
+    return found
+
+
+def settings_of(loaded: Any) -> dict[str, Any]:
+    """What `loaded` does beside giving tokens, as JSON values."""
+    return {name: getattr(loaded, name) if name == "chat_template" else _plain(getattr(loaded, name)) for name in SETTINGS}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+def first_difference(ours: Backend, theirs: Backend) -> str | None:
+    """The first text that two tokenizers encode or decode otherwise, and how; None where they are the same on all."""
+    with _exact(ours), _exact(theirs):
+        return next((told for text in _battery(ours) if (told := _difference(ours, theirs, text))), None)
+
+
+@contextmanager
+def _exact(backend: Backend) -> Iterator[None]:
+    """Nothing is cut, padded or left to chance meanwhile."""
+    backend.no_truncation()
+    backend.no_padding()
+    dropout, split = getattr(backend.model, "dropout", None), backend.encode_special_tokens
+    if dropout:
+        backend.model.dropout = None
+    try:
+        yield
+    finally:
+        backend.encode_special_tokens = split
+        if dropout:
+            backend.model.dropout = dropout
+
+
+def _battery(backend: Backend) -> Iterator[str]:
+    yield from TEXTS
+    added = [token.content for token in backend.get_added_tokens_decoder().values()]
+    for token in islice(added, ADDED):
+        yield from (token, f"a {token} b", f"a{token}{token}\n{token}", f"A{token.lower()} {token.upper()}")
+    yield "".join(added)
+    yield f"a{' '.join(added)}b"
+
+
+def _difference(ours: Backend, theirs: Backend, text: str) -> str | None:
+    for split in (False, True):
+        ours.encode_special_tokens = theirs.encode_special_tokens = split
+        for around in (True, False):
+            a, b = (backend.encode(text, add_special_tokens=around) for backend in (ours, theirs))
+            if (a.ids, a.type_ids) != (b.ids, b.type_ids):
+                return f"{text[:40]!r} is {len(a.ids)} tokens {a.tokens[:8]} and {len(b.ids)} tokens {b.tokens[:8]}"
+    pairs = [backend.encode(text, TEXTS[0]) for backend in (ours, theirs)]
+    if (pairs[0].ids, pairs[0].type_ids) != (pairs[1].ids, pairs[1].type_ids):
+        return f"the pair of {text[:40]!r} and another is {pairs[0].tokens[:8]} and {pairs[1].tokens[:8]}"
+    for skip in (False, True):
+        decoded = [backend.decode(pairs[0].ids, skip_special_tokens=skip) for backend in (ours, theirs)]
+        if decoded[0] != decoded[1]:
+            return f"the tokens of {text[:40]!r} are read back as {decoded[0][:40]!r} and {decoded[1][:40]!r}"
+    return None
+
+
+def beside_model(tokenizer: Tokenizer, model_config: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer, saved so that AutoTokenizer makes of it what trained, beside that config.json.
+
+    Under its own class where that does; else under the plain one; else so that the class of its model_type is not taken.
+    DataError where nothing helps.
+    """
+    wrong = ""
+    for candidate in _candidates(tokenizer):
+        with tempfile.TemporaryDirectory(prefix="triaxis-tokenizer-") as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
+            candidate.save(Path(folder))
+            wrong = _unlike(Path(folder), candidate)
+        if not wrong:
+            return candidate
+    raise DataError(
+        f"data.tokenizer: beside a model of type {model_config.get('model_type')!r} transformers would not make of it what "
+        f"trains: {wrong}; give another tokenizer"
+    )
+
+
+def _candidates(tokenizer: Tokenizer) -> Iterator[Tokenizer]:
+    yield tokenizer
+    said = {
+        name: value for name, value in (tokenizer.settings or {}).items() if value is not None and name not in tokenizer.config
+    }
+    plain = tokenizer.changed(tokenizer_class="PreTrainedTokenizerFast", **said)
+    yield plain
+    yield plain.changed(auto_map=AUTO_MAP)
+
+
+def save_code(folder: Path) -> None:
+    """Put what `AUTO_MAP` names beside the tokenizer."""
+    (folder / CODE).write_text(SOURCE, encoding="utf-8")
+
+
+def require_same(folder: Path, tokenizer: Tokenizer) -> None:
+    """DataError where AutoTokenizer does not make of the folder what trained."""
+    if wrong := _unlike(folder, tokenizer):
+        raise DataError(
+            f"{folder.name}: transformers would not make of its tokenizer what trained: {wrong}; it is not written: export the "
+            "newest checkpoint with triaxis export, beside the version of transformers that trained"
+        )
+
+
+def _unlike(folder: Path, tokenizer: Tokenizer) -> str:
+    """In what the tokenizer that AutoTokenizer loads from the folder is another one, "" where it is the same."""
+    try:
+        _, loaded = load(str(folder))
+    except Exception as error:  # of many kinds
+        return reason(error)
+    expected = tokenizer.settings or {name: _content(tokenizer.config[name]) for name in NAMED if name in tokenizer.config}
+    found = settings_of(loaded)
+    for name, value in expected.items():
+        if value != found[name]:
+            return f"{name} is {str(value)[:60]!r} and {str(found[name])[:60]!r}"
+    return first_difference(tokenizer.backend, loaded.backend_tokenizer) or ""
+
+
+def _content(token: Any) -> Any:
+    return token["content"] if isinstance(token, dict) else token

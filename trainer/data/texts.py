@@ -1,0 +1,66 @@
+"""A text → a document: what begins one, its tokens, and the token that ends documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from trainer import sections
+from trainer.data.tokenizer import Tokenizer
+from trainer.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How texts are written. `opening`: the tokens before each. `parse`: a special token that a text spells is that token;
+    else it is text."""
+
+    opening: tuple[int, ...] = ()
+    parse: bool = False
+
+    @classmethod
+    def from_recipe(cls, data: sections.Data, tokenizer: Tokenizer) -> Self:
+        """RecipeError where documents are to begin with a token that the tokenizer does not have."""
+        return cls(_opening(data, tokenizer), data.special_tokens == "parse")
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Self:
+        return cls(tuple(settings["opening"]), settings["parse"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes it again, as JSON values."""
+        return asdict(self)
+
+    @property
+    def facts(self) -> list[Any]:
+        """What distinguishes its documents from plain tokens, as JSON values; [] where nothing does."""
+        return ["texts", self.settings] if self.opening or self.parse else []
+
+    def documents(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text's document; [] for a text without a token."""
+        end = tokenizer.end_of_document
+        return [[*self.opening, *ids, end] if ids else [] for ids in tokenizer.encode_batch(texts, special=self.parse)]
+
+    def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """The tokens that a model continues; never none."""
+        return [*self.opening, *tokenizer.encode(text, special=self.parse)] or [tokenizer.end_of_document]
+
+    def note(self, tokenizer: Tokenizer) -> str:
+        parts = [*map(tokenizer.spelling_of, self.opening), "its text", tokenizer.spelling_of(tokenizer.end_of_document)]
+        kind = 'that token (data.special_tokens "parse")' if self.parse else 'text (data.special_tokens "text")'
+        return f"data: a document is {' + '.join(parts)} (data.bos); a special token that a text spells is {kind}"
+
+
+def _opening(data: sections.Data, tokenizer: Tokenizer) -> tuple[int, ...]:
+    if data.bos is None:
+        return tokenizer.opening
+    if not data.bos:
+        return ()
+    if tokenizer.bos is None:
+        raise RecipeError(
+            f"data.bos = true, but the tokenizer {data.tokenizer} has no bos_token: remove data.bos, or name one in its "
+            "tokenizer_config.json"
+        )
+    return tokenizer.opening if tokenizer.bos in tokenizer.opening else (tokenizer.bos,)

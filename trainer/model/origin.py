@@ -1,0 +1,62 @@
+"""What a pretrained folder says beside its network: which tokens are special, and how its model writes.
+
+It is handed on with what was trained. Where the recipe gives the model another tokenizer, ids mean other tokens, and only what
+does not speak of tokens is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.data.tokenizer import Tokenizer
+from trainer.durable import read_json
+from trainer.errors import DataError
+
+GENERATION_CONFIG = "generation_config.json"
+# Keys of config.json and generation_config.json that hold ids of tokens.
+IDS = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id"),
+    *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
+)
+ID_LISTS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "sequence_bias")
+# Where it is true, transformers makes the whole file again from config.json.
+DERIVED = "_from_model_config"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """`ids`: special tokens by their names in config.json, {} with another tokenizer. `generation`: generation_config.json."""
+
+    ids: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, *, same_tokenizer: bool) -> Origin:
+        """`same_tokenizer`: the recipe names the folder itself; else it is looked up whether its tokens are the same. DataError
+        for a generation_config.json that is none."""
+        generation = {key: value for key, value in _generation(folder).items() if key != DERIVED}
+        ids = {name: config[name] for name in IDS if config.get(name) is not None}
+        named = [*_tokens(ids.values()), *_tokens(generation[name] for name in IDS if name in generation)]
+        if same_tokenizer or tokenizer.spells_as(folder, named):
+            return cls(ids, generation)
+        return cls({}, {key: value for key, value in generation.items() if key not in (*IDS, *ID_LISTS)})
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    path = folder / GENERATION_CONFIG
+    try:
+        return read_json(path) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not readable JSON: {error}; mend or remove the file") from None
+
+
+def _tokens(values: Any) -> Iterator[int]:
+    for value in values:
+        yield from (token for token in as_list(value) if isinstance(token, int))
+
+
+def as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
