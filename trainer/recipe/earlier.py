@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from trainer.errors import DataError
 from trainer.recipe.door import ResolvedRecipe
 from trainer.recipe.places import KeyPath, dotted, leaves
-from trainer.sections import Data, Recipe
+from trainer.sections import Recipe
 
 ORIGIN = "earlier version"
 # What was done before there was the key.
@@ -85,8 +85,7 @@ def in_todays_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lacking(values: Mapping[str, Any]) -> dict[str, Any]:
-    known = {f"data.{key}" for key in Data.model_fields}
-    return {key: value for key, value in EARLIER.items() if key not in values and key in known}
+    return {key: value for key, value in EARLIER.items() if key not in values}
 
 
 def _put(values: Any, path: KeyPath, value: Any) -> None:
