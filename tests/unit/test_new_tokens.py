@@ -29,7 +29,7 @@ from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import PretrainedWeights, assembled
 from trainer.model.transformer import Stage
 from trainer.model.translation import to_hf_config, translate
-from trainer.recipe.new_tokens import grown, new_token_findings, number_at_the_end, require_rows, stand_ins
+from trainer.recipe.new_tokens import grown, growth_findings, new_token_findings, number_at_the_end, require_rows, stand_ins
 from trainer.sections import Recipe, Tuning
 from trainer.tuning.adapt import adaptation
 from trainer.tuning.adapter_folder import AdapterFormat
@@ -158,6 +158,14 @@ def test_which_configs_grow() -> None:
     assert number_at_the_end(67, {3, 65, 66}) == 2
     assert stand_ins(2, 10) == (2, 7)
     assert stand_ins(0, 10) == ()
+
+
+def test_two_vocabularies_cannot_grow_for_one_tokenizer() -> None:
+    network = replace(network_of("tied"), source_vocab_size=67)
+    recipe = Recipe.model_validate({"data": {"new_tokens": ["<x>"]}})
+    (finding,) = growth_findings(recipe, network)
+    assert finding.message.startswith("data.new_tokens: this llama has an embedding for each of its two vocabularies")
+    assert list(growth_findings(recipe, network_of("tied"))) == []
 
 
 class FakeSymbols:
