@@ -352,7 +352,7 @@ def test_bookkeeping_changes_nothing() -> None:
 def test_a_table_names_only_fields_that_exist_and_all_of_them() -> None:
     fields = {field.name for field in dataclasses.fields(translate("gpt2", {}))}
     for family in FAMILIES.values():
-        derived = {"family", "num_layers", "num_kv_heads", "head_dim", "activation", "windows", "classes"}
+        derived = {"family", "num_layers", "num_kv_heads", "head_dim", "activation", "windows", "classes", "new_tokens"}
         says_windows = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
         says_others = {"decoder_layers", "shared_embedding", "target_vocab_size", "feed_forward"}
         named = {name for rule in family.keys.values() for name in rule.fields} - says_windows - says_others | set(
