@@ -71,6 +71,11 @@ def trained(source: Path, folder: Path, **data: Any) -> tuple[Ended, Path]:
     return ended, folder / "run"
 
 
+@pytest.fixture(scope="module")
+def pretrained(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
+    return trained(source, tmp_path_factory.mktemp("pretrained"))
+
+
 def asked(folder: Path, *words: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
     capsys.readouterr()
     assert main(["generate", str(folder), "--prompt", "plain", "--max-new-tokens", "3", *words]) == 0
@@ -79,10 +84,10 @@ def asked(folder: Path, *words: str, capsys: pytest.CaptureFixture[str]) -> tupl
 
 
 def test_continued_pretraining_and_then_sft_hand_on_what_they_were_given(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path, pretrained: tuple[Ended, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = observed(source)
-    ended, run = trained(source, tmp_path / "pretrain")
+    ended, run = pretrained
     assert "a document is <s> + its text + </s> (data.bos); a special token that a text spells is text" in " ".join(
         ended.said.split()
     )
@@ -127,14 +132,11 @@ def test_a_model_without_a_template_is_not_asked_by_one(
     assert "--chat: the tokenizer in" in capsys.readouterr().err
 
 
-def test_a_run_whose_export_would_tokenize_otherwise_leaves_none(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_export_that_would_tokenize_otherwise_is_not_written(
+    pretrained: tuple[Ended, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Found before the first step where that can be, else before the folder is there."""
     from trainer.data import auto_tokenizer
 
-    folder = tmp_path / "out"
-    _, run = trained(source, tmp_path / "run", special_tokens="parse", bos=False)
     monkeypatch.setattr(auto_tokenizer, "_unlike", lambda folder, tokenizer: "the first text is another")
-    assert main(["export", str(run), str(folder)]) == 65
-    assert not folder.exists()
+    assert main(["export", str(pretrained[1]), str(tmp_path / "out")]) == 65
+    assert not (tmp_path / "out").exists()

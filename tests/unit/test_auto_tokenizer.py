@@ -236,7 +236,11 @@ def handed_on(tokenizer: Tokenizer, folder: Path, **config: Any) -> Path:
 OPENINGS = {"llama3": "<|begin_of_text|>", "begins": "<s>", "mistral": "<s>", "word_piece": "[CLS]"}
 
 
-@pytest.mark.parametrize("name", SOURCES)
+# Loading the largest ones takes a second each time.
+LARGE = {"deepseek"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.grid] * (name in LARGE)) for name in SOURCES])
 def test_an_export_tokenizes_as_its_source(name: str, sources: Callable[[str], Path], tmp_path: Path) -> None:
     """Continued pretraining changes nothing: what a text spells is text while training, and the export's business there."""
     source = sources(name)
