@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from trainer.binding import bind
 from trainer.errors import RecipeError, UserError
+from trainer.lifecycle import Interrupted
 from trainer.meeting import meet
 from trainer.processes import Process
 from trainer.slurm_environment import Seat, check_launcher_in_step, in_a_step, seat_of_srun_or_mpirun
@@ -114,15 +115,10 @@ class Neighbour(NamedTuple):
     process: Process
 
 
-def never_stopped() -> str:
-    """Of a command that Ctrl-C ends at once."""
-    return ""
-
-
-def join(place: Place, timeout: timedelta, stopped: Callable[[], str] = never_stopped) -> Neighbour | None:
+def join(place: Place, timeout: timedelta) -> Neighbour | None:
     """Bind the device, share the cores among this node's ranks, and join the process group, whose collectives wait for
     `timeout` at most. What is known of the neighbour is known before anybody is in the group: a process that was never heard
-    of could not be missed. `stopped`: the signal that asks to end while ranks are waited for."""
+    of could not be missed."""
     for name, value in zip(
         LAUNCHER_VARIABLES,
         (place.rank, place.gpu, place.world_size, place.master_addr, place.master_port),
@@ -135,7 +131,7 @@ def join(place: Place, timeout: timedelta, stopped: Callable[[], str] = never_st
     bind(place, _pci_address(place.device))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
-    store, processes = meet(place, timeout, stopped)
+    store, processes = meet(place, timeout)
     store.set_timeout(timeout)
     dist.init_process_group(
         "nccl" if place.device.type == "cuda" else "gloo",
@@ -199,6 +195,8 @@ def together() -> Iterator[None]:
     failure: UserError | None = None
     try:
         yield
+    except Interrupted:  # a signal does not wait for what the others are at; they notice that this rank is gone
+        raise
     except UserError as error:
         failure = error
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

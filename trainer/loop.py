@@ -17,7 +17,8 @@ from trainer.session import Session, open_session
 
 def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: StopRequest) -> int:
     """Run a recipe to its last step, or to the end of the step in which `stop` is asked for; the exit code."""
-    with open_session(resolved, run_dir, resume, lambda: stop.heard) as run:
+    with open_session(resolved, run_dir, resume) as run:
+        stop.trains()
         started = time.monotonic()
         keys, steps = run.recipe.train, run.recipe.train.steps
         meter, guard = Meter(run), Guard(run)

@@ -18,7 +18,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from trainer.errors import EXIT_HANG, EXIT_REQUEUE, RecipeError, UserError
+from trainer.errors import EXIT_HANG, RecipeError, UserError
+from trainer.lifecycle import Interrupted
 from trainer.processes import Process
 from trainer.slurm_environment import Seat
 
@@ -28,20 +29,16 @@ WORD_EVERY_S = 60.0
 NAMED_RANKS = 8
 
 
-class NotMet(UserError):
-    """The ranks did not meet: a signal came first, or one of them never did."""
+class NeverCame(UserError):
+    """A rank that was waited for."""
 
-    def __init__(self, exit_code: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    exit_code = EXIT_HANG
 
 
-def meet(seat: Seat, timeout: timedelta, stopped: Callable[[], str]) -> tuple[Store, list[Process]]:
-    """The store of the run, and the process of each rank. `stopped`: the signal that asks to end, or "".
-
-    NotMet when a signal comes first (75), or a rank does not within `timeout` (124); RecipeError for a port that is taken.
-    """
-    waiting = _Waiting(seat, timeout, stopped)
+def meet(seat: Seat, timeout: timedelta) -> tuple[Store, list[Process]]:
+    """The store of the run, and the process of each rank. NeverCame when one does not come within `timeout`; RecipeError for a
+    port that is taken; a signal's Interrupted says for whom this rank waited."""
+    waiting = _Waiting(seat, timeout)
     store = _connected(seat, timeout, waiting)
     store.set(_key(seat.rank), json.dumps(asdict(Process.own())))
     keys = [_key(rank) for rank in range(seat.world_size)]
@@ -53,24 +50,25 @@ def meet(seat: Seat, timeout: timedelta, stopped: Callable[[], str]) -> tuple[St
 class _Waiting:
     """The patience of one rank."""
 
-    def __init__(self, seat: Seat, timeout: timedelta, stopped: Callable[[], str]) -> None:
-        self._seat, self._stopped = seat, stopped
+    def __init__(self, seat: Seat, timeout: timedelta) -> None:
+        self._seat = seat
         self._began = time.monotonic()
         self._limit_s = timeout.total_seconds()
         self._next_word_s = FIRST_WORD_S
 
     def go_on(self, for_whom: Callable[[], str]) -> None:
-        """Wait a little more; say for whom, now and then, on the first rank of each node. NotMet when it has been enough."""
+        """Wait a little more; say for whom, now and then, on the first rank of each node."""
         waited_s, rank = time.monotonic() - self._began, self._seat.rank
-        if name := self._stopped():
-            raise NotMet(EXIT_REQUEUE, f"rank {rank}: {name}: ended while it waited for {for_whom()}; start the run again")
         if waited_s > self._limit_s:
-            raise NotMet(EXIT_HANG, f"rank {rank}: {for_whom()} did not come within {waited_s:.0f} s; start the run again")
+            raise NeverCame(f"rank {rank}: {for_whom()} did not come within {waited_s:.0f} s; start the run again")
         if waited_s > self._next_word_s and self._seat.local_rank == 0:
             sys.stderr.write(f"triaxis: rank {rank} waits for {for_whom()} ({waited_s:.0f} s)\n")
             sys.stderr.flush()
             self._next_word_s = waited_s + WORD_EVERY_S
-        time.sleep(POLL_S)
+        try:
+            time.sleep(POLL_S)
+        except Interrupted as signal:
+            raise Interrupted(signal.name, f"while rank {rank} waited for {for_whom()}") from None
 
 
 def _connected(seat: Seat, timeout: timedelta, waiting: _Waiting) -> Store:

@@ -159,11 +159,8 @@ class Session:
 
 
 @contextmanager
-def open_session(
-    resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stopped: Callable[[], str] = launch.never_stopped
-) -> Iterator[Session]:
-    """Make everything on every rank, and give it back when the run ends, however it ends. `stopped`: the signal that this
-    process has heard, or ""."""
+def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> Iterator[Session]:
+    """Make everything on every rank, and give it back when the run ends, however it ends."""
     recipe = resolved.recipe
     place = Place.from_environment(os.environ)
     folder = RunFolder.of(recipe, run_dir)
@@ -171,7 +168,7 @@ def open_session(
         limits = Limits(step_s=recipe.guard.timeout_s, long_s=recipe.guard.long_timeout_s)
         timeout = timedelta(seconds=limits.longest_s + BACKSTOP_S)
         stack.enter_context(among_strangers(place.rank))
-        neighbour = launch.join(place, timeout, stopped)
+        neighbour = launch.join(place, timeout)
         stack.callback(launch.leave)
         watch = Stopwatch(place.device)
         with together():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from trainer.hold import HOLDER, WANTED, JobStart, held
 from trainer.launch import free_port
 from trainer.session import Session
 
+ROOT = str(Path(__file__).parents[2])
 ONE = WAYS[0]
 ZERO1 = next(way for way in WAYS if way.name == "dp2-zero1")
 
@@ -130,6 +132,68 @@ def test_a_signal_on_one_rank_saves_the_same_step_on_all(way: Way, tmp_path: Pat
     assert f"SIGUSR1: ended after step {steps}; the same command goes on after step {steps}" in ended.said
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
     assert json.loads((run_dir / "summary.json").read_text())["ended_by"] == "SIGUSR1"
+
+
+@pytest.mark.parametrize("phase", ["training the tokenizer", "tokenizing"])
+def test_a_signal_before_the_first_step_ends_the_run_at_once(phase: str, tmp_path: Path) -> None:
+    """While a corpus of a minute's work is read. What is tokenized is kept."""
+    letters = random.Random(0)
+    words = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=9)) for _ in range(100_000)]
+    (tmp_path / "corpus.txt").write_text(" ".join(letters.choices(words, k=2_000_000)))
+    tokenizer = "bpe:30000" if phase == "training the tokenizer" else "bytes"
+    data = {"sources": [{"path": "corpus.txt"}], "tokenizer": tokenizer, "seq_len": 32}
+    if phase == "tokenizing":
+        rows = (json.dumps({"prompt": "x", "completion": word}) for word in words)
+        (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+        data |= {"sources": [{"path": "rows.jsonl"}], "task": "sft"}
+    config = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    (tmp_path / "recipe.json").write_text(json.dumps({"model": {"family": "gpt2", "config": config}, "data": data}))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", "train", "recipe.json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ROOT},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not list((tmp_path / "runs" / "data").glob("*.building")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1.0)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+        took_s = time.monotonic() - began
+    finally:
+        process.kill()
+    assert process.returncode == 75, error
+    assert error.strip().splitlines()[-1] == "triaxis: error: SIGTERM: ended before the first step; start the run again"
+    assert took_s < 15  # a minute's work was left; what it takes is the end of an interpreter that has torch
+
+
+def test_a_second_ctrl_c_changes_nothing(tmp_path: Path) -> None:
+    """Half a second after the first, while the interpreter ends."""
+    recipe = write_recipe(tmp_path, steps=1_000_000, every=1_000_000, keep=1)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", "train", *arguments(recipe, tmp_path / "run", ONE)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ROOT},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while steps_logged(tmp_path / "run") < 3 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        while process.poll() is None and time.monotonic() < deadline:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+    finally:
+        process.kill()
+    assert process.communicate()[1] == ""
+    assert process.returncode == 75
 
 
 def test_a_signal_where_nothing_is_kept_says_so(tmp_path: Path) -> None:

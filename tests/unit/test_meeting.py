@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import pytest
 
 from trainer import meeting
 from trainer.launch import Neighbour, _neighbour, free_port
-from trainer.meeting import NotMet, meet
+from trainer.lifecycle import Interrupted, StopRequest
+from trainer.meeting import NeverCame, meet
 from trainer.processes import Process
 from trainer.slurm_environment import Seat
 
@@ -28,20 +28,13 @@ def seat(rank: int, world_size: int, port: int) -> Seat:
     return Seat(rank, rank, world_size, world_size, "127.0.0.1", port, "a test")
 
 
-def met(rank: int, world_size: int, port: int, stopped: Callable[[], str], limit_s: float) -> object:
-    try:
-        return meet(seat(rank, world_size, port), timedelta(seconds=limit_s), stopped)[1]
-    except NotMet as error:
-        return error
-
-
 def test_ranks_that_come_late_are_met() -> None:
     port, found = free_port(), dict[int, object]()
     stores = []  # the first rank's holds what the others read
 
     def come(rank: int) -> None:
         time.sleep(0.3 * (2 - rank))  # the first rank comes last
-        store, found[rank] = meet(seat(rank, 3, port), timedelta(seconds=30), lambda: "")
+        store, found[rank] = meet(seat(rank, 3, port), timedelta(seconds=30))
         stores.append(store)
 
     threads = [threading.Thread(target=come, args=(rank,)) for rank in range(3)]
@@ -53,22 +46,27 @@ def test_ranks_that_come_late_are_met() -> None:
 
 
 @pytest.mark.parametrize(("rank", "whom"), [(0, "rank 1 of 2"), (1, "the store of rank 0 at 127.0.0.1:")])
-def test_a_signal_ends_the_wait_at_once(rank: int, whom: str) -> None:
-    began = time.monotonic()
-    error = met(rank, 2, free_port(), lambda: "SIGTERM" if time.monotonic() - began > 0.5 else "", 5)
-    assert isinstance(error, NotMet)
-    assert error.exit_code == 75
-    assert error.lines[0].startswith(f"rank {rank}: SIGTERM: ended while it waited for {whom}")
+def test_a_signal_ends_the_wait_at_once(rank: int, whom: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, StopRequest()._heard)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    try:
+        with pytest.raises(Interrupted, match=f"SIGUSR1: ended while rank {rank} waited for {whom}") as caught:
+            meet(seat(rank, 2, free_port()), timedelta(seconds=5))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert caught.value.exit_code == 75
 
 
 def test_the_wait_ends_by_itself_and_says_for_whom_it_was(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(meeting, "FIRST_WORD_S", 0.2)
-    error = met(0, 12, free_port(), lambda: "", 0.8)
-    assert isinstance(error, NotMet)
-    assert error.exit_code == 124
-    assert "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 3 more of 12 did not come within 1 s; start the run again" in error.lines[0]
+    with pytest.raises(NeverCame) as caught:
+        meet(seat(0, 12, free_port()), timedelta(seconds=0.8))
+    assert caught.value.exit_code == 124
+    line = "rank 0: ranks 1, 2, 3, 4, 5, 6, 7, 8 and 3 more of 12 did not come within 1 s; start the run again"
+    assert caught.value.lines == [line]
     assert capfd.readouterr().err.count("triaxis: rank 0 waits for ranks 1, 2, 3, 4, 5, 6, 7, 8 and 3 more of 12") == 1
 
 
@@ -107,7 +105,7 @@ def test_a_training_that_waits_for_a_rank_hears_sigterm(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 75
-    assert error.strip() == "triaxis: error: rank 0: SIGTERM: ended while it waited for rank 1 of 2; start the run again"
+    assert error.strip() == "triaxis: error: SIGTERM: ended while rank 0 waited for rank 1 of 2; start the run again"
 
 
 def _listens(rank: int, environment: dict[str, str]) -> bool:

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from trainer.checkpoint.door import Resume, finished
-    from trainer.lifecycle import StopRequest
+    from trainer.lifecycle import Interrupted, StopRequest
     from trainer.recipe import load
     from trainer.slurm_environment import speaks_first
 
@@ -55,4 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from trainer.loop import train
 
-    return train(resolved, arguments.run_dir, resume, stop)
+    try:
+        return train(resolved, arguments.run_dir, resume, stop)
+    except Interrupted as error:
+        if not speaks_first(os.environ):
+            return error.exit_code
+        raise
+    finally:
+        stop.deafen()

@@ -162,7 +162,9 @@ class Outcome:
         """Raise what the builder raised, if it failed."""
         if lines := self.value["failed"]:
             kinds = {EXIT_RECIPE: RecipeError, DataError.exit_code: DataError}
-            raise kinds.get(self.value["exit_code"], UserError)(lines)
+            failure = kinds.get(self.value["exit_code"], UserError)(lines)
+            failure.exit_code = self.value["exit_code"]
+            raise failure
 
 
 def _file_system_time(folder: Path) -> float:

@@ -8,7 +8,8 @@ that token (`data.new_tokens`): we put them around documents, and a chat templat
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -381,7 +382,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_batches(documents), trainer)
+    _beside(lambda: backend.train_from_iterator(_batches(documents), trainer))
     reached = backend.get_vocab_size()
     if reached < vocab_size:
         raise RecipeError(
@@ -389,6 +390,23 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
             f"use bpe:{reached} or smaller, or add sources"
         )
     return Tokenizer(backend, end_of_document=END_OF_DOCUMENT)
+
+
+def _beside(work: Callable[[], None]) -> None:
+    """Do what takes minutes in native code in a thread of its own: the main one waits in Python, where it hears signals."""
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="training a tokenizer", daemon=True)
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
 
 
 def load_tokenizer(name: str) -> Tokenizer:
