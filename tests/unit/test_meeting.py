@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -105,7 +106,9 @@ def test_a_training_that_waits_for_a_rank_hears_sigterm(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 75
-    assert error.strip() == "triaxis: error: SIGTERM: ended while rank 0 waited for rank 1 of 2; start the run again"
+    # The store answers a moment before this rank knows that it does.
+    whom = r"(rank 1 of 2|the store of rank 0 at [\d.:]+)"
+    assert re.fullmatch(f"triaxis: error: SIGTERM: ended while rank 0 waited for {whom}; start the run again\n", error)
 
 
 def _listens(rank: int, environment: dict[str, str]) -> bool:
