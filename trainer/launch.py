@@ -46,6 +46,7 @@ class Place(Seat):
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Place:
         """RecipeError when only some of the launcher's variables are set, or one is not what it must be."""
+        _check_accelerator(environment)
         if not environment.get("RANK") and (seat := seat_of_srun_or_mpirun(environment)):
             return cls(**vars(seat), own_gpu=_fits_the_gpus(seat, environment))
         given = [name for name in LAUNCHER_VARIABLES if environment.get(name)]
@@ -93,6 +94,21 @@ def _fits_the_gpus(seat: Seat, environment: Mapping[str, str]) -> bool:
             f"{seat.local_world_size} ranks on this node, but {visible} GPUs are visible: change {change}, one rank to a GPU"
         )
     return False
+
+
+def _check_accelerator(environment: Mapping[str, str]) -> None:
+    """RecipeError when DeepSpeed is told to compute elsewhere than torch will."""
+    named, there = environment.get("DS_ACCELERATOR"), "cuda" if torch.cuda.is_available() else "cpu"
+    if not named or named == there:
+        return
+    if named == "cuda":
+        why = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device here"
+        raise RecipeError(f"DS_ACCELERATOR=cuda, but {why}: unset it to compute on the CPU, or start where there is a GPU")
+    if named == "cpu":
+        raise RecipeError(
+            "DS_ACCELERATOR=cpu, but torch finds CUDA devices here: unset it, or hide them (CUDA_VISIBLE_DEVICES=)"
+        )
+    raise RecipeError(f"DS_ACCELERATOR={named!r} is not supported; legal: cuda, cpu; or unset it")
 
 
 def _integer(environment: Mapping[str, str], name: str) -> int:

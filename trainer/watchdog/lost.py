@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from trainer.errors import EXIT_HANG, EXIT_REQUEUE, UserError
+from trainer.memory import OutOfMemory, exhausted
 from trainer.watchdog.watchdog import PeerLost, Watchdog
 
 # How gloo and NCCL say so; torch raises both as RuntimeError.
@@ -28,6 +29,8 @@ def among_ranks(watchdog: Watchdog, doing: Callable[[], str]) -> Iterator[None]:
     except Exception as error:
         if outcome := watchdog.outcome:  # the watchdog woke this rank
             raise outcome from error
+        if asked := exhausted(error):
+            raise OutOfMemory(watchdog.rank, doing(), asked) from error
         if not (reason := _lost_peer(error)):
             raise
         if GONE.search(reason):
@@ -43,6 +46,8 @@ def among_strangers(rank: int) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if asked := exhausted(error):
+            raise OutOfMemory(rank, "the set-up", asked) from error
         if not (reason := _lost_peer(error)):
             raise
         gone = GONE.search(reason)
