@@ -133,12 +133,6 @@ def _stage_findings(recipe: Recipe) -> Iterator[Finding]:
             'zero.offload_optimizer.device = "cpu" needs a zero.stage that divides the optimizer state, not 0; '
             'legal: zero.stage 1, 2 or 3, or zero.offload_optimizer.device "none"',
         )
-    if zero.offload_optimizer.ratio < 1 and (zero.stage != 3 or states != "cpu"):
-        yield Finding(
-            ("zero.offload_optimizer.ratio", "zero.stage", "zero.offload_optimizer.device"),
-            f"zero.offload_optimizer.ratio = {zero.offload_optimizer.ratio:g} (partial offload) needs zero.stage 3 and "
-            f'zero.offload_optimizer.device "cpu", not {zero.stage} and {json.dumps(states)}; legal: both, or ratio 1',
-        )
 
 
 def _offload_findings(recipe: Recipe) -> Iterator[Finding]:
@@ -306,11 +300,12 @@ REFUSED: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "fast_init": _UNSUPPORTED,
             "super_offload": _UNSUPPORTED,
             "cpuadam_cores_perc": _UNSUPPORTED,
+            "ratio": "it needs DeepSpeed's own CPU Adam, which is not used here: all of the optimizer's state is offloaded",
             "buffer_size": "the optimizer's buffers are sized by DeepSpeed; zero.offload_param has buffer_size",
             "max_in_cpu": "only zero.offload_param has it",
         },
         "zero.offload_param": {
-            "ratio": "only zero.offload_optimizer has it",
+            "ratio": _UNSUPPORTED,
             "pipeline_read": "only zero.offload_optimizer has it",
             "pipeline_write": "only zero.offload_optimizer has it",
         },

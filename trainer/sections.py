@@ -301,7 +301,6 @@ class OffloadOptimizer(Section):
     pin_memory: bool = Field(False, description="Page-locked host memory: faster copies from and to a GPU.")
     pipeline_read: bool = Field(False, description="nvme: read the next tile while the current one is updated.")
     pipeline_write: bool = Field(False, description="nvme: write the previous tile while the current one is updated.")
-    ratio: Fraction = Field(1.0, description="Share of the optimizer state that is offloaded (ZeRO-3 only).")
 
 
 class OffloadParam(Section):

@@ -320,7 +320,7 @@ def test_a_rule_about_a_faulty_key_is_not_judged(folder: Path) -> None:
         ({"zero_optimization": {}}, "write the section zero"),
         ({"zero": {"cpu_offload": True}}, 'deprecated; write zero.offload_optimizer {"device": "cpu"}'),
         ({"deepspeed": {"gradient_clippng": 1}}, "did you mean DeepSpeed's gradient_clipping? It does not belong here"),
-        ({"zero": {"offload_param": {"ratio": 0.5}}}, "only zero.offload_optimizer has it"),
+        ({"zero": {"offload_optimizer": {"ratio": 0.5}}}, "all of the optimizer's state is offloaded"),
         ({"run": {"zzzzzzzzzzzz": 1}}, "unknown key run.zzzzzzzzzzzz; legal here: name, dir, seed, deterministic"),
         ({"model": {"family": "gpt2", "config": {"n_hed": 4}}}, 'unknown key "n_hed" for family gpt2; did you mean n_head?'),
     ],

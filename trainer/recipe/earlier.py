@@ -72,8 +72,10 @@ def as_begun(resolved: ResolvedRecipe, rules: Mapping[str, Any], where: str) -> 
 
 
 def in_todays_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of a manifest, with the keys that were not there when it was saved."""
+    """The recipe of a manifest, with the keys that were not there when it was saved, and without one that is gone, which could
+    only have its default."""
     found = copy.deepcopy(dict(recipe))
+    found.get("zero", {}).get("offload_optimizer", {}).pop("ratio", None)
     data = found.get("data", {})
     lacking = _lacking({dotted(path): value for path, value in leaves(recipe)})
     if "data.tails" in lacking:
