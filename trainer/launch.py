@@ -193,6 +193,21 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def joined(place: Place, timeout: timedelta) -> Iterator[Neighbour | None]:
+    """`join`, and leave the group in the end; the environment is then as it was, for whatever this process does next."""
+    before = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
+    try:
+        yield join(place, timeout)
+    finally:
+        leave()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 class PeerFailed(UserError):
     """Another rank stopped the run and says why; this one only ends."""
 

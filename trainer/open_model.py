@@ -151,8 +151,7 @@ def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[st
     timeout = timedelta(seconds=Guard().long_timeout_s)
     with ExitStack() as stack:
         stack.enter_context(among_strangers(place.rank))
-        launch.join(place, timeout)
-        stack.callback(launch.leave)
+        stack.enter_context(launch.joined(place, timeout))
         with together():
             weights = Weights.named(name)
             resolved = _in_layout(load_given(weights.given(files=files), weights.folder, settings), place)
