@@ -40,6 +40,11 @@ def begin_again(folder: RunFolder, resume: Resume) -> list[str]:
     checkpoints = CheckpointFolder(folder.checkpoints)
     if resume.path is not None or not folder.holds_a_run or checkpoints.steps() or checkpoints.set_aside_ones():
         return []
+    if foreign := checkpoints.foreign():
+        raise DataError(
+            f"{foreign[0]}: it is among the checkpoints of a run that has none, and has no checkpoint's name (step-00000100): "
+            "give it its name back, or remove it; or choose another run.name (--set run.name=NAME)"
+        )
     _require_restartable(folder)
     return ["the run was ended before its first checkpoint: it begins again at step 0"]
 

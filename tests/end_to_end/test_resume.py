@@ -196,6 +196,35 @@ def test_a_second_ctrl_c_changes_nothing(tmp_path: Path) -> None:
     assert process.returncode == 75
 
 
+def test_a_checkpoint_that_was_moved_to_another_disk_and_linked_back_is_gone_on_from(
+    done: tuple[Path, Path], copy: Path, tmp_path: Path
+) -> None:
+    checkpoints = copy / "checkpoints"
+    for step in checkpoints.glob("step-*"):
+        shutil.move(step, tmp_path / step.name)
+        step.symlink_to(tmp_path / step.name)
+    ended = run(done[0], copy, "--set", "train.steps=7", way=ZERO1)
+    assert ended.codes == (0, 0), ended.said
+    assert [record[0] for record in numbers(copy)] == list(range(1, 8)), "its history goes on"
+    for step in checkpoints.glob("step-*"):
+        if step.is_symlink():
+            step.unlink()
+            step.symlink_to(tmp_path / "not mounted")
+    refused = run(done[0], copy, "--set", "train.steps=8", way=ZERO1)
+    assert max(refused.codes) == 65, refused.said
+    assert "it has a checkpoint's name and is a link to what is not there: is its disk mounted?" in refused.said
+
+
+def test_a_run_does_not_begin_again_beside_what_may_be_its_checkpoints(done: tuple[Path, Path], copy: Path) -> None:
+    for step in (copy / "checkpoints").glob("step-*"):
+        step.rename(step.with_name(f"old-{step.name}"))
+    history = (copy / "metrics.jsonl").read_bytes()
+    refused = run(done[0], copy, way=ZERO1)
+    assert max(refused.codes) == 65, refused.said
+    assert "it is among the checkpoints of a run that has none, and has no checkpoint's name" in refused.said
+    assert (copy / "metrics.jsonl").read_bytes() == history
+
+
 def test_a_signal_where_nothing_is_kept_says_so(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, steps=1_000_000, every=0, keep=1, schedule={"name": "constant", "warmup_steps": 4})
 

@@ -316,20 +316,30 @@ def test_a_step_of_nine_digits_is_one(tmp_path: Path) -> None:
     assert CheckpointFolder(tmp_path).steps() == [(123_456_789, path)]
 
 
-def test_a_file_that_is_named_like_a_checkpoint_is_none(newest: Path) -> None:
+def test_a_file_that_is_named_like_a_checkpoint_is_told(newest: Path) -> None:
+    """Nothing is gone on from as if it were not there."""
     newest.with_name("step-00000030").write_bytes(b"")
-    assert CheckpointFolder(newest.parent).steps()[0][1] == newest
+    with pytest.raises(DataError, match="step-00000030: it has a checkpoint's name and is no folder"):
+        CheckpointFolder(newest.parent).steps()
 
 
 # ------------------------------------------------------------------------------------------------ links and modes
 
 
-def test_a_link_to_a_checkpoint_is_none(newest: Path, tmp_path: Path) -> None:
+def test_a_link_to_a_checkpoint_is_followed_unless_it_leads_nowhere(newest: Path, tmp_path: Path) -> None:
+    """As where it was moved to another disk; the link is removed with it, and what it leads to stays."""
     elsewhere = write_checkpoint(tmp_path / "elsewhere", 30)
-    newest.with_name("step-00000030").symlink_to(elsewhere)
+    link = newest.with_name("step-00000030")
+    link.symlink_to(elsewhere)
     found, remarks = newest_whole(CheckpointFolder(newest.parent), ALONE)
     assert found is not None
-    assert (found.path, remarks) == (newest, [])
+    assert (found.path, remarks) == (link, [])
+    write_checkpoint(newest.parent, 40)
+    assert link in CheckpointFolder(newest.parent).prune(keep=1)
+    assert elsewhere.is_dir()
+    link.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="is a link to what is not there: is its disk mounted"):
+        CheckpointFolder(newest.parent).steps()
 
 
 @pytest.mark.parametrize("name", FILES)

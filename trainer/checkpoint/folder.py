@@ -18,6 +18,7 @@ from pathlib import Path
 
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.durable import make_private, private_file, remove, sync_folder
+from trainer.errors import DataError
 
 STEP = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
 HUGGING_FACE = "hugging_face"  # config.json, tokenizer and code: all that an export adds to the weights
@@ -31,14 +32,25 @@ class CheckpointFolder:
         self.path = path
 
     def steps(self) -> list[tuple[int, Path]]:
-        """(step, folder) of every checkpoint that has its final name, the newest first. Links are not followed."""
+        """(step, folder) of every checkpoint that has its final name, the newest first; a link to one on another disk is
+        followed. DataError for such a name that is no folder."""
+        found = [(int(match.group(1)), self.path / name) for name in self._names() if (match := STEP.fullmatch(name))]
+        for _, path in found:
+            if not path.is_dir():
+                what = "a link to what is not there: is its disk mounted?" if path.is_symlink() else "no folder"
+                raise DataError(f"{path}: it has a checkpoint's name and is {what}; bring it back, or remove it")
+        return sorted(found, reverse=True)
+
+    def foreign(self) -> list[Path]:
+        """What is there and none of ours by its name."""
+        ours = re.compile(rf"{STEP.pattern}(\..*)?|\.step-.*", re.ASCII)
+        return [self.path / name for name in self._names() if not ours.fullmatch(name)]
+
+    def _names(self) -> list[str]:
         try:
-            entries = list(os.scandir(self.path))
+            return sorted(os.listdir(self.path))
         except (FileNotFoundError, NotADirectoryError):
             return []
-        named = [(STEP.fullmatch(entry.name), entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
-        found = [(int(match.group(1)), Path(entry.path)) for match, entry in named if match]
-        return sorted(found, reverse=True)
 
     def set_aside_ones(self) -> list[Path]:
         """Folders that once were checkpoints."""
@@ -93,7 +105,7 @@ class CheckpointFolder:
             doomed = self.path / f".step-{step:08d}.removed"
             os.rename(path, doomed)
             sync_folder(self.path)
-            shutil.rmtree(doomed)
+            remove(doomed)
             gone.append(path)
         return gone
 
