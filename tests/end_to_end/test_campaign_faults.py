@@ -59,7 +59,7 @@ def test_killed_in_any_phase_of_any_story(scene: str, tmp_path: Path) -> None:
 
 
 @needs_strace
-@pytest.mark.parametrize("scene", [pytest.param("one:sync", marks=pytest.mark.grid), "one:async"])
+@pytest.mark.parametrize("scene", [pytest.param(scene, marks=pytest.mark.grid) for scene in ("one:sync", "one:async")])
 def test_a_run_that_is_killed_in_a_save_goes_on_to_the_same_bits(scene: str, tmp_path: Path) -> None:
     # Every 31st of 242 system calls: from before the draft to the removal of the older checkpoint.
     tally = kill_in_save.run(scene, tmp_path, saves=[2], stride=31)
@@ -97,7 +97,7 @@ def test_training_goes_on_when_the_disk_fills_and_says_so_in_one_line() -> None:
 # Case numbers of the campaign's seed 0: which rank, in which step, in the data or in the step.
 HANGS = [
     (3, "pp2", "skip"),
-    (5, "dp2-zero1", "gil"),
+    pytest.param(5, "dp2-zero1", "gil", marks=pytest.mark.grid),
     *(
         pytest.param(case, layout, fault, marks=pytest.mark.grid)
         for case, (layout, fault) in enumerate(

@@ -236,7 +236,7 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", [pytest.param(False, marks=pytest.mark.grid), True])
 def test_the_harness_gives_what_it_gives_of_the_exported_folder(chat: bool, folder: Path, tmp_path: Path) -> None:
     """Its own model of transformers is the oracle; the text is longer than the model has positions."""
     lm_eval = pytest.importorskip("lm_eval")

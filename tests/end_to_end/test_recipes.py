@@ -105,7 +105,13 @@ PRETRAINED: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+EVERY_DAY = ("llama_70b_3d", "llama3_8b_qlora", "llama3_70b_lora_zero3_offload")  # the others are checked, and run in the grid
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[] if path.stem in EVERY_DAY else [pytest.mark.grid]) for path in RECIPES],
+)
 def test_a_recipe_trains_when_it_is_scaled_down(path: Path, tmp_path: Path) -> None:
     resolved = load(path)
     layout = degrees(resolved)

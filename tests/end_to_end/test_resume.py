@@ -134,7 +134,7 @@ def test_a_signal_on_one_rank_saves_the_same_step_on_all(way: Way, tmp_path: Pat
     assert json.loads((run_dir / "summary.json").read_text())["ended_by"] == "SIGUSR1"
 
 
-@pytest.mark.parametrize("phase", ["training the tokenizer", "tokenizing"])
+@pytest.mark.parametrize("phase", ["training the tokenizer", pytest.param("tokenizing", marks=pytest.mark.grid)])
 def test_a_signal_before_the_first_step_ends_the_run_at_once(phase: str, tmp_path: Path) -> None:
     """While a corpus of a minute's work is read. What is tokenized is kept."""
     letters = random.Random(0)

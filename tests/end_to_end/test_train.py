@@ -241,6 +241,7 @@ def test_a_second_start_finds_the_run_finished(runs: Any) -> None:
     assert (folder / "metrics.jsonl").read_bytes() == metrics
 
 
+@pytest.mark.grid  # 20 s; the recipes with ZeRO-3 and offload run every day
 def test_zero3_in_bf16_with_offload_continues_a_pretrained_folder(runs: Any, tmp_path: Path) -> None:
     """From a Hugging Face folder through ZeRO-3, divided and offloaded, back to one that transformers loads."""
     from transformers import AutoModelForCausalLM
@@ -306,6 +307,7 @@ def test_the_wheel_installs_and_trains_from_an_empty_directory(tmp_path: Path) -
     assert (tmp_path / "runs" / "small" / "report.html").is_file()
 
 
+@pytest.mark.grid  # half a minute; tests/parallel/test_auto.py trains such families every day
 def test_a_family_that_is_not_ours_trains_exports_and_generates(tmp_path: Path) -> None:
     config = {"model_type": "bloom", "hidden_size": 48, "n_layer": 2, "n_head": 4}
     model = {"model__family": "auto", "model__config": config}

@@ -31,6 +31,7 @@ def read(folder: Path) -> tuple[str, list[Any]]:
     return run.run_id, [row["step"] for row in history(path) if "train/loss" in row]
 
 
+@pytest.mark.grid  # 20 s
 def test_two_starts_are_one_run_in_two_folders_that_sync_takes(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tracking__wandb={"mode": "offline"}, train__sample_prompt=None, train__steps=2)
     first, second = train(recipe, 2, tmp_path / "home"), train(recipe, 4, tmp_path / "home")

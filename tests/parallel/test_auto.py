@@ -296,7 +296,8 @@ def test_a_llama_through_auto_equals_our_own(folders: dict[str, Path]) -> None:
     assert_same_training(auto, ours, relative=1e-5, weights=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.grid)])
+@pytest.mark.grid
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_formats_train_alike_at_every_stage(dtype: str, folders: dict[str, Path], plain: dict[str, Outcome]) -> None:
     """At stage 0 autocast leaves norms and residuals in fp32, at the others all of it is in half precision."""
     for stage in (0, 1, 2, 3):

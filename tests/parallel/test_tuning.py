@@ -468,11 +468,7 @@ def test_bf16_follows_its_one_process_run(more: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        pytest.param(name, dtype, marks=[] if (name, dtype) == ("dp2-zero3", "bf16") else [pytest.mark.grid])
-        for name in BY_NAME
-        for dtype in ("fp32", "bf16")
-    ],
+    [pytest.param(name, dtype, marks=pytest.mark.grid) for name in BY_NAME for dtype in ("fp32", "bf16")],
 )
 def test_a_resumed_run_is_the_undisturbed_one(name: str, dtype: str, tmp_path: Path) -> None:
     exact, total = exactness.run(BY_NAME[name], dtype, 6, 3, tmp_path, tuning={**LORA, "dropout": 0.1})
@@ -653,6 +649,7 @@ def test_other_methods_are_resumed(method: str, layout: str, tmp_path: Path) -> 
     assert (exact, total) == (2, 2)
 
 
+@pytest.mark.grid
 def test_a_quantized_run_can_leave_a_merged_model(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
