@@ -99,6 +99,17 @@ def test_what_a_text_spells_is_text_unless_it_is_to_be_parsed(tmp_path: Path) ->
     assert 'spells is that token (data.special_tokens "parse")' in found["parse"].notes[0]
 
 
+def test_a_parsed_text_that_spells_the_opening_does_not_get_a_second_one(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(source(tmp_path / "begins", begins)))
+    bos, end, cat = tokenizer.bos, tokenizer.end_of_document, tokenizer.encode("a cat")
+    parsed = Texts(opening=(bos,), parse=True)
+    assert parsed.documents(tokenizer, ["<s>a cat", "a cat"]) == [[bos, *cat, end]] * 2
+    assert parsed.prompt(tokenizer, "<s>a cat") == parsed.prompt(tokenizer, "a cat") == [bos, *cat]
+    spelt = tokenizer.encode("<s>a cat")
+    assert spelt != [bos, *cat]
+    assert Texts(opening=(bos,)).documents(tokenizer, ["<s>a cat"]) == [[bos, *spelt, end]]
+
+
 def test_stores_without_an_opening_keep_their_names(tmp_path: Path) -> None:
     """Of the stores of earlier versions none is made again; what differs lies elsewhere."""
     folder = source(tmp_path / "begins", begins)

@@ -41,11 +41,16 @@ class Texts:
     def documents(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text's document; [] for a text without a token."""
         end = tokenizer.end_of_document
-        return [[*self.opening, *ids, end] if ids else [] for ids in tokenizer.encode_batch(texts, special=self.parse)]
+        return [[*self._opened(ids), end] if ids else [] for ids in tokenizer.encode_batch(texts, special=self.parse)]
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """The tokens that a model continues; never none."""
-        return [*self.opening, *tokenizer.encode(text, special=self.parse)] or [tokenizer.end_of_document]
+        return self._opened(tokenizer.encode(text, special=self.parse)) or [tokenizer.end_of_document]
+
+    def _opened(self, ids: Sequence[int]) -> list[int]:
+        """The tokens behind the opening. A rendered conversation spells its own, and no model was trained on two."""
+        spells_it = self.parse and tuple(ids[: len(self.opening)]) == self.opening
+        return list(ids) if spells_it else [*self.opening, *ids]
 
     def note(self, tokenizer: Tokenizer) -> str:
         parts = [*map(tokenizer.spelling_of, self.opening), "its text", tokenizer.spelling_of(tokenizer.end_of_document)]
