@@ -32,7 +32,7 @@ CHUNK_BYTES = 32 << 20  # fp32 logits held at a time: fits a server CPU's L3, an
 
 @dataclass(frozen=True)
 class _Output:
-    """What a head is beside its weights. `places_R`: which of W's rows are a tensor of their own; None: none is."""
+    """A head beside its weights. `places_R`: which of W's rows are a tensor of their own; None: none is."""
 
     size: int  # V
     group: Group
@@ -55,7 +55,7 @@ class _Vocabulary:
 
     @classmethod
     def of(cls, weight_VD: Tensor, bias_V: Tensor | None, own_MD: Tensor | None, output: _Output, h: Tensor) -> _Vocabulary:
-        """In the format of h, the bias as it is; the rows without their padding."""
+        """Return the tensors in the format of h, the bias as it is; the rows without their padding."""
         own_RD = None if own_MD is None or output.places_R is None else own_MD[: len(output.places_R)].to(h.dtype)
         return cls(weight_VD.to(h.dtype), bias_V, own_RD, output)
 
@@ -180,7 +180,7 @@ class _Chunk:
 
 
 class _Gradients:
-    """Those of h, W, b and the rows that stand in W, chunk by chunk from those of the logits."""
+    """The gradients of h, W, b and the rows that stand in W, chunk by chunk from those of the logits."""
 
     def __init__(self, h_ND: Tensor, vocabulary: _Vocabulary, trains: tuple[bool, bool, bool], own_MD: Tensor | None) -> None:
         """`trains`: W, b, the rows [M, D]."""

@@ -57,7 +57,8 @@ def _write_export(run: Session) -> None:
 
 
 def _others(run: Session) -> Callable[[Path], None]:
-    """What puts the tokenizer, and what else belongs there, into a folder, and looks whether transformers reads it so."""
+    """Return the function that puts the tokenizer, and what else belongs there, into a folder, and looks whether transformers
+    reads it so."""
 
     def save(folder: Path) -> None:
         run.files.save_others(folder)

@@ -134,6 +134,18 @@ def test_a_signal_on_one_rank_saves_the_same_step_on_all(way: Way, tmp_path: Pat
     assert json.loads((run_dir / "summary.json").read_text())["ended_by"] == "SIGUSR1"
 
 
+def started(*command: str, cwd: Path) -> subprocess.Popen[str]:
+    """`triaxis train` in a process of its own; what it says on stderr is kept."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", "train", *command],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": ROOT},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.mark.parametrize("phase", ["training the tokenizer", pytest.param("tokenizing", marks=pytest.mark.grid)])
 def test_a_signal_before_the_first_step_ends_the_run_at_once(phase: str, tmp_path: Path) -> None:
     """While a corpus of a minute's work is read. What is tokenized is kept."""
@@ -148,41 +160,25 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(phase: str, tmp_pat
         data |= {"sources": [{"path": "rows.jsonl"}], "task": "sft"}
     config = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
     (tmp_path / "recipe.json").write_text(json.dumps({"model": {"family": "gpt2", "config": config}, "data": data}))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trainer", "train", "recipe.json"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ROOT},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started("recipe.json", cwd=tmp_path)
     try:
         deadline = time.monotonic() + 100
         while not list((tmp_path / "runs" / "data").glob("*.building")) and time.monotonic() < deadline:
             time.sleep(0.1)
         time.sleep(1.0)
-        began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=60)
-        took_s = time.monotonic() - began
     finally:
         process.kill()
     assert process.returncode == 75, error
     assert error.strip().splitlines()[-1] == "triaxis: error: SIGTERM: ended before the first step; start the run again"
-    assert took_s < 15  # a minute's work was left; what it takes is the end of an interpreter that has torch
+    assert list((tmp_path / "runs" / "data").glob("*.building")), "the data were built to their end"
 
 
 def test_a_second_ctrl_c_changes_nothing(tmp_path: Path) -> None:
     """Half a second after the first, while the interpreter ends."""
     recipe = write_recipe(tmp_path, steps=1_000_000, every=1_000_000, keep=1)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trainer", "train", *arguments(recipe, tmp_path / "run", ONE)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ROOT},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started(*arguments(recipe, tmp_path / "run", ONE), cwd=tmp_path)
     try:
         deadline = time.monotonic() + 100
         while steps_logged(tmp_path / "run") < 3 and time.monotonic() < deadline:

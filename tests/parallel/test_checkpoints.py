@@ -85,12 +85,7 @@ def test_every_layout_reads_every_other(tmp_path: Path) -> None:
     checkpoint = start = tmp_path / "first" / "checkpoints" / "step-00000003"
     for name in ("tp2xpp2", "dp2-zero3", "pp2", "tp2", "dp2-zero2", "dp2-zero0", "one"):
         way, run = BY_NAME[name], tmp_path / f"in-{name}"
-        ended = run_ranks(
-            reshard.save_again,
-            *(str(recipe), str(run), way.keys, str(checkpoint)),
-            world_size=way.processes,
-            log=tmp_path / "log",
-        )
+        ended = reshard.load_and_save(way, recipe, run, checkpoint, log=tmp_path / "log")
         assert not any(ended.codes), ended.said
         checkpoint = run / "checkpoints" / checkpoint.name
         assert digests(checkpoint) == digests(start), name

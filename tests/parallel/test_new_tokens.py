@@ -234,12 +234,7 @@ def test_a_checkpoint_with_rows_is_read_in_other_layouts(tmp_path: Path) -> None
     assert states == [f"transformer.wte{TOKEN_ROWS} {state}" for state in ("weight", "exp_avg", "exp_avg_sq")]
     for name in ("tp2xpp2", "dp2-zero3"):
         way, run = BY_NAME[name], tmp_path / name
-        ended = run_ranks(
-            reshard.save_again,
-            *(str(recipe), str(run), way.keys, str(checkpoint)),
-            world_size=way.processes,
-            log=tmp_path / "log",
-        )
+        ended = reshard.load_and_save(way, recipe, run, checkpoint, log=tmp_path / "log")
         assert not any(ended.codes), ended.said
         checkpoint = run / "checkpoints" / checkpoint.name
         assert digests(checkpoint) == digests(start), name

@@ -18,20 +18,18 @@ from parallel.embedding import VocabParallelEmbedding
 from parallel.loss import IGNORE, VocabParallelHead
 from parallel.params import Init, initialise, owned_specs
 from parallel.tensor import TensorParallel
+from tests.unit.test_tuning import whole_model
 from trainer.census import Census
 from trainer.checkpoint.facts import recipe_facts, refusals
 from trainer.data.chat import Chat
 from trainer.data.conversations import Conversation, Message
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, train_bpe
 from trainer.errors import RecipeError
-from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import PretrainedWeights, assembled
-from trainer.model.transformer import Stage
 from trainer.model.translation import to_hf_config, translate
 from trainer.recipe.new_tokens import grown, growth_findings, new_token_findings, number_at_the_end, require_rows, stand_ins
 from trainer.sections import Recipe, Tuning
-from trainer.tuning.adapt import adaptation
 from trainer.tuning.adapter_folder import AdapterFormat
 from trainer.tuning.bottleneck_format import load_bottlenecks
 from trainer.tuning.merge import merged
@@ -270,7 +268,7 @@ def test_rows_grow_as_transformers_resizes(name: str, tmp_path: Path) -> None:
         bias = own["cls.predictions.bias"]
         resized["cls.predictions.bias"] = torch.cat([bias, bias.mean().expand(SIZE - ROWS)])
     weights = PretrainedWeights(tmp_path, grown=(ROWS, SIZE))
-    stage = whole_model(network_of(name), Tuning(), weights.fill)
+    stage = whole_model(network_of(name), Tuning(), "cpu", weights.fill).eval()
     found = dict(assembled((spec, parameter.detach()) for _, parameter, spec in owned_specs(stage)))
     assert sum(tensor.shape[0] == SIZE for tensor in found.values()) == {"untied": 2, "bert": 2}.get(name, 1)
     for key, tensor in found.items():
@@ -298,19 +296,6 @@ def test_a_bias_that_lies_down_grows_too(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ rows beside what is frozen
-
-
-def whole_model(network: TransformerConfig, tuning: Tuning, fill: Callable[[nn.Module], None]) -> Stage:
-    return Stage(
-        network,
-        blocks_of(network),
-        dtype=torch.float32,
-        recompute="none",
-        tp=TensorParallel.alone(),
-        device=torch.device("cpu"),
-        adapt=adaptation(tuning, network),
-        fill=fill,
-    ).eval()
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -382,7 +367,7 @@ def test_an_adapter_with_rows_leaves_and_merges(name: str, method: str, tmp_path
         weights.fill(block)
         initialise(block, seed=0, only=lambda spec: spec.added)
 
-    stage = whole_model(network, recipe.tuning, fill)
+    stage = whole_model(network, recipe.tuning, "cpu", fill).eval()
     stream = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, parameter, _ in owned_specs(stage):
@@ -398,7 +383,7 @@ def test_an_adapter_with_rows_leaves_and_merges(name: str, method: str, tmp_path
     for key, rows in token_rows(recipe.tuning, network).items():
         assert torch.equal(whole[key][list(TOKENS)], tensors[rows])
     if method != "adapter":
-        plain = whole_model(network, Tuning(), lambda block: set_all(block, whole))
+        plain = whole_model(network, Tuning(), "cpu", lambda block: set_all(block, whole)).eval()
         torch.testing.assert_close(plain(tokens, Documents(((12,),))), expected, rtol=1e-4, atol=1e-5)  # fp32, other sums
     if method == "bitfit":
         return
@@ -429,7 +414,7 @@ def loaded_with_adapter(name: str, base: Path, adapter: Path) -> Any:
 
 def test_without_a_method_nothing_is_put_beside() -> None:
     network = replace(network_of("tied"), new_tokens=TOKENS)
-    stage = whole_model(network, Tuning(), lambda block: initialise(block, seed=0))
+    stage = whole_model(network, Tuning(), "cpu", lambda block: initialise(block, seed=0)).eval()
     assert not any(spec.added for _, _, spec in owned_specs(stage))
     assert token_rows(Tuning(), network) == {}
 
@@ -437,7 +422,7 @@ def test_without_a_method_nothing_is_put_beside() -> None:
 def test_rows_are_counted_as_trained() -> None:
     network = replace(network_of("untied"), new_tokens=TOKENS)
     plain, with_rows = (
-        whole_model(each, Tuning(method="lora"), lambda block: initialise(block, seed=0))
+        whole_model(each, Tuning(method="lora"), "cpu", lambda block: initialise(block, seed=0))
         for each in (network_of("untied"), network)
     )
     census = [

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.campaign.cases import WAYS, Way, arguments, digests, first_difference, report, write_recipe
-from tools.campaign.ranks import run_ranks, train
+from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.checkpoint.door import Resume
 from trainer.recipe import load
 from trainer.session import open_session
@@ -44,12 +44,15 @@ def save_again(recipe: str, run_dir: str, keys: Sequence[str], checkpoint: str) 
     return 0
 
 
+def load_and_save(way: Way, recipe: Path, run: Path, checkpoint: Path, *, log: Path) -> Ended:
+    """`save_again` on all ranks of a layout."""
+    return run_ranks(save_again, str(recipe), str(run), way.keys, str(checkpoint), world_size=way.processes, log=log)
+
+
 def compare(source: Path, way: Way, recipe: Path, folder: Path, steps: int) -> dict[str, Any]:
     """Go on from `source`'s checkpoint in another layout: tensors after loading, losses after that."""
     checkpoint, again = source / "checkpoints" / f"step-{SAVED_AT:08d}", folder / f"{source.name}-to-{way.name}"
-    ended = run_ranks(
-        save_again, str(recipe), str(again), way.keys, str(checkpoint), world_size=way.processes, log=folder / "log"
-    )
+    ended = load_and_save(way, recipe, again, checkpoint, log=folder / "log")
     if any(ended.codes):
         return {"same_tensors": False, "said": ended.said[-500:]}
     loaded, saved = digests(again / "checkpoints" / checkpoint.name), digests(checkpoint)

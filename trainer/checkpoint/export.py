@@ -88,7 +88,7 @@ def export(
 
 
 def _parts(checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, whole: bool) -> dict[str, Contents]:
-    """What is written: "model", "adapter" or both."""
+    """Return the parts that are written: "model", "adapter" or both."""
     found, whole = {}, whole or tuned is None or not tuned.has_adapter
     if whole:
         found["model"] = Contents(checkpoint, manifest, tuned, adapter=False)

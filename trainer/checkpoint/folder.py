@@ -42,7 +42,7 @@ class CheckpointFolder:
         return sorted(found, reverse=True)
 
     def foreign(self) -> list[Path]:
-        """What is there and none of ours by its name."""
+        """Return what is there and none of ours by its name."""
         ours = re.compile(rf"{STEP.pattern}(\..*)?|\.step-.*", re.ASCII)
         return [self.path / name for name in self._names() if not ours.fullmatch(name)]
 

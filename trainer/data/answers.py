@@ -106,7 +106,7 @@ class Writer:
             yield text[at:]
 
     def is_token(self, piece: str) -> bool:
-        """Whether a piece is an added token."""
+        """Return whether a piece is an added token."""
         found = self._pieces.fullmatch(piece)
         return found is not None and found[1] is not None
 
@@ -130,7 +130,7 @@ class Writer:
 
     @cached_property
     def _wants_parts(self) -> bool:
-        """Whether the template writes contents only where they are given in parts."""
+        """Return whether the template writes contents only where they are given in parts."""
         return not self._shows(SOMETHING) and self._takes_parts
 
     @cached_property
@@ -138,7 +138,7 @@ class Writer:
         return self._shows([{"type": "text", "text": SOMETHING}])
 
     def _shows(self, content: Any) -> bool:
-        """Whether the template writes a content of this form in both roles, and not as Python would print it."""
+        """Return whether the template writes a content of this form in both roles, and not as Python would print it."""
         exchange = [{"role": role, "content": content} for role in ("user", "assistant")]
         try:
             text = self.template.render(Request(exchange))
@@ -158,7 +158,7 @@ class _Reading:
     prompts: dict[str, str] = field(default_factory=dict)  # by the role that speaks before, and by what QUESTION says
 
     def answer(self, number: int) -> Answer:
-        """Where a turn's answer stands. Fault where it cannot be told."""
+        """Return where a turn's answer stands. Fault where it cannot be told."""
         if number not in self.whole.turns:
             raise Fault(f"the chat template writes nothing of turn {number + 1}, or not in one piece; {REMEDY}")
         begin, end = self.whole.turns[number]
@@ -277,7 +277,7 @@ class _Reading:
         return trace.text[len(without.text) :] if without is not None and trace.text.startswith(without.text) else ""
 
     def _first_word(self, number: int, written: str) -> int:
-        """Where the content of another role's turn begins in what it wrote."""
+        """Return where the content of another role's turn begins in what it wrote."""
         turns = list(self.conversation.turns)
         turns[number] = replace(turns[number], content=SOMETHING, parts=())
         front, found, _ = self._trace(tuple(turns)).turn(number).partition(SOMETHING)

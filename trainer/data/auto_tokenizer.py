@@ -119,7 +119,7 @@ def named_by(loaded: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(loaded: Any) -> dict[str, Any]:
-    """What `loaded` does beside giving tokens, as JSON values."""
+    """Return what `loaded` does beside giving tokens, as JSON values."""
     return {name: getattr(loaded, name) if name == "chat_template" else _plain(getattr(loaded, name)) for name in SETTINGS}
 
 
@@ -222,7 +222,7 @@ def require_same(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def _unlike(folder: Path, tokenizer: Tokenizer) -> str:
-    """In what the tokenizer that AutoTokenizer loads from the folder is another one, "" where it is the same."""
+    """Return in what the tokenizer that AutoTokenizer loads from the folder is another one, "" where it is the same."""
     try:
         _, loaded = load(str(folder))
     except Exception as error:  # of many kinds

@@ -132,7 +132,7 @@ class Chat(Examples):
         return Tokenized((Document(encoded.ids, encoded.is_target),) if encoded else (), content, counts)
 
     def left_out(self, rendered: Rendered) -> Iterator[str]:
-        """What of a conversation the template does not write, each once, for counts."""
+        """Return what of a conversation the template does not write, each once, for counts."""
         conversation, written = rendered.conversation, rendered.written
         mentioned = self._writer_of(conversation).template.mentioned
         known = TURN_KEYS | mentioned

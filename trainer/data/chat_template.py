@@ -75,7 +75,7 @@ class Trace:
     end: int
 
     def turn(self, number: int) -> str:
-        """What one message wrote; "" for a message that wrote nothing, or not in one piece."""
+        """Return what one message wrote; "" for a message that wrote nothing, or not in one piece."""
         begin, end = self.turns.get(number, (0, 0))
         return self.text[begin:end]
 

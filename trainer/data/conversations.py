@@ -59,7 +59,7 @@ class Message:
 
     @property
     def says_something(self) -> bool:
-        """Whether there is something to learn: a text, a call or a thought."""
+        """Return whether there is something to learn: a text, a call or a thought."""
         return bool(self.content.strip() or self.calls or self.thought)
 
     @property
@@ -69,7 +69,7 @@ class Message:
 
     @property
     def thought(self) -> str:
-        """What was thought before the answer, in a key of its own."""
+        """Return what was thought before the answer, in a key of its own."""
         return next((str(self.keys[name]) for name in REASONING if self.keys.get(name) is not None), "")
 
 

@@ -37,7 +37,7 @@ OTHER_KINDS = (
 
 
 def packing_of(name: str) -> str:
-    """What a name says of compression: ".gz", ".zst" or ""."""
+    """Return what a name says of compression: ".gz", ".zst" or ""."""
     return next((packing for packing in (GZIP, ZSTD) if name.lower().endswith(packing)), "")
 
 

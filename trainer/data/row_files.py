@@ -47,7 +47,7 @@ class JSONFault(Fault):
 
 
 def _items(text: str, at: int) -> Generator[tuple[int, Any], None, int]:
-    """Those of the list that begins at `at`; returns where it ends."""
+    """Yield the values of the list that begins at `at`; return where it ends."""
     at = _skip(text, at + 1)
     while text[at : at + 1] != "]":
         value, end = _decode(text, at)

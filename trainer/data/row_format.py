@@ -46,7 +46,7 @@ def unread_of(row: Mapping[str, Any], read: Collection[str]) -> list[str]:
 
 
 def unread_keys(counts: Mapping[str, int]) -> str | None:
-    """What is to be said of keys that nobody reads, one line of all; None where there are none."""
+    """Return what is to be said of keys that nobody reads, one line of all; None where there are none."""
     found = {name.removeprefix(UNREAD): count for name, count in counts.items() if name.startswith(UNREAD)}
     if not found:
         return None

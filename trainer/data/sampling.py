@@ -92,7 +92,7 @@ class Order(Protocol):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Of all samples, those of each source; they sum to 1."""
+        """Return the share of all samples that each source has; they sum to 1."""
 
     def locate(self, samples: npt.ArrayLike) -> tuple[Int64s, Int64s]:
         """Source and sample in it, int64 [samples] each, of global samples [samples]."""

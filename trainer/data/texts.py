@@ -30,12 +30,12 @@ class Texts:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes it again, as JSON values."""
+        """Return what makes it again, as JSON values."""
         return asdict(self)
 
     @property
     def facts(self) -> list[Any]:
-        """What distinguishes its documents from plain tokens, as JSON values; [] where nothing does."""
+        """Return what distinguishes its documents from plain tokens, as JSON values; [] where nothing does."""
         return ["texts", self.settings] if self.opening or self.parse else []
 
     def documents(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:

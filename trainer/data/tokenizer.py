@@ -90,12 +90,12 @@ class Tokenizer:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What its tokenizer_config.json says."""
+        """Return what its tokenizer_config.json says."""
         return self._config
 
     @property
     def notes(self) -> Iterator[str]:
-        """What a run should say of it."""
+        """Return what a run should say of it."""
         yield from self.remarks
         if self._dropout:
             yield (
@@ -282,7 +282,7 @@ class Tokenizer:
 
     @property
     def has_template(self) -> bool:
-        """Whether it brings a chat template of its own."""
+        """Return whether it brings a chat template of its own."""
         return bool(self._config.get("chat_template"))
 
     @property
@@ -315,7 +315,7 @@ class Tokenizer:
         return str(self._backend.id_to_token(token))
 
     def spells_as(self, folder: Path, tokens: Sequence[int]) -> bool:
-        """Whether a folder has a tokenizer too, in which these tokens are the same."""
+        """Return whether a folder has a tokenizer too, in which these tokens are the same."""
         if not (folder / "tokenizer.json").is_file():
             return False
         theirs = _read_backend(folder)
