@@ -14,6 +14,7 @@ a step starts when what it needs is there. It is the "compute_only" format of to
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -133,13 +134,12 @@ ACTION = re.compile(r"(\d{1,6})([FBIW])(\d{1,6})", re.ASCII)
 OVERLAP = re.compile(r"\((\w+);(\w+)\)OVERLAP_F_B", re.ASCII)
 
 
-def read_csv(path: Path) -> ScheduleTable:
-    """ValueError with row and column, counted from 1, when it is not a schedule; OSError when it cannot be read."""
-    with path.open(newline="", encoding="utf-8") as file:
-        try:
-            rows = [list(_steps(row, number)) for number, row in enumerate(csv.reader(file), 1)]
-        except csv.Error as error:
-            raise ValueError(str(error)) from None
+def read_csv(text: str) -> ScheduleTable:
+    """Return the schedule in the text of a CSV file. ValueError with row and column, counted from 1, when there is none."""
+    try:
+        rows = [list(_steps(row, number)) for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), 1)]
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
     return ScheduleTable(tuple(tuple(row) for row in rows))
 
 

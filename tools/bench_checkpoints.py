@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,9 @@ def bench(folder: Path, layers: int, hidden: int) -> None:
             _, step_s, _ = measured(lambda step=step: run.engine.step(run.micro_batches(step), step=step, lr=1e-3))
         checkpoints = CheckpointFolder(folder / "saved")
         manifest = Manifest(
-            step=1, sequences=1, time=0.0, recipe=run.recipe.model_dump(mode="json"), facts={}, layout={"zero": 0}, state={},
-            versions={},
+            step=1, sequences=1, time=0.0, recipe=run.recipe.model_dump(mode="json"), facts={},
+            layout={**asdict(run.mesh.layout), "zero": 0}, versions={},
+            state={"updates": 1, "loss_scale": run.engine.scaler.state(), "memory": {}},
         )  # fmt: skip
         rows: list[tuple[str, float, float]] = []
         sync = Saver(checkpoints, Messages.alone(), keep=9, asynchronous=False)

@@ -9,33 +9,77 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from trainer.commands import COMMANDS
-from trainer.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, RecipeError, UserError
+from trainer.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_INTERRUPTED, RecipeError, UserError
+from trainer.exhausted import exhausted
+from trainer.outputs import standard_outputs
 from trainer.redaction import RedactedRecord, redact_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit codes are in `errors.py`."""
     logging.setLogRecordFactory(RedactedRecord)  # libraries have loggers and handlers of their own
+    with standard_outputs() as stdout:
+        words = sys.argv[1:] if argv is None else argv
+        code = _run(words)
+    if stdout is None or stdout.failure is None or isinstance(stdout.failure, BrokenPipeError):
+        return code  # whoever reads a pipe may leave (`triaxis check R | head`)
+    _say(f"stdout: {stdout.failure.strerror}: what was to be shown there is lost")
+    return code if code or words[:1] == ["train"] else EXIT_DATA  # what a run leaves is in its folder
+
+
+def _run(words: Sequence[str]) -> int:
+    doing = "the command line"
     try:
-        arguments = _parse(sys.argv[1:] if argv is None else argv)
-        return COMMANDS[arguments.command].run(arguments)
+        _require_surroundings(words)
+        arguments = _parse(words)
+        doing = arguments.command
+        return COMMANDS[doing].run(arguments)
     except UserError as error:
-        for line in error.lines:
-            sys.stderr.write(f"triaxis: error: {line}\n")
-        return error.exit_code
+        return _told(error)
     except KeyboardInterrupt:
         sys.stderr.write("triaxis: interrupted\n")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of a pipe left (`triaxis check R | head`); nothing more may be written, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
-    except Exception:
+    except Exception as error:
+        if said := exhausted(error, doing):
+            return _told(said)
         sys.stderr.write(redact_text(traceback.format_exc()))
         return EXIT_INTERNAL
+
+
+def _told(error: UserError) -> int:
+    for line in error.lines:
+        _say(line)
+    return error.exit_code
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):
+        sys.stderr.write(f"triaxis: error: {line}\n")
+
+
+def _require_surroundings(words: Sequence[str]) -> None:
+    """RecipeError for what no file of ours, all of them UTF-8, could name."""
+    for word in words:
+        if not _is_text(word):
+            raise RecipeError(f"the argument {word!r} is not UTF-8: write it so, or rename what it names")
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise RecipeError("the current folder is gone: cd to one that is there") from None
+    if not _is_text(here):
+        raise RecipeError(f"the current folder {here!r} has a name that is not UTF-8: rename it")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Parser(argparse.ArgumentParser):

@@ -18,6 +18,7 @@ from trainer.generate import sample
 from trainer.launch import together
 from trainer.model.hugging_face import assembled, write_folder
 from trainer.session import Session, targets_for
+from trainer.spare import Spare
 from trainer.track.report import write_report
 from trainer.translator import Search, Translator, scores
 from trainer.tuning.adapter_folder import AdapterFormat, leaves_adapter, write_adapter
@@ -30,7 +31,7 @@ SAMPLE_TOKENS = 96
 def export(run: Session) -> None:
     """Write the weights as a Hugging Face folder, or what was trained beside them as an adapter. NotFinite or DataError on all
     ranks, and no folder, where a weight is not finite or transformers would tokenize otherwise."""
-    with together():
+    with together(lambda: run.engine.watch.doing):
         try:
             _write_export(run)
         except NotFinite as error:
@@ -116,7 +117,8 @@ def finish(run: Session, summary: dict[str, object]) -> None:
     run.tracker.finish(summary)
     run.end_account(recipe.train.steps)
     if run.place.is_first:
-        write_report(run.folder.path)
+        with Spare(run.folder.report, "triaxis report writes it again").written():
+            write_report(run.folder.path)
 
 
 def _translation_scores(run: Session) -> dict[str, object]:

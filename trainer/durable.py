@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import shutil
-import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 DIR_MODE = 0o700
 FILE_MODE = 0o600
@@ -35,16 +33,6 @@ def private_file(path: Path, *, must_be_new: bool = False) -> Iterator[BinaryIO]
         yield file
         file.flush()
         os.fsync(file.fileno())
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """A file to read, unbuffered. OSError for anything else: links are not followed, and a pipe is not waited for."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    file = open(descriptor, "rb", buffering=0)  # noqa: SIM115 - the caller's
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file
 
 
 def remove(path: Path) -> None:
@@ -130,11 +118,3 @@ def _turn_at(draft: Path) -> Iterator[BinaryIO]:
                 file.truncate(0)
                 yield file
                 return
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object at `path`; OSError when it cannot be read, ValueError when it is not a JSON object."""
-    value = json.loads(path.read_bytes())
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from parallel.rng import derive_seed
 from trainer.data.chat import Chat
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
-from trainer.durable import read_json
 from trainer.errors import DataError, RecipeError
 from trainer.model.hugging_face import read_config
 from trainer.model.network import TASK
 from trainer.model.origin import GENERATION_CONFIG, as_list
+from trainer.reading import read_json
 from trainer.tuning import bottleneck_format, peft_format
 
 TEMPERATURE, TOP_K = 0.8, 50
@@ -179,10 +178,10 @@ def _sampling(writing: Writing, said: Any) -> dict[str, Any]:
 def translates(folder: Path) -> bool:
     """Whether the folder's model has an encoder and a decoder."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):  # whoever loads it says so
         return False
-    return isinstance(config, dict) and config.get("is_encoder_decoder") is True
+    return config.get("is_encoder_decoder") is True
 
 
 def _require_next_tokens(architectures: Sequence[str], folder: Path) -> None:

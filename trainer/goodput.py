@@ -10,16 +10,20 @@ samples ten times a second; on GPUs the host runs ahead of the device, so there 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
+
+from trainer.decoding import read_as
 from trainer.durable import write_json
 from trainer.processes import start_of
+from trainer.spare import Spare
 
 LEDGER = "goodput.json"
 WRITTEN_EVERY_S = 30.0  # a kill leaves at most this much of the last start untold
@@ -33,12 +37,31 @@ KIND_OF = {
 }
 
 
+Seconds = Annotated[float, Field(ge=0.0, le=1e12, allow_inf_nan=False)]
+
+
+class Start(TypedDict):
+    """One start of a run; `seconds` by what they were for."""
+
+    began: Seconds
+    until: Seconds
+    from_step: int
+    to_step: int
+    seconds: dict[str, Seconds]
+    lost_s: Seconds
+
+
+class _Starts(TypedDict):
+    starts: list[Start]
+
+
 class Ledger:
     """Of this start, on the first rank; earlier starts are kept. `times`: when each step was logged before; what came after
     `from_step` is made again."""
 
     def __init__(self, folder: Path, *, from_step: int, times: Mapping[int, float]) -> None:
         self._path = folder / LEDGER
+        self._spare = Spare(self._path, "what is not written there is missing in the account of the run's time")
         self._starts = read_starts(folder)
         if self._starts:
             _close(self._starts[-1], from_step, times)
@@ -52,7 +75,8 @@ class Ledger:
         """`totals`: seconds by phase since the stopwatch began; `waiting`: of each, the share that waited for other ranks."""
         if always or time.monotonic() - self._written >= WRITTEN_EVERY_S:
             self._written = time.monotonic()
-            write_json(self._path, {"starts": [*self._starts, self.of_now(step, totals, waiting)]})
+            with self._spare.written():
+                write_json(self._path, {"starts": [*self._starts, self.of_now(step, totals, waiting)]})
 
     def end(self, step: int, totals: Mapping[str, float], waiting: Mapping[str, float]) -> None:
         """The last word of this start; the first one counts, so that a report made of it stays true."""
@@ -60,7 +84,7 @@ class Ledger:
             self._ended = True
             self.write(step, totals, waiting, always=True)
 
-    def of_now(self, step: int, totals: Mapping[str, float], waiting: Mapping[str, float]) -> dict[str, Any]:
+    def of_now(self, step: int, totals: Mapping[str, float], waiting: Mapping[str, float]) -> Start:
         now, seconds = time.time(), dict.fromkeys(KINDS[:-1], 0.0)
         seconds["init"] = max(0.0, now - self._began - sum(totals.values()))  # before the stopwatch was made: imports
         for phase, spent in totals.items():
@@ -85,7 +109,7 @@ class Ledger:
         return shares_of([*self._starts, self.of_now(step, totals, waiting)])
 
 
-def shares_of(starts: list[dict[str, Any]]) -> dict[str, float]:
+def shares_of(starts: Sequence[Start]) -> dict[str, float]:
     """{"allocated_s", "goodput", "explained", and the share of each kind}: `lost` is taken out of the training that it was."""
     allocated = sum(start["until"] - start["began"] for start in starts)
     if allocated <= 0:
@@ -105,14 +129,12 @@ def shares_of(starts: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def read_starts(folder: Path) -> list[dict[str, Any]]:
+def read_starts(folder: Path) -> list[Start]:
     """The starts of a run; [] when there is no ledger, or none that can be read: it is a report, not state."""
     try:
-        starts = json.loads((folder / LEDGER).read_text(encoding="utf-8"))["starts"]
-        shares_of(starts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return read_as(_Starts, folder / LEDGER)["starts"]
+    except (OSError, ValueError):
         return []
-    return list(starts)
 
 
 def lost_s(times: Mapping[int, float], from_step: int) -> float:
@@ -128,7 +150,7 @@ def age_of_this_process() -> float:
     return float(Path("/proc/uptime").read_text().split()[0]) - started_s
 
 
-def _close(start: dict[str, Any], from_step: int, times: Mapping[int, float]) -> None:
+def _close(start: Start, from_step: int, times: Mapping[int, float]) -> None:
     """A kill keeps a start from telling its last seconds: up to the last step that it logged they were training."""
     untold = max(0.0, max(times.values(), default=0.0) - start["until"])
     start["until"] += untold

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from trainer.durable import read_json, write_json
+from trainer.durable import write_json
 from trainer.errors import EXIT_REQUEUE, RecipeError, UserError
+from trainer.locks import Lock
+from trainer.reading import read_json
 from trainer.slurm_environment import job_name
 
 LOCK, HOLDER, WANTED = ".lock", ".holder.json", ".wanted.json"
@@ -94,10 +94,10 @@ def held(
     RecipeError when another run has it: two runs in one folder would write over each other's history and checkpoints.
     StillHeld when the earlier start does not give it up.
     """
-    lock = FileLock(folder / LOCK, mode=0o600)
-    if not _acquired(lock, PATIENCE_S):
+    lock = Lock(folder / LOCK)
+    if not lock.acquired(PATIENCE_S):
         _ask_for(folder, start, patience_s, say or _on_stderr)
-        if not _acquired(lock, patience_s):
+        if not lock.acquired(patience_s):
             raise StillHeld(
                 f"{_told(folder)} and have not ended {patience_s:.0f} s after they were asked to: end them there (scancel does "
                 "not reach them)"
@@ -131,14 +131,6 @@ def _told(folder: Path) -> str:
 def _on_stderr(line: str) -> None:
     sys.stderr.write(f"triaxis: {line}\n")
     sys.stderr.flush()
-
-
-def _acquired(lock: FileLock, patience_s: float) -> bool:
-    try:
-        lock.acquire(timeout=patience_s)
-    except Timeout:
-        return False
-    return True
 
 
 def _mark(path: Path) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from trainer.binding import bind
 from trainer.errors import RecipeError, UserError
+from trainer.exhausted import exhausted
 from trainer.lifecycle import Interrupted
 from trainer.meeting import meet
 from trainer.processes import Process
@@ -217,11 +218,12 @@ class PeerFailed(UserError):
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together(doing: Callable[[], str] = lambda: "the set-up") -> Iterator[None]:
     """A part of the set-up that ends on all ranks or on none.
 
     A UserError on any rank ends the part everywhere: on the first such rank with its message, elsewhere with `PeerFailed`,
-    so it is said once. Without this the others would wait in their next collective until its timeout.
+    so it is said once. Without this the others would wait in their next collective until its timeout. A machine that has no
+    more to give ends it alike; `doing` says in what.
     """
     failure: UserError | None = None
     try:
@@ -230,6 +232,9 @@ def together() -> Iterator[None]:
         raise
     except UserError as error:
         failure = error
+    except Exception as error:
+        if not (failure := exhausted(error, f"rank {dist.get_rank()}: {doing()}")):
+            raise
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     codes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
     codes[dist.get_rank()] = failure.exit_code if failure else 0

@@ -68,7 +68,7 @@ class Weights:
     @classmethod
     def named(cls, name: str) -> Weights:
         """RecipeError where nothing is there, DataError where the checkpoint is damaged."""
-        path = Path(name).expanduser()
+        path = Path(name)
         if (path / CONFIG).is_file():
             return cls(path, path, None)
         checkpoint = checkpoint_named(name, option="WEIGHTS")

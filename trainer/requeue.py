@@ -12,7 +12,6 @@ job back. And not for ever: three restarts in a row that left no later checkpoin
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.durable import write_json
 from trainer.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_REQUEUE
 from trainer.hold import JobStart
+from trainer.reading import read_json
 from trainer.run_folder import RunFolder
 from trainer.slurm_environment import job_name
 
@@ -77,10 +77,10 @@ def ended_by_signal(folder: RunFolder, since: int) -> bool:
     """Whether the run's last word, written since then, is that a signal ended it and that it is saved."""
     path = folder.path / "summary.json"
     try:
-        summary, written = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime
+        summary, written = read_json(path), path.stat().st_mtime
     except (OSError, ValueError):
         return False
-    if not isinstance(summary, dict) or "ended_by" not in summary or written < since:
+    if "ended_by" not in summary or written < since:
         return False
     return summary.get("steps") in (0, newest_step(folder))
 
@@ -110,7 +110,7 @@ def count_restart(folder: RunFolder, job: str) -> tuple[int, int]:
 def _record(folder: RunFolder) -> dict[str, Any]:
     """What the last end of a job left, or that of no job."""
     try:
-        record = json.loads((folder.path / RECORD).read_text(encoding="utf-8"))
+        record = read_json(folder.path / RECORD)
         return {"job": record["job"], "step": int(record["step"]), "idle": int(record["idle"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {"job": None, "step": 0, "idle": 0}

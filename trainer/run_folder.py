@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import (
+    Any,
+    NotRequired,  # pydantic reads typing's own from Python 3.12 on
+)
 
+from pydantic import with_config
+from typing_extensions import TypedDict
+
+from trainer.decoding import OPEN, decode, read_as
 from trainer.durable import write_json
-from trainer.errors import RecipeError
+from trainer.errors import DataError, RecipeError
+from trainer.reading import read_json, told
 from trainer.redaction import redact
 from trainer.sections import Recipe
+
+
+@with_config(OPEN)
+class Entry(TypedDict):
+    """A value of the recipe and where it came from."""
+
+    value: Any
+    origin: str
+
+
+@with_config(OPEN)
+class Resolved(TypedDict):
+    """What `resolved.json` holds."""
+
+    values: dict[str, Entry]
+    deepspeed_config: NotRequired[dict[str, Any] | None]
+
+
+# Of its values, those that something is computed with.
+Computed = TypedDict(
+    "Computed",
+    {"description": str, "train.steps": int, "train.clip_norm": int | float, "checkpoint.every": int},
+    total=False,
+)
+
+
+def read_resolved(path: Path) -> Resolved:
+    """RecipeError where it is not there, DataError where it is damaged."""
+    if not path.exists():
+        raise RecipeError(f"{path.parent}: not a run folder, it has no {path.name}: give run.dir/run.name")
+    try:
+        resolved = read_as(Resolved, path)
+        computed = {key: entry["value"] for key, entry in resolved["values"].items() if key in Computed.__annotations__}
+        decode(Computed, computed)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: damaged ({told(error)}): restore it") from error
+    return resolved
 
 
 @dataclass(frozen=True)
@@ -62,7 +106,7 @@ class RunFolder:
     def is_finished(self) -> bool:
         """Whether the run that is here came to its end: it has closed its history, and left its report, the last of all."""
         try:
-            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            summary = read_json(self.path / "summary.json")
         except (OSError, ValueError):
             return False
         return "ended_by" not in summary and self.report.exists()
@@ -72,9 +116,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RecipeError(
-                f"run folder {self.path}: {error.strerror}: set run.dir to a folder that can be written"
-            ) from error
+            raise RecipeError(f"run folder {self.path}: {told(error)}: set run.dir to a folder that can be written") from error
 
     def move_aside(self) -> Path:
         """Give an older run of this name another one, so that nothing of it is lost; where it is now."""

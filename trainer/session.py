@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +34,7 @@ from trainer.data.targets import Part, Targets, targets_of
 from trainer.data.tokenizer import Tokenizer
 from trainer.deepspeed_config import deepspeed_config
 from trainer.engine import Engine
-from trainer.errors import EXIT_REQUEUE
+from trainer.errors import EXIT_REQUEUE, UserError
 from trainer.execution import DTYPES
 from trainer.first_weights import first_weights
 from trainer.goodput import Ledger, lost_s
@@ -189,15 +189,15 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         stack.enter_context(among_ranks(watchdog, lambda: watch.doing))
         mesh, messages = Mesh.build(layout, timeout), Messages.among_all(timeout)
         watch.begin("reading the data")
-        with together():
+        with together(lambda: watch.doing):
             resolved, told = keep_rules(resolved, folder, resume, messages)
         recipe = resolved.recipe
         remarks += told
-        with together(), work_progress(shown=place.is_first) as progress:
+        with together(lambda: watch.doing), work_progress(shown=place.is_first) as progress:
             cache_dir = Path(str(recipe.data.cache_dir))
             prepared = prepare(recipe.data, seed=recipe.run.seed, cache_dir=cache_dir, build=place.is_first, progress=progress)
         watch.begin("looking for a checkpoint")
-        with together():
+        with together(lambda: watch.doing):
             found, told = find(folder, resume, messages)
             remarks += told
             network, fill = first_weights(resolved, prepared.tokenizer, prepared.classes, resumed=found is not None)
@@ -232,7 +232,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         if place.is_first:
             folder.write_resolved(resolved.as_resolved_json(dict_for_deepspeed))
         devices = _devices(place)
-        with together():
+        with together(lambda: watch.doing):
             tracker = make_tracker(
                 recipe.tracking,
                 RunInfo(
@@ -248,17 +248,17 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             )
         stack.push(_closing(tracker))
         watch.begin("building the model")
-        with together():
+        with together(lambda: watch.doing):
             private = stack.enter_context(private_swap_folders(dict_for_deepspeed, folder.path, place.rank))
             engine = Engine(recipe, plan, network, mesh, place.device, deepspeed_config=private, fill=fill, watch=watch)
         stack.callback(engine.close)
         watch.begin("restoring the checkpoint")
-        with together():
+        with together(lambda: watch.doing):
             checkpoints.restore(engine)
         if recipe.needs_reference:
             watch.begin("computing the reference")
             origin = found.path.parents[1] / folder.reference.name if found else None
-            with together(), work_progress(shown=place.is_first) as progress:
+            with together(lambda: watch.doing), work_progress(shown=place.is_first) as progress:
                 prepared = with_reference(
                     prepared, engine, folder=folder.reference, origin=origin, writes=place.is_first, progress=progress
                 )
@@ -304,7 +304,8 @@ def _closing(tracker: Tracker) -> Callable[..., None]:
 
     def close(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            tracker.finish({"ended_by": f"{type(error).__name__}: {error}" if str(error) else type(error).__name__})
+            with suppress(UserError):  # a full disk: what ended the run is to be heard
+                tracker.finish({"ended_by": f"{type(error).__name__}: {error}" if str(error) else type(error).__name__})
 
     return close
 
@@ -315,7 +316,7 @@ def _origin(recipe: Recipe, tokenizer: Tokenizer) -> Origin | None:
     if name is None:
         return None
     folder = local_folder(name, recipe.model.revision, code=recipe.model.trust_remote_code)
-    named = Path(recipe.data.tokenizer).expanduser()
+    named = Path(recipe.data.tokenizer)
     same = name == recipe.data.tokenizer or (named.is_dir() and named.samefile(folder))
     return Origin.of(folder, read_config(folder), tokenizer, same_tokenizer=same)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from trainer.errors import DataError, RecipeError
 from trainer.hold import JobStart, held
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.earlier import as_begun, rules_of_checkpoint, rules_of_run
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, read_resolved
 from trainer.track.jsonl import read_metrics
 
 
@@ -144,7 +143,6 @@ def _require_restartable(folder: RunFolder) -> None:
 def _saved_every(folder: RunFolder) -> int:
     """checkpoint.every of the run that is there; 0 where that is not known."""
     try:
-        values = json.loads(folder.resolved.read_text(encoding="utf-8"))["values"]
-        return int(values["checkpoint.every"]["value"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(read_resolved(folder.resolved)["values"]["checkpoint.every"]["value"])
+    except (RecipeError, DataError, KeyError):
         return 0

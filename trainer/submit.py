@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError
 
 from trainer.durable import make_private, private_file
 from trainer.errors import RecipeError
+from trainer.reading import RECIPE_BYTES, read_text, told
 from trainer.recipe.json_reader import JSONSyntaxError, Reader
 from trainer.redaction import holds_secret
 from trainer.sections import PositiveInt, Section
@@ -101,9 +102,9 @@ def read_site(path: Path | None) -> Site:
     if path is None:
         return Site()
     try:
-        return Site.model_validate(Reader(path.read_text(encoding="utf-8")).document())
+        return Site.model_validate(Reader(read_text(path, RECIPE_BYTES)).document())
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--site {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise RecipeError(f"--site {path}: {told(error)}") from error
     except JSONSyntaxError as error:
         raise RecipeError(f"--site {path}: not JSON: {error}") from None
     except ValidationError as error:
@@ -121,9 +122,9 @@ def _explain(path: Path, detail: Mapping[str, Any]) -> str:
 def read_sweep(path: Path) -> tuple[tuple[str, ...], ...]:
     """A line for each task: a JSON list of what --set would get, as ["optimizer.lr=0.001", "run.seed=1"]."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in read_text(path, RECIPE_BYTES).splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--sweep {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise RecipeError(f"--sweep {path}: {told(error)}") from error
     if not 1 <= len(lines) <= 1000:
         raise RecipeError(f"--sweep {path}: {len(lines)} tasks: legal are 1 to 1,000, one a line")
     return tuple(_sweep_line(path, number, line) for number, line in enumerate(lines, 1))
@@ -132,7 +133,7 @@ def read_sweep(path: Path) -> tuple[tuple[str, ...], ...]:
 def _sweep_line(path: Path, number: int, line: str) -> tuple[str, ...]:
     try:
         settings = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, list) or not all(isinstance(item, str) for item in settings):
         raise RecipeError(f'--sweep {path}:{number}: must be a JSON list of strings, as ["optimizer.lr=0.001"]')

@@ -17,6 +17,7 @@ import struct
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +70,31 @@ def write_checkpoint(checkpoints: Path, step: int, *, seed: int | None = None, f
         with private_file(draft / HUGGING_FACE / name) as file:
             file.write(data)
         files.append(File.of(f"{HUGGING_FACE}/{name}", data))
-    manifest = Manifest(
-        step=step,
-        sequences=8 * step,
-        time=1.5e9 + step,
-        recipe={"precision": {"dtype": "fp32"}},
+    manifest = replace(
+        blank(step),
         facts=facts,
-        layout={"pp": 1, "dp": 2, "cp": 1, "tp": 1, "zero": 1},
-        state={"updates": step, "loss_scale": {"scale": 1.0}, "memory": {"loss": 2.5}},
-        versions={"triaxis": "0"},
         files=tuple(files),
         tensors={name: LogicalTensor(shape, dict(STATES), fragments[name]) for name, shape in SHAPES.items()},
     )
     return folder.commit(draft, step, manifest.encode())
+
+
+def blank(step: int = 0) -> Manifest:
+    """A manifest without files."""
+    return Manifest(
+        step=step,
+        sequences=8 * step,
+        time=1.5e9 + step,
+        recipe={"model": {}, "data": {}, "precision": {"dtype": "fp32"}},
+        facts={"batch.global_sequences": 8},
+        layout={"pp": 1, "dp": 2, "cp": 1, "tp": 1, "zero": 1},
+        state={
+            "updates": step,
+            "loss_scale": {"scale": 1.0, "good_steps": 0, "overflows_left": 2},
+            "memory": {"guard": {"skipped_in_a_row": 0, "loss": [2.5]}},
+        },
+        versions={"triaxis": "0"},
+    )
 
 
 def _halves(shape: tuple[int, ...]) -> Iterator[Fragment]:
@@ -456,11 +469,8 @@ def save(checkpoints: Path, step: int, *, keep: int = 2, asynchronous: bool = Fa
         (folder / name).write_text("{}")
         (folder / name).chmod(0o666)
 
-    blank = Manifest(
-        step=step, sequences=0, time=0.0, recipe={}, facts={}, layout={}, state={"updates": 0, "memory": {}}, versions={}
-    )
     saver = Saver(CheckpointFolder(checkpoints), ALONE, keep=keep, asynchronous=asynchronous)
-    saves = saver.save(blank, State(), save_beside=beside) + saver.wait()  # type: ignore[arg-type]
+    saves = saver.save(blank(step), State(), save_beside=beside) + saver.wait()  # type: ignore[arg-type]
     (only,) = saves
     return only.failure
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from parallel.messages import Messages
-from tests.unit.test_checkpoint_damage import FACTS, forged, save, write_checkpoint
+from tests.unit.test_checkpoint_damage import FACTS, blank, forged, save, write_checkpoint
 from tools.campaign.cases import write_recipe
 from tools.campaign.damage import sealed
 from trainer import cli
@@ -35,15 +35,9 @@ ALONE = Messages.alone()
 
 # ---------------------------------------------------------------------------------------------------- the manifest
 
-SMALL = Manifest(
-    step=3,
-    sequences=24,
-    time=1.25,
-    recipe={"run": {"name": "é\n"}},
-    facts={"batch.global_sequences": 8},
-    layout={"dp": 2, "zero": 1},
-    state={"updates": 3, "loss_scale": {"scale": 65536.0}, "memory": None},
-    versions={"torch": "2"},
+SMALL = replace(
+    blank(3),
+    versions={"torch": "é\n"},
     files=(File("rank-00000.safetensors", 64, "0" * 64), File("hugging_face/config.json", 2, "f" * 64)),
     tensors={
         "b": LogicalTensor((2, 3), {"weight": "F32", "exp_avg": "BF16"}, (Fragment(0, (0, 0), (2, 3), 0, 6, True),)),

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.unit.test_checkpoint_damage import blank
 from trainer.checkpoint.geometry import Range, Rectangle, overlaps
 from trainer.checkpoint.manifest import WEIGHT, Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.reader import Reader
@@ -106,8 +107,7 @@ def write(folder: Path, states: Mapping[str, Tensor], fragments: Sequence[Fragme
         files.append(write_tensor_file(folder / f"rank-{number:05d}.safetensors", slots, tensors))
     dtypes = {state: DTYPES[tensor.dtype] for state, tensor in states.items()}
     tensor = LogicalTensor(tuple(shape), dtypes, tuple(fragments))
-    blank = Manifest(step=0, sequences=0, time=0.0, recipe={}, facts={}, layout={}, state={}, versions={})
-    return replace(blank, files=tuple(files), tensors={NAME: tensor})
+    return replace(blank(), files=tuple(files), tensors={NAME: tensor})
 
 
 def without(manifest: Manifest, gone: Fragment) -> Manifest:

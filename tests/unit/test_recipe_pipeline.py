@@ -107,7 +107,7 @@ RULES: list[tuple[str, Arguments, str, list[Arguments]]] = [
      (pipeline(2, "tow.csv"),), 'parallel.schedule = "tow.csv": No such file or directory (looked from',
      [(pipeline(2, "two.csv"),), (pipeline(2, "./two.csv"),)]),
     ("a file is a file",
-     (pipeline(2, "./"),), "Is a directory", [(pipeline(2, "two.csv"),)]),
+     (pipeline(2, "./"),), "a folder, not a file", [(pipeline(2, "two.csv"),)]),
     ("a file is text",
      (pipeline(2, "binary.csv"),), "can't decode", [(pipeline(2, "two.csv"),)]),
     ("a file holds actions",

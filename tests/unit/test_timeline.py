@@ -137,7 +137,7 @@ def test_a_table_that_was_written_is_drawn_again(capsys: pytest.CaptureFixture[s
     table = tmp_path / "t.csv"
     assert schedule("--out", str(table)) == 0
     first = capsys.readouterr().out.splitlines()
-    assert read_csv(table).num_micro_batches == 8
+    assert read_csv(table.read_text()).num_micro_batches == 8
     assert schedule("--set", f"parallel.schedule={table}") == 0
     assert capsys.readouterr().out.splitlines()[1:] == first[1:-1]
 

@@ -65,7 +65,11 @@ def test_a_torn_last_line_is_left_out_and_cut_by_the_next_start(tmp_path: Path, 
 
 @pytest.mark.parametrize(
     ("line", "told"),
-    [("{", "not a JSON record"), ("[1]", "expected one JSON object"), ('{"step": 2, "loss": "low"}', "loss is 'low'")],
+    [
+        ("{", "not a JSON record"),
+        ("[1]", "expected one JSON object"),
+        ('{"step": 2, "loss": "low"}', "loss is .low., no number"),
+    ],
 )
 def test_other_damage_is_refused_by_line(tmp_path: Path, line: str, told: str) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -100,7 +104,7 @@ def test_three_restarts_leave_each_step_once_from_the_last_attempt(tmp_path: Pat
 def test_a_truncation_that_meets_a_record_without_step_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"loss": 1.0}\n')
-    with pytest.raises(DataError, match="without 'step'"):
+    with pytest.raises(DataError, match="without a whole number of steps"):
         truncate_after(path, 0)
     assert path.read_text() == '{"step": 1}\n{"loss": 1.0}\n'
 

@@ -253,7 +253,7 @@ def test_what_is_not_a_run_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not JSON"):
         write_report(tmp_path)
     (tmp_path / "resolved.json").write_text("[]")
-    with pytest.raises(DataError, match="no table of values"):
+    with pytest.raises(DataError, match="input should be an object"):
         write_report(tmp_path)
 
 

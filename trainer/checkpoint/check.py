@@ -10,8 +10,8 @@ from typing import BinaryIO
 
 from trainer.checkpoint.folder import STEP, files_in
 from trainer.checkpoint.manifest import MANIFEST, File, Manifest
-from trainer.durable import open_regular
 from trainer.errors import DataError
+from trainer.reading import open_regular
 
 CHUNK_BYTES = 4 << 20
 
@@ -40,7 +40,7 @@ def check_files(checkpoint: Path, files: Iterable[File], *, from_disk: bool = Fa
     for file in files:
         path = checkpoint / file.name
         try:
-            with open_regular(path) as opened:
+            with open_regular(path, follow=False) as opened:
                 num_bytes = os.fstat(opened.fileno()).st_size
                 sha256 = _digest(opened, from_disk=from_disk) if num_bytes == file.num_bytes else ""
         except OSError as error:

@@ -31,7 +31,7 @@ class Resume:
 
 def checkpoint_named(name: str, *, option: str = "--resume") -> Path:
     """The checkpoint that a command line names: a folder with a manifest, or the newest of a run."""
-    path = Path(name).expanduser()
+    path = Path(name)
     try:
         if (path / MANIFEST).exists():
             return path

@@ -12,8 +12,8 @@ from rich.text import Text
 from trainer.checkpoint.check import check_files, read_sound
 from trainer.checkpoint.folder import REASON, CheckpointFolder
 from trainer.checkpoint.manifest import Manifest
-from trainer.durable import open_regular
 from trainer.errors import DataError, RecipeError
+from trainer.reading import open_regular
 from trainer.run_folder import RunFolder
 
 
@@ -83,7 +83,7 @@ def _look_at(path: Path, *, verify: bool) -> Entry:
 
 def _aside(path: Path) -> Entry:
     try:
-        with open_regular(path / REASON) as file:
+        with open_regular(path / REASON, follow=False) as file:
             reason = file.read(4096).decode(errors="replace").strip()
     except OSError:
         reason = "no reason was left"

@@ -12,15 +12,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,  # pydantic reads typing's own from Python 3.12 on
+    Self,
+)
 
-from trainer.durable import open_regular
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
+
+from trainer.decoding import CLOSED, OPEN, decode
 from trainer.errors import DataError
+from trainer.reading import read_bytes, told
 
 MANIFEST = "manifest.json"
 LONGEST = 1 << 30  # bytes of a manifest: some ten million fragments; a file with a hole may claim any length
@@ -30,6 +39,78 @@ FILE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,127}/){0,3}[A-Za-z0-9_][A
 # safetensors' names, with bytes per element.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 WEIGHT = "weight"  # the state of every weight; the others have the optimizer's own names, such as exp_avg
+
+
+# As it is written down. What is read of the dicts is declared, so that nobody who uses a manifest need ask again.
+Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+FragmentJSON = tuple[Count, list[Count], list[Count], Count, Count, Annotated[int, Field(ge=0, le=1, strict=True)]]
+
+
+@with_config(OPEN)
+class _GuardMemory(TypedDict, total=False):
+    skipped_in_a_row: Count
+    not_finite_since: Count
+    loss: list[Number]
+    grad_norm: list[Number]
+
+
+@with_config(OPEN)
+class _Memory(TypedDict, total=False):
+    guard: _GuardMemory
+    meter: dict[Literal["skipped"], Count]
+    data: dict[Literal["skipped_steps"], Count]
+
+
+class _LossScale(TypedDict):
+    scale: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    good_steps: Count
+    overflows_left: Count
+
+
+@with_config(OPEN)
+class _State(TypedDict):
+    updates: Count
+    loss_scale: _LossScale
+    memory: _Memory
+
+
+@with_config(OPEN)
+class _Precision(TypedDict):
+    dtype: Literal["fp32", "bf16", "fp16"]
+
+
+@with_config(OPEN)
+class _Recipe(TypedDict):
+    model: dict[str, Any]
+    data: dict[str, Any]
+    precision: _Precision
+
+
+class _Layout(TypedDict):
+    pp: Count
+    dp: Count
+    cp: Count
+    tp: Count
+    zero: Count
+
+
+_Facts = TypedDict("_Facts", {"batch.global_sequences": NotRequired[Annotated[int, Field(ge=1, strict=True)]]})
+_Facts.__pydantic_config__ = OPEN  # type: ignore[attr-defined]  # a name with a point in it has no class form
+
+
+@with_config(CLOSED)
+class _Body(TypedDict):
+    step: Count
+    sequences: Count
+    time: Annotated[float, Field(ge=0.0, lt=253_402_300_800)]  # to the end of the year 9999
+    recipe: _Recipe
+    facts: _Facts
+    layout: _Layout
+    state: _State
+    versions: dict[str, str]
+    files: list[tuple[str, Count, str]]
+    tensors: dict[str, tuple[list[Count], dict[str, str], list[FragmentJSON]]]
 
 
 @dataclass(frozen=True)
@@ -50,13 +131,22 @@ class Fragment:
         """Its name inside the safetensors file."""
         return f"{state}:{tensor}:{','.join(map(str, self.start))}:{self.offset}"
 
+    def lies_in(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of that shape can have been cut so: only matrices are cut along their second dimension."""
+        if not len(self.start) == len(self.size) == len(shape) or (self.transposed and len(shape) != 2):
+            return False
+        if any(start + size > dim for start, size, dim in zip(self.start, self.size, shape, strict=True)):
+            return False
+        is_cut_once = len(shape) <= 2 or (not any(self.start[1:]) and self.size[1:] == shape[1:])
+        return is_cut_once and self.offset + self.count <= math.prod(self.size)
+
     def as_json(self) -> list[Any]:
         return [self.file, list(self.start), list(self.size), self.offset, self.count, int(self.transposed)]
 
     @classmethod
-    def from_json(cls, value: Any) -> Self:
+    def from_json(cls, value: FragmentJSON) -> Self:
         file, start, size, offset, count, transposed = value
-        return cls(_whole(file), _wholes(start), _wholes(size), _whole(offset), _whole(count), bool(_whole(transposed)))
+        return cls(file, tuple(start), tuple(size), offset, count, bool(transposed))
 
 
 @dataclass(frozen=True)
@@ -139,19 +229,17 @@ class Manifest:
     @classmethod
     def decode(cls, data: bytes) -> Self:
         """ValueError that says what is wrong: its own checksum first, then whatever does not fit together."""
-        body = _unseal(data)
-        if body.pop("format", None) != FORMAT:
+        unsealed = _unseal(data)
+        if unsealed.pop("format", None) != FORMAT:
             raise ValueError(f"not in the format {FORMAT!r}")
-        try:
-            files = tuple(File(*entry) for entry in body.pop("files"))
-            tensors = {
-                name: LogicalTensor(_wholes(shape), dict(dtypes), tuple(map(Fragment.from_json, fragments)))
-                for name, (shape, dtypes, fragments) in body.pop("tensors").items()
-            }
-            manifest = cls(**body, files=files, tensors=tensors)
-            manifest.require_sound()
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"a part is missing or misshapen ({error})") from None
+        body: dict[str, Any] = {**decode(_Body, unsealed)}
+        files = tuple(File(*entry) for entry in body.pop("files"))
+        tensors = {
+            name: LogicalTensor(tuple(shape), dtypes, tuple(map(Fragment.from_json, fragments)))
+            for name, (shape, dtypes, fragments) in body.pop("tensors").items()
+        }
+        manifest = cls(**body, files=files, tensors=tensors)
+        manifest.require_sound()
         return manifest
 
     def require_sound(self) -> None:
@@ -166,32 +254,23 @@ class Manifest:
                 raise ValueError(f"tensor {name} has the formats {tensor.dtypes}")
             if not all(0 <= fragment.file < len(self.files) for fragment in tensor.fragments):
                 raise ValueError(f"tensor {name} is in a file that is not listed")
+            if not all(fragment.lies_in(tensor.shape) for fragment in tensor.fragments):
+                raise ValueError(f"a fragment of tensor {name} is no part of its shape {list(tensor.shape)}")
             if sum(fragment.count for fragment in tensor.fragments) != tensor.numel:
                 raise ValueError(f"the fragments of tensor {name} do not make its shape {list(tensor.shape)}")
+        if (needed := sum(tensor.num_bytes for tensor in self.tensors.values())) > self.num_bytes:
+            raise ValueError(f"its tensors have {needed:,} bytes, its files {self.num_bytes:,}")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """DataError naming the file when it is missing, unreadable or damaged."""
         path = folder / MANIFEST
         try:
-            with open_regular(path) as file:
-                if (num_bytes := os.fstat(file.fileno()).st_size) > LONGEST:
-                    raise ValueError(f"{num_bytes:,} bytes")
-                return cls.decode(file.read())
+            return cls.decode(read_bytes(path, LONGEST, follow=False))
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}: not a complete checkpoint") from None
+            raise DataError(f"{path}: {told(error)}: not a complete checkpoint") from None
         except ValueError as error:
             raise DataError(f"{path}: damaged ({error})") from None
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError(f"{value!r} is no whole number of at least 0")
-    return value
-
-
-def _wholes(values: Any) -> tuple[int, ...]:
-    return tuple(map(_whole, values))
 
 
 def _seal(body: Mapping[str, Any]) -> bytes:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.manifest import DTYPE_BYTES, File
-from trainer.durable import open_regular, private_file
+from trainer.durable import private_file
 from trainer.errors import DataError
+from trainer.reading import open_regular
 
 DTYPES = {
     torch.float64: "F64",
@@ -114,7 +115,7 @@ class TensorFile:
         """DataError when there is no such file, or its header does not describe it."""
         self._path = path
         try:
-            with open_regular(path) as file:
+            with open_regular(path, follow=False) as file:
                 num_bytes = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
                 if not 0 < length <= num_bytes - 8:
@@ -150,7 +151,7 @@ class TensorFile:
             size, held = out.element_size(), (stop - begin) // out.element_size()
             if self.dtype(name) != out.dtype or not 0 <= first <= first + out.numel() <= held:
                 raise ValueError(f"{out.numel()} elements of {out.dtype} from {first} on, of {held} of {self.dtype(name)}")
-            with open_regular(self._path) as file:
+            with open_regular(self._path, follow=False) as file:
                 file.seek(self._values_at + begin + first * size)
                 read_into(file, as_bytes(out))
         except (OSError, ValueError, KeyError) as error:

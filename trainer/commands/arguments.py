@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from trainer.paths import expanded, wrong_with
+
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a JSON file")
+    parser.add_argument("recipe", type=path, metavar="RECIPE", help="a JSON file")
     parser.add_argument(
         "--set",
         action="append",
@@ -17,6 +19,18 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override one value, as in --set train.steps=10; may be repeated",
     )
+
+
+def path_name(text: str) -> str:
+    """Return a path as it is used from here on, the home folder in place of ~."""
+    if fault := wrong_with(text):
+        raise argparse.ArgumentTypeError(f"{text!r} {fault}")
+    return expanded(text)
+
+
+def path(text: str) -> Path:
+    """Return the same as a Path."""
+    return Path(path_name(text))
 
 
 def whole(least: int) -> Callable[[str], int]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from trainer.commands.arguments import whole
+from trainer.commands.arguments import path, whole
 from trainer.commands.output import open_console, say
 from trainer.errors import EXIT_DATA, EXIT_OK
 
@@ -13,7 +12,7 @@ SUMMARY = "List a run's checkpoints; verify every byte of them; remove old ones.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run_dir", type=path, metavar="RUN_DIR")
     parser.add_argument("--verify", action="store_true", help="read and hash all files; exit 65 if one is damaged")
     parser.add_argument("--prune", type=whole(1), metavar="KEEP", help="verify the newest, then keep only so many")
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.commands.arguments import add_recipe
+from trainer.commands.arguments import add_recipe, path
 from trainer.commands.output import open_console, say
 from trainer.errors import EXIT_OK, RecipeError
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(prepare)
     prepare.set_defaults(action=_prepare)
     inspect = actions.add_parser("inspect", help=look, description=look, allow_abbrev=False)
-    inspect.add_argument("folder", type=Path, metavar="FOLDER")
+    inspect.add_argument("folder", type=path, metavar="FOLDER")
     inspect.set_defaults(action=_inspect)
 
 

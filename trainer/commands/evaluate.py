@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.commands.arguments import whole
+from trainer.commands.arguments import path, path_name, whole
 from trainer.commands.output import open_console
 from trainer.errors import EXIT_OK, RecipeError
 from trainer.redaction import redact
@@ -20,9 +19,13 @@ SUMMARY = "Measure a checkpoint or a Hugging Face folder on data; alone or under
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("weights", metavar="WEIGHTS", help="a checkpoint's folder, a run's, or a Hugging Face folder")
-    parser.add_argument("files", nargs="*", metavar="FILE", help="default: what the run held out")
-    parser.add_argument("--target", metavar="FILE", help="of a translation, where FILE has one text on a line: the other side")
+    parser.add_argument(
+        "weights", type=path_name, metavar="WEIGHTS", help="a checkpoint's folder, a run's, or a Hugging Face folder"
+    )
+    parser.add_argument("files", nargs="*", type=path_name, metavar="FILE", help="default: what the run held out")
+    parser.add_argument(
+        "--target", type=path_name, metavar="FILE", help="of a translation, where FILE has one text on a line: the other side"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -39,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--harness", action="append", metavar="TASK", help="a task of lm-evaluation-harness, in place of FILE; may be repeated"
     )
-    parser.add_argument("--harness-path", type=Path, metavar="DIR", help="with tasks of your own for --harness")
+    parser.add_argument("--harness-path", type=path, metavar="DIR", help="with tasks of your own for --harness")
     parser.add_argument("--few-shot", type=whole(0), metavar="N", help="examples before each question of --harness")
     parser.add_argument("--chat", action="store_true", help="write the questions of --harness as conversations")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -52,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if found is None:
         return EXIT_OK
     if arguments.json:
-        sys.stdout.write(json.dumps(redact(found), indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(redact(found), indent=2) + "\n")
     else:
         console = open_console()
         for part in table(found):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from trainer.commands.arguments import path, path_name
 from trainer.commands.output import open_console, say
 from trainer.errors import EXIT_DIFFERS, EXIT_OK
 
@@ -12,8 +12,10 @@ SUMMARY = "Write a checkpoint's weights as a Hugging Face folder, in one process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder, or a run's for its newest")
-    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument(
+        "checkpoint", type=path_name, metavar="CHECKPOINT", help="a checkpoint's folder, or a run's for its newest"
+    )
+    parser.add_argument("out", type=path, metavar="OUT")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the format of training")
     parser.add_argument(
         "--merge",

@@ -7,14 +7,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from trainer.commands.arguments import number, whole
+from trainer.commands.arguments import number, path, whole
 from trainer.errors import EXIT_OK, RecipeError
 
 SUMMARY = "Continue a text, or answer it, with an exported model or a checkpoint's weights."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a Hugging Face folder, such as RUN_DIR/export")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="a Hugging Face folder, such as RUN_DIR/export")
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--max-new-tokens", type=whole(1), default=64, metavar="N")
     way = parser.add_mutually_exclusive_group()
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=whole(0), default=0, metavar="S")
     parser.add_argument("--beams", type=whole(1), default=4, metavar="N", help="of a translation; 1 takes the likeliest token")
     parser.add_argument("--length-penalty", type=number, default=1.0, metavar="A", help="of a translation's beams")
-    parser.add_argument("--attention", type=Path, metavar="FILE.png", help="draw where a translation's tokens look")
+    parser.add_argument("--attention", type=path, metavar="FILE.png", help="draw where a translation's tokens look")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from trainer.commands.arguments import path
 from trainer.commands.output import open_console, say
 from trainer.errors import EXIT_OK
 
@@ -12,7 +12,7 @@ SUMMARY = "Write report.html into a run folder."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run_dir", type=path, metavar="RUN_DIR")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.commands.arguments import add_recipe, number, whole
+from trainer.commands.arguments import add_recipe, number, path, whole
 from trainer.commands.network import known_network, show_stages
 from trainer.commands.output import open_console, say
 from trainer.errors import EXIT_OK, RecipeError
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one stage's forward, gradient of its input and gradient of its weights, in any unit of time",
     )
     parser.add_argument("--latency", type=number, default=0.0, metavar="T", help="of a message between ranks, in that unit")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="a picture (.svg, .png), or the table of actions (.csv)")
+    parser.add_argument("--out", type=path, metavar="FILE", help="a picture (.svg, .png), or the table of actions (.csv)")
 
 
 def _costs(text: str) -> Costs:

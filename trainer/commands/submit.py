@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.commands.arguments import add_recipe, whole
+from trainer.commands.arguments import add_recipe, path, path_name, whole
 from trainer.commands.network import known_network
 from trainer.commands.output import open_console, say
 from trainer.commands.ranks import divide
@@ -27,13 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=whole(1), required=True, metavar="N")
     parser.add_argument("--ranks-per-node", type=whole(1), required=True, metavar="R", help="one for each GPU")
     parser.add_argument("--template", metavar="NAME", help="of slurm/; default: single-node, or multi-node with several nodes")
-    parser.add_argument("--site", type=Path, metavar="FILE", help="partition, account, modules, … as JSON; see slurm/README.md")
+    parser.add_argument("--site", type=path, metavar="FILE", help="partition, account, modules, … as JSON; see slurm/README.md")
     parser.add_argument("--time", default="00:30:00", metavar="HH:MM:SS", help="of one job, which is queued again until done")
     parser.add_argument("--grace", type=whole(1), default=120, metavar="S", help="to save in, before the time is over")
     parser.add_argument(
-        "--sweep", type=Path, metavar="FILE", help="for --template array: a JSON list of KEY=VALUE on each line"
+        "--sweep", type=path, metavar="FILE", help="for --template array: a JSON list of KEY=VALUE on each line"
     )
-    parser.add_argument("--run-dir", metavar="DIR", help="the run folder; default: run.dir/run.name")
+    parser.add_argument("--run-dir", type=path_name, metavar="DIR", help="the run folder; default: run.dir/run.name")
     parser.add_argument("--dry-run", action="store_true", help="write and print the script; submit nothing")
 
 

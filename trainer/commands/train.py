@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from trainer.commands.arguments import add_recipe
+from trainer.commands.arguments import add_recipe, path_name
 from trainer.commands.output import open_console, say
 from trainer.errors import EXIT_OK, UserError
 
@@ -14,9 +14,10 @@ SUMMARY = "Train; start it alone, or under the deepspeed launcher, torchrun or s
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--run-dir", metavar="DIR", help="the run folder; default: run.dir/run.name")
+    parser.add_argument("--run-dir", type=path_name, metavar="DIR", help="the run folder; default: run.dir/run.name")
     parser.add_argument(
         "--resume",
+        type=path_name,
         default="auto",
         metavar="HOW",
         help="auto (default): go on from the run's newest whole checkpoint, if it has any; never: a new run, an old one of the "

@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from filelock import FileLock, Timeout
+from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
 
-from trainer.durable import make_private, read_json, sync_folder, write_json
+from trainer.decoding import read_as
+from trainer.durable import make_private, sync_folder, write_json
 from trainer.errors import EXIT_RECIPE, DataError, RecipeError, UserError
+from trainer.locks import Lock
+from trainer.reading import told
 from trainer.redaction import redact
 
 POLL_S = 0.2
@@ -60,7 +63,8 @@ class Cache:
         if not self._build:
             self._wait_for(final, what)
             return final
-        with self._lock(final, what):
+        lock = Lock(final.with_name(f"{final.name}.lock"))
+        with lock.held(lambda: self._progress(0, 0, f"waiting for another process that is {what}"), every_s=REMIND_S):
             if not final.is_dir():
                 staging = make_private(final.with_name(f"{final.name}.building"))
                 make(staging)
@@ -76,12 +80,12 @@ class Cache:
         Faults in reading sources have names of their own by then; another OSError means that the cache cannot be written,
         and becomes a DataError.
         """
-        if self._build:
-            self._outcome.unlink(missing_ok=True)
         try:
+            if self._build:
+                self._outcome.unlink(missing_ok=True)
             yield
         except OSError as error:
-            failure = DataError(f"{self.root}: {error.strerror or error}; make room there, or set data.cache_dir")
+            failure = DataError(f"{error.filename or self.root}: {told(error)}; make room there, or set data.cache_dir")
             self._leave_word(failure)
             raise failure from error
         except BaseException as error:
@@ -96,21 +100,6 @@ class Cache:
         exit_code = failure.exit_code if isinstance(failure, UserError) else UserError.exit_code
         with suppress(OSError):  # a full disk has no room for word either; the launcher ends those who wait
             write_json(self._outcome, {"failed": redact(lines) if failure else [], "exit_code": exit_code})
-
-    @contextmanager
-    def _lock(self, final: Path, what: str) -> Iterator[None]:
-        lock = FileLock(final.with_name(f"{final.name}.lock"), mode=0o600)
-        patience_s = 0.0
-        while not lock.is_locked:
-            try:
-                lock.acquire(timeout=patience_s)
-            except Timeout:
-                self._progress(0, 0, f"waiting for another process that is {what}")
-                patience_s = REMIND_S
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _wait_for(self, final: Path, what: str) -> None:
         started_s = time.monotonic()
@@ -134,7 +123,7 @@ class Cache:
 
     def _read_outcome(self) -> Outcome | None:
         try:
-            return Outcome(read_json(self._outcome), self._outcome.stat().st_mtime)
+            return Outcome(**read_as(_Word, self._outcome), written=self._outcome.stat().st_mtime)
         except (OSError, ValueError):
             return None
 
@@ -142,8 +131,8 @@ class Cache:
 def was_built(root: Path, *, request: str) -> bool:
     """Whether the last build of that request left word of success."""
     try:
-        return not read_json(_outcome_file(root, request))["failed"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return not read_as(_Word, _outcome_file(root, request))["failed"]
+    except (OSError, ValueError):
         return False
 
 
@@ -151,19 +140,26 @@ def _outcome_file(root: Path, request: str) -> Path:
     return root / f"{request[:16]}.outcome.json"
 
 
+class _Word(TypedDict):
+    failed: list[str]
+    exit_code: int
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """How a builder's work ended."""
+    """How a builder's work ended: the lines of what it raised, if anything, and when that was written by the file system's
+    clock [s]."""
 
-    value: dict[str, Any]
-    written: float  # by the file system's clock [s]
+    failed: list[str]
+    exit_code: int
+    written: float
 
     def raise_failure(self) -> None:
         """Raise what the builder raised, if it failed."""
-        if lines := self.value["failed"]:
+        if self.failed:
             kinds = {EXIT_RECIPE: RecipeError, DataError.exit_code: DataError}
-            failure = kinds.get(self.value["exit_code"], UserError)(lines)
-            failure.exit_code = self.value["exit_code"]
+            failure = kinds.get(self.exit_code, UserError)(self.failed)
+            failure.exit_code = self.exit_code
             raise failure
 
 

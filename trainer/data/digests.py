@@ -14,10 +14,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
-from trainer.durable import make_private, read_json, write_json
+from trainer.durable import make_private, write_json
 from trainer.errors import DataError
+from trainer.locks import Lock
+from trainer.reading import open_regular, read_json, require_regular
 
 CHUNK_BYTES = 1 << 20
 RACY_S = 2.0  # kernels stamp files by a coarse clock: a write this soon after another can leave the stamp as it was
@@ -36,6 +36,7 @@ class Stamp:
     def of(cls, path: str | os.PathLike[str]) -> Stamp:
         """The stamp now; DataError when the file cannot be looked at."""
         try:
+            require_regular(path)
             status = os.stat(path)
         except OSError as error:
             raise unreadable(path, error) from None
@@ -68,11 +69,11 @@ class Digests:
     def __init__(self, cache_dir: Path) -> None:
         make_private(cache_dir)
         self._path = cache_dir / "digests.json"
-        self._lock = FileLock(cache_dir / "digests.lock", mode=0o600)
+        self._lock = Lock(cache_dir / "digests.lock")
 
     def of(self, paths: list[str]) -> list[tuple[Stamp, str]]:
         """Stamp and content hash of each file. One process hashes at a time, so ranks that start together read once."""
-        with self._lock:
+        with self._lock.held():
             memory = self._recall()
             found = [self._digest(path, memory) for path in paths]
             learned = memory | self._settled(paths, found)
@@ -110,7 +111,7 @@ class Digests:
 def _hash_content(path: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
     except OSError as error:

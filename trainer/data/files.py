@@ -10,11 +10,11 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainer.data.digests import unreadable
 from trainer.errors import DataError, RecipeError
+from trainer.reading import open_regular
 
 GZIP, ZSTD = ".gz", ".zst"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -61,11 +61,17 @@ def unpacked(path: str) -> Iterator[io.BufferedReader]:
 def _opened(path: str, stack: ExitStack) -> io.BufferedReader:
     match packing_of(path):
         case ".gz":
-            return io.BufferedReader(stack.enter_context(gzip.open(path, "rb")), CHUNK_BYTES)
+            packed = gzip.GzipFile(fileobj=stack.enter_context(opened(path)))
+            return io.BufferedReader(stack.enter_context(packed), CHUNK_BYTES)
         case ".zst":
-            return io.BufferedReader(_Unzstd(path, stack.enter_context(open(path, "rb"))), CHUNK_BYTES)
+            return io.BufferedReader(_Unzstd(path, stack.enter_context(open_regular(path))), CHUNK_BYTES)
         case _:
-            return open(path, "rb")
+            return opened(path)
+
+
+def opened(path: str) -> io.BufferedReader:
+    """Open a file as it is, compressed or not; OSError where it cannot be read."""
+    return io.BufferedReader(open_regular(path), CHUNK_BYTES)
 
 
 class _Unzstd(io.RawIOBase):
@@ -119,7 +125,8 @@ def content_of(path: str) -> bytes:
         with unpacked(path) as file:
             return file.read()
     try:
-        return Path(path).read_bytes()
+        with open_regular(path) as file:
+            return file.read()
     except OSError as error:
         raise unreadable(path, error) from None
 

@@ -25,8 +25,9 @@ from trainer.data.tasks import examples_of
 from trainer.data.texts import Texts
 from trainer.data.tokenizer import Tokenizer, bpe_size, make_tokenizer, reopen_tokenizer, train_bpe
 from trainer.data.translations import Translation
-from trainer.durable import read_json, write_json
+from trainer.durable import write_json
 from trainer.errors import DataError, RecipeError
+from trainer.reading import read_json
 
 CLASSES = "classes.json"
 BPE_TRAINING_BYTES = 256 << 20  # of text: merges hardly change beyond, and counting words takes memory

@@ -23,6 +23,7 @@ from trainer.data.files import (
     decoded,
     foreign,
     is_wide,
+    opened,
     packing_of,
     unpacked,
     unpacked_name,
@@ -161,7 +162,7 @@ def _read_jsonl(shard: Shard, of_row: OfRow) -> Iterator[Any]:
 def _read_jsonl_range(shard: Shard, path: str, of_row: OfRow) -> Iterator[Any]:
     """Documents of the lines that begin in [begin, end): every line belongs to one range, wherever the cuts fall."""
     try:
-        with open(path, "rb") as lines:
+        with opened(path) as lines:
             offset = _seek_line(lines, shard.begin)
             while offset < shard.end and (line := lines.readline()):
                 if (content := line if offset else line.removeprefix(BYTE_ORDER_MARK)).strip():
@@ -182,7 +183,7 @@ def _seek_line(lines: io.BufferedReader, begin: int) -> int:
 
 
 def _line_number(path: str, offset: int) -> int:
-    with open(path, "rb") as file:
+    with opened(path) as file:
         return file.read(offset).count(b"\n") + 1
 
 

@@ -24,8 +24,9 @@ from trainer.data.readers import Shard
 from trainer.data.store import token_dtype
 from trainer.data.texts import Texts
 from trainer.data.tokenizer import Tokenizer
-from trainer.durable import appearing_folder, private_file, read_json, write_json
+from trainer.durable import appearing_folder, private_file, write_json
 from trainer.errors import DataError
+from trainer.reading import open_regular, read_json
 
 # Tokens with those around a text, the hash that decides whether the document is held out, its length in UTF-8 (of an example's
 # documents the first has that of all), its label.
@@ -80,7 +81,7 @@ class TokenizedShard:
         try:
             stated = read_json(folder / "shard.json")
             for name, digest in stated["sha256"].items():
-                with open(folder / name, "rb") as file:
+                with open_regular(folder / name) as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                         raise ValueError(f"the SHA-256 of {name} does not match")
             targets = _mapped(folder / "targets.bin", np.dtype("u1")) if "targets.bin" in stated["sha256"] else None

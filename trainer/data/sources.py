@@ -68,9 +68,9 @@ def _found(source: sections.Source, where: str, digests: Digests, *, in_rows: bo
         root = Path(sysconfig.get_path("stdlib"))
         files = [path for path in _walk(root, skip=NOT_LIBRARY) if path.suffix == ".py"]
         return _corpus_of_files(source, where, root, files, digests, python=True)
-    path = Path(source.path).expanduser()
+    path = Path(source.path)
     if source.target_path is not None:
-        return _corpus_of_lines(source, where, [path, Path(source.target_path).expanduser()], digests)
+        return _corpus_of_lines(source, where, [path, Path(source.target_path)], digests)
     if path.is_file():
         return _corpus_of_files(source, where, path.absolute().parent, [path.absolute()], digests, in_rows=in_rows, alone=True)
     if path.is_dir():

@@ -21,8 +21,9 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
-from trainer.durable import make_private, private_file, read_json, sync_folder, write_json
+from trainer.durable import make_private, private_file, sync_folder, write_json
 from trainer.errors import DataError
+from trainer.reading import open_regular, read_json, require_regular
 
 FORMAT = "triaxis-tokens"
 VERSION = 3
@@ -289,6 +290,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 def _check_sizes(path: Path, header: dict[str, Any]) -> None:
     for name, file in header["files"].items():
         try:
+            require_regular(path / name)
             size = (path / name).stat().st_size
         except OSError as error:
             raise _damage(path / name, f"cannot be read: {error.strerror}") from None
@@ -298,7 +300,7 @@ def _check_sizes(path: Path, header: dict[str, Any]) -> None:
 
 def _check_blocks(path: Path, hashes: list[str], blocks: range) -> None:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for block in blocks:
                 file.seek(block * BLOCK_BYTES)
                 if hashlib.sha256(file.read(BLOCK_BYTES)).hexdigest() != hashes[block]:

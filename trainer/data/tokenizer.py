@@ -20,8 +20,9 @@ from tokenizers import Tokenizer as Backend
 from trainer.data import auto_tokenizer
 from trainer.data.chat_template import DEFAULT_TEMPLATE
 from trainer.data.digests import fingerprint_of
-from trainer.durable import make_private, private_file, read_json, write_json
+from trainer.durable import make_private, private_file, write_json
 from trainer.errors import DataError, RecipeError
+from trainer.reading import read_json, read_text
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_BPE = 257  # 256 bytes and the end of document
@@ -412,7 +413,7 @@ def _beside(work: Callable[[], None]) -> None:
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a Hugging Face folder or hub name, as transformers' AutoTokenizer reads it. Its code, if it brings any,
     is never run."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if (folder / "tokenizer.json").is_file():
         return _load_folder(folder)
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or ":" in name):
@@ -482,7 +483,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as UTF-8 text: {error}; mend the file") from None
 

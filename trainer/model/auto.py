@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -28,6 +27,7 @@ from parallel.params import Role
 from parallel.rng import derive_seed
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError, RecipeError
+from trainer.locks import Lock
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.auto_stage import Contents, contents_of
 from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
@@ -189,7 +189,7 @@ class _Maker:
                 from transformers.utils.hub import HF_MODULES_CACHE
 
                 Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
-                stack.enter_context(FileLock(Path(HF_MODULES_CACHE) / "triaxis.lock", mode=0o600))
+                stack.enter_context(Lock(Path(HF_MODULES_CACHE) / "triaxis.lock").held())
             try:
                 yield
             except (RecipeError, DataError):

@@ -22,6 +22,7 @@ from trainer.durable import replacing_folder
 from trainer.errors import DataError, RecipeError
 from trainer.finite import Rounding, is_finite, overflow
 from trainer.model.config_file import read_config as read_config
+from trainer.reading import read_json, require_regular, require_regular_below, told
 
 NamedTensor = tuple[str, Tensor]
 
@@ -39,8 +40,12 @@ LEGACY = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.be
 
 def local_folder(name: str, revision: str | None, *, code: bool = False) -> Path:
     """A folder as it is; a hub name is fetched (config, safetensors, tokenizer; `code`: *.py too) into the hub's own cache."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if folder.is_dir():
+        try:
+            require_regular_below(folder)
+        except OSError as error:
+            raise DataError(f"{error.filename}: {told(error)}: remove it from the folder") from None
         return folder
     from huggingface_hub import snapshot_download
 
@@ -91,8 +96,8 @@ def _names(files: Sequence[str]) -> str:
 def read_index(index: Path) -> dict[str, str]:
     """{tensor: file}; DataError where it is damaged, or a file lies elsewhere."""
     try:
-        entries = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        entries = dict(read_json(index)["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{index}: no valid weight_map ({error}): fetch the folder again") from error
     for name, file in entries.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
@@ -199,6 +204,7 @@ class PretrainedWeights:
 
     def _open(self, file: str) -> Any:
         try:
+            require_regular(self.folder / file)
             return safe_open(self.folder / file, framework="pt")
         except (OSError, SafetensorError) as error:
             raise DataError(f"{self.folder / file}: cannot be read ({error}): fetch the folder again") from error

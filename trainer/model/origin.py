@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.tokenizer import Tokenizer
-from trainer.durable import read_json
 from trainer.errors import DataError
+from trainer.reading import read_json
 
 GENERATION_CONFIG = "generation_config.json"
 # Keys of config.json and generation_config.json that hold ids of tokens.
@@ -49,7 +49,7 @@ def _generation(folder: Path) -> dict[str, Any]:
     path = folder / GENERATION_CONFIG
     try:
         return read_json(path) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable JSON: {error}; mend or remove the file") from None
 
 

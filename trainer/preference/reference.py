@@ -26,9 +26,10 @@ from trainer.data import PreparedData
 from trainer.data.cache import Progress
 from trainer.data.loader import Sweep
 from trainer.data.store import TokenStore
-from trainer.durable import private_file, read_json, replacing_folder, write_json
+from trainer.durable import private_file, replacing_folder, write_json
 from trainer.engine import Engine
 from trainer.errors import DataError
+from trainer.reading import open_regular, read_json
 
 FORMAT = "triaxis-reference"
 VERSION = 1
@@ -104,7 +105,8 @@ def read_reference(folder: Path, stores: Sequence[TokenStore]) -> dict[str, Numb
 def _read_store(folder: Path, store: TokenStore, sha256: Mapping[str, Any]) -> Numbers:
     path = folder / f"{store.fingerprint}.bin"
     expected = sha256[store.fingerprint]
-    content = path.read_bytes()
+    with open_regular(path) as file:
+        content = file.read()
     if hashlib.sha256(content).hexdigest() != expected:
         raise ValueError(f"the SHA-256 of {path.name} does not match")
     numbers = np.frombuffer(content, "<f8")

@@ -74,7 +74,7 @@ def read_auto(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
         if not exists(model.from_pretrained):
             return None, findings
         try:
-            config = read_config(Path(model.from_pretrained).expanduser())
+            config = read_config(Path(model.from_pretrained))
         except (RecipeError, DataError) as error:
             return None, [Finding(("model.from_pretrained",), f"model.from_pretrained: {line}") for line in error.lines]
         findings += folder_findings(recipe, config)

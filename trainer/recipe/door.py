@@ -11,7 +11,7 @@ from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.recipe.keys import validate
 from trainer.recipe.layers import Layer, read_chain
-from trainer.recipe.names import name_findings
+from trainer.recipe.names import name_findings, with_paths
 from trainer.recipe.network import fit_findings, read_network, translate, with_head
 from trainer.recipe.new_tokens import number_at_the_end, stand_ins
 from trainer.recipe.pipeline import pipeline_findings
@@ -95,6 +95,9 @@ def _admitted(layer: Layer, overrides: Sequence[str]) -> ResolvedRecipe:
         layer.set(override, order)
     marks = layer.named_marks()
     recipe, problems, faulty = validate(layer.value, marks)
+    recipe, findings = with_paths(recipe)
+    faulty |= {key for finding in findings for key in finding.keys}
+    problems += [Problem(first_mark(finding.keys, marks), finding.message) for finding in findings]
     hf_config, findings = read_network(recipe)
     findings += pipeline_findings(recipe, marks.keys())
     rules = [*section_findings(recipe, marks.keys()), *name_findings(recipe), *findings]

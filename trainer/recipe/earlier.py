@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainer.errors import DataError
+from trainer.errors import DataError, RecipeError
 from trainer.recipe.door import ResolvedRecipe
-from trainer.recipe.places import KeyPath, dotted, leaves
+from trainer.recipe.places import dotted, leaves, pattern, put
+from trainer.run_folder import read_resolved
 from trainer.sections import Recipe
 
 ORIGIN = "earlier version"
@@ -33,10 +33,10 @@ def rules_of_run(resolved_json: Path) -> dict[str, Any] | None:
     """The rules by which the run with that resolved.json began, as far as its recipe left them open, by dotted key; None where
     the file is not there, or damaged."""
     try:
-        values = json.loads(resolved_json.read_text(encoding="utf-8"))["values"]
-        open_ones = {key: entry["value"] for key, entry in values.items() if _is_kept(key) and entry["origin"] in UNWRITTEN}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        values = read_resolved(resolved_json)["values"]
+    except (RecipeError, DataError):
         return None
+    open_ones = {key: entry["value"] for key, entry in values.items() if _is_kept(key) and entry["origin"] in UNWRITTEN}
     return open_ones | _lacking(values)
 
 
@@ -57,14 +57,14 @@ def as_begun(resolved: ResolvedRecipe, rules: Mapping[str, Any], where: str) -> 
     if not changed:
         return resolved, []
     for path, value in changed.items():
-        _put(values, path, value)
+        put(values, path, value)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         raise DataError(f"{where}: damaged: {dotted(tuple(detail['loc']))} = {detail['input']!r}: {detail['msg']}") from None
     origins = resolved.origins | {dotted(path): ORIGIN for path in changed}
-    said = {_pattern(dotted(path)): json.dumps(value) for path, value in changed.items()}
+    said = {pattern(dotted(path)): json.dumps(value) for path, value in changed.items()}
     kept = ", ".join(f"{key} = {value}" for key, value in said.items())
     return replace(resolved, recipe=recipe, origins=origins), [
         f"{where} keeps the rules of the data that it began with: {kept}"
@@ -90,15 +90,5 @@ def _lacking(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in EARLIER.items() if key not in values}
 
 
-def _put(values: Any, path: KeyPath, value: Any) -> None:
-    for part in path[:-1]:
-        values = values[part]
-    values[path[-1]] = value
-
-
 def _is_kept(key: str) -> bool:
-    return _pattern(key) in KEPT
-
-
-def _pattern(key: str) -> str:
-    return re.sub(r"\[\d+\]", "[]", key)
+    return pattern(key) in KEPT

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import RecipeError
+from trainer.reading import RECIPE_BYTES, read_bytes, told
 from trainer.recipe.json_reader import JSONSyntaxError, Reader
 from trainer.recipe.places import KeyPath, Mark, Problem, dotted, kind, shown
 from trainer.sections import Recipe
-
-MAX_BYTES = 1 << 20  # a recipe is a page of text; a larger file is another file
 
 
 @dataclass
@@ -97,14 +96,11 @@ def read_chain(path: Path, below: list[Path]) -> Layer:
 def read_file(path: Path, below: list[Path]) -> Layer:
     named = f"{below[-1]}: extends {path}: " if below else f"{path}: "
     try:
-        if not path.is_file():
-            raise RecipeError(f"{named}" + ("not a file" if path.exists() else "no such file"))
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{named}{getattr(error, 'strerror', None) or error}") from error
-    if len(data) > MAX_BYTES:
-        raise RecipeError(f"{path}: larger than {MAX_BYTES >> 20} MiB: not a recipe")
+        data = read_bytes(path, RECIPE_BYTES)
+    except FileNotFoundError as error:
+        raise RecipeError(f"{named}no such file") from error
+    except OSError as error:
+        raise RecipeError(f"{named}{told(error)}") from error
     if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise RecipeError(f"{path}:1:1: starts with a byte order mark; save it as UTF-8 without one")
     try:

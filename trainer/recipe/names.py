@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.paths import expanded, occupied, wrong_with
+from trainer.recipe.places import KeyPath, dotted, leaves, pattern, put, shown
 from trainer.sections import STDLIB, Data, Finding, Recipe
 from trainer.spelling import nearest
 
@@ -14,6 +17,12 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 DATA_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv", ".gz", ".zst")
 SMALLEST_BPE = 257  # 256 bytes and the end of a document
 LARGEST_BPE = 1 << 24
+WRITTEN_TO = ("run.dir", "data.cache_dir", "zero.offload_optimizer.nvme_path", "zero.offload_param.nvme_path")  # folders
+PATHS = (
+    *WRITTEN_TO,
+    *(f"data.{sources}[].{key}" for sources in ("sources", "eval_sources") for key in ("path", "target_path")),
+    *("data.tokenizer", "model.from_pretrained", "parallel.schedule"),
+)
 
 
 def looks_local(name: str) -> bool:
@@ -34,11 +43,37 @@ def _named_size(tokenizer: str) -> int | None:
     return int(size) if size != tokenizer and size.isascii() and size.isdecimal() else None
 
 
+def with_paths(recipe: Recipe) -> tuple[Recipe, list[Finding]]:
+    """Return the recipe with each of its paths as the operating system takes it, and what is wrong with those that are none:
+    whoever reads a path of a recipe later finds it resolved."""
+    values, findings, is_changed = recipe.model_dump(), [], False
+    for path, name in _paths(recipe):
+        key = dotted(path)
+        if fault := wrong_with(name) or _stands_in_the_way(key, name):
+            findings.append(Finding((key,), f"{key} = {shown(name)} {fault}"))
+        elif expanded(name) != name:
+            put(values, path, expanded(name))
+            is_changed = True
+    return Recipe.model_validate(values) if is_changed else recipe, findings
+
+
+def _paths(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """Every value that names a file or a folder, or may do so."""
+    for path, value in leaves(recipe.model_dump()):
+        if isinstance(value, str) and pattern(dotted(path)) in PATHS:
+            yield path, value
+
+
+def _stands_in_the_way(key: str, name: str) -> str:
+    file = occupied(expanded(name)) if key in WRITTEN_TO else ""
+    return f"is to be a folder, but {file} is a file: name another one" if file else ""
+
+
 def name_findings(recipe: Recipe) -> Iterator[Finding]:
     for group in ("sources", "eval_sources"):
         for index, source in enumerate(getattr(recipe.data, group)):
             yield from _missing(f"data.{group}[{index}].path", source.path, (STDLIB,))
-            if source.target_path is not None and not exists(source.target_path):
+            if source.target_path is not None and not wrong_with(source.target_path) and not exists(source.target_path):
                 key = f"data.{group}[{index}].target_path"
                 message = f"{key} = {json.dumps(source.target_path)} does not exist (looked from {Path.cwd()})"
                 yield Finding((key,), message)
@@ -52,7 +87,7 @@ def name_findings(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(("model.revision", "model.from_pretrained"), "model.revision needs model.from_pretrained, a hub name")
     for name in ("offload_optimizer", "offload_param"):
         path = getattr(recipe.zero, name).nvme_path
-        if path is not None and not exists(str(Path(path).absolute().parent)):
+        if path is not None and not exists(os.path.dirname(os.path.abspath(path))):
             message = (
                 f"zero.{name}.nvme_path = {json.dumps(path)}: its parent folder does not exist; mount the drive or create it"
             )
@@ -60,14 +95,11 @@ def name_findings(recipe: Recipe) -> Iterator[Finding]:
 
 
 def exists(name: str) -> bool:
-    try:
-        return Path(name).expanduser().exists()
-    except (OSError, RuntimeError):  # too long for a file system; ~ of nobody
-        return False
+    return not wrong_with(name) and os.path.exists(name)
 
 
 def _missing(key: str, name: str, words: tuple[str, ...]) -> Iterator[Finding]:
-    if name in words or exists(name):
+    if name in words or exists(name) or wrong_with(name):
         return
     said = f"{key} = {json.dumps(name)}"
     if meant := nearest(name, words, within=1):

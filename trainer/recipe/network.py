@@ -172,7 +172,7 @@ def _pretrained_config(name: str, findings: list[Finding]) -> tuple[dict[str, An
     """config.json of a folder and its family; (None, None) for a hub name."""
     if not exists(name):
         return None, None
-    folder = Path(name).expanduser()
+    folder = Path(name)
     keys = ("model.from_pretrained",)
     try:
         config = config_file.read_config(folder)
@@ -180,9 +180,9 @@ def _pretrained_config(name: str, findings: list[Finding]) -> tuple[dict[str, An
         findings.extend(Finding(keys, f"model.from_pretrained: {line}") for line in error.lines)
         return None, None
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         message = f"{folder / 'config.json'}: model_type = {shown(family)} is not a supported family; legal: "
         by_transformers = f', or model.family "{AUTO}" for any other model of transformers (data parallelism only)'
         findings.append(Finding(keys, message + ", ".join(FAMILIES) + by_transformers))
         return None, None
-    return config, str(family)
+    return config, family

@@ -13,6 +13,7 @@ from parallel.schedules import SCHEDULES, Schedule, build
 from parallel.simulator import simulate
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
+from trainer.reading import read_text, told
 from trainer.recipe.places import shown
 from trainer.sections import Finding, Parallel, Recipe
 from trainer.spelling import nearest
@@ -112,7 +113,7 @@ def _is_file(name: str) -> bool:
 
 
 def _read(name: str) -> ScheduleTable:
-    return read_csv(Path(name).expanduser())
+    return read_csv(read_text(name))
 
 
 def _unknown_name(name: str) -> Finding:
@@ -199,8 +200,8 @@ def _file_findings(recipe: Recipe) -> Iterator[Finding]:
     said = f"{KEY} = {json.dumps(recipe.parallel.schedule)}"
     try:
         table = _read(recipe.parallel.schedule)
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of nobody
-        yield Finding((KEY,), f"{said}: {getattr(error, 'strerror', error)} (looked from {Path.cwd()})")
+    except OSError as error:
+        yield Finding((KEY,), f"{said}: {told(error)} (looked from {Path.cwd()})")
     except ValueError as error:
         yield Finding((KEY,), f"{said}: {error}")
     else:

@@ -64,6 +64,18 @@ def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
         yield path, value
 
 
+def pattern(key: str) -> str:
+    """Return a dotted key with [] for each number in it: data.sources[].path."""
+    return re.sub(r"\[\d+\]", "[]", key)
+
+
+def put(value: Any, path: KeyPath, leaf: Any) -> None:
+    """Set what stands at a path."""
+    for part in path[:-1]:
+        value = value[part]
+    value[path[-1]] = leaf
+
+
 def printable(key: str) -> str:
     """A key as it is, or quoted where it holds what could be taken for something else, or steer a terminal."""
     return key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key)

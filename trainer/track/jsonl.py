@@ -10,17 +10,25 @@ and "-inf", and `read_metrics` turns them back into floats. A record holds numbe
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Annotated, Any
 
+from pydantic import Field, with_config
+from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
+
+from trainer.decoding import OPEN, decode
 from trainer.durable import write_json
 from trainer.errors import DataError
+from trainer.reading import open_regular, open_to_append, read_json, told
 from trainer.redaction import redact
+from trainer.spare import Spare
 from trainer.track.run_info import RunInfo
 
 METRICS = "metrics.jsonl"
@@ -32,6 +40,7 @@ SYNC_EVERY_S = 5.0  # a power cut loses at most this much history; a kill loses 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 Number = float | int | None
+Shown = Annotated[int, Field(ge=-(2**63), le=2**63)] | float | None  # what can be written as a number for people
 
 
 def to_json(value: Any) -> Any:
@@ -46,20 +55,24 @@ def to_json(value: Any) -> Any:
 
 
 class MetricsFile:
-    """Appends one JSON object per line. What a kill tore off at the end of the file is cut when it is opened again."""
+    """Appends one JSON object per line. What a kill tore off at the end of the file is cut when it is opened again; what a full
+    disk does not take waits in memory for room."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._spare = Spare(path, "its records wait in memory for room")
         _cut_torn_line(path)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._open()
+        self._waiting = b""
         self._synced = time.monotonic()
 
     def append(self, record: Mapping[str, Number]) -> None:
-        """One line, in the hands of the operating system when this returns."""
-        self._file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
-        self._file.flush()
-        if time.monotonic() - self._synced >= SYNC_EVERY_S:
-            self.sync()
+        """One line, in the hands of the operating system when this returns, if that takes it."""
+        self._waiting += json.dumps(to_json(record), allow_nan=False).encode() + b"\n"
+        with self._spare.written():
+            self._write()
+            if time.monotonic() - self._synced >= SYNC_EVERY_S:
+                self.sync()
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())
@@ -67,14 +80,41 @@ class MetricsFile:
 
     def rewind(self, step: int) -> None:
         """Without the records after `step`."""
-        self._file.close()
+        self.close()
         truncate_after(self.path, step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._open()
 
     def close(self) -> None:
-        if not self._file.closed:
+        """DataError when records are still waiting: they are lost."""
+        if self._file.closed:
+            return
+        try:
+            self._write()
             self.sync()
+        except OSError as error:
+            lost = self._waiting.count(b"\n")
+            raise DataError(
+                f"{self.path}: {told(error)}: its last {lost} records are lost: make room there, and start the same command "
+                "again"
+            ) from error
+        finally:
             self._file.close()
+
+    def _open(self) -> None:
+        self._file = open_to_append(self.path)
+        self._end = os.fstat(self._file.fileno()).st_size  # of the last whole line
+
+    def _write(self) -> None:
+        """Whole lines, or none: a disk may take a part before it is full."""
+        try:
+            rest = memoryview(self._waiting)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), self._end)
+            raise
+        self._end += len(self._waiting)
+        self._waiting = b""
 
 
 def read_metrics(path: Path) -> list[dict[str, Number]]:
@@ -92,7 +132,7 @@ def truncate_after(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    kept = [line for line, record in _read(path) if _step(path, record) <= step]
+    kept = [line for line, record in _read(path) if (record["step"] or 0) <= step]
     draft = path.with_name(f".{path.name}.tmp")
     with draft.open("wb") as file:
         file.writelines(kept)
@@ -104,7 +144,7 @@ def truncate_after(path: Path, step: int) -> None:
 def _read(path: Path) -> Iterator[tuple[bytes, dict[str, Number]]]:
     if not path.exists():
         return
-    with path.open("rb") as file:
+    with io.BufferedReader(_opened(path)) as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
@@ -114,47 +154,74 @@ def _read(path: Path) -> Iterator[tuple[bytes, dict[str, Number]]]:
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Number]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}:{number}: not a JSON record ({error}): delete the line, or restore the file") from error
     if not isinstance(record, dict):
         raise DataError(f"{path}:{number}: expected one JSON object, found {type(record).__name__}: delete the line")
     for name, value in record.items():
-        if isinstance(value, str):
-            if value not in _NON_FINITE:
-                raise DataError(f"{path}:{number}: {name} is {value!r}, not a number: correct or delete the line")
+        if isinstance(value, str) and value in _NON_FINITE:
             record[name] = _NON_FINITE[value]
+        elif not _is_number(value):
+            raise DataError(f"{path}:{number}: {name} is {json.dumps(value)[:60]}, no number: correct or delete the line")
+    if not (type(record.get("step")) is int and record["step"] >= 0):
+        raise DataError(f'{path}:{number}: a record without a whole number of steps under "step": delete the line')
     return record
 
 
-def _step(path: Path, record: Mapping[str, Number]) -> float:
-    step = record.get("step")
-    if step is None:
-        raise DataError(f"{path}: a record without 'step': {json.dumps(to_json(record))[:200]}: delete the line")
-    return step
+def _is_number(value: object) -> bool:
+    """Whether a report can draw it: no whole number that float64 has not."""
+    return value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _opened(path: Path) -> FileIO:
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise DataError(f"{path}: {told(error)}: restore the file, or remove it") from error
 
 
 def _cut_torn_line(path: Path) -> None:
     if not path.exists():
         return
-    with path.open("rb+") as file:
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
+    with _opened(path) as file:
+        content = file.read()
+    if (whole := content.rfind(b"\n") + 1) < len(content):
+        os.truncate(path, whole)
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
+@with_config(OPEN)
+class Summary(TypedDict, total=False):
+    """What `summary.json` says for people, as far as more is done with it than to show it."""
+
+    ended_by: str
+    devices: str
+    sample_prompt: str
+    sample: str
+    steps: Shown
+    final_loss: Shown
+    num_params: Shown
+    wall_s: Shown
+    skipped: Shown
+    bleu: Shown
+    chrf: Shown
+    eval_perplexity: Shown
+    unigram_perplexity: Shown
+
+
+def read_summary(folder: Path) -> Summary:
     """`summary.json`, {} before the run has finished. DataError when it is damaged."""
     path = folder / SUMMARY
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}): delete it; the report then does without") from error
-    return {name: _NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in summary.items()}
+    try:
+        summary = {name: _NON_FINITE.get(str(value), value) for name, value in read_json(path).items()}
+        return decode(Summary, summary)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: damaged ({told(error)}): delete it; the report then does without") from error
 
 
 class JsonlTracker:
-    """The history on disk. Its failures are ours: a full disk is reported, not swallowed."""
+    """The history on disk. A full disk is waited for, and what it did not take by the end is told, not swallowed."""
 
     def start(self, run: RunInfo) -> None:
         self._folder = run.folder
@@ -175,6 +242,8 @@ class JsonlTracker:
         self._evaluations.rewind(step)
 
     def finish(self, summary: Mapping[str, object]) -> None:
+        """DataError when records are lost, for which no disk had room to the end."""
+        with Spare(self._folder / SUMMARY, "the run's last word is missing").written():
+            write_json(self._folder / SUMMARY, redact(to_json(summary)))
         self._metrics.close()
         self._evaluations.close()
-        write_json(self._folder / SUMMARY, redact(to_json(summary)))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
+
+from trainer.reading import open_to_append
+from trainer.spare import Spare
 
 
 class RankLog:
@@ -13,7 +18,7 @@ class RankLog:
 
     def __init__(self, path: Path, rank: int) -> None:
         self.path = path
-        self._handler = logging.FileHandler(path, encoding="utf-8", delay=False)
+        self._handler = _SpareHandler(path)
         self._handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
         self._root_level = logging.root.level
         self._taken: list[tuple[logging.Logger, bool, list[logging.Handler]]] = []
@@ -57,6 +62,28 @@ class RankLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+class _SpareHandler(logging.StreamHandler[TextIO]):
+    """Records go behind what is in a file; those that a full disk does not take cost one line, where logging would write a
+    traceback for each."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.TextIOWrapper(io.BufferedWriter(open_to_append(path)), encoding="utf-8"))
+        self._spare = Spare(path, "records are missing there")
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self._spare.failed(error)
+        else:
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close the file, with what could not be written."""
+        super().close()
+        with self._spare.written():
+            self.stream.close()
 
 
 def open_rank_log(folder: Path, rank: int) -> RankLog:

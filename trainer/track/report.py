@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from trainer.errors import DataError, RecipeError
+from trainer.errors import RecipeError
 from trainer.goodput import read_starts, shares_of
 from trainer.redaction import redact
+from trainer.run_folder import Entry, Resolved, read_resolved
 from trainer.track.console import EVAL_WORDS
 from trainer.track.history import History
-from trainer.track.jsonl import EVALUATIONS, METRICS, read_metrics, read_summary
+from trainer.track.jsonl import EVALUATIONS, METRICS, Summary, read_metrics, read_summary
 from trainer.track.text import duration, percent, printable, scaled, short
 
 
@@ -53,7 +54,9 @@ def write_report(run_dir: Path) -> Path:
 
     RecipeError when the folder is missing or holds no run, DataError when its files are damaged.
     """
-    resolved = _read_resolved(run_dir)
+    if not run_dir.is_dir():
+        raise RecipeError(f"{run_dir}: no such folder: give the folder of a run (run.dir/run.name)")
+    resolved = read_resolved(run_dir / "resolved.json")
     history = History.of(read_metrics(run_dir / METRICS))
     evaluations = History.of(read_metrics(run_dir / EVALUATIONS))
     summary = read_summary(run_dir)
@@ -68,24 +71,7 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _read_resolved(run_dir: Path) -> Mapping[str, Any]:
-    if not run_dir.is_dir():
-        raise RecipeError(f"{run_dir}: no such folder: give the folder of a run (run.dir/run.name)")
-    path = run_dir / "resolved.json"
-    try:
-        resolved = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{run_dir}: not a run folder, it has no resolved.json: give run.dir/run.name") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}): restore it, for example from {run_dir / 'recipe.json'}") from error
-    if not isinstance(resolved, dict) or not isinstance(resolved.get("values"), dict):
-        raise DataError(f"{path}: no table of values in it: restore it")
-    return resolved
-
-
-def _render(
-    run_dir: Path, resolved: Mapping[str, Any], history: History, evaluations: History, summary: Mapping[str, Any]
-) -> str:
+def _render(run_dir: Path, resolved: Resolved, history: History, evaluations: History, summary: Summary) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from trainer.track.plots import figures
@@ -116,20 +102,20 @@ def _render(
     )
 
 
-def _facts(history: History, summary: Mapping[str, Any]) -> Iterator[str]:
+def _facts(history: History, summary: Summary) -> Iterator[str]:
     """What the line under the title says."""
     if summary.get("num_params"):
         yield f"{scaled(summary['num_params'])} parameters"
     if summary.get("devices"):
         yield str(summary["devices"])
     if history.has("time"):
-        yield f"last step {datetime.fromtimestamp(history['time'][-1], UTC):%Y-%m-%d %H:%M} UTC"
+        yield f"last step {_date(history['time'][-1])}"
 
 
 def _headlines(
     history: History,
     evaluations: History,
-    summary: Mapping[str, Any],
+    summary: Summary,
     value_of: Mapping[str, Any],
     shares: Mapping[str, float],
 ) -> Iterator[Headline]:
@@ -166,6 +152,14 @@ def _headlines(
         yield Headline("Skipped steps", short(skipped), "overflow or not finite", "bad" if skipped else "")
 
 
+def _date(time: float) -> str:
+    """Seconds since 1970 as a date."""
+    try:
+        return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M} UTC"
+    except (OverflowError, ValueError, OSError):  # no year that a calendar has; a clock may say anything
+        return f"at {time:g}"
+
+
 def _elsewhere(shares: Mapping[str, float]) -> str:
     """What the time that trained nothing was for: the three largest."""
     others = {kind: shares[kind] for kind in ("init", "save", "evaluation", "guard", "export", "lost", "other")}
@@ -181,7 +175,7 @@ def _wall_s(history: History) -> float | None:
     return float(history["time"][-1] - history["time"][0] + (first_step if np.isfinite(first_step) else 0.0))
 
 
-def _of_the_task(evaluations: History, summary: Mapping[str, Any]) -> Iterator[Headline]:
+def _of_the_task(evaluations: History, summary: Summary) -> Iterator[Headline]:
     """What classes, pairs and translations are judged by."""
     accuracy, majority = evaluations.last("eval_accuracy"), evaluations.last("eval_majority")
     if accuracy is not None and majority is not None:
@@ -190,7 +184,7 @@ def _of_the_task(evaluations: History, summary: Mapping[str, Any]) -> Iterator[H
     if (rewards := evaluations.last("eval_rewards/accuracies")) is not None:
         yield Headline("Reward accuracy", percent(rewards), "held-out pairs in order", "good" if rewards > 0.5 else "bad")
     if (bleu := summary.get("bleu")) is not None:
-        yield Headline("BLEU", f"{bleu:.1f}", f"chrF {summary['chrf']:.1f}" if "chrf" in summary else "")
+        yield Headline("BLEU", f"{bleu:.1f}", f"chrF {short(summary.get('chrf'))}" if "chrf" in summary else "")
 
 
 def _evaluation_columns(evaluations: History) -> dict[str, tuple[str, Callable[[float], str]]]:
@@ -212,7 +206,7 @@ def _evaluation_rows(evaluations: History) -> Iterator[list[str]]:
         yield [columns[key][1](value) if np.isfinite(value) else "–" for key, value in values.items()]
 
 
-def _settings(values: Mapping[str, Mapping[str, Any]]) -> Iterator[Setting]:
+def _settings(values: Mapping[str, Entry]) -> Iterator[Setting]:
     for key, entry in values.items():
         value = redact(entry.get("value"), key)
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -29,9 +29,13 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
+
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
 
 from trainer import sections
+from trainer.decoding import read_as
 from trainer.durable import write_json
 from trainer.redaction import redact, redact_text
 from trainer.track.run_info import RunInfo
@@ -233,12 +237,16 @@ def _pipe(end: IO[bytes] | None) -> IO[bytes]:
     return end
 
 
+class _KeptId(TypedDict):
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
+
+
 def _kept_id(folder: Path) -> str:
     """The W&B id of this run folder, made at its first start, so that a requeued run continues the same W&B run."""
     path = folder / "wandb-id.json"
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_as(_KeptId, path)["id"]
+    except (OSError, ValueError):
         made = uuid.uuid4().hex[:8]
         write_json(path, {"id": made})
         return made

@@ -11,21 +11,41 @@ for each matrix that gets their rows, in this order, the tensor that holds them 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # pydantic reads typing's own from Python 3.12 on
+)
 
+from pydantic import Field, with_config
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import TypedDict
 
+from trainer.decoding import OPEN, read_as
 from trainer.errors import DataError
 from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
+from trainer.reading import require_regular, told
 from trainer.sections import Recipe
 from trainer.tuning.targets import targeted_modules, token_rows
 
 CONFIG, WEIGHTS = "bottleneck_config.json", "bottleneck.safetensors"
+Size = Annotated[int, Field(ge=1)]
+
+
+@with_config(OPEN)
+class _Config(TypedDict):
+    """Of bottleneck_config.json what is read."""
+
+    modules: list[str]
+    bottleneck: Size
+    vocab_size: NotRequired[Size]
+    tokens: NotRequired[list[Annotated[int, Field(ge=0)]]]
+    token_rows: NotRequired[dict[str, str]]
 
 
 def bottleneck_config(recipe: Recipe, network: Network) -> dict[str, Any]:
@@ -53,27 +73,34 @@ def load_bottlenecks(model: nn.Module, folder: Path | str) -> nn.Module:
     DataError when the folder's adapters are not this model's.
     """
     folder = Path(folder)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    tensors = load_file(folder / WEIGHTS)
+    try:
+        config = read_as(_Config, folder / CONFIG)
+        require_regular(folder / WEIGHTS)
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"{folder}: its adapters cannot be read ({told(error)}): export them again") from error
+    try:
+        _put_behind(model, config, tensors)
+    except (AttributeError, KeyError, IndexError, RuntimeError) as error:  # no such module, tensor or row; another shape
+        raise DataError(f"{folder}: its adapters are not for this model ({error}): give their own") from error
+    return model
+
+
+def _put_behind(model: Any, config: _Config, tensors: dict[str, Tensor]) -> None:
     if "tokens" in config:
         _set_rows(model, config, tensors)
     for name in config["modules"]:
-        try:
-            projection = model.get_submodule(name)
-        except AttributeError as error:
-            raise DataError(f"{folder}: an adapter is for {name}, which the model does not have: give its own model") from error
+        projection = model.get_submodule(name)
         like = next(projection.parameters())
         features = tensors[f"{name}.adapter_up.bias"].numel()
         projection.adapter_down = nn.Linear(features, config["bottleneck"], dtype=like.dtype, device=like.device)
         projection.adapter_up = nn.Linear(config["bottleneck"], features, dtype=like.dtype, device=like.device)
         projection.register_forward_hook(_through_adapter)
-    unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
-    if unexpected:
-        raise DataError(f"{folder}: tensor {unexpected[0]} belongs to none of its modules: export the adapter again")
-    return model
+    if unexpected := model.load_state_dict(tensors, strict=False).unexpected_keys:
+        raise KeyError(f"tensor {unexpected[0]} belongs to none of its modules")
 
 
-def _set_rows(model: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _set_rows(model: Any, config: _Config, tensors: dict[str, Tensor]) -> None:
     """Those of new tokens, for which the model may have to grow."""
     if model.get_input_embeddings().weight.shape[0] < config["vocab_size"]:
         model.resize_token_embeddings(config["vocab_size"])

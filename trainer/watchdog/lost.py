@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from trainer.errors import EXIT_HANG, EXIT_REQUEUE, UserError
-from trainer.memory import OutOfMemory, exhausted
+from trainer.exhausted import exhausted
 from trainer.watchdog.watchdog import PeerLost, Watchdog
 
 # How gloo and NCCL say so; torch raises both as RuntimeError.
@@ -29,8 +29,8 @@ def among_ranks(watchdog: Watchdog, doing: Callable[[], str]) -> Iterator[None]:
     except Exception as error:
         if outcome := watchdog.outcome:  # the watchdog woke this rank
             raise outcome from error
-        if asked := exhausted(error):
-            raise OutOfMemory(watchdog.rank, doing(), asked) from error
+        if said := exhausted(error, f"rank {watchdog.rank}: {doing()}"):
+            raise said from error
         if not (reason := _lost_peer(error)):
             raise
         if GONE.search(reason):
@@ -46,8 +46,8 @@ def among_strangers(rank: int) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if asked := exhausted(error):
-            raise OutOfMemory(rank, "the set-up", asked) from error
+        if said := exhausted(error, f"rank {rank}: the set-up"):
+            raise said from error
         if not (reason := _lost_peer(error)):
             raise
         gone = GONE.search(reason)

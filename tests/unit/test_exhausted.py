@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -11,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from trainer.errors import RecipeError
+from trainer.exhausted import exhausted
 from trainer.launch import Place
-from trainer.memory import OutOfMemory, exhausted
 
 ROOT = str(Path(__file__).parents[2])
 GIB = 2**30
@@ -23,18 +26,52 @@ GIB = 2**30
 def test_errors_of_hosts_devices_and_python_are_told_from_others() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert exhausted(caught.value) == "1.07e+09 GiB of host memory were asked for at once"
+    assert told(caught.value).startswith(
+        "rank 3: backward: out of memory: 1.07e+09 GiB of host memory were asked for at once; "
+    )
     device = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB")
-    assert exhausted(device) == str(device)
+    assert str(device) in told(device)
     wrapped = RuntimeError("stage 0 failed")
     wrapped.__cause__ = MemoryError()
-    assert exhausted(wrapped) == "no memory was left"
-    assert exhausted(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
-    assert (
-        OutOfMemory(3, "backward of step 7", "2 GiB")
-        .lines[0]
-        .startswith("rank 3: out of memory in backward of step 7: 2 GiB; lower")
-    )
+    assert "no memory was left; lower batch.micro_sequences" in told(wrapped)
+    assert exhausted(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "backward") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (OSError(errno.ENOSPC, "", "/a/b"), 65, "/a/b: No space left on device: make room there"),
+        (OSError(errno.EDQUOT, ""), 65, "rank 3: backward: Disk quota exceeded: make room there"),
+        (OSError(errno.EMFILE, ""), 78, r"Too many open files: raise the limit \(ulimit -n\)"),
+        (PermissionError(errno.EACCES, "", "/a/b"), 78, "/a/b: Permission denied: give this user the right"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 65, "backward: No space left on device"),
+        (ImportError("libx.so: cannot open shared object file: Too many open files"), 78, "ulimit"),
+    ],
+)
+def test_what_a_machine_does_not_give_is_one_line(error: Exception, code: int, says: str) -> None:
+    said = exhausted(error, "rank 3: backward")
+    assert said is not None
+    assert (said.exit_code, len(said.lines)) == (code, 1)
+    assert re.search(says, said.lines[0])
+    wrapper = ValueError("wrapped")
+    wrapper.__cause__ = error
+    assert exhausted(wrapper, "rank 3: backward") is not None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("No space left on device"), FileNotFoundError(errno.ENOENT, "", "/a"), PermissionError(errno.EPERM, "kill")],
+)
+def test_a_fault_of_ours_stays_one(error: Exception) -> None:
+    assert exhausted(error, "backward") is None
+    error.__context__ = OSError(errno.ENOSPC, "", "/a/b")  # it came up while that was handled
+    assert exhausted(error, "backward") is None
+
+
+def told(error: Exception) -> str:
+    said = exhausted(error, "rank 3: backward")
+    assert said is not None
+    return said.lines[0]
 
 
 def test_a_model_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
@@ -54,9 +91,7 @@ def test_a_model_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 78, done.stderr
-    assert done.stderr.startswith(
-        "triaxis: error: rank 0: out of memory in building the model: 8 GiB of host memory were asked"
-    )
+    assert done.stderr.startswith("triaxis: error: rank 0: building the model: out of memory: 8 GiB of host memory were asked")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -1,0 +1,86 @@
+"""What a machine that has no more to give looks like: memory, disks, open files, rights; in one line, with the remedy.
+
+Such an error says nothing of the program, which could have done nothing else. It is told by the system's number for it, or
+where a library has only words by these; every other error is a fault of ours until somebody has looked at it. No torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+
+from trainer.errors import DataError, RecipeError, UserError
+
+# How torch's allocator of the host says so; on devices it has a class of its own.
+HOST = re.compile(r"can't allocate memory|not enough memory|cannot allocate memory", re.IGNORECASE)
+ASKED = re.compile(r"you tried to allocate (\d+) bytes")
+MORE_MEMORY = (
+    "lower batch.micro_sequences or data.seq_len, set train.recompute, raise zero.stage or offload (zero.offload_optimizer, "
+    "zero.offload_param), or divide the model over more ranks (parallel.tensor, parallel.pipeline)"
+)
+MORE_ROOM = "make room there, and start the same command again"
+# What the user must mend, by the system's number for it: 65 where it is a disk, 78 where it is how the program was started.
+OF_DISKS = {
+    errno.ENOSPC: MORE_ROOM,
+    errno.EDQUOT: MORE_ROOM,
+    errno.EFBIG: "raise the limit (ulimit -f), and start the same command again",
+    errno.EIO: "is the disk sound? Then start the same command again",
+    errno.ESTALE: "is the disk mounted? Then start the same command again",
+    errno.ENOLCK: "no lock can be made there: name a folder on a disk that has locks",
+}
+OF_LIMITS = {errno.EMFILE: "raise the limit (ulimit -n)", errno.ENFILE: "the whole machine has as many open as it can"}
+OF_RIGHTS = dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS), "give this user the right to write and read there, or name another place"
+)
+WORDS = {os.strerror(number): number for number in (*OF_DISKS, *OF_LIMITS)}
+WORD = re.compile("|".join(map(re.escape, WORDS)))
+
+
+class OutOfMemory(RecipeError):
+    """The recipe asks for more than this machine has."""
+
+
+def exhausted(error: BaseException | None, doing: str) -> UserError | None:
+    """Return what to say of an error where it, or one that it was raised from, says that the machine has no more to give; None
+    of any other. `doing`: what was being done, such as "rank 3: backward of step 7"."""
+    for cause in _causes(error, also_before=True):
+        if asked := _memory_asked(cause):
+            return OutOfMemory(f"{doing}: out of memory: {asked}; {MORE_MEMORY}")
+    # What was handled before another error came up is not why it did.
+    return next(filter(None, (_said_of_disk(cause, doing) for cause in _causes(error, also_before=False))), None)
+
+
+def _causes(error: BaseException | None, *, also_before: bool) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (error.__context__ if also_before else None)
+
+
+def _memory_asked(error: BaseException) -> str:
+    is_device = type(error).__name__ == "OutOfMemoryError"
+    if not (is_device or isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and HOST.search(str(error)))):
+        return ""
+    if asked := ASKED.search(str(error)):
+        return f"{int(asked[1]) / 2**30:.3g} GiB of host memory were asked for at once"
+    lines = str(error).strip().splitlines() or ["no memory was left"]
+    return lines[0][:300]
+
+
+def _said_of_disk(error: BaseException, doing: str) -> UserError | None:
+    number, file = _number(error), getattr(error, "filename", None)
+    if number in OF_DISKS:
+        return DataError(f"{file or doing}: {os.strerror(number)}: {OF_DISKS[number]}")
+    if number in OF_LIMITS or (file and number in OF_RIGHTS):
+        return RecipeError(f"{file or doing}: {os.strerror(number)}: {(OF_LIMITS | OF_RIGHTS)[number]}")
+    return None
+
+
+def _number(error: BaseException) -> int:
+    """Return the system's number of an error; of safetensors, torch and the dynamic loader, which have only words, by these."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    in_words = isinstance(error, ImportError | RuntimeError | OSError) or type(error).__name__ == "SafetensorError"
+    word = WORD.search(str(error)) if in_words else None
+    return WORDS[word[0]] if word else 0
