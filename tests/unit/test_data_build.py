@@ -161,11 +161,11 @@ def test_eval_sources_are_held_out_whole_and_sources_train_whole(corpus: Path, t
 
 def test_the_unigram_baseline_is_the_formula(corpus: Path, tmp_path: Path) -> None:
     found = prepared(corpus, tmp_path / "cache", eval_fraction=0.1)
-    counts = 1 + np.bincount(found.train[0].tokens, minlength=257)
+    counts = 1 + np.bincount(found.train[0].tokens[:], minlength=257)
     store = found.evaluation[0]
     stream = store.slice(0, store.num_tokens)
     targets = np.concatenate(
-        [stream[begin + 1 : end] for begin, end in zip(store.documents, store.documents[1:], strict=False)]
+        [stream[begin + 1 : end] for begin, end in zip(store.documents[:], store.documents[1:], strict=False)]
     )
     expected = np.exp(-np.log(counts / counts.sum())[targets].mean())
     perplexity = unigram_perplexity(found.train, found.evaluation, 257, seq_len=16, isolate_documents=True, sequences=10**6)

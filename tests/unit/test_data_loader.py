@@ -116,7 +116,7 @@ def test_rows_agree_with_their_definition(
     begin = min(begin, max(0, total - 2))
     store = make_store(tmp_path_factory.mktemp("s") / "s", lengths)
     row = row_at(store, begin, seq_len=seq_len, isolate_documents=True)
-    stream = store.tokens.tolist()
+    stream = store.tokens[:].tolist()
     owner = np.repeat(np.arange(len(lengths)), lengths).tolist()
     present = [at for at in range(begin, begin + seq_len) if at + 1 < total]
     assert row.tokens.tolist()[: len(present)] == [stream[at] for at in present]
@@ -159,7 +159,7 @@ def test_an_epoch_has_every_target_once_to_the_last(tmp_path: Path, size: int, i
     batches = [b for step in range(data.num_samples) for b in data.micro_batches(step, dp_rank=0, dp=1, micro_sequences=1)]
     learned = sorted(label for batch in batches for label in batch.labels_BS[batch.labels_BS != IGNORE].tolist())
     first = [] if not isolate_documents else np.cumsum([0, *lengths[:-1]]).tolist()
-    expected = [token for at, token in enumerate(store.tokens.tolist()) if at > 0 and at not in first]
+    expected = [token for at, token in enumerate(store.tokens[:].tolist()) if at > 0 and at not in first]
     assert learned == sorted(expected)
     assert all(batch.num_targets > 0 for batch in batches)
     assert all(sum(batch.documents[0]) == S for batch in batches)
@@ -211,7 +211,7 @@ def test_unigram_baseline_has_the_targets_of_the_evaluation(stores: list[TokenSt
     keys = {"seq_len": S, "isolate_documents": True, "sequences": 7}
     batches = list(EvalData(stores[1:], **keys).micro_batches(dp_rank=0, dp=1, micro_sequences=7))
     labels = batches[0].labels_BS[batches[0].labels_BS != IGNORE]
-    counts = torch.bincount(torch.from_numpy(stores[0].tokens.astype(np.int64)), minlength=1000) + 1
+    counts = torch.bincount(torch.from_numpy(stores[0].tokens[:].astype(np.int64)), minlength=1000) + 1
     expected = torch.exp(-torch.log(counts / counts.sum()).double()[labels].mean())
     assert unigram_perplexity(stores[:1], stores[1:], 1000, **keys) == pytest.approx(float(expected), rel=1e-6)
 

@@ -35,9 +35,9 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_round_trip(tmp_path: Path, vocab_size: int) -> None:
     store = TokenStore.open(write(tmp_path / "main", vocab_size=vocab_size), verify="full")
     assert store.tokens.dtype.str == token_dtype(vocab_size).str == ("<u2" if vocab_size <= 65536 else "<u4")
-    assert np.array_equal(store.tokens, TOKENS)
+    assert np.array_equal(store.tokens[:], TOKENS)
     assert (store.num_tokens, store.num_documents, store.contents.text_bytes) == (12, 4, 9)
-    assert store.documents.tolist() == [0, 3, 4, 10, 12]
+    assert store.documents[:].tolist() == [0, 3, 4, 10, 12]
     assert store.slice(3, 6).tolist() == [3, 4, 5]
     assert store.document_ends(3, 10).tolist() == [1, 7]
     assert store.document_ends(4, 9).tolist() == []

@@ -148,7 +148,7 @@ class Sweep:
     @property
     def first_document(self) -> int:
         """Of the store, the first in this rank's rows."""
-        return int(np.searchsorted(self._store.documents, self._first_row * self._seq_len))
+        return self._store.documents.searchsorted([self._first_row * self._seq_len], "left")[0]
 
     def micro_batches(self) -> Iterator[MicroBatch]:
         """As many on every rank, the last ones filled up with rows without a target."""

@@ -9,6 +9,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from trainer import sections
 from trainer.data.build import COUNTS, HELD_OUT, MAIN, build_stores
 from trainer.data.cache import Cache, Progress, was_built
@@ -25,9 +27,10 @@ from trainer.data.tasks import examples_of
 from trainer.data.texts import Texts
 from trainer.data.tokenizer import Tokenizer, bpe_size, make_tokenizer, reopen_tokenizer, train_bpe
 from trainer.data.translations import Translation
+from trainer.decoding import read_as
 from trainer.durable import write_json
 from trainer.errors import DataError, RecipeError
-from trainer.reading import read_json
+from trainer.reading import told
 
 CLASSES = "classes.json"
 BPE_TRAINING_BYTES = 256 << 20  # of text: merges hardly change beyond, and counting words takes memory
@@ -213,6 +216,10 @@ def _look(data: sections.Data, group: str, digests: Digests) -> list[Corpus]:
     ]
 
 
+class _Classes(TypedDict):
+    classes: list[str]
+
+
 def _classes(corpora: Sequence[Corpus], cache: Cache, progress: Progress) -> list[str]:
     """The names of the classes that are found in the sources, in order."""
     what = "looking for the classes"
@@ -222,9 +229,9 @@ def _classes(corpora: Sequence[Corpus], cache: Cache, progress: Progress) -> lis
 
     folder = cache.folder(fingerprint_of(["classes", [corpus.fingerprint for corpus in corpora]]), make, what=what)
     try:
-        names = in_order(class_name(str(name)) for name in read_json(folder / CLASSES)["classes"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{folder / CLASSES}: damaged: {error}; delete {folder} to look again") from None
+        names = in_order(class_name(name) for name in read_as(_Classes, folder / CLASSES)["classes"])
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / CLASSES}: damaged: {told(error)}; delete {folder} to look again") from None
     return require_classes(names, corpora[0].name)
 
 
@@ -288,11 +295,11 @@ def _open(folder: Path, corpus: Corpus, tokenizer: Tokenizer, verify: Verify) ->
 def _counts(folder: Path) -> Counter[str]:
     """What became of the rows of a source."""
     try:
-        return Counter(read_json(folder / COUNTS))
+        return Counter(read_as(dict[str, int], folder / COUNTS))
     except FileNotFoundError:  # of texts, before their rows were counted
         return Counter()
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{folder / COUNTS}: damaged: {error}; delete {folder} to tokenize again") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / COUNTS}: damaged: {told(error)}; delete {folder} to tokenize again") from None
 
 
 def _weights(sources: Sequence[sections.Source]) -> tuple[float, ...] | None:

@@ -14,19 +14,22 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
+from typing_extensions import TypedDict
 
+from trainer.data.array_file import ArrayFile, damage
 from trainer.data.examples import NO_LABEL, Examples
 from trainer.data.readers import Shard
 from trainer.data.store import token_dtype
 from trainer.data.texts import Texts
 from trainer.data.tokenizer import Tokenizer
+from trainer.decoding import read_as
 from trainer.durable import appearing_folder, private_file, write_json
-from trainer.errors import DataError
-from trainer.reading import open_regular, read_json
+from trainer.reading import open_regular, told
 
 # Tokens with those around a text, the hash that decides whether the document is held out, its length in UTF-8 (of an example's
 # documents the first has that of all), its label.
@@ -66,38 +69,34 @@ def _write(folder: Path, names: tuple[str, ...], batches: Iterator[Batch]) -> No
         write_json(staging / "shard.json", {"sha256": sha256, "counts": counts})
 
 
+class _Stated(TypedDict):
+    sha256: dict[Literal["tokens.bin", "documents.bin", "targets.bin"], str]
+    counts: dict[str, Annotated[int, Field(ge=0)]]
+
+
 @dataclass(frozen=True)
 class TokenizedShard:
     """A shard read back: tokens [tokens], records of DOCUMENT [documents], of examples targets [tokens]."""
 
-    tokens: npt.NDArray[Any]
+    tokens: ArrayFile
     documents: npt.NDArray[Any]
-    targets: npt.NDArray[Any] | None
+    targets: ArrayFile | None
     counts: Counter[str]
 
     @classmethod
     def open(cls, folder: Path, vocab_size: int) -> TokenizedShard:
-        """Memory-map the shard; DataError when it is not what its worker wrote."""
+        """Open the shard; DataError when it is not what its worker wrote."""
         try:
-            stated = read_json(folder / "shard.json")
+            stated = read_as(_Stated, folder / "shard.json")
             for name, digest in stated["sha256"].items():
                 with open_regular(folder / name) as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                         raise ValueError(f"the SHA-256 of {name} does not match")
-            targets = _mapped(folder / "targets.bin", np.dtype("u1")) if "targets.bin" in stated["sha256"] else None
-            tokens, documents = (
-                _mapped(folder / "tokens.bin", token_dtype(vocab_size)),
-                _mapped(folder / "documents.bin", DOCUMENT),
-            )
-            return cls(tokens, documents, targets, Counter(stated["counts"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder}: damaged: {error}; delete {folder.parent.parent} to tokenize again") from None
-
-
-def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    if not path.stat().st_size:  # which the system refuses to map
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype, mode="r")
+            targets = ArrayFile(folder / "targets.bin", np.dtype("u1")) if "targets.bin" in stated["sha256"] else None
+            tokens = ArrayFile(folder / "tokens.bin", token_dtype(vocab_size))
+            return cls(tokens, ArrayFile(folder / "documents.bin", DOCUMENT)[:], targets, Counter(stated["counts"]))
+        except (OSError, ValueError) as error:
+            raise damage(folder, f"damaged: {told(error)}") from None
 
 
 def _encoded_texts(shard: Shard, tokenizer: Tokenizer, written: Texts) -> Iterator[Batch]:

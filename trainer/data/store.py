@@ -16,14 +16,17 @@ from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal, NotRequired
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
+from trainer.data.array_file import ArrayFile, damage
+from trainer.decoding import CLOSED, decode
 from trainer.durable import make_private, private_file, sync_folder, write_json
-from trainer.errors import DataError
-from trainer.reading import open_regular, read_json, require_regular
+from trainer.reading import open_regular, read_json, require_regular, told
 
 FORMAT = "triaxis-tokens"
 VERSION = 3
@@ -38,15 +41,18 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
+Count = Annotated[int, Field(ge=0, lt=2**62, strict=True)]
+
+
 @dataclass(frozen=True)
 class Contents:
     """What a store says of itself."""
 
-    vocab_size: int
-    end_of_document: int
+    vocab_size: Count
+    end_of_document: Count
     tokenizer: str  # fingerprint
     source: str  # fingerprint
-    text_bytes: int = 0  # UTF-8 length of the documents [bytes]
+    text_bytes: Count = 0  # UTF-8 length of the documents [bytes]
 
 
 @dataclass(frozen=True)
@@ -57,28 +63,48 @@ class Packing:
     such token follows the last row, so that every token of a row has a next one.
     """
 
-    row_tokens: int
-    parts: int
-    examples: int
-    targets: int
-    filler: int  # tokens
+    row_tokens: Annotated[int, Field(ge=1, strict=True)]
+    parts: Annotated[int, Field(ge=1, strict=True)]
+    examples: Count
+    targets: Count
+    filler: Count  # tokens
+
+
+class _Blocks(TypedDict):
+    bytes: Count
+    blocks: list[str]
+
+
+@with_config(CLOSED)
+class _Header(TypedDict):
+    """Of a store; `sha256`: of the rest."""
+
+    format: Literal["triaxis-tokens"]
+    version: Literal[3]
+    dtype: Literal["<u2", "<u4"]
+    tokens: Count
+    documents: Count
+    contents: Contents
+    files: dict[Literal["tokens.bin", "documents.bin", "targets.bin", "labels.bin"], _Blocks]
+    packing: NotRequired[Packing]
+    sha256: str
 
 
 class TokenStore:
-    """One memory-mapped store, read only. Opening costs the header; pages come as they are touched."""
+    """One store, read only. Opening costs the header; the rest comes as it is asked for."""
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: _Header) -> None:
         self.path = path
         self.num_tokens: int = header["tokens"]
         self.num_documents: int = header["documents"]
-        self.contents = Contents(**header["contents"])
+        self.contents = header["contents"]
         self.fingerprint: str = header["sha256"][:32]
-        self.tokens = np.memmap(path / "tokens.bin", dtype=np.dtype(header["dtype"]), mode="r")
-        self.documents = np.memmap(path / "documents.bin", dtype="<i8", mode="r")
-        self.packing = Packing(**header["packing"]) if "packing" in header else None
-        self._targets = np.memmap(path / "targets.bin", dtype="u1", mode="r") if self.packing else None
+        self.tokens = ArrayFile(path / "tokens.bin", np.dtype(header["dtype"]))
+        self.documents = ArrayFile(path / "documents.bin", np.dtype("<i8"))
+        self.packing = header.get("packing")
+        self._targets = ArrayFile(path / "targets.bin", np.dtype("u1")) if self.packing else None
         self._reference: npt.NDArray[np.float64] | None = None
-        self._labels = np.memmap(path / "labels.bin", dtype="<i4", mode="r") if "labels.bin" in header["files"] else None
+        self._labels = ArrayFile(path / "labels.bin", np.dtype("<i4")) if "labels.bin" in header["files"] else None
 
     @classmethod
     def open(cls, path: Path, *, verify: Verify = "header") -> TokenStore:
@@ -117,7 +143,7 @@ class TokenStore:
     def labels(self, begin: int, end: int) -> npt.NDArray[np.int64]:
         """The classes of the documents that begin in [begin, end), -1 for none, int64 [documents beginning]."""
         assert self._labels is not None
-        first, last = np.searchsorted(self.documents, [begin, end], side="left")
+        first, last = self.documents.searchsorted([begin, end], "left")
         return self._labels[first:last].astype(np.int64)
 
     def with_reference(self, log_probs: npt.NDArray[np.float64]) -> TokenStore:
@@ -131,18 +157,17 @@ class TokenStore:
         """Of the documents that begin in [begin, end), float64 [documents beginning]; None where nothing was given."""
         if self._reference is None:
             return None
-        first, last = np.searchsorted(self.documents, [begin, end], side="left")
+        first, last = self.documents.searchsorted([begin, end], "left")
         return self._reference[first:last]
 
     def document_ends(self, begin: int, end: int) -> npt.NDArray[np.int64]:
         """Where documents end in (begin, end], counted from `begin`, one past their last token; int64 [documents ending]."""
-        first, last = np.searchsorted(self.documents, [begin, end], side="right")
+        first, last = self.documents.searchsorted([begin, end], "right")
         return self.documents[first:last] - begin
 
     def chunks(self, size_tokens: int = 1 << 22) -> Iterator[npt.NDArray[Any]]:
         """All tokens in order, a few MiB at a time."""
-        for begin in range(0, self.num_tokens, size_tokens):
-            yield self.tokens[begin : begin + size_tokens]
+        yield from _chunks(self.tokens, size_tokens)
 
     def target_chunks(self, size_tokens: int = 1 << 22) -> Iterator[npt.NDArray[Any]]:
         """All tokens that are to be predicted, in order."""
@@ -154,14 +179,19 @@ class TokenStore:
     def _check_values(self) -> None:
         largest = max(int(chunk.max()) for chunk in self.chunks())
         if largest >= self.contents.vocab_size:
-            raise _damage(
+            raise damage(
                 self.path / "tokens.bin", f"holds token {largest}, beyond the vocabulary of {self.contents.vocab_size}"
             )
-        if self._targets is not None and int(self._targets.max()) > 1:
-            raise _damage(self.path / "targets.bin", "holds something else than 0 and 1")
-        begins = self.documents
+        if self._targets is not None and any(int(chunk.max()) > 1 for chunk in _chunks(self._targets)):
+            raise damage(self.path / "targets.bin", "holds something else than 0 and 1")
+        begins = self.documents[:]
         if begins[0] != 0 or begins[-1] != self.num_tokens or bool(np.any(begins[1:] <= begins[:-1])):
-            raise _damage(self.path / "documents.bin", f"does not divide {self.num_tokens} tokens into documents")
+            raise damage(self.path / "documents.bin", f"does not divide {self.num_tokens} tokens into documents")
+
+
+def _chunks(array: ArrayFile, size: int = 1 << 22) -> Iterator[npt.NDArray[Any]]:
+    for begin in range(0, len(array), size):
+        yield array[begin : begin + size]
 
 
 class StoreWriter:
@@ -264,38 +294,48 @@ def _bytes_of(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> memoryview:
     return np.ascontiguousarray(values, dtype).view(np.uint8).data
 
 
-def _damage(path: Path, fault: str) -> DataError:
-    return DataError(f"{path}: {fault}; delete {path.parent.parent} to tokenize again")
-
-
 def _header_hash(header: dict[str, Any]) -> str:
     canonical = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def _read_header(path: Path) -> _Header:
     header_path = path / "header.json"
     try:
         header = read_json(header_path)
-        stated = header.pop("sha256", None)
         if header.get("format") != FORMAT or header.get("version") != VERSION:
             raise ValueError(f"format {header.get('format')!r} version {header.get('version')!r}, not {FORMAT!r} {VERSION}")
-        if stated != _header_hash(header):
+        if header.get("sha256") != _header_hash({key: value for key, value in header.items() if key != "sha256"}):
             raise ValueError("its own SHA-256 does not match")
+        typed = decode(_Header, header)
+        _require_sizes(typed)
     except (OSError, ValueError) as error:
-        raise _damage(header_path, f"damaged header: {error}") from None
-    return header | {"sha256": stated}
+        raise damage(header_path, f"damaged header: {told(error)}") from None
+    return typed
 
 
-def _check_sizes(path: Path, header: dict[str, Any]) -> None:
+def _require_sizes(header: _Header) -> None:
+    """ValueError unless the files are as large as their counts make them."""
+    tokens, documents = header["tokens"], header["documents"]
+    sizes = {"tokens.bin": tokens * np.dtype(header["dtype"]).itemsize, "documents.bin": (documents + 1) * 8}
+    sizes |= {"targets.bin": tokens} if "packing" in header else {}
+    sizes |= {"labels.bin": documents * 4} if "labels.bin" in header["files"] else {}
+    if sizes != {name: file["bytes"] for name, file in header["files"].items()} or not 0 < documents <= tokens:
+        raise ValueError(f"its files do not fit its {tokens} tokens and {documents} documents")
+    for name, file in header["files"].items():
+        if len(file["blocks"]) != -(-file["bytes"] // BLOCK_BYTES):
+            raise ValueError(f"{len(file['blocks'])} checksums for the {file['bytes']} bytes of {name}")
+
+
+def _check_sizes(path: Path, header: _Header) -> None:
     for name, file in header["files"].items():
         try:
             require_regular(path / name)
             size = (path / name).stat().st_size
         except OSError as error:
-            raise _damage(path / name, f"cannot be read: {error.strerror}") from None
+            raise damage(path / name, f"cannot be read: {error.strerror}") from None
         if size != file["bytes"]:
-            raise _damage(path / name, f"{size} bytes, {file['bytes']} were written")
+            raise damage(path / name, f"{size} bytes, {file['bytes']} were written")
 
 
 def _check_blocks(path: Path, hashes: list[str], blocks: range) -> None:
@@ -304,6 +344,6 @@ def _check_blocks(path: Path, hashes: list[str], blocks: range) -> None:
             for block in blocks:
                 file.seek(block * BLOCK_BYTES)
                 if hashlib.sha256(file.read(BLOCK_BYTES)).hexdigest() != hashes[block]:
-                    raise _damage(path, f"block {block} (16 MiB each, of {len(hashes)}) is damaged: SHA-256 does not match")
+                    raise damage(path, f"block {block} (16 MiB each, of {len(hashes)}) is damaged: SHA-256 does not match")
     except OSError as error:
-        raise _damage(path, f"cannot be read: {error.strerror}") from None
+        raise damage(path, f"cannot be read: {error.strerror}") from None
