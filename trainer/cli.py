@@ -15,6 +15,7 @@ from typing import NoReturn
 from trainer.commands import COMMANDS
 from trainer.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_INTERRUPTED, RecipeError, UserError
 from trainer.exhausted import exhausted
+from trainer.lifecycle import Interrupted
 from trainer.outputs import standard_outputs
 from trainer.redaction import RedactedRecord, redact_text
 
@@ -38,7 +39,7 @@ def _run(words: Sequence[str]) -> int:
         arguments = _parse(words)
         doing = arguments.command
         return COMMANDS[doing].run(arguments)
-    except UserError as error:
+    except (UserError, Interrupted) as error:
         return _told(error)
     except KeyboardInterrupt:
         sys.stderr.write("triaxis: interrupted\n")
@@ -50,7 +51,7 @@ def _run(words: Sequence[str]) -> int:
         return EXIT_INTERNAL
 
 
-def _told(error: UserError) -> int:
+def _told(error: UserError | Interrupted) -> int:
     for line in error.lines:
         _say(line)
     return error.exit_code

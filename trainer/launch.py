@@ -21,7 +21,6 @@ from torch.distributed.distributed_c10d import PrefixStore
 from trainer.binding import bind
 from trainer.errors import RecipeError, UserError
 from trainer.exhausted import exhausted
-from trainer.lifecycle import Interrupted
 from trainer.meeting import meet
 from trainer.processes import Process
 from trainer.slurm_environment import Seat, check_launcher_in_step, in_a_step, seat_of_srun_or_mpirun
@@ -223,13 +222,12 @@ def together(doing: Callable[[], str] = lambda: "the set-up") -> Iterator[None]:
 
     A UserError on any rank ends the part everywhere: on the first such rank with its message, elsewhere with `PeerFailed`,
     so it is said once. Without this the others would wait in their next collective until its timeout. A machine that has no
-    more to give ends it alike; `doing` says in what.
+    more to give ends it alike; `doing` says in what. A signal does not wait for what the others are at: they notice that this
+    rank is gone.
     """
     failure: UserError | None = None
     try:
         yield
-    except Interrupted:  # a signal does not wait for what the others are at; they notice that this rank is gone
-        raise
     except UserError as error:
         failure = error
     except Exception as error:

@@ -12,7 +12,7 @@ import signal
 from types import FrameType
 from typing import Protocol
 
-from trainer.errors import EXIT_REQUEUE, UserError
+from trainer.errors import EXIT_REQUEUE
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 WANTED, LOST = 1001, 1002  # no signals: a later start of this SLURM job waits for the run folder, or has it already
@@ -25,14 +25,16 @@ class Ranks(Protocol):
     def largest(self, value: int) -> int: ...
 
 
-class Interrupted(UserError):
-    """A signal came before the first step."""
+class Interrupted(KeyboardInterrupt):
+    """A signal came before the first step. No `Exception`: a library that turns whatever it meets into an error of its own must
+    not turn this."""
 
     exit_code = EXIT_REQUEUE
 
     def __init__(self, name: str, doing: str = "before the first step") -> None:
-        super().__init__(f"{name}: ended {doing}; start the run again")
         self.name = name
+        self.lines = [f"{name}: ended {doing}; start the run again"]
+        super().__init__(*self.lines)
 
 
 class StopRequest:

@@ -44,7 +44,7 @@ from trainer.model.network import CONFIG, Network
 from trainer.model.translation import classes_of
 from trainer.recipe import ResolvedRecipe, load_given
 from trainer.recipe.auto import AUTO
-from trainer.recipe.earlier import in_todays_keys
+from trainer.recipe.earlier import recipe_of
 from trainer.sections import Guard, Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.tuning.adapt import quantizing
@@ -80,7 +80,7 @@ class Weights:
 
     def given(self, *, files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A recipe of this model; `files`: what it is evaluated on, in place of what it was trained on."""
-        saved = in_todays_keys(self.manifest.recipe) if self.manifest else {}
+        saved = recipe_of(self.folder, self.manifest.recipe).model_dump() if self.manifest else {}
         kept = {section: dict(saved.get(section, {})) for section in KEPT}
         model, data = kept["model"], kept["data"]
         if self.manifest and model.get("family") == AUTO:

@@ -20,7 +20,7 @@ from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import read_config
 from trainer.model.names import WEIGHT_NAMES
 from trainer.model.translation import translate
-from trainer.recipe.earlier import in_todays_keys
+from trainer.recipe.earlier import recipe_of
 from trainer.sections import Recipe
 from trainer.tuning.adapter_folder import AdapterFormat
 from trainer.tuning.merge import merge as merged_weight
@@ -44,7 +44,7 @@ class Tuned:
         """None where only the model's own weights were trained, all of them or the biases."""
         if not any(is_added(name) for name in manifest.tensors):
             return None
-        recipe, folder = Recipe.model_validate(in_todays_keys(manifest.recipe)), checkpoint / HUGGING_FACE
+        recipe, folder = recipe_of(checkpoint, manifest.recipe), checkpoint / HUGGING_FACE
         network = translate(str(recipe.model.family), read_config(folder))
         if tokens := recipe.data.new_tokens:
             network = replace(network, new_tokens=tuple(sorted(reopen_tokenizer(folder).ids_of(tokens).values())))

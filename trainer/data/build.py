@@ -105,7 +105,9 @@ def _lay_out(folder: Path, corpus: Corpus, tokenizer: Tokenizer, examples: Examp
     documents = np.concatenate([shard.documents for shard in shards])
     counts = sum((shard.counts for shard in shards), Counter())
     if not len(documents):
-        nothing = examples.nothing(counts) if examples else "its documents are empty; correct the path or the field"
+        nothing = "its documents are empty; correct the path or the field"
+        if examples:
+            nothing = examples.nothing(counts) if counts["read"] else "it has no rows; correct the path, or fill it"
         raise DataError(f"{corpus.where}: {corpus.name!r} holds nothing to learn: {nothing}")
     each = examples.layout.documents_each if examples else 1
     held_out = np.repeat(choose_held_out(documents["hash"][::each], held_out_fraction), each)

@@ -20,6 +20,7 @@ from typing_extensions import TypedDict  # pydantic reads typing's own from Pyth
 from trainer.decoding import read_as
 from trainer.durable import make_private, sync_folder, write_json
 from trainer.errors import EXIT_RECIPE, DataError, RecipeError, UserError
+from trainer.lifecycle import Interrupted
 from trainer.locks import Lock
 from trainer.reading import told
 from trainer.redaction import redact
@@ -96,8 +97,9 @@ class Cache:
     def _leave_word(self, failure: BaseException | None) -> None:
         if not self._build:
             return
-        lines = failure.lines if isinstance(failure, UserError) else [f"{type(failure).__name__}: {failure}"]
-        exit_code = failure.exit_code if isinstance(failure, UserError) else UserError.exit_code
+        lines, exit_code = [f"{type(failure).__name__}: {failure}"], UserError.exit_code
+        if isinstance(failure, UserError | Interrupted):
+            lines, exit_code = failure.lines, failure.exit_code
         with suppress(OSError):  # a full disk has no room for word either; the launcher ends those who wait
             write_json(self._outcome, {"failed": redact(lines) if failure else [], "exit_code": exit_code})
 

@@ -10,9 +10,10 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, BinaryIO
+from typing import IO, Any, AnyStr, BinaryIO
 
 from trainer.data.digests import unreadable
+from trainer.data.fault import Fault
 from trainer.errors import DataError, RecipeError
 from trainer.reading import open_regular
 
@@ -20,6 +21,9 @@ GZIP, ZSTD = ".gz", ".zst"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CHUNK_BYTES = 1 << 17
 LOOKED_AT = 4096  # bytes that tell an encoding
+# Of one document and one row: a few bytes in a compressed file may claim any length, and tokens take ten times as much memory.
+LARGEST_TEXT = 1 << 30  # bytes
+LONGEST_ROW = 256 << 20  # bytes, or characters
 # How files of other kinds begin, and the remedy.
 OTHER_KINDS = (
     (b"\x1f\x8b", f"it is a gzip file: let its name end in {GZIP}"),
@@ -120,15 +124,23 @@ class _Unzstd(io.RawIOBase):
 
 
 def content_of(path: str) -> bytes:
-    """All bytes in a file."""
-    if packing_of(path):
-        with unpacked(path) as file:
-            return file.read()
-    try:
-        with open_regular(path) as file:
-            return file.read()
-    except OSError as error:
-        raise unreadable(path, error) from None
+    """All bytes in a file; DataError where it cannot be read, or they are too many for one text."""
+    with unpacked(path) as file:
+        content = file.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise DataError(
+            f"{path}: more than {LARGEST_TEXT >> 30} GiB in one text, which would be one document: divide it into several "
+            "files, or write it as .jsonl, a document to a line"
+        )
+    return content
+
+
+def lines_of(file: IO[AnyStr]) -> Iterator[AnyStr]:
+    """The lines of a file, none of them longer than a row may be: Fault."""
+    while line := file.readline(LONGEST_ROW + 1):
+        if len(line) > LONGEST_ROW:
+            raise Fault(f"a line of more than {LONGEST_ROW >> 20} MiB; is it one row? Divide or remove it")
+        yield line
 
 
 def decoded(content: bytes, path: str, encoding: str = "utf-8-sig") -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.fault import Fault
-from trainer.data.files import BYTE_ORDER_MARK, is_wide, unpacked, unpacked_name
+from trainer.data.files import BYTE_ORDER_MARK, LONGEST_ROW, is_wide, unpacked, unpacked_name
 from trainer.data.row_files import delimited_values, delimiter_of, json_rows, names_of_columns
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -123,7 +123,7 @@ def _first_row(path: str) -> _First:
             if isinstance(first.row, Mapping) and not first.in_list:
                 return _First(first.row, in_lines=True)
         first = _first_of(text)
-        if first.row is not UNREADABLE or len(content) < size:
+        if first.row is not UNREADABLE or len(content) < size or size >= LONGEST_ROW:
             return first
         size *= 4
 

@@ -146,6 +146,8 @@ class Labelled(Examples):
 
 def require_classes(names: list[str], where: str) -> list[str]:
     """DataError where they cannot be told apart, or are no classes at all."""
+    if not names:
+        raise DataError(f"{where}: it has no rows, so that no class is known; correct the path, or fill it")
     if len(names) < 2:
         raise DataError(f"{where}: its only label is {names[0]!r}: there is nothing to tell apart; add rows of another class")
     if len(names) > MAX_CLASSES:

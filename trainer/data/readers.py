@@ -18,11 +18,14 @@ from trainer.data.digests import Stamp, unreadable
 from trainer.data.fault import Fault, first_line, kind_of, require_characters
 from trainer.data.files import (
     BYTE_ORDER_MARK,
+    CHUNK_BYTES,
+    LONGEST_ROW,
     LOOKED_AT,
     content_of,
     decoded,
     foreign,
     is_wide,
+    lines_of,
     opened,
     packing_of,
     unpacked,
@@ -164,10 +167,12 @@ def _read_jsonl_range(shard: Shard, path: str, of_row: OfRow) -> Iterator[Any]:
     try:
         with opened(path) as lines:
             offset = _seek_line(lines, shard.begin)
-            while offset < shard.end and (line := lines.readline()):
+            for line in lines_of(lines) if offset < shard.end else ():
                 if (content := line if offset else line.removeprefix(BYTE_ORDER_MARK)).strip():
                     yield of_row(_value_of_line(content))
                 offset += len(line)
+                if offset >= shard.end:
+                    return
     except Fault as fault:
         raise DataError(f"{path}:{_line_number(path, offset)}: {fault}") from None
     except OSError as error:
@@ -178,20 +183,29 @@ def _seek_line(lines: io.BufferedReader, begin: int) -> int:
     """Stand at the first line that begins at or after `begin`; returns where that is."""
     if begin:
         lines.seek(begin - 1)
-        lines.readline()
+        while (part := lines.readline(CHUNK_BYTES)) and not part.endswith(b"\n"):
+            pass
     return lines.tell()
 
 
 def _line_number(path: str, offset: int) -> int:
+    number = 1
     with opened(path) as file:
-        return file.read(offset).count(b"\n") + 1
+        while chunk := file.read(min(CHUNK_BYTES, offset)):
+            number += chunk.count(b"\n")
+            offset -= len(chunk)
+    return number
 
 
 def _read_packed_jsonl(path: str, of_row: OfRow) -> Iterator[Any]:
     number = 0
     try:
-        with unpacked(path) as lines:
-            for number, line in enumerate(lines, start=1):
+        with unpacked(path) as file:
+            lines = lines_of(file)
+            while True:
+                number += 1
+                if (line := next(lines, None)) is None:
+                    return
                 if (content := line if number > 1 else line.removeprefix(BYTE_ORDER_MARK)).strip():
                     yield of_row(_value_of_line(content))
     except Fault as fault:
@@ -241,13 +255,13 @@ def _read_table(shard: Shard, of_row: OfRow) -> Iterator[Any]:
 
 def _read_delimited(shard: Shard, of_row: OfRow) -> Iterator[Any]:
     path = shard.files[0].path
-    limit = csv.field_size_limit(1 << 30)  # a document may be longer than csv's 128 KiB
+    limit = csv.field_size_limit(LONGEST_ROW)  # a document may be longer than csv's 128 KiB
     line = 0
     try:
         with unpacked(path) as content, io.TextIOWrapper(content, "utf-8-sig", newline="") as file:
             if is_wide(beginning := content.peek(LOOKED_AT)[:LOOKED_AT]):
                 raise Fault(foreign(beginning))
-            rows = delimited_values(unpacked_name(path), file, shard.delimiter)
+            rows = delimited_values(unpacked_name(path), lines_of(file), shard.delimiter)
             line = 1
             names = list(shard.columns) or names_of_columns(next(rows, []))
             while True:

@@ -75,6 +75,8 @@ def _found(source: sections.Source, where: str, digests: Digests, *, in_rows: bo
         return _corpus_of_files(source, where, path.absolute().parent, [path.absolute()], digests, in_rows=in_rows, alone=True)
     if path.is_dir():
         return _corpus_of_folder(source, where, path.absolute(), digests, in_rows=in_rows)
+    if path.exists():
+        raise RecipeError(f"{where}.path: {source.path!r} is neither a file nor a folder (a pipe, a device): give one")
     if _looks_local(source.path):
         raise RecipeError(f"{where}.path: no such file or folder: {source.path!r} (from {Path.cwd()}); correct the path")
     if not HUB_NAME.match(source.path):

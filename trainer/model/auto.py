@@ -26,12 +26,12 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from parallel.params import Role
 from parallel.rng import derive_seed
 from trainer.data.tokenizer import Tokenizer
-from trainer.errors import DataError, RecipeError
+from trainer.errors import DataError, RecipeError, UserError
 from trainer.locks import Lock
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.auto_stage import Contents, contents_of
 from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
-from trainer.recipe.auto import folder_findings, size_findings
+from trainer.recipe.auto import folder_findings, layer_findings, size_findings
 from trainer.recipe.new_tokens import require_rows
 from trainer.sections import Finding, Recipe
 from trainer.spelling import nearest
@@ -192,7 +192,7 @@ class _Maker:
                 stack.enter_context(Lock(Path(HF_MODULES_CACHE) / "triaxis.lock").held())
             try:
                 yield
-            except (RecipeError, DataError):
+            except UserError:
                 raise
             except Exception as error:  # config classes, model classes and a folder's own code raise kinds of their own
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -266,6 +266,7 @@ def _text_config(config: Any) -> Any:
 
 
 def _config_findings(recipe: Recipe, config: Any, tokenizer: Tokenizer) -> Iterator[Finding]:
+    yield from layer_findings(config.to_dict())
     text = _text_config(config)
     if not isinstance(getattr(text, "vocab_size", None), int):
         yield Finding((), f"{type(config).__name__} has no vocab_size: not a model of tokens")

@@ -25,6 +25,9 @@ TRUST = "model.trust_remote_code"
 # Rates of dropout, by the words in Hugging Face's names: of all keys only these change neither shapes nor what the loaded
 # weights compute.
 DROPOUT = ("dropout", "pdrop")
+# How configs call the number of their blocks: num_hidden_layers, n_layer, num_layers, encoder_layers, num_blocks, depth.
+LAYERS = re.compile(r"(layers?|blocks?|depth)$")
+MOST_LAYERS = 4096  # as in the families that are our own
 
 
 def auto_findings(recipe: Recipe) -> Iterator[Finding]:
@@ -78,6 +81,7 @@ def read_auto(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
         except (RecipeError, DataError) as error:
             return None, [Finding(("model.from_pretrained",), f"model.from_pretrained: {line}") for line in error.lines]
         findings += folder_findings(recipe, config)
+    findings += layer_findings({**config, **model.config})
     vocab_size, positions = config.get("vocab_size"), config.get("max_position_embeddings")
     findings += size_findings(recipe, vocab_size, positions, tokenizer_vocab_size(recipe.data))
     return (None if findings else {**config, **model.config}), findings
@@ -125,6 +129,18 @@ def size_findings(recipe: Recipe, vocab_size: object, max_positions: object, tok
             f"the model's max_position_embeddings = {max_positions} is less than data.seq_len = {recipe.data.seq_len}; "
             f"legal: data.seq_len of at most {max_positions}",
         )
+
+
+def layer_findings(config: Mapping[str, Any], below: str = "") -> Iterator[Finding]:
+    """Where a model would be built block by block for days; `below`: of which part of a config, such as "text_config."."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from layer_findings(value, f"{below}{key}.")
+        elif LAYERS.search(key) and isinstance(value, int) and value > MOST_LAYERS:
+            yield Finding(
+                (f"model.config.{key}", "model.config", "model.from_pretrained"),
+                f"the model's {below}{printable(key)} = {value}: legal are up to {MOST_LAYERS}",
+            )
 
 
 def _from_scratch_findings(config: Mapping[str, Any]) -> Iterator[Finding]:

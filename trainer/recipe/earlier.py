@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from trainer.errors import DataError, RecipeError
 from trainer.recipe.door import ResolvedRecipe
-from trainer.recipe.places import dotted, leaves, pattern, put
+from trainer.recipe.places import dotted, leaves, pattern, put, shown
 from trainer.run_folder import read_resolved
 from trainer.sections import Recipe
 
@@ -58,11 +58,7 @@ def as_begun(resolved: ResolvedRecipe, rules: Mapping[str, Any], where: str) -> 
         return resolved, []
     for path, value in changed.items():
         put(values, path, value)
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        detail = error.errors(include_url=False)[0]
-        raise DataError(f"{where}: damaged: {dotted(tuple(detail['loc']))} = {detail['input']!r}: {detail['msg']}") from None
+    recipe = _valid(values, where)
     origins = resolved.origins | {dotted(path): ORIGIN for path in changed}
     said = {pattern(dotted(path)): json.dumps(value) for path, value in changed.items()}
     kept = ", ".join(f"{key} = {value}" for key, value in said.items())
@@ -84,6 +80,23 @@ def in_todays_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
                 source["field"] = None
     data |= {key.removeprefix("data."): value for key, value in lacking.items()}
     return found
+
+
+def recipe_of(checkpoint: Path, recipe: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a checkpoint's manifest, by today's keys; DataError where it is none."""
+    try:
+        return _valid(in_todays_keys(recipe), f"{checkpoint / 'manifest.json'}")
+    except (AttributeError, TypeError):  # a section that is no object
+        raise DataError(f"{checkpoint / 'manifest.json'}: damaged: its recipe is none") from None
+
+
+def _valid(values: Mapping[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        value = shown(detail["input"])
+        raise DataError(f"{where}: damaged: {dotted(tuple(detail['loc']))} = {value}: {detail['msg']}") from None
 
 
 def _lacking(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from trainer.recipe.json_reader import JSONSyntaxError, Reader
 from trainer.recipe.places import KeyPath, Mark, Problem, dotted, kind, shown
 from trainer.sections import Recipe
 
+MAX_CHAIN = 32  # files; nobody could say where a value comes from
+
 
 @dataclass
 class Layer:
@@ -80,6 +82,8 @@ class Layer:
 
 def read_chain(path: Path, below: list[Path]) -> Layer:
     """The file over the files that it extends; `below` are the files that led here."""
+    if len(below) > MAX_CHAIN:
+        raise RecipeError(f"{below[0]}: more than {MAX_CHAIN} files that extend one another: put some together")
     if any(_same_file(path, other) for other in below):
         raise RecipeError(f"{below[-1]}: extends makes a circle: {' → '.join(map(str, [*below, path]))}")
     layer = read_file(path, below)
