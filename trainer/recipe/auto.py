@@ -136,7 +136,7 @@ def layer_findings(config: Mapping[str, Any], below: str = "") -> Iterator[Findi
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from layer_findings(value, f"{below}{key}.")
-        elif LAYERS.search(key) and isinstance(value, int) and value > MOST_LAYERS:
+        elif isinstance(key, str) and LAYERS.search(key) and isinstance(value, int) and value > MOST_LAYERS:
             yield Finding(
                 (f"model.config.{key}", "model.config", "model.from_pretrained"),
                 f"the model's {below}{printable(key)} = {value}: legal are up to {MOST_LAYERS}",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import RecipeError
+from trainer.paths import expanded, wrong_with
 from trainer.reading import RECIPE_BYTES, read_bytes, told
 from trainer.recipe.json_reader import JSONSyntaxError, Reader
 from trainer.recipe.places import KeyPath, Mark, Problem, dotted, kind, shown
@@ -93,7 +94,9 @@ def read_chain(path: Path, below: list[Path]) -> Layer:
     mark = layer.marks.pop(("extends",))
     if not isinstance(parent, str) or not parent:
         raise RecipeError(f"{mark}: extends = {shown(parent)}: must be the name of one recipe file, a string")
-    base = read_chain(Path(os.path.normpath(path.parent / parent)), [*below, path])
+    if fault := wrong_with(parent):
+        raise RecipeError(f"{mark}: extends = {shown(parent)} {fault}")
+    base = read_chain(Path(os.path.normpath(path.parent / expanded(parent))), [*below, path])
     return layer.put_over(base)
 
 
