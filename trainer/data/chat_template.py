@@ -141,9 +141,17 @@ class ChatTemplate:
         """Whether contents are written with it: the template looks for it there, or writes what closes it, as </think> does
         <think>."""
         closing = f"</{spelling[1:]}" if re.fullmatch(r"<\w+>", spelling) else spelling
-        return any(spelling in text or closing in text for text in self.looked_for) or (
-            closing != spelling and any(closing in text for text in self.mentioned)
+        return any(one in self._all_looked_for for one in (spelling, closing)) or (
+            closing != spelling and closing in self._all_mentioned
         )
+
+    @cached_property
+    def _all_looked_for(self) -> str:
+        return VISIT_END.join(self.looked_for)
+
+    @cached_property
+    def _all_mentioned(self) -> str:
+        return VISIT_END.join(self.mentioned)
 
     def _run(self, template: jinja2.Template, request: Request, **more: Any) -> str:
         given = {"documents": None, **self._special_tokens, **request.options, **more}

@@ -7,7 +7,7 @@ left grows with what the template is given: a long conversation may take long.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 from jinja2.exceptions import SecurityError
@@ -20,10 +20,11 @@ STEPS = 5_000_000
 STEPS_PER_CHARACTER = 200
 # Published templates write a content some five times over, with all its parts; one that gathers its text turn by turn writes
 # all of it once a turn. 4 bytes each at most: a gigabyte with what is given, twice that with the largest conversations.
-CHARACTERS = 1 << 27
+CHARACTERS = 1 << 26
 CHARACTERS_PER_CHARACTER = 512
 MOST_CHARACTERS = 1 << 29
 SCAN = 5  # 2^5 characters are looked at or copied in a step
+FEW = 64  # of so few characters it does not matter what is done with them: what does it is counted
 ELEMENT = 32  # characters that an element of a list takes the room of
 LARGEST_REPETITION = 10_000  # how often something may be repeated, and how wide a field may be
 LARGEST_NUMBER = 1 << 14  # bits; Python itself reads and writes no number with more than 4,300 digits
@@ -39,17 +40,18 @@ Size = tuple[int, int]  # characters, and how many containers are in one another
 class Budget:
     """What is left of one rendering; `begin` starts another one. What is refused raises SecurityError."""
 
+    __slots__ = ("_characters", "_levels", "_most_characters", "_most_steps", "_sizes", "_steps")
+
     def __init__(self) -> None:
         self._sizes: dict[int, tuple[Any, Size]] = {}  # by the identity of containers, which are kept so that it stays theirs
         self._levels = 0
         self._steps = self._most_steps = STEPS
         self._characters = self._most_characters = CHARACTERS
 
-    def begin(self, given: object) -> None:
+    def begin(self, given: list[Any]) -> None:
         """Fault where what is given is nested too deeply to be written."""
         self._sizes.clear()
         self._levels = 0
-        self._steps = self._most_steps = STEPS
         size = _characters_in(given)
         self._steps = self._most_steps = STEPS + STEPS_PER_CHARACTER * size
         self._characters = self._most_characters = max(
@@ -70,7 +72,7 @@ class Budget:
     def spend(self, steps: int) -> None:
         """So much is about to be done."""
         self._steps -= steps
-        if self._steps < 0 or steps < 0:
+        if self._steps < 0 or steps < 0 or self._characters < 0:
             raise SecurityError(f"it takes more than {self._most_steps:,} steps for one conversation")
 
     def look(self, characters: int) -> None:
@@ -93,12 +95,23 @@ class Budget:
 
     def weighed(self, value: Any) -> Any:
         """The value, which is about to be written as text."""
-        self.write(len(value) if type(value) is str else self.size(value))
+        size = len(value) if type(value) is str else self.size(value)
+        if size < FEW:  # most are
+            self._characters -= FEW
+        else:
+            self.write(size)
         return value
 
     def scanned(self, value: Any) -> Any:
         """The value, which is about to be compared, hashed or searched."""
-        self.look(len(value) if type(value) is str else self.size(value))
+        if type(value) is not str or len(value) >= FEW:
+            self.look(self.size(value))
+        return value
+
+    def searched(self, value: Any) -> Any:
+        """The value, in which another one is about to be looked for; a dictionary finds it at once."""
+        if type(value) is not dict and (type(value) is not str or len(value) >= FEW):
+            self.look(self.size(value))
         return value
 
     def copied(self, value: Any, times: int = 1) -> Any:
@@ -112,7 +125,10 @@ class Budget:
     def held(self, value: Any, times: int = 1) -> Any:
         """The value, which an operation gave."""
         if isinstance(value, str | bytes):
-            self.write(len(value) * times)
+            if len(value) >= FEW or times > 1:
+                self.write(len(value) * times)
+            else:
+                self._characters -= FEW
         elif isinstance(value, int):
             if value.bit_length() > LARGEST_NUMBER:
                 raise SecurityError(f"it reckons with a number of more than {LARGEST_NUMBER:,} bits")
@@ -135,6 +151,9 @@ class Budget:
         return self._size(value)[1]
 
     def _size(self, value: Any) -> Size:
+        known = self._sizes.get(id(value))
+        if known is not None:
+            return known[1]
         if isinstance(value, str | bytes):
             return len(value), 0
         if isinstance(value, int | float):
@@ -142,9 +161,6 @@ class Budget:
         parts = _parts_of(value)
         if parts is None:
             return OTHER, 0
-        known = self._sizes.get(id(value))
-        if known is not None:
-            return known[1]
         characters, depth = 4, 0
         for part in parts:
             inside = (len(part), 0) if type(part) is str else self._size(part)
@@ -198,29 +214,29 @@ def _parts_of(value: Any) -> Iterable[Any] | None:
     return value if isinstance(value, list | tuple | Set | range) or type(value).__name__ in VIEWS else None
 
 
+CONTAINERS = (dict, list, tuple)
 VIEWS = frozenset({"dict_keys", "dict_values", "dict_items"})
 
 
-def _characters_in(given: object) -> int:
+def _characters_in(given: list[Any]) -> int:
     """The size of what a template is given. Fault where it is nested deeper than DEEPEST_ROW."""
     characters = 0
-    waiting: list[tuple[Any, int]] = [(given, 0)]
+    waiting: list[tuple[Any, int]] = [(given, 0)]  # containers, and how deep they are
     while waiting:
-        value, depth = waiting.pop()
-        if isinstance(value, str):
-            characters += len(value)
-            continue
-        characters += 4
-        if isinstance(value, Mapping):
-            characters += sum(len(name) for name in value if isinstance(name, str))
-            inside: Iterable[Any] = value.values()
-        elif isinstance(value, list | tuple):
-            inside = value
-        else:
-            continue
+        container, depth = waiting.pop()
         if depth > DEEPEST_ROW:
             raise Fault(f"it is nested more than {DEEPEST_ROW} deep, which no chat template writes; mend or remove it")
-        waiting += ((part, depth + 1) for part in inside)
+        values = container
+        if type(container) is dict:
+            values = container.values()
+            characters += 16 * len(container)
+        for value in values:
+            if type(value) is str:
+                characters += len(value)
+            elif isinstance(value, CONTAINERS):
+                waiting.append((value, depth + 1))
+            else:
+                characters += 4
     return characters
 
 
@@ -260,11 +276,11 @@ def _widths_in(text: str) -> int:
 
 
 def _numbers_in(text: str) -> Iterator[int]:
-    """The numbers that a text spells; those with many digits as one that is too large."""
+    """The numbers that a text spells; of those with many digits the first, which make one that is too large."""
     digits = ""
     for letter in f"{text} ":
         if "0" <= letter <= "9":
             digits += letter
         elif digits:
-            yield int(digits) if len(digits) < 9 else LARGEST_REPETITION + 1
+            yield int(digits[:18])
             digits = ""

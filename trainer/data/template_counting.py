@@ -16,10 +16,11 @@ from jinja2.visitor import NodeTransformer
 
 from trainer.data.template_budget import SCAN
 
-SPEND, PASS, WEIGH, SCANNED, COPY, HOLD = "spend steps", "pass it", "weigh it", "scan it", "copy it", "hold it"
+SPEND, PASS, WEIGH, SCANNED = "spend steps", "pass it", "weigh it", "scan it"
+SEARCH, COPY, HOLD = "search it", "copy it", "hold it"
 # Steps of a node beyond its own one, by what they take in jinja2's sandbox.
 COSTS = {nodes.Call: 12, nodes.Filter: 6, nodes.Test: 2, nodes.Getattr: 3, nodes.Getitem: 3, nodes.CallBlock: 12}
-SCALARS = (str, int, float, bool, type(None))
+SHORT_VALUES, SHORT_TEXT = 4, 1000
 
 
 class Counting(NodeTransformer):
@@ -90,7 +91,11 @@ class Counting(NodeTransformer):
         return node
 
     def _written(self, node: Any) -> Any:
-        is_counted = isinstance(node, nodes.TemplateData | nodes.Const) or _is_text(node)
+        """An expression that is written; what an addition gives is counted here."""
+        if isinstance(node, nodes.Add) and _is_short(node):
+            self._steps[-1] += 1
+            return _filter(self._operands(node), WEIGH)
+        is_counted = isinstance(node, nodes.TemplateData | nodes.Const | nodes.Concat)
         visited = self.visit(node)
         return visited if is_counted else _filter(visited, WEIGH)
 
@@ -102,7 +107,19 @@ class Counting(NodeTransformer):
         return node
 
     def visit_Add(self, node: nodes.Add) -> Any:
-        return self._added(node, times=0)
+        """A short sum is some times as large as what there is already at most, so that it may be counted when it is there."""
+        if not _is_short(node):
+            return self._added(node, times=0)
+        summed = self._operands(node)
+        return summed if _has_number(node) else _filter(summed, HOLD)
+
+    def _operands(self, node: Any) -> Any:
+        """The sum, with its operands visited."""
+        if not isinstance(node, nodes.Add):
+            return self.visit(node)
+        self._steps[-1] += 1
+        node.left, node.right = self._operands(node.left), self._operands(node.right)
+        return node
 
     def _added(self, node: Any, times: int) -> Any:
         """An operand that is copied by so many additions around it."""
@@ -121,12 +138,14 @@ class Counting(NodeTransformer):
         """What is compared with a constant is looked at no further than that is long; but it may be searched for it."""
         operands = [node.expr, *(operand.expr for operand in node.ops)]
         searched = [operand.expr for operand in node.ops if operand.op in ("in", "notin")]
-        is_bounded = any(map(_is_constant, operands)) and len(operands) == 2
+        has_keys = any(isinstance(operand, nodes.Dict) for operand in operands)  # which are hashed, and all that is in them
+        is_bounded = any(map(_is_constant, operands)) and len(operands) == 2 and not has_keys
         holders: list[Any] = [node, *node.ops]
         for holder in holders:
             bounded = _is_constant(holder.expr) or (is_bounded and not any(holder.expr is one for one in searched))
+            name = SEARCH if any(holder.expr is one for one in searched) else SCANNED
             expression = self.visit(holder.expr)
-            holder.expr = expression if bounded else _filter(expression, SCANNED)
+            holder.expr = expression if bounded else _filter(expression, name)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
@@ -180,10 +199,21 @@ def _is_constant(node: nodes.Node) -> bool:
     return isinstance(node, nodes.Dict) and all(_is_constant(pair.key) and _is_constant(pair.value) for pair in node.items)
 
 
-def _is_text(node: nodes.Node) -> bool:
-    """Whether it adds to a text that the template spells, and so gives a text, whose parts are counted."""
-    while isinstance(node, nodes.Add):
-        if any(isinstance(side, nodes.Const) and isinstance(side.value, str) for side in (node.left, node.right)):
-            return True
-        node = node.left
-    return isinstance(node, nodes.Concat)
+def _is_short(node: nodes.Add) -> bool:
+    """Whether a sum adds few values and little text."""
+    waiting: list[nodes.Node] = [node]
+    values = characters = 0
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, nodes.Add):
+            waiting += (one.left, one.right)
+        elif isinstance(one, nodes.Const):
+            characters += len(str(one.value))
+        else:
+            values += 1
+    return values <= SHORT_VALUES and characters <= SHORT_TEXT
+
+
+def _has_number(node: nodes.Add) -> bool:
+    """Whether a number that the template spells is added: the sum is one, and grows no further than a count."""
+    return any(isinstance(side, nodes.Const) and isinstance(side.value, int) for side in (node.left, node.right))

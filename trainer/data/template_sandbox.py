@@ -36,7 +36,8 @@ from trainer.data.template_budget import (
 
 TODAY = datetime.datetime(2024, 7, 26)  # what templates get for now: the same data must give the same tokens on any day
 CALL_STEPS = 4  # beyond those of the node
-OURS = ("_loop_vars", "_block_vars")  # what jinja2 hands over beside the arguments of a call
+SMALL = 1 << 62
+OURS = frozenset({"_loop_vars", "_block_vars"})  # what jinja2 hands over beside the arguments of a call
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -53,14 +54,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _counted(_to_json, _json, budget)
         self.filters |= {
             **{counting.SPEND: budget.spend, counting.PASS: budget.passed, counting.WEIGH: budget.weighed},
-            **{counting.SCANNED: budget.scanned, counting.COPY: budget.copied, counting.HOLD: budget.held},
+            **{
+                counting.SEARCH: budget.searched,
+                counting.SCANNED: budget.scanned,
+                counting.COPY: budget.copied,
+                counting.HOLD: budget.held,
+            },
         }
         self.tests = {name: _scanning(TESTS[name], budget) if name in SCANNING_TESTS else TESTS[name] for name in KNOWN_TESTS}
         self.globals = {
             **{"range": self.globals["range"], "dict": _dict, "namespace": _Namespace, "raise_exception": _refuse},
             "strftime_now": TODAY.strftime,
         }
-        self._functions = tuple(self.globals.values())
+        self._functions = (self.globals["range"], _dict, _Namespace, _refuse)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
         """jinja2 would write nothing in its place, and go on."""
@@ -69,6 +75,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
             raise SecurityError("it uses **")
+        if type(left) is int is type(right) and -SMALL < left < SMALL and -SMALL < right < SMALL:
+            return super().call_binop(context, operator, left, right)
         if operator == "*":
             self._require_product(left, right)
         if operator == "%" and isinstance(left, str | bytes):
@@ -87,7 +95,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what a template may call."""
-        budget, given = __self.budget, (*args, *(value for name, value in kwargs.items() if name not in OURS))
+        budget, owner = __self.budget, getattr(__obj, "__self__", None)
+        if type(__obj) is BuiltinMethodType and not kwargs.keys() - OURS:
+            method = QUICK.get((type(owner), __obj.__name__))
+            if method is not None:
+                for value in args:
+                    budget.scanned(value)
+                method(budget, owner, args)
+                return budget.held(__obj(*args))
+        given = (*args, *(value for name, value in kwargs.items() if name not in OURS))
         budget.spend(CALL_STEPS + len(given))
         if not isinstance(__obj, Macro | LoopContext | BlockReference) and not _is_marking(__obj):
             __self._require_known(__obj, given)
@@ -247,6 +263,14 @@ METHODS: tuple[tuple[Any, Mapping[str, Method]], ...] = (
     (float, dict.fromkeys(("is_integer", "conjugate", "as_integer_ratio", "hex"), _free)),
     (datetime.date | datetime.time, dict.fromkeys(("isoformat", "strftime"), _dated)),
 )
+# By the type itself, which most values have.
+QUICK: dict[tuple[Any, str], Method] = {
+    (kind, name): method
+    for kind in (str, list, tuple, dict)
+    for kinds, methods in METHODS
+    if issubclass(kind, kinds)
+    for name, method in methods.items()
+}
 
 
 # ------------------------------------------------------------------------------------------------ filters
@@ -257,6 +281,8 @@ Filtering = Callable[[Budget, Any, tuple[Any, ...]], None]
 
 def _counted(function: Callable[..., Any], about_to: Filtering, budget: Budget) -> Callable[..., Any]:
     """A filter of jinja2, counted. What it gives one by one is counted when it is taken."""
+    if about_to is _value_only:
+        return function
     before = 1 if hasattr(function, "jinja_pass_arg") else 0  # jinja2 hands over its context first
 
     @wraps(function)
@@ -266,16 +292,21 @@ def _counted(function: Callable[..., Any], about_to: Filtering, budget: Budget) 
             value = list(value)
             budget.held(value)
             args = (*args[:before], value, *args[before + 1 :])
-        if about_to is not _value_only:
-            for one in given:
-                budget.scanned(one)
+        for one in given:
+            budget.scanned(one)
         about_to(budget, value, given)
         found = function(*args, **kwargs)
         if hasattr(found, "__next__"):
             return Lazy(budget, found, 8 + sum(map(budget.size, given)), value)
         return budget.held(found)
 
-    return counted
+    @wraps(function)
+    def quick(value: Any, *given: Any, **named: Any) -> Any:
+        if type(value) is str and not given and not named:  # as most are
+            return function(budget.weighed(value))
+        return counted(value, *given, **named)
+
+    return quick if about_to in (_text, _trimmed) and not before else counted
 
 
 def _value_only(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
@@ -427,7 +458,7 @@ KNOWN_FILTERS: Mapping[str, Filtering] = {
     "pprint": _printed,
     "tojson": _json,
 }
-REFUSEDKNOWN_FILTERS = frozenset({"random"})
+REFUSED_FILTERS = frozenset({"random"})
 # Tests that look at all of what they are given; the others ask for its type, or whether it is there.
 SCANNING_TESTS = frozenset(
     {"in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le"}
@@ -440,11 +471,11 @@ KNOWN_TESTS = SCANNING_TESTS | {
 TAKING = frozenset({_rows, _listed, _sorted, _summed, _joining})  # they go over all values
 
 
-def _scanning(test: Callable[..., Any], budget: Budget) -> Callable[..., bool]:
+def _scanning(test: Any, budget: Budget) -> Callable[..., Any]:
     """A test of jinja2, counted."""
 
     @wraps(test)
-    def counted(*args: Any) -> bool:
+    def counted(*args: Any) -> Any:
         for one in args:
             budget.scanned(one)
         return test(*args)

@@ -162,10 +162,19 @@ class Tokenizer:
         """What its post-processor writes before a text: the token that begins one in Llama 3 and Gemma, [CLS] in Bert; () in
         most."""
         (whole,), (text,) = ([encoding.ids for encoding in self._encoded(["a"], around=around)] for around in (True, False))
+        self._require_known(whole)
         for begin in range(len(whole) - len(text) + 1):
             if text and whole[begin : begin + len(text)] == text:
                 return tuple(whole[:begin])
         return ()
+
+    def _require_known(self, ids: Sequence[int]) -> None:
+        """TokenizerFails for a token that is none of its own: a post-processor writes whatever number it has."""
+        if max(ids, default=0) >= self.vocab_size:
+            raise TokenizerFails(
+                f"data.tokenizer: its post_processor writes the token {max(ids)}, and its tokens are below {self.vocab_size}; "
+                "mend its tokenizer.json, or give another tokenizer"
+            )
 
     @property
     def start_of_target(self) -> int:
@@ -282,6 +291,7 @@ class Tokenizer:
         """At most `max_tokens` tokens of a text with the special tokens around it, as transformers gives them, and how many
         were cut off."""
         (encoding,) = self._encoded([text], around=True, places=True, most=max_tokens)
+        self._require_known(encoding.ids)
         around = self._reader.num_special_tokens_to_add(is_pair=False)
         return encoding.ids, sum(len(more.ids) - around for more in encoding.overflowing)
 
@@ -302,7 +312,7 @@ class Tokenizer:
     def _templates(self) -> dict[str, str]:
         given = self._config.get("chat_template") or DEFAULT_TEMPLATE
         if isinstance(given, list):  # as tokenizer_config.json has several
-            given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+            given = {str(entry.get("name")): entry.get("template") for entry in given if isinstance(entry, dict)}
         named = given if isinstance(given, dict) else {"default": given}
         return {str(name): template for name, template in named.items() if isinstance(template, str)}
 
@@ -488,7 +498,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     try:
         config = auto_tokenizer.kept(read_json(path)) if path.exists() else {}
-    except (OSError, ValueError) as error:
+        json.dumps(config, ensure_ascii=False).encode()  # half of a surrogate pair, which JSON spells, is no character
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable JSON: {error}; mend the file") from None
     named = config.get(NEW_TOKENS, [])
     if not isinstance(named, list) or not all(isinstance(token, str) for token in named):
