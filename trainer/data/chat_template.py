@@ -141,7 +141,7 @@ class ChatTemplate:
         """Whether contents are written with it: the template looks for it there, or writes what closes it, as </think> does
         <think>."""
         closing = f"</{spelling[1:]}" if re.fullmatch(r"<\w+>", spelling) else spelling
-        return any(one in self._all_looked_for for one in (spelling, closing)) or (
+        return (bool(self.looked_for) and any(one in self._all_looked_for for one in (spelling, closing))) or (
             closing != spelling and closing in self._all_mentioned
         )
 

@@ -83,12 +83,12 @@ _Task = tuple[Callable[[], Any], "queue.SimpleQueue[_Outcome]"]
 
 def _awaited(outcome: queue.SimpleQueue[_Outcome], doing: str, patience_s: float, room: float) -> _Outcome:
     """Return what became of a task. Looks are counted, not seconds: a process that was stopped has not waited."""
-    before = _resident_bytes()
-    looks = 0
+    looks, before = 0, math.inf
     while looks * LOOK_S < patience_s:
         with suppress(queue.Empty):
             return outcome.get(timeout=LOOK_S)
         looks += 1
+        before = min(before, _resident_bytes())  # most calls are done before the first look, and need none
         if _resident_bytes() - before > room:
             raise TokenizerFails(f"data.tokenizer: {doing} takes more than {room / 2**30:.1f} GiB of memory; {REMEDY}")
     raise TokenizerFails(

@@ -103,6 +103,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
                     budget.scanned(value)
                 method(budget, owner, args)
                 return budget.held(__obj(*args))
+        if isinstance(owner, Called):
+            budget.spend(CALL_STEPS)
+            return __obj(*args)
         given = (*args, *(value for name, value in kwargs.items() if name not in OURS))
         budget.spend(CALL_STEPS + len(given))
         if not isinstance(__obj, Macro | LoopContext | BlockReference) and not _is_marking(__obj):
@@ -123,7 +126,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(called, FunctionType):  # what jinja2 makes of format and format_map, so that they are safe
             called = getattr(called, "__wrapped__", called)
         owner, name = getattr(called, "__self__", None), getattr(called, "__name__", "")
-        if not callable(called) or isinstance(owner, LoopContext | Called) or isinstance(called, Undefined):
+        if not callable(called) or isinstance(owner, LoopContext) or isinstance(called, Undefined):
             for value in given:
                 self.budget.scanned(value)
             return
@@ -136,7 +139,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class Called:
-    """What is ours and has methods that templates call."""
+    """What is ours and has methods that a template calls as it is traced: they look at nothing but what they are given."""
 
 
 def _is_marking(called: Any) -> bool:
