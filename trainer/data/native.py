@@ -23,10 +23,10 @@ from trainer.errors import RecipeError
 
 T = TypeVar("T")
 
-# Sizes are in letters of text. Tokenizers read 300,000 a second and more on one core: a sixth of that, and half a minute for a
-# machine with other things to do.
-PATIENCE_S = 30.0
-SLOWEST_PER_S = 50_000
+# Sizes are in letters of text. Tokenizers read 300,000 a second and more on one core: a third of that, and time for a machine
+# with other things to do; half a minute for a batch of texts (`shards.py`).
+PATIENCE_S = 20.0
+SLOWEST_PER_S = 100_000
 # A token with its place takes some 100 bytes, a letter that a normalizer moved 16 for each byte.
 ROOM_BYTES = 1 << 30
 ROOM_EACH = 256
