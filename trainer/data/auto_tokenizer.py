@@ -92,7 +92,8 @@ def load(name: str) -> tuple[dict[str, Any], Any]:
 
 
 def _size(folder: Path) -> int | None:
-    """What is to be read, in bytes, with the classes that transformers reads for it; None for a hub name, which its client reads at its own pace."""
+    """What is to be read, in bytes, with the classes that transformers reads; None for a hub name, which its client reads
+    at its own pace."""
     if not folder.is_dir():
         return None
     return IMPORTS + sum(path.stat().st_size for name in FILES if (path := folder / name).is_file())
