@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from trainer.data.chat import Chat
-from trainer.data.chat_template import TODAY
 from trainer.data.conversations import ChatRows
 from trainer.data.fault import Fault
+from trainer.data.template_sandbox import TODAY
 from trainer.data.tokenizer import Tokenizer, train_bpe
 
 trl = pytest.importorskip("trl", reason="trl carries the templates")

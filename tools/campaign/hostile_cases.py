@@ -73,7 +73,16 @@ class Originals:
     @classmethod
     def make(cls, folder: Path) -> Originals:
         """RuntimeError when the undisturbed run fails."""
-        recipe = write_recipe(folder, steps=3, every=1, keep=2, hidden=16, train={"eval_every": 2}, schedule={"warmup_steps": 0}, data=_evaluated(folder))
+        recipe = write_recipe(
+            folder,
+            steps=3,
+            every=1,
+            keep=2,
+            hidden=16,
+            train={"eval_every": 2},
+            schedule={"warmup_steps": 0},
+            data=_evaluated(folder),
+        )
         ended = run_ranks(train, arguments(recipe, folder / "run", WAYS[0]), world_size=1, log=folder / "log")
         if any(ended.codes):
             raise RuntimeError(ended.said)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as Backend
 
+from trainer.data.fault import first_line
+from trainer.data.native import FILES, TokenizerFails, bounded, decoded, encoded, is_of_library, require_numbers, silent_panics
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -62,6 +66,7 @@ TEXTS = (
     "▁a Ġb ##c @@ <0x41> <unk>",
     "",
 )
+IMPORTS = 2_000_000  # twenty seconds more than for a text: disks that many ranks share are slow
 ADDED = 24  # of the added tokens, so many are spelt in a text each; all of them in one
 
 
@@ -71,15 +76,27 @@ def load(name: str) -> tuple[dict[str, Any], Any]:
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    loaded, config = bounded(
+        lambda: (AutoTokenizer.from_pretrained(name, trust_remote_code=False), kept(get_tokenizer_config(name))),
+        f"reading it from {name}",
+        size=_size(Path(name)),
+    )
     if not isinstance(getattr(loaded, "backend_tokenizer", None), Backend):
         raise TypeError(f"a {type(loaded).__name__} has no form as tokenizer.json")
-    config = kept(get_tokenizer_config(name))
+    require_numbers(loaded.backend_tokenizer)
     if loaded.chat_template:
         config["chat_template"] = templates_in_config(
             loaded.chat_template if isinstance(loaded.chat_template, dict) else {"default": loaded.chat_template}
         )
     return config, loaded
+
+
+def _size(folder: Path) -> int | None:
+    """What is to be read, in bytes, with the classes that transformers reads; None for a hub name, which its client reads
+    at its own pace."""
+    if not folder.is_dir():
+        return None
+    return IMPORTS + sum(path.stat().st_size for name in FILES if (path := folder / name).is_file())
 
 
 def backend_of(loaded: Any) -> Backend:
@@ -131,8 +148,13 @@ def _plain(value: Any) -> Any:
 
 def first_difference(ours: Backend, theirs: Backend) -> str | None:
     """The first text that two tokenizers encode or decode otherwise, and how; None where they are the same on all."""
-    with _exact(ours), _exact(theirs):
-        return next((told for text in _battery(ours) if (told := _difference(ours, theirs, text))), None)
+
+    def compare() -> str | None:
+        with _exact(ours), _exact(theirs):
+            return next((told for text in _battery(ours) if (told := _difference(ours, theirs, text))), None)
+
+    with silent_panics():
+        return bounded(compare, "encoding short texts", size=0)
 
 
 @contextmanager
@@ -161,20 +183,53 @@ def _battery(backend: Backend) -> Iterator[str]:
 
 
 def _difference(ours: Backend, theirs: Backend, text: str) -> str | None:
+    """Where both fail on a text, and in the same way, they are the same."""
     for split in (False, True):
         ours.encode_special_tokens = theirs.encode_special_tokens = split
         for around in (True, False):
-            a, b = (backend.encode(text, add_special_tokens=around) for backend in (ours, theirs))
-            if (a.ids, a.type_ids) != (b.ids, b.type_ids):
-                return f"{text[:40]!r} is {len(a.ids)} tokens {a.tokens[:8]} and {len(b.ids)} tokens {b.tokens[:8]}"
-    pairs = [backend.encode(text, TEXTS[0]) for backend in (ours, theirs)]
-    if (pairs[0].ids, pairs[0].type_ids) != (pairs[1].ids, pairs[1].type_ids):
-        return f"the pair of {text[:40]!r} and another is {pairs[0].tokens[:8]} and {pairs[1].tokens[:8]}"
+            a, b = (_Read.of(backend, text, around=around) for backend in (ours, theirs))
+            if a.same_as != b.same_as:
+                return f"{text[:40]!r} is {a} and {b}"
+    a, b = (_Read.of(backend, (text, TEXTS[0]), around=True) for backend in (ours, theirs))
+    if a.same_as != b.same_as:
+        return f"the pair of {text[:40]!r} and another is {a} and {b}"
     for skip in (False, True):
-        decoded = [backend.decode(pairs[0].ids, skip_special_tokens=skip) for backend in (ours, theirs)]
-        if decoded[0] != decoded[1]:
-            return f"the tokens of {text[:40]!r} are read back as {decoded[0][:40]!r} and {decoded[1][:40]!r}"
+        x, y = (_tried(partial(decoded, backend, a.ids, skip_special=skip)) for backend in (ours, theirs))
+        if x != y:
+            return f"the tokens of {text[:40]!r} are read back as {x[:40]!r} and {y[:40]!r}"
     return None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a tokenizer makes of a text, or why it makes nothing of it."""
+
+    tokens: Sequence[str] = ()
+    ids: Sequence[int] = ()
+    type_ids: Sequence[int] = ()
+    failure: str = ""
+
+    @classmethod
+    def of(cls, backend: Backend, text: Any, *, around: bool) -> _Read:
+        found = _tried(partial(encoded, backend, [text], around=around, places=True))
+        return cls(failure=found) if isinstance(found, str) else cls(found[0].tokens, found[0].ids, found[0].type_ids)
+
+    @property
+    def same_as(self) -> tuple[Any, ...]:
+        return self.ids, self.type_ids, self.failure
+
+    def __str__(self) -> str:
+        return f"refused ({self.failure})" if self.failure else f"{len(self.ids)} tokens {self.tokens[:8]}"
+
+
+def _tried(work: Callable[[], Any]) -> Any:
+    """What `work` gives, or what the library says when it fails."""
+    try:
+        return work()
+    except BaseException as error:  # a panic is none of Exception
+        if not is_of_library(error):
+            raise
+        return first_line(error)
 
 
 def beside_model(tokenizer: Tokenizer, model_config: Mapping[str, Any]) -> Tokenizer:
@@ -225,6 +280,8 @@ def _unlike(folder: Path, tokenizer: Tokenizer) -> str:
     """Return in what the tokenizer that AutoTokenizer loads from the folder is another one, "" where it is the same."""
     try:
         _, loaded = load(str(folder))
+    except TokenizerFails:
+        raise
     except Exception as error:  # of many kinds
         return reason(error)
     expected = tokenizer.settings or {name: _content(tokenizer.config[name]) for name in NAMED if name in tokenizer.config}

@@ -1,15 +1,14 @@
 """A tokenizer's chat template: conversations → text, and which part of the text each message wrote.
 
 Templates come with downloaded folders, so they are rendered in jinja2's immutable sandbox, as transformers renders them: no
-attribute that leads into Python, no change of what they are given, and nothing that could grow without bound by one
-multiplication.
+attribute that leads into Python, no change of what they are given. And what they do is counted (`template_sandbox.py`), so that
+none takes a day or a memory.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,13 +17,13 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
+from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from trainer.data.fault import Fault, first_line
+from trainer.data.template_counting import Counting
+from trainer.data.template_sandbox import Called, Sandbox
 from trainer.errors import RecipeError
 
 # For tokenizers without one. A turn is its role, a newline, its content and the end-of-document token, which no text yields:
@@ -34,14 +33,16 @@ DEFAULT_TEMPLATE = (
     "{%- for message in messages -%}{{- message['role'] + '\\n' + message['content'] + eos_token -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'assistant\\n' -}}{%- endif -%}"
 )
-TODAY = datetime.datetime(2024, 7, 26)  # what templates get for now: the same data must give the same tokens on any day
-LARGEST_REPETITION = 10_000
+LARGEST_TEMPLATE = 1 << 18  # characters: ten times the longest that are published
+# What jinja2 and Python raise when they read a source: nested too deeply, numbers with too many digits, more loops in one
+# another than Python allows.
+UNREADABLE = (jinja2.TemplateError, SyntaxError, RecursionError, ValueError, OverflowError, MemoryError)
 # Marks in traced text, removed from it again; no content may hold them (NONCHARACTERS). ANSWER … ANSWER_END enclose what
 # {% generation %} does; VISIT "loop:message" VISIT_END stands where a loop begins with a message, VISIT "loop" VISIT_END where
 # it is done with it.
 ANSWER, ANSWER_END = "\ufdd0", "\ufdd1"
 VISIT, VISIT_END = "\ufdd4", "\ufdd5"
-MARK = re.compile(f"{ANSWER}|{ANSWER_END}|{VISIT}([^{VISIT_END}]*){VISIT_END}")
+MARK = re.compile(f"{ANSWER}|{ANSWER_END}|{VISIT}(\\d{{1,12}})(?::(\\d{{1,12}}))?{VISIT_END}")
 # What templates look for in a content with, beside `in`.
 STRING_METHODS = frozenset(
     {"split", "rsplit", "startswith", "endswith", "partition", "rpartition", "find", "rfind", "index", "replace"}
@@ -85,14 +86,23 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """RecipeError when it is no template."""
-        environment = _environment()
+        if len(source) > LARGEST_TEMPLATE:
+            raise RecipeError(
+                f"data.tokenizer: its chat template has {len(source):,} characters, and at most {LARGEST_TEMPLATE:,} are read; "
+                "give another tokenizer"
+            )
+        environment = Sandbox(_GenerationMarks)
+        self._budget = environment.budget
         try:
             self._syntax_tree = environment.parse(source)
-            self._template = environment.from_string(source)
-            self._traced = environment.from_string(_Tracing().visit(environment.parse(source)))
-        except jinja2.TemplateSyntaxError as error:
+            self._template = environment.from_string(Counting().visit(environment.parse(source)))
+            self._traced = environment.from_string(_Tracing().visit(Counting().visit(environment.parse(source))))
+        except SecurityError as error:
+            raise _unsafe(error) from None
+        except UNREADABLE as error:
+            line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise RecipeError(
-                f"data.tokenizer: its chat template is not valid: line {error.lineno}: {first_line(error)}; correct it"
+                f"data.tokenizer: its chat template is not valid: {line}{first_line(error)}; correct it"
             ) from None
         self._special_tokens = dict(special_tokens)
 
@@ -131,20 +141,35 @@ class ChatTemplate:
         """Whether contents are written with it: the template looks for it there, or writes what closes it, as </think> does
         <think>."""
         closing = f"</{spelling[1:]}" if re.fullmatch(r"<\w+>", spelling) else spelling
-        return any(spelling in text or closing in text for text in self.looked_for) or (
-            closing != spelling and any(closing in text for text in self.mentioned)
+        return (bool(self.looked_for) and any(one in self._all_looked_for for one in (spelling, closing))) or (
+            closing != spelling and closing in self._all_mentioned
         )
+
+    @cached_property
+    def _all_looked_for(self) -> str:
+        return VISIT_END.join(self.looked_for)
+
+    @cached_property
+    def _all_mentioned(self) -> str:
+        return VISIT_END.join(self.mentioned)
 
     def _run(self, template: jinja2.Template, request: Request, **more: Any) -> str:
         given = {"documents": None, **self._special_tokens, **request.options, **more}
+        self._budget.begin([request.messages, request.tools, request.options])
         try:
             return template.render(messages=request.messages, tools=request.tools or None, **given)
         except SecurityError as error:
-            raise RecipeError(
-                f"data.tokenizer: its chat template is not safe: {first_line(error)}; do not use this tokenizer"
-            ) from None
+            raise _unsafe(error) from None
+        except RecursionError:
+            raise _unsafe("what it writes, or calls, is nested too deeply") from None
+        except MemoryError:  # the machine's, not the conversation's
+            raise
         except Exception as error:  # a template can fail in as many ways as a program
             raise Fault(f"the chat template refuses this conversation: {first_line(error)}; mend or remove it") from None
+
+
+def _unsafe(why: object) -> RecipeError:
+    return RecipeError(f"data.tokenizer: its chat template is not safe: {str(why)[:300]}; do not use this tokenizer")
 
 
 def _strings(expression: nodes.Node) -> Iterator[str]:
@@ -157,12 +182,13 @@ def _strings(expression: nodes.Node) -> Iterator[str]:
 TRACER = "triaxis_tracer"
 
 
-class _Tracer:
+class _Tracer(Called):
     """What a traced template calls to have marks in its output. Loops over anything but messages leave none: templates measure
     and trim what such loops write."""
 
     def __init__(self, messages: Sequence[Mapping[str, Any]]) -> None:
         self._messages = messages
+        self._numbers = {id(message): number for number, message in reversed(list(enumerate(messages)))}
         self._over_messages: set[int] = set()  # loops
         self._by_number: set[int] = set()
         self._has_taken: set[int] = set()  # loops over numbers, in this turn of theirs
@@ -189,7 +215,7 @@ class _Tracer:
         return f"{VISIT}{loop}{VISIT_END}" if loop in self._over_messages | self._by_number else ""
 
     def _number(self, value: Any) -> int | None:
-        return next((number for number, message in enumerate(self._messages) if message is value), None)
+        return self._numbers.get(id(value))
 
 
 class _Tracing(NodeTransformer):
@@ -224,38 +250,59 @@ def _said(method: str, *arguments: nodes.Expr) -> nodes.Output:
 
 def _read_marks(marked: str) -> Trace:
     """Take the marks out of a traced text, and read them."""
-    text, at = "", 0
-    answers: list[Span] = []
-    answer_begin = 0
-    open_visits: list[tuple[str, int, int]] = []  # loop, message, where it begins in the text
-    visits: list[tuple[int, Span]] = []
-
-    def close(loop: str) -> None:
-        """The visit of that loop is over, with those inside it."""
-        while any(one == loop for one, _, _ in open_visits):
-            _, message, begin = open_visits.pop()
-            if not open_visits and text[begin:].strip():
-                visits.append((message, (begin, len(text))))
-
+    reading = _Reading()
+    at = 0
     for mark in MARK.finditer(marked):
-        text += marked[at : mark.start()]
+        reading.text(marked[at : mark.start()])
         at = mark.end()
         if mark[0] == ANSWER:
-            answer_begin = len(text)
+            reading.answer_begin = reading.size
         elif mark[0] == ANSWER_END:
-            answers.append((answer_begin, len(text)))
+            reading.answers.append((reading.answer_begin, reading.size))
         else:
-            loop, _, message = mark[1].partition(":")
-            close(loop)
-            if message:
-                open_visits.append((loop, int(message), len(text)))
-    text += marked[at:]
-    end = max((span[1] for _, span in visits), default=0)
+            reading.close(mark[1])
+            if mark[2]:
+                reading.open(mark[1], int(mark[2]))
+    reading.text(marked[at:])
     times: dict[int, list[Span]] = {}
-    for message, span in visits:
+    for message, span in reading.visits:
         times.setdefault(message, []).append(span)
     turns = {message: spans[0] for message, spans in times.items() if len(spans) == 1}
-    return Trace(text, turns, answers, end)
+    return Trace("".join(reading.pieces), turns, reading.answers, max((span[1] for _, span in reading.visits), default=0))
+
+
+@dataclass
+class _Reading:
+    """A traced text, read up to a place. `written`: where its last letter that is no white space ends."""
+
+    pieces: list[str] = field(default_factory=list)
+    size: int = 0
+    written: int = 0
+    answer_begin: int = 0
+    answers: list[Span] = field(default_factory=list)
+    open_visits: list[tuple[str, int, int]] = field(default_factory=list)  # loop, message, where it begins
+    visits: list[tuple[int, Span]] = field(default_factory=list)
+    open_loops: Counter[str] = field(default_factory=Counter)
+
+    def text(self, piece: str) -> None:
+        """What stands between two marks."""
+        self.pieces.append(piece)
+        if stripped := piece.rstrip():
+            self.written = self.size + len(stripped)
+        self.size += len(piece)
+
+    def open(self, loop: str, message: int) -> None:
+        """A visit of a message by a loop begins."""
+        self.open_visits.append((loop, message, self.size))
+        self.open_loops[loop] += 1
+
+    def close(self, loop: str) -> None:
+        """The visit of that loop is over, with those inside it."""
+        while self.open_loops[loop]:
+            one, message, begin = self.open_visits.pop()
+            self.open_loops[one] -= 1
+            if not self.open_visits and self.written > begin:
+                self.visits.append((message, (begin, self.size)))
 
 
 # ------------------------------------------------------------------------------------------------ the sandbox
@@ -273,54 +320,3 @@ class _GenerationMarks(Extension):
 
     def _marked(self, caller: Any) -> str:
         return f"{ANSWER}{caller()}{ANSWER_END}"
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, which refuses at once, and without the two operators by which a short template fills a memory or a day."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        """jinja2 would write nothing in its place, and go on."""
-        raise SecurityError(f"it reaches for {attribute!r} of {type(obj).__name__!r}")
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            raise SecurityError("it uses **")
-        for one, other in ((left, right), (right, left)):
-            if isinstance(one, str | list | tuple) and isinstance(other, int) and other > LARGEST_REPETITION:
-                raise SecurityError(f"it repeats something {other} times")
-        return super().call_binop(context, operator, left, right)
-
-
-class _Namespace(Namespace):
-    """jinja2's, without names that lead into Python."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"it sets {name!r} in a namespace")
-        super().__setitem__(name, value)
-
-
-def _environment() -> jinja2.Environment:
-    """As transformers sets it up, so that a template gives the same text; but the date is a fixed one."""
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationMarks, loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals = {
-        "range": environment.globals["range"],
-        "dict": lambda *given, **named: dict(*given, **named),
-        "namespace": _Namespace,
-        "raise_exception": _refuse,
-        "strftime_now": TODAY.strftime,
-    }
-    return environment
-
-
-def _refuse(message: object) -> None:
-    raise jinja2.TemplateError(str(message))
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

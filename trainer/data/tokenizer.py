@@ -8,8 +8,7 @@ that token (`data.new_tokens`): we put them around documents, and a chat templat
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,17 @@ from tokenizers import Tokenizer as Backend
 from trainer.data import auto_tokenizer
 from trainer.data.chat_template import DEFAULT_TEMPLATE
 from trainer.data.digests import fingerprint_of
+from trainer.data.fault import first_line, kind_of
+from trainer.data.native import (
+    LARGEST_VOCABULARY,
+    TokenizerFails,
+    bounded,
+    decoded,
+    encoded,
+    is_of_library,
+    require_files,
+    require_numbers,
+)
 from trainer.durable import make_private, private_file, write_json
 from trainer.errors import DataError, RecipeError
 from trainer.reading import read_json, read_text
@@ -48,6 +58,7 @@ class Tokenizer:
         that, where it came from elsewhere; see `auto_tokenizer.settings_of`. `remarks`: what is to be said of how it was read.
         `dropout`: of merges, which its tokenizer.json asks for; none is done here, so that a text always gives the same tokens.
         """
+        require_numbers(backend)
         token_id = backend.token_to_id(end_of_document)
         if token_id is None:
             raise RecipeError(
@@ -59,7 +70,7 @@ class Tokenizer:
         backend.encode_special_tokens = True
         if of_merges := getattr(backend.model, "dropout", None):
             dropout, backend.model.dropout = of_merges, None
-        self.new_tokens = tuple(map(str, (config or {}).get(NEW_TOKENS) or ()))
+        self.new_tokens: tuple[str, ...] = tuple((config or {}).get(NEW_TOKENS, ()))
         self.end_of_document: int = token_id
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.settings = settings
@@ -120,23 +131,51 @@ class Tokenizer:
         transformers reads it by default; else it is text like any other."""
         if self._ids_are_bytes and not special:  # the backend gives the same, at 2.6 MB/s on one core
             return [list(text.encode()) for text in texts]
-        self._reader.encode_special_tokens = not special
-        try:
-            encodings = self._reader.encode_batch_fast(list(texts), add_special_tokens=False)
-        finally:
-            self._reader.encode_special_tokens = True
-        return [encoding.ids for encoding in encodings]
+        return [encoding.ids for encoding in self._encoded(texts, special=special)]
+
+    def _encoded(
+        self,
+        texts: Sequence[str],
+        *,
+        special: bool = False,
+        around: bool = False,
+        places: bool = False,
+        most: int | None = None,
+    ) -> list[Any]:
+        """Encodings by the backend, each of `most` tokens or fewer. TokenizerFails where it does not give them."""
+        reader = self._reader
+
+        def encode() -> list[Any]:
+            reader.encode_special_tokens = not special
+            if most is not None:
+                reader.enable_truncation(most)
+            try:
+                return encoded(reader, texts, around=around, places=places)
+            finally:
+                reader.encode_special_tokens = True
+                reader.no_truncation()
+
+        what = f"encoding {texts[0][:40]!r}" if len(texts) == 1 else "encoding a text"
+        return bounded(encode, what, size=sum(map(len, texts)))
 
     @cached_property
     def opening(self) -> tuple[int, ...]:
         """What its post-processor writes before a text: the token that begins one in Llama 3 and Gemma, [CLS] in Bert; () in
         most."""
-        encoding = self._backend.encode("a", add_special_tokens=True)
-        text = self._backend.encode("a", add_special_tokens=False).ids
-        for begin in range(len(encoding.ids) - len(text) + 1):
-            if text and encoding.ids[begin : begin + len(text)] == text:
-                return tuple(encoding.ids[:begin])
+        (whole,), (text,) = ([encoding.ids for encoding in self._encoded(["a"], around=around)] for around in (True, False))
+        self._require_known(whole)
+        for begin in range(len(whole) - len(text) + 1):
+            if text and whole[begin : begin + len(text)] == text:
+                return tuple(whole[:begin])
         return ()
+
+    def _require_known(self, ids: Sequence[int]) -> None:
+        """TokenizerFails for a token that is none of its own: a post-processor writes whatever number it has."""
+        if max(ids, default=0) >= self.vocab_size:
+            raise TokenizerFails(
+                f"data.tokenizer: its post_processor writes the token {max(ids)}, and its tokens are below {self.vocab_size}; "
+                "mend its tokenizer.json, or give another tokenizer"
+            )
 
     @property
     def start_of_target(self) -> int:
@@ -194,7 +233,7 @@ class Tokenizer:
         """This tokenizer with what begins and ends a text that is classified: its own special tokens, or, where it has none,
         the end of document before it. None then ends it: transformers' decoders read the last token that does not pad."""
         backend = self._copied_backend()
-        if not backend.encode("", add_special_tokens=True).ids:
+        if not self._encoded([""], around=True)[0].ids:
             opening = processors.TemplateProcessing(
                 single=[self._eos_token, "$A"], special_tokens=[(self._eos_token, self.end_of_document)]
             )
@@ -252,11 +291,8 @@ class Tokenizer:
     def encode_sequence(self, text: str, *, max_tokens: int) -> tuple[list[int], int]:
         """At most `max_tokens` tokens of a text with the special tokens around it, as transformers gives them, and how many
         were cut off."""
-        self._reader.enable_truncation(max_tokens)
-        try:
-            encoding = self._reader.encode(text, add_special_tokens=True)
-        finally:
-            self._reader.no_truncation()
+        (encoding,) = self._encoded([text], around=True, places=True, most=max_tokens)
+        self._require_known(encoding.ids)
         around = self._reader.num_special_tokens_to_add(is_pair=False)
         return encoding.ids, sum(len(more.ids) - around for more in encoding.overflowing)
 
@@ -277,7 +313,7 @@ class Tokenizer:
     def _templates(self) -> dict[str, str]:
         given = self._config.get("chat_template") or DEFAULT_TEMPLATE
         if isinstance(given, list):  # as tokenizer_config.json has several
-            given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+            given = {str(entry.get("name")): entry.get("template") for entry in given if isinstance(entry, dict)}
         named = given if isinstance(given, dict) else {"default": given}
         return {str(name): template for name, template in named.items() if isinstance(template, str)}
 
@@ -305,11 +341,7 @@ class Tokenizer:
 
     def encode_with_offsets(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokens, and where in the text each stands; `special`: a spelt special token is that token."""
-        self._reader.encode_special_tokens = not special
-        try:
-            encoding = self._reader.encode(text, add_special_tokens=False)
-        finally:
-            self._reader.encode_special_tokens = True
+        (encoding,) = self._encoded([text], special=special, places=True)
         return encoding.ids, encoding.offsets
 
     def spelling_of(self, token: int) -> str:
@@ -324,7 +356,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the tokens, added tokens spelt out; bytes that are no UTF-8 become U+FFFD."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+        return bounded(lambda: decoded(self._backend, ids), "decoding tokens", size=len(ids))
 
     def save(self, folder: Path) -> None:
         """Write a folder that `transformers.AutoTokenizer.from_pretrained` loads and that encodes and decodes the same: the
@@ -363,10 +395,10 @@ def bpe_size(spec: str) -> int | None:
     if not spec.startswith("bpe:"):
         return None
     digits = spec.removeprefix("bpe:")
-    if not (digits.isascii() and digits.isdigit() and SMALLEST_BPE <= int(digits) <= 1 << 24):
+    if not (digits.isascii() and digits.isdigit() and SMALLEST_BPE <= int(digits) <= LARGEST_VOCABULARY):
         raise RecipeError(
             f"data.tokenizer: {spec!r} needs a whole number of symbols from {SMALLEST_BPE} (256 bytes + end of document) "
-            f"to {1 << 24}, such as bpe:4096"
+            f"to {LARGEST_VOCABULARY}, such as bpe:4096"
         )
     return int(digits)
 
@@ -383,7 +415,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    _beside(lambda: backend.train_from_iterator(_batches(documents), trainer))
+    bounded(lambda: backend.train_from_iterator(_batches(documents), trainer), "training it", size=None)
     reached = backend.get_vocab_size()
     if reached < vocab_size:
         raise RecipeError(
@@ -393,33 +425,20 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, end_of_document=END_OF_DOCUMENT)
 
 
-def _beside(work: Callable[[], None]) -> None:
-    """Do what takes minutes in native code in a thread of its own: the main one waits in Python, where it hears signals."""
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, name="training a tokenizer", daemon=True)
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-
-
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a Hugging Face folder or hub name, as transformers' AutoTokenizer reads it. Its code, if it brings any,
     is never run."""
     folder = Path(name)
+    if folder.is_dir():
+        require_files(folder)
     if (folder / "tokenizer.json").is_file():
         return _load_folder(folder)
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or ":" in name):
         raise RecipeError(f"data.tokenizer: {name!r} is neither 'bytes', 'bpe:N', a folder here nor a hub name; correct it")
     try:
         config, loaded = auto_tokenizer.load(name)
+    except TokenizerFails:
+        raise
     except Exception as error:  # transformers, its hub client and its HTTP client each raise kinds of their own
         raise RecipeError(
             f"data.tokenizer: {name!r} is not 'bytes' or 'bpe:N', and no tokenizer could be loaded from it: "
@@ -443,6 +462,8 @@ def _load_folder(folder: Path) -> Tokenizer:
     settings, remarks = None, []
     try:
         _, loaded = auto_tokenizer.load(str(folder))
+    except TokenizerFails:
+        raise
     except Exception as error:  # such as one that needs code of its own
         remarks.append(
             f"data.tokenizer: transformers does not load {folder} ({auto_tokenizer.reason(error)}): its tokenizer.json is read "
@@ -462,10 +483,15 @@ def _load_folder(folder: Path) -> Tokenizer:
 
 
 def _read_backend(folder: Path) -> Backend:
+    path = folder / "tokenizer.json"
     try:
-        return Backend.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises plain Exception for damaged files
-        raise DataError(f"{folder / 'tokenizer.json'}: damaged: {error}; fetch it again") from None
+        backend = Backend.from_file(str(path))
+    except BaseException as error:
+        if not is_of_library(error):
+            raise
+        raise DataError(f"{path}: damaged: {first_line(error)}; fetch it again") from None
+    require_numbers(backend)
+    return backend
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -473,8 +499,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     try:
         config = auto_tokenizer.kept(read_json(path)) if path.exists() else {}
-    except (OSError, ValueError) as error:
+        json.dumps(config, ensure_ascii=False).encode()  # half of a surrogate pair, which JSON spells, is no character
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable JSON: {error}; mend the file") from None
+    named = config.get(NEW_TOKENS, [])
+    if not isinstance(named, list) or not all(isinstance(token, str) for token in named):
+        raise DataError(f"{path}: {NEW_TOKENS} is {kind_of(named)}, not a list of texts; mend the file")
     templates = {"default": folder / "chat_template.jinja"}  # where transformers saves them since version 4.53
     templates |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     found = {name: _read_text(path) for name, path in templates.items() if path.is_file()}

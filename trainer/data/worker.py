@@ -15,15 +15,17 @@ import threading
 import traceback
 from pathlib import Path
 
+from trainer.data.native import TokenizerFails
 from trainer.data.readers import Shard
 from trainer.data.shards import shard_folder, tokenize_shard
 from trainer.data.tasks import ROW_TASKS, written_again
 from trainer.data.tokenizer import reopen_tokenizer
-from trainer.errors import DataError, UserError
+from trainer.errors import DataError, RecipeError, UserError
 from trainer.redaction import redact_text
 
 
 def main() -> None:
+    _keep_stderr_from_native_code()
     tokenizer_folder, shards, task_name, settings = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:5]
     tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
@@ -36,11 +38,17 @@ def main() -> None:
             shard = Shard.from_json(task["shard"], format)
             tokenize_shard(shard, tokenizer, shard_folder(shards, task["number"]), written)
             reply = {"number": task["number"]}
+        except TokenizerFails as error:
+            files = ", ".join(file.name for file in shard.files) or shard.path
+            reply = {"failed": [f"{shard.where} ({files}): {line}" for line in error.lines], "exit_code": error.exit_code}
         except UserError as error:
             reply = {"failed": error.lines, "exit_code": error.exit_code}
         except OSError as error:  # reading faults were told apart before: this is about writing
             line = f"{shards}: {error.strerror or error}; make room there, or set data.cache_dir"
             reply = {"failed": [line], "exit_code": DataError.exit_code}
+        except MemoryError:
+            line = "data: a tokenizing process has no memory left; lower data.workers and start again: finished shards are kept"
+            reply = {"failed": [line], "exit_code": RecipeError.exit_code}
         except Exception as error:  # a fault of ours, which must not look like a worker that was killed
             sys.stderr.write(redact_text(traceback.format_exc()))
             line = (
@@ -49,6 +57,14 @@ def main() -> None:
             reply = {"failed": [redact_text(line)], "exit_code": UserError.exit_code}
         sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
+
+
+def _keep_stderr_from_native_code() -> None:
+    """What Python says goes where it went; what Rust says of each panic goes nowhere: the reply says it."""
+    sys.stderr = open(os.dup(2), "w", buffering=1, errors="backslashreplace")  # noqa: SIM115 - to the end of the process
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def _listen(tasks: queue.SimpleQueue[bytes]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,10 +83,7 @@ class Worker:
         """The number of the shard that is done, or the UserError that was met."""
         line = self.replies.readline()
         if not line:
-            raise UserError(
-                f"data: a tokenizing process ended with code {self._process.wait()} (-9: killed, often for lack of memory); "
-                "lower data.workers and start again: finished shards are kept"
-            )
+            raise _ended(self._process.wait())
         reply = json.loads(line)
         if "failed" in reply:
             raise KINDS[reply["exit_code"]](reply["failed"])
@@ -97,3 +95,16 @@ class Worker:
         self.replies.close()
         with suppress(BrokenPipeError):
             self._tasks.close()
+
+
+def _ended(code: int) -> UserError:
+    """What is said of a tokenizing process that ended without a word. Rust aborts where there is no memory for what it asks
+    for; a system without memory kills."""
+    what = f"data: a tokenizing process ended with code {code}"
+    if code == -signal.SIGABRT:
+        return RecipeError(
+            f"{what} (native code gave up, mostly for want of memory): look for what grows texts in the tokenizer.json of "
+            "data.tokenizer, or lower data.workers, and start again: finished shards are kept"
+        )
+    lines = f"{what} (-9: killed, often for lack of memory); lower data.workers and start again: finished shards are kept"
+    return RecipeError(lines) if code == -signal.SIGKILL else UserError(lines)
