@@ -34,8 +34,8 @@ OF_LIMITS = {errno.EMFILE: "raise the limit (ulimit -n)", errno.ENFILE: "the who
 OF_RIGHTS = dict.fromkeys(
     (errno.EACCES, errno.EPERM, errno.EROFS), "give this user the right to write and read there, or name another place"
 )
-WORDS = {os.strerror(number): number for number in (*OF_DISKS, *OF_LIMITS)}
-WORD = re.compile("|".join(map(re.escape, WORDS)))
+WORDS = {os.strerror(number).lower(): number for number in (*OF_DISKS, *OF_LIMITS)}
+WORD = re.compile("|".join(map(re.escape, WORDS)), re.IGNORECASE)  # torch writes them small
 
 
 class OutOfMemory(RecipeError):
@@ -83,4 +83,4 @@ def _number(error: BaseException) -> int:
         return error.errno
     in_words = isinstance(error, ImportError | RuntimeError | OSError) or type(error).__name__ == "SafetensorError"
     word = WORD.search(str(error)) if in_words else None
-    return WORDS[word[0]] if word else 0
+    return WORDS[word[0].lower()] if word else 0

@@ -6,6 +6,7 @@ A write that fails there must end neither a run nor the line that says what ende
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import select
@@ -16,10 +17,12 @@ from typing import Any, TextIO
 
 
 class Output(io.RawIOBase):
-    """A descriptor to write to until that fails; `failure` says how it did."""
+    """A descriptor to write to until that fails; `failure` says how it did. None: it was closed before the start (`>&-`)."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int | None) -> None:
         self.failure: OSError | None = None
+        if descriptor is None:
+            self.failure, descriptor = OSError(errno.EBADF, os.strerror(errno.EBADF)), os.open(os.devnull, os.O_WRONLY)
         self._descriptor = descriptor
 
     def writable(self) -> bool:
@@ -45,11 +48,12 @@ class Output(io.RawIOBase):
 @contextmanager
 def standard_outputs() -> Iterator[Output | None]:
     """Put both in the place of Python's own for the block; gives stdout's, None where something else has taken its place."""
-    if sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__ or sys.stdout is None or sys.stderr is None:
+    if sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
         yield None
         return
-    before, raw = (sys.stdout, sys.stderr), (Output(sys.stdout.fileno()), Output(sys.stderr.fileno()))
-    sys.stdout, sys.stderr = (_text(*pair) for pair in zip(raw, before, strict=True))
+    before = (sys.stdout, sys.stderr)
+    raw = [Output(stream.fileno() if stream else None) for stream in before]  # None: closed, which its type does not say
+    sys.stdout, sys.stderr = _text(raw[0], before[0]), _text(raw[1], before[1], by_line=True)
     try:
         yield raw[0]
     finally:
@@ -58,8 +62,7 @@ def standard_outputs() -> Iterator[Output | None]:
         sys.stdout, sys.stderr = before
 
 
-def _text(raw: Output, like: TextIO) -> TextIO:
-    """What an alphabet does not have is written as \\xd7: no reason to end anything."""
-    lines = raw.isatty() or like is sys.__stderr__
-    buffered = io.BufferedWriter(raw)
-    return io.TextIOWrapper(buffered, like.encoding, "backslashreplace", line_buffering=lines, write_through=lines)
+def _text(raw: Output, like: TextIO | None, *, by_line: bool = False) -> TextIO:
+    """What an alphabet does not have is written with a backslash: no reason to end anything."""
+    encoding = like.encoding if like else "utf-8"
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=by_line or raw.isatty())

@@ -63,7 +63,7 @@ def judged(number: int, seed: int, kinds: Sequence[str], originals: Originals) -
         folder.mkdir()
         case = KINDS[kind][0](stream, originals, folder)
         log = Path(name, "log")
-        ended = _in_a_process_of_its_own(case, log) if case.is_alone else _forked(case, log)
+        ended = _in_a_process_of_its_own(case) if case.is_alone else _forked(case, log)
         fault = _fault(case, ended, log / MEMORY)
     return Verdict(number, kind, case, ended, fault)
 
@@ -103,27 +103,24 @@ def _sending(case: Case) -> Callable[[list[int]], None]:
     return send
 
 
-def _in_a_process_of_its_own(case: Case, log: Path) -> Ended:
+def _in_a_process_of_its_own(case: Case) -> Ended:
     """`python -m trainer`, with limits, outputs and surroundings that a fork would share with us."""
-    log.mkdir()
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **case.environment}
     started = time.monotonic()
-    with (log / "rank-0.txt").open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "trainer", *case.command],
-            cwd=case.folder,
-            env={name: value for name, value in variables.items() if value is not None},
-            stdout=output,
-            stderr=output,
-            preexec_fn=lambda: _surround(case),
-        )
-        try:
-            code = process.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = process.wait()
-    said = (log / "rank-0.txt").read_text(errors="replace")
-    return Ended((code,), said, time.monotonic() - started)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", *case.command],
+        cwd=case.folder,
+        env={name: value for name, value in variables.items() if value is not None},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: _surround(case),
+    )
+    try:
+        said, _ = process.communicate(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said, _ = process.communicate()
+    return Ended((process.returncode,), said.decode(errors="replace"), time.monotonic() - started)
 
 
 def _surround(case: Case) -> None:
@@ -133,9 +130,10 @@ def _surround(case: Case) -> None:
         os.chdir("gone")
         os.rmdir(os.getcwd())
     for descriptor, target in case.outputs.items():
-        os.close(descriptor)
         if target:
             os.dup2(os.open(target, os.O_WRONLY), descriptor)
+        else:
+            os.close(descriptor)
     for name, limit in case.limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
 
@@ -149,7 +147,12 @@ def _fault(case: Case, ended: Ended, memory: Path) -> str:
         return f"exit code {bad[0]}"
     if found := next((words for words in TRACEBACKS if words in ended.said), None):
         return found
-    if codes != {0} and "triaxis: " not in ended.said and 2 not in case.outputs and not case.signals:
+    if (
+        codes != {0}
+        and not any(word in ended.said for word in ("triaxis: ", "DAMAGED: "))
+        and 2 not in case.outputs
+        and not case.signals
+    ):
         return "no line"
     if memory.exists() and (kib := int(memory.read_text())) > MOST_KIB:
         return f"{kib / 2**20:.1f} GiB of memory"
