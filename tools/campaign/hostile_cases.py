@@ -57,6 +57,7 @@ class Case:
     signals: tuple[tuple[float, int], ...] = ()
     in_a_folder_that_is_gone: bool = False
     is_alone: bool = False  # in a process of its own, as limits and outputs would be ours too
+    disk: tuple[Path, int] | None = None  # a folder that is a disk of so many KiB
 
     @property
     def starts(self) -> bool:
@@ -444,6 +445,19 @@ def limits(stream: Random, originals: Originals, folder: Path) -> Case:
     return case
 
 
+def disk(stream: Random, originals: Originals, folder: Path) -> Case:
+    """A run whose folder, data or export lies on a disk that is too small for it."""
+    small = folder / "disk"
+    small.mkdir()
+    command = ["train", str(originals.folder / "recipe.json"), "--run-dir", str(small / "run"), "--set", "train.steps=4"]
+    if stream.random() < 0.4:
+        command += ["--set", f"data.cache_dir={small / 'data'}"]
+    if stream.random() < 0.2:
+        command = ["export", str(originals.folder / "run"), str(small / "out")]
+    kib = stream.choice([4, 16, 40, 64, 100, 160, 250, 400, 600, 800, 1000, 1500])
+    return Case(f"{command[0]} on a disk of {kib} KiB", command, folder, is_alone=True, disk=(small, kib))
+
+
 def signals(stream: Random, originals: Originals, folder: Path) -> Case:
     """One or two signals at any moment of a start."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -467,5 +481,6 @@ KINDS: dict[str, tuple[Draw, int]] = {
     "run folder": (run_folder, 14),
     "environment": (environment, 4),
     "limits": (limits, 4),
+    "disk": (disk, 1),
     "signals": (signals, 2),
 }
