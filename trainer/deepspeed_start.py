@@ -27,11 +27,22 @@ logger = logging.getLogger(__name__)
 
 def start(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], units: Units) -> tuple[Any, Any]:
     """DeepSpeed's engine and its optimizer around ours."""
+    config = _with_full_buckets(config, optimizer)
     with contextlib.redirect_stdout(_LogLines()):  # DeepSpeed prints memory reports at ZeRO-1 in bf16, asked or not
         engine, wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, mpu=units, dist_init_required=False
         )
     return engine, wrapped
+
+
+def _with_full_buckets(config: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The dict with no larger a bucket of gradients than there are gradients, which are reduced at the same moments as before.
+    DeepSpeed takes the memory of a whole bucket, at stages 1 and 2 anew in each backward, and torch fills it where kernels are
+    deterministic: of a small model's step most of the time, and of 2⁴⁰ elements more than there is."""
+    sizes = [getattr(p, "ds_numel", p.numel()) for group in optimizer.param_groups for p in group["params"]]
+    zero = config["zero_optimization"]
+    fitting = {**zero, "reduce_bucket_size": min(zero["reduce_bucket_size"], sum(sizes))}
+    return {**config, "zero_optimization": fitting}
 
 
 def whole(parameters: Sequence[nn.Parameter], *, zero_stage: int) -> contextlib.AbstractContextManager[Any]:

@@ -37,10 +37,11 @@ SMALL: Mapping[str, Sequence[Any]] = {
     "data.tokenizer": ("bytes", "bpe:257", "bpe:300"),
     "data.workers": (0, 1, 2),
     "data.sources[].weight": (1e-300, 0.5, 1.0, 3.0, 1e300),
-    "data.sources[].field": ("text", "question", "none"),
-    "data.sources[].columns": (["text", "question"], ["prompt", "completion", "question"], ["a", "b"]),
+    "data.sources[].field": ("text", "question"),
+    "data.eval_sources[].field": ("question",),
     "data.sources[].fields": ({"prompt": "question"}, {"source": "en", "target": "de"}, {"text": "question"}),
-    "data.classes": (["0", "1", "2"], ["a", "b"], ["0", "1", "2", "3"]),
+    "data.eval_sources[].fields": ({"prompt": "question"}, {"source": "en", "target": "de"}, {"text": "question"}),
+    "data.classes": (["0", "1", "2"], ["0", "1", "2", "3"]),
     "parallel.tensor": (1, 2, 4),
     "parallel.pipeline": (1, 2, 4),
     "parallel.context": (1,),
@@ -53,16 +54,17 @@ SMALL: Mapping[str, Sequence[Any]] = {
     "zero.offload_param.nvme_path": ("nvme", "nvme2"),
     # Buffers are taken as large as they are asked for.
     "zero.offload_param.buffer_size": (4096, 20_000, 100_000),
-    "zero.offload_optimizer.buffer_count": (4, 5, 8),
+    "zero.offload_optimizer.buffer_count": (4, 8, 9),
     "zero.offload_param.buffer_count": (1, 5, 20, 50),
+    "deepspeed.memory_breakdown": (False,),  # it collects garbage twice in each forward: a minute for a sample
     "train.steps": (1, 2),
     "train.eval_translations": (0, 1, 3),
     "train.beams": (1, 2, 4),
     "tuning.rank": (1, 2, 8, 40),
     "tuning.bottleneck": (1, 8, 64),
     "preference.beta": (1e-6, 0.1, 10.0),
-    "guard.timeout_s": (60, 86_400),  # a shorter one may end a run of a machine that does something else
-    "guard.long_timeout_s": (60, 86_400),
+    "guard.timeout_s": (60, 1_000_000),  # a shorter one may end a run of a machine that does something else
+    "guard.long_timeout_s": (60, 1_000_000),
     "tracking.wandb.mode": (*["disabled"] * 20, "offline"),
 }
 # Keys that are often written, because much hangs on them.
@@ -70,8 +72,10 @@ OFTEN = {
     **{"parallel.tensor": 0.4, "parallel.pipeline": 0.5, "parallel.schedule": 0.7, "parallel.virtual_stages": 0.4},
     **{"zero.stage": 0.8, "tuning.method": 0.5, "precision.dtype": 0.7, "optimizer.name": 0.7, "batch.global_sequences": 0.8},
     **{"zero.offload_optimizer.device": 0.6, "zero.offload_param.device": 0.6, "tuning.quantize": 0.3},
-    **{"zero.offload_optimizer.nvme_path": 0.5, "zero.offload_param.nvme_path": 0.5, "model.from_pretrained": 0.0},
-    **{"tracking.tensorboard": 0.1, "zero.offload_param.buffer_size": 0.1},
+    **{"zero.offload_optimizer.nvme_path": 0.5, "zero.offload_param.nvme_path": 0.5, "data.seq_len": 0.05},
+    # What a source is was settled when it was chosen.
+    **dict.fromkeys(("data.task", "from_pretrained", "path", "target_path", "columns", "shape"), 0.0),
+    **{"data.sources[].fields": 0.2, "data.eval_sources[].fields": 0.2, "tracking.tensorboard": 0.1, "zero.offload_param.buffer_size": 0.1},
 }
 WRITTEN, WRITTEN_ENUM = 0.15, 0.35  # how often the others are
 AT_THE_END = 0.3  # how often a number is at an end of its range
@@ -205,7 +209,7 @@ def _beginning(growing: _Growing) -> dict[str, Any]:
     sources = supplies.sources(task)
     data: dict[str, Any] = {
         "task": task,
-        "seq_len": stream.choice((16, 32)) if task in ("pretrain", "mlm") else 32,
+        "seq_len": stream.choice((16, 32)) if task in ("pretrain", "mlm") else 64,
         "sources": stream.sample(sources, stream.choice((1, 1, 2))),
     }
     if stream.random() < 0.3:
@@ -264,7 +268,7 @@ def _config(stream: random.Random, family: Family) -> dict[str, Any]:
         "num_layers": layers,
         "encoder_layers": layers,
         "decoder_layers": stream.choice(LAYERS),
-        "max_positions": stream.choice((32, 64)),
+        "max_positions": stream.choice((64, 96)),
     }
     config: dict[str, Any] = {}
     for name, rule in family.keys.items():
@@ -320,7 +324,8 @@ def _resolved(schema: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, A
 
 
 def _how_often(dotted: str, node: Mapping[str, Any]) -> float:
-    return OFTEN.get(dotted, WRITTEN_ENUM if "enum" in node or node.get("type") == "boolean" else WRITTEN)
+    name = dotted.rpartition(".")[2]
+    return OFTEN.get(dotted, OFTEN.get(name, WRITTEN_ENUM if "enum" in node or node.get("type") == "boolean" else WRITTEN))
 
 
 def _value(dotted: str, node: Mapping[str, Any], stream: random.Random) -> Any:
@@ -347,9 +352,10 @@ def _value(dotted: str, node: Mapping[str, Any], stream: random.Random) -> Any:
 def _whole(node: Mapping[str, Any], stream: random.Random) -> int:
     low, high = int(node.get("minimum", -NO_LIMIT)), int(node.get("maximum", NO_LIMIT))
     if stream.random() < AT_THE_END:
-        return stream.choice((low, high))
-    usual = node.get("default") or max(low, 1)
-    return min(max(stream.choice((low, low + 1, low + 2, usual, 2 * usual, usual // 2)), low), high)
+        return stream.choice((low, high // node.get("multipleOf", 1) * node.get("multipleOf", 1)))
+    usual, step = node.get("default") or max(low, 1), node.get("multipleOf", 1)
+    chosen = stream.choice((low, low + step, low + 2 * step, usual, 2 * usual, usual // 2))
+    return min(max(chosen, low), high) // step * step
 
 
 def _number(node: Mapping[str, Any], stream: random.Random) -> float:

@@ -28,7 +28,15 @@ from trainer.errors import EXIT_DATA, EXIT_NO_PROGRESS, EXIT_OK, EXIT_RECIPE
 
 TIME_LIMIT_S = 60.0
 # What only the data, the tokenizer or the device shows.
-UNKNOWN_TO_CHECK: Sequence[str] = ()
+UNKNOWN_TO_CHECK: Sequence[str] = (
+    r"holds nothing to learn",  # seq_len is shorter than what stands before an answer
+    r"has no target: every label",  # the step's rows hold none: a row of one token, an answer that is cut off
+    r"no field '",  # of a file that was given names for another kind of rows
+    r"no (pair|conversation|label|'[^']*'): it has ",
+    r"no '[^']*'",
+    
+)
+TELLING = re.compile(r"triaxis: error: |[A-Za-z_.]*(Error|Exception)\b|  File \".*(trainer|parallel|deepspeed)/.*line \d+")
 SAYS = re.compile(r"^triaxis: error: (.*)$", re.MULTILINE)
 
 
@@ -57,7 +65,13 @@ def fault(ended: Ended) -> str:
     known = all(any(re.search(pattern, line) for pattern in UNKNOWN_TO_CHECK) for line in said)
     if len(codes) == 1 and codes <= {EXIT_DATA, EXIT_RECIPE} and said and known:
         return ""
-    return f"ended with {ended.codes}: {ended.said[-1500:]}"
+    return f"ended with {ended.codes}: {_essence(ended.said)}"
+
+
+def _essence(said: str) -> str:
+    """Our lines and the last lines of tracebacks, each once; else the end of it."""
+    telling = [line[:400] for line in said.splitlines() if TELLING.match(line)]
+    return "\n".join(dict.fromkeys(telling)) or said[-1500:]
 
 
 def one_case(seed: int, number: int, supplies: Supplies, folder: Path) -> dict[str, Any]:

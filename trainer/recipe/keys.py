@@ -118,7 +118,9 @@ def _range(node: Mapping[str, Any]) -> str:
     bounds = []
     for name, word in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<")):
         if name in node:
-            bounds.append(f"{word} {node[name]:.15g}")
+            bounds.append(f"{word} {node[name]:{'d' if isinstance(node[name], int) else '.15g'}}")
+    if "multipleOf" in node:
+        bounds.append(f"a multiple of {node['multipleOf']}")
     return " " + " and ".join(bounds) if bounds else ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -170,13 +170,32 @@ def _balance_findings(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _nearest_division(division: Sequence[int], layers: int) -> list[int]:
-    """Missing layers go to the smallest stages, one by one; those too many are taken from the largest."""
+    """Missing layers go to the smallest stages, one by one; those too many are taken from the largest: in the end all that
+    changed are at one level, or the first of them a layer further."""
     nearest = [min(number, layers) for number in division]
-    while (missing := layers - sum(nearest)) > 0:
-        nearest[nearest.index(min(nearest))] += 1
-    for _ in range(-missing):
-        nearest[nearest.index(max(nearest))] -= 1
-    return nearest
+    if sum(nearest) <= layers:
+        level = _level(nearest, layers, max)
+        changed, step = [max(number, level) for number in nearest], 1
+    else:
+        level = _level(nearest, layers, min)
+        changed, step = [min(number, level) for number in nearest], -1
+    left = abs(layers - sum(changed))
+    for place in [place for place, number in enumerate(changed) if number == level][:left]:
+        changed[place] += step
+    return changed
+
+
+def _level(numbers: Sequence[int], total: int, limited: Callable[[int, int], int]) -> int:
+    """Lifted to it (max) the numbers sum to at most `total`, and beyond it to more; lowered to it (min) to `total` at least."""
+    low, high = 0, total + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        reached = sum(limited(number, middle) for number in numbers)
+        if reached <= total if limited is max else reached < total:
+            low = middle
+        else:
+            high = middle
+    return low if limited is max else high
 
 
 def _zero_findings(recipe: Recipe, *, splits_backward: bool) -> Iterator[Finding]:
