@@ -153,7 +153,11 @@ def _offload_findings(recipe: Recipe) -> Iterator[Finding]:
     offload = recipe.zero.offload_optimizer
     if offload.device == "nvme" and (offload.pipeline_read or offload.pipeline_write) and offload.buffer_count < 2 * STATES:
         yield Finding(
-            ("zero.offload_optimizer.buffer_count", "zero.offload_optimizer.pipeline_read", "zero.offload_optimizer.pipeline_write"),
+            (
+                "zero.offload_optimizer.buffer_count",
+                "zero.offload_optimizer.pipeline_read",
+                "zero.offload_optimizer.pipeline_write",
+            ),
             f"zero.offload_optimizer.buffer_count = {offload.buffer_count}: with pipeline_read or pipeline_write two tiles of "
             f"{STATES} buffers each are in memory at once; legal: {2 * STATES} or more, or both false",
         )

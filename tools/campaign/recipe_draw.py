@@ -11,7 +11,7 @@ import copy
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +75,12 @@ OFTEN = {
     **{"zero.offload_optimizer.nvme_path": 0.5, "zero.offload_param.nvme_path": 0.5, "data.seq_len": 0.05},
     # What a source is was settled when it was chosen.
     **dict.fromkeys(("data.task", "from_pretrained", "path", "target_path", "columns", "shape"), 0.0),
-    **{"data.sources[].fields": 0.2, "data.eval_sources[].fields": 0.2, "tracking.tensorboard": 0.1, "zero.offload_param.buffer_size": 0.1},
+    **{
+        "data.sources[].fields": 0.2,
+        "data.eval_sources[].fields": 0.2,
+        "tracking.tensorboard": 0.1,
+        "zero.offload_param.buffer_size": 0.1,
+    },
 }
 WRITTEN, WRITTEN_ENUM = 0.15, 0.35  # how often the others are
 AT_THE_END = 0.3  # how often a number is at an end of its range
@@ -199,6 +204,17 @@ def _grow(growing: _Growing) -> None:
                 growing.take(_at(path, {name: value}))
 
 
+def drawn_keys() -> set[str]:
+    """Every key that a recipe with one source of each kind may get, items of lists as []."""
+    one_of_each = {"data": {"sources": [{}], "eval_sources": [{}]}}
+    return {
+        dotted
+        for path, properties in _sections(json_schema(), one_of_each)
+        for name, node in properties.items()
+        if _how_often(dotted := _dotted((*path, name)), node)
+    }
+
+
 # What every recipe begins with.
 
 
@@ -233,7 +249,13 @@ def _features(stream: random.Random) -> Iterator[dict[str, Any]]:
     if pipeline > 1:
         yield {"parallel": {"pipeline": pipeline}}
         schedule = stream.choice((*SCHEDULES,))
-        yield {"parallel": {"pipeline": pipeline, "schedule": schedule, "virtual_stages": 2 if "1f1b" != schedule != "gpipe" else 1}}
+        yield {
+            "parallel": {
+                "pipeline": pipeline,
+                "schedule": schedule,
+                "virtual_stages": 2 if "1f1b" != schedule != "gpipe" else 1,
+            }
+        }
     states, weights = stream.choice(OFFLOADS), stream.choice(OFFLOADS)
     if stream.random() < 0.5:
         yield {"zero": {"stage": 3, "offload_optimizer": states, "offload_param": weights}}
@@ -389,5 +411,3 @@ def _lay(recipe: Any, part: Mapping[Any, Any]) -> None:
             _lay(recipe[key], value)
         else:
             recipe[key] = copy.deepcopy(value)
-
-

@@ -1,4 +1,4 @@
-"""What drawn recipes name: small files of texts and rows for each task, and Hugging Face folders of each family, all made here."""
+"""What drawn recipes name: small files of texts and rows for each task, and a Hugging Face folder of each family, made here."""
 
 from __future__ import annotations
 

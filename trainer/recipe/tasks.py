@@ -29,8 +29,8 @@ def task_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
     if recipe.data.bos and tokenizer_is_ours(recipe.data.tokenizer):
         yield Finding(
             ("data.bos", "data.tokenizer"),
-            f"data.bos = true, but the tokenizer {recipe.data.tokenizer} has no bos_token: remove data.bos, or give a tokenizer "
-            "that has one",
+            f"data.bos = true, but the tokenizer {recipe.data.tokenizer} has no bos_token: remove data.bos, or give a "
+            "tokenizer that has one",
         )
     for number, source in enumerate(recipe.data.eval_sources):
         if source.weight is not None and f"data.eval_sources[{number}].weight" in given:
