@@ -19,15 +19,19 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from parallel.mesh import Group, Mesh
-from trainer.sections import Recipe
+from trainer.sections import LARGEST, Recipe
 from trainer.threaded_io import use_threads_where_async_io_is_missing
 
 logger = logging.getLogger(__name__)
 
 
-def start(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], units: Units) -> tuple[Any, Any]:
-    """DeepSpeed's engine and its optimizer around ours."""
+def start(
+    module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], units: Units, *, groups_are_tiles: bool = False
+) -> tuple[Any, Any]:
+    """DeepSpeed's engine and its optimizer around ours. `groups_are_tiles`: it is to cut none of the groups further."""
     config = _with_full_buckets(config, optimizer)
+    if groups_are_tiles:
+        config = {**config, "zero_optimization": {**config["zero_optimization"], "sub_group_size": LARGEST}}
     with contextlib.redirect_stdout(_LogLines()):  # DeepSpeed prints memory reports at ZeRO-1 in bf16, asked or not
         engine, wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, mpu=units, dist_init_required=False

@@ -34,6 +34,7 @@ UNKNOWN_TO_CHECK: Sequence[str] = (
     r"no field '",  # of a file that was given names for another kind of rows
     r"no (pair|conversation|label|'[^']*'): it has ",
     r"no '[^']*'",
+    r"the sources are too small for bpe:",
 )
 TELLING = re.compile(r"triaxis: error: |[A-Za-z_.]*(Error|Exception)\b|  File \".*(trainer|parallel|deepspeed)/.*line \d+")
 SAYS = re.compile(r"^triaxis: error: (.*)$", re.MULTILINE)
