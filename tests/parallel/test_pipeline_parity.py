@@ -102,6 +102,17 @@ def test_offload_equals_one_process(stage: int, zero: dict[str, Any], schedule: 
     assert_equals_one_process(replace(case, schedule=schedule, virtual_stages=virtual_stages), weights=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("elements", "zero"),
+    [(1, CPU_ALL), *(pytest.param(*pair, marks=pytest.mark.grid) for pair in ((1, {}), (3000, {}), (3000, CPU_ALL)))],
+)
+def test_stages_with_other_numbers_of_tiles_do_not_wait_for_each_other(elements: int, zero: dict[str, Any]) -> None:
+    """DeepSpeed reduces the norm of one tile of the optimizer after another over the stages, and the first has an embedding."""
+    zero = {**zero, "sub_group_size": elements}
+    case = Case(pp=2, dp=2, accumulation=2, steps=3, clip_norm=0.3, stage=3, zero=zero, config={"num_hidden_layers": 3})
+    assert_equals_one_process(case)
+
+
 def test_split_backwards_with_offload_equal_one_process() -> None:
     """Two stages of one rank share the tied weight, and weight gradients come apart from the others."""
     case = Case(pp=2, accumulation=4, steps=3, clip_norm=0.3, stage=2, zero=CPU, config=FOUR_LAYERS)
