@@ -104,7 +104,7 @@ class Engine:
             # DeepSpeed's mark: off the first rank only these count in the norm.
             parameter.model_parallel = spec.owned  # type: ignore[attr-defined]
         tiling = self._tiling()
-        optimizer = make_optimizer(recipe, self.specs, device, tiling)
+        optimizer = make_optimizer(recipe, self.specs, device, tiling=tiling)
         self.deepspeed, self.optimizer = start(
             module, optimizer, deepspeed_config, units, groups_are_tiles=tiling.tile is not None
         )

@@ -73,7 +73,7 @@ def _elements_here(parameter: nn.Parameter) -> int:
     return int(parameter.partition_numel()) if hasattr(parameter, "partition_numel") else parameter.numel()
 
 
-def make_optimizer(recipe: Recipe, parameters: Specified, device: torch.device, tiling: Tiling = Tiling()) -> Optimizer:
+def make_optimizer(recipe: Recipe, parameters: Specified, device: torch.device, *, tiling: Tiling = Tiling()) -> Optimizer:
     """The recipe's update rule. Weight decay goes by the parameter's role: matrices only."""
     keys = recipe.optimizer
     decays = {id(p) for p, spec in parameters if spec.role is Role.MATRIX}

@@ -24,9 +24,11 @@ from tools.campaign.cases import report
 from tools.campaign.ranks import Ended, run_ranks, train
 from tools.campaign.recipe_draw import Drawn, draw
 from tools.campaign.recipe_supplies import Supplies
+from trainer.cli import main as main_of_trainer
 from trainer.errors import EXIT_DATA, EXIT_NO_PROGRESS, EXIT_OK, EXIT_RECIPE
 
 TIME_LIMIT_S = 60.0
+REPORTED_EVERY = 10  # cases draw their report, which takes longer than their steps
 # What only the data, the tokenizer or the device shows.
 UNKNOWN_TO_CHECK: Sequence[str] = (
     r"holds nothing to learn",  # seq_len is shorter than what stands before an answer
@@ -40,20 +42,21 @@ TELLING = re.compile(r"triaxis: error: |[A-Za-z_.]*(Error|Exception)\b|  File \"
 SAYS = re.compile(r"^triaxis: error: (.*)$", re.MULTILINE)
 
 
-def train_in(folder: str, recipe: str) -> int:
+def train_in(folder: str, recipe: str, with_report: bool) -> int:
     """`train` on this rank, in a folder of the case's own, to which the recipe's paths are relative."""
     os.chdir(folder)
     os.environ["TMPDIR"] = tempfile.tempdir = folder
-    return train([recipe])
+    return main_of_trainer(["train", recipe]) if with_report else train([recipe])
 
 
-def start(drawn: Drawn, folder: Path) -> Ended:
+def start(drawn: Drawn, folder: Path, *, with_report: bool = False) -> Ended:
     """Its steps on all ranks."""
     folder.mkdir(parents=True)
     recipe = folder / "recipe.json"
     recipe.write_text(json.dumps(drawn.recipe))
     log = folder / "log"
-    return run_ranks(train_in, str(folder), str(recipe), world_size=drawn.world_size, log=log, timeout_s=TIME_LIMIT_S)
+    arguments = (str(folder), str(recipe), with_report)
+    return run_ranks(train_in, *arguments, world_size=drawn.world_size, log=log, timeout_s=TIME_LIMIT_S)
 
 
 def fault(ended: Ended) -> str:
@@ -78,9 +81,8 @@ def one_case(seed: int, number: int, supplies: Supplies, folder: Path) -> dict[s
     """Draw and start one; what came of it."""
     drawn = draw(seed, number, supplies)
     try:
-        ended = start(drawn, folder)
+        ended = start(drawn, folder, with_report=number % REPORTED_EVERY == 0)
     finally:
-        kept = {"recipe": drawn.recipe}
         shutil.rmtree(folder, ignore_errors=True)
     wrong = fault(ended)
     return {
@@ -92,7 +94,7 @@ def one_case(seed: int, number: int, supplies: Supplies, folder: Path) -> dict[s
         "codes": ended.codes,
         "wall_s": round(ended.wall_s, 1),
         "said": SAYS.findall(ended.said)[:3],
-        **({"seed": seed, "fault": wrong, **kept} if wrong else {}),
+        **({"seed": seed, "fault": wrong, "recipe": drawn.recipe} if wrong else {}),
     }
 
 
