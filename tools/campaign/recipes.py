@@ -3,8 +3,8 @@
     python -m tools.campaign.recipes --cases 300 --seed 0
 
 A case passes when every rank ends with 0; with 93 where what it was told to compute is not finite; or with a line for what
-`check` cannot know (UNKNOWN_TO_CHECK). A traceback, a rank that is killed, waits or is left behind is a fault, and so is a
-file outside of the case's own folder.
+`check` cannot know (UNKNOWN_TO_CHECK). A traceback, and a rank that is killed, waits or is left behind, is a fault. All that a
+case writes is in a folder of its own.
 """
 
 from __future__ import annotations
