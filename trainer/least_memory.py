@@ -21,6 +21,8 @@ from trainer.sections import Recipe
 
 TOKEN_BYTES = 16  # a token and what it predicts, both int64
 ROW_BYTES = 56  # the lengths of the documents in a row, of which there is one
+BATCH_BYTES = 400  # the two tensors of a micro-batch, beside what they hold
+ACTION_BYTES = 64  # a forward or backward in the table of a schedule, which every rank of a pipeline has whole
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32_BYTES = 4
 
@@ -65,8 +67,12 @@ def _require(demands: list[Demand], there: int, said: str) -> None:
 def least_demands(recipe: Recipe, plan: BatchPlan, network: TransformerConfig | AutoNetwork) -> Iterator[Demand]:
     """Of one rank."""
     batch, seq_len, parallel, zero = recipe.batch, recipe.data.seq_len, recipe.parallel, recipe.zero
-    step = plan.sequences_per_rank * (plan.seq_len * TOKEN_BYTES + ROW_BYTES)
+    step = plan.sequences_per_rank * (plan.seq_len * TOKEN_BYTES + ROW_BYTES) + plan.num_micro_batches * BATCH_BYTES
     yield Demand(f"the data of a step (batch.global_sequences {batch.global_sequences} × data.seq_len {seq_len})", step, True)
+    if parallel.pipeline > 1:
+        actions = 2 * plan.num_micro_batches * parallel.pipeline * parallel.virtual_stages
+        what = f"the schedule of {plan.num_micro_batches} micro-batches (batch.global_sequences {batch.global_sequences})"
+        yield Demand(what, actions * ACTION_BYTES, True)
     itemsize, divided = DTYPE_BYTES[recipe.precision.dtype], parallel.tensor * parallel.pipeline
     if isinstance(network, TransformerConfig):
         layers = network.num_layers if parallel.pipeline == 1 else parallel.virtual_stages

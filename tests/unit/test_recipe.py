@@ -277,6 +277,8 @@ def test_set_goes_through_the_same_door(folder: Path) -> None:
         ("deepspeed", "aio", {"block_size": 1}, "deepspeed.aio.block_size = 1: must be a whole number ≥ 4096 and ≤ 1073741824 "
          "and a multiple of 512"),
         ("guard", "timeout_s", 10**10, "guard.timeout_s = 10000000000: must be a whole number ≥ 1 and ≤ 1000000"),
+        ("parallel", "balance", [1] * 5000, "parallel.balance = [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,...: "
+         "must be a list of 1 to 4096"),
         ("train", "length_penalty", 1e30, "train.length_penalty = 1e+30: must be a number ≥ -30 and ≤ 30"),
         ("parallel", "tensor", 2**40, "parallel.tensor = 1099511627776: must be a whole number ≥ 1 and ≤ 1048576"),
         ("zero", "stage", 4, "zero.stage = 4: must be a whole number ≥ 0 and ≤ 3"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parallel.schedule_table import ScheduleTable, read_csv
 from parallel.schedules import SCHEDULES, Schedule, build
 from parallel.simulator import simulate
+from trainer.batching import divisors
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.recipe.places import shown
@@ -140,7 +140,7 @@ def _most_micro_batches_findings(recipe: Recipe, schedule: Schedule) -> Iterator
     """A step has its most micro-batches on the smallest world; when no world gives a legal number, none need be tried."""
     batch, ranks = recipe.batch, recipe.parallel.pipeline
     most, rest = divmod(batch.global_sequences, batch.micro_sequences)
-    if rest or any(schedule.accepts(n, ranks) for n in _divisors(most)):
+    if rest or any(schedule.accepts(n, ranks) for n in divisors(most)):
         return
     above = schedule.nearest_micro_batches(most, ranks)[-1]
     yield Finding(
@@ -247,8 +247,3 @@ def _table_problems(recipe: Recipe, table: ScheduleTable) -> Iterator[tuple[tupl
         simulate(table)
     except ValueError as deadlock:
         yield (KEY,), str(deadlock)
-
-
-def _divisors(number: int) -> set[int]:
-    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
-    return {*small, *(number // n for n in small)}
