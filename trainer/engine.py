@@ -25,7 +25,7 @@ from parallel.params import ShardSpec, owned_specs
 from parallel.rng import Streams
 from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
-from trainer.deepspeed_start import Units, partitioning, prepare, start, whole
+from trainer.deepspeed_start import Units, partitioning, prepare, require_swap_buffers, start, whole
 from trainer.errors import DataError, RecipeError
 from trainer.evaluator import Evaluator
 from trainer.execution import DTYPES, Batch, make_execution
@@ -103,6 +103,7 @@ class Engine:
         for parameter, spec in self.specs:
             # DeepSpeed's mark: off the first rank only these count in the norm.
             parameter.model_parallel = spec.owned  # type: ignore[attr-defined]
+        require_swap_buffers(recipe, [parameter for parameter, _ in self.specs])
         tiling = self._tiling()
         optimizer = make_optimizer(recipe, self.specs, device, tiling=tiling)
         self.deepspeed, self.optimizer = start(
