@@ -56,6 +56,7 @@ SMALL: Mapping[str, Sequence[Any]] = {
     "zero.offload_param.buffer_size": (4096, 20_000, 100_000),
     "zero.offload_optimizer.buffer_count": (4, 8, 9),
     "zero.offload_param.buffer_count": (1, 5, 20, 50),
+    "optimizer.name": ("adamw", "adam", "sgd", "adafactor"),  # lion is compiled at its first start, which takes minutes
     "deepspeed.memory_breakdown": (False,),  # it collects garbage twice in each forward: a minute for a sample
     "train.steps": (1, 2),
     "train.eval_translations": (0, 1, 3),
