@@ -104,6 +104,9 @@ def _uses_nvme(zero: Mapping[str, Any]) -> bool:
     return any(zero.get(name, {}).get("device") == "nvme" for name in ("offload_optimizer", "offload_param"))
 
 
+STATES = 4  # of Adam: the weights, two moments, the gradient
+
+
 def zero_findings(recipe: Recipe) -> Iterator[Finding]:
     """Combinations of ZeRO, offload and optimizer that cannot work, with the legal neighbours."""
     yield from _stage_findings(recipe)
@@ -148,6 +151,16 @@ def _offload_findings(recipe: Recipe) -> Iterator[Finding]:
                 f'{json.dumps(block.device)}; legal: device "nvme", or no nvme_path',
             )
     offload = recipe.zero.offload_optimizer
+    if offload.device == "nvme" and (offload.pipeline_read or offload.pipeline_write) and offload.buffer_count < 2 * STATES:
+        yield Finding(
+            (
+                "zero.offload_optimizer.buffer_count",
+                "zero.offload_optimizer.pipeline_read",
+                "zero.offload_optimizer.pipeline_write",
+            ),
+            f"zero.offload_optimizer.buffer_count = {offload.buffer_count}: with pipeline_read or pipeline_write two tiles of "
+            f"{STATES} buffers each are in memory at once; legal: {2 * STATES} or more, or both false",
+        )
     for key in ("pipeline_read", "pipeline_write"):
         if getattr(offload, key) and offload.device != "nvme":
             yield Finding(

@@ -19,19 +19,71 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from parallel.mesh import Group, Mesh
-from trainer.sections import Recipe
+from trainer.errors import RecipeError
+from trainer.sections import LARGEST, Recipe
 from trainer.threaded_io import use_threads_where_async_io_is_missing
 
 logger = logging.getLogger(__name__)
 
 
-def start(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], units: Units) -> tuple[Any, Any]:
-    """DeepSpeed's engine and its optimizer around ours."""
+def start(
+    module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], units: Units, *, groups_are_tiles: bool = False
+) -> tuple[Any, Any]:
+    """DeepSpeed's engine and its optimizer around ours. `groups_are_tiles`: it is to cut none of the groups further."""
+    config = _with_full_buckets(config, optimizer)
+    if groups_are_tiles:
+        config = {**config, "zero_optimization": {**config["zero_optimization"], "sub_group_size": LARGEST}}
     with contextlib.redirect_stdout(_LogLines()):  # DeepSpeed prints memory reports at ZeRO-1 in bf16, asked or not
         engine, wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, mpu=units, dist_init_required=False
         )
     return engine, wrapped
+
+
+def _with_full_buckets(config: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The dict with no larger a bucket of gradients than there are gradients, which are reduced at the same moments as before.
+    DeepSpeed takes the memory of a whole bucket, at stages 1 and 2 anew in each backward, and torch fills it where kernels are
+    deterministic: of a small model's step most of the time, and of 2⁴⁰ elements more than there is."""
+    sizes = [getattr(p, "ds_numel", p.numel()) for group in optimizer.param_groups for p in group["params"]]
+    zero = config["zero_optimization"]
+    fitting = {**zero, "reduce_bucket_size": min(zero["reduce_bucket_size"], sum(sizes))}
+    return {**config, "zero_optimization": fitting}
+
+
+SWAPPED_BYTES = 2**20  # a rank's part of a weight that is smaller stays in memory
+
+
+def require_swap_buffers(recipe: Recipe, parameters: Sequence[Any]) -> None:
+    """RecipeError where weights on NVMe have fewer buffers than are in memory at once: each keeps its buffer while it is live,
+    and DeepSpeed stops in the middle of a forward when there is none left."""
+    zero, keys = recipe.zero, recipe.zero.offload_param
+    if keys.device != "nvme" or sum(p.partition_numel() for p in parameters) <= keys.max_in_cpu:
+        return
+    least = max(SWAPPED_BYTES, recipe.deepspeed.aio.block_size)
+    swapped = [int(p.ds_numel) for p in parameters if not p.ds_persist and p.partition_numel() * p.element_size() >= least]
+    # What backward needs soon is kept however much is live.
+    limit = max(zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance) + zero.stage3_prefetch_bucket_size
+    at_once = _most_live(swapped, limit)
+    if keys.buffer_count < at_once:
+        raise RecipeError(
+            f"zero.offload_param.buffer_count = {keys.buffer_count}, but {at_once} weights may be in memory at once, each in a "
+            f"buffer (zero.stage3_max_live_parameters {zero.stage3_max_live_parameters}, stage3_max_reuse_distance "
+            f"{zero.stage3_max_reuse_distance}, stage3_prefetch_bucket_size {zero.stage3_prefetch_bucket_size}): legal: "
+            f"{at_once} or more, or lower those three"
+        )
+
+
+def _most_live(sizes: Sequence[int], limit: int) -> int:
+    """Weights that follow each other and have no more elements than the limit together, the one that is fetched next, and the
+    one before, which is given back after that."""
+    most = first = held = 0
+    for last, size in enumerate(sizes):
+        held += size
+        while held > limit:
+            held -= sizes[first]
+            first += 1
+        most = max(most, last + 1 - first)
+    return min(len(sizes), most + 2)
 
 
 def whole(parameters: Sequence[nn.Parameter], *, zero_stage: int) -> contextlib.AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from parallel.params import ShardSpec, owned_specs
 from parallel.rng import Streams
 from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
-from trainer.deepspeed_start import Units, partitioning, prepare, start, whole
+from trainer.deepspeed_start import Units, partitioning, prepare, require_swap_buffers, start, whole
 from trainer.errors import DataError, RecipeError
 from trainer.evaluator import Evaluator
 from trainer.execution import DTYPES, Batch, make_execution
@@ -34,7 +34,7 @@ from trainer.master_weights import MasterWeights
 from trainer.measures import measures_of
 from trainer.model.auto_stage import AutoStage
 from trainer.model.network import Network
-from trainer.optimizers import make_optimizer, num_groups
+from trainer.optimizers import Tiling, make_optimizer
 from trainer.sections import Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.tuning.adapt import quantized_weights, quantizing
@@ -103,9 +103,12 @@ class Engine:
         for parameter, spec in self.specs:
             # DeepSpeed's mark: off the first rank only these count in the norm.
             parameter.model_parallel = spec.owned  # type: ignore[attr-defined]
-        groups = all_reduce(torch.tensor(num_groups(self.specs), device=device), mesh.replica, dist.ReduceOp.MAX)
-        optimizer = make_optimizer(recipe, self.specs, device, least_groups=int(groups))
-        self.deepspeed, self.optimizer = start(module, optimizer, deepspeed_config, units)
+        require_swap_buffers(recipe, [parameter for parameter, _ in self.specs])
+        tiling = self._tiling()
+        optimizer = make_optimizer(recipe, self.specs, device, tiling=tiling)
+        self.deepspeed, self.optimizer = start(
+            module, optimizer, deepspeed_config, units, groups_are_tiles=tiling.tile is not None
+        )
         self.execution.attach(self.deepspeed)
         if dtype == torch.float64:
             self.deepspeed.communication_data_type = dtype  # DeepSpeed's dict has no name for it
@@ -127,6 +130,14 @@ class Engine:
             )
         if isinstance(module, AutoStage) and recipe.data.isolate_documents:
             self.notes += module.settle_lengths(device, plan.seq_len, may_call_apart=self.zero_stage < 3)
+
+    def _tiling(self) -> Tiling:
+        """As many groups as the rank of the replica with the most, or with the fewest parameters to put into them."""
+        own = Tiling.of(self.recipe)
+        trained = sum(parameter.requires_grad for parameter, _ in self.specs)
+        numbers = torch.tensor([len(own.groups(self.specs)), -trained], device=self.device)
+        most, fewest = all_reduce(numbers, self.mesh.replica, dist.ReduceOp.MAX).tolist()
+        return replace(own, num_groups=min(most, -fewest))
 
     @property
     def num_params(self) -> int:

@@ -48,7 +48,7 @@ class JobStart:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> JobStart:
         count = environment.get("SLURM_RESTART_COUNT", "")
-        return cls(job_name(environment), int(count) if count.isdecimal() else 0)
+        return cls(job_name(environment), int(count) if count.isascii() and count.isdecimal() else 0)
 
     def follows(self, earlier: JobStart) -> bool:
         return bool(self.job) and self.job == earlier.job and self.restarts > earlier.restarts

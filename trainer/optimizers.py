@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,24 +22,65 @@ from trainer.sections import Recipe
 Specified = Sequence[tuple[nn.Parameter, ShardSpec]]
 
 
-def num_groups(parameters: Specified) -> int:
-    """How many kinds of parameters are trained: those that decay, and those that do not."""
-    return len({spec.role is Role.MATRIX for p, spec in parameters if p.requires_grad})
+@dataclass(frozen=True)
+class Tiling:
+    """How trained parameters are cut into groups. ZeRO reduces a norm for each group, and at stage 3 for each of the tiles that
+    it cuts groups into, one after another over the ranks of the replica: those with fewer would be waited for. A stage of a
+    pipeline may have only matrices to train, where the ends have rows of new tokens, or fewer elements than another. So the
+    tiles of stage 3 are cut here, as DeepSpeed would, and then into the same number everywhere. `tile` [elements of this rank]:
+    a tile ends with the parameter that fills it; None: each kind of parameters is one group."""
+
+    tile: int | None = None
+    num_groups: int | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Tiling:
+        """That of this rank alone."""
+        divided = recipe.zero.stage == 3 and recipe.parallel.pipeline > 1
+        return cls(recipe.zero.sub_group_size if divided else None)
+
+    def groups(self, parameters: Specified) -> list[list[nn.Parameter]]:
+        """Those that are trained: matrices, which alone decay, and the others, never in one group."""
+        trained = [(p, spec.role is Role.MATRIX) for p, spec in parameters if p.requires_grad]
+        kinds = [[p for p, is_matrix in trained if is_matrix], [p for p, is_matrix in trained if not is_matrix]]
+        tile = self.tile
+        found = _cut(kinds, tile)
+        while tile is not None and self.num_groups is not None and len(found) > self.num_groups:
+            tile *= 2
+            found = _cut(kinds, tile)
+        while len(found) < (self.num_groups or 0):
+            found.append([max(found, key=len).pop()])
+        return found
 
 
-def make_optimizer(recipe: Recipe, parameters: Specified, device: torch.device, *, least_groups: int = 1) -> Optimizer:
-    """The recipe's update rule. Weight decay goes by the parameter's role: matrices only. `least_groups`: as many as any rank
-    of the replica has. ZeRO reduces one norm after another, for each group, so ranks with fewer would be waited for: a stage of
-    a pipeline in which only matrices are trained, between the ends with rows of new tokens."""
+def _cut(kinds: Sequence[Sequence[nn.Parameter]], tile: int | None) -> list[list[nn.Parameter]]:
+    found = []
+    for kind in filter(None, kinds):
+        group: list[nn.Parameter] = []
+        held = 0
+        for parameter in kind:
+            group.append(parameter)
+            held += _elements_here(parameter)
+            if tile is not None and held >= tile:
+                found.append(group)
+                group, held = [], 0
+        found += [group] if group else []
+    return found
+
+
+def _elements_here(parameter: nn.Parameter) -> int:
+    """ZeRO-3 holds a part of it."""
+    return int(parameter.partition_numel()) if hasattr(parameter, "partition_numel") else parameter.numel()
+
+
+def make_optimizer(recipe: Recipe, parameters: Specified, device: torch.device, *, tiling: Tiling = Tiling()) -> Optimizer:
+    """The recipe's update rule. Weight decay goes by the parameter's role: matrices only."""
     keys = recipe.optimizer
-    parameters = [(p, spec) for p, spec in parameters if p.requires_grad]
+    decays = {id(p) for p, spec in parameters if spec.role is Role.MATRIX}
     groups: list[dict[str, Any]] = [
-        {"params": [p for p, spec in parameters if spec.role is Role.MATRIX], "weight_decay": keys.weight_decay},
-        {"params": [p for p, spec in parameters if spec.role is not Role.MATRIX], "weight_decay": 0.0},
+        {"params": group, "weight_decay": keys.weight_decay if id(group[0]) in decays else 0.0}
+        for group in tiling.groups(parameters)
     ]
-    groups = [group for group in groups if group["params"]]
-    while len(groups) < least_groups:
-        groups.append({**groups[0], "params": [groups[0]["params"].pop()]})
     betas = (keys.betas[0], keys.betas[1])
     match keys.name:
         case "adamw":

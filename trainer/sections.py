@@ -13,8 +13,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PositiveInt = Annotated[int, Field(ge=1, strict=True)]
-Count = Annotated[int, Field(ge=0, strict=True)]
+LARGEST = 2**53  # of numbers that are only compared with: other readers of JSON round a whole number beyond it
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
+Count = Annotated[int, Field(ge=0, le=LARGEST, strict=True)]
+Degree = Annotated[int, Field(ge=1, le=2**20, strict=True)]  # more ranks than any machine has; layouts are searched up to it
+NumStages = Annotated[int, Field(ge=1, le=2**12, strict=True)]  # as many as the largest network has layers
+# A socket waits for at most 2³¹ ms, and what waits for a hang sums several of these.
+Seconds = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 STDLIB = "stdlib"  # the source that every machine has: the standard library's own
@@ -44,7 +49,7 @@ class Run(Section):
         description="Name of the run folder inside run.dir; letters, digits, '.', '_' and '-'.",
     )
     dir: str = Field("runs", min_length=1, description="Folder that holds run folders.")
-    seed: Count = Field(0, le=2**63 - 1, description="Seed of every random stream: weights, data order, dropout.")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of every random stream: weights, data order, dropout.")
     deterministic: bool = Field(
         False, description="Refuse nondeterministic kernels (slower on GPUs; CPU kernels are deterministic anyway)."
     )
@@ -172,8 +177,9 @@ class Data(Section):
     learn: Literal["answers", "last", "all"] = Field(
         "answers", description="sft: whose tokens are targets: those of the assistant's turns, of the last of them, or all."
     )
-    seq_len: PositiveInt = Field(
+    seq_len: int = Field(
         512,
+        ge=1,
         le=2**24,
         description="Length of a training sequence; translate: of its sources, and again of their targets [tokens].",
     )
@@ -223,7 +229,7 @@ class Data(Section):
     cache_dir: str | None = Field(
         None, min_length=1, description="Where tokenized data is kept and reused; default: 'data' inside run.dir."
     )
-    workers: Count = Field(0, le=1024, description="Processes that tokenize; 0 = one per core this process may use.")
+    workers: int = Field(0, ge=0, le=1024, description="Processes that tokenize; 0 = one per core this process may use.")
 
     @property
     def row_tokens(self) -> int:
@@ -234,9 +240,9 @@ class Data(Section):
 class Parallel(Section):
     """Degrees of the axes; the data-parallel degree is world size / (tensor * pipeline * context)."""
 
-    tensor: PositiveInt = Field(1, description="Ranks that share each layer's weights.")
-    pipeline: PositiveInt = Field(1, description="Ranks that the layers are divided over, each with virtual_stages stages.")
-    context: PositiveInt = Field(1, description="Ranks that share each sequence.")
+    tensor: Degree = Field(1, description="Ranks that share each layer's weights.")
+    pipeline: Degree = Field(1, description="Ranks that the layers are divided over, each with virtual_stages stages.")
+    context: Degree = Field(1, description="Ranks that share each sequence.")
     sequence_parallel: bool | None = Field(
         None,
         description="Activations outside attention and MLP are divided over the tensor ranks by tokens; "
@@ -249,11 +255,12 @@ class Parallel(Section):
         description="Order of forwards and backwards in the pipeline: gpipe, 1f1b, interleaved_1f1b, looped_bfs, "
         "interleaved_zero_bubble, zbv, dualpipev, or a CSV file with the actions of each rank.",
     )
-    virtual_stages: PositiveInt = Field(1, description="Stages on each pipeline rank; zbv and dualpipev have exactly 2.")
+    virtual_stages: NumStages = Field(1, description="Stages on each pipeline rank; zbv and dualpipev have exactly 2.")
 
-    balance: list[PositiveInt] | None = Field(
+    balance: list[NumStages] | None = Field(
         None,
         min_length=1,
+        max_length=2**12,
         description="Layers on each stage, in the order of the layers; the embedding is on the first, the head on the last. "
         "Absent: by cost.",
     )
@@ -267,8 +274,8 @@ class Parallel(Section):
 class Batch(Section):
     """Sequences per step and per micro-batch."""
 
-    global_sequences: PositiveInt = Field(8, le=2**30, description="Sequences per optimizer step, over all ranks.")
-    micro_sequences: PositiveInt = Field(1, description="Sequences per forward and backward on one data-parallel rank.")
+    global_sequences: int = Field(8, ge=1, le=2**30, description="Sequences per optimizer step, over all ranks.")
+    micro_sequences: int = Field(1, ge=1, le=2**30, description="Sequences per forward and backward on one data-parallel rank.")
 
 
 class LossScale(Section):
@@ -292,12 +299,20 @@ class Precision(Section):
     loss_scale: LossScale = Field(default_factory=LossScale, description="Loss scaling for fp16.")
 
 
+MOST_BUFFERS = 2**10  # of a swap pool, which takes the memory of all of them at once
+
+
 class OffloadOptimizer(Section):
     """DeepSpeed's offload_optimizer."""
 
     device: Literal["none", "cpu", "nvme"] = Field("none", description="Where optimizer state and master weights live.")
     nvme_path: str | None = Field(None, min_length=1, description="Folder for optimizer state; needed for nvme.")
-    buffer_count: PositiveInt = Field(4, description="Buffers in the swap pool; at least the states per parameter (Adam: 4).")
+    buffer_count: int = Field(
+        4,
+        ge=4,  # Adam's three states and the gradient of a tile: with fewer DeepSpeed stops at its first update
+        le=MOST_BUFFERS,
+        description="Buffers in the swap pool, each of a tile's elements; at least the states per parameter (Adam: 4).",
+    )
     pin_memory: bool = Field(False, description="Page-locked host memory: faster copies from and to a GPU.")
     pipeline_read: bool = Field(False, description="nvme: read the next tile while the current one is updated.")
     pipeline_write: bool = Field(False, description="nvme: write the previous tile while the current one is updated.")
@@ -308,9 +323,12 @@ class OffloadParam(Section):
 
     device: Literal["none", "cpu", "nvme"] = Field("none", description="Where the partitioned weights live between uses.")
     nvme_path: str | None = Field(None, min_length=1, description="Folder for weights; needed for nvme.")
-    buffer_count: PositiveInt = Field(5, description="Buffers in the swap pool.")
-    buffer_size: PositiveInt | None = Field(
-        None, description="Elements per buffer; absent: one rank's part of the model's largest weight [elements]."
+    buffer_count: int = Field(5, ge=1, le=MOST_BUFFERS, description="Buffers in the swap pool.")
+    buffer_size: int | None = Field(
+        None,
+        ge=1,
+        le=2**40,
+        description="Elements per buffer; absent: one rank's part of the model's largest weight [elements].",
     )
     max_in_cpu: Count = Field(1_000_000_000, description="Elements kept in host memory when offloading to nvme [elements].")
     pin_memory: bool = Field(False, description="Page-locked host memory: faster copies from and to a GPU.")
@@ -330,7 +348,10 @@ class Zero(Section):
     )
     offload_param: OffloadParam = Field(default_factory=OffloadParam, description="Weights in host memory or on NVMe (ZeRO-3).")
     reduce_bucket_size: PositiveInt = Field(500_000_000, description="Elements per gradient reduction [elements].")
-    allgather_bucket_size: PositiveInt = Field(500_000_000, description="Elements per weight all-gather [elements].")
+    # DeepSpeed begins each part of a gather at 4 bytes, two elements of a half format.
+    allgather_bucket_size: int = Field(
+        500_000_000, le=LARGEST, ge=2, multiple_of=2, description="Elements per weight all-gather [elements]."
+    )
     contiguous_gradients: bool = Field(True, description="Copy gradients into one buffer as they are produced.")
     reduce_scatter: bool = Field(True, description="Reduce-scatter instead of all-reduce for gradients.")
     overlap_comm: bool = Field(False, description="Reduce gradients while backward still computes.")
@@ -349,9 +370,12 @@ class Zero(Section):
 class Aio(Section):
     """DeepSpeed's asynchronous I/O, used by NVMe offload."""
 
-    block_size: PositiveInt = Field(1_048_576, description="Size of one I/O request [bytes].")
-    queue_depth: PositiveInt = Field(8, description="Requests in flight per thread.")
-    intra_op_parallelism: PositiveInt = Field(1, description="Threads per transfer.")
+    # A drive transfers whole sectors of 512 or 4096 bytes, and each block is a request of its own.
+    block_size: int = Field(1_048_576, ge=4096, le=2**30, multiple_of=512, description="Size of one I/O request [bytes].")
+    # Linux gives all processes of a machine 65536 requests together (fs.aio-max-nr).
+    queue_depth: int = Field(8, ge=1, le=2**12, description="Requests in flight per thread.")
+    # Each buffer is a multiple of 1 KiB for each thread.
+    intra_op_parallelism: int = Field(1, ge=1, le=2**8, description="Threads per transfer.")
     single_submit: bool = Field(False, description="Submit requests one by one.")
     overlap_events: bool = Field(True, description="Submit and complete requests in overlap.")
 
@@ -415,7 +439,8 @@ class Schedule(Section):
 class Train(Section):
     """How long, and what happens on the way."""
 
-    steps: PositiveInt = Field(100, description="Optimizer steps of the whole run [steps].")
+    # With batch.global_sequences at most 2⁶² sequences, which are numbered in 64 bits.
+    steps: int = Field(100, ge=1, le=2**32, description="Optimizer steps of the whole run [steps].")
     clip_norm: float = Field(1.0, ge=0.0, allow_inf_nan=False, description="Largest L2 norm of the gradient; 0 = no clipping.")
     log_every: PositiveInt = Field(1, description="Steps between records in metrics.jsonl [steps].")
     eval_every: Count = Field(0, description="Steps between evaluations; 0 = only after the last step [steps].")
@@ -431,9 +456,14 @@ class Train(Section):
         description="translate: pairs of data.eval_sources that are translated after the last step, for BLEU and chrF; "
         "0 = none.",
     )
-    beams: PositiveInt = Field(4, le=64, description="translate: beams of that search; 1 = the likeliest token each time.")
+    beams: int = Field(4, ge=1, le=64, description="translate: beams of that search; 1 = the likeliest token each time.")
+    # A length of 2²⁴ to a higher power is no float64.
     length_penalty: float = Field(
-        1.0, allow_inf_nan=False, description="translate: beams are compared by log-probability / length ** length_penalty."
+        1.0,
+        ge=-30.0,
+        le=30.0,
+        allow_inf_nan=False,
+        description="translate: beams are compared by log-probability / length ** length_penalty.",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
@@ -485,8 +515,8 @@ class Tuning(Section):
         "all of them, for ia3 k, v and down. For adapter only attention and mlp: which of the two it stands behind. Not for "
         "bitfit.",
     )
-    rank: PositiveInt = Field(
-        8, le=2**16, description="Inner size of the low-rank factors (lora, dora); what it starts as (adalora)."
+    rank: int = Field(
+        8, ge=1, le=2**16, description="Inner size of the low-rank factors (lora, dora); what it starts as (adalora)."
     )
     alpha: float = Field(
         16.0,
@@ -497,7 +527,7 @@ class Tuning(Section):
     rank_stabilized: bool = Field(False, description="Multiply with alpha / sqrt(rank) instead, as rsLoRA does (lora, dora).")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Rate of dropout on what the first factor sees (lora, adalora).")
     budget: RankBudget = Field(default_factory=RankBudget, description="How ranks are shared out (adalora).")
-    bottleneck: PositiveInt = Field(64, le=2**16, description="Features between an adapter's two projections (adapter).")
+    bottleneck: int = Field(64, ge=1, le=2**16, description="Features between an adapter's two projections (adapter).")
     quantize: Literal["nf4", "int8"] | None = Field(
         None,
         description="Format in which the frozen weights of attention and MLP are held: 4-bit NormalFloat as in QLoRA (nf4), or "
@@ -555,12 +585,12 @@ class Checkpoint(Section):
 class Guard(Section):
     """What ends a run that cannot go on."""
 
-    timeout_s: PositiveInt = Field(
+    timeout_s: Seconds = Field(
         600,
         description="Longest time within a step in which no rank gets on; then the run ends with exit code 124 and a page that "
         "names the culprit [s].",
     )
-    long_timeout_s: PositiveInt = Field(
+    long_timeout_s: Seconds = Field(
         3600,
         description="The same outside of steps and in the first one: start, evaluation, saving, export [s].",
     )

@@ -40,6 +40,7 @@ from trainer.first_weights import first_weights
 from trainer.goodput import Ledger, lost_s
 from trainer.hold import Hold, JobStart, held
 from trainer.launch import PeerFailed, Place, together
+from trainer.least_memory import Machine, host_bytes, require_memory
 from trainer.lifecycle import LOST, WANTED
 from trainer.matmul_peak import device_peak, slower_than_fp32
 from trainer.model.auto_network import AutoNetwork
@@ -201,6 +202,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             found, told = find(folder, resume, messages)
             remarks += told
             network, fill = first_weights(resolved, prepared.tokenizer, prepared.classes, resumed=found is not None)
+            require_memory(recipe, plan, network, _machine(place))
             if recipe.model.from_pretrained is not None and found is None:
                 remarks += unread_weights(local_folder(recipe.model.from_pretrained, recipe.model.revision))
             if prepared.chat and recipe.train.sample_prompt is not None:
@@ -375,6 +377,12 @@ def _eval_data(recipe: Recipe, prepared: PreparedData, network: Network) -> Eval
         sequences=recipe.train.eval_sequences,
         targets=targets_for(recipe, prepared, network, "evaluation"),
     )
+
+
+def _machine(place: Place) -> Machine:
+    on_gpu = place.device.type == "cuda"
+    gpu_bytes = torch.cuda.get_device_properties(place.device).total_memory if on_gpu else None
+    return Machine(host_bytes(), place.local_world_size, gpu_bytes)
 
 
 def _devices(place: Place) -> str:

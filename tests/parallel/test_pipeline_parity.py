@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from parallel.mesh import Mesh
 from parallel.topology import Layout
-from tests.parallel.test_engine_parity import ADAMW, Case, Outcome, assert_same_training, outcome
+from tests.parallel.test_engine_parity import ADAMW, Case, Outcome, assert_same_training, make_engine, outcome
+from tests.spawn import spawn
+from trainer.errors import RecipeError
 
 CPU = {"offload_optimizer": {"device": "cpu"}}
 CPU_ALL = {**CPU, "offload_param": {"device": "cpu"}}
@@ -102,6 +105,17 @@ def test_offload_equals_one_process(stage: int, zero: dict[str, Any], schedule: 
     assert_equals_one_process(replace(case, schedule=schedule, virtual_stages=virtual_stages), weights=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("elements", "zero"),
+    [(1, CPU_ALL), *(pytest.param(*pair, marks=pytest.mark.grid) for pair in ((1, {}), (3000, {}), (3000, CPU_ALL)))],
+)
+def test_stages_with_other_numbers_of_tiles_do_not_wait_for_each_other(elements: int, zero: dict[str, Any]) -> None:
+    """DeepSpeed reduces the norm of one tile of the optimizer after another over the stages, and the first has an embedding."""
+    zero = {**zero, "sub_group_size": elements}
+    case = Case(pp=2, dp=2, accumulation=2, steps=3, clip_norm=0.3, stage=3, zero=zero, config={"num_hidden_layers": 3})
+    assert_equals_one_process(case)
+
+
 def test_split_backwards_with_offload_equal_one_process() -> None:
     """Two stages of one rank share the tied weight, and weight gradients come apart from the others."""
     case = Case(pp=2, accumulation=4, steps=3, clip_norm=0.3, stage=2, zero=CPU, config=FOUR_LAYERS)
@@ -158,8 +172,6 @@ def test_a_nan_on_one_stage_skips_the_step_everywhere(stage: int) -> None:
 
 def test_the_ends_stay_bit_equal() -> None:
     """The tied weight's two copies, on the first and the last stage, after any number of steps."""
-    from tests.spawn import spawn
-
     first, _, _, last = spawn(tied_copy, Layout(pp=4), Case(pp=4, accumulation=8, steps=5, optimizer=ADAMW, config=FOUR_LAYERS))
     assert first is not None
     np.testing.assert_array_equal(first, last)
@@ -206,3 +218,25 @@ def train_without_tokens(command: list[str]) -> int:
 
         TokenStore.slice = unreadable
     return train(command)
+
+
+def starts(mesh: Mesh, case: Case) -> str:
+    """What a refused engine says."""
+    try:
+        make_engine(mesh, case).close()
+    except RecipeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("buffers", [11, 12])
+def test_weights_on_a_drive_have_a_buffer_each_while_they_are_live(buffers: int, tmp_path: Path) -> None:
+    wide = {"num_hidden_layers": 3, "hidden_size": 512, "intermediate_size": 1024}  # else DeepSpeed keeps them in memory
+    on_disk = {"device": "nvme", "nvme_path": str(tmp_path), "max_in_cpu": 0, "buffer_count": buffers}
+    case = Case(stage=3, zero={"offload_param": on_disk}, config=wide, steps=1)
+    (said,) = spawn(starts, Layout(), case)
+    if buffers == 12:
+        assert said == ""
+        outcome(case)
+    else:
+        assert said.startswith("zero.offload_param.buffer_count = 11, but 12 weights may be in memory at once")

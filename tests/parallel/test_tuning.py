@@ -396,6 +396,15 @@ def shared_out_by_one() -> tuple[list[float], dict[str, np.ndarray]]:
     return spawn(shared_out, Layout(), METHODS["adalora"], 1.0)[0]
 
 
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.grid)])
+def test_adalora_trains_half_weights(stage: int) -> None:
+    """At stages 1 to 3 the factors are in the dtype of the run, and what keeps them orthonormal is in fp32."""
+    case = replace(METHODS["adalora"], dtype="bf16")
+    expected, _ = spawn(shared_out, Layout(), case, 1.0)[0]
+    numbers, _ = spawn(shared_out, Layout(dp=2), replace(case, dp=2, stage=stage), 1.0)[0]
+    assert numbers == pytest.approx(expected, rel=2e-2)  # the weights themselves are rounded: 8 bits
+
+
 def test_a_loss_scale_changes_no_bit_of_adalora(shared_out_by_one: tuple[list[float], dict[str, np.ndarray]]) -> None:
     """A power of two: the pull towards orthogonality is scaled with the loss, and importance sees none of it."""
     numbers, tensors = spawn(shared_out, Layout(), METHODS["adalora"], 1024.0)[0]

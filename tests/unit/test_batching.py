@@ -36,6 +36,12 @@ def test_fewer_sequences_than_ranks_offers_only_what_exists() -> None:
         BatchPlan.from_recipe(recipe(3, 1), 8, "a test")
 
 
+def test_the_largest_batch_is_answered_like_a_small_one() -> None:
+    """The neighbours are found among the divisors; trying each number up to it would take minutes."""
+    with pytest.raises(RecipeError, match=r"or batch\.micro_sequences 134217728, 268435456, 536870912 \(world size 1"):
+        BatchPlan.from_recipe(recipe(2**30, 2**30 - 1), 1, "a test")
+
+
 def test_world_size_that_the_degrees_do_not_divide() -> None:
     with pytest.raises(RecipeError, match=r"world size 3 \(a test\) is not a multiple of parallel.tensor 2.*: 2 or 4"):
         BatchPlan.from_recipe(recipe(8, 1, tensor=2), 3, "a test")

@@ -112,6 +112,21 @@ def test_swap_buffers_hold_one_rank_s_part_of_the_largest_weight() -> None:
         of(500, 1001)
 
 
+def test_a_bucket_of_gradients_is_no_larger_than_they_are() -> None:
+    """DeepSpeed takes the memory of a whole one."""
+    import torch
+
+    from trainer.deepspeed_start import _with_full_buckets
+
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(3, 2)]}, {"params": [torch.zeros(5)]}], lr=0.1)
+    buckets = [
+        _with_full_buckets({"zero_optimization": {"stage": 2, "reduce_bucket_size": size}}, optimizer)["zero_optimization"]
+        for size in (2**50, 11, 4)
+    ]
+    assert [bucket["reduce_bucket_size"] for bucket in buckets] == [11, 11, 4]
+    assert buckets[0]["stage"] == 2
+
+
 def test_communication_format_may_be_left_to_deepspeed() -> None:
     assert built(Recipe())["communication_data_type"] == "fp32"
     assert "communication_data_type" not in built(Recipe(deepspeed=DeepSpeedPolicy(communication_data_type=None)))

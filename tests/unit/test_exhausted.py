@@ -10,14 +10,19 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
+from trainer.batching import BatchPlan
 from trainer.errors import RecipeError
 from trainer.exhausted import exhausted
 from trainer.launch import Place
+from trainer.least_memory import Machine, host_bytes, require_memory
+from trainer.model.translation import translate
+from trainer.sections import Recipe
 
 ROOT = str(Path(__file__).parents[2])
 GIB = 2**30
@@ -93,6 +98,51 @@ def test_a_model_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 78, done.stderr
     assert done.stderr.startswith("triaxis: error: rank 0: building the model: out of memory: 8 GiB of host memory were asked")
     assert len(done.stderr.splitlines()) == 1
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+MACHINE = Machine(host_bytes=64 * GIB, local_ranks=4, gpu_bytes=None)
+
+
+def demanded(network: dict[str, Any] | None = None, machine: Machine = MACHINE, world_size: int = 4, **sections: Any) -> None:
+    """`require_memory` for a Llama of 4 layers on so many ranks."""
+    config = {"vocab_size": 257, **SMALL, **(network or {}), "max_position_embeddings": 2**24}
+    recipe = Recipe.model_validate({"model": {"family": "llama", "config": config}, **sections})
+    plan = BatchPlan.from_recipe(recipe, world_size, "a test")
+    require_memory(recipe, plan, translate("llama", config), machine)
+
+
+@pytest.mark.parametrize(
+    ("demand", "said"),
+    [
+        ({"batch": {"micro_sequences": 2**20, "global_sequences": 2**22}, "data": {"seq_len": 2**20}},
+         r"what the layers keep of a micro-batch \(batch\.micro_sequences 1048576 × data\.seq_len 1048576\)"),
+        ({"batch": {"global_sequences": 2**30}, "data": {"seq_len": 16}},
+         r"the data of a step \(batch\.global_sequences 1073741824 × data\.seq_len 16\)"),
+        ({"batch": {"global_sequences": 2**26}, "data": {"seq_len": 1}, "parallel": {"pipeline": 4}},
+         r"the schedule of 67108864 micro-batches \(batch\.global_sequences 67108864\)"),
+        ({"network": {"hidden_size": 2**16, "intermediate_size": 2**18}}, r"the weights \(model\.config\)"),
+        ({"zero": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "n", "buffer_size": 2**40}}},
+         r"the swap buffers \(zero\.offload_param\.buffer_count 5 × buffer_size 1099511627776\)"),
+    ],
+)  # fmt: skip
+def test_what_no_machine_of_this_size_can_hold_is_refused_before_it_is_tried(demand: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said) as refused:
+        demanded(**demand)
+    assert "and this machine has 16 GiB of memory for each of its 4 ranks: lower what is named" in str(refused.value)
+    demanded(**{**demand, "machine": Machine(2**60, 1, None)})
+
+
+def test_what_lies_on_a_gpu_is_not_asked_of_the_host() -> None:
+    wide = {"hidden_size": 2**13, "intermediate_size": 2**15}  # 17 GB of weights
+    with pytest.raises(RecipeError, match="and this GPU has 8 GiB"):
+        demanded(wide, Machine(GIB, 1, 8 * GIB))
+    demanded(wide, Machine(GIB, 1, 80 * GIB))
+    demanded(wide, Machine(GIB, 4, 8 * GIB), zero={"stage": 3})
+
+
+def test_this_machine_has_memory() -> None:
+    assert GIB // 4 < host_bytes() < 2**50
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

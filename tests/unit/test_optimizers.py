@@ -9,7 +9,7 @@ from trainer.errors import RecipeError
 from trainer.model.families import FAMILIES
 from trainer.model.transformer import logical_specs
 from trainer.model.translation import translate
-from trainer.optimizers import make_optimizer
+from trainer.optimizers import Tiling, make_optimizer
 from trainer.sections import Optimizer, Recipe
 
 CPU = torch.device("cpu")
@@ -65,6 +65,25 @@ def test_every_rule_goes_down_a_slope(name: str) -> None:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
     assert all((parameter < 1).all() for parameter, _ in params)
+
+
+def test_groups_are_cut_as_tiles_and_into_as_many_as_are_asked_for() -> None:
+    """Five matrices of 4 elements and two others of 2; a group never holds both kinds."""
+    kinds = [*[(Role.MATRIX, (2, 2))] * 5, *[(Role.NORM, (2,))] * 2]
+    specified = [
+        (nn.Parameter(torch.ones(shape)), whole(str(n), shape, role=role, init=Init(), copies=Group.alone()))
+        for n, (role, shape) in enumerate(kinds)
+    ]
+
+    def elements(tiling: Tiling) -> list[list[int]]:
+        return [[parameter.numel() for parameter in group] for group in tiling.groups(specified)]
+
+    assert elements(Tiling()) == [[4] * 5, [2, 2]]
+    assert elements(Tiling(tile=8)) == [[4, 4], [4, 4], [4], [2, 2]]
+    assert elements(Tiling(tile=1)) == [[4], [4], [4], [4], [4], [2], [2]]
+    assert elements(Tiling(tile=1, num_groups=4)) == [[4, 4], [4, 4], [4], [2, 2]]  # another stage has no more parameters
+    assert elements(Tiling(num_groups=4)) == [[4, 4, 4], [2, 2], [4], [4]]
+    assert elements(Tiling(tile=2**53, num_groups=2)) == [[4] * 5, [2, 2]]
 
 
 def test_a_model_without_matrices_or_without_others_has_one_group() -> None:

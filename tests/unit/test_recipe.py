@@ -65,6 +65,9 @@ def messages(*overrides: str, **sections: Any) -> list[str]:
         ('{"run": {"name": "a\n"}}', "r.json:1:20: invalid control character"),
         ('{"description": "\\ud800"}', "r.json:1:17: half of a surrogate pair"),
         ('{"run": 01}', "',' or '}' is expected"),
+        ('{"train": {"steps": 1\u0663}}', "r.json:1:22: ',' or '}' is expected"),  # an Arabic 3, which int() would read
+        ('{"train": {"steps": \u0663}}', "r.json:1:21: a value is expected here"),
+        ('{"optimizer": {"lr": 1.\u0663}}', "r.json:1:23: ',' or '}' is expected"),
         ("[" * 100_000, "nested deeper than 32"),
         ('{"a":' * 100_000, "nested deeper than 32"),
         ('{"train": {"steps": ' + "9" * 5000 + "}}", "number too large"),
@@ -235,6 +238,7 @@ def test_set_goes_through_the_same_door(folder: Path) -> None:
         '--set optimizer.lr: optimizer.lr = "NaN": must be a number > 0, not a string',
         "--set .a: write --set section.key=value, or --set data.sources[0].path=value",
     ]
+    assert refusals("data.sources[\u0660].path=x")[0].endswith("or --set data.sources[0].path=value")
 
 
 # Types and ranges
@@ -243,10 +247,12 @@ def test_set_goes_through_the_same_door(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "key", "value", "said"),
     [
-        ("train", "steps", "8", 'train.steps = "8": must be a whole number ≥ 1, not a string; write 8 without quotes'),
-        ("train", "steps", 8.0, "train.steps = 8.0: must be a whole number ≥ 1, not a number; write 8"),
-        ("train", "steps", True, "train.steps = true: must be a whole number ≥ 1, not a boolean"),
-        ("train", "steps", None, "train.steps = null: must be a whole number ≥ 1, not null; remove the key to get the default"),
+        ("train", "steps", "8", 'train.steps = "8": must be a whole number ≥ 1 and ≤ 4294967296, not a string; write 8 '
+         'without quotes'),
+        ("train", "steps", 8.0, "train.steps = 8.0: must be a whole number ≥ 1 and ≤ 4294967296, not a number; write 8"),
+        ("train", "steps", True, "train.steps = true: must be a whole number ≥ 1 and ≤ 4294967296, not a boolean"),
+        ("train", "steps", None, "train.steps = null: must be a whole number ≥ 1 and ≤ 4294967296, not null; remove the key to "
+         "get the default"),
         ("train", "steps", 0, "train.steps = 0: must be a whole number ≥ 1"),
         ("optimizer", "lr", True, "optimizer.lr = true: must be a number > 0, not a boolean"),
         ("optimizer", "lr", -1, "optimizer.lr = -1: must be a number > 0"),
@@ -261,6 +267,20 @@ def test_set_goes_through_the_same_door(folder: Path) -> None:
         ("data", "isolate_documents", "True", "data.isolate_documents = \"True\": must be true or false, not a string; "
          "write true without quotes"),
         ("data", "seq_len", 10**9, "data.seq_len = 1000000000: must be a whole number ≥ 1 and ≤ 16777216"),
+        ("batch", "micro_sequences", 2**31, "batch.micro_sequences = 2147483648: must be a whole number ≥ 1 and ≤ 1073741824"),
+        ("zero", "allgather_bucket_size", 3,
+         "zero.allgather_bucket_size = 3: must be a whole number ≥ 2 and ≤ 9007199254740992 and a multiple of 2"),
+        ("zero", "reduce_bucket_size", 2**60, "zero.reduce_bucket_size = 1152921504606846976: must be a whole number ≥ 1 and "
+         "≤ 9007199254740992"),
+        ("zero", "offload_optimizer", {"buffer_count": 3},
+         "zero.offload_optimizer.buffer_count = 3: must be a whole number ≥ 4"),
+        ("deepspeed", "aio", {"block_size": 1}, "deepspeed.aio.block_size = 1: must be a whole number ≥ 4096 and ≤ 1073741824 "
+         "and a multiple of 512"),
+        ("guard", "timeout_s", 10**10, "guard.timeout_s = 10000000000: must be a whole number ≥ 1 and ≤ 1000000"),
+        ("parallel", "balance", [1] * 5000, "parallel.balance = [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,...: "
+         "must be a list of 1 to 4096"),
+        ("train", "length_penalty", 1e30, "train.length_penalty = 1e+30: must be a number ≥ -30 and ≤ 30"),
+        ("parallel", "tensor", 2**40, "parallel.tensor = 1099511627776: must be a whole number ≥ 1 and ≤ 1048576"),
         ("zero", "stage", 4, "zero.stage = 4: must be a whole number ≥ 0 and ≤ 3"),
         ("zero", "stage", True, "zero.stage = true: must be a whole number ≥ 0 and ≤ 3, not a boolean"),
         ("run", "name", "../x", 'run.name = "../x": must be a string that matches'),
@@ -272,6 +292,19 @@ def test_set_goes_through_the_same_door(folder: Path) -> None:
 def test_wrong_types_and_ranges(folder: Path, section: str, key: str, value: Any, said: str) -> None:
     (line,) = messages(**{section: {key: value}})
     assert line.startswith(said)
+
+
+def test_every_whole_number_has_a_smallest_and_a_largest() -> None:
+    """What a run does with 10¹⁸ of something nobody has tried: each key says how many it can bear."""
+    nodes = [recipe.json_schema()]
+    endless = []
+    while nodes:
+        node = nodes.pop()
+        nodes += [inner for inner in node.values() if isinstance(inner, dict)]
+        nodes += [inner for inner in node.get("anyOf", ()) if isinstance(inner, dict)]
+        if node.get("type") == "integer" and not {"minimum", "maximum"} <= node.keys():
+            endless.append(node)
+    assert endless == []
 
 
 def test_control_characters_do_not_reach_the_terminal(folder: Path) -> None:

@@ -16,6 +16,7 @@ LLAMA = {
 }
 CHATS = {"task": "sft", "sources": [{"path": "corpus.txt"}]}
 PAIRS = {"task": "preference", "sources": [{"path": "corpus.txt"}]}
+TRANSLATIONS = {"task": "translate", "sources": [{"path": "corpus.txt", "target_path": "corpus.txt"}]}
 BLOOM = {"family": "auto", "config": {"model_type": "bloom", "hidden_size": 64}}
 PINNED = "0123456789abcdef0123456789abcdef01234567"
 PRETRAINED = {"model_type": "llama", "vocab_size": 300, "hidden_size": 8, "num_attention_heads": 2, "torch_dtype": "float16"}
@@ -81,7 +82,27 @@ RULES: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
      [{"zero": zero(3, states=offload("cpu"))}]),
     ("pipelined reads need nvme",
      {"zero": zero(3, states=offload("cpu", pipeline_read=True))}, "pipeline_read is used only with device \"nvme\"",
-     [{"zero": zero(3, states=offload("nvme", pipeline_read=True))}]),
+     [{"zero": zero(3, states=offload("nvme", pipeline_read=True, buffer_count=8))}]),
+    *((f"two tiles of states are in memory where {key} is pipelined",
+       {"zero": zero(3, states=offload("nvme", **{key: True, "buffer_count": 7}))},
+       "zero.offload_optimizer.buffer_count = 7: with pipeline_read or pipeline_write two tiles of 4 buffers each are in",
+       [{"zero": zero(3, states=offload("nvme", **{key: True, "buffer_count": 8}))},
+        {"zero": zero(3, states=offload("nvme", buffer_count=4))}]) for key in ("pipeline_read", "pipeline_write")),
+    ("the tokenizers made here have no bos_token",
+     {"data": {"bos": True}}, "data.bos = true, but the tokenizer bytes has no bos_token",
+     [{"data": {"bos": False}}, {}]),
+    ("family auto does not translate",
+     {"model": BLOOM, "data": TRANSLATIONS},
+     'data.task "translate" learns with an encoder and a decoder of our own, which family "auto" does not have: take a family '
+     "that translates: marian, t5",
+     [{"model": {"family": "t5"}, "data": TRANSLATIONS}]),
+    ("a pair needs room for a token and what begins or ends it",
+     {"model": {"family": "t5"}, "data": {**TRANSLATIONS, "seq_len": 2}}, "data.seq_len = 2 has no room for a source",
+     [{"model": {"family": "t5"}, "data": {**TRANSLATIONS, "seq_len": 3}}]),
+    ("a translation is no continuation",
+     {"model": {"family": "t5"}, "data": TRANSLATIONS, "train": {"sample_prompt": "a"}},
+     'train.sample_prompt is continued by models of one text, and data.task "translate" has two: remove it',
+     [{"model": {"family": "t5"}, "data": TRANSLATIONS}]),
     ("the nvme folder's parent exists",
      {"zero": zero(3, states=offload("nvme", nvme_path="none/nvme"))}, "its parent folder does not exist",
      [{"zero": zero(3, states=offload("nvme", nvme_path="hf/nvme"))}]),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.single_precision import LARGEST, SMALLEST, in_range
+from trainer.single_precision import LARGEST, SMALLEST, in_range, rounded
 
 # Reading a value: return it in our terms, or raise ValueError with what would be right.
 
@@ -33,6 +33,8 @@ class Whole:
 def rate(value: Any) -> float:
     if not _is_number(value) or not 0.0 <= value < 1.0:
         raise ValueError("a number in [0, 1)")
+    if rounded(value) == 1.0:
+        raise ValueError("a number in [0, 1) that is not 1 in fp32")
     return float(value)
 
 
@@ -49,8 +51,8 @@ def positive(value: Any) -> float:
 
 
 def at_least_one(value: Any) -> float:
-    if not _is_number(value) or not 1.0 <= value < float("inf"):
-        raise ValueError("a number of at least 1")
+    if not _is_number(value) or not 1.0 <= value <= LARGEST:
+        raise ValueError(f"a number of at least 1 that fp32 has: up to {LARGEST:.3g}")
     return float(value)
 
 

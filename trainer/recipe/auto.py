@@ -44,6 +44,12 @@ def auto_findings(recipe: Recipe) -> Iterator[Finding]:
                 f'parallel.{axis} = {degree}: a model of family "auto" is transformers\' own and only data parallelism and '
                 f"ZeRO divide it; legal: 1, or a family whose layers divide: {', '.join(FAMILIES)}",
             )
+    if recipe.data.task == "translate":
+        yield Finding(
+            ("model.family", "data.task"),
+            'data.task "translate" learns with an encoder and a decoder of our own, which family "auto" does not have: take a '
+            f"family that translates: {', '.join(family.name for family in FAMILIES.values() if family.translates)}",
+        )
     if recipe.train.recompute == "selective":
         yield Finding(
             ("train.recompute", "model.family"),

@@ -13,7 +13,7 @@ from trainer.recipe.places import KeyPath
 MAX_DEPTH = 32
 MAX_VALUES = 20_000  # a thousand sources with every key
 
-NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)  # int() and float() read the digits of all scripts
 WORDS = {"true": True, "false": False, "null": None}
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null", "TRUE": "true", "FALSE": "false", "NULL": "null"}
 NOT_NUMBERS = ("NaN", "Infinity", "-Infinity", "nan", "inf", "-inf")

@@ -109,7 +109,9 @@ def _wanted(node: Mapping[str, Any]) -> str:
             return "true or false"
         case "array":
             least, most = node.get("minItems", 0), node.get("maxItems")
-            return f"a list of {least}" if least == most else f"a list of at least {least}" if least else "a list"
+            if most is not None:
+                return f"a list of {least}" if least == most else f"a list of {least} to {most}"
+            return f"a list of at least {least}" if least else "a list"
         case _:
             return "an object"
 
@@ -118,7 +120,9 @@ def _range(node: Mapping[str, Any]) -> str:
     bounds = []
     for name, word in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<")):
         if name in node:
-            bounds.append(f"{word} {node[name]:.15g}")
+            bounds.append(f"{word} {node[name]:{'d' if isinstance(node[name], int) else '.15g'}}")
+    if "multipleOf" in node:
+        bounds.append(f"a multiple of {node['multipleOf']}")
     return " " + " and ".join(bounds) if bounds else ""
 
 

@@ -159,9 +159,9 @@ def _forget(marks: dict[KeyPath, Mark], path: KeyPath) -> None:
 
 
 def _parse_path(name: str) -> KeyPath | None:
-    if not re.fullmatch(r"[^.\[\]=]+(\[\d{1,4}\]|\.[^.\[\]=]+)*", name):
+    if not re.fullmatch(r"[^.\[\]=]+(\[[0-9]{1,4}\]|\.[^.\[\]=]+)*", name):
         return None
-    return tuple(int(part) if part.isdecimal() else part for part in re.findall(r"[^.\[\]]+", name))
+    return tuple(int(part) if part.isascii() and part.isdecimal() else part for part in re.findall(r"[^.\[\]]+", name))
 
 
 def _default_list(path: KeyPath) -> list[Any]:

@@ -36,6 +36,11 @@ def tokenizer_vocab_size(data: Data) -> int | None:
     return None if size is None else size + (data.task == "mlm") + len(data.new_tokens)  # and the mask
 
 
+def tokenizer_is_ours(tokenizer: str) -> bool:
+    """Whether it is made here, of bytes, rather than taken from a folder or the hub."""
+    return _named_size(tokenizer) is not None
+
+
 def _named_size(tokenizer: str) -> int | None:
     if tokenizer == "bytes":
         return SMALLEST_BPE

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
-from math import isqrt
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parallel.schedule_table import ScheduleTable, read_csv
 from parallel.schedules import SCHEDULES, Schedule, build
 from parallel.simulator import simulate
+from trainer.batching import divisors
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.reading import read_text, told
@@ -141,7 +141,7 @@ def _most_micro_batches_findings(recipe: Recipe, schedule: Schedule) -> Iterator
     """A step has its most micro-batches on the smallest world; when no world gives a legal number, none need be tried."""
     batch, ranks = recipe.batch, recipe.parallel.pipeline
     most, rest = divmod(batch.global_sequences, batch.micro_sequences)
-    if rest or any(schedule.accepts(n, ranks) for n in _divisors(most)):
+    if rest or any(schedule.accepts(n, ranks) for n in divisors(most)):
         return
     above = schedule.nearest_micro_batches(most, ranks)[-1]
     yield Finding(
@@ -171,13 +171,32 @@ def _balance_findings(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _nearest_division(division: Sequence[int], layers: int) -> list[int]:
-    """Missing layers go to the smallest stages, one by one; those too many are taken from the largest."""
+    """Missing layers go to the smallest stages, one by one; those too many are taken from the largest: in the end all that
+    changed are at one level, or the first of them a layer further."""
     nearest = [min(number, layers) for number in division]
-    while (missing := layers - sum(nearest)) > 0:
-        nearest[nearest.index(min(nearest))] += 1
-    for _ in range(-missing):
-        nearest[nearest.index(max(nearest))] -= 1
-    return nearest
+    if sum(nearest) <= layers:
+        level = _level(nearest, layers, max)
+        changed, step = [max(number, level) for number in nearest], 1
+    else:
+        level = _level(nearest, layers, min)
+        changed, step = [min(number, level) for number in nearest], -1
+    left = abs(layers - sum(changed))
+    for place in [place for place, number in enumerate(changed) if number == level][:left]:
+        changed[place] += step
+    return changed
+
+
+def _level(numbers: Sequence[int], total: int, limited: Callable[[int, int], int]) -> int:
+    """Lifted to it (max) the numbers sum to at most `total`, and beyond it to more; lowered to it (min) to `total` at least."""
+    low, high = 0, total + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        reached = sum(limited(number, middle) for number in numbers)
+        if reached <= total if limited is max else reached < total:
+            low = middle
+        else:
+            high = middle
+    return low if limited is max else high
 
 
 def _zero_findings(recipe: Recipe, *, splits_backward: bool) -> Iterator[Finding]:
@@ -229,8 +248,3 @@ def _table_problems(recipe: Recipe, table: ScheduleTable) -> Iterator[tuple[tupl
         simulate(table)
     except ValueError as deadlock:
         yield (KEY,), str(deadlock)
-
-
-def _divisors(number: int) -> set[int]:
-    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
-    return {*small, *(number // n for n in small)}

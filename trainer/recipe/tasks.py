@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Iterator
 
 from trainer.recipe.auto import AUTO
+from trainer.recipe.names import tokenizer_is_ours
 from trainer.sections import Finding, Recipe
 
 # Which tasks alone read which key.
@@ -25,6 +26,12 @@ def task_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
         if key in given and task not in readers:
             users = " or ".join(f'"{reader}"' for reader in readers)
             yield Finding((key, "data.task"), f"{key} is used only with data.task {users}: remove it")
+    if recipe.data.bos and tokenizer_is_ours(recipe.data.tokenizer):
+        yield Finding(
+            ("data.bos", "data.tokenizer"),
+            f"data.bos = true, but the tokenizer {recipe.data.tokenizer} has no bos_token: remove data.bos, or give a "
+            "tokenizer that has one",
+        )
     for number, source in enumerate(recipe.data.eval_sources):
         if source.weight is not None and f"data.eval_sources[{number}].weight" in given:
             key = f"data.eval_sources[{number}].weight"

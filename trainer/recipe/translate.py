@@ -9,6 +9,7 @@ from trainer.sections import STDLIB, Finding, Recipe, Source
 
 SIDES = ("source", "target")  # fields of a row
 OTHERS = ("field", "shape")  # keys of a source that pairs do not have
+SHORTEST = 3  # a token of the text, what begins or ends it, and the filler that every row ends with
 KEYS = ("train.eval_translations", "train.beams", "train.length_penalty")  # that only this task reads
 
 
@@ -37,6 +38,18 @@ def translation_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Fin
         yield Finding(
             ("data.isolate_documents", "data.task"),
             'data.isolate_documents = false, but with data.task "translate" each target belongs to one source: remove it',
+        )
+    if recipe.train.sample_prompt is not None:
+        yield Finding(
+            ("train.sample_prompt", "data.task"),
+            'train.sample_prompt is continued by models of one text, and data.task "translate" has two: remove it; '
+            "train.eval_translations shows translations",
+        )
+    if recipe.data.seq_len < SHORTEST:
+        yield Finding(
+            ("data.seq_len", "data.task"),
+            f"data.seq_len = {recipe.data.seq_len} has no room for a source and its end, or a target and its start: legal with "
+            f'data.task "translate": {SHORTEST} or more',
         )
     if recipe.train.eval_translations and not recipe.data.eval_sources:
         yield Finding(

@@ -119,7 +119,8 @@ class RankBudget:
         excess = torch.zeros((self._num_modules, 2, self._rank, self._rank), dtype=self._grads.dtype, device=self._device)
         with self._whole():
             directions = [
-                (factor, piece, at, self._directions(piece.in_parameter(factor.parameter), at[1]))
+                # The weights of ZeRO are in the dtype of the run; how far they are from orthonormal is not for 8 bits to say.
+                (factor, piece, at, self._directions(piece.in_parameter(factor.parameter), at[1]).to(excess.dtype))
                 for factor in self._factors
                 for piece, at in self._pieces(factor)
                 if at[1] != VALUES

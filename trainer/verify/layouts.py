@@ -48,7 +48,7 @@ def parse(name: str) -> NamedLayout:
         f"--layouts {json.dumps(name)}: not a layout; write degrees of {', '.join(AXES)} joined by x, as in tp2, dp4 or "
         "tp2xdp2, and +sp or -sp behind them to have sequence parallelism on or off"
     )
-    degree = rf"({'|'.join(AXES)})[1-9]\d{{0,5}}"
+    degree = rf"({'|'.join(AXES)})[1-9][0-9]{{0,5}}"
     written = re.fullmatch(rf"(?P<degrees>{degree}(x{degree})*)(?P<sequence>[+-]sp)?", name, re.ASCII)
     if written is None:
         raise wrong
