@@ -318,6 +318,70 @@ def data(stream: Random, originals: Originals, folder: Path) -> Case:
     return Case(f"{task} from {target.name}", command, folder)
 
 
+TEMPLATES = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+    "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "{{ 'x'|center(999999999) }}",
+    "{{ '%999999999d'|format(1) }}",
+    "{{ 'a' * 9999 * 9999 }}",
+    "{{ range(99999)|map('string')|join('x' * 9999) }}",
+    "{{ messages.__class__.__mro__ }}",
+    "{{ messages[0]['content'] + 1 }}",
+    "{{ raise_exception('no') }}",
+    "{% include '/etc/passwd' %}",
+    "{% for m in messages %}{{ m.content|urlize }}{{ m|tojson(indent=999999999) }}{% endfor %}",
+    "{{ 10 ** 10 ** 10 }}",
+    "{{",
+    "{{ lipsum(n=9999) }}",
+    "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "((((" * 5000,
+    "x" * 2_000_000,
+    5,
+    [{"name": "default", "template": "{{ messages }}"}],
+)
+BOMBS = (
+    {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+    {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
+    {"type": "FixedLength", "length": 0},
+)
+
+
+def tokenizer(stream: Random, originals: Originals, folder: Path) -> Case:
+    """A tokenizer's folder with a hostile template, a regular expression that explodes, or spoilt files."""
+    named = folder / "tokenizer"
+    shutil.copytree(originals.folder / "run" / "export", named)
+    config_file, backend_file = named / "tokenizer_config.json", named / "tokenizer.json"
+    drawn = stream.choice(["template", "template", "regex", "config", "backend", "bytes"])
+    config, backend = json.loads(config_file.read_text()), json.loads(backend_file.read_text())
+    if drawn == "template":
+        config["chat_template"] = stream.choice(TEMPLATES)
+    elif drawn == "regex":
+        backend["pre_tokenizer"] = stream.choice(BOMBS)
+    elif drawn == "config":
+        config = spoilt(stream, config)
+    elif drawn == "backend":
+        backend = spoilt(stream, backend)
+    config_file.write_text(json.dumps(config))
+    backend_file.write_text(json.dumps(backend))
+    if drawn == "bytes":
+        _other_bytes(stream, stream.choice([config_file, backend_file, named / "config.json"]))
+    given = originals.recipe
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS["sft"] + [{"messages": _long_turn(stream)}])))
+    given["data"] |= {"task": "sft", "sources": [{"path": str(folder / "rows.jsonl")}], "cache_dir": str(folder / "cache")}
+    given["data"] |= {"tokenizer": str(named), "workers": 1}
+    (folder / "recipe.json").write_text(json.dumps(given))
+    command = ["train", str(folder / "recipe.json"), "--run-dir", str(folder / "run"), "--set", "train.steps=1"]
+    if stream.random() < 0.5:
+        command = ["data", "prepare", str(folder / "recipe.json")]
+    return Case(f"{command[0]} with a tokenizer whose {drawn} is hostile", command, folder)
+
+
+def _long_turn(stream: Random) -> list[dict[str, str]]:
+    text = stream.choice(["a" * 60 + "!", "a" * 3000, "é" * 50])
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+
+
 # ----------------------------------------------------------------------------------------------------- run folders
 
 
@@ -478,6 +542,7 @@ KINDS: dict[str, tuple[Draw, int]] = {
     "number": (number, 6),
     "path": (path, 10),
     "data": (data, 8),
+    "tokenizer": (tokenizer, 3),
     "run folder": (run_folder, 14),
     "environment": (environment, 4),
     "limits": (limits, 4),
