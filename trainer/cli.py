@@ -41,6 +41,8 @@ def _run(words: Sequence[str]) -> int:
         return COMMANDS[doing].run(arguments)
     except (UserError, Interrupted) as error:
         return _told(error)
+    except SystemExit as done:  # argparse has shown its help
+        return int(done.code or 0)
     except KeyboardInterrupt:
         sys.stderr.write("triaxis: interrupted\n")
         return EXIT_INTERRUPTED

@@ -30,6 +30,7 @@ OF_DISKS = {
     errno.ESTALE: "is the disk mounted? Then start the same command again",
     errno.ENOLCK: "no lock can be made there: name a folder on a disk that has locks",
 }
+NO_TEMPORARY = "No usable temporary directory"
 OF_LIMITS = {errno.EMFILE: "raise the limit (ulimit -n)", errno.ENFILE: "the whole machine has as many open as it can"}
 OF_RIGHTS = dict.fromkeys(
     (errno.EACCES, errno.EPERM, errno.EROFS), "give this user the right to write and read there, or name another place"
@@ -69,6 +70,8 @@ def _memory_asked(error: BaseException) -> str:
 
 
 def _said_of_disk(error: BaseException, doing: str) -> UserError | None:
+    if isinstance(error, OSError) and NO_TEMPORARY in str(error):  # Python tries all folders before it says so
+        return DataError(f"{doing}: {error.strerror}: make room in one of them, or set TMPDIR to another folder")
     number, file = _number(error), getattr(error, "filename", None)
     if number in OF_DISKS:
         return DataError(f"{file or doing}: {os.strerror(number)}: {OF_DISKS[number]}")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +126,51 @@ def test_the_tracker_writes_three_files(tmp_path: Path) -> None:
 
 def test_to_json_reaches_nested_values() -> None:
     assert to_json({"a": [math.nan, {"b": -math.inf}], "c": 1}) == {"a": ["nan", {"b": "-inf"}], "c": 1}
+
+
+# ------------------------------------------------------------------------------------------------- a disk that is full
+
+FULL = """
+import os, resource, sys
+from pathlib import Path
+from trainer.errors import DataError
+from trainer.track.jsonl import MetricsFile, read_metrics
+
+file = MetricsFile(Path("metrics.jsonl"))
+file.append({"step": 1, "loss": 2.5})
+room, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+for step in range(2, 6):  # the disk fills within the record of step 3
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70, most))
+    file.append({"step": step, "loss": 2.5})
+assert Path("metrics.jsonl").read_bytes().endswith(b"\\n"), "half a record was left"
+print(len(read_metrics(Path("metrics.jsonl"))))
+if sys.argv[1] == "room":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
+    file.append({"step": 6, "loss": 2.5})
+try:
+    file.close()
+except DataError as error:
+    print(error)
+print([record["step"] for record in read_metrics(Path("metrics.jsonl"))])
+"""
+
+
+@pytest.mark.parametrize("later", ["room", "none"])
+def test_records_wait_for_room(later: str, tmp_path: Path) -> None:
+    """A file system that takes 70 bytes: the system's limit of a file stands for a full disk, as its writes end alike."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, later],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    there, *said = done.stdout.splitlines()
+    assert there == "2", "whole records that had room"
+    assert done.stderr.count("metrics.jsonl: File too large: its records wait in memory for room; the run goes on") == 1
+    if later == "room":
+        assert said == ["[1, 2, 3, 4, 5, 6]"]
+    else:
+        assert "its last 3 records are lost: make room there" in said[0]
+        assert said[1:] == ["[1, 2]"]

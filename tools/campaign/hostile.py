@@ -5,8 +5,8 @@
     python -m tools.campaign.hostile --number 1234                                   (one case again, with all that it said)
 
 A case passes when its ranks end by themselves within a minute, with none of Python's tracebacks, an exit code of the README's
-table but 70, a line that says what is wrong where it is not 0, and at most 4 GB of memory. What is drawn depends on the seed and
-the number of the case alone. The table at the end counts cases, real starts and exit codes by kind.
+table but 70, a line that says what is wrong where it is not 0, and at most 4 GB of memory. What is drawn depends on the seed
+and the number of the case alone. The table at the end counts cases, real starts and exit codes by kind.
 """
 
 from __future__ import annotations
