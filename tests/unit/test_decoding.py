@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from typing_extensions import TypedDict
@@ -19,13 +19,23 @@ from trainer.checkpoint.listing import survey
 from trainer.checkpoint.manifest import MANIFEST, Manifest
 from trainer.data.store import TokenStore, _header_hash
 from trainer.decoding import decode, read_as
-from trainer.errors import DataError, RecipeError
+from trainer.errors import DataError
 from trainer.goodput import read_starts, shares_of
 from trainer.hold import HOLDER, _read, _start_in
 from trainer.run_folder import read_resolved
 from trainer.track.jsonl import read_metrics, read_summary
 
 SEEDS = range(300)
+T = TypeVar("T")
+
+
+def attempted(read: Callable[[], T]) -> tuple[T | None, str]:
+    """What was read, or the one line that says why it is damaged."""
+    try:
+        return read(), ""
+    except DataError as error:
+        (line,) = error.lines
+        return None, line
 
 
 class Point(TypedDict):
@@ -59,14 +69,10 @@ def test_a_manifest_that_was_sealed_again_is_sound_or_damaged(tmp_path: Path) ->
     outcomes = set()
     for seed in SEEDS:
         (checkpoint / MANIFEST).write_bytes(sealed(spoilt(random.Random(seed), body)))
-        try:
-            again = Manifest.read(checkpoint)
-        except DataError as error:
-            assert error.lines[0].startswith(f"{checkpoint / MANIFEST}: damaged (")
-            outcomes.add("damaged")
-        else:
-            assert Manifest.decode(again.encode()) == again
-            outcomes.add("sound")
+        again, refused = attempted(lambda: Manifest.read(checkpoint))
+        assert refused == "" or refused.startswith(f"{checkpoint / MANIFEST}: damaged (")
+        assert again is None or Manifest.decode(again.encode()) == again
+        outcomes.add("damaged" if refused else "sound")
         assert survey(tmp_path, verify=False).table().row_count == 1
     assert outcomes == {"damaged", "sound"}, "a text or a number may be another one"
 
@@ -81,12 +87,10 @@ def test_so_is_the_header_of_a_token_store(tmp_path: Path) -> None:
         if isinstance(changed, dict):
             changed = changed | {"sha256": _header_hash(changed)}
         (store.path / "header.json").write_text(json.dumps(changed))
-        try:
-            assert len(TokenStore.open(store.path, verify="full").slice(0, 10)) == 10
-            outcomes.add("sound")
-        except DataError as error:
-            assert str(store.path) in error.lines[0]
-            outcomes.add("damaged")
+        again, refused = attempted(lambda: TokenStore.open(store.path, verify="full"))
+        assert again is None or len(again.slice(0, 10)) == 10
+        assert refused == "" or str(store.path) in refused
+        outcomes.add("damaged" if refused else "sound")
     assert outcomes == {"damaged", "sound"}
 
 
@@ -118,8 +122,5 @@ def test_so_is_what_a_run_says_of_itself(
 ) -> None:
     for seed in SEEDS:
         (tmp_path / name).write_text(json.dumps(spoilt(random.Random(seed), value)) + "\n")
-        try:
-            read(tmp_path)
-        except (DataError, RecipeError) as error:
-            assert (len(error.lines), error.exit_code) == (1, 65)
-            assert str(tmp_path / name) in error.lines[0]
+        _, refused = attempted(lambda: read(tmp_path))
+        assert refused == "" or str(tmp_path / name) in refused

@@ -76,7 +76,7 @@ def test_a_file_has_a_limit_also_where_its_size_does_not_say_so(tmp_path: Path) 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000])
 def test_what_is_no_json_object_is_a_value_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "it.json").write_bytes(content)
-    with pytest.raises(ValueError, match="not (JSON|a JSON object)"):
+    with pytest.raises(ValueError, match=r"not (JSON|a JSON object)"):
         read_json(tmp_path / "it.json")
 
 
