@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 DIR_MODE = 0o700
 FILE_MODE = 0o600
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe in its place is an error, and not waited for
 
 
 def make_private(folder: Path) -> Path:
@@ -24,11 +25,27 @@ def make_private(folder: Path) -> Path:
 
 
 @contextmanager
+def replacing_file(path: Path) -> Iterator[BinaryIO]:
+    """A new content for a file: on the disk and in its place when the block ends, and not there when it fails."""
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.unlink(missing_ok=True)  # whatever a kill left, or somebody put there
+    try:
+        with draft.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
 def private_file(path: Path, *, must_be_new: bool = False) -> Iterator[BinaryIO]:
     """A binary file of mode 0600, on the disk (not only in its cache) when the block ends. It replaces what is there;
     `must_be_new`: OSError when anything is there, a symbolic link too."""
     how = os.O_EXCL if must_be_new else os.O_TRUNC
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | how, FILE_MODE)
+    descriptor = os.open(path, NEW_FILE | how, FILE_MODE)
     with open(descriptor, "wb") as file:
         yield file
         file.flush()
@@ -111,7 +128,7 @@ def write_json(path: Path, value: object) -> None:
 def _turn_at(draft: Path) -> Iterator[BinaryIO]:
     """The draft, empty and this writer's alone for the block; others wait for it, and then find that it has been renamed."""
     while True:
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, FILE_MODE), "wb") as file:
+        with open(os.open(draft, NEW_FILE, FILE_MODE), "wb") as file:
             with suppress(OSError):  # a file system without locks: there two writers must not meet
                 fcntl.flock(file, fcntl.LOCK_EX)
             if draft.exists() and os.path.samestat(draft.stat(), os.fstat(file.fileno())):

@@ -18,7 +18,7 @@ from trainer.errors import DataError, RecipeError
 from trainer.model.hugging_face import read_config
 from trainer.model.network import TASK
 from trainer.model.origin import GENERATION_CONFIG, as_list
-from trainer.reading import read_json
+from trainer.reading import read_json, require_regular_below, told
 from trainer.tuning import bottleneck_format, peft_format
 
 TEMPERATURE, TOP_K = 0.8, 50
@@ -200,6 +200,10 @@ def _require_model(folder: Path) -> None:
             raise RecipeError(f"{folder}: an adapter without the model that it belongs to: {remedy}")
     if not (folder / "config.json").is_file():
         raise RecipeError(f"{folder}: no config.json there: give a Hugging Face folder, such as RUN_DIR/export")
+    try:
+        require_regular_below(folder)
+    except OSError as error:
+        raise DataError(f"{error.filename}: {told(error)}: remove it from the folder") from None
 
 
 def load_folder(folder: Path) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ import torch
 from trainer.data.translations import Translation
 from trainer.errors import RecipeError
 from trainer.generate import load_folder
+from trainer.reading import told
 
 BATCH = 32  # texts translated together, of about the same length
 ENDLESS = 2**30  # tokens; a tokenizer that knows no end says 10³⁰, which its own truncation cannot hold
@@ -48,7 +49,7 @@ class Attention:
     weights: torch.Tensor
 
     def draw(self, file: Path) -> None:
-        """As a picture; the suffix says of which format."""
+        """As a picture; the suffix says of which format. RecipeError where there is no such format, or no room for it."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(2.0 + 0.4 * len(self.source), 1.5 + 0.35 * len(self.target)), layout="constrained")
@@ -61,7 +62,10 @@ class Attention:
         axes.set_xlabel("source")
         axes.set_ylabel("target")
         figure.colorbar(image, ax=axes, label="attention", shrink=0.8)
-        figure.savefig(file, dpi=150)
+        try:
+            figure.savefig(file, dpi=150)
+        except (OSError, ValueError) as error:  # matplotlib's for a format that it does not have
+            raise RecipeError(f"--attention {file}: {told(error)}") from None
 
 
 class Translator:

@@ -24,7 +24,7 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
 
 from trainer.decoding import OPEN, decode
-from trainer.durable import write_json
+from trainer.durable import replacing_file, write_json
 from trainer.errors import DataError
 from trainer.reading import open_regular, open_to_append, read_json, told
 from trainer.redaction import redact
@@ -133,12 +133,8 @@ def truncate_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line, record in _read(path) if (record["step"] or 0) <= step]
-    draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("wb") as file:
+    with replacing_file(path) as file:
         file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def _read(path: Path) -> Iterator[tuple[bytes, dict[str, Number]]]:

@@ -7,7 +7,6 @@ that still trains, or was killed, has a report too.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.durable import replacing_file
 from trainer.errors import RecipeError
 from trainer.goodput import read_starts, shares_of
 from trainer.redaction import redact
@@ -62,12 +62,8 @@ def write_report(run_dir: Path) -> Path:
     summary = read_summary(run_dir)
     page = _render(run_dir, resolved, history, evaluations, summary)
     path = run_dir / "report.html"
-    draft = run_dir / ".report.html.tmp"
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    with replacing_file(path) as file:
+        file.write(page.encode())
     return path
 
 

@@ -37,6 +37,7 @@ from typing_extensions import TypedDict  # pydantic reads typing's own from Pyth
 from trainer import sections
 from trainer.decoding import read_as
 from trainer.durable import write_json
+from trainer.reading import open_to_append
 from trainer.redaction import redact, redact_text
 from trainer.track.run_info import RunInfo
 
@@ -170,7 +171,7 @@ class _Child:
         logs.mkdir(parents=True, exist_ok=True)
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        with (logs / "wandb.log").open("ab") as log:
+        with open_to_append(logs / "wandb.log") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "trainer.track.wandb"],
                 stdin=subprocess.PIPE,

@@ -72,7 +72,8 @@ class LastResort:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: IO[bytes] = path.open("wb")
+        path.unlink(missing_ok=True)  # whatever is there, a pipe too
+        self._file: IO[bytes] = path.open("xb")
 
     def put_off(self) -> None:
         """I still run."""
