@@ -6,6 +6,7 @@ examples of a source are those of its shards in order, whoever reads them.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sysconfig
@@ -112,6 +113,8 @@ def _looks_local(path: str) -> bool:
 
 
 def _corpus_of_folder(source: sections.Source, where: str, root: Path, digests: Digests, *, in_rows: bool) -> Corpus:
+    if not os.access(root, os.R_OK | os.X_OK):  # else it would be the first file that is looked for in it
+        raise unreadable(root, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
         return _corpus_of_saved(source, where, root, digests)
     found = list(_walk(root))
