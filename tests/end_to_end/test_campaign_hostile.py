@@ -9,8 +9,7 @@ from collections import Counter
 
 import pytest
 
-from tools.campaign.hostile import verdicts
-from tools.campaign.hostile_cases import KINDS
+from tools.campaign.hostile import KINDS, verdicts
 
 # Each kind at least once, by seed 0: about a minute on one core.
 CASES = 110

@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.campaign import hostile_files, hostile_recipes, hostile_surroundings
 from tools.campaign.cases import report
 from tools.campaign.disk_full import can_mount
-from tools.campaign.hostile_cases import KINDS, Case, Originals
+from tools.campaign.hostile_cases import Case, Draw, Originals
 from tools.campaign.ranks import Ended, run_ranks, train
 
 LIMIT_S = 60.0
@@ -42,6 +43,21 @@ TRACEBACKS = (
 )
 MEMORY = "memory.txt"
 ROOT = Path(__file__).parents[2]
+# Kind → how it is drawn, and its share of the cases.
+KINDS: dict[str, tuple[Draw, int]] = {
+    "recipe": (hostile_recipes.recipe, 30),
+    "chain": (hostile_recipes.chain, 2),
+    "set": (hostile_recipes.setting, 20),
+    "number": (hostile_recipes.number, 6),
+    "path": (hostile_recipes.path, 10),
+    "data": (hostile_files.data, 8),
+    "tokenizer": (hostile_files.tokenizer, 3),
+    "run folder": (hostile_files.run_folder, 14),
+    "environment": (hostile_surroundings.environment, 4),
+    "limits": (hostile_surroundings.limits, 4),
+    "disk": (hostile_surroundings.disk, 1),
+    "signals": (hostile_surroundings.signals, 2),
+}
 
 
 @dataclass(frozen=True)
