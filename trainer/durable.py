@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -87,13 +89,24 @@ def appearing_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def require_new(folder: Path) -> None:
+    """FileExistsError where something is there, but for an empty folder: what a user has is never written over."""
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(errno.EEXIST, "something is there already, which is not written over", str(folder))
+
+
 @contextmanager
 def replacing_folder(final: Path) -> Iterator[Path]:
     """A folder to fill, made durable and put in the place of `final` when the block ends; after a failure `final` is as it
-    was. Two renames instead of deleting the older one first: it is gone only when the new one is there."""
-    draft, aside = (final.with_name(f".{final.name}.{word}") for word in ("tmp", "old"))
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    was. What is there goes, so it must be ours: a part of a run's folder, or `require_new`. Two renames instead of deleting the
+    older one first: it is gone only when the new one is there."""
+    final = Path(os.path.abspath(final))
+    ours = re.compile(rf"\.{re.escape(final.name)}\.[0-9a-f]{{8}}\.(tmp|old)")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in (path for path in final.parent.iterdir() if ours.fullmatch(path.name)):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
+    draft, aside = (final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.{word}") for word in ("tmp", "old"))
+    draft.mkdir()
     try:
         yield draft
         for path in (path for path in draft.rglob("*") if path.is_file()):
@@ -103,7 +116,6 @@ def replacing_folder(final: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
         final.rename(aside)
     draft.rename(final)

@@ -95,6 +95,11 @@ class RunFolder:
         return self.path / "reference"
 
     @property
+    def replaced_whole(self) -> tuple[Path, ...]:
+        """What goes when the run writes it anew."""
+        return (self.export, self.reference)
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -120,9 +125,10 @@ class RunFolder:
 
     def move_aside(self) -> Path:
         """Give an older run of this name another one, so that nothing of it is lost; where it is now."""
-        names = (self.path.with_name(f"{self.path.name}.before-{n}") for n in range(1, 10_000))
+        whole = self.path.absolute()  # "." has no name
+        names = (whole.with_name(f"{whole.name}.before-{n}") for n in range(1, 10_000))
         aside = next(path for path in names if not path.exists())
-        self.path.rename(aside)
+        whole.rename(aside)
         return aside
 
     def write_given(self, recipe: Mapping[str, Any]) -> None:

@@ -179,7 +179,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         hold = None
         with together():
             if place.is_first:
-                remarks = claim(folder, resume)
+                remarks = claim(folder, resume, resolved.sources)
                 start = JobStart.from_environment(os.environ)
                 hold = stack.enter_context(held(folder.path, start, patience_s=limits.step_s))
                 remarks += begin_again(folder, resume)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from trainer.run_folder import RunFolder, read_resolved
 from trainer.track.jsonl import read_metrics
 
 
-def claim(folder: RunFolder, resume: Resume) -> list[str]:
-    """Take the run folder, on the first rank; remarks. RecipeError or DataError rather than writing over another run."""
+def claim(folder: RunFolder, resume: Resume, sources: Sequence[Path] = ()) -> list[str]:
+    """Take the run folder, on the first rank; remarks. RecipeError or DataError rather than writing over another run, or what
+    is no run. `sources`: the files of the recipe."""
     remarks = []
     if folder.holds_a_run:
         if resume.how == "never":
@@ -29,8 +30,19 @@ def claim(folder: RunFolder, resume: Resume) -> list[str]:
                 remarks.append(f"the run that was in {folder.path} is now in {folder.move_aside()}")
         elif resume.path is not None:
             _require_own(folder, checkpoint_named(resume.path))
+    elif there := [path for path in (*folder.replaced_whole, *_written_over(folder, sources)) if path.exists()]:
+        raise RecipeError(
+            f"run folder {folder.path}: {there[0].name} is in it, which a run would write over, but no run (metrics.jsonl): "
+            "give a new folder"
+        )
     folder.create()
     return remarks
+
+
+def _written_over(folder: RunFolder, sources: Sequence[Path]) -> list[Path]:
+    """Return those of the recipe's own files where the run keeps its copy."""
+    copies = {(folder.path / "recipe.json").resolve(), folder.resolved.resolve()}
+    return [source for source in sources if source.resolve() in copies]
 
 
 def begin_again(folder: RunFolder, resume: Resume) -> list[str]:

@@ -20,6 +20,7 @@ from tools.campaign.damage import sealed
 from trainer import cli
 from trainer.checkpoint import save as save_module
 from trainer.checkpoint.door import Resume, as_json, checkpoint_named, finished
+from trainer.checkpoint.export import export
 from trainer.checkpoint.facts import CHANGES, NOT_OF_THE_MODEL, data_facts, model_facts, recipe_facts, refusals
 from trainer.checkpoint.folder import REASON, CheckpointFolder, files_in
 from trainer.checkpoint.manifest import MANIFEST, File, Fragment, LogicalTensor, Manifest
@@ -686,3 +687,51 @@ def test_a_static_scale_stays_the_recipe_s(scale: float) -> None:
     scaler = LossScaler(scale)
     scaler.restore({"scale": 4096.0, "good_steps": 3, "overflows_left": 2})
     assert scaler == LossScaler(scale)
+
+
+# ------------------------------------------------------------------------------------- what a user has is never written over
+
+
+@pytest.mark.parametrize("out", ["home", "home/work", ".", "..", "file", "link"])
+def test_an_export_goes_into_a_new_folder(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`triaxis export RUN ~` once put a model in the place of a home folder."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoints", 3)
+    (tmp_path / "home" / "work").mkdir(parents=True)
+    (tmp_path / "home" / "work" / "thesis.tex").write_text("years")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("home")
+    monkeypatch.chdir(tmp_path / "home")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        RecipeError, match="something is there already, which is not written over: give a new folder, or remove it"
+    ):
+        export(checkpoint, Path(out) if out.startswith(".") else tmp_path / out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["export", "reference"])
+def test_a_run_does_not_begin_where_it_would_write_over_something(name: str, tmp_path: Path) -> None:
+    (tmp_path / "home" / name).mkdir(parents=True)
+    with pytest.raises(RecipeError, match=f"{name} is in it, which a run would write over, but no run"):
+        claim(RunFolder(tmp_path / "home"), Resume())
+    assert [path.name for path in (tmp_path / "home").iterdir()] == [name]
+    (tmp_path / "home" / name).rmdir()
+    (tmp_path / "home" / "job.sbatch").touch()  # what `submit` leaves there before
+    assert claim(RunFolder(tmp_path / "home"), Resume()) == []
+
+
+def test_a_run_does_not_write_its_copy_over_the_recipe_itself(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text("{}")
+    with pytest.raises(RecipeError, match=r"recipe\.json is in it, which a run would write over"):
+        claim(RunFolder(tmp_path), Resume(), [tmp_path / "base.json", recipe])
+    (tmp_path / "metrics.jsonl").touch()
+    assert claim(RunFolder(tmp_path), Resume(), [recipe]) == [], "a run's own copy of its recipe is as good as the recipe"
+
+
+def test_a_run_in_the_current_folder_moves_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    monkeypatch.chdir(tmp_path / "run")
+    assert RunFolder(Path()).move_aside() == tmp_path / "run.before-1"
+    assert (tmp_path / "run.before-1" / "metrics.jsonl").exists()

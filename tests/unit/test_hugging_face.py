@@ -519,7 +519,7 @@ def test_a_failure_at_the_end_leaves_the_older_export(tmp_path: Path) -> None:
 def test_an_older_export_and_leftovers_are_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "export"
     write(new_stage("llama", LLAMA), folder, shard_bytes=9_000)
-    for leftover in (".export.tmp", ".export.old"):
+    for leftover in (".export.0123abcd.tmp", ".export.0123abcd.old"):
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "0.part").write_bytes(b"left by a killed run")
     stage = new_stage("gpt2", GPT2)

@@ -79,6 +79,7 @@ def judged(number: int, seed: int, kinds: Sequence[str], originals: Originals) -
         folder = Path(name, "case")
         folder.mkdir()
         case = KINDS[kind][0](stream, originals, folder)
+        case.environment.setdefault("HOME", str(folder))  # what a case reaches for is its own
         log = Path(name, "log")
         ended = _in_a_process_of_its_own(case) if case.is_alone else _forked(case, log)
         fault = _fault(case, ended, log / MEMORY)
@@ -222,6 +223,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=90.0, help="after which no further case is begun")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--only", choices=sorted(KINDS), action="append", help="kinds; default: all")
     parser.add_argument("--number", type=int, help="one case, and all that it said")
@@ -234,6 +236,8 @@ def main() -> int:
         if verdict.fault or arguments.number is not None:
             tail = verdict.ended.said if arguments.number is not None else verdict.ended.said[-400:]
             report(number=verdict.number, kind=verdict.kind, what=verdict.case.what, fault=verdict.fault, said=tail)
+        if time.monotonic() - started > 60 * arguments.minutes:
+            break
     print(table(found))
     print(f"seed {arguments.seed}: {len(found)} cases in {(time.monotonic() - started) / 60:.1f} min")
     return int(any(verdict.fault for verdict in found))

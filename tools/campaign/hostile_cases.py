@@ -17,7 +17,22 @@ from tools.campaign.ranks import run_ranks, train
 Random = random.Random
 ODD_NUMBERS: tuple[Any, ...] = (0, 1, 2, 3, -1, 0.5, 1e-300, 1e300, 2**31 - 1, 2**31, 2**40, 2**62, 2**63, 10**30, 1.0, -0.0)
 ODD_TEXTS = (
-    *("", " ", "x", "-", "--help", "../..", "~", "~nobody/x", "s3://bucket/x", "file:///tmp", "a\0b", "\x1b[31m", "é" * 200),
+    *(
+        "",
+        " ",
+        "x",
+        "-",
+        "--help",
+        "~",
+        "~/x",
+        "~nobody-of-that-name/x",
+        "..",
+        "s3://bucket/x",
+        "file:///tmp",
+        "a\0b",
+        "\x1b[31m",
+        "é" * 200,
+    ),
     *(
         "a" * 300,
         "/dev/null/x",

@@ -19,11 +19,12 @@ from trainer.checkpoint.tensor_file import TORCH_DTYPES, Slot, TensorFile, as_by
 from trainer.checkpoint.weights import FORMATS, Contents, Filling, Tuned
 from trainer.data.auto_tokenizer import beside_model, require_same
 from trainer.data.tokenizer import reopen_tokenizer
-from trainer.durable import replacing_folder
+from trainer.durable import replacing_folder, require_new
 from trainer.errors import DataError, NotFinite, RecipeError
 from trainer.finite import WIDER, is_finite, overflow
 from trainer.model.hugging_face import INDEX, SHARD_BYTES, file_name, read_config, write_index
 from trainer.model.translation import translate
+from trainer.reading import told
 from trainer.tuning import bottleneck_format
 from trainer.tuning.adapter_folder import AdapterFormat
 
@@ -55,13 +56,17 @@ class Exported:
 def export(
     checkpoint: Path, out: Path, *, dtype: str | None = None, whole: bool = False, shard_bytes: int = SHARD_BYTES
 ) -> Exported:
-    """Write `out`, whole or not at all, and read it back. `dtype`: "fp32", "bf16", "fp16"; None: the format of training.
-    Of a tuned model an adapter is written, or, with `whole`, the model with what was learned added to its weights, or,
-    where they cannot take it up, in the adapter's files beside them.
+    """Write `out`, a new folder, whole or not at all, and read it back. `dtype`: "fp32", "bf16", "fp16"; None: the format of
+    training. Of a tuned model an adapter is written, or, with `whole`, the model with what was learned added to its weights,
+    or, where they cannot take it up, in the adapter's files beside them.
 
     DataError when the checkpoint is damaged, when a value is infinite in `dtype`, when the folder does not hold what it should
     when it is read back, or when transformers would tokenize otherwise there; NotFinite where a weight is not.
     """
+    try:
+        require_new(out)
+    except OSError as error:
+        raise RecipeError(f"{out}: {told(error)}: give a new folder, or remove it") from None
     manifest = read_sound(checkpoint)
     check_files(checkpoint, manifest.files)
     chosen = dtype or str(manifest.recipe["precision"]["dtype"])
