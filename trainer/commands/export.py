@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", type=path_name, metavar="CHECKPOINT", help="a checkpoint's folder, or a run's for its newest"
     )
-    parser.add_argument("out", type=path, metavar="OUT")
+    parser.add_argument("out", type=path, metavar="OUT", help="a new folder, or an empty one")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the format of training")
     parser.add_argument(
         "--merge",
