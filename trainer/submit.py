@@ -31,6 +31,7 @@ from trainer.spelling import nearest
 TEMPLATES = Path(__file__).parents[1] / "slurm"
 ENDING = ".sbatch.j2"
 SCRIPT = "job.sbatch"
+OURS = "# Written by `triaxis submit` "  # in each template of slurm/
 DEBUG_LIMIT_S = 30 * 60
 SBATCH_ANSWERS_S = 60
 
@@ -332,16 +333,18 @@ def _secret(what: str) -> RecipeError:
 
 
 def write_script(order: Order, text: str) -> Path:
-    """Into the run folder, for its owner alone. RecipeError when it cannot be written."""
+    """Into the run folder, for its owner alone. RecipeError when it cannot be written, or stands where another script is."""
     path = order.run_dir / SCRIPT
     draft = path.with_name(f".{SCRIPT}.tmp")
     try:
+        if path.exists() and OURS not in read_text(path, RECIPE_BYTES):
+            raise RecipeError(f"{path}: `triaxis submit` did not write it, and does not write over it: rename it")
         make_private(order.run_dir)
         with private_file(draft) as file:
             file.write(text.encode())
         draft.replace(path)
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}: choose a run folder that can be written (--run-dir)") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: {told(error)}: choose a run folder that can be written (--run-dir)") from error
     return path
 
 

@@ -483,3 +483,14 @@ def test_torchrun_ends_with_1_and_the_run_folder_says_why(running: Path) -> None
     assert requeue.verdict(folder, 1, now, environment)[0] == 1, "not saved"
     summary.write_text(json.dumps({"steps": 5}))
     assert requeue.verdict(folder, 1, now, environment)[0] == 1
+
+
+def test_a_script_of_somebody_else_is_not_written_over(tmp_path: Path) -> None:
+    order, site = order_of("single-node", run_dir=tmp_path / "run")
+    script = write_script(order, text := render(order, site))
+    assert write_script(order, text) == script, "one of ours is"
+    for content in (b"#!/bin/sh\nmy own job\n", b"\xff\xfe"):
+        script.write_bytes(content)
+        with pytest.raises(RecipeError, match=r"job\.sbatch"):
+            write_script(order, text)
+        assert script.read_bytes() == content
