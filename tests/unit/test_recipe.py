@@ -398,3 +398,34 @@ def test_schema_describes_every_key(folder: Path) -> None:
         for key, node in section["properties"].items():
             target = schema["$defs"].get(node.get("$ref", "").rpartition("/")[2], {})
             assert node.get("description") or target.get("description"), f"{name}.{key}"
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"num_hidden_layers": 10**9}, "the model's num_hidden_layers = 1000000000: legal are up to 4096"),
+        ({"n_layer": 4097}, "the model's n_layer = 4097"),
+        ({"text_config": {"num_experts": 10**6}}, "the model's text_config.num_experts = 1000000"),
+        ({"num_labels": 10**9}, "the model's num_labels = 1000000000"),
+    ],
+)
+def test_a_model_that_would_be_built_for_days_is_refused(config: dict[str, Any], says: str, folder: Path) -> None:
+    given = {"model": {"family": "auto", "config": {"model_type": "gpt_neox", **config}}}
+    (folder / "r.json").write_text(json.dumps(given))
+    with pytest.raises(RecipeError, match=says):
+        recipe.load(folder / "r.json")
+
+
+def test_a_long_chain_of_recipes_is_refused(folder: Path) -> None:
+    for n in range(3000):
+        (folder / f"{n}.json").write_text(json.dumps({"extends": f"{n + 1}.json"}))
+    with pytest.raises(RecipeError, match=r"0.json: more than 32 files that extend one another"):
+        recipe.load(folder / "0.json")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "s3://bucket/r.json", "a" * 300])
+def test_a_parent_that_is_no_path_is_refused(name: str, folder: Path) -> None:
+    (folder / "r.json").write_text(json.dumps({"extends": name}))
+    with pytest.raises(RecipeError, match=r"^r.json:1:\d+: extends = "):
+        recipe.load(Path("r.json"))

@@ -25,8 +25,8 @@ TRUST = "model.trust_remote_code"
 # Rates of dropout, by the words in Hugging Face's names: of all keys only these change neither shapes nor what the loaded
 # weights compute.
 DROPOUT = ("dropout", "pdrop")
-# How configs call the number of their blocks: num_hidden_layers, n_layer, num_layers, encoder_layers, num_blocks, depth.
-LAYERS = re.compile(r"(layers?|blocks?|depth)$")
+# How configs call what is built one by one: num_hidden_layers, n_layer, num_blocks, depth, num_experts, num_labels.
+LAYERS = re.compile(r"(layers?|blocks?|depth|experts|labels)$")
 MOST_LAYERS = 4096  # as in the families that are our own
 
 
