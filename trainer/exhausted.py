@@ -32,9 +32,9 @@ OF_DISKS = {
 }
 NO_TEMPORARY = "No usable temporary directory"
 OF_LIMITS = {errno.EMFILE: "raise the limit (ulimit -n)", errno.ENFILE: "the whole machine has as many open as it can"}
-OF_RIGHTS = dict.fromkeys(
+OF_PLACES = dict.fromkeys(
     (errno.EACCES, errno.EPERM, errno.EROFS), "give this user the right to write and read there, or name another place"
-)
+) | {errno.ELOOP: "a link there leads to itself: remove it, or name another place"}
 WORDS = {os.strerror(number).lower(): number for number in (*OF_DISKS, *OF_LIMITS)}
 WORD = re.compile("|".join(map(re.escape, WORDS)), re.IGNORECASE)  # torch writes them small
 
@@ -75,8 +75,8 @@ def _said_of_disk(error: BaseException, doing: str) -> UserError | None:
     number, file = _number(error), getattr(error, "filename", None)
     if number in OF_DISKS:
         return DataError(f"{file or doing}: {os.strerror(number)}: {OF_DISKS[number]}")
-    if number in OF_LIMITS or (file and number in OF_RIGHTS):
-        return RecipeError(f"{file or doing}: {os.strerror(number)}: {(OF_LIMITS | OF_RIGHTS)[number]}")
+    if number in OF_LIMITS or (file and number in OF_PLACES):
+        return RecipeError(f"{file or doing}: {os.strerror(number)}: {(OF_LIMITS | OF_PLACES)[number]}")
     return None
 
 

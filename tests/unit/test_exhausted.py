@@ -49,6 +49,7 @@ def test_errors_of_hosts_devices_and_python_are_told_from_others() -> None:
         (OSError(errno.EDQUOT, ""), 65, "rank 3: backward: Disk quota exceeded: make room there"),
         (OSError(errno.EMFILE, ""), 78, r"Too many open files: raise the limit \(ulimit -n\)"),
         (PermissionError(errno.EACCES, "", "/a/b"), 78, "/a/b: Permission denied: give this user the right"),
+        (OSError(errno.ELOOP, "", "/a/b"), 78, "/a/b: Too many levels of symbolic links: a link there leads to itself"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), 65, "backward: No space left on device"),
         (ImportError("libx.so: cannot open shared object file: Too many open files"), 78, "ulimit"),
     ],
