@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 
 from trainer.errors import DataError, RecipeError, UserError
+from trainer.reading import NotAFile
 
 # How torch's allocator of the host says so; on devices it has a class of its own.
 HOST = re.compile(r"can't allocate memory|not enough memory|cannot allocate memory", re.IGNORECASE)
@@ -73,6 +74,8 @@ def _said_of_disk(error: BaseException, doing: str) -> UserError | None:
     if isinstance(error, OSError) and NO_TEMPORARY in str(error):  # Python tries all folders before it says so
         return DataError(f"{doing}: {error.strerror}: make room in one of them, or set TMPDIR to another folder")
     number, file = _number(error), getattr(error, "filename", None)
+    if isinstance(error, NotAFile):
+        return RecipeError(f"{file}: {error.strerror}: remove it, or name another place")
     if number in OF_DISKS:
         return DataError(f"{file or doing}: {os.strerror(number)}: {OF_DISKS[number]}")
     if number in OF_LIMITS or (file and number in OF_PLACES):

@@ -31,6 +31,10 @@ KINDS = {
 }
 
 
+class NotAFile(OSError):
+    """A pipe, a device or a folder stands where a file was looked for."""
+
+
 def open_regular(path: AnyPath, *, follow: bool = True) -> FileIO:
     """Open a file to read, unbuffered. OSError for anything else; a pipe is not waited for. `follow`: links."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
@@ -106,7 +110,7 @@ def _too_large(path: AnyPath, limit: int) -> OSError:
 
 def _require_regular(mode: int, path: AnyPath) -> None:
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, f"{KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file", str(path))
+        raise NotAFile(errno.EINVAL, f"{KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file", str(path))
 
 
 @contextmanager

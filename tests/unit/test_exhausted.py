@@ -22,6 +22,7 @@ from trainer.exhausted import exhausted
 from trainer.launch import Place
 from trainer.least_memory import Machine, host_bytes, require_memory
 from trainer.model.translation import translate
+from trainer.reading import NotAFile
 from trainer.sections import Recipe
 
 ROOT = str(Path(__file__).parents[2])
@@ -50,6 +51,11 @@ def test_errors_of_hosts_devices_and_python_are_told_from_others() -> None:
         (OSError(errno.EMFILE, ""), 78, r"Too many open files: raise the limit \(ulimit -n\)"),
         (PermissionError(errno.EACCES, "", "/a/b"), 78, "/a/b: Permission denied: give this user the right"),
         (OSError(errno.ELOOP, "", "/a/b"), 78, "/a/b: Too many levels of symbolic links: a link there leads to itself"),
+        (
+            NotAFile(errno.EINVAL, "a pipe, not a file", "/a/b"),
+            78,
+            "/a/b: a pipe, not a file: remove it, or name another place",
+        ),
         (SafetensorError("I/O error: No space left on device (os error 28)"), 65, "backward: No space left on device"),
         (ImportError("libx.so: cannot open shared object file: Too many open files"), 78, "ulimit"),
     ],
