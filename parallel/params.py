@@ -7,9 +7,10 @@ and shapes. Initial weights, export, weight decay, norms and checkpoints all rea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,20 @@ class ShardSpec:
     @property
     def owned(self) -> bool:
         return self.copies.rank == 0
+
+
+@dataclass(frozen=True)
+class Companion:
+    """What is remembered beside a weight, element by element, and alike on all data-parallel ranks: saved as a tensor of its
+    own, since its fragments are not those of the weight."""
+
+    spec: ShardSpec
+    state: str
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, weight: ShardSpec, tensor: Tensor, *, state: str) -> Self:
+        return cls(replace(weight, pieces=tuple(replace(p, name=f"{p.name}:{state}") for p in weight.pieces)), state, tensor)
 
 
 def whole(

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from parallel.collectives import all_reduce
 from parallel.gather import gather_to_first
 from parallel.mesh import Group, Mesh
-from parallel.params import ShardSpec, owned_specs
+from parallel.params import Companion, ShardSpec, owned_specs
 from parallel.rng import Streams
 from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
@@ -39,7 +40,7 @@ from trainer.sections import Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.tuning.adapt import quantized_weights, quantizing
 from trainer.tuning.rank_budget import RankBudget
-from trainer.zero_state import Companion, ZeroState
+from trainer.zero_state import ZeroState
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,11 @@ class Engine:
             # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
             self.optimizer.check_grad_overflow = True
         adalora = recipe.tuning.method == "adalora"
-        self.budget = RankBudget(recipe, config, self.specs, mesh, device, dtype) if adalora else None
+        self.budget = (
+            RankBudget(recipe, config, self.specs, mesh, device, dtype, gathered=partial(whole, zero_stage=self.zero_stage))
+            if adalora
+            else None
+        )
         companions = self.budget.companions if self.budget else []
         companions += [Companion.of(*part, state=state) for weight in self.quantized for state, part in weight.stored.items()]
         self.state = ZeroState(

@@ -12,16 +12,16 @@ from torch import nn
 from parallel.params import ShardSpec, initialise
 from trainer.data.tokenizer import Tokenizer
 from trainer.model.auto import open_auto
+from trainer.model.auto_rules import AUTO
 from trainer.model.config import TransformerConfig
 from trainer.model.families import FAMILIES
 from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
 from trainer.model.names import names_of
 from trainer.model.network import Network
+from trainer.model.new_tokens import require_rows
 from trainer.model.transformer import logical_specs
 from trainer.model.translation import classes_of
 from trainer.recipe import ResolvedRecipe
-from trainer.recipe.auto import AUTO
-from trainer.recipe.new_tokens import require_rows
 
 
 def first_weights(

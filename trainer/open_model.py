@@ -37,13 +37,13 @@ from trainer.first_weights import first_weights
 from trainer.launch import Place, together
 from trainer.master_weights import require_in_range
 from trainer.measures import Measures, measures_of
+from trainer.model.auto_rules import AUTO
 from trainer.model.auto_stage import AutoStage
 from trainer.model.families import FAMILIES
 from trainer.model.hugging_face import read_config
 from trainer.model.network import CONFIG, Network
 from trainer.model.translation import classes_of
 from trainer.recipe import ResolvedRecipe, load_given
-from trainer.recipe.auto import AUTO
 from trainer.recipe.earlier import recipe_of
 from trainer.sections import Guard, Recipe
 from trainer.stopwatch import Stopwatch

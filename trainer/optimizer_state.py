@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from trainer.sections import Optimizer
 
+WEIGHT = "weight"  # the state of every weight; the others have the optimizer's own names, such as exp_avg
+
 
 def state_names(keys: Optimizer) -> tuple[str, ...]:
     """What the rule keeps of each parameter beside its weight."""

@@ -6,6 +6,7 @@ a library's message may repeat. All of them become "[redacted]" in every copy; w
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -91,3 +92,14 @@ class RedactedRecord(logging.LogRecord):
 
     def getMessage(self) -> str:
         return redact_text(super().getMessage())
+
+
+def printable(key: str) -> str:
+    """A key as it is, or quoted where it holds what could be taken for something else, or steer a terminal."""
+    return key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key)
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, without secrets, cut to fit into a line."""
+    text = json.dumps(redact(value))
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -18,14 +18,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from parallel.mesh import Group
-from parallel.params import Piece, ShardSpec
-from trainer.checkpoint.manifest import WEIGHT
+from parallel.params import Companion, Piece, ShardSpec
+from trainer.optimizer_state import WEIGHT
 from trainer.zero_parameter import divided
 
 STEP = "step"  # torch's name for the number of updates, the same for all parameters
@@ -68,20 +68,6 @@ class Source(Protocol):
 
     def read(self, stretch: Stretch) -> Tensor:
         """Its values, flat, in any format."""
-
-
-@dataclass(frozen=True)
-class Companion:
-    """What is remembered beside a weight, element by element, and alike on all data-parallel ranks: saved as a tensor of its
-    own, since its fragments are not those of the weight."""
-
-    spec: ShardSpec
-    state: str
-    tensor: Tensor
-
-    @classmethod
-    def of(cls, weight: ShardSpec, tensor: Tensor, *, state: str) -> Self:
-        return cls(replace(weight, pieces=tuple(replace(p, name=f"{p.name}:{state}") for p in weight.pieces)), state, tensor)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from tests.unit.test_hugging_face import Bomb, assert_refused, read_all, saved
 from tools.campaign import damage
 from tools.campaign.damage import DAMAGES, OUTSIDE, Originals, at_most, judge_case, kind_of, sealed
 from trainer.checkpoint.folder import HUGGING_FACE, REASON, CheckpointFolder, files_in
-from trainer.checkpoint.manifest import MANIFEST, WEIGHT, File, Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.manifest import MANIFEST, File, Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.resume import CheckpointSource, Found, examine, newest_whole
 from trainer.checkpoint.save import Saver
@@ -39,6 +39,7 @@ from trainer.checkpoint.tensor_file import Slot, TensorFile, write_tensor_file
 from trainer.durable import private_file
 from trainer.errors import DataError, RecipeError
 from trainer.model.hugging_face import INDEX, SINGLE, PretrainedWeights
+from trainer.optimizer_state import WEIGHT
 from trainer.zero_state import Stretch
 
 ALONE = Messages.alone()

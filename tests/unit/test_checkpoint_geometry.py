@@ -16,10 +16,11 @@ from torch import Tensor
 
 from tests.unit.test_checkpoint_damage import blank
 from trainer.checkpoint.geometry import Range, Rectangle, overlaps
-from trainer.checkpoint.manifest import WEIGHT, Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.manifest import Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import DTYPES, Slot, TensorFile, write_tensor_file
 from trainer.errors import DataError
+from trainer.optimizer_state import WEIGHT
 
 NAME = "h.0.weight"
 MOST_FILES = 3

@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 import pytest
 
 from trainer.batching import BatchPlan
-from trainer.deepspeed_config import REFUSED, deepspeed_config, refusal
+from trainer.deepspeed_config import deepspeed_config
 from trainer.errors import RecipeError
+from trainer.recipe.deepspeed_keys import REFUSED, refusal
 from trainer.sections import (
     Aio,
     CommsLogger,

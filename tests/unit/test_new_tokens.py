@@ -27,8 +27,8 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, tr
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import PretrainedWeights, assembled
+from trainer.model.new_tokens import grown, growth_findings, new_token_findings, number_at_the_end, require_rows, stand_ins
 from trainer.model.translation import to_hf_config, translate
-from trainer.recipe.new_tokens import grown, growth_findings, new_token_findings, number_at_the_end, require_rows, stand_ins
 from trainer.sections import Recipe, Tuning
 from trainer.tuning.adapter_folder import AdapterFormat
 from trainer.tuning.bottleneck_format import load_bottlenecks

@@ -11,8 +11,8 @@ from trainer.checkpoint.facts import model_facts, recipe_facts, refusals
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import MANIFEST, Manifest
 from trainer.errors import DataError, RecipeError
+from trainer.model.auto_rules import AUTO
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
-from trainer.recipe.auto import AUTO
 from trainer.run_folder import RunFolder
 
 

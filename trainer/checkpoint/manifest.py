@@ -38,7 +38,6 @@ FORMAT = "triaxis checkpoint 1"
 FILE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,127}/){0,3}[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 # safetensors' names, with bytes per element.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-WEIGHT = "weight"  # the state of every weight; the others have the optimizer's own names, such as exp_avg
 
 
 # As it is written down. What is read of the dicts is declared, so that nobody who uses a manifest need ask again.

@@ -14,9 +14,10 @@ from torch import Tensor
 from parallel.messages import Messages
 from trainer.checkpoint.check import check_files, read_sound
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.manifest import WEIGHT, Fragment, Manifest
+from trainer.checkpoint.manifest import Fragment, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.errors import DataError
+from trainer.optimizer_state import WEIGHT
 from trainer.zero_state import Stretch
 
 

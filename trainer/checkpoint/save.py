@@ -22,11 +22,12 @@ from torch import Tensor
 from parallel.messages import Messages
 from trainer.checkpoint.check import check_files
 from trainer.checkpoint.folder import HUGGING_FACE, CheckpointFolder
-from trainer.checkpoint.manifest import WEIGHT, File, Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.manifest import File, Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.tensor_file import DTYPES, Slot, header_bytes, write_tensor_file
 from trainer.durable import FILE_MODE
 from trainer.errors import DataError
 from trainer.finite import is_finite
+from trainer.optimizer_state import WEIGHT
 from trainer.zero_state import Stretch, ZeroState
 
 

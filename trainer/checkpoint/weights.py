@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from parallel.params import owned_specs, zero_padding
 from parallel.quantized import CODES_PER_BYTE, dequantize
 from trainer.checkpoint.folder import HUGGING_FACE
-from trainer.checkpoint.manifest import WEIGHT, Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.manifest import Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import Slot
 from trainer.data.tokenizer import reopen_tokenizer
@@ -20,6 +20,7 @@ from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import read_config
 from trainer.model.names import WEIGHT_NAMES
 from trainer.model.translation import translate
+from trainer.optimizer_state import WEIGHT
 from trainer.recipe.earlier import recipe_of
 from trainer.sections import Recipe
 from trainer.tuning.adapter_folder import AdapterFormat

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def known_network(resolved: ResolvedRecipe) -> TransformerConfig | None:
     """The network, as far as it is known without opening the tokenizer, the hub or transformers."""
+    from trainer.model.auto_rules import AUTO
     from trainer.recipe import tokenizer_vocab_size
-    from trainer.recipe.auto import AUTO
 
     if resolved.recipe.model.family == AUTO:
         return None
@@ -27,8 +27,8 @@ def known_network(resolved: ResolvedRecipe) -> TransformerConfig | None:
 
 
 def show_model(console: Console, resolved: ResolvedRecipe, network: TransformerConfig | None) -> None:
+    from trainer.model.auto_rules import AUTO
     from trainer.model.costs import count_parameters
-    from trainer.recipe.auto import AUTO
 
     if network is None and resolved.hf_config is not None and resolved.recipe.model.family == AUTO:
         say(console, f"model: {resolved.hf_config['model_type']}, as transformers builds it when training starts")

@@ -29,10 +29,10 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError, RecipeError, UserError
 from trainer.locks import Lock
 from trainer.model.auto_network import AutoNetwork
+from trainer.model.auto_rules import folder_findings, layer_findings, size_findings
 from trainer.model.auto_stage import Contents, contents_of
 from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
-from trainer.recipe.auto import folder_findings, layer_findings, size_findings
-from trainer.recipe.new_tokens import require_rows
+from trainer.model.new_tokens import require_rows
 from trainer.sections import Finding, Recipe
 from trainer.spelling import nearest
 

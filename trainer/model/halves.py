@@ -9,7 +9,7 @@ Shape letters: B batch, S tokens of half a row, N = B · S (with sequence parall
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from parallel.attention import Documents, Rotation
 from parallel.embedding import VocabParallelEmbedding
 from parallel.rng import Streams
-
-if TYPE_CHECKING:
-    from trainer.model.layers import Embedding
+from trainer.model.embedding import Embedding
 
 
 class EmbeddedHalves(nn.Module):

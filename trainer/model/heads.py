@@ -23,8 +23,8 @@ from parallel.params import Init
 from parallel.rng import Streams
 from parallel.tensor import TensorParallel
 from trainer.model.config import PAIRED_CLASSES, TransformerConfig
-from trainer.model.layers import Dropout, final_dropout, make_norm, matrix_init
 from trainer.model.names import names_of
+from trainer.model.pieces import Dropout, final_dropout, make_norm, matrix_init
 
 
 class HeadTransform(nn.Module):

@@ -1,11 +1,10 @@
-"""The embedding and the layers of a network, as its config describes them, from the layers of `parallel/`.
+"""The layers of a network, as its config describes them, from the layers of `parallel/`.
 
 Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of them), D model.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -13,96 +12,21 @@ from torch import Tensor, nn
 
 from parallel.attention import Documents, ParallelAttention, Rotation
 from parallel.cross_attention import ParallelCrossAttention
-from parallel.embedding import ReplicatedEmbedding, VocabParallelEmbedding, sinusoids
+from parallel.embedding import VocabParallelEmbedding
 from parallel.mesh import Group
 from parallel.mlp import ParallelMLP
-from parallel.norm import LayerNorm, QueryKeyNorm, RMSNorm
+from parallel.norm import QueryKeyNorm
 from parallel.params import Init
-from parallel.rng import Streams, dropout
+from parallel.rng import Streams
 from parallel.tensor import TensorParallel
 from trainer.model.config import TransformerConfig
+from trainer.model.embedding import Embedding
 from trainer.model.halves import EmbeddedHalves, SourceLayer, TargetLayer
 from trainer.model.names import WeightNames, names_of
+from trainer.model.pieces import Dropout, final_dropout, make_norm, matrix_init
 from trainer.model.position_tables import PositionTables
 
 Source = tuple[Tensor, Documents]  # what the encoder made of the sources [N, D], and where they lie
-
-
-def make_norm(config: TransformerConfig, name: str | None, tp: TensorParallel) -> nn.Module:
-    """The family's norm; where its name is None the family has none, and x stays as it is."""
-    if name is None:
-        return nn.Identity()
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.hidden_size, eps=config.norm_eps, name=name, tp=tp, offset=config.norm_offset)
-    return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias, name=name, tp=tp)
-
-
-def matrix_init(config: TransformerConfig, inputs: int, *, into_residual: bool = False) -> Init:
-    """How a matrix with so many inputs starts; `into_residual`: its outputs are added to the hidden states."""
-    if config.fan_in_init:
-        return Init(std=config.init_std / math.sqrt(inputs))
-    if into_residual and config.scaled_residual_init:
-        # 2 residual additions per layer: their sum keeps its variance (Radford et al. 2019, GPT-2, §2.3).
-        return Init(std=config.init_std / math.sqrt(2 * config.num_layers))
-    return Init(std=config.init_std)
-
-
-class Dropout(nn.Module):
-    """Dropout of [N, D] activations outside the parallel regions; `site` names its random stream."""
-
-    def __init__(self, rate: float, site: str, tp: TensorParallel) -> None:
-        super().__init__()
-        self.rate = rate
-        self.site = site
-        self.tp = tp
-
-    def forward(self, x_ND: Tensor, documents: Documents, streams: Streams | None, chosen: Tensor | None = None) -> Tensor:
-        """`streams` None: x as it is (evaluation). `chosen`: x has only these of this rank's tokens."""
-        if not self.rate or streams is None:
-            return x_ND
-        rows, seq_len = documents.shape
-        tokens = self.tp.tokens(rows * seq_len)
-        keeps_ND = streams.keeps_features(self.site, self.rate, (seq_len, x_ND.shape[1]), tokens, x_ND.device)
-        return dropout(x_ND, keeps_ND if chosen is None else keeps_ND[chosen], self.rate)
-
-
-class Embedding(nn.Module):
-    """tokens [B, S] → [N, D] in the compute format. Positions begin again with each document; a document is one text, not
-    a pair of them, so every token has type 0."""
-
-    def __init__(self, config: TransformerConfig, tokens: VocabParallelEmbedding, *, site: str, dtype: torch.dtype) -> None:
-        """`site` names the stream of the dropout."""
-        super().__init__()
-        names, tp = names_of(config), tokens.tp
-        init = Init(std=config.init_std)
-        self.dtype = dtype
-        # Rounded to the compute format, as the Gemma models were trained: 55.5 instead of √3072 = 55.43 in bf16.
-        self.scale = torch.tensor(math.sqrt(config.hidden_size), dtype=dtype, device="cpu").item()
-        self.scaled = config.scaled_embedding
-        self.tokens = tokens
-        tables = ((config.max_positions, names.positions), (config.token_types, names.token_types))
-        self.positions, self.token_types = (
-            None if name is None else ReplicatedEmbedding(rows, config.hidden_size, name=name, init=init, tp=tp)
-            for rows, name in tables
-        )
-        self.sinusoidal = config.positions == "sinusoidal"
-        self.norm = make_norm(config, names.embedding_norm, tp)
-        self.dropout = Dropout(config.embedding_dropout, site, tp)
-
-    def forward(self, tokens_BS: Tensor, documents: Documents, streams: Streams | None) -> Tensor:
-        x_ND = self.tokens(tokens_BS.flatten())
-        if self.scaled:
-            x_ND = x_ND.to(self.dtype) * self.scale
-        if self.sinusoidal:
-            mine = self.tokens.tp.tokens(tokens_BS.numel())
-            positions_N = documents.positions_BS.flatten()[mine].to(x_ND.device)
-            x_ND = x_ND + sinusoids(positions_N, x_ND.shape[1]).to(x_ND.dtype)
-        if self.positions is not None:
-            x_ND = x_ND + self.positions(documents.positions_BS.to(tokens_BS.device).flatten())
-        if self.token_types is not None:
-            x_ND = x_ND + self.token_types(torch.zeros_like(tokens_BS).flatten())
-        y_ND: Tensor = self.dropout(self.norm(x_ND.to(self.dtype)), documents, streams)
-        return y_ND
 
 
 def make_embedding(
@@ -281,11 +205,6 @@ def make_layer(
     ends = index == config.encoder_layers - 1
     norm = make_norm(config, encoder.final_norm if ends else None, tp)
     return SourceLayer(layer, norm, final_dropout(config, encoder, tp) if ends else None)
-
-
-def final_dropout(config: TransformerConfig, names: WeightNames, tp: TensorParallel) -> Dropout:
-    """Of what the last norm of a stack makes."""
-    return Dropout(config.final_dropout, f"{names.final_norm}.outputs", tp)
 
 
 def _qk_norm(config: TransformerConfig, index: int, tp: TensorParallel) -> QueryKeyNorm | None:

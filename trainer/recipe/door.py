@@ -9,11 +9,11 @@ from typing import Any
 
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
+from trainer.model.new_tokens import number_at_the_end, stand_ins
 from trainer.recipe.keys import validate
 from trainer.recipe.layers import Layer, read_chain
 from trainer.recipe.names import name_findings, with_paths
 from trainer.recipe.network import fit_findings, read_network, translate, with_head
-from trainer.recipe.new_tokens import number_at_the_end, stand_ins
 from trainer.recipe.pipeline import pipeline_findings
 from trainer.recipe.places import Problem, dotted, first_mark, leaves
 from trainer.recipe.rules import section_findings

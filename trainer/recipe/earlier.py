@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from trainer.errors import DataError, RecipeError
 from trainer.recipe.door import ResolvedRecipe
-from trainer.recipe.places import dotted, leaves, pattern, put, shown
+from trainer.recipe.places import dotted, leaves, pattern, put
+from trainer.redaction import shown
 from trainer.run_folder import read_resolved
 from trainer.sections import Recipe
 

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from trainer.recipe.json_reader import JSONSyntaxError, Reader
-from trainer.recipe.places import KeyPath, Mark, Problem, dotted, first_mark, kind, shown
+from trainer.recipe.places import KeyPath, Mark, Problem, dotted, first_mark, kind
 from trainer.recipe.unknown_keys import unknown_key
+from trainer.redaction import shown
 from trainer.sections import Recipe
 from trainer.spelling import nearest
 

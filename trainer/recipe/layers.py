@@ -15,7 +15,8 @@ from trainer.errors import RecipeError
 from trainer.paths import expanded, wrong_with
 from trainer.reading import RECIPE_BYTES, read_bytes, told
 from trainer.recipe.json_reader import JSONSyntaxError, Reader
-from trainer.recipe.places import KeyPath, Mark, Problem, dotted, kind, shown
+from trainer.recipe.places import KeyPath, Mark, Problem, dotted, kind
+from trainer.redaction import shown
 from trainer.sections import Recipe
 
 MAX_CHAIN = 32  # files; nobody could say where a value comes from

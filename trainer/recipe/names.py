@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.paths import expanded, occupied, wrong_with
-from trainer.recipe.places import KeyPath, dotted, leaves, pattern, put, shown
+from trainer.recipe.places import KeyPath, dotted, leaves, pattern, put
+from trainer.redaction import shown
 from trainer.sections import STDLIB, Data, Finding, Recipe
 from trainer.spelling import nearest
 

@@ -10,15 +10,16 @@ from typing import Any
 
 from trainer.errors import DataError, RecipeError
 from trainer.model import config_file
+from trainer.model.auto_rules import AUTO
 from trainer.model.config import TransformerConfig
 from trainer.model.families import FAMILIES, Family
+from trainer.model.new_tokens import grown, growth_findings
 from trainer.model.translation import read_config
-from trainer.recipe.auto import AUTO, read_auto
+from trainer.recipe.auto import read_auto
 from trainer.recipe.names import exists, tokenizer_vocab_size
-from trainer.recipe.new_tokens import grown, growth_findings
 from trainer.recipe.pipeline import layer_findings
-from trainer.recipe.places import printable, shown
 from trainer.recipe.tensor import tensor_findings
+from trainer.redaction import printable, shown
 from trainer.sections import Finding, Recipe
 from trainer.tuning.targets import quantization_findings, target_findings
 

@@ -14,7 +14,7 @@ from trainer.batching import divisors
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.reading import read_text, told
-from trainer.recipe.places import shown
+from trainer.redaction import shown
 from trainer.sections import Finding, Parallel, Recipe
 from trainer.spelling import nearest
 

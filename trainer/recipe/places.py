@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.redaction import redact
+from trainer.redaction import printable
 
 KeyPath = tuple[str | int, ...]
 
@@ -74,17 +73,6 @@ def put(value: Any, path: KeyPath, leaf: Any) -> None:
     for part in path[:-1]:
         value = value[part]
     value[path[-1]] = leaf
-
-
-def printable(key: str) -> str:
-    """A key as it is, or quoted where it holds what could be taken for something else, or steer a terminal."""
-    return key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key)
-
-
-def shown(value: Any) -> str:
-    """A value as JSON, without secrets, cut to fit into a line."""
-    text = json.dumps(redact(value))
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def kind(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from trainer.recipe.auto import AUTO
+from trainer.model.auto_rules import AUTO
 from trainer.sections import Finding, Recipe
 
 TASK = "data.task"

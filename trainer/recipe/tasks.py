@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 
-from trainer.recipe.auto import AUTO
+from trainer.model.auto_rules import AUTO
 from trainer.recipe.names import tokenizer_is_ours
 from trainer.sections import Finding, Recipe
 

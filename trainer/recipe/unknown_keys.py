@@ -7,7 +7,7 @@ import re
 from functools import cache
 from typing import get_args, get_origin
 
-from trainer.deepspeed_config import REFUSED, refusal
+from trainer.recipe.deepspeed_keys import REFUSED, refusal
 from trainer.recipe.places import KeyPath, dotted
 from trainer.sections import Recipe, Section
 from trainer.spelling import nearest

@@ -17,7 +17,7 @@ summed over the ranks that hold one copy of the model, in one message each; all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +27,12 @@ from torch import Tensor, nn
 
 from parallel.collectives import all_reduce
 from parallel.mesh import Mesh
-from parallel.params import Piece, ShardSpec
-from trainer.deepspeed_start import whole
+from parallel.params import Companion, Piece, ShardSpec
 from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
 from trainer.sections import RankBudget as Keys
 from trainer.sections import Recipe
 from trainer.tuning.targets import parts_of, targeted_modules
-from trainer.zero_state import Companion
 
 SECOND, VALUES = 1, 2  # B and E, as `parts_of` lists them after A
 
@@ -71,11 +69,14 @@ class RankBudget:
         mesh: Mesh,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        gathered: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]],
     ) -> None:
+        """`gathered`: a context in which those parameters are whole; all data-parallel ranks enter it together."""
         assert isinstance(config, TransformerConfig), "family auto has no tuning"
         tuning = recipe.tuning
         self._keys, self._rank, self._steps = tuning.budget, tuning.rank, recipe.train.steps
-        self._clip_norm, self._zero_stage = recipe.train.clip_norm, recipe.zero.stage
+        self._clip_norm, self._gathered = recipe.train.clip_norm, gathered
         self._mesh, self._device = mesh, device
         modules = targeted_modules(tuning, config)
         self._num_modules = len(modules)
@@ -198,7 +199,7 @@ class RankBudget:
         return part.t() if kind == SECOND else part
 
     def _whole(self) -> AbstractContextManager[Any]:
-        return whole([factor.parameter for factor in self._factors], zero_stage=self._zero_stage)
+        return self._gathered([factor.parameter for factor in self._factors])
 
 
 def budget_after(step: int, keys: Keys, steps: int, *, modules: int, rank: int) -> int | None:
