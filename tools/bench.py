@@ -9,7 +9,7 @@ timed, losses and gradient norms of the first two steps must agree; the second o
 
 A virtual machine's speed drifts by a third within minutes, so only ratios count: in each repeat every contender takes one
 whole step, in an order drawn anew, and steps of the same repeat are paired. The matrix product that the step is compared with
-(`trainer.matmul_peak`) is measured in the same repeats.
+(`trainer.engine.matmul_peak`) is measured in the same repeats.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from parallel.gather import logical_tensors
 from parallel.mesh import Mesh
 from parallel.params import Role, initialise
 from parallel.topology import Layout
-from trainer import launch
-from trainer.batching import BatchPlan
+from trainer.costs.flops import Dtype, training_flops
 from trainer.data.loader import MicroBatch
-from trainer.deepspeed_config import deepspeed_config
-from trainer.engine import Engine
+from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.engine import Engine
+from trainer.engine.execution import DTYPES
+from trainer.engine.matmul_peak import measured_peak
 from trainer.errors import UserError
-from trainer.execution import DTYPES
-from trainer.flops import Dtype, training_flops
-from trainer.matmul_peak import measured_peak
+from trainer.launch import ranks
 from trainer.model.config import TransformerConfig, largest_weight
-from trainer.model.translation import to_hf_config, translate
-from trainer.sections import Recipe
+from trainer.model.hf_config import to_hf_config, translate
+from trainer.recipe.batch_plan import BatchPlan
+from trainer.schema import Recipe
 
 SEED = 0
 LR = 3e-4
@@ -423,9 +423,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.documents > shape.seq_len:
         parser.error(f"--documents {options.documents} cannot lie in a row of --seq-len {shape.seq_len} tokens")
     logging.disable(logging.INFO)  # DeepSpeed announces each of its settings
-    place = launch.Place.from_environment({})
+    place = ranks.Place.from_environment({})
     try:
-        launch.join(place, timedelta(minutes=30))
+        ranks.join(place, timedelta(minutes=30))
         mesh = Mesh.build(Layout())
         figures = []
         for dtype in options.dtypes:
@@ -440,7 +440,7 @@ def main(arguments: Sequence[str]) -> int:
         console.print("\n".join(error.lines), style="red", markup=False)
         return error.exit_code
     finally:
-        launch.leave()
+        ranks.leave()
     return 0
 
 

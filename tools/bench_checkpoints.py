@@ -64,13 +64,13 @@ def write_recipe(folder: Path, layers: int, hidden: int) -> Path:
 def bench(folder: Path, layers: int, hidden: int) -> None:
     from parallel.messages import Messages
     from trainer.checkpoint.check import check_files
-    from trainer.checkpoint.door import Resume
     from trainer.checkpoint.folder import CheckpointFolder
     from trainer.checkpoint.manifest import Manifest
     from trainer.checkpoint.resume import CheckpointSource, Found
+    from trainer.checkpoint.resume_check import Resume
     from trainer.checkpoint.save import Saver
     from trainer.recipe import load
-    from trainer.session import open_session
+    from trainer.run.session import open_session
 
     recipe = write_recipe(folder, layers, hidden)
     with open_session(load(recipe), str(folder / "run"), Resume()) as run:

@@ -63,15 +63,15 @@ from parallel.mesh import Mesh
 from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
+from trainer.costs.flops import Dtype
 from trainer.data.loader import MicroBatch
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
+from trainer.engine.execution import DTYPES
+from trainer.engine.optimizers import make_optimizer
 from trainer.errors import UserError
-from trainer.execution import DTYPES
-from trainer.flops import Dtype
 from trainer.model.blocks import blocks_of
 from trainer.model.transformer import Stage
-from trainer.optimizers import make_optimizer
-from trainer.sections import Recipe
+from trainer.schema import Recipe
 
 PAIR = 2
 CPU = torch.device("cpu")
@@ -326,7 +326,7 @@ class Pair:
         self.contender, self.folder = contender, folder
         folder.mkdir()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["trainer.engine", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"])
+        context.set_forkserver_preload(["trainer.engine.engine", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"])
         self.pipes, self.processes = [], []
         for rank in range(PAIR):
             ours, theirs = context.Pipe()

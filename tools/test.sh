@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make an environment and run the whole suite: format, lint, types, tests. Arguments go to pytest, as in:
-#   bash tools/test.sh tests/unit/test_schedule.py -k cosine
+#   bash tools/test.sh tests/unit/test_learning_rate.py -k cosine
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/environment.sh

@@ -15,7 +15,7 @@ from typing import NoReturn
 from trainer.commands import COMMANDS
 from trainer.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_INTERRUPTED, RecipeError, UserError
 from trainer.exhausted import exhausted
-from trainer.lifecycle import Interrupted
+from trainer.launch.stop_request import Interrupted
 from trainer.outputs import standard_outputs
 from trainer.redaction import RedactedRecord, redact_text
 

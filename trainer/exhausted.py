@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 
 from trainer.errors import DataError, RecipeError, UserError
-from trainer.reading import NotAFile
+from trainer.files.reading import NotAFile
 
 # How torch's allocator of the host says so; on devices it has a class of its own.
 HOST = re.compile(r"can't allocate memory|not enough memory|cannot allocate memory", re.IGNORECASE)

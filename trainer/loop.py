@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 
-from trainer.checkpoint.door import Resume
-from trainer.closing import export, finish
+from trainer.checkpoint.resume_check import Resume
 from trainer.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE
-from trainer.guard import Guard
-from trainer.lifecycle import LOST, REASONS, StopRequest
-from trainer.meter import Meter
+from trainer.guard.guard import Guard
+from trainer.launch.stop_request import LOST, REASONS, StopRequest
+from trainer.learning_rate import lr_at
 from trainer.recipe import ResolvedRecipe
-from trainer.schedule import lr_at
-from trainer.session import Session, open_session
+from trainer.run.closing import export, finish
+from trainer.run.meter import Meter
+from trainer.run.session import Session, open_session
 
 
 def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: StopRequest) -> int:

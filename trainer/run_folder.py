@@ -13,12 +13,12 @@ from typing import (
 from pydantic import with_config
 from typing_extensions import TypedDict
 
-from trainer.decoding import OPEN, decode, read_as
-from trainer.durable import write_json
 from trainer.errors import DataError, RecipeError
-from trainer.reading import read_json, told
+from trainer.files.decoding import OPEN, decode, read_as
+from trainer.files.durable import write_json
+from trainer.files.reading import read_json, told
 from trainer.redaction import redact
-from trainer.sections import Recipe
+from trainer.schema import Recipe
 
 
 @with_config(OPEN)

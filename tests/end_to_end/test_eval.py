@@ -13,7 +13,7 @@ from tests.end_to_end import test_classify
 from tests.end_to_end.test_sft import CONFIG
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.cli import main
-from trainer.generate import load_folder
+from trainer.inference.generate import load_folder
 from trainer.track import read_metrics
 
 ROWS = [{"prompt": f"{n} is", "completion": "odd" if n % 2 else "even"} for n in range(40)]

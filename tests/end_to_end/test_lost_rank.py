@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.launch import free_port
+from trainer.launch.ranks import free_port
 
 ROOT = str(Path(__file__).parents[2])
 TIMEOUT_S = 8

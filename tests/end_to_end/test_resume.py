@@ -19,10 +19,10 @@ from tools.campaign.cases import WAYS, Way, arguments, digests, numbers, write_r
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.cli import main
-from trainer.goodput import read_starts, shares_of
-from trainer.hold import HOLDER, WANTED, JobStart, held
-from trainer.launch import free_port
-from trainer.session import Session
+from trainer.cluster.lease import HOLDER, WANTED, JobStart, held
+from trainer.launch.ranks import free_port
+from trainer.run.session import Session
+from trainer.track.goodput import read_starts, shares_of
 
 ROOT = str(Path(__file__).parents[2])
 ONE = WAYS[0]

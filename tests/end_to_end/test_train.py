@@ -72,7 +72,7 @@ def start(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedP
 
 
 def free_port() -> str:
-    from trainer.launch import free_port
+    from trainer.launch.ranks import free_port
 
     return str(free_port())
 

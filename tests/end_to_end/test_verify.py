@@ -85,15 +85,15 @@ import trainer.model.transformer
 trainer.model.transformer.complete_partial_gradients = lambda block: None
 """
 DECAY = """
-import trainer.engine
-make = trainer.engine.make_optimizer
+import trainer.engine.engine
+make = trainer.engine.engine.make_optimizer
 def decaying(recipe, parameters, device, **more):
     optimizer = make(recipe, parameters, device, **more)
     for group in optimizer.param_groups:
-        if trainer.engine.dist.get_world_size() > 1:
+        if trainer.engine.engine.dist.get_world_size() > 1:
             group["weight_decay"] = recipe.optimizer.weight_decay
     return optimizer
-trainer.engine.make_optimizer = decaying
+trainer.engine.engine.make_optimizer = decaying
 """
 
 

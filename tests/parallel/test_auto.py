@@ -24,15 +24,15 @@ from parallel.mesh import Mesh
 from parallel.topology import Layout
 from tests.parallel.test_engine_parity import LLAMA, G, S, V, rows_of_step, whole_weights
 from tests.spawn import RanksFailed, spawn
-from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
-from trainer.deepspeed_config import deepspeed_config
-from trainer.engine import Engine
+from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.engine import Engine
 from trainer.model.auto import open_auto
+from trainer.model.hf_config import translate
 from trainer.model.hugging_face import PretrainedWeights
 from trainer.model.network import largest_weight
-from trainer.model.translation import translate
-from trainer.sections import Recipe
+from trainer.recipe.batch_plan import BatchPlan
+from trainer.schema import Recipe
 
 TINY = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS: dict[str, dict[str, Any]] = {

@@ -134,21 +134,21 @@ def moments_forgotten() -> None:
 
 
 def update_count_forgotten() -> None:
-    from trainer.zero_state import ZeroState
+    from trainer.engine.zero_state import ZeroState
 
     set_updates = ZeroState._set_updates
     ZeroState._set_updates = lambda state, tensor, updates: set_updates(state, tensor, 1)
 
 
 def weights_not_rounded_again() -> None:
-    from trainer.zero_state import ZeroState
+    from trainer.engine.zero_state import ZeroState
 
     ZeroState._round = lambda state: None
 
 
 def share_of_the_first_rank() -> None:
     """Each rank restores what rank 0 has."""
-    from trainer.zero_state import ZeroState
+    from trainer.engine.zero_state import ZeroState
 
     extent = ZeroState._extent
 
@@ -167,7 +167,7 @@ def history_counted_from_zero() -> None:
 
 
 def loss_scale_forgotten() -> None:
-    from trainer.loss_scale import LossScaler
+    from trainer.engine.loss_scale import LossScaler
 
     LossScaler.restore = lambda scaler, state: None
 

@@ -23,13 +23,13 @@ from parallel.mesh import Mesh
 from parallel.params import initialise
 from parallel.topology import Layout
 from tests.spawn import spawn
-from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
-from trainer.deepspeed_config import deepspeed_config
-from trainer.engine import Engine
+from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.engine import Engine
 from trainer.model.config import largest_weight
-from trainer.model.translation import translate
-from trainer.sections import Recipe
+from trainer.model.hf_config import translate
+from trainer.recipe.batch_plan import BatchPlan
+from trainer.schema import Recipe
 from trainer.verify.rank import in_float64
 
 G, S, V = 8, 16, 67

@@ -62,11 +62,11 @@ def change_weight(name: str, rank: int, step: int, value: float | None, command:
     """`train`, in which element 5 of what one rank holds of a weight changes after a step: to `value`, or by its last bit.
     `blind`: a mistake, saving does not look whether values are finite."""
     import trainer.checkpoint.save
-    import trainer.guard
+    import trainer.guard.guard
 
     if blind:
         trainer.checkpoint.save.is_finite = lambda values: True
-    judge = trainer.guard.Guard.judge
+    judge = trainer.guard.guard.Guard.judge
 
     def judged(guard: Any, now: int, *rest: Any) -> None:
         engine = guard._run.engine
@@ -79,7 +79,7 @@ def change_weight(name: str, rank: int, step: int, value: float | None, command:
                 held[5] = value
         judge(guard, now, *rest)
 
-    trainer.guard.Guard.judge = judged  # type: ignore[method-assign]
+    trainer.guard.guard.Guard.judge = judged  # type: ignore[method-assign]
     return train(command)
 
 
@@ -189,7 +189,7 @@ def test_a_value_that_the_chosen_format_does_not_have_is_refused(tmp_path: Path,
 def spikes_at(steps: Sequence[int], forget: bool, command: Sequence[str]) -> int:
     """`train`, with gradients 100 times too large at some steps; `forget`: a mistake, the history is not taken back."""
     from trainer.checkpoint.checkpoints import Checkpoints
-    from trainer.engine import Engine
+    from trainer.engine.engine import Engine
 
     gradients = Engine._gradients
 

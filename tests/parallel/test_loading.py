@@ -14,10 +14,10 @@ from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.spawn import spawn
 from trainer.model.blocks import blocks_of
+from trainer.model.hf_config import to_hf_config, translate
 from trainer.model.hugging_face import SINGLE, PretrainedWeights, read_config
 from trainer.model.names import WEIGHT_NAMES
 from trainer.model.transformer import Stage, logical_specs
-from trainer.model.translation import to_hf_config, translate
 
 MIB = 2**20
 # 102 M parameters, 390 MiB in fp32; the largest tensors are embedding and head.

@@ -22,11 +22,11 @@ from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.parallel.test_engine_parity import ADAMW, LLAMA, OFFLOADS, Case, make_engine, micro_batches
 from tests.spawn import spawn
-from trainer.execution import DTYPES
-from trainer.master_weights import MasterWeights
+from trainer.engine.execution import DTYPES
+from trainer.engine.master_weights import MasterWeights
 from trainer.model.blocks import blocks_of
+from trainer.model.hf_config import translate
 from trainer.model.transformer import Stage
-from trainer.model.translation import translate
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Seen:
 
 
 def run(mesh: Mesh, case: Case, global_sequences: int = 8, mutate: Callable[[], None] = lambda: None) -> Seen:
-    from deepspeed.utils import safe_get_full_fp32_param  # by now trainer.engine has said on which accelerator
+    from deepspeed.utils import safe_get_full_fp32_param  # by now trainer.engine.engine has said on which accelerator
 
     mutate()
     engine = make_engine(mesh, replace(case, sequences=global_sequences, dp=mesh.dp.size))

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-import trainer.engine
-import trainer.execution
+import trainer.engine.engine
+import trainer.engine.execution
 from parallel import linear, params, ties
 from parallel.collectives import Pending
 from parallel.deferred import WeightGradients
@@ -30,12 +30,11 @@ from parallel.ties import TiedGradients
 from parallel.topology import Layout
 from tests.parallel.test_engine_parity import Case, Outcome, assert_same_training, outcome, run_case
 from tests.spawn import spawn
-from trainer import objective
-from trainer.batching import BatchPlan
-from trainer.engine import Engine
-from trainer.execution import OneStage
-from trainer.model import transformer
-from trainer.zero_pipeline import ZeroInPipeline
+from trainer.engine.engine import Engine
+from trainer.engine.execution import OneStage
+from trainer.engine.zero_pipeline import ZeroInPipeline
+from trainer.model import objective, transformer
+from trainer.recipe.batch_plan import BatchPlan
 
 
 def mean_of_micro_batch_means() -> None:
@@ -87,7 +86,7 @@ def no_clipping() -> None:
 
 def weight_decay_on_everything() -> None:
     """Norms, biases and embeddings decay too."""
-    make = trainer.engine.make_optimizer
+    make = trainer.engine.engine.make_optimizer
 
     def decaying(*args: Any, **more: Any) -> torch.optim.Optimizer:
         optimizer = make(*args, **more)
@@ -95,7 +94,7 @@ def weight_decay_on_everything() -> None:
             group["weight_decay"] = 0.01
         return optimizer
 
-    trainer.engine.make_optimizer = decaying
+    trainer.engine.engine.make_optimizer = decaying
 
 
 def mutated(mesh: Mesh, mutate: Callable[[], None], case: Case) -> Outcome:
@@ -319,13 +318,13 @@ def stages_drop_alike() -> None:
 
 def layer_run_twice() -> None:
     """A block at a cut belongs to both stages."""
-    stages_of = trainer.execution.stages_of
+    stages_of = trainer.engine.execution.stages_of
 
     def overlapping(*args: Any) -> list[list[Any]]:
         first, *rest = stages_of(*args)
         return [[*first, rest[0][0]], *rest]
 
-    trainer.execution.stages_of = overlapping
+    trainer.engine.execution.stages_of = overlapping
 
 
 def weight_gradients_lost() -> None:

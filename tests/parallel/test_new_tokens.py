@@ -36,8 +36,8 @@ from tools.campaign import exactness, reshard
 from tools.campaign.cases import WAYS, arguments, digests, write_recipe
 from tools.campaign.ranks import run_ranks, train
 from trainer.model import transformer
+from trainer.model.hf_config import to_hf_config, translate
 from trainer.model.hugging_face import assembled, write_folder
-from trainer.model.translation import to_hf_config, translate
 from trainer.tuning.adapter_folder import AdapterFormat, write_adapter
 from trainer.tuning.targets import TOKEN_ROWS, is_added
 

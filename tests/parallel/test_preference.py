@@ -25,16 +25,16 @@ from parallel.params import initialise
 from parallel.topology import Layout
 from tests.parallel.test_engine_parity import LLAMA, whole_weights
 from tests.spawn import spawn
-from trainer.batching import BatchPlan
 from trainer.data import prepare
 from trainer.data.loader import EvalData, MicroBatch, TrainData
-from trainer.deepspeed_config import deepspeed_config
-from trainer.engine import Engine
+from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.engine import Engine
 from trainer.model.config import largest_weight
+from trainer.model.hf_config import to_hf_config, translate
 from trainer.model.hugging_face import write_folder
-from trainer.model.translation import to_hf_config, translate
-from trainer.preference.reference import with_reference
-from trainer.sections import Recipe
+from trainer.recipe.batch_plan import BatchPlan
+from trainer.run.reference import with_reference
+from trainer.schema import Recipe
 
 STEPS, S, G = 20, 128, 4
 LR, CLIP = 0.0005, 0.3

@@ -19,14 +19,14 @@ from parallel.params import initialise
 from parallel.topology import Layout
 from tests.parallel.test_engine_parity import LLAMA, whole_weights
 from tests.spawn import spawn
-from trainer.batching import BatchPlan
 from trainer.data import prepare
 from trainer.data.loader import EvalData, TrainData
-from trainer.deepspeed_config import deepspeed_config
-from trainer.engine import Engine
+from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.engine import Engine
 from trainer.model.config import largest_weight
-from trainer.model.translation import translate
-from trainer.sections import Recipe
+from trainer.model.hf_config import translate
+from trainer.recipe.batch_plan import BatchPlan
+from trainer.schema import Recipe
 
 STEPS, S = 3, 64
 LAYOUTS = {"dp2": Layout(dp=2), "tp2": Layout(tp=2), "pp2": Layout(pp=2)}

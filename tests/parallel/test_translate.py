@@ -27,15 +27,15 @@ from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.parallel.test_engine_parity import whole_weights
 from tests.spawn import spawn
-from trainer.batching import BatchPlan
 from trainer.data import prepare
 from trainer.data.loader import EvalData, TrainData
-from trainer.deepspeed_config import deepspeed_config
-from trainer.engine import Engine
-from trainer.guard_checksum import disagreements, replicas
+from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.engine import Engine
+from trainer.guard.replicas import disagreements, replicas
 from trainer.model.config import largest_weight
-from trainer.model.translation import translate
-from trainer.sections import Recipe
+from trainer.model.hf_config import translate
+from trainer.recipe.batch_plan import BatchPlan
+from trainer.schema import Recipe
 
 STEPS, S = 3, 48  # steps; tokens of half a row
 MARIAN = {

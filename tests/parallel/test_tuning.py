@@ -50,14 +50,14 @@ from tests.spawn import spawn
 from tools.campaign import exactness, reshard
 from tools.campaign.cases import WAYS, arguments, digests, numbers, write_recipe
 from tools.campaign.ranks import run_ranks, train
+from trainer.engine.zero_state import ZeroState
 from trainer.errors import DataError
+from trainer.model.hf_config import to_hf_config, translate
 from trainer.model.hugging_face import assembled, write_folder
-from trainer.model.translation import to_hf_config, translate
 from trainer.tuning import adapt, rank_budget
 from trainer.tuning.adapter_folder import AdapterFormat, write_adapter
 from trainer.tuning.rank_budget import RankBudget
 from trainer.tuning.targets import PARTS, is_added
-from trainer.zero_state import ZeroState
 
 # peft 0.21 asks transformers 5 by a name that is going away.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -21,14 +21,14 @@ from parallel.mesh import Group
 from parallel.params import Role, ShardSpec, owned_specs
 from parallel.rng import Streams
 from tests.unit.test_transformer_oracle import B, S, V, assert_close, next_labels, random_tokens
+from trainer.costs.flops import training_flops
 from trainer.errors import DataError, RecipeError
-from trainer.flops import training_flops
 from trainer.model.auto import open_auto
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.auto_rotations import ORIGINAL
 from trainer.model.auto_stage import AutoStage, cross_entropy_sum
 from trainer.model.hugging_face import write_folder
-from trainer.sections import Recipe
+from trainer.schema import Recipe
 
 TINY = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GPT_NEOX = {"model_type": "gpt_neox", **TINY, "intermediate_size": 48, "max_position_embeddings": 32}

@@ -15,12 +15,13 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from trainer.data.auto_tokenizer import AUTO_MAP, beside_model, require_same
+from trainer.data.auto_tokenizer import AUTO_MAP
+from trainer.data.handed_on_tokenizer import beside_model, require_same
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, reopen_tokenizer, train_bpe
 from trainer.errors import DataError, RecipeError
 from trainer.model.families import FAMILIES
+from trainer.model.hf_config import translate
 from trainer.model.network import ModelFiles
-from trainer.model.translation import translate
 
 PAIRS = [("cat", "dog"), ("x", "Y")]
 CORPUS = [f"the {a} {b}'s näive\n    return {a}{b} + {i} HELLO Hello\n" for i in range(40) for a, b in PAIRS]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.binding import bind, cores_of, memory_nodes, node_of, placed
-from trainer.slurm_environment import Seat
+from trainer.launch.binding import bind, cores_of, memory_nodes, node_of, placed
+from trainer.launch.environment import Seat
 
 
 def machine(root: Path, *lists: str) -> Path:

@@ -19,18 +19,18 @@ from tools.campaign.cases import write_recipe
 from tools.campaign.damage import sealed
 from trainer import cli
 from trainer.checkpoint import save as save_module
-from trainer.checkpoint.door import Resume, as_json, checkpoint_named, finished
 from trainer.checkpoint.export import export
 from trainer.checkpoint.facts import CHANGES, NOT_OF_THE_MODEL, data_facts, model_facts, recipe_facts, refusals
 from trainer.checkpoint.folder import REASON, CheckpointFolder, files_in
 from trainer.checkpoint.manifest import MANIFEST, File, Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.resume import Found, newest_whole
+from trainer.checkpoint.resume_check import Resume, as_json, checkpoint_named, finished
+from trainer.engine.loss_scale import LossScaler
 from trainer.errors import DataError, RecipeError
-from trainer.loss_scale import LossScaler
-from trainer.model.translation import to_hf_config
+from trainer.model.hf_config import to_hf_config
 from trainer.recipe import ResolvedRecipe, load
+from trainer.run.start import agree, begin_again, claim, find, leave_behind
 from trainer.run_folder import RunFolder
-from trainer.start import agree, begin_again, claim, find, leave_behind
 
 ALONE = Messages.alone()
 

@@ -16,24 +16,23 @@ from parallel.attention import Documents
 from parallel.loss import IGNORE
 from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel
-from trainer import measures
 from trainer.data import PreparedData, prepare
 from trainer.data.labelled import in_order
 from trainer.data.loader import EvalData, TrainData
 from trainer.data.targets import targets_of
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import DataError, RecipeError
-from trainer.measures import ClassMeasures, EvalResult
-from trainer.model import heads
+from trainer.model import heads, measures
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig
 from trainer.model.heads import ClassHead
+from trainer.model.hf_config import translate
 from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
+from trainer.model.measures import ClassMeasures, EvalResult
 from trainer.model.network import ModelFiles
 from trainer.model.transformer import Stage
-from trainer.model.translation import translate
 from trainer.recipe import load
-from trainer.sections import Data
+from trainer.schema import Data
 
 S, END = 16, 256
 ROWS = [("good", "good film"), ("bad", "dull"), ("good", "warm"), ("bad", "no"), ("odd", "a"), ("bad", "never, ever")]

@@ -12,14 +12,14 @@ from typing import Any
 import datasets
 import pytest
 
-from trainer import sections
+from trainer import schema
 from trainer.data.conversations import SHAPES, SURROUNDINGS, ChatRows, Conversation, Message, Turns
 from trainer.data.digests import Digests
 from trainer.data.fault import Fault
 from trainer.data.sources import Corpus, look_at
 from trainer.errors import DataError, RecipeError
 from trainer.recipe.rows import NAMES
-from trainer.recipe.translate import SIDES
+from trainer.recipe.translations import SIDES
 
 ASKED, ANSWERED = Message("user", "why?", False), Message("assistant", "so.", True)
 SYSTEM = Message("system", "be brief", False)
@@ -233,7 +233,7 @@ def test_the_door_knows_the_same_names() -> None:
         name: {*names} for name, names in NAMES["sft"].items()
     }
     ours = {name for shapes in NAMES.values() for names in shapes.values() for name in names}
-    assert ours | {*SIDES} == set(sections.Fields.model_fields)
+    assert ours | {*SIDES} == set(schema.Fields.model_fields)
 
 
 # ---------------------------------------------------------------------------------------------------------- kinds of files
@@ -273,7 +273,7 @@ def as_folder(folder: Path) -> Path:
 
 
 def corpus_of(path: Path, **keys: Any) -> Corpus:
-    source = sections.Source.model_validate({"path": str(path), **keys})
+    source = schema.Source.model_validate({"path": str(path), **keys})
     return look_at(source, where="data.sources[0]", digests=Digests(path.parent / "cache"), task="sft")
 
 
@@ -299,7 +299,7 @@ def test_how_rows_are_read_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     path = as_jsonl(tmp_path)
     turned = {"fields": {"prompt": "answer", "completion": "question"}}
     prints = {corpus_of(path, **keys).fingerprint for keys in (GSM, turned, {**GSM, "shape": "prompt"}, {})}
-    text = look_at(sections.Source(path=str(path)), where="", digests=Digests(tmp_path / "cache"))
+    text = look_at(schema.Source(path=str(path)), where="", digests=Digests(tmp_path / "cache"))
     assert len({*prints, text.fingerprint}) == 5
 
 

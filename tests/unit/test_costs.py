@@ -14,12 +14,12 @@ from parallel.params import initialise
 from parallel.tensor import TensorParallel
 from tests.unit.test_transformer_oracle import MODELS, V
 from tests.unit.test_translation_oracle import MODELS as TRANSLATIONS
-from trainer.flops import row_flops, training_flops, translation_flops
+from trainer.costs.blocks import block_costs, block_flops, block_parameters, count_parameters
+from trainer.costs.flops import row_flops, training_flops, translation_flops
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import TransformerConfig
-from trainer.model.costs import block_costs, block_flops, block_parameters, count_parameters
+from trainer.model.hf_config import translate
 from trainer.model.transformer import Stage
-from trainer.model.translation import translate
 
 S = 16
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer import sections
+from trainer import schema
 from trainer.data import PreparedData, cache, prepare, prepare_summary, sources, unigram_perplexity, workers
 from trainer.data.build import choose_held_out
 from trainer.errors import DataError, RecipeError, UserError
@@ -50,7 +50,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def prepared(
     path: Path | str, cache_dir: Path, progress: cache.Progress | None = None, build: bool = True, **keys: object
 ) -> PreparedData:
-    data = sections.Data.model_validate({"sources": [{"path": str(path)}], "seq_len": 16, "workers": 1, **keys})
+    data = schema.Data.model_validate({"sources": [{"path": str(path)}], "seq_len": 16, "workers": 1, **keys})
     return prepare(data, seed=0, cache_dir=cache_dir, build=build, progress=progress or Heard())
 
 
@@ -120,7 +120,7 @@ def test_a_second_start_reuses_and_a_changed_source_does_not(corpus: Path, tmp_p
 
 
 def test_fingerprint_follows_all_that_decides_the_samples(corpus: Path, tmp_path: Path) -> None:
-    data = sections.Data.model_validate({"sources": [{"path": str(corpus)}], "seq_len": 16, "workers": 1})
+    data = schema.Data.model_validate({"sources": [{"path": str(corpus)}], "seq_len": 16, "workers": 1})
 
     def fingerprint(seed: int = 0, **keys: object) -> str:
         return prepare(
@@ -259,7 +259,7 @@ def test_a_failure_that_others_read_is_without_secrets(tmp_path: Path) -> None:
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
-from trainer import sections
+from trainer import schema
 from trainer.data import prepare, sources
 path, cache_dir, kill_after = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 sources.MIN_SHARD_BYTES = 8000
@@ -268,7 +268,7 @@ def progress(done, total, what):
     calls.append(what)
     if len(calls) == kill_after:
         os.kill(os.getpid(), signal.SIGKILL)
-data = sections.Data.model_validate({"sources": [{"path": path}], "seq_len": 16, "workers": 2})
+data = schema.Data.model_validate({"sources": [{"path": path}], "seq_len": 16, "workers": 2})
 found = prepare(data, seed=0, cache_dir=cache_dir, build=True, progress=progress)
 built = any("tokenizing" in what and "waiting" not in what for what in calls)
 print(found.fingerprint, "built" if built else "reused")

@@ -17,7 +17,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer import sections
+from trainer import schema
 from trainer.data import PreparedData, kinds, prepare, sources
 from trainer.data.digests import Digests
 from trainer.data.files import packing_of, unpacked, unpacked_name
@@ -66,7 +66,7 @@ FORMATS: dict[str, Callable[[list[str]], bytes]] = {
 
 
 def corpus_of(path: Path, tmp_path: Path, task: str = "pretrain", **keys: Any) -> Corpus:
-    source = sections.Source.model_validate({"path": str(path), **keys})
+    source = schema.Source.model_validate({"path": str(path), **keys})
     return look_at(source, where="data.sources[0]", digests=Digests(tmp_path / "cache"), task=task)
 
 
@@ -293,7 +293,7 @@ def test_a_long_jsonl_in_lines_named_json_is_read_in_ranges(tmp_path: Path, monk
 
 
 def prepared(data: dict[str, Any], tmp_path: Path) -> PreparedData:
-    section = sections.Data.model_validate({"seq_len": 16, "workers": 1, **data})
+    section = schema.Data.model_validate({"seq_len": 16, "workers": 1, **data})
     return prepare(section, seed=0, cache_dir=tmp_path / "cache", build=True, progress=lambda done, total, what: None)
 
 

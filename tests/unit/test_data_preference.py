@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from parallel.loss import IGNORE
-from trainer import sections
+from trainer import schema
 from trainer.data import PreparedData, prepare
 from trainer.data.fault import Fault
 from trainer.data.loader import MicroBatch, TrainData
@@ -75,7 +75,7 @@ def prepared(folder: Path, rows: list[dict[str, Any]], **keys: Any) -> PreparedD
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {"task": "preference", "sources": [{"path": str(path)}], "seq_len": S, "workers": 1, "eval_fraction": 0.0, **keys}
-    data = sections.Data.model_validate(given)
+    data = schema.Data.model_validate(given)
     return prepare(data, seed=0, cache_dir=folder / "cache", build=True, progress=lambda done, total, what: None)
 
 

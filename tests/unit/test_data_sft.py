@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.loss import IGNORE
-from trainer import sections
+from trainer import schema
 from trainer.data import PreparedData, prepare, prepare_summary, sources, unigram_perplexity
 from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.packing import pack
@@ -37,7 +37,7 @@ def write(folder: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
 
 def prepared(path: Path, progress: Callable[[int, int, str], None] = silent, **keys: Any) -> PreparedData:
     given = {"task": "sft", "sources": [{"path": str(path)}], "seq_len": S, "workers": 1, "eval_fraction": 0.0, **keys}
-    data = sections.Data.model_validate(given)
+    data = schema.Data.model_validate(given)
     return prepare(data, seed=0, cache_dir=path.parent / "cache", build=True, progress=progress)
 
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer import sections
+from trainer import schema
 from trainer.data import sources
 from trainer.data.digests import Digests
 from trainer.data.readers import Shard
@@ -35,7 +35,7 @@ def digests(tmp_path: Path) -> Digests:
 
 
 def corpus_of(path: Path | str, digests: Digests, **keys: str) -> Corpus:
-    return look_at(sections.Source(path=str(path), **keys), where="data.sources[0]", digests=digests)
+    return look_at(schema.Source(path=str(path), **keys), where="data.sources[0]", digests=digests)
 
 
 def texts_of(corpus: Corpus) -> list[str]:
@@ -135,7 +135,7 @@ def test_stdlib_is_decoded_as_python_decodes_it(digests: Digests) -> None:
 def test_python_sources_keep_to_their_declared_encoding(tmp_path: Path, digests: Digests) -> None:
     (tmp_path / "old.py").write_bytes("# -*- coding: latin-1 -*-\r\nx = 'é'\r\n".encode("latin-1"))
     (shard,) = sources._corpus_of_files(
-        sections.Source(path="stdlib"), "data.sources[0]", tmp_path, [tmp_path / "old.py"], digests, python=True
+        schema.Source(path="stdlib"), "data.sources[0]", tmp_path, [tmp_path / "old.py"], digests, python=True
     ).shards
     assert list(shard.documents()) == ["# -*- coding: latin-1 -*-\nx = 'é'\n"]
 
@@ -187,7 +187,7 @@ def test_unreachable_hub_is_a_recipe_error(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from trainer import sections; from trainer.errors import RecipeError\n"
         "from trainer.data.sources import look_at; from trainer.data.digests import Digests\n"
-        "try: look_at(sections.Source(path='nobody/nothing'), where='data.sources[2]', digests=Digests(Path(sys.argv[1])))\n"
+        "try: look_at(schema.Source(path='nobody/nothing'), where='data.sources[2]', digests=Digests(Path(sys.argv[1])))\n"
         "except RecipeError as error: sys.exit(str(error))"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
@@ -229,7 +229,7 @@ def test_bad_utf8_is_named_by_line_and_byte(tmp_path: Path, digests: Digests) ->
 def test_python_without_a_known_encoding_is_named(tmp_path: Path, digests: Digests) -> None:
     (tmp_path / "odd.py").write_bytes(b"# coding: nonsense\n")
     (shard,) = sources._corpus_of_files(
-        sections.Source(path="stdlib"), "data.sources[0]", tmp_path, [tmp_path / "odd.py"], digests, python=True
+        schema.Source(path="stdlib"), "data.sources[0]", tmp_path, [tmp_path / "odd.py"], digests, python=True
     ).shards
     with pytest.raises(DataError, match=r"odd.py: .*nonsense"):
         list(shard.documents())

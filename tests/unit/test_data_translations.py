@@ -17,7 +17,7 @@ from trainer.data.prepared import PreparedData, held_out_pairs
 from trainer.data.tokenizer import make_tokenizer
 from trainer.data.translations import Translation, TranslationRows, Translations
 from trainer.errors import DataError, RecipeError
-from trainer.sections import Data
+from trainer.schema import Data
 
 S, END = 24, 256
 ENGLISH = [f"a {'very ' * (i % 3)}small dog {i}" for i in range(40)]

@@ -17,12 +17,12 @@ from tools.campaign.damage import sealed
 from tools.campaign.hostile_cases import spoilt
 from trainer.checkpoint.listing import survey
 from trainer.checkpoint.manifest import MANIFEST, Manifest
+from trainer.cluster.lease import HOLDER, _read, _start_in
 from trainer.data.store import TokenStore, _header_hash
-from trainer.decoding import decode, read_as
 from trainer.errors import DataError
-from trainer.goodput import read_starts, shares_of
-from trainer.hold import HOLDER, _read, _start_in
+from trainer.files.decoding import decode, read_as
 from trainer.run_folder import read_resolved
+from trainer.track.goodput import read_starts, shares_of
 from trainer.track.jsonl import read_metrics, read_summary
 
 SEEDS = range(300)

@@ -4,11 +4,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from trainer.batching import BatchPlan
-from trainer.deepspeed_config import deepspeed_config
+from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.errors import RecipeError
+from trainer.recipe.batch_plan import BatchPlan
 from trainer.recipe.deepspeed_keys import REFUSED, refusal
-from trainer.sections import (
+from trainer.schema import (
     Aio,
     CommsLogger,
     DeepSpeedPolicy,
@@ -117,7 +117,7 @@ def test_a_bucket_of_gradients_is_no_larger_than_they_are() -> None:
     """DeepSpeed takes the memory of a whole one."""
     import torch
 
-    from trainer.deepspeed_start import _with_full_buckets
+    from trainer.engine.deepspeed_start import _with_full_buckets
 
     optimizer = torch.optim.SGD([{"params": [torch.zeros(3, 2)]}, {"params": [torch.zeros(5)]}], lr=0.1)
     buckets = [

@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from trainer.batching import BatchPlan
 from trainer.errors import RecipeError
 from trainer.exhausted import exhausted
-from trainer.launch import Place
-from trainer.least_memory import Machine, host_bytes, require_memory
-from trainer.model.translation import translate
-from trainer.reading import NotAFile
-from trainer.sections import Recipe
+from trainer.files.reading import NotAFile
+from trainer.launch.ranks import Place
+from trainer.model.hf_config import translate
+from trainer.recipe.batch_plan import BatchPlan
+from trainer.run.least_memory import Machine, host_bytes, require_memory
+from trainer.schema import Recipe
 
 ROOT = str(Path(__file__).parents[2])
 GIB = 2**30

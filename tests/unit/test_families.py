@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
+from trainer.costs.blocks import count_parameters
+from trainer.costs.flops import matmul_weights, training_flops
 from trainer.errors import RecipeError
-from trainer.flops import matmul_weights, training_flops
 from trainer.model.config import RopeScaling, TransformerConfig, largest_weight
-from trainer.model.costs import count_parameters
 from trainer.model.families import FAMILIES, PLAIN
-from trainer.model.translation import to_hf_config, translate
+from trainer.model.hf_config import to_hf_config, translate
 
 GPT2 = {"vocab_size": 97, "n_positions": 32, "n_embd": 24, "n_layer": 3, "n_head": 4}
 LLAMA = {

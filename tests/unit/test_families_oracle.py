@@ -44,10 +44,10 @@ from tests.unit.test_transformer_oracle import (
 from trainer.model import transformer
 from trainer.model.blocks import blocks_of
 from trainer.model.families import FAMILIES
+from trainer.model.hf_config import to_hf_config, translate
 from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
 from trainer.model.names import WEIGHT_NAMES
 from trainer.model.transformer import Stage, _frequency_scale, logical_specs
-from trainer.model.translation import to_hf_config, translate
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from parallel.params import Piece
 from trainer.errors import DataError, NotFinite, RecipeError
-from trainer.finite import Rounding
+from trainer.model.finite import Rounding
+from trainer.model.hf_config import translate
 from trainer.model.hugging_face import PretrainedWeights
-from trainer.model.translation import translate
 from trainer.recipe import load
 from trainer.recipe.numbers import KEYS
 

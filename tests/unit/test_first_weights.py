@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parallel.tensor import TensorParallel
 from trainer.data.tokenizer import make_tokenizer
-from trainer.first_weights import first_weights
+from trainer.engine.first_weights import first_weights
 from trainer.model.blocks import blocks_of
 from trainer.model.transformer import Stage
 from trainer.recipe import load

@@ -14,11 +14,11 @@ from parallel.params import initialise
 from parallel.tensor import TensorParallel
 from tests.unit.test_families import BERT
 from tests.unit.test_transformer_oracle import GPT2, LLAMA, V
-from trainer.flops import PEAKS, listed_peak, matmul_weights, training_flops
+from trainer.costs.flops import PEAKS, listed_peak, matmul_weights, training_flops
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig
+from trainer.model.hf_config import translate
 from trainer.model.transformer import Stage
-from trainer.model.translation import translate
 
 ROWS = ((16,), (5, 11), (1, 1, 14))
 WHOLE_ROWS = ((32,), (32,))

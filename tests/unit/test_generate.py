@@ -12,11 +12,11 @@ from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel
 from trainer.data.tokenizer import Tokenizer, make_tokenizer
 from trainer.errors import DataError, RecipeError, UserError
-from trainer.generate import Writing, continue_from_folder, sample
+from trainer.inference.generate import Writing, continue_from_folder, sample
 from trainer.model.blocks import blocks_of
+from trainer.model.hf_config import to_hf_config, translate
 from trainer.model.hugging_face import write_folder
 from trainer.model.transformer import Stage
-from trainer.model.translation import to_hf_config, translate
 
 V = 11
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.goodput import LEDGER, Ledger, age_of_this_process, lost_s, read_starts, shares_of
 from trainer.stopwatch import Stopwatch
+from trainer.track.goodput import LEDGER, Ledger, age_of_this_process, lost_s, read_starts, shares_of
 
 
 def start(began: float, until: float, lost: float = 0.0, **seconds: float) -> dict[str, object]:

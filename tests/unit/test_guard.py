@@ -18,17 +18,17 @@ from parallel.mesh import Group
 from parallel.messages import Messages
 from parallel.topology import Layout
 from tests.unit.test_loss_scale import reference
-from trainer.batching import BatchPlan
-from trainer.engine import StepResult
+from trainer.engine.engine import StepResult
+from trainer.engine.loss_scale import LossScaler
 from trainer.errors import EXIT_NO_PROGRESS
-from trainer.guard import REPLAY_FILES, REWINDS, Guard, NoProgress
-from trainer.guard_checksum import CHUNK, Held, checksum, disagreements, odd_ones_out
-from trainer.guard_culprit import GRADIENT, OUTPUT, WEIGHT, Finding
-from trainer.guard_window import SpikeWindow
-from trainer.launch import PeerFailed
-from trainer.loss_scale import LossScaler
+from trainer.guard.culprit import GRADIENT, OUTPUT, WEIGHT, Finding
+from trainer.guard.guard import REPLAY_FILES, REWINDS, Guard, NoProgress
+from trainer.guard.replicas import CHUNK, Held, checksum, disagreements, odd_ones_out
+from trainer.guard.spike_window import SpikeWindow
+from trainer.launch.ranks import PeerFailed
+from trainer.recipe.batch_plan import BatchPlan
 from trainer.recipe.rules import section_findings
-from trainer.sections import Recipe
+from trainer.schema import Recipe
 
 # ------------------------------------------------------------------------------------------------------------- the window
 
@@ -106,7 +106,7 @@ def test_the_checksum_is_the_same_in_any_number_of_chunks(monkeypatch: pytest.Mo
     expected = (expected + 2**63) % 2**64 - 2**63
     assert int(checksum(values)) == expected
     for chunk in (1, 7, 64, 999):
-        monkeypatch.setattr("trainer.guard_checksum.CHUNK", chunk)
+        monkeypatch.setattr("trainer.guard.replicas.CHUNK", chunk)
         assert int(checksum(values)) == expected
 
 
@@ -196,8 +196,8 @@ def result(*, loss: float = 1.0, norm: float = 1.0, scale: float = 1.0, skipped:
 def guard_of(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> Guard:
     run.engine.watch = lambda name: nullcontext()
     run.ranks = Messages.alone()
-    monkeypatch.setattr("trainer.guard.find_culprit", lambda *args, **keys: None)
-    monkeypatch.setattr("trainer.guard.replicas", lambda *args: [])
+    monkeypatch.setattr("trainer.guard.guard.find_culprit", lambda *args, **keys: None)
+    monkeypatch.setattr("trainer.guard.guard.replicas", lambda *args: [])
     return Guard(run)  # type: ignore[arg-type]
 
 
@@ -321,7 +321,7 @@ def test_spikes_after_one_checkpoint_whatever_the_data_end_the_run(tmp_path: Pat
 def test_the_sequences_of_a_micro_batch_are_those_of_its_place_in_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer.guard_culprit import Culprit
+    from trainer.guard.culprit import Culprit
 
     guard = guard_of(FakeRun(tmp_path), monkeypatch)
     assert guard._sequences(3, Culprit("loss", (1,), 1)) == [30, 31]  # 3 · 8 + 1 · 4 + 1 · 2

@@ -33,6 +33,7 @@ from tests.unit.test_transformer_oracle import (
 )
 from trainer.errors import DataError, RecipeError, UserError
 from trainer.model.blocks import blocks_of
+from trainer.model.hf_config import to_hf_config, translate
 from trainer.model.hugging_face import (
     INDEX,
     SINGLE,
@@ -45,7 +46,6 @@ from trainer.model.hugging_face import (
 )
 from trainer.model.names import WEIGHT_NAMES
 from trainer.model.transformer import Stage, logical_specs
-from trainer.model.translation import to_hf_config, translate
 
 TIED_LLAMA = MODELS["llama-mha-tied"]
 ROUND_TRIPS = [MODELS["llama-biases"], TIED_LLAMA, MODELS["gpt2"], MODELS["gpt2-untied"]]

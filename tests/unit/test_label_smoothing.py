@@ -15,8 +15,8 @@ from parallel.params import Init, initialise
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.spawn import spawn
-from trainer.objective import loss_of
-from trainer.sections import Recipe
+from trainer.model.objective import loss_of
+from trainer.schema import Recipe
 
 N, D, V = 21, 6, 11  # no degree divides V: of three ranks the last has a row of padding
 SMOOTHING = 0.2

@@ -12,7 +12,7 @@ from parallel.mesh import Mesh
 from parallel.topology import Layout
 from tests.spawn import spawn
 from trainer.errors import DataError, RecipeError, UserError
-from trainer.launch import PeerFailed, Place, free_port, join, together
+from trainer.launch.ranks import PeerFailed, Place, free_port, join, together
 
 TORCHRUN = {
     "RANK": "3",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import RecipeError
-from trainer.locks import Lock
+from trainer.files.locks import Lock
 
 
 @pytest.mark.timeout(10)

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from trainer.loss_scale import LossScaler
-from trainer.sections import Precision
+from trainer.engine.loss_scale import LossScaler
+from trainer.schema import Precision
 
 
 def reference(start: float, window: int, hysteresis: int, minimum: float, overflows: list[bool]) -> list[float]:

@@ -11,7 +11,7 @@ from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.rows import Row
 from trainer.data.targets import MaskedTokens, targets_of
 from trainer.data.tokenizer import make_tokenizer
-from trainer.sections import Data
+from trainer.schema import Data
 
 SIZE, END, MASK = 20_000, 256, 257
 

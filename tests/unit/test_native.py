@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from trainer import sections
+from trainer import schema
 from trainer.data import native
 from trainer.data.prepared import prepare
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
@@ -173,7 +173,7 @@ def test_a_worker_names_the_tokenizer_and_the_file(tmp_path: Path, capfd: pytest
     """`triaxis data prepare` tokenizes in processes of their own, whose panics say nothing more."""
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "a a a"}) + "\n" + json.dumps({"text": f"{TEXT}!"}) + "\n")
     tokenizer = put(tmp_path / "it", state(pre_tokenizer=split(PANICS)))
-    data = sections.Data.model_validate(
+    data = schema.Data.model_validate(
         {"sources": [{"path": str(tmp_path / "texts.jsonl")}], "seq_len": 4, "workers": 1, "tokenizer": tokenizer}
     )
     with pytest.raises(RecipeError, match=r"data\.sources\[0\] \(texts\.jsonl\): data\.tokenizer: encoding a text fails: Onig"):

@@ -19,17 +19,17 @@ from parallel.loss import IGNORE, VocabParallelHead
 from parallel.params import Init, initialise, owned_specs
 from parallel.tensor import TensorParallel
 from tests.unit.test_tuning import whole_model
-from trainer.census import Census
 from trainer.checkpoint.facts import recipe_facts, refusals
 from trainer.data.chat import Chat
 from trainer.data.conversations import Conversation, Message
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, train_bpe
+from trainer.engine.parameter_counts import Census
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
+from trainer.model.hf_config import to_hf_config, translate
 from trainer.model.hugging_face import PretrainedWeights, assembled
 from trainer.model.new_tokens import grown, growth_findings, new_token_findings, number_at_the_end, require_rows, stand_ins
-from trainer.model.translation import to_hf_config, translate
-from trainer.sections import Recipe, Tuning
+from trainer.schema import Recipe, Tuning
 from trainer.tuning.adapter_folder import AdapterFormat
 from trainer.tuning.bottleneck_format import load_bottlenecks
 from trainer.tuning.merge import merged

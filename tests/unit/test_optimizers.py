@@ -5,12 +5,12 @@ from torch import nn
 
 from parallel.mesh import Group
 from parallel.params import Init, Role, ShardSpec, whole
+from trainer.engine.optimizers import Tiling, make_optimizer
 from trainer.errors import RecipeError
 from trainer.model.families import FAMILIES
+from trainer.model.hf_config import translate
 from trainer.model.transformer import logical_specs
-from trainer.model.translation import translate
-from trainer.optimizers import Tiling, make_optimizer
-from trainer.sections import Optimizer, Recipe
+from trainer.schema import Optimizer, Recipe
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,9 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from trainer.errors import DataError
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.families import FAMILIES
+from trainer.model.hf_config import translate
 from trainer.model.network import ModelFiles
 from trainer.model.origin import Origin
-from trainer.model.translation import translate
 
 QWEN3 = {
     **{"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20},

@@ -22,10 +22,10 @@ from parallel.params import (
 )
 from parallel.rng import derive_seed
 from parallel.tensor import TensorParallel
+from trainer.costs.blocks import count_parameters
 from trainer.model.blocks import blocks_of
-from trainer.model.costs import count_parameters
+from trainer.model.hf_config import translate
 from trainer.model.transformer import Stage, logical_specs
-from trainer.model.translation import translate
 
 # 67 symbols do not divide by 2 or 4: the last rank holds padding.
 LLAMA = {

@@ -10,7 +10,7 @@ import pytest
 
 from trainer.cli import main
 from trainer.errors import RecipeError
-from trainer.paths import occupied, wrong_with
+from trainer.files.paths import occupied, wrong_with
 from trainer.recipe import load
 from trainer.recipe.keys import json_schema
 from trainer.recipe.names import PATHS

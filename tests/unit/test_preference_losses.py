@@ -9,8 +9,8 @@ import torch
 
 from parallel.attention import Documents
 from parallel.loss import IGNORE
-from trainer.preference.losses import LOSSES, Answers, preference_loss, sums_over_pairs
-from trainer.sections import Preference
+from trainer.model.preference_losses import LOSSES, Answers, preference_loss, sums_over_pairs
+from trainer.schema import Preference
 
 CHOSEN, REJECTED = (-12.5, -3.0, -40.0), (-11.0, -9.5, -40.5)  # log-probabilities of three pairs' answers
 REFERENCE = ((-13.0, -10.0), (-4.5, -8.0), (-41.0, -44.0))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.reading import (
+from trainer.files.reading import (
     open_regular,
     open_to_append,
     read_bytes,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from trainer import recipe
 from trainer.errors import RecipeError
-from trainer.recipe.door import MAX_LINES
 from trainer.recipe.json_reader import JSONSyntaxError, Reader
+from trainer.recipe.resolve import MAX_LINES
 
 SMALLEST: dict[str, Any] = {"model": {"family": "gpt2"}}
 

@@ -10,10 +10,10 @@ import pytest
 from parallel.schedule_table import write_csv
 from parallel.schedules import SCHEDULES, build
 from trainer import recipe
-from trainer.batching import BatchPlan
 from trainer.errors import RecipeError
 from trainer.model.blocks import Block
 from trainer.recipe import rules
+from trainer.recipe.batch_plan import BatchPlan
 from trainer.recipe.pipeline import check_micro_batches, schedule_table
 from trainer.recipe.stages import layers_by_cost, stages_of
 

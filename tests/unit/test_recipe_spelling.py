@@ -11,7 +11,7 @@ import pytest
 
 from trainer import recipe
 from trainer.errors import RecipeError
-from trainer.recipe.places import dotted
+from trainer.recipe.marks import dotted
 from trainer.spelling import edit_distance, nearest
 
 RECIPES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))

@@ -14,12 +14,10 @@ from typing import Any
 import pytest
 
 from tools.campaign.cases import write_recipe
-from trainer import requeue
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.cli import main
-from trainer.errors import RecipeError
-from trainer.run_folder import RunFolder
-from trainer.submit import (
+from trainer.cluster import requeue
+from trainer.cluster.submit import (
     EXPORTED,
     Container,
     Order,
@@ -31,6 +29,8 @@ from trainer.submit import (
     template_names,
     write_script,
 )
+from trainer.errors import RecipeError
+from trainer.run_folder import RunFolder
 
 ORDER = Order(
     recipe=Path("/r/recipe.json"),

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer.engine.swap_folder import private_swap_folders
 from trainer.errors import RecipeError
-from trainer.swap_folder import private_swap_folders
 
 
 def on_nvme(path: Path) -> dict:

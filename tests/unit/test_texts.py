@@ -16,7 +16,7 @@ from trainer.data.texts import Texts
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import RecipeError
 from trainer.recipe import load
-from trainer.sections import Data
+from trainer.schema import Data
 
 RENDERED = "<|im_start|>user\nhi<|im_end|>\n"
 

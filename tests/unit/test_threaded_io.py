@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import threaded_io
-from trainer.threaded_io import ThreadedHandle
+from trainer.engine import threaded_io
+from trainer.engine.threaded_io import ThreadedHandle
 
 BLOCK = 1024
 SIZES = [1, 3, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 7 * BLOCK + 13]

@@ -9,8 +9,8 @@ from parallel.schedule_table import read_csv
 from parallel.schedules import build
 from parallel.simulator import simulate
 from trainer import cli
+from trainer.commands.timeline import draw, save
 from trainer.recipe import rules
-from trainer.timeline import draw, save
 
 QUICKSTART = str(Path(__file__).parents[2] / "ds_configs" / "quickstart.json")
 

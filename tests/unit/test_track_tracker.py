@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from trainer.sections import Tracking
+from trainer.schema import Tracking
 from trainer.track import CompositeTracker, NullTracker, RunInfo, make_tracker, open_rank_log
 from trainer.track.console import ConsoleTracker
 from trainer.track.text import duration, percent, printable, scaled, short, tick

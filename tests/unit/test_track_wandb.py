@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from trainer.sections import Wandb
+from trainer.schema import Wandb
 from trainer.track import wandb as mirror
 from trainer.track.run_info import RunInfo
 from trainer.track.wandb import WandbTracker
@@ -262,7 +262,7 @@ def test_a_killed_run_leaves_its_history_and_no_process(folder: Path) -> None:
     code = (
         "import os, signal, time; from pathlib import Path\n"
         "from trainer.track.wandb import WandbTracker; from trainer.track.run_info import RunInfo\n"
-        "from trainer.sections import Wandb\n"
+        "from trainer.schema import Wandb\n"
         "t = WandbTracker(Wandb(mode='offline', id='killed'), print)\n"
         f"folder = Path({str(folder)!r})\n"
         "t.start(RunInfo(name='r', folder=folder, recipe={}, total_steps=3, world_size=1, devices=''))\n"

@@ -20,9 +20,9 @@ from parallel.loss import IGNORE
 from parallel.params import owned_specs
 from parallel.tensor import TensorParallel
 from trainer.model.blocks import blocks_of
+from trainer.model.hf_config import translate
 from trainer.model.hugging_face import PretrainedWeights, read_config
 from trainer.model.transformer import Stage
-from trainer.model.translation import translate
 
 B, S, V = 3, 13, 67
 LLAMA = {

@@ -28,10 +28,10 @@ from tests.unit.test_transformer_oracle import assert_close, assert_same_gradien
 from trainer.model.blocks import blocks_of
 from trainer.model.families import FAMILIES
 from trainer.model.heads import Head
+from trainer.model.hf_config import to_hf_config, translate
 from trainer.model.hugging_face import PretrainedWeights, assembled, read_config, write_folder
 from trainer.model.names import names_of
 from trainer.model.transformer import Stage, logical_specs
-from trainer.model.translation import to_hf_config, translate
 
 V = 67
 MARIAN = {

@@ -15,9 +15,9 @@ from trainer.cli import main
 from trainer.data.tokenizer import make_tokenizer
 from trainer.data.translations import Translation
 from trainer.errors import RecipeError
+from trainer.inference.translator import Search, Translator, scores
 from trainer.model.hugging_face import write_folder
 from trainer.model.network import ModelFiles
-from trainer.translator import Search, Translator, scores
 
 TEXTS = ["a dog", "two dogs in the snow run", "", "b"]
 

@@ -15,15 +15,15 @@ from parallel.mesh import Group
 from parallel.params import draw, initialise, owned_specs
 from parallel.rng import Streams
 from parallel.tensor import TensorParallel
-from trainer.census import Census
 from trainer.checkpoint.facts import recipe_facts, refusals
-from trainer.flops import matmul_weights, training_flops
+from trainer.costs.flops import matmul_weights, training_flops
+from trainer.engine.parameter_counts import Census
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig
+from trainer.model.hf_config import translate
 from trainer.model.hugging_face import assembled
 from trainer.model.transformer import Stage
-from trainer.model.translation import translate
-from trainer.sections import RankBudget, Recipe, Tuning
+from trainer.schema import RankBudget, Recipe, Tuning
 from trainer.tuning.adapt import adaptation, scale_of
 from trainer.tuning.merge import merged
 from trainer.tuning.peft_format import adapter_config, target_modules

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from parallel.topology import Layout
-from trainer.batching import BatchPlan
 from trainer.errors import EXIT_HANG, EXIT_INTERNAL, RecipeError
 from trainer.recipe import load
+from trainer.recipe.batch_plan import BatchPlan
 from trainer.recipe.pipeline import check_micro_batches
 from trainer.verify.command import Report, Row
 from trainer.verify.compare import Comparison, Outcome, compare, number_difference, tensor_differences

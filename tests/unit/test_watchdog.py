@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.processes import start_of, state_of
+from trainer.launch.processes import start_of, state_of
 from trainer.stopwatch import Stopwatch
 from trainer.watchdog.autopsy import Finding, Report, Scene, find, page
 from trainer.watchdog.beats import DONE, SILENT_S, Beat, Limits, Roll
@@ -121,7 +121,7 @@ def came_to(number: int, *, over: bool = False, group: str = "1", what: str = "a
     return Collective(group, "dp", (0, 1, 2), number, what, "[4]", "Float", over, 3.0, usual)
 
 
-WAITING = ("torch/distributed/distributed_c10d.py:3252 all_reduce", "trainer/engine.py:9 _update")
+WAITING = ("torch/distributed/distributed_c10d.py:3252 all_reduce", "trainer/engine/engine.py:9 _update")
 BUSY = ("numpy/core.py:1 read", "trainer/data/loader.py:77 micro_batches")
 
 
@@ -163,9 +163,9 @@ def test_a_silent_rank_and_how_its_host_sees_it(state: str | None, says_what: st
 
 
 def test_the_stack_that_a_silent_rank_has_left() -> None:
-    left = {1: ["ctypes/x.py:2 call", "trainer/engine.py:50 step"]}
+    left = {1: ["ctypes/x.py:2 call", "trainer/engine/engine.py:50 step"]}
     found = find(scene(says(0, WAITING, came_to(5), near={1: "S"}), silent=[beat(1)], written=left))
-    assert found.what.endswith("something holds the GIL: trainer/engine.py:50 step, in backward of step 7")
+    assert found.what.endswith("something holds the GIL: trainer/engine/engine.py:50 step, in backward of step 7")
 
 
 def test_a_rank_that_ended_by_an_error_of_its_own() -> None:

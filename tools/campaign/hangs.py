@@ -35,9 +35,9 @@ import torch.distributed as dist
 
 from tools.campaign.cases import WAYS, arguments, report, write_recipe
 from tools.campaign.ranks import Ended, run_ranks, train
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
 from trainer.errors import EXIT_HANG, EXIT_OK, EXIT_REQUEUE
-from trainer.session import Session
+from trainer.run.session import Session
 
 LIMIT_S = 4
 STEPS = 1_000_000

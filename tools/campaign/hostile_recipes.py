@@ -18,7 +18,7 @@ from tools.campaign.hostile_cases import (
     spoilt,
     spoilt_text,
 )
-from trainer.sections import Recipe
+from trainer.schema import Recipe
 
 
 def recipe(stream: Random, originals: Originals, folder: Path) -> Case:

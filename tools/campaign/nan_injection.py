@@ -49,11 +49,11 @@ def draw(way: Way, steps: int, count: int, stream: random.Random) -> dict[int, d
 
 def train_poisoned(plan: Mapping[int, Mapping[str, Any]], log: str, command: Sequence[str]) -> int:
     """`train` on this rank, with the injections; what happened goes to a file of this rank."""
-    import trainer.guard
-    from trainer.engine import Engine
+    import trainer.guard.guard
+    from trainer.engine.engine import Engine
 
     told: dict[int, dict[str, Any]] = {}
-    gradients, judge, find = Engine._gradients, trainer.guard.Guard.judge, trainer.guard.find_culprit
+    gradients, judge, find = Engine._gradients, trainer.guard.guard.Guard.judge, trainer.guard.guard.find_culprit
     before: dict[int, str] = {}
 
     def poisoned(engine: Engine, micro_batches: Sequence[Any], step: int, scale: float) -> Any:
@@ -80,8 +80,8 @@ def train_poisoned(plan: Mapping[int, Mapping[str, Any]], log: str, command: Seq
         return culprit
 
     Engine._gradients = poisoned
-    trainer.guard.Guard.judge = judged
-    trainer.guard.find_culprit = found
+    trainer.guard.guard.Guard.judge = judged
+    trainer.guard.guard.find_culprit = found
     code = train(command)
     Path(log, f"told-{os.environ['RANK']}.json").write_text(json.dumps(told))
     return code
@@ -99,7 +99,7 @@ def state_of(engine: Any) -> str:
 @contextmanager
 def put(engine: Any, injection: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Poison a step on the injection's rank; what must be named is put into the yielded dict of that rank."""
-    from trainer.guard_culprit import before_other_hooks, culprit_piece
+    from trainer.guard.culprit import before_other_hooks, culprit_piece
 
     target: dict[str, Any] = {}
     if engine.mesh.rank != injection["rank"]:

@@ -23,10 +23,10 @@ from trainer.stopwatch import Stopwatch
 
 # Innermost first: what `renaming a save` takes is not `committing a save`.
 PARTS = {
-    "joining the group": "trainer.launch.join",
-    "making the groups": "trainer.session.Mesh.build",
-    "claiming the folder": "trainer.session.claim",
-    "clearing the way": "trainer.session._clear_the_way",
+    "joining the group": "trainer.launch.ranks.join",
+    "making the groups": "trainer.run.session.Mesh.build",
+    "claiming the folder": "trainer.run.session.claim",
+    "clearing the way": "trainer.run.session._clear_the_way",
     "ending for a signal": "trainer.loop.interrupt",
     "copying for a save": "trainer.checkpoint.save.Saver.save",
     "agreeing on a save": "trainer.checkpoint.save.Saver._write",
@@ -38,9 +38,9 @@ PARTS = {
     "reading a save back": "trainer.checkpoint.save.Saver._make_room",
     "removing an older save": "trainer.checkpoint.folder.CheckpointFolder.prune",
     "closing": "trainer.loop.finish",
-    "writing the report": "trainer.closing.write_report",
-    "closing the engine": "trainer.engine.Engine.close",
-    "leaving the group": "trainer.launch.leave",
+    "writing the report": "trainer.run.closing.write_report",
+    "closing the engine": "trainer.engine.engine.Engine.close",
+    "leaving the group": "trainer.launch.ranks.leave",
 }
 
 

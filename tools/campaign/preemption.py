@@ -35,7 +35,7 @@ from typing import Any
 from tools.campaign.cases import Way, arguments, digests, first_difference, numbers, report, write_recipe
 from tools.campaign.ranks import run_ranks, train
 from tools.campaign.slurm import Lab, LabError, said, steps_logged
-from trainer.requeue import newest_step
+from trainer.cluster.requeue import newest_step
 from trainer.run_folder import RunFolder
 
 KINDS = (

@@ -33,12 +33,12 @@ class Ended:
 def train(arguments: Sequence[str]) -> int:
     """`python -m trainer train …` on this rank, without what it measures and draws for people: 1.8 of the 2.3 s of a run of
     six steps. Its report is an empty page."""
-    import trainer.session
+    import trainer.run.session
     import trainer.track.report
     from trainer.cli import main
 
     trainer.track.report._render = lambda *history: ""
-    trainer.session.device_peak = lambda device, dtype: (1e12, "not measured")
+    trainer.run.session.device_peak = lambda device, dtype: (1e12, "not measured")
     return main(["train", *arguments])
 
 

@@ -1,4 +1,4 @@
-"""Recipes drawn at random from the schema itself: a key that joins `trainer.sections` is drawn without a change here.
+"""Recipes drawn at random from the schema itself: a key that joins `trainer.schema` is drawn without a change here.
 
 A recipe begins with what none can do without (a task, its data, a small network) and grows section by section: some of a
 section's keys are drawn from their types and ranges, the ends of the range among them, and what `check` refuses is left out

@@ -17,9 +17,9 @@ from typing import Any
 
 from tools.campaign.cases import WAYS, Way, arguments, digests, first_difference, report, write_recipe
 from tools.campaign.ranks import Ended, run_ranks, train
-from trainer.checkpoint.door import Resume
+from trainer.checkpoint.resume_check import Resume
 from trainer.recipe import load
-from trainer.session import open_session
+from trainer.run.session import open_session
 from trainer.track import read_metrics
 
 SAVED_AT = 10

@@ -22,7 +22,7 @@ from pathlib import Path
 from tools.campaign.cases import WAYS, Way, arguments, digests, first_difference, numbers, report, write_recipe
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.errors import EXIT_OK, EXIT_REQUEUE
-from trainer.lifecycle import SIGNALS
+from trainer.launch.stop_request import SIGNALS
 
 STEPS = 40
 MOST_STARTS = 4

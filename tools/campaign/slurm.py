@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.submit import seconds
+from trainer.cluster.submit import seconds
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "slurm_lab.sh"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.batching import BatchPlan
 from trainer.data.loader import TrainData
+from trainer.recipe.batch_plan import BatchPlan
 
 
 def plant_spikes(positions: Sequence[int], leave_out: tuple[int, int] = (0, 0)) -> None:

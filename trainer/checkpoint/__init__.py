@@ -9,7 +9,7 @@
 | `check.py` | is it, to the byte, what was written? |
 | `save.py` | the ranks write a checkpoint together, in the foreground or behind |
 | `reader.py`, `resume.py` | the newest whole one, and any range of its tensors |
-| `facts.py`, `door.py` | may this run go on from it? |
+| `facts.py`, `resume_check.py` | may this run go on from it? |
 | `export.py` | a Hugging Face folder from any of them, in one process |
 | `checkpoints.py` | all of it for one run |
 """

@@ -11,7 +11,7 @@ from typing import BinaryIO
 from trainer.checkpoint.folder import STEP, files_in
 from trainer.checkpoint.manifest import MANIFEST, File, Manifest
 from trainer.errors import DataError
-from trainer.reading import open_regular
+from trainer.files.reading import open_regular
 
 CHUNK_BYTES = 4 << 20
 

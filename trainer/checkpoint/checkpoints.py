@@ -12,17 +12,17 @@ from typing import Any
 
 from parallel.messages import Messages
 from parallel.topology import Layout
-from trainer.batching import BatchPlan
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.resume import CheckpointSource, Found, newest_whole
 from trainer.checkpoint.save import Saved, Saver
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
+from trainer.engine.optimizer_state import state_names
 from trainer.errors import DataError, NotFinite
-from trainer.launch import PeerFailed
-from trainer.optimizer_state import state_names
+from trainer.launch.ranks import PeerFailed
+from trainer.recipe.batch_plan import BatchPlan
 from trainer.redaction import redact
-from trainer.sections import Recipe
+from trainer.schema import Recipe
 
 PACKAGES = ("triaxis", "torch", "deepspeed", "transformers")
 

@@ -17,14 +17,14 @@ from trainer.checkpoint.folder import HUGGING_FACE
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.tensor_file import TORCH_DTYPES, Slot, TensorFile, as_bytes, chunks, write_tensor_file
 from trainer.checkpoint.weights import FORMATS, Contents, Filling, Tuned
-from trainer.data.auto_tokenizer import beside_model, require_same
+from trainer.data.handed_on_tokenizer import beside_model, require_same
 from trainer.data.tokenizer import reopen_tokenizer
-from trainer.durable import replacing_folder, require_new
 from trainer.errors import DataError, NotFinite, RecipeError
-from trainer.finite import WIDER, is_finite, overflow
+from trainer.files.durable import replacing_folder, require_new
+from trainer.files.reading import told
+from trainer.model.finite import WIDER, is_finite, overflow
+from trainer.model.hf_config import translate
 from trainer.model.hugging_face import INDEX, SHARD_BYTES, file_name, read_config, write_index
-from trainer.model.translation import translate
-from trainer.reading import told
 from trainer.tuning import bottleneck_format
 from trainer.tuning.adapter_folder import AdapterFormat
 

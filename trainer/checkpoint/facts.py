@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from trainer.sections import Recipe, Tuning
+from trainer.schema import Recipe, Tuning
 
 # What `--allow-change WORD` lets differ, and what becomes of it.
 CHANGES = {

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.checkpoint.manifest import MANIFEST
-from trainer.durable import make_private, private_file, remove, sync_folder
 from trainer.errors import DataError
+from trainer.files.durable import make_private, private_file, remove, sync_folder
 
 STEP = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
 HUGGING_FACE = "hugging_face"  # config.json, tokenizer and code: all that an export adds to the weights

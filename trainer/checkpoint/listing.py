@@ -13,7 +13,7 @@ from trainer.checkpoint.check import check_files, read_sound
 from trainer.checkpoint.folder import REASON, CheckpointFolder
 from trainer.checkpoint.manifest import Manifest
 from trainer.errors import DataError, RecipeError
-from trainer.reading import open_regular
+from trainer.files.reading import open_regular
 from trainer.run_folder import RunFolder
 
 

@@ -27,9 +27,9 @@ from typing import (
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
-from trainer.decoding import CLOSED, OPEN, decode
 from trainer.errors import DataError
-from trainer.reading import read_bytes, told
+from trainer.files.decoding import CLOSED, OPEN, decode
+from trainer.files.reading import read_bytes, told
 
 MANIFEST = "manifest.json"
 LONGEST = 1 << 30  # bytes of a manifest: some ten million fragments; a file with a hole may claim any length

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.manifest import DTYPE_BYTES, File
-from trainer.durable import private_file
 from trainer.errors import DataError
-from trainer.reading import open_regular
+from trainer.files.durable import private_file
+from trainer.files.reading import open_regular
 
 DTYPES = {
     torch.float64: "F64",

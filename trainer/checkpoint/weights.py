@@ -16,13 +16,13 @@ from trainer.checkpoint.manifest import Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import Slot
 from trainer.data.tokenizer import reopen_tokenizer
+from trainer.engine.optimizer_state import WEIGHT
 from trainer.model.config import TransformerConfig
+from trainer.model.hf_config import translate
 from trainer.model.hugging_face import read_config
 from trainer.model.names import WEIGHT_NAMES
-from trainer.model.translation import translate
-from trainer.optimizer_state import WEIGHT
 from trainer.recipe.earlier import recipe_of
-from trainer.sections import Recipe
+from trainer.schema import Recipe
 from trainer.tuning.adapter_folder import AdapterFormat
 from trainer.tuning.merge import merge as merged_weight
 from trainer.tuning.merge import merged_tensors

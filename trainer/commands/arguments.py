@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.paths import expanded, wrong_with
+from trainer.files.paths import expanded, wrong_with
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

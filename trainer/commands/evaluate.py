@@ -13,7 +13,7 @@ from trainer.errors import EXIT_OK, RecipeError
 from trainer.redaction import redact
 
 if TYPE_CHECKING:
-    from trainer.evaluation import Request
+    from trainer.inference.evaluation import Request
 
 SUMMARY = "Measure a checkpoint or a Hugging Face folder on data; alone or under a launcher, in any layout."
 
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from trainer.evaluation import evaluate, table
+    from trainer.inference.evaluation import evaluate, table
 
     found = _with_harness(arguments) if arguments.harness else evaluate(_request(arguments))
     if found is None:
@@ -71,7 +71,7 @@ def _with_harness(arguments: argparse.Namespace) -> dict[str, Any] | None:
         raise RecipeError(f"--harness brings its own data: remove {unread[0]}")
     if find_spec("lm_eval") is None:
         raise RecipeError("--harness needs lm-evaluation-harness: pip install lm-eval")
-    from trainer.harness import run_harness
+    from trainer.inference.harness import run_harness
 
     return run_harness(
         arguments.weights,
@@ -85,7 +85,7 @@ def _with_harness(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _request(arguments: argparse.Namespace) -> Request:
-    from trainer.evaluation import Request
+    from trainer.inference.evaluation import Request
 
     given = {"--harness-path": arguments.harness_path, "--few-shot": arguments.few_shot, "--chat": arguments.chat or None}
     if unread := [flag for flag, value in given.items() if value is not None]:

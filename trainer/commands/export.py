@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from trainer.checkpoint.door import checkpoint_named
+    from trainer.checkpoint.resume_check import checkpoint_named
 
     checkpoint = checkpoint_named(arguments.checkpoint, option="CHECKPOINT")
     from trainer.checkpoint.export import LOGITS_TOLERANCE, compare_logits, export, require_mergeable

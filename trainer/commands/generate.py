@@ -56,7 +56,7 @@ def _continued(arguments: argparse.Namespace, scratch: Path) -> str:
         from trainer.checkpoint.export import export
 
         folder = export(folder, scratch / "model", whole=True).folder
-    from trainer.generate import Writing, continue_from_folder, translates, way_of
+    from trainer.inference.generate import Writing, continue_from_folder, translates, way_of
 
     if translates(folder):
         if arguments.way is not None:
@@ -71,7 +71,7 @@ def _continued(arguments: argparse.Namespace, scratch: Path) -> str:
 
 
 def _translated(arguments: argparse.Namespace, folder: Path) -> str:
-    from trainer.translator import Search, Translator
+    from trainer.inference.translator import Search, Translator
 
     translator, search = Translator(folder), Search(arguments.beams, arguments.length_penalty)
     if arguments.attention is not None:

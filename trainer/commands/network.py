@@ -27,8 +27,8 @@ def known_network(resolved: ResolvedRecipe) -> TransformerConfig | None:
 
 
 def show_model(console: Console, resolved: ResolvedRecipe, network: TransformerConfig | None) -> None:
+    from trainer.costs.blocks import count_parameters
     from trainer.model.auto_rules import AUTO
-    from trainer.model.costs import count_parameters
 
     if network is None and resolved.hf_config is not None and resolved.recipe.model.family == AUTO:
         say(console, f"model: {resolved.hf_config['model_type']}, as transformers builds it when training starts")
@@ -49,7 +49,7 @@ def show_stages(console: Console, resolved: ResolvedRecipe, network: Transformer
     if network is None:
         say(console, f"stages: known once {_missing_part(resolved)} is opened")
         return
-    from trainer.timeline import division
+    from trainer.commands.timeline import division
 
     for line in division(resolved.recipe, network):
         say(console, line)

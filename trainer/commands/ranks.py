@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.batching import BatchPlan
     from trainer.model.config import TransformerConfig
-    from trainer.sections import Recipe
+    from trainer.recipe.batch_plan import BatchPlan
+    from trainer.schema import Recipe
 
 
 def divide(recipe: Recipe, network: TransformerConfig | None, world_size: int, how: str) -> tuple[BatchPlan, dict[str, Any]]:
     """Its batch and what DeepSpeed gets. RecipeError when `world_size` ranks, which come from `how`, cannot train it."""
-    from trainer.batching import BatchPlan
-    from trainer.deepspeed_config import deepspeed_config
+    from trainer.engine.deepspeed_config import deepspeed_config
     from trainer.model.config import largest_weight
+    from trainer.recipe.batch_plan import BatchPlan
     from trainer.recipe.pipeline import check_micro_batches
 
     plan = BatchPlan.from_recipe(recipe, world_size, how)

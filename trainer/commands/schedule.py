@@ -42,10 +42,10 @@ def _costs(text: str) -> Costs:
 
 def run(arguments: argparse.Namespace) -> int:
     from parallel.simulator import simulate
-    from trainer.batching import BatchPlan
+    from trainer.commands.timeline import check_size, draw, save, summary
     from trainer.recipe import load
+    from trainer.recipe.batch_plan import BatchPlan
     from trainer.recipe.pipeline import schedule_table
-    from trainer.timeline import check_size, draw, save, summary
 
     resolved = load(arguments.recipe, arguments.set)
     recipe, parallel = resolved.recipe, resolved.recipe.parallel

@@ -16,8 +16,8 @@ from trainer.errors import EXIT_OK
 from trainer.redaction import redact_text
 
 if TYPE_CHECKING:
+    from trainer.cluster.submit import Order
     from trainer.recipe import ResolvedRecipe
-    from trainer.submit import Order
 
 SUMMARY = "Write the sbatch script of a recipe for N nodes, check it, and hand it in to SLURM."
 
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from trainer.cluster.submit import Order, hand_in, read_site, read_sweep, rehearse, render, task_folder, write_script
     from trainer.recipe import load
     from trainer.run_folder import RunFolder
-    from trainer.submit import Order, hand_in, read_site, read_sweep, rehearse, render, task_folder, write_script
 
     site, sweep = read_site(arguments.site), read_sweep(arguments.sweep) if arguments.sweep else ()
     resolved = load(arguments.recipe, arguments.set)
@@ -78,8 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _look_before(resolved: ResolvedRecipe, order: Order, run_dir: Path) -> tuple[str, list[str]]:
     """(the line to say when the run has ended already, else ""; remarks) of one task."""
-    from trainer.checkpoint.door import Resume, finished
-    from trainer.preflight import remarks
+    from trainer.checkpoint.resume_check import Resume, finished
+    from trainer.cluster.preflight import remarks
 
     network = known_network(resolved)
     divide(resolved.recipe, network, order.nodes * order.ranks_per_node, "--nodes × --ranks-per-node")

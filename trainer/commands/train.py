@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from trainer.checkpoint.door import Resume, finished
-    from trainer.lifecycle import Interrupted, StopRequest
+    from trainer.checkpoint.resume_check import Resume, finished
+    from trainer.launch.environment import speaks_first
+    from trainer.launch.stop_request import Interrupted, StopRequest
     from trainer.recipe import load
-    from trainer.slurm_environment import speaks_first
 
     stop = StopRequest()
     stop.listen()

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.errors import DataError
-from trainer.reading import open_regular, told
+from trainer.files.reading import open_regular, told
 
 SEARCHED = 4096  # values read at once where one is looked for: 32 KiB, some microseconds
 

@@ -8,8 +8,6 @@ own and take only the vocabulary from tokenizer.json. So what is handed on is lo
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,16 +15,12 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
 from trainer.data.fault import first_line
-from trainer.data.native import FILES, TokenizerFails, bounded, decoded, encoded, is_of_library, require_numbers, silent_panics
-from trainer.errors import DataError
-
-if TYPE_CHECKING:
-    from trainer.data.tokenizer import Tokenizer
+from trainer.data.native import FILES, bounded, decoded, encoded, is_of_library, require_numbers, silent_panics
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What a user of a tokenizer sees of it, beside the tokens.
@@ -232,65 +226,6 @@ def _tried(work: Callable[[], Any]) -> Any:
         return first_line(error)
 
 
-def beside_model(tokenizer: Tokenizer, model_config: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer, saved so that AutoTokenizer makes of it what trained, beside that config.json.
-
-    Under its own class where that does; else under the plain one; else so that the class of its model_type is not taken.
-    DataError where nothing helps.
-    """
-    wrong = ""
-    for candidate in _candidates(tokenizer):
-        with tempfile.TemporaryDirectory(prefix="triaxis-tokenizer-") as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
-            candidate.save(Path(folder))
-            wrong = _unlike(Path(folder), candidate)
-        if not wrong:
-            return candidate
-    raise DataError(
-        f"data.tokenizer: beside a model of type {model_config.get('model_type')!r} transformers would not make of it what "
-        f"trains: {wrong}; give another tokenizer"
-    )
-
-
-def _candidates(tokenizer: Tokenizer) -> Iterator[Tokenizer]:
-    yield tokenizer
-    said = {
-        name: value for name, value in (tokenizer.settings or {}).items() if value is not None and name not in tokenizer.config
-    }
-    plain = tokenizer.changed(tokenizer_class=PLAIN_CLASS, **said)
-    yield plain
-    yield plain.changed(auto_map=AUTO_MAP)
-
-
 def save_code(folder: Path) -> None:
     """Put what `AUTO_MAP` names beside the tokenizer."""
     (folder / CODE).write_text(SOURCE, encoding="utf-8")
-
-
-def require_same(folder: Path, tokenizer: Tokenizer) -> None:
-    """DataError where AutoTokenizer does not make of the folder what trained."""
-    if wrong := _unlike(folder, tokenizer):
-        raise DataError(
-            f"{folder.name}: transformers would not make of its tokenizer what trained: {wrong}; it is not written: install "
-            "the version of transformers that trained, and write the newest checkpoint with triaxis export"
-        )
-
-
-def _unlike(folder: Path, tokenizer: Tokenizer) -> str:
-    """Return in what the tokenizer that AutoTokenizer loads from the folder is another one, "" where it is the same."""
-    try:
-        _, loaded = load(str(folder))
-    except TokenizerFails:
-        raise
-    except Exception as error:  # of many kinds
-        return reason(error)
-    expected = tokenizer.settings or {name: _content(tokenizer.config[name]) for name in NAMED if name in tokenizer.config}
-    found = settings_of(loaded)
-    for name, value in expected.items():
-        if value != found[name]:
-            return f"{name} is {str(value)[:60]!r} and {str(found[name])[:60]!r}"
-    return first_difference(tokenizer.backend, loaded.backend_tokenizer) or ""
-
-
-def _content(token: Any) -> Any:
-    return token["content"] if isinstance(token, dict) else token

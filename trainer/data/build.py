@@ -32,8 +32,8 @@ from trainer.data.store import Contents, Packing, StoreWriter
 from trainer.data.texts import Texts
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.workers import tokenize_shards
-from trainer.durable import make_private, write_json
 from trainer.errors import DataError
+from trainer.files.durable import make_private, write_json
 
 MAIN = "main"
 HELD_OUT = "held_out"

@@ -17,12 +17,12 @@ from typing import Protocol
 
 from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
 
-from trainer.decoding import read_as
-from trainer.durable import make_private, sync_folder, write_json
 from trainer.errors import EXIT_RECIPE, DataError, RecipeError, UserError
-from trainer.lifecycle import Interrupted
-from trainer.locks import Lock
-from trainer.reading import told
+from trainer.files.decoding import read_as
+from trainer.files.durable import make_private, sync_folder, write_json
+from trainer.files.locks import Lock
+from trainer.files.reading import told
+from trainer.launch.stop_request import Interrupted
 from trainer.redaction import redact
 
 POLL_S = 0.2

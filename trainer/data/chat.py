@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from trainer import sections
+from trainer import schema
 from trainer.data.answers import Answer, Writer, Written
 from trainer.data.chat_template import ChatTemplate, Span
 from trainer.data.conversations import OPTIONS, REASONING, Conversation, Message
@@ -103,7 +103,7 @@ class Chat(Examples):
                 yield token
 
     @classmethod
-    def from_recipe(cls, data: sections.Data, tokenizer: Tokenizer) -> Chat:
+    def from_recipe(cls, data: schema.Data, tokenizer: Tokenizer) -> Chat:
         return cls(tokenizer, seq_len=data.seq_len, learned=data.learn)
 
     @property

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trainer import sections
+from trainer import schema
 from trainer.data.fault import Fault, kind_of, require_characters
 from trainer.data.row_format import RowFormat, renamed
 
@@ -107,7 +107,7 @@ class ChatRows(RowFormat):
     fields: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of_source(cls, source: sections.Source) -> ChatRows:
+    def of_source(cls, source: schema.Source) -> ChatRows:
         return cls(source.shape or "", source.names)
 
     def example_of(self, row: Mapping[str, Any]) -> Conversation:

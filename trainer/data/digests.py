@@ -14,10 +14,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.durable import make_private, write_json
 from trainer.errors import DataError
-from trainer.locks import Lock
-from trainer.reading import open_regular, read_json, require_regular
+from trainer.files.durable import make_private, write_json
+from trainer.files.locks import Lock
+from trainer.files.reading import open_regular, read_json, require_regular
 
 CHUNK_BYTES = 1 << 20
 RACY_S = 2.0  # kernels stamp files by a coarse clock: a write this soon after another can leave the stamp as it was

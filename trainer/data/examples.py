@@ -9,16 +9,13 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from trainer import sections
+from trainer import schema
 from trainer.data.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from trainer.data.chat import Chat
 
 NO_LABEL = -1
 
@@ -77,6 +74,17 @@ class RowLayout:
         return [documents.ravel()] if self.parts == 1 else list(documents.T)
 
 
+class Conversing(Protocol):
+    """What asks a model as its conversations are written."""
+
+    def prompt(self, text: str, *, key: str = ...) -> list[int]:
+        """Return the tokens of a user's message, up to where the answer begins; RecipeError that names the key."""
+
+    @property
+    def end_of_turn(self) -> int:
+        """Return the token that ends an answer."""
+
+
 class Examples(ABC):
     """How a task writes its examples with one tokenizer."""
 
@@ -90,10 +98,10 @@ class Examples(ABC):
 
     @classmethod
     @abstractmethod
-    def from_recipe(cls, data: sections.Data, tokenizer: Tokenizer) -> Self: ...
+    def from_recipe(cls, data: schema.Data, tokenizer: Tokenizer) -> Self: ...
 
     @property
-    def chat(self) -> Chat | None:
+    def chat(self) -> Conversing | None:
         """What writes conversations, where they are what the model learns to hold."""
         return None
 

@@ -15,7 +15,7 @@ from typing import IO, Any, AnyStr, BinaryIO
 from trainer.data.digests import unreadable
 from trainer.data.fault import Fault
 from trainer.errors import DataError, RecipeError
-from trainer.reading import open_regular
+from trainer.files.reading import open_regular
 
 GZIP, ZSTD = ".gz", ".zst"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer import sections
+from trainer import schema
 from trainer.data.digests import fingerprint_of
 from trainer.data.examples import Document, Examples, RowLayout, Tokenized
 from trainer.data.fault import Fault, kind_of, require_characters
@@ -43,7 +43,7 @@ class LabelledRows(RowFormat):
     fields: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of_source(cls, source: sections.Source) -> LabelledRows:
+    def of_source(cls, source: schema.Source) -> LabelledRows:
         return cls(source.names)
 
     def example_of(self, row: Mapping[str, Any]) -> LabelledText:
@@ -109,7 +109,7 @@ class Labelled(Examples):
         self._number = {name: number for number, name in enumerate(classes)}
 
     @classmethod
-    def from_recipe(cls, data: sections.Data, tokenizer: Tokenizer) -> Labelled:
+    def from_recipe(cls, data: schema.Data, tokenizer: Tokenizer) -> Labelled:
         return cls(tokenizer, seq_len=data.seq_len, classes=list(data.classes))
 
     @property

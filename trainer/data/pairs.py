@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer import sections
+from trainer import schema
 from trainer.data.conversations import (
     SURROUNDINGS,
     Conversation,
@@ -50,7 +50,7 @@ class PairRows(RowFormat):
     fields: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of_source(cls, source: sections.Source) -> PairRows:
+    def of_source(cls, source: schema.Source) -> PairRows:
         return cls(source.names)
 
     def example_of(self, row: Mapping[str, Any]) -> Pair:

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from trainer import sections
+from trainer import schema
 from trainer.data.chat import Chat, Encoded, Rendered, unwritten
 from trainer.data.digests import fingerprint_of
 from trainer.data.examples import Document, Examples, RowLayout, Tokenized
@@ -32,7 +32,7 @@ class Preferences(Examples):
         self.layout = RowLayout(seq_len, documents_each=2)
 
     @classmethod
-    def from_recipe(cls, data: sections.Data, tokenizer: Tokenizer) -> Preferences:
+    def from_recipe(cls, data: schema.Data, tokenizer: Tokenizer) -> Preferences:
         return cls(tokenizer, seq_len=data.seq_len)
 
     @property

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from trainer import sections
+from trainer import schema
 from trainer.data.build import COUNTS, HELD_OUT, MAIN, build_stores
 from trainer.data.cache import Cache, Progress, was_built
-from trainer.data.chat import Chat
 from trainer.data.digests import Digests, fingerprint_of
-from trainer.data.examples import Examples
+from trainer.data.examples import Conversing, Examples
 from trainer.data.labelled import Labelled, LabelledText, class_name, in_order, require_classes
 from trainer.data.row_format import unread_keys
 from trainer.data.rows import order_fingerprint
@@ -27,10 +26,10 @@ from trainer.data.tasks import examples_of
 from trainer.data.texts import Texts
 from trainer.data.tokenizer import Tokenizer, bpe_size, make_tokenizer, reopen_tokenizer, train_bpe
 from trainer.data.translations import Translation
-from trainer.decoding import read_as
-from trainer.durable import write_json
 from trainer.errors import DataError, RecipeError
-from trainer.reading import told
+from trainer.files.decoding import read_as
+from trainer.files.durable import write_json
+from trainer.files.reading import told
 
 CLASSES = "classes.json"
 BPE_TRAINING_BYTES = 256 << 20  # of text: merges hardly change beyond, and counting words takes memory
@@ -57,7 +56,7 @@ class PreparedData:
         return self.examples.classes if isinstance(self.examples, Labelled) else ()
 
     @property
-    def chat(self) -> Chat | None:
+    def chat(self) -> Conversing | None:
         """How conversations are written; None: the task learns from something else."""
         return self.examples.chat if self.examples else None
 
@@ -86,7 +85,7 @@ class SourceRow:
         )
 
 
-def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, progress: Progress) -> PreparedData:
+def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progress: Progress) -> PreparedData:
     """Find or make what `data` asks for, under `cache_dir`.
 
     `build`: for one process of a run; it tokenizes what the cache lacks. The others wait for it, without a collective, and
@@ -174,19 +173,19 @@ def prepare(data: sections.Data, *, seed: int, cache_dir: Path, build: bool, pro
     )
 
 
-def held_out_pairs(data: sections.Data, *, cache_dir: Path, limit: int) -> list[Translation]:
+def held_out_pairs(data: schema.Data, *, cache_dir: Path, limit: int) -> list[Translation]:
     """The first pairs of `data.eval_sources` with two sides, at most `limit`, as they are written there."""
     corpora = _look(data, "eval_sources", Digests(cache_dir))
     pairs = (pair for corpus in corpora for shard in corpus.shards for pair in shard.examples(lambda pair: pair) if all(pair))
     return list(islice(pairs, limit))
 
 
-def was_prepared(data: sections.Data, cache_dir: Path) -> bool:
+def was_prepared(data: schema.Data, cache_dir: Path) -> bool:
     """Whether `prepare` has made all of this under `cache_dir` before; the sources may have changed since."""
     return was_built(cache_dir, request=_request(data))
 
 
-def _request(data: sections.Data) -> str:
+def _request(data: schema.Data) -> str:
     return fingerprint_of(data.model_dump(mode="json", exclude={"workers"}))
 
 
@@ -207,7 +206,7 @@ def _documents(store: TokenStore) -> int:
     return store.packing.examples if store.packing else store.num_documents
 
 
-def _look(data: sections.Data, group: str, digests: Digests) -> list[Corpus]:
+def _look(data: schema.Data, group: str, digests: Digests) -> list[Corpus]:
     """The sources in one of the lists of `data`."""
     sources = getattr(data, group)
     return [
@@ -302,14 +301,14 @@ def _counts(folder: Path) -> Counter[str]:
         raise DataError(f"{folder / COUNTS}: damaged: {told(error)}; delete {folder} to tokenize again") from None
 
 
-def _weights(sources: Sequence[sections.Source]) -> tuple[float, ...] | None:
+def _weights(sources: Sequence[schema.Source]) -> tuple[float, ...] | None:
     """None: by size, which of a single source says nothing."""
     if len(sources) > 1 and all(source.weight is None for source in sources):
         return None
     return tuple(1.0 if source.weight is None else source.weight for source in sources)
 
 
-def _require_one_sequence(corpus: Corpus, store: TokenStore, data: sections.Data) -> None:
+def _require_one_sequence(corpus: Corpus, store: TokenStore, data: schema.Data) -> None:
     seq_len = data.row_tokens
     if not num_windows(store.num_tokens, seq_len, tails=data.tails == "train"):
         raise RecipeError(

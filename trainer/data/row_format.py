@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from trainer import sections
+from trainer import schema
 
 UNREAD = "unread:"  # before a key's name in the counts of a source
 SHOWN_KEYS = 12
@@ -20,7 +20,7 @@ class RowFormat(ABC):
 
     @classmethod
     @abstractmethod
-    def of_source(cls, source: sections.Source) -> Self:
+    def of_source(cls, source: schema.Source) -> Self:
         """As the recipe describes the source."""
 
     @abstractmethod

@@ -27,9 +27,9 @@ from trainer.data.readers import Shard
 from trainer.data.store import token_dtype
 from trainer.data.texts import Texts
 from trainer.data.tokenizer import Tokenizer
-from trainer.decoding import read_as
-from trainer.durable import appearing_folder, private_file, write_json
-from trainer.reading import open_regular, told
+from trainer.files.decoding import read_as
+from trainer.files.durable import appearing_folder, private_file, write_json
+from trainer.files.reading import open_regular, told
 
 # Tokens with those around a text, the hash that decides whether the document is held out, its length in UTF-8 (of an example's
 # documents the first has that of all), its label.

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from trainer import sections
+from trainer import schema
 from trainer.data.digests import Digests, fingerprint_of, unreadable
 from trainer.data.fault import first_line
 from trainer.data.files import packing_of, unpacked_name
@@ -53,7 +53,7 @@ class Corpus:
             yield from shard.documents()
 
 
-def look_at(source: sections.Source, *, where: str, digests: Digests, task: str = "pretrain") -> Corpus:
+def look_at(source: schema.Source, *, where: str, digests: Digests, task: str = "pretrain") -> Corpus:
     """Find what `source` names and divide it into shards.
 
     `where` is the recipe's name of the source for messages. RecipeError when there is nothing of that name, or nothing that
@@ -64,8 +64,8 @@ def look_at(source: sections.Source, *, where: str, digests: Digests, task: str 
     return _in_rows(_found(source, where, digests, in_rows=True), source, task)
 
 
-def _found(source: sections.Source, where: str, digests: Digests, *, in_rows: bool) -> Corpus:
-    if source.path == sections.STDLIB:
+def _found(source: schema.Source, where: str, digests: Digests, *, in_rows: bool) -> Corpus:
+    if source.path == schema.STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         files = [path for path in _walk(root, skip=NOT_LIBRARY) if path.suffix == ".py"]
         return _corpus_of_files(source, where, root, files, digests, python=True)
@@ -87,7 +87,7 @@ def _found(source: sections.Source, where: str, digests: Digests, *, in_rows: bo
     return _corpus_of_hub(source, where)
 
 
-def _in_rows(corpus: Corpus, source: sections.Source, task: str) -> Corpus:
+def _in_rows(corpus: Corpus, source: schema.Source, task: str) -> Corpus:
     """The same source, its rows read as the examples of a task."""
     format, examples = ROW_TASKS[task]
     texts = [file.name for shard in corpus.shards if shard.kind in TEXT_KINDS for file in shard.files]
@@ -112,7 +112,7 @@ def _looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or is_known(path) or packing_of(path) != ""
 
 
-def _corpus_of_folder(source: sections.Source, where: str, root: Path, digests: Digests, *, in_rows: bool) -> Corpus:
+def _corpus_of_folder(source: schema.Source, where: str, root: Path, digests: Digests, *, in_rows: bool) -> Corpus:
     if not os.access(root, os.R_OK | os.X_OK):  # else it would be the first file that is looked for in it
         raise unreadable(root, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
@@ -141,7 +141,7 @@ def _walk(root: Path, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
 
 
 def _corpus_of_files(
-    source: sections.Source,
+    source: schema.Source,
     where: str,
     root: Path,
     paths: list[Path],
@@ -184,7 +184,7 @@ def _corpus_of_files(
     )
 
 
-def _remarks(files: list[LocalFile], kinds: list[Kind], where: str, source: sections.Source, *, in_rows: bool) -> Iterator[str]:
+def _remarks(files: list[LocalFile], kinds: list[Kind], where: str, source: schema.Source, *, in_rows: bool) -> Iterator[str]:
     """How files are read whose names do not say it."""
     maybe_rows = [kind for file, kind in zip(files, kinds, strict=True) if suffix_of(file.path) in MAYBE_ROWS]
     texts = sum(kind == TEXT for kind in maybe_rows)
@@ -201,7 +201,7 @@ def _remarks(files: list[LocalFile], kinds: list[Kind], where: str, source: sect
             yield f"{where}: {file.name}: it is one JSON list, not JSON lines, and is read as that"
 
 
-def _divide(files: list[LocalFile], kinds: list[Kind], where: str, source: sections.Source) -> Iterator[Shard]:
+def _divide(files: list[LocalFile], kinds: list[Kind], where: str, source: schema.Source) -> Iterator[Shard]:
     """Shards of about equal size: small text files together, long JSON-lines files in ranges, other files one by one."""
     shard_bytes = max(MIN_SHARD_BYTES, sum(file.size for file in files) // MAX_SHARDS)
     gathered: list[LocalFile] = []
@@ -235,7 +235,7 @@ def _divide(files: list[LocalFile], kinds: list[Kind], where: str, source: secti
     yield from gathered_shard()
 
 
-def _corpus_of_lines(source: sections.Source, where: str, paths: list[Path], digests: Digests) -> Corpus:
+def _corpus_of_lines(source: schema.Source, where: str, paths: list[Path], digests: Digests) -> Corpus:
     """Two text files whose lines belong together; one process reads both."""
     for path, key in zip(paths, ("path", "target_path"), strict=True):
         if not path.is_file():
@@ -250,7 +250,7 @@ def _corpus_of_lines(source: sections.Source, where: str, paths: list[Path], dig
     return Corpus(f"{source.path} → {source.target_path}", where, (shard,), fingerprint_of(facts))
 
 
-def _corpus_of_saved(source: sections.Source, where: str, root: Path, digests: Digests) -> Corpus:
+def _corpus_of_saved(source: schema.Source, where: str, root: Path, digests: Digests) -> Corpus:
     paths = [str(path) for path in _walk(root)]
     files = tuple(
         LocalFile(path, Path(path).relative_to(root).as_posix(), stamp, digest)
@@ -271,7 +271,7 @@ def _corpus_of_saved(source: sections.Source, where: str, root: Path, digests: D
     return Corpus(source.path, where, tuple(shards), fingerprint)
 
 
-def _corpus_of_hub(source: sections.Source, where: str) -> Corpus:
+def _corpus_of_hub(source: schema.Source, where: str) -> Corpus:
     """A hub data set; its revision is part of the fingerprint, so that a changed data set is tokenized anew."""
     try:
         revision = hub_revision(source.path)

@@ -24,9 +24,9 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from trainer.data.array_file import ArrayFile, damage
-from trainer.decoding import CLOSED, decode
-from trainer.durable import make_private, private_file, sync_folder, write_json
-from trainer.reading import open_regular, read_json, require_regular, told
+from trainer.files.decoding import CLOSED, decode
+from trainer.files.durable import make_private, private_file, sync_folder, write_json
+from trainer.files.reading import open_regular, read_json, require_regular, told
 
 FORMAT = "triaxis-tokens"
 VERSION = 3

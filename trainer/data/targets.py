@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
-from trainer import sections
+from trainer import schema
 from trainer.data.examples import NO_LABEL
 from trainer.data.rows import Row
 from trainer.data.sampling import Int64s, stream_key, uniform
@@ -77,7 +77,7 @@ class MaskedTokens:
         return replace(row, tokens=np.where(is_target, shown, row.tokens), labels=row.tokens, is_target=is_target)
 
 
-def targets_of(data: sections.Data, tokenizer: Tokenizer, *, causal: bool, seed: int, part: Part) -> Targets:
+def targets_of(data: schema.Data, tokenizer: Tokenizer, *, causal: bool, seed: int, part: Part) -> Targets:
     """`causal`: whether the network's tokens see only those before them."""
     if data.task == "classify":
         return ClassOfDocument("last" if causal else "first")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from trainer import sections
+from trainer import schema
 from trainer.data.chat import Chat
 from trainer.data.conversations import ChatRows
 from trainer.data.examples import Examples
@@ -33,7 +33,7 @@ ROW_TASKS: Mapping[str, Task] = {
 }
 
 
-def examples_of(data: sections.Data, tokenizer: Tokenizer) -> Examples | None:
+def examples_of(data: schema.Data, tokenizer: Tokenizer) -> Examples | None:
     """None for a task that learns from texts."""
     task = ROW_TASKS.get(data.task)
     return task.examples.from_recipe(data, tokenizer) if task else None

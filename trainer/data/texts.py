@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from trainer import sections
+from trainer import schema
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import RecipeError
 
@@ -20,7 +20,7 @@ class Texts:
     parse: bool = False
 
     @classmethod
-    def from_recipe(cls, data: sections.Data, tokenizer: Tokenizer) -> Self:
+    def from_recipe(cls, data: schema.Data, tokenizer: Tokenizer) -> Self:
         """RecipeError where documents are to begin with a token that the tokenizer does not have."""
         return cls(_opening(data, tokenizer), data.special_tokens == "parse")
 
@@ -58,7 +58,7 @@ class Texts:
         return f"data: a document is {' + '.join(parts)} (data.bos); a special token that a text spells is {kind}"
 
 
-def _opening(data: sections.Data, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _opening(data: schema.Data, tokenizer: Tokenizer) -> tuple[int, ...]:
     if data.bos is None:
         return tokenizer.opening
     if not data.bos:

@@ -30,9 +30,9 @@ from trainer.data.native import (
     require_files,
     require_numbers,
 )
-from trainer.durable import make_private, private_file, write_json
 from trainer.errors import DataError, RecipeError
-from trainer.reading import read_json, read_text
+from trainer.files.durable import make_private, private_file, write_json
+from trainer.files.reading import read_json, read_text
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_BPE = 257  # 256 bytes and the end of document

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainer import sections
+from trainer import schema
 from trainer.data.digests import fingerprint_of
 from trainer.data.examples import Document, Examples, RowLayout, Tokenized
 from trainer.data.fault import Fault, kind_of, require_characters
@@ -39,7 +39,7 @@ class TranslationRows(RowFormat):
     target: str = "target"
 
     @classmethod
-    def of_source(cls, source: sections.Source) -> TranslationRows:
+    def of_source(cls, source: schema.Source) -> TranslationRows:
         if source.target_path is not None or source.fields is None:
             return cls()
         return cls(source.fields.source or "source", source.fields.target or "target")
@@ -80,7 +80,7 @@ class Translations(Examples):
         self.layout = RowLayout(seq_len, parts=2, documents_each=2)
 
     @classmethod
-    def from_recipe(cls, data: sections.Data, tokenizer: Tokenizer) -> Translations:
+    def from_recipe(cls, data: schema.Data, tokenizer: Tokenizer) -> Translations:
         return cls(tokenizer, seq_len=data.seq_len)
 
     @property

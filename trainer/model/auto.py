@@ -27,13 +27,13 @@ from parallel.params import Role
 from parallel.rng import derive_seed
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError, RecipeError, UserError
-from trainer.locks import Lock
+from trainer.files.locks import Lock
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.auto_rules import folder_findings, layer_findings, size_findings
 from trainer.model.auto_stage import Contents, contents_of
 from trainer.model.hugging_face import PretrainedWeights, local_folder, read_config
 from trainer.model.new_tokens import require_rows
-from trainer.sections import Finding, Recipe
+from trainer.schema import Finding, Recipe
 from trainer.spelling import nearest
 
 # The Auto class of each data.task.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trainer.redaction import printable, shown
-from trainer.sections import Finding, Recipe
+from trainer.schema import Finding, Recipe
 
 AUTO = "auto"
 TRUST = "model.trust_remote_code"

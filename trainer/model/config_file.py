@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import DataError, RecipeError
-from trainer.reading import read_json, told
+from trainer.files.reading import read_json, told
 
 
 def read_config(folder: Path) -> dict[str, Any]:

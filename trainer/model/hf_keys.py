@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.single_precision import LARGEST, SMALLEST, in_range, rounded
+from trainer.model.single_precision import LARGEST, SMALLEST, in_range, rounded
 
 # Reading a value: return it in our terms, or raise ValueError with what would be right.
 

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from parallel.params import Piece, ShardSpec, owned_specs, zero_padding
-from trainer.durable import replacing_folder
 from trainer.errors import DataError, RecipeError
-from trainer.finite import Rounding, is_finite, overflow
+from trainer.files.durable import replacing_folder
+from trainer.files.reading import read_json, require_regular, require_regular_below, told
 from trainer.model.config_file import read_config as read_config
-from trainer.reading import read_json, require_regular, require_regular_below, told
+from trainer.model.finite import Rounding, is_finite, overflow
 
 NamedTensor = tuple[str, Tensor]
 

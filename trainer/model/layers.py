@@ -21,7 +21,7 @@ from parallel.rng import Streams
 from parallel.tensor import TensorParallel
 from trainer.model.config import TransformerConfig
 from trainer.model.embedding import Embedding
-from trainer.model.halves import EmbeddedHalves, SourceLayer, TargetLayer
+from trainer.model.encoder_decoder import EmbeddedHalves, SourceLayer, TargetLayer
 from trainer.model.names import WeightNames, names_of
 from trainer.model.pieces import Dropout, final_dropout, make_norm, matrix_init
 from trainer.model.position_tables import PositionTables

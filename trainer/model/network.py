@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.tokenizer import Tokenizer
-from trainer.model import config, translation
+from trainer.model import config, hf_config
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.config import TransformerConfig
 from trainer.model.origin import GENERATION_CONFIG, Origin, as_list
@@ -96,7 +96,7 @@ def config_json(network: Network, tokenizer: Tokenizer, *, dtype: str, origin: O
             ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": tokenizer.padding}
         return {**written, **{name: token for name, token in ids.items() if name in written}}
     start = tokenizer.start_of_target
-    written = translation.to_hf_config(
+    written = hf_config.to_hf_config(
         network,
         dtype=dtype,
         eos_token_id=end,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
-from trainer.sections import Finding, Recipe
+from trainer.schema import Finding, Recipe
 
 KEY = "data.new_tokens"
 LISTED = 8  # tokens named in a message

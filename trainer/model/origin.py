@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
-from trainer.reading import read_json
+from trainer.files.reading import read_json
 
 GENERATION_CONFIG = "generation_config.json"
 # Keys of config.json and generation_config.json that hold ids of tokens.

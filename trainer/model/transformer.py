@@ -27,7 +27,7 @@ from parallel.tensor import TensorParallel
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import RopeScaling, TransformerConfig
 from trainer.model.embedding import Embedding
-from trainer.model.halves import EmbeddedHalves, TargetHead
+from trainer.model.encoder_decoder import EmbeddedHalves, TargetHead
 from trainer.model.heads import ClassHead, Head, Loss, next_token_loss
 from trainer.model.layers import make_embedding, make_layer
 from trainer.model.position_tables import PositionTables

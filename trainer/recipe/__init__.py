@@ -1,14 +1,14 @@
 """The strict door: a JSON file becomes a validated recipe, or every thing wrong with it is said at once.
 
-In order: read JSON with the place of each key (`json_reader.py`, `places.py`), lay the files named by `extends` and `--set`
-over each other (`layers.py`), check keys, types and ranges against `sections.py` (`keys.py`, `unknown_keys.py`), then what
+In order: read JSON with the place of each key (`json_reader.py`, `marks.py`), lay the files named by `extends` and `--set`
+over each other (`overlay.py`), check keys, types and ranges against `schema.py` (`keys.py`, `unknown_keys.py`), then what
 only the whole recipe shows: combinations (`rules.py`), names of files (`names.py`), the network (`network.py`), the pipeline
-(`pipeline.py`). `door.py` runs them. No torch here: a recipe is checked on a login node in a fraction of a second.
+(`pipeline.py`). `resume_check.py` runs them. No torch here: a recipe is checked on a login node in a fraction of a second.
 """
 
-from trainer.recipe.door import ResolvedRecipe, load, load_given
 from trainer.recipe.keys import json_schema
 from trainer.recipe.names import looks_local, tokenizer_vocab_size
+from trainer.recipe.resolve import ResolvedRecipe, load, load_given
 from trainer.recipe.unknown_keys import known_keys
 
 __all__ = ["ResolvedRecipe", "json_schema", "known_keys", "load", "load_given", "looks_local", "tokenizer_vocab_size"]

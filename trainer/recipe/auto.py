@@ -16,7 +16,7 @@ from trainer.model.config_file import read_config
 from trainer.model.families import FAMILIES
 from trainer.recipe.names import exists, tokenizer_vocab_size
 from trainer.redaction import printable, shown
-from trainer.sections import Finding, Recipe
+from trainer.schema import Finding, Recipe
 
 AXES = ("tensor", "pipeline", "context")
 COMMIT = re.compile(r"[0-9a-f]{40}")

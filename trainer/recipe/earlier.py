@@ -16,11 +16,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from trainer.errors import DataError, RecipeError
-from trainer.recipe.door import ResolvedRecipe
-from trainer.recipe.places import dotted, leaves, pattern, put
+from trainer.recipe.marks import dotted, leaves, pattern, put
+from trainer.recipe.resolve import ResolvedRecipe
 from trainer.redaction import shown
 from trainer.run_folder import read_resolved
-from trainer.sections import Recipe
+from trainer.schema import Recipe
 
 ORIGIN = "earlier version"
 # What was done before there was the key.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from json.decoder import scanstring  # type: ignore[attr-defined]  # the C scanner, in json since 2.6
 from typing import Any, NoReturn
 
-from trainer.recipe.places import KeyPath
+from trainer.recipe.marks import KeyPath
 
 MAX_DEPTH = 32
 MAX_VALUES = 20_000  # a thousand sources with every key

@@ -1,4 +1,4 @@
-"""Each key by itself: is it one of `sections.py`, and is its value of the type and in the range given there?
+"""Each key by itself: is it one of `schema.py`, and is its value of the type and in the range given there?
 
 pydantic finds what is wrong; what is said about it is worded here, from the JSON Schema of the sections.
 """
@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from trainer.recipe.json_reader import JSONSyntaxError, Reader
-from trainer.recipe.places import KeyPath, Mark, Problem, dotted, first_mark, kind
+from trainer.recipe.marks import KeyPath, Mark, Problem, dotted, first_mark, kind
 from trainer.recipe.unknown_keys import unknown_key
 from trainer.redaction import shown
-from trainer.sections import Recipe
+from trainer.schema import Recipe
 from trainer.spelling import nearest
 
 MAX_EXPLAINED = 500  # problems; who reads more than a hundred, and to look for what was meant takes time

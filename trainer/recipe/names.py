@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.paths import expanded, occupied, wrong_with
-from trainer.recipe.places import KeyPath, dotted, leaves, pattern, put
+from trainer.files.paths import expanded, occupied, wrong_with
+from trainer.recipe.marks import KeyPath, dotted, leaves, pattern, put
 from trainer.redaction import shown
-from trainer.sections import STDLIB, Data, Finding, Recipe
+from trainer.schema import STDLIB, Data, Finding, Recipe
 from trainer.spelling import nearest
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)

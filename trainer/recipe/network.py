@@ -13,14 +13,14 @@ from trainer.model import config_file
 from trainer.model.auto_rules import AUTO
 from trainer.model.config import TransformerConfig
 from trainer.model.families import FAMILIES, Family
+from trainer.model.hf_config import read_config
 from trainer.model.new_tokens import grown, growth_findings
-from trainer.model.translation import read_config
 from trainer.recipe.auto import read_auto
 from trainer.recipe.names import exists, tokenizer_vocab_size
 from trainer.recipe.pipeline import layer_findings
 from trainer.recipe.tensor import tensor_findings
 from trainer.redaction import printable, shown
-from trainer.sections import Finding, Recipe
+from trainer.schema import Finding, Recipe
 from trainer.tuning.targets import quantization_findings, target_findings
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from functools import reduce
 from typing import Any
 
-from trainer.sections import Finding, Recipe
-from trainer.single_precision import LARGEST, SMALLEST, in_range, rounded
+from trainer.model.single_precision import LARGEST, SMALLEST, in_range, rounded
+from trainer.schema import Finding, Recipe
 
 # Of all keys with a number those that a device computes with; the others are computed with here, in double precision.
 KEYS = (

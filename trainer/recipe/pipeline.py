@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 from parallel.schedule_table import ScheduleTable, read_csv
 from parallel.schedules import SCHEDULES, Schedule, build
 from parallel.simulator import simulate
-from trainer.batching import divisors
 from trainer.errors import RecipeError
+from trainer.files.reading import read_text, told
 from trainer.model.config import TransformerConfig
-from trainer.reading import read_text, told
+from trainer.recipe.batch_plan import divisors
 from trainer.redaction import shown
-from trainer.sections import Finding, Parallel, Recipe
+from trainer.schema import Finding, Parallel, Recipe
 from trainer.spelling import nearest
 
 if TYPE_CHECKING:
-    from trainer.batching import BatchPlan
+    from trainer.recipe.batch_plan import BatchPlan
 
 KEY, BALANCE = "parallel.schedule", "parallel.balance"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from trainer.model.auto_rules import AUTO
-from trainer.sections import Finding, Recipe
+from trainer.schema import Finding, Recipe
 
 TASK = "data.task"
 READERS = {"label_smoothing": ("dpo",)}  # which losses read which key

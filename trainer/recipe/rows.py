@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 
-from trainer.sections import STDLIB, Finding, Recipe, Source
+from trainer.schema import STDLIB, Finding, Recipe, Source
 
 # Which tasks read which key of a source.
 READERS = {

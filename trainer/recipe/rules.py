@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from trainer.learning_rate import schedule_findings
 from trainer.model.auto_rules import AUTO
 from trainer.model.new_tokens import new_token_findings
 from trainer.recipe.auto import auto_findings
@@ -11,11 +12,10 @@ from trainer.recipe.numbers import number_findings
 from trainer.recipe.preference import preference_findings
 from trainer.recipe.rows import row_findings
 from trainer.recipe.tasks import task_findings
-from trainer.recipe.translate import translation_findings
+from trainer.recipe.translations import translation_findings
 from trainer.recipe.tuning import tuning_findings
 from trainer.recipe.zero import zero_findings
-from trainer.schedule import schedule_findings
-from trainer.sections import Finding, Recipe
+from trainer.schema import Finding, Recipe
 
 # Which update rules read which key.
 OPTIMIZER_KEYS = {"betas": ("adamw", "adam", "lion"), "eps": ("adamw", "adam"), "momentum": ("sgd",)}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import accumulate, pairwise
 
 from parallel.balance import balance
+from trainer.costs.blocks import block_costs
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import TransformerConfig
-from trainer.model.costs import block_costs
 from trainer.recipe.pipeline import rank_of_stage
-from trainer.sections import Recipe
+from trainer.schema import Recipe
 
 
 def stages_of(recipe: Recipe, network: TransformerConfig) -> list[list[Block]]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 
 from trainer.model.auto_rules import AUTO
 from trainer.recipe.names import tokenizer_is_ours
-from trainer.sections import Finding, Recipe
+from trainer.schema import Finding, Recipe
 
 # Which tasks alone read which key.
 TEXTS = ("pretrain", "mlm")

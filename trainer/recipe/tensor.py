@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from trainer.model.config import TransformerConfig
 from trainer.model.families import FAMILIES
-from trainer.sections import Finding, Recipe
+from trainer.schema import Finding, Recipe
 
 
 def tensor_findings(recipe: Recipe, config: TransformerConfig) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from trainer.model.auto_rules import AUTO
-from trainer.sections import Finding, RankBudget, Recipe
+from trainer.schema import Finding, RankBudget, Recipe
 
 METHOD = "tuning.method"
 # Which methods read which key.

@@ -8,8 +8,8 @@ from functools import cache
 from typing import get_args, get_origin
 
 from trainer.recipe.deepspeed_keys import REFUSED, refusal
-from trainer.recipe.places import KeyPath, dotted
-from trainer.sections import Recipe, Section
+from trainer.recipe.marks import KeyPath, dotted
+from trainer.schema import Recipe, Section
 from trainer.spelling import nearest
 
 # Names that other systems have for our keys.
@@ -62,7 +62,7 @@ def _keys_of(section: type[Section], path: KeyPath) -> list[str]:
 
 
 def unknown_key(path: KeyPath) -> tuple[str, list[str]]:
-    """What to say of a key that is not in `sections.py`, and the keys that were probably meant.
+    """What to say of a key that is not in `schema.py`, and the keys that were probably meant.
 
     A slip of one letter in this section comes first, then a key written into the wrong section, then wider guesses.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from trainer.sections import Finding, Recipe
+from trainer.schema import Finding, Recipe
 
 STATES = 4  # of Adam: the weights, two moments, the gradient
 

@@ -23,12 +23,12 @@ from typing import Annotated, Any
 from pydantic import Field, with_config
 from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
 
-from trainer.decoding import OPEN, decode
-from trainer.durable import replacing_file, write_json
 from trainer.errors import DataError
-from trainer.reading import open_regular, open_to_append, read_json, told
+from trainer.files.decoding import OPEN, decode
+from trainer.files.durable import replacing_file, write_json
+from trainer.files.reading import open_regular, open_to_append, read_json, told
+from trainer.files.spare import Spare
 from trainer.redaction import redact
-from trainer.spare import Spare
 from trainer.track.run_info import RunInfo
 
 METRICS = "metrics.jsonl"

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from trainer.reading import open_to_append
-from trainer.spare import Spare
+from trainer.files.reading import open_to_append
+from trainer.files.spare import Spare
 
 
 class RankLog:

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from trainer.durable import replacing_file
 from trainer.errors import RecipeError
-from trainer.goodput import read_starts, shares_of
+from trainer.files.durable import replacing_file
 from trainer.redaction import redact
 from trainer.run_folder import Entry, Resolved, read_resolved
 from trainer.track.console import EVAL_WORDS
+from trainer.track.goodput import read_starts, shares_of
 from trainer.track.history import History
 from trainer.track.jsonl import EVALUATIONS, METRICS, Summary, read_metrics, read_summary
 from trainer.track.text import duration, percent, printable, scaled, short

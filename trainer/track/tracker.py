@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from trainer import sections
+from trainer import schema
 from trainer.track.run_info import RunInfo
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class CompositeTracker:
             raise errors[0]
 
 
-def make_tracker(tracking: sections.Tracking, run: RunInfo, writing_rank: bool) -> Tracker:
+def make_tracker(tracking: schema.Tracking, run: RunInfo, writing_rank: bool) -> Tracker:
     """The tracker that this rank's loop talks to, already started. Only the writing rank touches disk, terminal and W&B."""
     if not writing_rank:
         return NullTracker()

@@ -34,10 +34,10 @@ from typing import IO, Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
 
-from trainer import sections
-from trainer.decoding import read_as
-from trainer.durable import write_json
-from trainer.reading import open_to_append
+from trainer import schema
+from trainer.files.decoding import read_as
+from trainer.files.durable import write_json
+from trainer.files.reading import open_to_append
 from trainer.redaction import redact, redact_text
 from trainer.track.run_info import RunInfo
 
@@ -54,7 +54,7 @@ _HISTORY = "metrics.jsonl has the whole history"
 class WandbTracker:
     """Sends records to the child. No method waits for W&B, `finish` at most `FINISH_LIMIT_S`."""
 
-    def __init__(self, wandb: sections.Wandb, note: Callable[[str], None]) -> None:
+    def __init__(self, wandb: schema.Wandb, note: Callable[[str], None]) -> None:
         self._wandb, self._note = wandb, note
         self._lines: queue.Queue[bytes | None] = queue.Queue(QUEUE_RECORDS)
         self._finishing = threading.Event()

@@ -16,7 +16,7 @@ from parallel.quantized import QuantizedWeight
 from parallel.rescaling import InputRescaling, OutputRescaling
 from parallel.vocabulary import VocabularyMatrix
 from trainer.model.config import TransformerConfig
-from trainer.sections import Tuning
+from trainer.schema import Tuning
 from trainer.tuning.targets import rows_name, targeted_modules
 
 BIASES = ("bias", "shared_bias")  # what our layers and norms call them

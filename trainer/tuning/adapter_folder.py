@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.durable import replacing_folder
-from trainer.finite import Rounding
+from trainer.files.durable import replacing_folder
 from trainer.model.config import TransformerConfig
+from trainer.model.finite import Rounding
 from trainer.model.hugging_face import NamedTensor
 from trainer.model.network import Network
-from trainer.sections import Recipe, Tuning
+from trainer.schema import Recipe, Tuning
 from trainer.tuning import bottleneck_format, peft_format
 from trainer.tuning.merge import merge
 from trainer.tuning.targets import MERGEABLE, PARTS, TOKEN_ROWS, is_added, token_rows

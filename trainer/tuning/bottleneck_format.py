@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import TypedDict
 
-from trainer.decoding import OPEN, read_as
 from trainer.errors import DataError
+from trainer.files.decoding import OPEN, read_as
+from trainer.files.reading import require_regular, told
 from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
-from trainer.reading import require_regular, told
-from trainer.sections import Recipe
+from trainer.schema import Recipe
 from trainer.tuning.targets import targeted_modules, token_rows
 
 CONFIG, WEIGHTS = "bottleneck_config.json", "bottleneck.safetensors"

@@ -11,7 +11,7 @@ from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import NamedTensor
 from trainer.model.names import WEIGHT_NAMES
 from trainer.model.network import Network
-from trainer.sections import Tuning
+from trainer.schema import Tuning
 from trainer.tuning.adapt import scale_of
 from trainer.tuning.targets import MERGEABLE, is_added, parts_of, targeted_modules, token_rows
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.model.config import TransformerConfig
 from trainer.model.names import WEIGHT_NAMES, names_of
 from trainer.model.network import Network
-from trainer.sections import Recipe, Tuning
+from trainer.schema import Recipe, Tuning
 from trainer.tuning.targets import modules_by_role, targeted_modules, token_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -30,8 +30,8 @@ from parallel.mesh import Mesh
 from parallel.params import Companion, Piece, ShardSpec
 from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
-from trainer.sections import RankBudget as Keys
-from trainer.sections import Recipe
+from trainer.schema import RankBudget as Keys
+from trainer.schema import Recipe
 from trainer.tuning.targets import parts_of, targeted_modules
 
 SECOND, VALUES = 1, 2  # B and E, as `parts_of` lists them after A

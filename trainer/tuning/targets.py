@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from trainer.model.config import TransformerConfig
 from trainer.model.names import WEIGHT_NAMES, names_of
-from trainer.sections import Finding, Recipe, Tuning
+from trainer.schema import Finding, Recipe, Tuning
 
 GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 # Where a bottleneck adapter sits: behind the last projection of the attention, and of the MLP.

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from trainer.batching import BatchPlan
 from trainer.errors import RecipeError
-from trainer.launch import free_port
+from trainer.launch.ranks import free_port
 from trainer.recipe import ResolvedRecipe, load
+from trainer.recipe.batch_plan import BatchPlan
 from trainer.recipe.pipeline import check_micro_batches
 from trainer.verify.compare import Comparison, Outcome, compare
 from trainer.verify.job import Job

@@ -32,16 +32,16 @@ from parallel.mesh import Mesh
 from parallel.params import ShardSpec, initialise
 from parallel.rng import stream
 from parallel.topology import Layout
-from trainer import launch
-from trainer.batching import BatchPlan
 from trainer.data.loader import MicroBatch
-from trainer.deepspeed_config import deepspeed_config
-from trainer.engine import Engine, StepResult
-from trainer.execution import DTYPES
-from trainer.launch import Place
+from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.engine import Engine, StepResult
+from trainer.engine.execution import DTYPES
+from trainer.launch import ranks
+from trainer.launch.ranks import Place
 from trainer.model.config import TransformerConfig, largest_weight
 from trainer.recipe import ResolvedRecipe, load
-from trainer.sections import Optimizer, Recipe, Zero
+from trainer.recipe.batch_plan import BatchPlan
+from trainer.schema import Optimizer, Recipe, Zero
 from trainer.verify.job import GRADIENT, UPDATE, Job, RankResult
 
 # The learning rate of an SGD step: the update is then so much larger than the weights that subtracting it from them does not
@@ -57,13 +57,13 @@ def run(folder: Path, rank: int) -> None:
     layout = Layout(**job.degrees)
     world = layout.world_size
     place = Place(rank, rank, world, world, "127.0.0.1", job.port, "triaxis verify")
-    launch.join(place, timedelta(seconds=resolved.recipe.guard.timeout_s))
+    ranks.join(place, timedelta(seconds=resolved.recipe.guard.timeout_s))
     if place.device.type == "cpu":
         torch.set_num_threads(1)  # the same in every layout: threads change the order of sums
     trial = Trial(resolved, Mesh.build(layout), place.device)
     result = trial.measure(job.steps, folder)
     result.write(folder / f"rank-{rank}.json")
-    launch.leave()
+    ranks.leave()
 
 
 @dataclass(frozen=True)

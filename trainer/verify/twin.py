@@ -18,7 +18,7 @@ from trainer.model.families import FAMILIES
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
 from trainer.recipe.names import SMALLEST_BPE
 from trainer.recipe.network import TWO_CLASSES, translate
-from trainer.sections import Recipe
+from trainer.schema import Recipe
 from trainer.tuning.targets import QUANTIZED_TOGETHER
 
 VOCABULARY = 263  # a prime, so that no degree divides it; above the 257 symbols of the tokenizer "bytes"

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
-from trainer.processes import Process
+from trainer.launch.processes import Process
 
 IN_A_STEP = ("boundary", "data", "forward", "backward", "optimizer")
 DONE = "done"  # how a rank ended that reached its end

@@ -29,10 +29,10 @@ from types import TracebackType
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from trainer.durable import private_file
 from trainer.errors import EXIT_HANG, EXIT_REQUEUE, UserError
-from trainer.launch import Neighbour, PeerFailed
-from trainer.processes import Process
+from trainer.files.durable import private_file
+from trainer.launch.processes import Process
+from trainer.launch.ranks import Neighbour, PeerFailed
 from trainer.redaction import redact_text
 from trainer.stopwatch import Stopwatch
 from trainer.watchdog.autopsy import Report, Scene, find, page

@@ -1,0 +1,95 @@
+"""What can be said of resuming before anything is loaded: in under a second, on every rank alike. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.facts import model_facts, recipe_facts, refusals
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.manifest import MANIFEST, Manifest
+from trainer.errors import DataError, RecipeError
+from trainer.model.auto_rules import AUTO
+from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
+from trainer.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Resume:
+    """`--resume`: "auto" (the newest whole checkpoint of the run, if it has any), "never" (a new run; an old one of the same
+    name moves aside) or a path; and what `--allow-change` lets differ."""
+
+    how: str = "auto"
+    allowed: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str | None:
+        return None if self.how in ("auto", "never") else self.how
+
+
+def checkpoint_named(name: str, *, option: str = "--resume") -> Path:
+    """The checkpoint that a command line names: a folder with a manifest, or the newest of a run."""
+    path = Path(name)
+    try:
+        if (path / MANIFEST).exists():
+            return path
+        found = [checkpoint for folder in (path, path / "checkpoints") for _, checkpoint in CheckpointFolder(folder).steps()]
+    except (OSError, ValueError):  # no name of a file at all
+        found = []
+    if not found:
+        words = "auto, never, " if option == "--resume" else ""
+        raise RecipeError(f"{option} {name}: no checkpoint there; legal: {words}a checkpoint's folder, or a run's")
+    return found[0]
+
+
+def finished(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> str:
+    """The line to say when the run has reached its last step already, else "". RecipeError when the recipe shows that it must
+    not go on from its newest checkpoint."""
+    if resume.how == "never":
+        return ""
+    folder = RunFolder.of(resolved.recipe, run_dir)
+    if resume.path is not None:
+        newest = checkpoint_named(resume.path)
+    elif steps := CheckpointFolder(folder.checkpoints).steps():
+        newest = steps[0][1]
+    else:
+        return ""
+    try:
+        manifest = Manifest.read(newest)
+    except DataError:
+        return ""  # another one will be found, or it will be said
+    given = as_json({**recipe_facts(resolved.recipe), **_model_facts(resolved)})
+    if lines := refusals(str(newest), manifest.step, manifest.facts, given, resume.allowed):
+        raise RecipeError(lines)
+    if resume.path is not None or manifest.step < resolved.recipe.train.steps or not folder.is_finished:
+        return ""
+    return (
+        f"{folder.path} has reached step {manifest.step} of {resolved.recipe.train.steps}: nothing to do; to go on, raise "
+        "train.steps; for a new run, choose another run.name or --resume never"
+    )
+
+
+def as_json(facts: dict[str, Any]) -> dict[str, Any]:
+    """As they read back: lists for tuples."""
+    value: dict[str, Any] = json.loads(json.dumps(facts))
+    return value
+
+
+def _model_facts(resolved: ResolvedRecipe) -> dict[str, Any]:
+    """Those of the network, as far as it is known without opening the tokenizer or the hub."""
+    from trainer.model.hf_config import to_hf_config
+
+    if resolved.recipe.model.family == AUTO or resolved.hf_config is None:
+        return {}
+    vocab_size = tokenizer_vocab_size(resolved.recipe.data)
+    named = "vocab_size" in resolved.hf_config
+    if vocab_size is None and not named:
+        return {}
+    facts = model_facts(to_hf_config(resolved.network(vocab_size=vocab_size), dtype="float32", eos_token_id=None))
+    # A tokenizer that is trained on a small corpus may find fewer symbols than it was asked for.
+    unknown = set() if named else {"model.config.vocab_size"}
+    if not resolved.recipe.data.classes:
+        unknown |= {"model.config.id2label", "model.config.label2id"}  # the data says them
+    return {key: value for key, value in facts.items() if key not in unknown}

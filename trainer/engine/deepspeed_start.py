@@ -1,0 +1,161 @@
+"""Starting DeepSpeed: what it is told about the ranks, and what is settled before it would decide by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for the compilers of other accelerators
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from parallel.mesh import Group, Mesh
+from trainer.engine.threaded_io import use_threads_where_async_io_is_missing
+from trainer.errors import RecipeError
+from trainer.schema import LARGEST, Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def start(
+    module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], units: Units, *, groups_are_tiles: bool = False
+) -> tuple[Any, Any]:
+    """DeepSpeed's engine and its optimizer around ours. `groups_are_tiles`: it is to cut none of the groups further."""
+    config = _with_full_buckets(config, optimizer)
+    if groups_are_tiles:
+        config = {**config, "zero_optimization": {**config["zero_optimization"], "sub_group_size": LARGEST}}
+    with contextlib.redirect_stdout(_LogLines()):  # DeepSpeed prints memory reports at ZeRO-1 in bf16, asked or not
+        engine, wrapped, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, mpu=units, dist_init_required=False
+        )
+    return engine, wrapped
+
+
+def _with_full_buckets(config: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The dict with no larger a bucket of gradients than there are gradients, which are reduced at the same moments as before.
+    DeepSpeed takes the memory of a whole bucket, at stages 1 and 2 anew in each backward, and torch fills it where kernels are
+    deterministic: of a small model's step most of the time, and of 2⁴⁰ elements more than there is."""
+    sizes = [getattr(p, "ds_numel", p.numel()) for group in optimizer.param_groups for p in group["params"]]
+    zero = config["zero_optimization"]
+    fitting = {**zero, "reduce_bucket_size": min(zero["reduce_bucket_size"], sum(sizes))}
+    return {**config, "zero_optimization": fitting}
+
+
+SWAPPED_BYTES = 2**20  # a rank's part of a weight that is smaller stays in memory
+
+
+def require_swap_buffers(recipe: Recipe, parameters: Sequence[Any]) -> None:
+    """RecipeError where weights on NVMe have fewer buffers than are in memory at once: each keeps its buffer while it is live,
+    and DeepSpeed stops in the middle of a forward when there is none left."""
+    zero, keys = recipe.zero, recipe.zero.offload_param
+    if keys.device != "nvme" or sum(p.partition_numel() for p in parameters) <= keys.max_in_cpu:
+        return
+    least = max(SWAPPED_BYTES, recipe.deepspeed.aio.block_size)
+    swapped = [int(p.ds_numel) for p in parameters if not p.ds_persist and p.partition_numel() * p.element_size() >= least]
+    # What backward needs soon is kept however much is live.
+    limit = max(zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance) + zero.stage3_prefetch_bucket_size
+    at_once = _most_live(swapped, limit)
+    if keys.buffer_count < at_once:
+        raise RecipeError(
+            f"zero.offload_param.buffer_count = {keys.buffer_count}, but {at_once} weights may be in memory at once, each in a "
+            f"buffer (zero.stage3_max_live_parameters {zero.stage3_max_live_parameters}, stage3_max_reuse_distance "
+            f"{zero.stage3_max_reuse_distance}, stage3_prefetch_bucket_size {zero.stage3_prefetch_bucket_size}): legal: "
+            f"{at_once} or more, or lower those three"
+        )
+
+
+def _most_live(sizes: Sequence[int], limit: int) -> int:
+    """Weights that follow each other and have no more elements than the limit together, the one that is fetched next, and the
+    one before, which is given back after that."""
+    most = first = held = 0
+    for last, size in enumerate(sizes):
+        held += size
+        while held > limit:
+            held -= sizes[first]
+            first += 1
+        most = max(most, last + 1 - first)
+    return min(len(sizes), most + 2)
+
+
+def whole(parameters: Sequence[nn.Parameter], *, zero_stage: int) -> contextlib.AbstractContextManager[Any]:
+    """A context in which they are whole: at stage 3 they are gathered from the data-parallel ranks, which must all enter."""
+    return deepspeed.zero.GatheredParameters(list(parameters)) if zero_stage == 3 else contextlib.nullcontext()
+
+
+class _LogLines(io.TextIOBase):
+    """A stdout whose lines go to this rank's log."""
+
+    def write(self, text: str) -> int:
+        for line in filter(str.strip, text.splitlines()):
+            logger.info(line.rstrip())
+        return len(text)
+
+
+class Units:
+    """The mesh in the words that DeepSpeed asks for (its `mpu`).
+
+    Its "model parallel" ranks are those that hold one copy of the model together: gradient norms are summed over them, and
+    their first counts all of its parameters, marked or not. The tensor group is not told apart: DeepSpeed would then take
+    the first tensor rank of every pipeline stage for that first one.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._groups: dict[str, Group] = {"data_parallel": mesh.dp, "model_parallel": mesh.replica}
+
+    def __getattr__(self, name: str) -> Callable[[], Any]:
+        for prefix, group in self._groups.items():
+            answers = {
+                f"get_{prefix}_group": group.handle,
+                f"get_{prefix}_rank": group.rank,
+                f"get_{prefix}_world_size": group.size,
+            }
+            if name in answers:
+                return lambda: answers[name]
+        raise AttributeError(name)
+
+
+def prepare(recipe: Recipe, dtype: torch.dtype, notes: list[str]) -> None:
+    """Settle before `initialize` what DeepSpeed would otherwise decide by itself."""
+    if not deepspeed.comm.is_initialized():
+        # Its shared-memory collectives serve inference only; without this they are compiled at first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+    accelerator = get_accelerator()
+    if dtype == torch.float16 and accelerator.device_name() == "cpu":
+        # The CPU accelerator denies fp16 without AVX512-FP16; torch computes it all the same, slower.
+        accelerator.is_fp16_supported = lambda: True
+    if dtype == torch.float64:
+        reducible = accelerator.supported_dtypes()  # without float64, which the backends do reduce
+        accelerator.supported_dtypes = lambda: [*reducible, torch.float64]
+    if "nvme" in (recipe.zero.offload_optimizer.device, recipe.zero.offload_param.device):
+        remark = use_threads_where_async_io_is_missing()
+        notes += [remark] if remark else []
+    if recipe.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
+def partitioning(deepspeed_config: dict[str, Any], units: Units) -> Callable[[nn.Module], None]:
+    """Divide a block's weights over the data-parallel ranks as soon as it is built (ZeRO-3)."""
+    swapper: list[Any] = []
+
+    def partition(block: nn.Module) -> None:
+        init = deepspeed.zero.Init(
+            module=block,
+            data_parallel_group=units.get_data_parallel_group(),
+            config_dict_or_path=deepspeed_config,
+            param_swapper=swapper[0] if swapper else None,
+            mpu=units,
+        )
+        if init.param_swapper is not None and not swapper:
+            swapper.append(init.param_swapper)
+
+    return partition

@@ -1,0 +1,246 @@
+"""The one adapter of DeepSpeed: a stage of the model in, steps out.
+
+Plain `deepspeed.initialize` (`deepspeed_start.py`) at every ZeRO stage. What is DeepSpeed's here: dividing optimizer state,
+gradients and weights, offload, reduction, the fp32 master weights at stages 1 to 3. What is ours: their first values, the
+normalisation constant, the loss scale, the learning rate, and at stage 0 (where DeepSpeed has no fp32 accumulation for half
+precision) norm, clipping and skipping.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel.collectives import all_reduce
+from parallel.gather import gather_to_first
+from parallel.mesh import Group, Mesh
+from parallel.params import Companion, ShardSpec, owned_specs
+from parallel.rng import Streams
+from trainer.data.loader import MicroBatch
+from trainer.engine.deepspeed_start import Units, partitioning, prepare, require_swap_buffers, start, whole
+from trainer.engine.evaluator import Evaluator
+from trainer.engine.execution import DTYPES, Batch, make_execution
+from trainer.engine.loss_scale import LossScaler
+from trainer.engine.master_weights import MasterWeights
+from trainer.engine.optimizers import Tiling, make_optimizer
+from trainer.engine.zero_state import ZeroState
+from trainer.errors import DataError, RecipeError
+from trainer.model.auto_stage import AutoStage
+from trainer.model.measures import measures_of
+from trainer.model.network import Network
+from trainer.recipe.batch_plan import BatchPlan
+from trainer.schema import Recipe
+from trainer.stopwatch import Stopwatch
+from trainer.tuning.adapt import quantized_weights, quantizing
+from trainer.tuning.rank_budget import RankBudget
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank. `grad_norm` is before clipping; inf when it was not finite, which skips the
+    step, as a norm above the caller's limit does. `statistics`: the task's, beside its loss."""
+
+    loss: float
+    num_targets: int
+    grad_norm: float
+    loss_scale: float
+    skipped: bool
+    statistics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Engine:
+    """Trains this rank's part of the model."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: BatchPlan,
+        config: Network,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        deepspeed_config: dict[str, Any],
+        fill: Callable[[nn.Module], None],
+        watch: Stopwatch | None = None,
+    ) -> None:
+        """`fill` gives each block its initial or loaded weights. `deepspeed_config` is passed on as it is."""
+        self.recipe = recipe
+        self.plan = plan
+        self.mesh = mesh
+        self.device = device
+        self.watch = watch or Stopwatch(device)
+        self.notes: list[str] = []  # remarks for the console
+        self.scaler = LossScaler.from_recipe(recipe.precision)
+        self.zero_stage = recipe.zero.stage
+        self.measures = measures_of(recipe.data.task, config)
+        dtype = DTYPES[recipe.precision.dtype]
+        prepare(recipe, dtype, self.notes)
+        units = Units(mesh)
+        masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
+        self.execution = make_execution(
+            recipe,
+            plan,
+            config,
+            mesh,
+            device,
+            measures=self.measures,
+            watch=self.watch,
+            fill=masters.rounding(quantizing(fill, recipe.tuning)),
+            partition=partitioning(deepspeed_config, units) if self.zero_stage == 3 else lambda block: None,
+        )
+        self.evaluator = Evaluator(self.execution, self.measures, mesh, device, self.watch, vocab_size=config.vocab_size)
+        module = self.execution.module
+        self.constants = module.constants if isinstance(module, AutoStage) else []  # saved like weights, never trained
+        self.quantized = quantized_weights(module)  # frozen, and no parameters
+        self.specs: list[tuple[nn.Parameter, ShardSpec]] = [(p, spec) for _, p, spec in owned_specs(module)]
+        for parameter, spec in self.specs:
+            # DeepSpeed's mark: off the first rank only these count in the norm.
+            parameter.model_parallel = spec.owned  # type: ignore[attr-defined]
+        require_swap_buffers(recipe, [parameter for parameter, _ in self.specs])
+        tiling = self._tiling()
+        optimizer = make_optimizer(recipe, self.specs, device, tiling=tiling)
+        self.deepspeed, self.optimizer = start(
+            module, optimizer, deepspeed_config, units, groups_are_tiles=tiling.tile is not None
+        )
+        self.execution.attach(self.deepspeed)
+        if dtype == torch.float64:
+            self.deepspeed.communication_data_type = dtype  # DeepSpeed's dict has no name for it
+        masters.restore(self.optimizer)
+        if self.zero_stage in (1, 2):
+            # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
+            self.optimizer.check_grad_overflow = True
+        adalora = recipe.tuning.method == "adalora"
+        self.budget = (
+            RankBudget(recipe, config, self.specs, mesh, device, dtype, gathered=partial(whole, zero_stage=self.zero_stage))
+            if adalora
+            else None
+        )
+        companions = self.budget.companions if self.budget else []
+        companions += [Companion.of(*part, state=state) for weight in self.quantized for state, part in weight.stored.items()]
+        self.state = ZeroState(
+            self.optimizer, self.specs, self.constants, companions, group=mesh.dp, zero_stage=self.zero_stage
+        )
+        if isinstance(module, AutoStage) and module.looks_ahead(device):
+            raise RecipeError(
+                f"{module.architecture}: its logits at a token depend on the next one, so predicting it would teach nothing; "
+                "legal: a model with causal attention"
+            )
+        if isinstance(module, AutoStage) and recipe.data.isolate_documents:
+            self.notes += module.settle_lengths(device, plan.seq_len, may_call_apart=self.zero_stage < 3)
+
+    def _tiling(self) -> Tiling:
+        """As many groups as the rank of the replica with the most, or with the fewest parameters to put into them."""
+        own = Tiling.of(self.recipe)
+        trained = sum(parameter.requires_grad for parameter, _ in self.specs)
+        numbers = torch.tensor([len(own.groups(self.specs)), -trained], device=self.device)
+        most, fewest = all_reduce(numbers, self.mesh.replica, dist.ReduceOp.MAX).tolist()
+        return replace(own, num_groups=min(most, -fewest))
+
+    @property
+    def num_params(self) -> int:
+        """Elements of the whole logical model; tied ones once. Every rank must ask together."""
+        specs = [*(spec for _, spec in self.specs), *(weight.spec for weight in self.quantized)]
+        owned = sum(math.prod(piece.size) for spec in specs if spec.owned for piece in spec.pieces)
+        return self._total(owned, self.mesh.replica)
+
+    def step(self, micro_batches: Sequence[MicroBatch], *, step: int, lr: float, norm_limit: float = math.inf) -> StepResult:
+        """One optimizer step; `step`, from 0, names the dropout stream. `norm_limit` (ZeRO-0): a larger norm skips it."""
+        scale = self.scaler.scale
+        if self.budget is not None:
+            self.budget.begin(scale)
+        sums, num_targets = self._gradients(micro_batches, step, scale)
+        with self.watch("optimizer"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            grad_norm, skipped = self._update(scale, norm_limit)
+            if self.budget is not None:
+                self.state.clear(self.budget.end(step, scale=scale, grad_norm=grad_norm, skipped=skipped))
+            self.scaler.update(overflow=skipped and math.isinf(grad_norm))
+        loss, *means = (all_reduce(sums, self.mesh.dp) / num_targets).tolist()
+        return StepResult(loss, num_targets, grad_norm, scale, skipped, self.measures.step_record(means))
+
+    def replay(self, micro_batches: Sequence[MicroBatch], *, step: int, scale: float) -> None:
+        """Forward and backward of a step that was skipped, once more, for hooks to watch. It is the same to the bit: weights
+        stayed, dropout is named after the step. Every gradient is made NaN as it leaves autograd, so that this is skipped
+        too, at any ZeRO stage, also where the first NaN does not come again."""
+        trained = [parameter for parameter, _ in self.specs if parameter.requires_grad]
+        spoilers = [parameter.register_hook(lambda grad: torch.full_like(grad, math.nan)) for parameter in trained]
+        try:
+            self._gradients(micro_batches, step, scale)
+            self._update(scale, math.inf)
+        finally:
+            for spoiler in spoilers:
+                spoiler.remove()
+
+    def _gradients(self, micro_batches: Sequence[MicroBatch], step: int, scale: float) -> tuple[Tensor, int]:
+        """Forward and backward: (this data-parallel rank's sums over its targets; the step's targets)."""
+        self.deepspeed.train()
+        num_targets = self._total(sum(map(self.measures.num_targets, micro_batches)), self.mesh.dp)
+        if num_targets == 0:
+            raise DataError(f"step {step} has no target: every label of its {self.plan.global_sequences} sequences is masked")
+        factor = self.plan.loss_factor(num_targets)
+        if self.zero_stage and self.recipe.precision.dtype == "fp16":
+            self.optimizer.override_loss_scale(scale)
+        batches = [Batch.on(self.device, batch, self._streams(step, index)) for index, batch in enumerate(micro_batches)]
+        return self.execution.step(batches, factor=factor, scale=scale), num_targets
+
+    def local_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
+        """Each parameter that this rank owns, whole along the data-parallel axis, in the order of the model.
+
+        Under ZeRO-3 one parameter is gathered at a time, so every data-parallel rank must iterate together.
+        """
+        for parameter, spec in self.specs:
+            with whole([parameter], zero_stage=self.zero_stage):
+                yield spec, parameter.detach()
+        yield from self.constants
+        yield from ((weight.spec, weight.dequantized(DTYPES[self.recipe.precision.dtype])) for weight in self.quantized)
+
+    def gathered_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
+        """On the first rank of the mesh the parameters of the whole model, elsewhere nothing; all ranks must iterate."""
+        tensors = self.local_tensors()
+        if self.mesh.dp.rank == 0:
+            yield from gather_to_first(tensors, self.mesh.replica, self.device)
+        else:
+            for _ in tensors:  # ZeRO-3 gathers them from these ranks too
+                pass
+
+    def close(self) -> None:
+        self.deepspeed.destroy()
+
+    def _update(self, scale: float, norm_limit: float) -> tuple[float, bool]:
+        """Apply the accumulated gradient, or skip when it is not finite or too large; (norm before clipping, skipped)."""
+        if self.zero_stage:
+            self.deepspeed.step()
+            if self.optimizer.overflow and self.zero_stage < 3:
+                # With CPU offload DeepSpeed 0.19 keeps a half format's sums, NaN and all: no later step would be finite.
+                vars(self.optimizer).get("averaged_gradients", {}).clear()
+            return float(self.deepspeed.get_global_grad_norm()), bool(self.optimizer.overflow)
+        owned = torch.nn.utils.get_total_norm([p.grad for p, spec in self.specs if p.grad is not None and spec.owned])
+        norm = all_reduce(owned.square(), self.mesh.replica).sqrt() / scale
+        if not float(norm) <= min(norm_limit, sys.float_info.max):  # NaN is in no order
+            self.deepspeed.zero_grad()
+            return float(norm) if torch.isfinite(norm) else math.inf, True
+        clip = self.recipe.train.clip_norm
+        # 1e-6 as in torch's and DeepSpeed's own clipping, so that all stages take the same step.
+        shrink = min(1.0, clip / (float(norm) + 1e-6)) / scale if clip else 1.0 / scale
+        if shrink != 1.0:
+            torch._foreach_mul_([p.grad for p, _ in self.specs if p.grad is not None], shrink)
+        self.deepspeed.step()
+        return float(norm), False
+
+    def _streams(self, step: int, micro_batch: int) -> Streams:
+        """The random numbers of this rank's micro-batch: named after its sequences' places in the step, not after ranks."""
+        size = self.plan.micro_sequences
+        first = self.mesh.dp.rank * self.plan.sequences_per_rank + micro_batch * size
+        return Streams.of_step(self.recipe.run.seed, step, range(first, first + size))
+
+    def _total(self, count: int, group: Group) -> int:
+        return int(all_reduce(torch.tensor(count, dtype=torch.int64, device=self.device), group))

@@ -1,0 +1,281 @@
+"""How a rank runs the micro-batches of a step: its one stage on each in turn, or its stages in a pipeline's order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from parallel.attention import Documents
+from parallel.collectives import all_reduce
+from parallel.deferred import WeightGradients
+from parallel.mesh import Group, Mesh
+from parallel.params import Role, owned_specs
+from parallel.pipeline import Pipeline
+from parallel.rng import Streams
+from parallel.schedule_table import ScheduleTable
+from parallel.tensor import TensorParallel
+from parallel.vocabulary import vocabulary_shard
+from trainer.data.loader import MicroBatch
+from trainer.engine.zero_pipeline import ZeroInPipeline
+from trainer.model.auto_network import AutoNetwork
+from trainer.model.auto_stage import AutoStage
+from trainer.model.blocks import Block, blocks_of
+from trainer.model.config import TransformerConfig
+from trainer.model.measures import Measures
+from trainer.model.network import Network
+from trainer.model.objective import loss_of
+from trainer.model.position_tables import PositionTables, ranks_of_tables
+from trainer.model.transformer import Stage
+from trainer.recipe.batch_plan import BatchPlan
+from trainer.recipe.pipeline import schedule_table
+from trainer.recipe.stages import stages_of
+from trainer.schema import Recipe
+from trainer.stopwatch import Stopwatch
+from trainer.tuning.adapt import adaptation
+
+# No recipe may ask for fp64: it is for `verify`, which tells rounding from mistakes with it, at stage 0.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch on the device. `streams` None: no dropout. `reference_R`: see `MicroBatch`."""
+
+    tokens_BS: Tensor
+    labels_BS: Tensor | None
+    documents: Documents
+    streams: Streams | None = None
+    reference_R: Tensor | None = None
+
+    @classmethod
+    def on(cls, device: torch.device, batch: MicroBatch, streams: Streams | None = None) -> Batch:
+        optional = (batch.labels_BS, batch.reference_R)
+        tokens_BS = batch.tokens_BS.to(device, non_blocking=True)
+        labels_BS, reference_R = (t if t is None else t.to(device, non_blocking=True) for t in optional)
+        return cls(tokens_BS, labels_BS, Documents(batch.documents), streams, reference_R)
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """What each stage takes beside its input."""
+        reference = {} if self.reference_R is None else {"reference_R": self.reference_R}
+        return {"documents": self.documents, "labels_BS": self.labels_BS, "streams": self.streams, **reference}
+
+
+class BuildStage(Protocol):
+    """Makes a stage with all that does not depend on which one it is."""
+
+    def __call__(self, blocks: Sequence[Block], *, tp: TensorParallel, **ties: Any) -> Stage: ...
+
+
+class Execution(Protocol):
+    """`module` is what DeepSpeed gets; losses and statistics are sums over targets of this data-parallel rank, float64, the
+    loss first, the same on all its ranks. `reads_tokens`: this rank needs tokens or labels, not only where documents end."""
+
+    reads_tokens: bool
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def attach(self, engine: Any) -> None:
+        """The DeepSpeed engine, once there is one."""
+
+    def step(self, batches: Sequence[Batch], *, factor: float, scale: float) -> Tensor:
+        """Forward and backward of all micro-batches: gradients of loss · factor, times the loss scale. [num_step_sums]."""
+
+    def sums(self, batch: Batch) -> Tensor:
+        """The task's statistics of a micro-batch, [num_sums]; no gradients."""
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Of each document of a model of tokens, see `document_scores`; no gradients."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Of the first row: this tensor rank's [S, V/p]; no gradients."""
+
+
+def make_execution(
+    recipe: Recipe,
+    plan: BatchPlan,
+    network: Network,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    measures: Measures,
+    watch: Stopwatch,
+    fill: Callable[[nn.Module], None],
+    partition: Callable[[nn.Module], None] = lambda block: None,
+) -> Execution:
+    """This rank's part of the model, built, and how it runs; `fill` and `partition`: see `Stage`."""
+    dtype = DTYPES[recipe.precision.dtype]
+    recompute = recipe.train.recompute
+    if isinstance(network, AutoNetwork):
+        stage = AutoStage(network, dtype=dtype, recompute=recompute, device=device, fill=fill, partition=partition)
+        return OneStage(stage, watch)
+    build = partial(
+        Stage,
+        network,
+        dtype=dtype,
+        recompute=recompute,
+        device=device,
+        fill=fill,
+        adapt=adaptation(recipe.tuning, network),
+        partition=partition,
+        loss=loss_of(recipe),
+    )
+    tp = TensorParallel(mesh.tp, sequence=recipe.parallel.divides_tokens, overlap=recipe.parallel.overlap)
+    if recipe.parallel.pipeline == 1:
+        return OneStage(build(blocks_of(network), tp=tp), watch)
+    return InPipeline(
+        build,
+        stages_of(recipe, network),
+        schedule_table(recipe, plan),
+        plan=plan,
+        config=network,
+        dtype=dtype,
+        mesh=mesh,
+        tp=tp,
+        device=device,
+        watch=watch,
+        measures=measures,
+    )
+
+
+class OneStage:
+    """The whole model on each rank of the data-parallel axis: DeepSpeed's own forward and backward."""
+
+    reads_tokens = True
+
+    def __init__(self, module: nn.Module, watch: Stopwatch) -> None:
+        self.module = module
+        self._watch = watch
+
+    def attach(self, engine: Any) -> None:
+        self._engine = engine
+
+    def step(self, batches: Sequence[Batch], *, factor: float, scale: float) -> Tensor:
+        total = torch.zeros(1, dtype=torch.float64, device=batches[0].tokens_BS.device)
+        for index, batch in enumerate(batches):
+            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            with self._watch("forward"):
+                sums = self._engine(batch.tokens_BS, **batch.context).reshape(-1)
+            with self._watch("backward"):
+                total = total + sums.detach().double()
+                self._backward(sums[0] * factor, scale)
+        return total
+
+    def sums(self, batch: Batch) -> Tensor:
+        sums: Tensor = self.module(batch.tokens_BS, **batch.context, measured=True)
+        return sums
+
+    def scores(self, batch: Batch) -> Tensor:
+        scores: Tensor = self.module(batch.tokens_BS, **batch.context, by_document=True)
+        return scores
+
+    def logits(self, batch: Batch) -> Tensor:
+        logits: Tensor = self.module(batch.tokens_BS, **batch.context)[0]
+        return logits
+
+    def _backward(self, loss: Tensor, scale: float) -> None:
+        # At stage 0 DeepSpeed trains in fp32 and scales nothing; at stages 1 to 3 it multiplies by the scale we gave it.
+        own_scale = scale if self._engine.zero_optimization_stage() == 0 else 1.0
+        self._engine.backward(loss * own_scale, scale_wrt_gas=False)
+
+
+class InPipeline:
+    """This rank's stages of a pipeline, run by torch's runtime under DeepSpeed's optimizer."""
+
+    def __init__(
+        self,
+        build: BuildStage,
+        stages: Sequence[Sequence[Block]],
+        table: ScheduleTable,
+        *,
+        plan: BatchPlan,
+        config: TransformerConfig,
+        dtype: torch.dtype,
+        mesh: Mesh,
+        tp: TensorParallel,
+        device: torch.device,
+        watch: Stopwatch,
+        measures: Measures,
+    ) -> None:
+        self._mesh, self._tp, self._dtype, self._watch = mesh, tp, dtype, watch
+        self._measures = measures
+        self._hidden_size = config.hidden_size
+        self._vocabulary_rows = vocabulary_shard(config.vocab_size, tp.group)[1]
+        mine = table.stages(mesh.pp.rank)
+        self.reads_tokens = bool({0, table.num_stages - 1} & set(mine))
+        deferred = {index: WeightGradients() for index in mine} if table.splits_backward else {}
+        last = table.num_stages - 1
+        # On one rank the last stage's head uses the first stage's embedding itself: two stages' backwards for one weight.
+        tied_over = mesh.ends if table.rank_of_stage[0] != table.rank_of_stage[last] else Group.alone()
+        tables = PositionTables(ranks_of_tables(config, stages, table.rank_of_stage, mesh))
+        built: dict[int, Stage] = {}
+        for index in mine:
+            first = built.get(0)
+            built[index] = build(
+                stages[index],
+                tp=replace(tp, deferred=deferred.get(index)),
+                tied_to=first.embedding.tokens if first is not None and first.embedding is not None else None,
+                tied_over=tied_over if index in (0, last) else None,
+                tables=tables,
+            )
+        self.module = nn.ModuleDict({str(index): stage for index, stage in built.items()})
+        self._zero = ZeroInPipeline(self.module, watch)
+        self._pipeline = Pipeline(
+            built,
+            table,
+            group=mesh.pp,
+            device=device,
+            tokens=torch.empty((plan.micro_sequences, plan.seq_len), dtype=torch.int64, device="meta"),
+            hidden=self._hidden(plan.micro_sequences * plan.seq_len),
+            num_sums=measures.num_step_sums,
+            around=self._zero.around,
+            deferred=deferred,
+            leaves_weights=any(
+                p.requires_grad and spec.role is Role.MATRIX and not spec.added for _, p, spec in owned_specs(self.module)
+            ),
+        )
+
+    def attach(self, engine: Any) -> None:
+        self._zero.attach(engine)
+
+    def step(self, batches: Sequence[Batch], *, factor: float, scale: float) -> Tensor:
+        self._zero.start()
+        with self._watch("forward"):
+            contexts = [self._context(batch) for batch in batches]
+            sums = self._pipeline.step([batch.tokens_BS for batch in batches], contexts, scale=factor * scale)
+        self._zero.finish(len(batches))
+        return all_reduce(sums, self._mesh.pp)  # 0 on all ranks but the one with the last stage
+
+    def sums(self, batch: Batch) -> Tensor:
+        return self._of_last_stage(batch, (self._measures.num_sums,), measured=True)
+
+    def scores(self, batch: Batch) -> Tensor:
+        return self._of_last_stage(batch, (2, sum(map(len, batch.documents.lengths))), by_document=True)
+
+    def logits(self, batch: Batch) -> Tensor:
+        rows, seq_len = batch.tokens_BS.shape
+        logits_BSV = self._pipeline.forward(batch.tokens_BS, batch.context, self._hidden(rows * seq_len))
+        shape = (seq_len, self._vocabulary_rows)
+        own = torch.empty(shape, dtype=self._dtype, device=batch.tokens_BS.device) if logits_BSV is None else logits_BSV[0]
+        return self._pipeline.broadcast_from_last(own)
+
+    def _of_last_stage(self, batch: Batch, shape: tuple[int, ...], **wanted: bool) -> Tensor:
+        """What the last stage gives, float64 of that shape, on all ranks of the pipeline."""
+        hidden = self._hidden(batch.tokens_BS.numel())
+        output = self._pipeline.forward(batch.tokens_BS, {**self._context(batch), **wanted}, hidden)
+        nothing = torch.zeros(shape, dtype=torch.float64, device=batch.tokens_BS.device)
+        return all_reduce(nothing if output is None else output, self._mesh.pp)
+
+    def _context(self, batch: Batch) -> dict[str, Any]:
+        """Labels, and what they are compared with, are for the last stage."""
+        return batch.context if self._pipeline.has_last else replace(batch, labels_BS=None, reference_R=None).context
+
+    def _hidden(self, num_tokens: int) -> Tensor:
+        tokens = self._tp.tokens(num_tokens)
+        return torch.empty((tokens.stop - tokens.start, self._hidden_size), dtype=self._dtype, device="meta")

@@ -1,0 +1,57 @@
+"""The denominator of MFU on this machine: listed for known GPUs, else measured."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from trainer.costs.flops import Dtype, listed_peak
+from trainer.engine.execution import DTYPES
+
+
+def device_peak(device: torch.device, dtype: Dtype) -> tuple[float, str]:
+    """(FLOP/s of this rank's device, where that figure is from)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        listed = listed_peak(name, dtype)
+        if listed is not None:
+            return listed, f"{name}, {dtype} data sheet"
+        return measured_peak(device, dtype), f"{name}, {dtype} matrix product measured"
+    threads = torch.get_num_threads()
+    return measured_peak(device, dtype), f"CPU, {threads} thread{'s' if threads > 1 else ''}, {dtype} matrix product measured"
+
+
+def slower_than_fp32(device: torch.device, dtype: Dtype, peak: float) -> str | None:
+    """A remark for a CPU without instructions for a half format, where fp32 is many times faster."""
+    if device.type != "cpu" or dtype == "fp32":
+        return None
+    fp32 = measured_peak(device, "fp32")
+    if peak > fp32 / 2:
+        return None
+    return (
+        f"precision.dtype: {dtype} matrix products run at {peak / 1e9:.3g} GFLOP/s on this CPU, fp32 ones at {fp32 / 1e9:.3g}; "
+        "fp32 trains faster here"
+    )
+
+
+def measured_peak(device: torch.device, dtype: Dtype, size: int = 1024, repeats: int = 9, patience_s: float = 0.5) -> float:
+    """FLOP/s of square matrix products, median; about a tenth of a second on one CPU core.
+
+    Where products are slow (bf16 on a CPU without instructions for it: a hundredth of fp32) smaller ones are measured, so that
+    it takes `patience_s` or so.
+    """
+    for attempt in (128, 256, 512, size):
+        a, b = (torch.ones(attempt, attempt, dtype=DTYPES[dtype], device=device) for _ in range(2))
+        if min(_product_s(a, b) for _ in range(3)) * 8 > patience_s / repeats:  # the first call sets up, any may be disturbed
+            break
+    return 2 * attempt**3 / statistics.median(_product_s(a, b) for _ in range(repeats))
+
+
+def _product_s(a: torch.Tensor, b: torch.Tensor) -> float:
+    start = time.perf_counter()
+    a @ b
+    if a.device.type == "cuda":
+        torch.cuda.synchronize(a.device)
+    return time.perf_counter() - start

@@ -1,0 +1,110 @@
+"""The update rules, from torch or DeepSpeed.
+
+torch's fused Adam and SGD serve GPU state and offloaded (CPU) state alike and need no compiler; DeepSpeed's CPU Adam, which
+does, was measured no faster (see `tools/bench_optimizers.py`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from parallel.params import Role, ShardSpec
+from trainer.errors import RecipeError
+from trainer.schema import Recipe
+
+Specified = Sequence[tuple[nn.Parameter, ShardSpec]]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How trained parameters are cut into groups. ZeRO reduces a norm for each group, and at stage 3 for each of the tiles that
+    it cuts groups into, one after another over the ranks of the replica: those with fewer would be waited for. A stage of a
+    pipeline may have only matrices to train, where the ends have rows of new tokens, or fewer elements than another. So the
+    tiles of stage 3 are cut here, as DeepSpeed would, and then into the same number everywhere. `tile` [elements of this rank]:
+    a tile ends with the parameter that fills it; None: each kind of parameters is one group."""
+
+    tile: int | None = None
+    num_groups: int | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Tiling:
+        """That of this rank alone."""
+        divided = recipe.zero.stage == 3 and recipe.parallel.pipeline > 1
+        return cls(recipe.zero.sub_group_size if divided else None)
+
+    def groups(self, parameters: Specified) -> list[list[nn.Parameter]]:
+        """Those that are trained: matrices, which alone decay, and the others, never in one group."""
+        trained = [(p, spec.role is Role.MATRIX) for p, spec in parameters if p.requires_grad]
+        kinds = [[p for p, is_matrix in trained if is_matrix], [p for p, is_matrix in trained if not is_matrix]]
+        tile = self.tile
+        found = _cut(kinds, tile)
+        while tile is not None and self.num_groups is not None and len(found) > self.num_groups:
+            tile *= 2
+            found = _cut(kinds, tile)
+        while len(found) < (self.num_groups or 0):
+            found.append([max(found, key=len).pop()])
+        return found
+
+
+def _cut(kinds: Sequence[Sequence[nn.Parameter]], tile: int | None) -> list[list[nn.Parameter]]:
+    found = []
+    for kind in filter(None, kinds):
+        group: list[nn.Parameter] = []
+        held = 0
+        for parameter in kind:
+            group.append(parameter)
+            held += _elements_here(parameter)
+            if tile is not None and held >= tile:
+                found.append(group)
+                group, held = [], 0
+        found += [group] if group else []
+    return found
+
+
+def _elements_here(parameter: nn.Parameter) -> int:
+    """ZeRO-3 holds a part of it."""
+    return int(parameter.partition_numel()) if hasattr(parameter, "partition_numel") else parameter.numel()
+
+
+def make_optimizer(recipe: Recipe, parameters: Specified, device: torch.device, *, tiling: Tiling = Tiling()) -> Optimizer:
+    """The recipe's update rule. Weight decay goes by the parameter's role: matrices only."""
+    keys = recipe.optimizer
+    decays = {id(p) for p, spec in parameters if spec.role is Role.MATRIX}
+    groups: list[dict[str, Any]] = [
+        {"params": group, "weight_decay": keys.weight_decay if id(group[0]) in decays else 0.0}
+        for group in tiling.groups(parameters)
+    ]
+    betas = (keys.betas[0], keys.betas[1])
+    match keys.name:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=keys.lr, betas=betas, eps=keys.eps, fused=True)
+        case "adam":
+            return torch.optim.Adam(groups, lr=keys.lr, betas=betas, eps=keys.eps, fused=True)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=keys.lr, momentum=keys.momentum, fused=True)
+        case "adafactor":
+            return torch.optim.Adafactor(groups, lr=keys.lr)
+        case "lion":
+            on_host = device.type == "cpu" or recipe.zero.offload_optimizer.device != "none"
+            return _lion("DeepSpeedCPULion" if on_host else "FusedLion")(groups, lr=keys.lr, betas=betas)
+
+
+def _lion(name: str) -> Callable[..., Optimizer]:
+    """DeepSpeed's class, after a try whether its extension is or can be compiled here."""
+    rule: Callable[..., Optimizer] = getattr(importlib.import_module("deepspeed.ops.lion"), name)
+    try:
+        rule([nn.Parameter(torch.zeros(1))])
+    except Exception as error:  # compilers fail in too many ways to name
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(
+            f"optimizer.name = lion needs DeepSpeed's {name}, which could not be compiled here ({reason}): install a C++ "
+            "compiler (and nvcc for GPUs), or use adamw"
+        ) from error
+    return rule

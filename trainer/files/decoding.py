@@ -1,0 +1,57 @@
+"""Files of ours, read again: JSON of a declared type, or one line that says where it is another.
+
+Anybody may have edited, replaced or sealed again what lies in a run folder. What a reader needs of such a file is declared as a
+dataclass or a TypedDict; pydantic holds the file to it, so that whoever uses the value need not ask again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from trainer.files.reading import RECORD_BYTES, read_bytes
+
+T = TypeVar("T")
+
+OPEN = ConfigDict(extra="allow", strict=True)  # of a TypedDict: other keys are kept as they are
+CLOSED = ConfigDict(extra="forbid")  # there are no other keys
+
+
+def read_as(kind: type[T], path: Path, limit: int = RECORD_BYTES) -> T:
+    """Return the JSON in a file as `kind`; OSError where it cannot be read, ValueError that says where it is something else."""
+    content = read_bytes(path, limit)
+    try:
+        found: T = _adapter(kind).validate_json(content, strict=True)
+    except ValidationError as error:
+        raise _said(error) from None
+    return found
+
+
+def decode(kind: type[T], value: Any) -> T:
+    """Return a value that was read from JSON as `kind`; ValueError that says where it is something else."""
+    try:
+        found: T = _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise _said(error) from None
+    return found
+
+
+def _said(error: ValidationError) -> ValueError:
+    detail = error.errors(include_url=False)[0]
+    place = ".".join(map(str, detail["loc"]))
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    message = detail["msg"][:1].lower() + detail["msg"][1:]
+    if detail["type"] == "json_invalid":
+        message = f"not JSON ({detail['ctx']['error']})"
+    return ValueError(f"{place}: {message}{more}" if place else message)
+
+
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]

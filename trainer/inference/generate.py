@@ -1,0 +1,231 @@
+"""Text from a model: during a run from its engine, afterwards from an exported folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from parallel.rng import derive_seed
+from trainer.data.chat import Chat
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.errors import DataError, RecipeError
+from trainer.files.reading import read_json, require_regular_below, told
+from trainer.model.hugging_face import read_config
+from trainer.model.network import TASK
+from trainer.model.origin import GENERATION_CONFIG, as_list
+from trainer.tuning import bottleneck_format, peft_format
+
+TEMPERATURE, TOP_K = 0.8, 50
+ENDLESS = 1 << 30  # tokens of a conversation that is not cut
+
+
+def sample(
+    next_logits: Callable[[Sequence[int]], Tensor],
+    prompt: Sequence[int],
+    *,
+    new_tokens: int,
+    context: int,
+    end: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+) -> list[int]:
+    """Continue `prompt` by at most `new_tokens` tokens, up to `end`.
+
+    The model sees the last `context` tokens. Every rank that takes part draws the same tokens: the stream depends on
+    the seed only. temperature 0 takes the likeliest token.
+    """
+    stream = torch.Generator().manual_seed(derive_seed(seed, "sample"))
+    tokens = list(prompt)
+    for _ in range(new_tokens):
+        logits = next_logits(tokens[-context:])
+        if temperature == 0.0:
+            token = int(logits.argmax())
+        else:
+            best = torch.topk(logits / temperature, min(top_k, logits.numel()))
+            token = int(best.indices[torch.multinomial(best.values.softmax(-1), 1, generator=stream)])
+        if token == end:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+TAUGHT = ("sft", "preference")  # tasks in which a model learns to answer
+Way = Literal["chat", "raw"]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a text is written. `temperature`, `top_k`: None for what generation_config.json says, or else 0.8 and 50."""
+
+    new_tokens: int
+    temperature: float | None
+    top_k: int | None
+    seed: int
+
+
+def way_of(folder: Path, asked: Way | None) -> tuple[Way, str]:
+    """Whether the model in a folder is asked as by a user or continues a text, and why. `asked`: None to go by what it was
+    taught. RecipeError where it is to be asked and has no template.
+
+    A template alone says little: base models often come with the tokenizer of those that were taught. Our own folders say the
+    task (`finetuning_task` in config.json); of others those were taught whose generation ends at the end of a turn.
+    """
+    _require_model(folder)
+    config, tokenizer = read_config(folder), _ours(folder)
+    if tokenizer is None or not tokenizer.has_template:
+        if asked == "chat":
+            raise RecipeError(f"--chat: the tokenizer in {folder} has no chat template: leave it out")
+        return "raw", "the text is continued as it is: its tokenizer has no chat template"
+    if asked is not None:
+        as_asked = {"chat": "asked as a user's message (--chat)", "raw": "continued as it is (--raw)"}
+        return asked, f"the text is {as_asked[asked]}"
+    task = config.get(TASK)
+    if task is not None:
+        taught, why = task in TAUGHT, f"data.task {task} trained it"
+    else:
+        taught = _end_of_turn(tokenizer) in ends_of(folder)
+        why = f"its generation {'ends' if taught else 'does not end'} at the end of a turn"
+    if taught:
+        return "chat", f"the text is asked as a user's message: {why}; --raw continues it as it is"
+    return "raw", f"the text is continued as it is: {why}; --chat asks it by the chat template"
+
+
+def _ours(folder: Path) -> Tokenizer | None:
+    """The folder's tokenizer as it trains here; None where it names no end of a document, as no chat model's does."""
+    try:
+        return load_tokenizer(str(folder))
+    except RecipeError:
+        return None
+
+
+def _end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """None where the template does not write a question and its answer."""
+    try:
+        return Chat(tokenizer, seq_len=ENDLESS, learned="answers").end_of_turn
+    except RecipeError:
+        return None
+
+
+def ends_of(folder: Path) -> list[int]:
+    """The tokens at which generation by the model in a folder ends."""
+    path = folder / GENERATION_CONFIG
+    try:
+        generation = read_json(path) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable JSON: {error}; mend or remove the file") from None
+    return as_list(generation.get("eos_token_id", read_config(folder).get("eos_token_id")))
+
+
+def continue_from_folder(folder: Path, prompt: str, writing: Writing, *, way: Way = "raw") -> str:
+    """What the model in a Hugging Face folder writes, on a GPU when there is one: the answer to the prompt, or the prompt and
+    its continuation.
+
+    At most `writing.new_tokens` tokens, up to where its generation ends or the model's last position. RecipeError for a prompt
+    that leaves no room, DataError for a folder that does not load whole.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_folder(folder)
+    if not prompt:
+        raise RecipeError("--prompt is empty: give at least one character")
+    tokens = _asked(folder, prompt) if way == "chat" else _begun(tokenizer, prompt)
+    # Slopes (ALiBi) and state spaces have no last position.
+    positions = getattr(model.config, "max_position_embeddings", sys.maxsize)
+    if len(tokens) >= positions:
+        raise RecipeError(f"--prompt has {len(tokens)} tokens, but the model has {positions} positions: give fewer than that")
+    torch.manual_seed(derive_seed(writing.seed, "sample"))
+    ids = torch.tensor([tokens], device=device)
+    with torch.no_grad():
+        out = model.to(device).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(writing.new_tokens, positions - len(tokens)),
+            pad_token_id=tokenizer.eos_token_id,
+            **_sampling(writing, model.generation_config),
+        )
+    shown = out[0, len(tokens) :] if way == "chat" else out[0]
+    return str(tokenizer.decode(shown, skip_special_tokens=True))
+
+
+def _asked(folder: Path, prompt: str) -> list[int]:
+    """The tokens of a user's message, as the model was taught by conversations."""
+    return Chat(load_tokenizer(str(folder)), seq_len=ENDLESS, learned="answers").prompt(prompt, key="--prompt")
+
+
+def _begun(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a text that goes on: with what the tokenizer writes before it, without what it writes after."""
+    tokens: list[int] = tokenizer(prompt)["input_ids"]
+    bare: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    after = next((n for n in range(len(tokens) - len(bare) + 1) if tokens[n : n + len(bare)] == bare), 0) + len(bare)
+    return tokens[:after]
+
+
+def _sampling(writing: Writing, said: Any) -> dict[str, Any]:
+    """As the command line asks, or the folder, or with the likeliest token where the temperature is 0."""
+    temperature = writing.temperature if writing.temperature is not None else said.temperature or TEMPERATURE
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    top_k = writing.top_k if writing.top_k is not None else said.top_k or TOP_K
+    return {"do_sample": True, "temperature": temperature, "top_k": top_k}
+
+
+def translates(folder: Path) -> bool:
+    """Whether the folder's model has an encoder and a decoder."""
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError):  # whoever loads it says so
+        return False
+    return config.get("is_encoder_decoder") is True
+
+
+def _require_next_tokens(architectures: Sequence[str], folder: Path) -> None:
+    for head, does in {"SequenceClassification": "sorts texts into classes", "MaskedLM": "guesses masked tokens"}.items():
+        if any(architecture.endswith(f"For{head}") for architecture in architectures):
+            raise RecipeError(f"the model in {folder} {does}: give one that continues texts")
+
+
+def _require_model(folder: Path) -> None:
+    remedies = {
+        peft_format.CONFIG: "give the checkpoint, or write a whole model with triaxis export --merge",
+        bottleneck_format.CONFIG: "give the checkpoint",
+    }
+    for config, remedy in remedies.items():
+        if (folder / config).is_file() and not (folder / "config.json").is_file():
+            raise RecipeError(f"{folder}: an adapter without the model that it belongs to: {remedy}")
+    if not (folder / "config.json").is_file():
+        raise RecipeError(f"{folder}: no config.json there: give a Hugging Face folder, such as RUN_DIR/export")
+    try:
+        require_regular_below(folder)
+    except OSError as error:
+        raise DataError(f"{error.filename}: {told(error)}: remove it from the folder") from None
+
+
+def load_folder(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer; no code from the folder, no pickle, no tensor left to chance."""
+    _require_model(folder)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    try:
+        network = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _require_next_tokens(network.architectures or (), folder)
+        kind = AutoModelForSeq2SeqLM if network.is_encoder_decoder else AutoModelForCausalLM
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # transformers' types know of no `output_loading_info`.
+        loaded = kind.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
+        model, loading = cast(tuple[nn.Module, dict[str, Any]], loaded)
+    except RecipeError:
+        raise
+    except Exception as error:  # transformers, tokenizers and safetensors each raise kinds of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{folder}: cannot be loaded ({reason}): fetch or export it again") from error
+    if loading["missing_keys"]:  # transformers would draw them at random
+        raise DataError(f"{folder}: tensor {min(loading['missing_keys'])} is missing: fetch or export it again")
+    if (folder / bottleneck_format.CONFIG).is_file():
+        bottleneck_format.load_bottlenecks(model, folder)
+    return model.eval(), tokenizer

@@ -1,0 +1,214 @@
+"""A checkpoint or a Hugging Face folder, opened in any layout for what needs no optimizer: evaluation, the harness.
+
+The recipe is the one that a checkpoint was saved with, but for how the work is divided: that follows `--set` alone, and the
+ranks that are left divide the data. Weights are read box by box, so each rank holds its own part of them, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from parallel.mesh import Mesh
+from parallel.messages import Messages
+from parallel.params import owned_specs
+from parallel.topology import Layout
+from trainer.checkpoint.check import read_sound
+from trainer.checkpoint.folder import HUGGING_FACE
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.resume import examine
+from trainer.checkpoint.resume_check import checkpoint_named
+from trainer.checkpoint.weights import Filling
+from trainer.data.tokenizer import Tokenizer, make_tokenizer, reopen_tokenizer
+from trainer.engine.evaluator import Evaluator
+from trainer.engine.execution import DTYPES, make_execution
+from trainer.engine.first_weights import first_weights
+from trainer.engine.master_weights import require_in_range
+from trainer.errors import RecipeError
+from trainer.launch import ranks
+from trainer.launch.ranks import Place, together
+from trainer.model.auto_rules import AUTO
+from trainer.model.auto_stage import AutoStage
+from trainer.model.families import FAMILIES
+from trainer.model.hf_config import classes_of
+from trainer.model.hugging_face import read_config
+from trainer.model.measures import Measures, measures_of
+from trainer.model.network import CONFIG, Network
+from trainer.recipe import ResolvedRecipe, load_given
+from trainer.recipe.batch_plan import BatchPlan, data_parallel_degree
+from trainer.recipe.earlier import recipe_of
+from trainer.schema import Guard, Recipe
+from trainer.stopwatch import Stopwatch
+from trainer.tuning.adapt import quantizing
+from trainer.watchdog.lost import among_strangers
+
+# Of a saved recipe, what says what the model is and what is asked of it. How it was divided, offloaded and optimized is gone.
+KEPT = ("run", "model", "data", "precision", "tuning", "preference")
+KEPT_OF_TRAINING = ("eval_sequences", "beams", "length_penalty")
+SEQ_LEN = 512  # of a Hugging Face folder with as many positions, which says nothing of how long its texts are
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a command line names. `config`: the folder with config.json and the tokenizer; `manifest` None: the weights are in
+    that folder too."""
+
+    folder: Path
+    config: Path
+    manifest: Manifest | None
+
+    @classmethod
+    def named(cls, name: str) -> Weights:
+        """RecipeError where nothing is there, DataError where the checkpoint is damaged."""
+        path = Path(name)
+        if (path / CONFIG).is_file():
+            return cls(path, path, None)
+        checkpoint = checkpoint_named(name, option="WEIGHTS")
+        return cls(checkpoint, checkpoint / HUGGING_FACE, read_sound(checkpoint))
+
+    @property
+    def step(self) -> int | None:
+        return self.manifest.step if self.manifest else None
+
+    def given(self, *, files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A recipe of this model; `files`: what it is evaluated on, in place of what it was trained on."""
+        saved = recipe_of(self.folder, self.manifest.recipe).model_dump() if self.manifest else {}
+        kept = {section: dict(saved.get(section, {})) for section in KEPT}
+        model, data = kept["model"], kept["data"]
+        if self.manifest and model.get("family") == AUTO:
+            raise RecipeError(
+                f"{self.folder}: family auto is transformers' own model: write it with triaxis export, and name that folder"
+            )
+        model |= {"from_pretrained": str(self.config), "revision": None, "config": {}}
+        data |= {"tokenizer": str(self.config)}
+        if self.manifest is not None:
+            data.setdefault("bos", False)  # so it was before there was such a key
+        config = read_config(self.config)
+        if classes := _classes(config):
+            data |= {"task": "classify", "classes": list(classes)}
+        if self.manifest is None:
+            data["seq_len"] = min(SEQ_LEN, config.get("max_position_embeddings") or SEQ_LEN)
+        if files:
+            known = {**(data.get("sources") or [{}])[0], **(data.get("eval_sources") or [{}])[0]}
+            data["eval_sources"] = [{**_named(known, file), **file} for file in files]
+            data["sources"] = [{"path": str(self.config)}]  # a recipe has some; these are never read
+        batch = {"micro_sequences": saved.get("batch", {}).get("micro_sequences", 1)}
+        asked = {key: value for key, value in saved.get("train", {}).items() if key in KEPT_OF_TRAINING}
+        return {**kept, "batch": batch, "train": {**asked, "recompute": "none"}}
+
+
+def _named(source: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
+    """How the run's source calls what its rows have, for another file of such rows; lines have no names."""
+    keys = () if "target_path" in file else ("field", "fields", "columns", "shape", "split")
+    return {key: source[key] for key in keys if source.get(key) is not None}
+
+
+def _classes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those that a Hugging Face folder's model sorts texts into, if it does."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    sorts = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    return classes_of(family, config) if family and sorts else ()
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """On every rank of the mesh."""
+
+    weights: Weights
+    recipe: Recipe
+    place: Place
+    mesh: Mesh
+    plan: BatchPlan
+    network: Network
+    tokenizer: Tokenizer
+    measures: Measures
+    evaluator: Evaluator
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What was asked and how, as JSON values."""
+        return {
+            "weights": str(self.weights.folder),
+            "step": self.weights.step,
+            "layout": {axis: degree for axis, degree in asdict(self.mesh.layout).items() if degree > 1},
+            "precision": self.recipe.precision.dtype,
+        }
+
+
+@contextmanager
+def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[str, Any]] = ()) -> Iterator[OpenModel]:
+    """On every rank that the launcher started. `settings`: those of --set. RecipeError or DataError, on the first rank that
+    sees what is wrong."""
+    place = Place.from_environment(os.environ)
+    timeout = timedelta(seconds=Guard().long_timeout_s)
+    with ExitStack() as stack:
+        stack.enter_context(among_strangers(place.rank))
+        stack.enter_context(ranks.joined(place, timeout))
+        with together():
+            weights = Weights.named(name)
+            resolved = _in_layout(load_given(weights.given(files=files), weights.folder, settings), place)
+        recipe, degrees = resolved.recipe, resolved.recipe.parallel
+        layout = Layout.from_world_size(place.world_size, pp=degrees.pipeline, cp=degrees.context, tp=degrees.tensor)
+        mesh, messages = Mesh.build(layout, timeout), Messages.among_all(timeout)
+        with together():
+            if weights.manifest is not None:
+                examine(weights.folder, messages)
+            tokenizer = reopen_tokenizer(weights.config) if weights.manifest else make_tokenizer(str(weights.config))
+            network, fill = first_weights(resolved, tokenizer, recipe.data.classes, resumed=weights.manifest is not None)
+            if weights.manifest is not None:
+                fill = Filling(weights.folder, weights.manifest)
+            plan = BatchPlan.from_recipe(recipe, place.world_size, place.how)
+        measures, watch = measures_of(recipe.data.task, network), Stopwatch(place.device)
+        with together():
+            execution = make_execution(
+                recipe,
+                plan,
+                network,
+                mesh,
+                place.device,
+                measures=measures,
+                watch=watch,
+                fill=_rounding(quantizing(fill, recipe.tuning), DTYPES[recipe.precision.dtype]),
+            )
+        if isinstance(execution.module, AutoStage) and recipe.data.isolate_documents:
+            execution.module.settle_lengths(place.device, plan.seq_len, may_call_apart=True)
+        yield OpenModel(
+            weights=weights,
+            recipe=recipe,
+            place=place,
+            mesh=mesh,
+            plan=plan,
+            network=network,
+            tokenizer=tokenizer,
+            measures=measures,
+            evaluator=Evaluator(execution, measures, mesh, place.device, watch, vocab_size=network.vocab_size),
+        )
+
+
+def _rounding(fill: Callable[[nn.Module], None], dtype: torch.dtype) -> Callable[[nn.Module], None]:
+    """A `fill` after which a block is in the compute format, to which the layers would round it at every use."""
+
+    def fill_and_round(block: nn.Module) -> None:
+        fill(block)
+        for _, parameter, spec in owned_specs(block):
+            require_in_range(parameter, spec, dtype)
+            parameter.data = parameter.data.to(dtype)
+
+    return fill_and_round
+
+
+def _in_layout(resolved: ResolvedRecipe, place: Place) -> ResolvedRecipe:
+    """With a batch that the ranks can divide: nothing of it is ever trained."""
+    recipe = resolved.recipe
+    dp = data_parallel_degree(recipe.parallel, place.world_size, place.how)
+    sequences = recipe.batch.micro_sequences * dp * recipe.parallel.pipeline * recipe.parallel.virtual_stages
+    batch = recipe.batch.model_copy(update={"global_sequences": sequences})
+    return replace(resolved, recipe=recipe.model_copy(update={"batch": batch}))

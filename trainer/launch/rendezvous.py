@@ -1,0 +1,116 @@
+"""How the ranks of a run meet: in a store at the first rank's address, where each says which process it is.
+
+torch's own rendezvous waits in C++ for all ranks, up to an hour, without a word, and hears no signal meanwhile. Here the main
+thread only looks whether a rank is there yet; what may block stands in a thread beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from trainer.errors import EXIT_HANG, RecipeError, UserError
+from trainer.launch.environment import Seat
+from trainer.launch.processes import Process
+from trainer.launch.stop_request import Interrupted
+
+POLL_S = 0.1
+FIRST_WORD_S = 10.0  # before it is said for whom this rank waits, and after that at most every
+WORD_EVERY_S = 60.0
+NAMED_RANKS = 8
+
+
+class NeverCame(UserError):
+    """A rank that was waited for."""
+
+    exit_code = EXIT_HANG
+
+
+def meet(seat: Seat, timeout: timedelta) -> tuple[Store, list[Process]]:
+    """The store of the run, and the process of each rank. NeverCame when one does not come within `timeout`; RecipeError for a
+    port that is taken; a signal's Interrupted says for whom this rank waited."""
+    waiting = _Waiting(seat, timeout)
+    store = _connected(seat, timeout, waiting)
+    store.set(_key(seat.rank), json.dumps(asdict(Process.own())))
+    keys = [_key(rank) for rank in range(seat.world_size)]
+    while not store.check(keys):
+        waiting.go_on(lambda: _named([rank for rank, key in enumerate(keys) if not store.check([key])], seat.world_size))
+    return store, [Process(**json.loads(text)) for text in store.multi_get(keys)]
+
+
+class _Waiting:
+    """The patience of one rank."""
+
+    def __init__(self, seat: Seat, timeout: timedelta) -> None:
+        self._seat = seat
+        self._began = time.monotonic()
+        self._limit_s = timeout.total_seconds()
+        self._next_word_s = FIRST_WORD_S
+
+    def go_on(self, for_whom: Callable[[], str]) -> None:
+        """Wait a little more; say for whom, now and then, on the first rank of each node."""
+        waited_s, rank = time.monotonic() - self._began, self._seat.rank
+        if waited_s > self._limit_s:
+            raise NeverCame(f"rank {rank}: {for_whom()} did not come within {waited_s:.0f} s; start the run again")
+        if waited_s > self._next_word_s and self._seat.local_rank == 0:
+            sys.stderr.write(f"triaxis: rank {rank} waits for {for_whom()} ({waited_s:.0f} s)\n")
+            sys.stderr.flush()
+            self._next_word_s = waited_s + WORD_EVERY_S
+        try:
+            time.sleep(POLL_S)
+        except Interrupted as signal:
+            raise Interrupted(signal.name, f"while rank {rank} waited for {for_whom()}") from None
+
+
+def _connected(seat: Seat, timeout: timedelta, waiting: _Waiting) -> Store:
+    """The store, which the first rank holds, or under torchrun its agent."""
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    answers: list[Store | Exception] = []
+
+    def connect() -> None:
+        try:
+            answers.append(
+                dist.TCPStore(  # type: ignore[attr-defined]
+                    seat.master_addr,
+                    seat.master_port,
+                    seat.world_size,
+                    is_master=seat.rank == 0 and not has_agent,
+                    timeout=timeout,
+                    wait_for_workers=False,
+                    multi_tenant=True,  # several runs after one another in a process, as in tests
+                )
+            )
+        except Exception as error:
+            answers.append(error)
+
+    threading.Thread(target=connect, name="connecting to the store", daemon=True).start()
+    while not answers:
+        waiting.go_on(lambda: f"the store of rank 0 at {seat.master_addr}:{seat.master_port}")
+    answer = answers[0]
+    if isinstance(answer, dist.DistNetworkError) and "EADDRINUSE" in str(answer):
+        raise RecipeError(
+            f"port {seat.master_port} of this machine, on which the ranks would meet ({seat.how}), is taken by another "
+            "process: set MASTER_PORT to a free one, the same for all ranks"
+        ) from answer
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _key(rank: int) -> str:
+    return f"process of rank {rank}"
+
+
+def _named(ranks: list[int], world_size: int) -> str:
+    more = f" and {len(ranks) - NAMED_RANKS} more" if len(ranks) > NAMED_RANKS else ""
+    plural = "s" if len(ranks) > 1 else ""
+    return f"rank{plural} {', '.join(map(str, ranks[:NAMED_RANKS]))}{more} of {world_size}"

@@ -1,0 +1,80 @@
+"""The learning rate as a pure function of the step: nothing to save, nothing to step, nothing to resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+
+from trainer.schema import Finding, Schedule, Train
+
+
+def lr_at(step: int, *, schedule: Schedule, peak: float, total_steps: int) -> float:
+    """Learning rate of update number `step`, counted from 0, in a run of `total_steps` updates (T below).
+
+    With w = max(warmup_steps, 1), m = min_lr_ratio, and progress p from 0 at step w - 1 (the first at the peak) to 1 at
+    step T - 1 (the last):
+
+        warm-up       peak · (step + 1) / w             while step < w: never 0, the peak at step w - 1
+        constant      peak
+        linear        peak · (m + (1 - m) (1 - p))
+        cosine        peak · (m + (1 - m) (1 + cos πp) / 2)
+        wsd           peak until the last d = decay_steps updates, then linear to m · peak (d: a fifth of T when absent)
+        inverse_sqrt  peak · sqrt(w / (step + 1))
+
+    Past the last step the value stays. ValueError for a step below 0.
+    """
+    if step < 0:
+        raise ValueError(f"step {step} is before the first, which is 0")
+    step = min(step, total_steps - 1)
+    warmup = max(schedule.warmup_steps, 1)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    match schedule.name:
+        case "constant":
+            return peak
+        case "inverse_sqrt":
+            return peak * math.sqrt(warmup / (step + 1))
+        case "wsd":
+            decay = min(decay_steps(schedule, total_steps), total_steps - warmup)
+            progress = max(0.0, 1 - (total_steps - 1 - step) / decay) if decay else 0.0
+            remaining = 1 - progress
+        case "linear" | "cosine":
+            progress = (step - (warmup - 1)) / (total_steps - warmup)
+            remaining = 1 - progress if schedule.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * remaining)
+
+
+def decay_steps(schedule: Schedule, total_steps: int) -> int:
+    """Length of wsd's final decay [steps]: as given, else a fifth of the run (Hu et al. 2024, arXiv:2404.06395, used 10 %;
+    Hägele et al. 2024, arXiv:2405.18392, find little gain past 20 %), and never into the warm-up."""
+    if schedule.decay_steps is not None:
+        return schedule.decay_steps
+    return min(-(-total_steps // 5), max(total_steps - schedule.warmup_steps, 0))
+
+
+def schedule_findings(schedule: Schedule, train: Train, given: Collection[str]) -> Iterator[Finding]:
+    """What cannot work, or would be ignored, in a recipe's schedule; `given` holds the dotted keys that were written."""
+    name = schedule.name
+    if schedule.warmup_steps > train.steps:
+        yield Finding(
+            ("schedule.warmup_steps", "train.steps"),
+            f"schedule.warmup_steps = {schedule.warmup_steps} is longer than train.steps = {train.steps}: the peak would never "
+            f"be reached; legal: 0 to {train.steps}",
+        )
+    elif name == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > train.steps:
+        room = train.steps - schedule.warmup_steps
+        yield Finding(
+            ("schedule.decay_steps", "schedule.warmup_steps", "train.steps"),
+            f"schedule.warmup_steps {schedule.warmup_steps} + schedule.decay_steps {schedule.decay_steps} is more than "
+            f"train.steps = {train.steps}; legal decay_steps: 0 to {room}",
+        )
+    if name != "wsd" and schedule.decay_steps is not None:
+        yield Finding(
+            ("schedule.decay_steps", "schedule.name"),
+            f'schedule.decay_steps is used by "wsd" only, not by "{name}": remove it, or set schedule.name to "wsd"',
+        )
+    if name in ("constant", "inverse_sqrt") and "schedule.min_lr_ratio" in given:
+        yield Finding(
+            ("schedule.min_lr_ratio", "schedule.name"),
+            f'schedule.min_lr_ratio is used by "linear", "cosine" and "wsd", not by "{name}": remove it',
+        )

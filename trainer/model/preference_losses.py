@@ -1,0 +1,127 @@
+"""Losses of preference pairs, from the log-probabilities of their answers.
+
+Shape letters: N tokens of a micro-batch, R documents in it, P pairs; a last dimension of 2 is (chosen, rejected).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from parallel.attention import Documents
+from parallel.loss import IGNORE, VocabParallelHead
+from trainer import schema
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The two answers to each of P prompts. `reference_P2`: the log-probabilities that the model gave them before training,
+    where the loss needs them."""
+
+    log_probs_P2: Tensor  # of the answer: the sum over its tokens
+    num_targets_P2: Tensor  # tokens of the answer
+    reference_P2: Tensor | None
+
+    @classmethod
+    def of_documents(cls, log_probs_R: Tensor, labels_BS: Tensor, documents: Documents, reference_R: Tensor | None) -> Answers:
+        """Each row holds the chosen and the rejected answer of a pair, and so on, and after them it may be filled up."""
+        num_targets_R = documents.sums((labels_BS != IGNORE).flatten())
+        pairs_P2 = _pairs(documents).to(log_probs_R.device)
+        reference_P2 = None if reference_R is None else reference_R[pairs_P2]
+        return cls(log_probs_R[pairs_P2], num_targets_R[pairs_P2], reference_P2)
+
+    @property
+    def mean_log_probs_P2(self) -> Tensor:
+        return self.log_probs_P2 / self.num_targets_P2
+
+    @property
+    def log_ratios_P2(self) -> Tensor:
+        """How much more likely than at the start the answers are."""
+        assert self.reference_P2 is not None
+        return self.log_probs_P2 - self.reference_P2
+
+
+class PairLosses(NamedTuple):
+    """`rewards_P2`: what the model, read as a reward model, gives the answers; without gradient."""
+
+    losses_P: Tensor
+    rewards_P2: Tensor
+
+
+def dpo(answers: Answers, keys: schema.Preference) -> PairLosses:
+    """−(1 − ε) log σ(m) − ε log σ(−m), m = β times how much more the chosen answer's log-probability rose than the other's
+    (Rafailov et al. 2023, arXiv:2305.18290, equation 7; ε, the share of pairs whose answers are taken to be the wrong way
+    round: Mitchell 2023, "A note on DPO with noisy preferences", equation 3)."""
+    rewards_P2 = keys.beta * answers.log_ratios_P2
+    margins_P = _margins(rewards_P2)
+    right_P, wrong_P = functional.logsigmoid(margins_P), functional.logsigmoid(-margins_P)
+    return PairLosses(-(1 - keys.label_smoothing) * right_P - keys.label_smoothing * wrong_P, rewards_P2.detach())
+
+
+def ipo(answers: Answers, keys: schema.Preference) -> PairLosses:
+    """(m − 1 / 2β)², m = how much more the chosen answer's mean log-probability rose (Azar et al. 2023, arXiv:2310.12036,
+    equation 17, with means over the tokens in place of sums, as its authors confirmed to Hugging Face)."""
+    margins_P = _margins(answers.log_ratios_P2 / answers.num_targets_P2)
+    return PairLosses((margins_P - 1 / (2 * keys.beta)).square(), keys.beta * answers.log_ratios_P2.detach())
+
+
+def orpo(answers: Answers, keys: schema.Preference) -> PairLosses:
+    """−p − β log σ(log odds(p) − log odds(q)) for the mean log-probabilities p and q of the chosen and the rejected answer, and
+    log odds(p) = p − log(1 − eᵖ) (Hong et al. 2024, arXiv:2403.07691, equations 4 to 7; β is their λ)."""
+    means_P2 = answers.mean_log_probs_P2
+    margins_P = _margins(means_P2 - _log1mexp(means_P2))
+    losses_P = -means_P2[:, 0] - keys.beta * functional.logsigmoid(margins_P)
+    return PairLosses(losses_P, keys.beta * means_P2.detach())
+
+
+LOSSES: dict[str, Callable[[Answers, schema.Preference], PairLosses]] = {"dpo": dpo, "ipo": ipo, "orpo": orpo}
+
+
+def preference_loss(
+    output: VocabParallelHead,
+    x_ND: Tensor,
+    labels_BS: Tensor,
+    documents: Documents,
+    reference_R: Tensor | None,
+    *,
+    measured: bool,
+    keys: schema.Preference,
+) -> Tensor:
+    """What `PairMeasures` reads, in training as in an evaluation.
+
+    Sums over hundreds of tokens are taken in float64: their differences are what is learned from.
+    """
+    losses_N = output(x_ND, labels_BS.flatten(), by_token=True)
+    log_probs_R = -documents.sums(losses_N.double())
+    return sums_over_pairs(Answers.of_documents(log_probs_R, labels_BS, documents, reference_R), keys)
+
+
+def sums_over_pairs(answers: Answers, keys: schema.Preference) -> Tensor:
+    """The loss, with gradient, the rewards of chosen and of rejected answers, and the pairs that these have in order, each
+    summed over the pairs, [4]."""
+    losses_P, rewards_P2 = LOSSES[keys.loss](answers, keys)
+    is_right_P = rewards_P2[:, 0] > rewards_P2[:, 1]
+    sums = (losses_P.sum(), *rewards_P2.sum(0), is_right_P.sum())
+    return torch.stack([part.to(losses_P.dtype) for part in sums])
+
+
+def _pairs(documents: Documents) -> Tensor:
+    """Which of the documents are the answers of each pair, int64 [P, 2]."""
+    firsts = accumulate((len(row) for row in documents.lengths), initial=0)
+    answers = [first + n for first, row in zip(firsts, documents.lengths, strict=False) for n in range(len(row) // 2 * 2)]
+    return torch.tensor(answers, dtype=torch.int64).reshape(-1, 2)
+
+
+def _margins(scores_P2: Tensor) -> Tensor:
+    return scores_P2[:, 0] - scores_P2[:, 1]
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 − eˣ) for x < 0. An answer of probability 1 counts as the largest below 1, so that its odds are finite."""
+    return torch.log(-torch.expm1(x.clamp(max=-torch.finfo(x.dtype).eps)))

@@ -1,1 +1,0 @@
-"""Learning from pairs of answers, one of which is preferred."""

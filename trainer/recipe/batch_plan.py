@@ -1,0 +1,109 @@
+"""All counts of a step and the one normalisation constant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+
+from parallel.topology import Layout
+from trainer.errors import RecipeError
+from trainer.schema import Parallel, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """How one step's sequences are cut: global_sequences = micro_sequences · dp · num_micro_batches.
+
+    Sequences are counted over all ranks unless the name says otherwise; `dp` is the data-parallel degree.
+    """
+
+    global_sequences: int
+    micro_sequences: int
+    dp: int
+    num_micro_batches: int
+    seq_len: int
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, world_size: int, how: str) -> BatchPlan:
+        """RecipeError with the whole equation when it does not hold. `how` says where the world size is known from."""
+        dp = data_parallel_degree(recipe.parallel, world_size, how)
+        batch = recipe.batch
+        per_round = batch.micro_sequences * dp
+        if batch.global_sequences % per_round:
+            raise RecipeError(_equation(recipe, dp, world_size, how))
+        return cls(
+            global_sequences=batch.global_sequences,
+            micro_sequences=batch.micro_sequences,
+            dp=dp,
+            num_micro_batches=batch.global_sequences // per_round,
+            seq_len=recipe.data.row_tokens,
+        )
+
+    @property
+    def sequences_per_rank(self) -> int:
+        """Of one step, on one data-parallel rank."""
+        return self.micro_sequences * self.num_micro_batches
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all ranks."""
+        return self.global_sequences * self.seq_len
+
+    def loss_factor(self, num_targets: int) -> float:
+        """What each micro-batch's loss_sum is multiplied by before backward.
+
+        The step's loss is Σ token losses over all ranks and micro-batches / number of targets in the step. Gradients of
+        the micro-batches on a rank are summed, but DeepSpeed averages them over the dp ranks, so the factor is
+        dp / num_targets. It is the same for every micro-batch: a mean of micro-batch means would weigh tokens by how
+        many targets their neighbours have.
+
+        `num_targets`: targets of the whole step, over all ranks; a micro-batch may have none, the step may not
+        (ValueError).
+        """
+        if num_targets < 1:
+            raise ValueError(f"a step needs at least one target, not {num_targets}")
+        return self.dp / num_targets
+
+
+def data_parallel_degree(parallel: Parallel, world_size: int, how: str) -> int:
+    """World size / (tensor · pipeline · context); RecipeError with the factors when it does not divide."""
+    try:
+        return Layout.from_world_size(world_size, pp=parallel.pipeline, cp=parallel.context, tp=parallel.tensor).dp
+    except ValueError:
+        replica = parallel.tensor * parallel.pipeline * parallel.context
+        raise RecipeError(
+            f"world size {world_size} ({how}) is not a multiple of parallel.tensor {parallel.tensor} × pipeline "
+            f"{parallel.pipeline} × context {parallel.context} = {replica}; nearest legal world size: "
+            f"{_neighbours(world_size, replica)}"
+        ) from None
+
+
+def _equation(recipe: Recipe, dp: int, world_size: int, how: str) -> str:
+    batch, degrees = recipe.batch, recipe.parallel
+    per_round = batch.micro_sequences * dp
+    factors = f"data {dp}" + "".join(
+        f" × {axis} {degree}"
+        for axis, degree in (("tensor", degrees.tensor), ("pipeline", degrees.pipeline), ("context", degrees.context))
+        if degree > 1
+    )
+    on_each, rest = divmod(batch.global_sequences, dp)
+    legal_micro = [str(n) for n in sorted(divisors(on_each)) if n < batch.micro_sequences and not rest]
+    other = f", or batch.micro_sequences {', '.join(legal_micro[-3:])}" if legal_micro else ""
+    quotient = f"{batch.global_sequences} / ({batch.micro_sequences} · {dp}) = {batch.global_sequences / per_round:g}"
+    return (
+        f"batch.global_sequences = {batch.global_sequences} is not micro_sequences {batch.micro_sequences} × "
+        f"data-parallel {dp} × micro-batches: {quotient}; nearest legal: {_neighbours(batch.global_sequences, per_round)}"
+        f"{other} (world size {world_size} = {factors}, from {how})"
+    )
+
+
+def divisors(number: int) -> set[int]:
+    """All of them, found in its square root's time; none of 0."""
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return {*small, *(number // n for n in small)}
+
+
+def _neighbours(value: int, step: int) -> str:
+    """The multiples of `step` on both sides of `value`."""
+    below = value // step * step
+    return f"{below} or {below + step}" if below else str(step)

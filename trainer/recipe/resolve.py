@@ -1,0 +1,136 @@
+"""From a file to a `ResolvedRecipe`, or to one line for each thing that is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import RecipeError
+from trainer.learning_rate import decay_steps
+from trainer.model.config import TransformerConfig
+from trainer.model.new_tokens import number_at_the_end, stand_ins
+from trainer.recipe.keys import validate
+from trainer.recipe.marks import Problem, dotted, first_mark, leaves
+from trainer.recipe.names import name_findings, with_paths
+from trainer.recipe.network import fit_findings, read_network, translate, with_head
+from trainer.recipe.overlay import Layer, read_chain
+from trainer.recipe.pipeline import pipeline_findings
+from trainer.recipe.rules import section_findings
+from trainer.redaction import redact
+from trainer.schema import Recipe
+
+MAX_LINES = 100  # of problems shown
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe:
+    """A recipe that passed the door.
+
+    `origins`: dotted key of every value → "default", "file NAME", "--set" or "derived". `given`: what was written, after
+    `extends` and `--set`. `sources`: the files read, the one named by the user last. `hf_config`: the network in Hugging
+    Face's names, None while it is still on the hub.
+    """
+
+    recipe: Recipe
+    origins: dict[str, str]
+    given: dict[str, Any]
+    sources: tuple[Path, ...]
+    hf_config: dict[str, Any] | None
+
+    def network(
+        self,
+        *,
+        vocab_size: int | None,
+        new_tokens: Collection[int] | None = None,
+        pretrained: Mapping[str, Any] | None = None,
+        classes: Sequence[str] = (),
+    ) -> TransformerConfig:
+        """What to build. `vocab_size`: symbols of the tokenizer, taken when the config names none; `new_tokens`: the numbers of
+        those of data.new_tokens, None where it was not opened; `pretrained`: the config.json that came from the hub; `classes`:
+        those of a classifier, as they are found in the data. RecipeError when it does not translate or the tokenizer does not
+        fit."""
+        hf_config = {**pretrained, **self.recipe.model.config} if pretrained is not None else self.hf_config
+        if hf_config is None:
+            raise RecipeError("model.from_pretrained is a hub name: its config.json must be fetched first")
+        family = self.recipe.model.family or str(hf_config.get("model_type"))
+        num_new = len(self.recipe.data.new_tokens)
+        if new_tokens is not None and vocab_size is not None:
+            num_new = number_at_the_end(vocab_size, new_tokens)
+        fixed = self.recipe.model.from_pretrained is not None
+        config, findings = translate(family, hf_config, vocab_size, num_new=num_new, fixed=fixed)
+        if config is None or findings:
+            raise RecipeError([f"model.config: {finding.message}" for finding in findings])
+        if new_tokens is None:
+            new_tokens = stand_ins(num_new, config.vocab_size)
+        config = replace(with_head(self.recipe, config, classes), new_tokens=tuple(sorted(new_tokens)))
+        if unfit := list(fit_findings(self.recipe, config)):
+            raise RecipeError([finding.message for finding in unfit])
+        return config
+
+    def as_resolved_json(self, deepspeed_config: dict[str, Any] | None = None) -> dict[str, Any]:
+        """For resolved.json and the screen: every value with its origin, and, once the world size is known, DeepSpeed's dict;
+        no secrets."""
+        values = {
+            dotted(path): {"value": value, "origin": self.origins[dotted(path)]}
+            for path, value in leaves(self.recipe.model_dump())
+        }
+        resolved = {"values": values} | ({} if deepspeed_config is None else {"deepspeed_config": deepspeed_config})
+        return dict(redact(resolved))
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
+    """Read, merge and validate. RecipeError holds one line for each thing that is wrong, in the order of the file."""
+    return _admitted(read_chain(Path(path), []), overrides)
+
+
+def load_given(given: Mapping[str, Any], where: Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
+    """As `load`, of a value that is in no file; `where` stands for it in messages."""
+    return _admitted(Layer(dict(given), {}, [where]), overrides)
+
+
+def _admitted(layer: Layer, overrides: Sequence[str]) -> ResolvedRecipe:
+    for order, override in enumerate(overrides, len(layer.sources)):
+        layer.set(override, order)
+    marks = layer.named_marks()
+    recipe, problems, faulty = validate(layer.value, marks)
+    recipe, findings = with_paths(recipe)
+    faulty |= {key for finding in findings for key in finding.keys}
+    problems += [Problem(first_mark(finding.keys, marks), finding.message) for finding in findings]
+    hf_config, findings = read_network(recipe)
+    findings += pipeline_findings(recipe, marks.keys())
+    rules = [*section_findings(recipe, marks.keys()), *name_findings(recipe), *findings]
+    # A rule about a key that is itself wrong would only repeat or mislead.
+    sound = [finding for finding in rules if not any(_under(key, bad) for key in finding.keys for bad in faulty)]
+    problems += [Problem(first_mark(finding.keys, marks), finding.message) for finding in sound]
+    if problems := [*layer.problems, *problems]:
+        lines = [str(p) for p in dict.fromkeys(sorted(problems, key=lambda p: (p.mark, p.message)))]
+        more = len(lines) - MAX_LINES
+        raise RecipeError(lines[:MAX_LINES], [f"and {more} more"] * (more > 0))
+    return _resolve(recipe, layer, hf_config)
+
+
+def _resolve(recipe: Recipe, layer: Layer, hf_config: dict[str, Any] | None) -> ResolvedRecipe:
+    derived: dict[tuple[str, str], Any] = {}
+    if recipe.data.cache_dir is None:
+        derived["data", "cache_dir"] = str(Path(recipe.run.dir) / "data")
+    if recipe.parallel.sequence_parallel is None:
+        derived["parallel", "sequence_parallel"] = recipe.parallel.divides_tokens
+    if recipe.schedule.name == "wsd" and recipe.schedule.decay_steps is None:
+        derived["schedule", "decay_steps"] = decay_steps(recipe.schedule, recipe.train.steps)
+    if recipe.model.family is None and hf_config is not None:
+        derived["model", "family"] = hf_config["model_type"]
+    values = recipe.model_dump()
+    for (section, key), value in derived.items():
+        values[section][key] = value
+    resolved = Recipe.model_validate(values)
+    origins = {
+        dotted(path): "derived" if path in derived else layer.marks[path].origin if path in layer.marks else "default"
+        for path, _ in leaves(resolved.model_dump())
+    }
+    return ResolvedRecipe(resolved, origins, layer.value, tuple(layer.sources), hf_config)
+
+
+def _under(key: str, faulty: str) -> bool:
+    return key == faulty or key.startswith((f"{faulty}.", f"{faulty}["))

@@ -1,0 +1,123 @@
+"""What a rank needs at the very least, from the recipe alone, against what its machine has. No torch.
+
+Linux promises more memory than there is, and kills without a word whoever comes to use it; so what is clearly impossible is
+refused before it is tried. What is counted is there at one time whatever the layout: a step's data, what each layer keeps for
+backward (its input, of all that it keeps), the weights themselves, the buffers of a swap pool.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer.costs.blocks import count_parameters
+from trainer.errors import RecipeError
+from trainer.model.auto_network import AutoNetwork
+from trainer.model.config import TransformerConfig, largest_weight
+from trainer.recipe.batch_plan import BatchPlan
+from trainer.schema import Recipe
+
+TOKEN_BYTES = 16  # a token and what it predicts, both int64
+ROW_BYTES = 56  # the lengths of the documents in a row, of which there is one
+BATCH_BYTES = 400  # the two tensors of a micro-batch, beside what they hold
+ACTION_BYTES = 64  # a forward or backward in the table of a schedule, which every rank of a pipeline has whole
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FP32_BYTES = 4
+
+
+class Demand(NamedTuple):
+    """`what` needs memory, in the keys that decide it; in the host's also where the rank computes on a GPU."""
+
+    what: str
+    num_bytes: int
+    in_host: bool
+
+
+class Machine(NamedTuple):
+    """Bytes of the host, shared by so many ranks, and of this rank's GPU; None: it computes on the host."""
+
+    host_bytes: int
+    local_ranks: int
+    gpu_bytes: int | None
+
+
+def require_memory(recipe: Recipe, plan: BatchPlan, network: TransformerConfig | AutoNetwork, machine: Machine) -> None:
+    """RecipeError, with the largest demand, where a rank cannot have what it needs."""
+    demands = list(least_demands(recipe, plan, network))
+    in_host = [demand for demand in demands if demand.in_host or machine.gpu_bytes is None]
+    in_gpu = [demand for demand in demands if demand not in in_host]
+    share = machine.host_bytes // machine.local_ranks
+    _require(in_host, share, f"this machine has {_size(share)} of memory for each of its {machine.local_ranks} ranks")
+    if machine.gpu_bytes is not None:
+        _require(in_gpu, machine.gpu_bytes, f"this GPU has {_size(machine.gpu_bytes)}")
+
+
+def _require(demands: list[Demand], there: int, said: str) -> None:
+    needed = sum(demand.num_bytes for demand in demands)
+    if needed > there:
+        largest = max(demands, key=lambda demand: demand.num_bytes)
+        raise RecipeError(
+            f"a rank needs at least {_size(needed)}, {_size(largest.num_bytes)} of them for {largest.what}, and {said}: lower "
+            "what is named, or divide it over more ranks"
+        )
+
+
+def least_demands(recipe: Recipe, plan: BatchPlan, network: TransformerConfig | AutoNetwork) -> Iterator[Demand]:
+    """Of one rank."""
+    batch, seq_len, parallel, zero = recipe.batch, recipe.data.seq_len, recipe.parallel, recipe.zero
+    step = plan.sequences_per_rank * (plan.seq_len * TOKEN_BYTES + ROW_BYTES) + plan.num_micro_batches * BATCH_BYTES
+    yield Demand(f"the data of a step (batch.global_sequences {batch.global_sequences} × data.seq_len {seq_len})", step, True)
+    if parallel.pipeline > 1:
+        actions = 2 * plan.num_micro_batches * parallel.pipeline * parallel.virtual_stages
+        what = f"the schedule of {plan.num_micro_batches} micro-batches (batch.global_sequences {batch.global_sequences})"
+        yield Demand(what, actions * ACTION_BYTES, True)
+    itemsize, divided = DTYPE_BYTES[recipe.precision.dtype], parallel.tensor * parallel.pipeline
+    if isinstance(network, TransformerConfig):
+        layers = network.num_layers if parallel.pipeline == 1 else parallel.virtual_stages
+        tokens = batch.micro_sequences * seq_len // (parallel.tensor if parallel.divides_tokens else 1)
+        yield Demand(
+            f"what the layers keep of a micro-batch (batch.micro_sequences {batch.micro_sequences} × data.seq_len {seq_len})",
+            tokens * network.hidden_size * layers * itemsize,
+            False,
+        )
+        elements, largest = count_parameters(network) // divided, largest_weight(network)
+    else:
+        elements, largest = network.matmul_weights, network.largest_weight
+    share = elements // (plan.dp if zero.stage == 3 else 1)
+    if zero.offload_param.device != "nvme" and recipe.tuning.quantize is None:
+        yield Demand("the weights (model.config)", share * itemsize, zero.offload_param.device == "cpu")
+    if zero.offload_param.device == "nvme":
+        keys = zero.offload_param
+        each = keys.buffer_size or largest // plan.dp
+        what = f"the swap buffers (zero.offload_param.buffer_count {keys.buffer_count} × buffer_size {each})"
+        yield Demand(what, keys.buffer_count * each * itemsize, True)
+    if zero.offload_optimizer.device == "nvme" and recipe.tuning.method is None:
+        keys_of_states, tile = zero.offload_optimizer, min(zero.sub_group_size, share)
+        what = f"the swap buffers (zero.offload_optimizer.buffer_count {keys_of_states.buffer_count} × a tile of {tile})"
+        yield Demand(what, keys_of_states.buffer_count * tile * FP32_BYTES, True)
+
+
+def host_bytes() -> int:
+    """Memory of this machine, or what its control group leaves this process of it, and the machine's swap."""
+    found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, swap = (int(found[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
+    return min(total, *_group_limits(total)) + swap
+
+
+def _group_limits(total: int) -> list[int]:
+    """Of the group that this process is in and those above it; a group without one has all."""
+    limits = [total]
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        hierarchy, _, name = line.split(":", 2)
+        group = Path("/sys/fs/cgroup") / name.lstrip("/")
+        for folder in (group, *group.parents) if hierarchy == "0" else ():
+            limit = folder / "memory.max"
+            if os.access(limit, os.R_OK) and (text := limit.read_text().strip()) != "max":
+                limits.append(int(text))
+    return limits
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.3g} GiB" if num_bytes < 2**43 else f"{num_bytes / 2**40:,.0f} TiB"

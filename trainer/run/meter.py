@@ -1,0 +1,94 @@
+"""From step results to training records: rates, the time split, MFU, memory, skipped steps."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from trainer.costs.flops import row_flops
+from trainer.data.loader import MicroBatch
+from trainer.engine.engine import StepResult
+from trainer.run.session import Session
+from trainer.track import read_metrics
+from trainer.track.history import History
+
+PARTS = ("data", "forward", "backward", "optimizer")
+
+
+class Meter:
+    """Logs a record every `train.log_every` steps and at the last; its times are means over the steps since the one before."""
+
+    def __init__(self, run: Session) -> None:
+        self._run = run
+        self._skipped: int = run.checkpoints.memory.get("meter", {}).get("skipped", 0)
+        self._last: dict[str, float | int] = {}
+        self.restart()
+
+    def state(self) -> dict[str, int]:
+        """What a resumed run must count on from."""
+        return {"skipped": self._skipped}
+
+    def restart(self) -> None:
+        """Begin a new span, leaving out what happened since the last record (evaluation, saving)."""
+        self._steps = 0
+        self._flops = 0
+        self._run.engine.watch.lap()
+        self._since = time.perf_counter()
+
+    def record(self, steps_done: int, lr: float, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
+        run = self._run
+        self._steps += 1
+        # Of this rank's micro-batches; the ranks that hold one copy of the model together share the work.
+        rows = (row for batch in micro_batches for row in batch.documents)
+        self._flops += row_flops(run.network, rows, trained_beside=run.census.trained_beside)
+        self._skipped += result.skipped
+        if steps_done % run.recipe.train.log_every and steps_done != run.recipe.train.steps:
+            return
+        spent = run.engine.watch.lap()
+        span_s = time.perf_counter() - self._since
+        step_time_s = span_s / self._steps
+        split = {f"time_{part}_s": spent.get(part, 0.0) / self._steps for part in PARTS}
+        self._last = {
+            "step": steps_done,
+            "loss": result.loss,
+            **result.statistics,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "loss_scale": result.loss_scale,
+            "tokens": steps_done * run.plan.tokens_per_step,
+            "tokens_per_s": run.plan.tokens_per_step / step_time_s,
+            "step_time_s": step_time_s,
+            **split,
+            "time_other_s": max(0.0, step_time_s - sum(split.values())),
+            "mfu": self._flops / run.mesh.replica.size / span_s / run.peak_flops,
+            "memory_gib": peak_memory_gib(run.place.device),
+            "skipped": self._skipped,
+            "num_targets": result.num_targets,
+            "time": time.time(),
+        }
+        run.tracker.log(self._last)
+        run.account(steps_done)
+        self.restart()
+
+    def summary(self) -> Mapping[str, float | int]:
+        """The closing figures: those of the last record, and of rates the median over all records of the run, as its report has
+        it; few when a resumed run had no step to do."""
+        if not self._last:
+            return self.state()
+        history = History.of(read_metrics(self._run.folder.metrics))
+        medians = {key: history.median(key) for key in ("tokens_per_s", "mfu")}
+        rates = {key: self._last[key] if median is None else median for key, median in medians.items()}
+        last = {key: self._last[key] for key in ("tokens", "memory_gib", "skipped")}
+        return {"final_loss": self._last["loss"], **rates, **last}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most that this rank has held: on the GPU, or resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

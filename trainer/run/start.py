@@ -1,0 +1,160 @@
+"""Where a run starts: at step 0, or from a checkpoint; and in which folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from parallel.messages import Messages
+from trainer.checkpoint.facts import refusals
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.resume import Found, examine, newest_whole
+from trainer.checkpoint.resume_check import Resume, checkpoint_named
+from trainer.cluster.lease import JobStart, held
+from trainer.errors import DataError, RecipeError
+from trainer.recipe import ResolvedRecipe
+from trainer.recipe.earlier import as_begun, rules_of_checkpoint, rules_of_run
+from trainer.run_folder import RunFolder, read_resolved
+from trainer.track.jsonl import read_metrics
+
+
+def claim(folder: RunFolder, resume: Resume, sources: Sequence[Path] = ()) -> list[str]:
+    """Take the run folder, on the first rank; remarks. RecipeError or DataError rather than writing over another run, or what
+    is no run. `sources`: the files of the recipe."""
+    remarks = []
+    if folder.holds_a_run:
+        if resume.how == "never":
+            with held(folder.path, JobStart()):
+                remarks.append(f"the run that was in {folder.path} is now in {folder.move_aside()}")
+        elif resume.path is not None:
+            _require_own(folder, checkpoint_named(resume.path))
+    elif there := [path for path in (*folder.replaced_whole, *_written_over(folder, sources)) if path.exists()]:
+        raise RecipeError(
+            f"run folder {folder.path}: {there[0].name} is in it, which a run would write over, but no run (metrics.jsonl): "
+            "give a new folder"
+        )
+    folder.create()
+    return remarks
+
+
+def _written_over(folder: RunFolder, sources: Sequence[Path]) -> list[Path]:
+    """Return those of the recipe's own files where the run keeps its copy."""
+    copies = {(folder.path / "recipe.json").resolve(), folder.resolved.resolve()}
+    return [source for source in sources if source.resolve() in copies]
+
+
+def begin_again(folder: RunFolder, resume: Resume) -> list[str]:
+    """Whether the run that is there may begin at step 0, where it has left nothing to go on from, once nobody else writes
+    there; remarks. RecipeError or DataError when it may not."""
+    checkpoints = CheckpointFolder(folder.checkpoints)
+    if resume.path is not None or not folder.holds_a_run or checkpoints.steps() or checkpoints.set_aside_ones():
+        return []
+    if foreign := checkpoints.foreign():
+        raise DataError(
+            f"{foreign[0]}: it is among the checkpoints of a run that has none, and has no checkpoint's name (step-00000100): "
+            "give it its name back, or remove it; or choose another run.name (--set run.name=NAME)"
+        )
+    _require_restartable(folder)
+    return ["the run was ended before its first checkpoint: it begins again at step 0"]
+
+
+def keep_rules(
+    resolved: ResolvedRecipe, folder: RunFolder, resume: Resume, messages: Messages
+) -> tuple[ResolvedRecipe, list[str]]:
+    """The recipe with the rules of the data by which what it goes on from began, where it leaves them open; remarks.
+    Collective."""
+    begun = messages.broadcast(_rules(folder, resume) if messages.is_first else None)
+    return (resolved, []) if begun is None else as_begun(resolved, begun["rules"], begun["where"])
+
+
+def _rules(folder: RunFolder, resume: Resume) -> dict[str, Any] | None:
+    """Those of the checkpoint that is named, else of the run that is there."""
+    if resume.how == "never":
+        return None
+    if resume.path is None and folder.holds_a_run and (rules := rules_of_run(folder.resolved)) is not None:
+        return {"rules": rules, "where": f"the run in {folder.path}"}
+    found = (
+        checkpoint_named(resume.path)
+        if resume.path
+        else next((p for _, p in CheckpointFolder(folder.checkpoints).steps()), None)
+    )
+    if found is None:
+        return None
+    try:
+        return {"rules": rules_of_checkpoint(Manifest.read(found).recipe), "where": str(found)}
+    except DataError:
+        return None  # another one will be found, or it will be said
+
+
+def find(folder: RunFolder, resume: Resume, messages: Messages) -> tuple[Found | None, list[str]]:
+    """The whole checkpoint to go on from, and remarks. DataError, on all ranks, when there is none left. Collective."""
+    checkpoints = CheckpointFolder(folder.checkpoints)
+    if resume.how == "never":
+        return None, []
+    if resume.path is None:
+        return newest_whole(checkpoints, messages)
+    path = Path(messages.broadcast(str(checkpoint_named(resume.path)) if messages.is_first else None))
+    return Found(path, examine(path, messages)), []
+
+
+def agree(found: Found, facts: Mapping[str, Any], resume: Resume) -> None:
+    """RecipeError when this run must not go on from that checkpoint."""
+    if lines := refusals(str(found.path), found.manifest.step, found.manifest.facts, facts, resume.allowed):
+        raise RecipeError(lines)
+
+
+def leave_behind(found: Found, folder: RunFolder) -> list[str]:
+    """Going on from an older checkpoint of this run: the newer ones leave the choice, on the first rank; remarks."""
+    checkpoints = CheckpointFolder(folder.checkpoints)
+    newer = [path for step, path in checkpoints.steps() if step > found.manifest.step]
+    return [
+        f"{path.name} is newer than what the run goes on from: set aside as "
+        f"{checkpoints.set_aside(path, 'superseded', f'the run went on from {found.path}').name}"
+        for path in newer
+    ]
+
+
+def make_room(folder: RunFolder, keep: int) -> list[str]:
+    """A start that was killed after its last save may not have come to remove what that one replaced; on the first rank, once
+    the newest checkpoint is known to be whole; remarks."""
+    try:
+        return [
+            f"{path.name} was to be removed before the run was ended"
+            for path in CheckpointFolder(folder.checkpoints).prune(keep)
+        ]
+    except OSError as error:
+        return [f"warning: older checkpoints stay: {error}; the next save removes them"]
+
+
+def _require_own(folder: RunFolder, checkpoint: Path) -> None:
+    if checkpoint.resolve().parent != folder.checkpoints.resolve():
+        raise RecipeError(
+            f"run folder {folder.path} already holds a run, and {checkpoint} is not a checkpoint of it: choose another "
+            "run.name (--set run.name=NAME)"
+        )
+
+
+def _require_restartable(folder: RunFolder) -> None:
+    """A run without a checkpoint begins again at step 0 if it was ended before its first, or while that was written."""
+    every = _saved_every(folder)
+    last_step = max((int(record["step"] or 0) for record in read_metrics(folder.metrics)), default=0)
+    choose = f"choose another run.name (--set run.name=NAME), or --resume never, which moves {folder.path} aside"
+    if not last_step:
+        return
+    if not every:
+        raise RecipeError(f"run folder {folder.path} already holds a run, which kept no checkpoints: {choose}")
+    if last_step > 2 * every:  # until its second save begins, after that step is logged, the first may have been under way
+        raise DataError(
+            f"{folder.checkpoints}: no checkpoint is there, though the run reached step {last_step} and saves every {every}: "
+            f"bring the folder back (is its disk mounted?), or {choose}"
+        )
+
+
+def _saved_every(folder: RunFolder) -> int:
+    """checkpoint.every of the run that is there; 0 where that is not known."""
+    try:
+        return int(read_resolved(folder.resolved)["values"]["checkpoint.every"]["value"])
+    except (RecipeError, DataError, KeyError):
+        return 0
