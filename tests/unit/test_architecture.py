@@ -127,6 +127,15 @@ def one_way(source: Source) -> list[str]:
     return wrong
 
 
+def nobody_borrows_from_a_test(source: Source) -> list[str]:
+    """No file borrows from a test: what two tests need is a library beside them, which says what it is for."""
+    return [
+        f"{source.path}:{found.line} imports {found.module}: move what it borrows to a module that is no test"
+        for found in imports(source)
+        if any(name.startswith("test_") for name in found.module.split("."))
+    ]
+
+
 # The parts of `trainer/`, a folder or a loose file each, from the ground up: a part may import those that stand before it.
 LAYERS = (
     *(
@@ -416,6 +425,7 @@ def no_module_level_groups(source: Source) -> list[str]:
 Rule = Callable[[Source], list[str]]
 RULES: tuple[Rule, ...] = (
     one_way,
+    nobody_borrows_from_a_test,
     arrows_fall,
     no_circle,
     owned_libraries,
@@ -430,7 +440,8 @@ RULES: tuple[Rule, ...] = (
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_tree_keeps(rule: Rule) -> None:
-    package_owned = [source for source in sources().values() if source.package != "tests" or rule is one_way]
+    for_tests_too = rule in (one_way, nobody_borrows_from_a_test)
+    package_owned = [source for source in sources().values() if source.package != "tests" or for_tests_too]
     if rule is owned_libraries:  # benchmarks compare with other libraries' own loops
         package_owned = [source for source in package_owned if source.package != "tools"]
     assert [line for source in package_owned for line in rule(source)] == []
@@ -445,6 +456,10 @@ BAD: list[tuple[Rule, str, str]] = [
     (one_way, "trainer/loop.py", "from tests.spawn import spawn"),
     (one_way, "trainer/loop.py", "import tools.bench"),
     (one_way, "tools/bench.py", "import tests"),
+    (nobody_borrows_from_a_test, "tests/unit/test_new.py", "from tests.unit.test_tuning import LLAMA"),
+    (nobody_borrows_from_a_test, "tests/end_to_end/test_new.py", "def f():\n    from tests.end_to_end import test_train"),
+    (nobody_borrows_from_a_test, "tests/parallel/training.py", "from .test_engine_parity import reference"),
+    (nobody_borrows_from_a_test, "tools/bench.py", "import tests.parallel.test_guard"),
     (arrows_fall, "trainer/data/new.py", "from trainer.model.config import TransformerConfig"),
     (arrows_fall, "trainer/errors.py", "def f():\n    import trainer.schema"),
     (arrows_fall, "trainer/engine/new.py", "if TYPE_CHECKING:\n    from trainer.checkpoint.save import Saver"),
@@ -509,6 +524,11 @@ def test_a_rule_can_fail(rule: Rule, path: str, text: str) -> None:
 GOOD: list[tuple[Rule, str, str]] = [
     (one_way, "parallel/mesh.py", "import torch\nfrom parallel.topology import Layout\nimport math"),
     (one_way, "trainer/loop.py", "from parallel.mesh import Mesh\nimport numpy"),
+    (
+        nobody_borrows_from_a_test,
+        "tests/unit/test_new.py",
+        "from tests.unit.shapes import LLAMA\nfrom tools.campaign import testing",
+    ),
     (
         arrows_fall,
         "trainer/engine/new.py",
