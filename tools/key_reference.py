@@ -21,8 +21,8 @@ PAGE = Path(__file__).parents[1] / "ds_configs" / "KEYS.md"
 HEAD = """# Key reference
 
 All keys of a recipe, section by section. This page is written by `python tools/key_reference.py`, from the schema that
-`triaxis schema` prints, so do not edit it. A key that is absent has its default. A dash in that column means that there is none;
-the meaning then says what happens. Units stand in brackets.
+`triaxis schema` prints, so do not edit it. A key that is absent has its default. A dash in that column means that there is
+none; the meaning then says what happens. Units stand in brackets.
 
 """
 UNIT = re.compile(r" \[([^\[\]]+)\]\.?$")  # at the end of a description
