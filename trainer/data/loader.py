@@ -9,13 +9,16 @@ range of i, so no rank depends on another and there is no loader state: a run re
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from parallel.attention import Documents
 from parallel.loss import IGNORE
+from parallel.rng import Streams
 from trainer.data.rows import Row, filler_row, held_out_rows, order_fingerprint, row_at
 from trainer.data.sampling import num_windows, order_of
 from trainer.data.store import TokenStore
@@ -24,17 +27,35 @@ from trainer.data.targets import NextToken, Targets
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward needs."""
+    """What one forward and backward needs, from the loader to the head."""
 
-    tokens_BS: torch.Tensor  # int64 [B, S]
-    labels_BS: torch.Tensor  # int64 [B, S]: what a position predicts, IGNORE where there is no target
-    documents: tuple[tuple[int, ...], ...]  # for each row the lengths of the documents in it, summing to S
-    reference_R: torch.Tensor | None = None  # float64 [documents of all rows]: log-probabilities before training
+    tokens_BS: Tensor  # int64 [B, S]
+    documents: Documents
+    labels_BS: Tensor | None = None  # int64 [B, S]: what a position predicts, IGNORE where there is no target
+    reference_R: Tensor | None = None  # float64 [documents of all rows]: log-probabilities before training
+    streams: Streams | None = None  # of dropout; None: no dropout
 
     @property
     def num_targets(self) -> int:
-        """Positions whose loss counts."""
-        return int((self.labels_BS != IGNORE).sum())
+        """Return the number of positions whose loss counts."""
+        return int((self.targets_BS != IGNORE).sum())
+
+    @property
+    def targets_BS(self) -> Tensor:
+        """Return the labels of a micro-batch that has some."""
+        assert self.labels_BS is not None, "a micro-batch without labels has no loss"
+        return self.labels_BS
+
+    def on(self, device: torch.device, streams: Streams | None = None) -> MicroBatch:
+        """Return the micro-batch on a device, with the streams of its dropout."""
+        tensors = (self.tokens_BS, self.labels_BS, self.reference_R)
+        tokens_BS, labels_BS, reference_R = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
+        assert tokens_BS is not None
+        return MicroBatch(tokens_BS, self.documents, labels_BS, reference_R, streams)
+
+    def without_labels(self) -> MicroBatch:
+        """Return the micro-batch as stages of a pipeline before the last take it."""
+        return replace(self, labels_BS=None, reference_R=None)
 
 
 class TrainData:
@@ -170,6 +191,6 @@ def _batched(rows: Iterable[Row], micro_sequences: int) -> Iterator[MicroBatch]:
         yield MicroBatch(
             tokens_BS=torch.from_numpy(np.stack([row.tokens for row in chosen])),
             labels_BS=torch.from_numpy(np.stack([np.where(row.is_target, row.labels, IGNORE) for row in chosen])),
-            documents=tuple(row.documents for row in chosen),
+            documents=Documents(tuple(row.documents for row in chosen)),
             reference_R=torch.from_numpy(np.concatenate(references)) if references else None,
         )

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from parallel.attention import Documents
 from parallel.gather import logical_tensors
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
@@ -149,7 +150,7 @@ class Trial:
         first = self.mesh.dp.rank * plan.sequences_per_rank
         starts = range(first, first + plan.sequences_per_rank, plan.micro_sequences)
         return [
-            MicroBatch(tokens[start:stop], labels[start:stop], documents[start:stop])
+            MicroBatch(tokens[start:stop], Documents(documents[start:stop]), labels[start:stop])
             for start in starts
             for stop in (start + plan.micro_sequences,)
         ]
