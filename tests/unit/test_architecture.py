@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer.tasks import TASKS
+
 ROOT = Path(__file__).parents[2]
 OURS = ("parallel", "trainer", "tools", "tests")
 
@@ -136,7 +138,19 @@ def nobody_borrows_from_a_test(source: Source) -> list[str]:
 
 # The parts of `trainer/`, a folder or a loose file each, from the ground up: a part may import those that stand before it.
 LAYERS = (
-    *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "schema", "learning_rate", "run_folder"),
+    *(
+        "redaction",
+        "errors",
+        "spelling",
+        "stopwatch",
+        "outputs",
+        "files",
+        "exhausted",
+        "tasks",
+        "schema",
+        "learning_rate",
+        "run_folder",
+    ),
     *("launch", "data", "model", "costs", "tuning", "recipe", "watchdog", "engine", "checkpoint", "track", "inference"),
     *("cluster", "run", "guard", "verify", "loop", "commands", "cli", "__main__", "requeue"),
 )
@@ -270,6 +284,7 @@ WITHOUT_TORCH = {
     "trainer.launch.environment",
     "trainer.cluster.submit",
     "trainer.commands.timeline",
+    "trainer.tasks",
     "trainer.tuning.targets",
     "trainer.verify.compare",
     "trainer.verify.job",
@@ -374,6 +389,32 @@ def line_budget(source: Source) -> list[str]:
     return [f"{source.path} has {lines} lines, its budget is {budget}: extract a collaborator"] if lines > budget else []
 
 
+def no_comparison_of_tasks(source: Source) -> list[str]:
+    """What a task asks for is said in its row (trainer/tasks.py): a name that is compared elsewhere is a row spread out."""
+    if source.package not in ("trainer", "parallel"):
+        return []
+    wrong = []
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Compare):
+            compared = [node.left, *node.comparators]
+        elif isinstance(node, ast.match_case):
+            compared = [node.pattern]
+        else:
+            continue
+        named = {
+            c.value for side in compared for c in ast.walk(side) if isinstance(c, ast.Constant) and isinstance(c.value, str)
+        }
+        wrong += [f"{source.path}:{compared[0].lineno} compares with the task {name}" for name in sorted(named & {*TASKS})]
+    return wrong
+
+
+def _values(side: ast.AST) -> Iterator[ast.Constant]:
+    """The constants that are compared: the side itself, or those that it lists."""
+    listed = side.elts if isinstance(side, ast.Tuple | ast.List | ast.Set) else [side]
+    listed = [part.value if isinstance(part, ast.MatchValue) else part for part in listed]
+    return (part for part in listed if isinstance(part, ast.Constant))
+
+
 def no_module_level_groups(source: Source) -> list[str]:
     """Groups are arguments: no default group, no `global`."""
     if source.package not in ("trainer", "parallel"):
@@ -392,6 +433,7 @@ RULES: tuple[Rule, ...] = (
     nothing_executes_data,
     no_print,
     line_budget,
+    no_comparison_of_tasks,
     no_module_level_groups,
 )
 
@@ -465,6 +507,9 @@ BAD: list[tuple[Rule, str, str]] = [
     (no_print, "parallel/mesh.py", "print('x')"),
     (line_budget, "parallel/mesh.py", "x = 1\n" * 111),
     (line_budget, "trainer/engine/engine.py", "x = 1\n" * 351),
+    (no_comparison_of_tasks, "trainer/loop.py", "if recipe.data.task == 'sft':\n    pass"),
+    (no_comparison_of_tasks, "trainer/loop.py", "x = task not in ('pretrain', 'mlm')"),
+    (no_comparison_of_tasks, "trainer/loop.py", "match task:\n    case 'translate':\n        pass"),
     (no_module_level_groups, "parallel/mesh.py", "def f():\n    global GROUP\n    GROUP = 1"),
 ]
 
@@ -497,6 +542,7 @@ GOOD: list[tuple[Rule, str, str]] = [
     (nothing_executes_data, "trainer/loop.py", "model.eval()\nre.compile('x')\nload(name, trust_remote_code=False)"),
     (nothing_executes_data, "trainer/model/auto.py", "load(name, trust_remote_code=recipe.model.trust_remote_code)"),
     (nothing_executes_data, "trainer/loop.py", "subprocess.run(['ls'], shell=False)\njson.load(file)"),
+    (no_comparison_of_tasks, "trainer/loop.py", "x = TASKS['sft'] if name in TASKS else kind == 'sft rows'"),
     (no_print, "trainer/loop.py", "console.print('x')"),
     (no_print, "tools/bench.py", "print('x')"),
 ]
