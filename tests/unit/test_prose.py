@@ -48,10 +48,8 @@ NOT_YET: tuple[str, ...] = (
     "trainer/schema.py",
     "trainer/spelling.py",
     "trainer/stopwatch.py",
-    "trainer/track/",
     "trainer/tuning/",
     "trainer/verify/",
-    "trainer/watchdog/",
     "tools/",
 )
 
@@ -71,9 +69,10 @@ ARTICLES = words("a an the")
 
 # The docstring of a function or method begins with one of these verbs, or with an article.
 VERBS = words("""
-    add append apply attend begin build call configure count create declare do drop end enter fill find gather have
-    keep leave load lower make move open parse prepare raise read rebuild refuse release replace report return run
-    seek set start switch take train use wrap write yield
+    add append apply attend begin build call close complete configure connect count create declare do draw drop end
+    enter fill find gather give have judge keep kill leave let load lower make move open parse postpone prepare
+    raise read rebuild redirect refuse release remove replace report return run seek send set start switch take tell
+    train translate use wait wrap write yield
 """)
 
 
