@@ -26,8 +26,6 @@ NOT_YET: tuple[str, ...] = (
     "trainer/__main__.py",
     "trainer/checkpoint/",
     "trainer/cli.py",
-    "trainer/cluster/",
-    "trainer/commands/",
     "trainer/costs/",
     "trainer/engine/",
     "trainer/errors.py",
@@ -35,7 +33,6 @@ NOT_YET: tuple[str, ...] = (
     "trainer/files/",
     "trainer/guard/",
     "trainer/inference/",
-    "trainer/launch/",
     "trainer/learning_rate.py",
     "trainer/loop.py",
     "trainer/model/",
@@ -49,7 +46,6 @@ NOT_YET: tuple[str, ...] = (
     "trainer/spelling.py",
     "trainer/stopwatch.py",
     "trainer/tuning/",
-    "trainer/verify/",
     "tools/",
 )
 
@@ -69,10 +65,10 @@ ARTICLES = words("a an the")
 
 # The docstring of a function or method begins with one of these verbs, or with an article.
 VERBS = words("""
-    add append apply attend begin build call close complete configure connect count create declare do draw drop end
-    enter fill find gather give have judge keep kill leave let load lower make move open parse postpone prepare
-    raise read rebuild redirect refuse release remove replace report return run seek send set start switch take tell
-    train translate use wait wrap write yield
+    add append apply attend begin bind build call close compare complete configure connect count create declare do
+    draw drop end enter fill find gather give have hide hold ignore join judge keep kill leave let load lower make
+    mark move open parse postpone prepare raise read rebuild redirect refuse release remove replace report return
+    run seek send set start submit switch take tell train translate use wait wrap write yield
 """)
 
 
