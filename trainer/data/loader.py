@@ -1,9 +1,10 @@
-"""Stores → micro-batches. The only file of trainer.data that imports torch.
+"""The loader, from token stores to micro-batches. The only file of trainer.data that imports torch.
 
 Shape letters: B sequences of a micro-batch, S sequence length [tokens].
 
-Sequence i of step s is global sample s · global_sequences + i, whatever the layout. A data-parallel rank takes a contiguous
-range of i, so no rank depends on another and there is no loader state: a run resumes by asking for the next step.
+Sequence i of step s is global sample s · global_sequences + i, whatever the layout. A data-parallel
+rank takes a contiguous range of i, so no rank depends on another and there is no loader state: a
+run resumes by asking for the next step.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from trainer.data.targets import NextToken, Targets
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward needs, from the loader to the head."""
+    """The data of one forward and backward, from the loader to the head."""
 
     tokens_BS: Tensor  # int64 [B, S]
     documents: Documents
@@ -59,7 +60,8 @@ class MicroBatch:
 
 
 class TrainData:
-    """The training samples in their order, for ever: epoch after epoch of every source, blended by weight or by size."""
+    """The training samples in their order, without end: epoch after epoch of every source, blended
+    by weight or by size."""
 
     def __init__(
         self,
@@ -73,8 +75,11 @@ class TrainData:
         tails: bool = True,
         targets: Targets | None = None,
     ) -> None:
-        """`weights`: one per store, relative; None: by size. `tails`: what is left of a store beyond its whole sequences is
-        one more, shorter. `targets` None: the next tokens. ValueError when a store has no sample."""
+        """Prepare the order of the samples. ValueError if a store has no sample.
+
+        `weights`: one per store, relative; None: by size. `tails`: the rest of a store beyond its
+        whole sequences is one more, shorter sequence. `targets` None: the next tokens.
+        """
         self._stores = tuple(stores)
         self._order = order_of(weights, [num_windows(store.num_tokens, seq_len, tails=tails) for store in stores], seed)
         self._seq_len = seq_len
@@ -87,12 +92,12 @@ class TrainData:
 
     @property
     def num_samples(self) -> int:
-        """Sequences that the stores hold together: one epoch when sources are taken by size."""
+        """The number of sequences in all stores: one epoch if sources are taken by size."""
         return sum(self._order.sizes)
 
     def described(self, names: Sequence[str], steps: int) -> Iterator[str]:
-        """For each source, a line: its sequences, its share of so many steps, how often they pass over it, and what is left
-        out of it."""
+        """Yield a line for each source: its sequences, its share of the steps, how often they pass
+        over it, and what is left out of it."""
         drawn = steps * self._global_sequences
         for name, store, size, share in zip(names, self._stores, self._order.sizes, self._order.shares, strict=True):
             left_out = max(0, store.num_tokens - 1 - size * self._seq_len)
@@ -105,7 +110,10 @@ class TrainData:
     def micro_batches(
         self, step: int, *, dp_rank: int, dp: int, micro_sequences: int, read: bool = True
     ) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of a step (0 is the first), B = micro_sequences. `read` False: without their tokens."""
+        """Yield this rank's micro-batches of a step (the first is 0), with B = micro_sequences.
+
+        With `read` False the tokens are left out.
+        """
         mine, rest = divmod(self._global_sequences, dp)
         assert rest == 0 and mine % micro_sequences == 0, (self._global_sequences, dp, micro_sequences)  # noqa: PT018
         first = step * self._global_sequences + dp_rank * mine
@@ -129,7 +137,8 @@ class TrainData:
 
 
 class EvalData:
-    """The held-out documents in order, at most `sequences` sequences of them, the same at every evaluation."""
+    """The held-out documents in order, at most `sequences` sequences of them, the same at every
+    evaluation."""
 
     def __init__(
         self,
@@ -140,7 +149,7 @@ class EvalData:
         sequences: int,
         targets: Targets | None = None,
     ) -> None:
-        """`targets`: None: the next tokens."""
+        """Read the sequences. `targets` None: the next tokens."""
         self._filler = filler_row(stores[0], seq_len)
         rows = held_out_rows(stores, seq_len=seq_len, isolate_documents=isolate_documents, sequences=sequences)
         self._rows = [(targets or NextToken()).mark(row, number) for number, row in enumerate(rows)]
@@ -150,7 +159,8 @@ class EvalData:
         return len(self._rows)
 
     def micro_batches(self, *, dp_rank: int, dp: int, micro_sequences: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches, B = micro_sequences: as many on every rank, filled up with rows without a target."""
+        """Yield this rank's micro-batches, B = micro_sequences: the same number on every rank,
+        filled up with rows without a target."""
         mine = -(-self.num_sequences // (dp * micro_sequences)) * micro_sequences
         rows = self._rows[dp_rank * mine : (dp_rank + 1) * mine]
         rows += [self._filler] * (mine - len(rows))
@@ -158,21 +168,24 @@ class EvalData:
 
 
 class Sweep:
-    """Every row of one store once, in order, its documents isolated: a data-parallel rank has rows that follow one another."""
+    """A pass over every row of one store, once and in order, with documents isolated. Each
+    data-parallel rank has consecutive rows."""
 
     def __init__(self, store: TokenStore, *, seq_len: int, dp_rank: int, dp: int, micro_sequences: int) -> None:
         self._store, self._seq_len, self._micro_sequences = store, seq_len, micro_sequences
-        self._num_rows = num_windows(store.num_tokens, seq_len, tails=False)  # whole ones, in a store of rows
+        # Whole ones, in a store of rows.
+        self._num_rows = num_windows(store.num_tokens, seq_len, tails=False)
         self.num_micro_batches = -(-self._num_rows // (dp * micro_sequences))  # of each rank
         self._first_row = min(dp_rank * self.num_micro_batches * micro_sequences, self._num_rows)
 
     @property
     def first_document(self) -> int:
-        """Of the store, the first in this rank's rows."""
+        """The index, in the store, of the first document in this rank's rows."""
         return self._store.documents.searchsorted([self._first_row * self._seq_len], "left")[0]
 
     def micro_batches(self) -> Iterator[MicroBatch]:
-        """As many on every rank, the last ones filled up with rows without a target."""
+        """Yield the same number of micro-batches on every rank, the last ones filled up with rows
+        without a target."""
         yield from _batched(self._rows(), self._micro_sequences)
 
     def _rows(self) -> Iterator[Row]:
