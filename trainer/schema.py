@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainer.update_rules import RuleName
+
 LARGEST = 2**53  # of numbers that are only compared with: other readers of JSON round a whole number beyond it
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
 Count = Annotated[int, Field(ge=0, le=LARGEST, strict=True)]
@@ -406,7 +408,7 @@ class DeepSpeedPolicy(Section):
 class Optimizer(Section):
     """The update rule."""
 
-    name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = Field("adamw", description="Update rule.")
+    name: RuleName = Field("adamw", description="Update rule.")
     lr: float = Field(1e-3, gt=0.0, allow_inf_nan=False, description="Peak learning rate.")
     betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
         default_factory=lambda: [0.9, 0.95],

@@ -36,11 +36,11 @@ from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.resume import CheckpointSource, Found, examine, newest_whole
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.tensor_file import Slot, TensorFile, write_tensor_file
-from trainer.engine.optimizer_state import WEIGHT
 from trainer.engine.zero_state import Stretch
 from trainer.errors import DataError, RecipeError
 from trainer.files.durable import private_file
 from trainer.model.hugging_face import INDEX, SINGLE, PretrainedWeights
+from trainer.update_rules import WEIGHT
 
 ALONE = Messages.alone()
 SHAPES = {"wte.weight": (12, 40), "h.0.c_fc.weight": (20, 30), "ln_f.bias": (10,), "temperature": ()}

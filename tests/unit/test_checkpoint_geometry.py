@@ -19,8 +19,8 @@ from trainer.checkpoint.geometry import Range, Rectangle, overlaps
 from trainer.checkpoint.manifest import Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import DTYPES, Slot, TensorFile, write_tensor_file
-from trainer.engine.optimizer_state import WEIGHT
 from trainer.errors import DataError
+from trainer.update_rules import WEIGHT
 
 NAME = "h.0.weight"
 MOST_FILES = 3

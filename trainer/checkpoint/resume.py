@@ -16,9 +16,9 @@ from trainer.checkpoint.check import check_files, read_sound
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Fragment, Manifest
 from trainer.checkpoint.reader import Reader
-from trainer.engine.optimizer_state import WEIGHT
 from trainer.engine.zero_state import Stretch
 from trainer.errors import DataError
+from trainer.update_rules import WEIGHT
 
 
 @dataclass(frozen=True)

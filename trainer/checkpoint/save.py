@@ -24,11 +24,11 @@ from trainer.checkpoint.check import check_files
 from trainer.checkpoint.folder import HUGGING_FACE, CheckpointFolder
 from trainer.checkpoint.manifest import File, Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.tensor_file import DTYPES, Slot, header_bytes, write_tensor_file
-from trainer.engine.optimizer_state import WEIGHT
 from trainer.engine.zero_state import Stretch, ZeroState
 from trainer.errors import DataError
 from trainer.files.durable import FILE_MODE
 from trainer.model.finite import is_finite
+from trainer.update_rules import WEIGHT
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from trainer.checkpoint.manifest import Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import Slot
 from trainer.data.tokenizer import reopen_tokenizer
-from trainer.engine.optimizer_state import WEIGHT
 from trainer.model.config import TransformerConfig
 from trainer.model.hf_config import translate
 from trainer.model.hugging_face import read_config
@@ -27,6 +26,7 @@ from trainer.tuning.adapter_folder import AdapterFormat
 from trainer.tuning.merge import merge as merged_weight
 from trainer.tuning.merge import merged_tensors
 from trainer.tuning.targets import MERGEABLE, PARTS, is_added
+from trainer.update_rules import WEIGHT
 
 FORMATS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 FLOATS = ("F64", "F32", "F16", "BF16")  # others, such as counters in buffers, keep their format

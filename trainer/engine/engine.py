@@ -41,6 +41,7 @@ from trainer.schema import Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.tuning.adapt import quantized_weights, quantizing
 from trainer.tuning.rank_budget import RankBudget
+from trainer.update_rules import rule_of
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,13 @@ class Engine:
         companions = self.budget.companions if self.budget else []
         companions += [Companion.of(*part, state=state) for weight in self.quantized for state, part in weight.stored.items()]
         self.state = ZeroState(
-            self.optimizer, self.specs, self.constants, companions, group=mesh.dp, zero_stage=self.zero_stage
+            self.optimizer,
+            self.specs,
+            self.constants,
+            companions,
+            rule=rule_of(recipe.optimizer),
+            group=mesh.dp,
+            zero_stage=self.zero_stage,
         )
         if isinstance(module, AutoStage) and module.looks_ahead(device):
             raise RecipeError(

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from parallel.mesh import Group
 from parallel.params import Companion, Piece, ShardSpec
-from trainer.engine.optimizer_state import WEIGHT
 from trainer.engine.zero_parameter import divided
+from trainer.update_rules import WEIGHT, StepCount, UpdateRule
 
 STEP = "step"  # torch's name for the number of updates, the same for all parameters
 
@@ -93,12 +93,14 @@ class ZeroState:
         constants: Sequence[tuple[ShardSpec, Tensor]],
         companions: Sequence[Companion] = (),
         *,
+        rule: UpdateRule,
         group: Group,
         zero_stage: int,
     ) -> None:
         """`optimizer`: what `deepspeed.initialize` returned. `constants`: saved like weights, never trained."""
         self._optimizer = optimizer
         self._inner = optimizer.optimizer if zero_stage else optimizer
+        self._rule = rule
         self._specs = dict(specs)
         self._constants = constants
         self._companions = companions
@@ -168,19 +170,16 @@ class ZeroState:
                 target.copy_(source.read(Stretch(piece, state, values.dtype, offset, count)))
 
     def _empty_state(self, flat: _Flat, state: str) -> Tensor:
-        shape = list(flat.tensor.shape)
-        for name, dim in (("row_var", -1), ("col_var", -2)):  # torch.optim.Adafactor's means over a row, a column
-            if state == name:
-                shape[dim] = 1
-        return torch.zeros(shape, dtype=flat.tensor.dtype, device=flat.tensor.device)
+        (shape,) = (kept.shape for kept in self._rule.states if kept.name == state)
+        return torch.zeros(shape.beside(flat.tensor.shape), dtype=flat.tensor.dtype, device=flat.tensor.device)
 
     def _set_updates(self, tensor: Tensor, updates: int) -> None:
-        """As the optimizers have it after so many updates; that of SGD does not count."""
-        if isinstance(self._inner, torch.optim.Adam | torch.optim.AdamW | torch.optim.Adafactor):
+        """Set the optimizer's own count of its updates of a weight."""
+        if self._rule.count is StepCount.TENSOR:
             fused = any(group.get("fused") for group in self._inner.param_groups)
             count = torch.tensor(float(updates), dtype=torch.float32, device=tensor.device if fused else "cpu")
             self._inner.state[tensor][STEP] = count
-        elif not isinstance(self._inner, torch.optim.SGD):  # DeepSpeed's Lion
+        elif self._rule.count is StepCount.NUMBER:
             self._inner.state[tensor][STEP] = updates
 
     def _divide(self) -> None:

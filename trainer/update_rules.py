@@ -1,0 +1,117 @@
+"""The update rules, a row each: what a rule keeps of a weight, which keys it reads, and where it can be used. No torch.
+
+A new rule is a name and a row here, and the way its class is made in `engine/optimizers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, Protocol
+
+RuleName = Literal["adamw", "adam", "sgd", "lion", "adafactor"]
+
+WEIGHT = "weight"  # the state of every weight; the others have the optimizer's own names, such as exp_avg
+
+
+class OptimizerKeys(Protocol):
+    """The section `optimizer` of a recipe, which stands above this file."""
+
+    @property
+    def name(self) -> RuleName: ...
+
+
+class Shape(Enum):
+    """The shape of a state of a weight."""
+
+    WEIGHT = "the weight's own"
+    ROWS = "one value for each row of a matrix"
+    COLUMNS = "one value for each column of a matrix"
+
+    def beside(self, weight: Sequence[int]) -> list[int]:
+        """Return the shape beside a weight of that shape; dimensions of which it has the mean are 1."""
+        shape = list(weight)
+        if self is not Shape.WEIGHT:
+            shape[-1 if self is Shape.ROWS else -2] = 1
+        return shape
+
+
+class StepCount(Enum):
+    """How a rule counts its updates, beside the states of each weight."""
+
+    NONE = "it does not"
+    NUMBER = "in an int"
+    TENSOR = "in a scalar fp32 tensor, on the weight's device where torch's rule is fused, else on the host"
+
+
+@dataclass(frozen=True)
+class State:
+    """One state of a weight. `needs`: the key of the section `optimizer` without which (0) it is not kept. `of_vectors`: only
+    vectors have it."""
+
+    name: str
+    shape: Shape = Shape.WEIGHT
+    needs: str | None = None
+    of_vectors: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRule:
+    """Everything about a rule but its class.
+
+    | field | meaning |
+    |---|---|
+    | `states` | what it keeps of a weight, in the order in which checkpoints list it |
+    | `count` | how it counts its updates |
+    | `reads` | keys of the section `optimizer` that it is given, beside `lr` and `weight_decay` |
+    | `on_nvme` | whether DeepSpeed can swap its states, which takes exactly those of Adam |
+    | `in_float64` | whether its class computes in float64, as `triaxis verify` wants it to |
+    | `not_divided` | why it works at zero.stage 0 only, in words in which {} is another stage; "": at all |
+    | `not_sharded` | why it works at parallel.tensor 1 only, in words in which {} is another degree; "": at all |
+    """
+
+    states: tuple[State, ...]
+    count: StepCount
+    reads: tuple[str, ...]
+    on_nvme: bool = False
+    in_float64: bool = True
+    not_divided: str = ""
+    not_sharded: str = ""
+
+
+_ADAM = UpdateRule(states=(State("exp_avg"), State("exp_avg_sq")), count=StepCount.TENSOR, reads=("betas", "eps"), on_nvme=True)
+RULES: dict[RuleName, UpdateRule] = {
+    "adamw": _ADAM,
+    "adam": _ADAM,
+    "sgd": UpdateRule(states=(State("momentum_buffer", needs="momentum"),), count=StepCount.NONE, reads=("momentum",)),
+    "lion": UpdateRule(
+        states=(State("exp_avg"),),
+        count=StepCount.NUMBER,
+        reads=("betas",),
+        in_float64=False,  # DeepSpeed's extension
+    ),
+    "adafactor": UpdateRule(
+        states=(State("row_var", Shape.ROWS), State("col_var", Shape.COLUMNS), State("variance", of_vectors=True)),
+        count=StepCount.TENSOR,
+        reads=(),
+        not_divided="keeps second moments per row and column, which zero.stage {} flattens away",
+        not_sharded="averages second moments over whole rows and columns of a weight, of which parallel.tensor {} gives "
+        "each rank a part: not the same training",
+    ),
+}
+
+
+def rule_of(keys: OptimizerKeys) -> UpdateRule:
+    """Return the rule that the section `optimizer` names."""
+    return RULES[keys.name]
+
+
+def states_of(keys: OptimizerKeys) -> list[State]:
+    """Return the states that the rule keeps with these keys, beside the weights themselves."""
+    return [state for state in rule_of(keys).states if state.needs is None or getattr(keys, state.needs)]
+
+
+def states_per_element(keys: OptimizerKeys) -> int:
+    """Return how many numbers are kept for each element of a weight; those of whole rows and columns hardly count."""
+    return sum(state.shape is Shape.WEIGHT and not state.of_vectors for state in states_of(keys))
