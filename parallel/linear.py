@@ -25,7 +25,8 @@ from parallel.collectives import Pending, all_gather, start_all_gather, start_al
 from parallel.deferred import WeightGradients
 from parallel.mesh import Group
 from parallel.outputs import Output
-from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
+from parallel.params import Init, Role, Sharded, ShardSpec, whole
+from parallel.pieces import Piece
 from parallel.quantized import QuantizedWeight
 from parallel.rng import Streams
 from parallel.tensor import TensorParallel

@@ -1,4 +1,5 @@
-"""The update rules, a row each: what a rule keeps of a weight, which keys it reads, and where it can be used. No torch.
+"""The update rules, a row each: what a rule keeps of a weight, which keys it reads, where it can be
+used. No torch.
 
 A new rule is a name and a row here, and the way its class is made in `engine/optimizers.py`.
 """
@@ -12,7 +13,7 @@ from typing import Literal, Protocol
 
 RuleName = Literal["adamw", "adam", "sgd", "lion", "adafactor"]
 
-WEIGHT = "weight"  # the state of every weight; the others have the optimizer's own names, such as exp_avg
+WEIGHT = "weight"  # the state of every weight; the others have the optimizer's names, such as exp_avg
 
 
 class OptimizerKeys(Protocol):
@@ -30,7 +31,7 @@ class Shape(Enum):
     COLUMNS = "one value for each column of a matrix"
 
     def beside(self, weight: Sequence[int]) -> list[int]:
-        """Return the shape beside a weight of that shape; dimensions of which it has the mean are 1."""
+        """Return the shape beside a weight of that shape; a dimension that it has the mean of is 1."""
         shape = list(weight)
         if self is not Shape.WEIGHT:
             shape[-1 if self is Shape.ROWS else -2] = 1
@@ -42,13 +43,13 @@ class StepCount(Enum):
 
     NONE = "it does not"
     NUMBER = "in an int"
-    TENSOR = "in a scalar fp32 tensor, on the weight's device where torch's rule is fused, else on the host"
+    TENSOR = "in a scalar fp32 tensor: on the weight's device where torch's rule is fused, else on the host"
 
 
 @dataclass(frozen=True)
 class State:
-    """One state of a weight. `needs`: the key of the section `optimizer` without which (0) it is not kept. `of_vectors`: only
-    vectors have it."""
+    """One state of a weight. `needs`: the key of the section `optimizer` without which (0) it is not
+    kept. `of_vectors`: only vectors have it."""
 
     name: str
     shape: Shape = Shape.WEIGHT
@@ -67,8 +68,8 @@ class UpdateRule:
     | `reads` | keys of the section `optimizer` that it is given, beside `lr` and `weight_decay` |
     | `on_nvme` | whether DeepSpeed can swap its states, which takes exactly those of Adam |
     | `in_float64` | whether its class computes in float64, as `triaxis verify` wants it to |
-    | `not_divided` | why it works at zero.stage 0 only, in words in which {} is another stage; "": at all |
-    | `not_sharded` | why it works at parallel.tensor 1 only, in words in which {} is another degree; "": at all |
+    | `not_divided` | why it works at zero.stage 0 only ({}: another stage); "" where it does not |
+    | `not_sharded` | why it works at parallel.tensor 1 only ({}: another degree); "" likewise |
     """
 
     states: tuple[State, ...]
@@ -113,5 +114,6 @@ def states_of(keys: OptimizerKeys) -> list[State]:
 
 
 def states_per_element(keys: OptimizerKeys) -> int:
-    """Return how many numbers are kept for each element of a weight; those of whole rows and columns hardly count."""
+    """Return how many numbers are kept for each element of a weight. What is kept of whole rows and
+    columns hardly counts."""
     return sum(state.shape is Shape.WEIGHT and not state.of_vectors for state in states_of(keys))

@@ -224,6 +224,7 @@ def owned_libraries(source: Source) -> list[str]:
 WITHOUT_TORCH = {
     "parallel.balance",
     "parallel.outputs",
+    "parallel.pieces",
     "parallel.schedule_table",
     "parallel.schedules",
     "parallel.simulator",

@@ -26,17 +26,17 @@ import torch
 from torch import Tensor
 
 from parallel.messages import Messages
-from parallel.params import Piece
+from parallel.pieces import Fragment, Piece
 from tests.unit.test_hugging_face import Bomb, assert_refused, read_all, saved
 from tools.campaign import damage
 from tools.campaign.damage import DAMAGES, OUTSIDE, Originals, at_most, judge_case, kind_of, sealed
 from trainer.checkpoint.folder import HUGGING_FACE, REASON, CheckpointFolder, files_in
-from trainer.checkpoint.manifest import MANIFEST, File, Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.manifest import MANIFEST, File, LogicalTensor, Manifest, Stored, key_of
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.resume import CheckpointSource, Found, examine, newest_whole
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.tensor_file import Slot, TensorFile, write_tensor_file
-from trainer.engine.zero_state import Stretch
+from trainer.engine.zero_state import StateFragment
 from trainer.errors import DataError, RecipeError
 from trainer.files.durable import private_file
 from trainer.model.hugging_face import INDEX, SINGLE, PretrainedWeights
@@ -59,10 +59,10 @@ def write_checkpoint(checkpoints: Path, step: int, *, seed: int | None = None, f
     seed = step if seed is None else seed
     folder = CheckpointFolder(checkpoints)
     draft = folder.begin(step)
-    files, fragments = [], {name: tuple(_halves(shape)) for name, shape in SHAPES.items()}
+    files, stored = [], {name: tuple(_halves(name, shape)) for name, shape in SHAPES.items()}
     for rank in range(RANKS):
-        parts = [(name, state, part) for name in SHAPES for state in STATES for part in fragments[name] if part.file == rank]
-        slots = {part.key(name, state): Slot("F32", (part.count,)) for name, state, part in parts}
+        parts = [(name, state, p) for name in SHAPES for state in STATES for file, p in stored[name] if file == rank]
+        slots = {key_of(part, state): Slot("F32", (part.count,)) for _, state, part in parts}
         tensors = (values_of(name, state, seed).flatten()[p.offset : p.offset + p.count] for name, state, p in parts)
         files.append(write_tensor_file(draft / f"rank-{rank:05d}.safetensors", slots, tensors))
     (draft / HUGGING_FACE).mkdir(mode=0o700)
@@ -75,7 +75,7 @@ def write_checkpoint(checkpoints: Path, step: int, *, seed: int | None = None, f
         blank(step),
         facts=facts,
         files=tuple(files),
-        tensors={name: LogicalTensor(shape, dict(STATES), fragments[name]) for name, shape in SHAPES.items()},
+        tensors={name: LogicalTensor(shape, dict(STATES), stored[name]) for name, shape in SHAPES.items()},
     )
     return folder.commit(draft, step, manifest.encode())
 
@@ -98,12 +98,12 @@ def blank(step: int = 0) -> Manifest:
     )
 
 
-def _halves(shape: tuple[int, ...]) -> Iterator[Fragment]:
+def _halves(name: str, shape: tuple[int, ...]) -> Iterator[Stored]:
     numel = torch.Size(shape).numel()
     first = numel // 2
     for file, (offset, count) in enumerate([(0, first), (first, numel - first)]):
         if count:
-            yield Fragment(file, (0,) * len(shape), shape, offset, count)
+            yield Stored(file, Fragment(Piece.whole(name, shape), offset, count))
 
 
 def forged(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -228,8 +228,7 @@ def read_everything(checkpoint: Path, manifest: Manifest) -> None:
     source = CheckpointSource(Found(checkpoint, manifest), states=["exp_avg"])
     for name, shape in SHAPES.items():
         for state in (WEIGHT, *source.states(name)):
-            piece = Piece(name, shape, (0,) * len(shape), shape)
-            source.read(Stretch(piece, state, torch.float32, 0, torch.Size(shape).numel()))
+            source.read(Fragment.whole(Piece.whole(name, shape)), state)
             Reader(checkpoint, manifest).whole(name, state)
 
 
@@ -456,8 +455,8 @@ def test_what_is_planted_in_a_draft_is_not_written_through(newest: Path, tmp_pat
 class State:
     """As much of a `ZeroState` as a saver needs: one weight."""
 
-    def stretches(self) -> Sequence[Stretch]:
-        return [Stretch(Piece("w", (4,), (0,), (4,)), WEIGHT, torch.float32, 0, 4)]
+    def fragments(self) -> Sequence[StateFragment]:
+        return [StateFragment(Fragment.whole(Piece.whole("w", (4,))), WEIGHT, torch.float32)]
 
     def tensors(self) -> Iterator[Tensor]:
         yield torch.arange(4.0)

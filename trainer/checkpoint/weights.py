@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from parallel.params import owned_specs, zero_padding
+from parallel.pieces import Fragment
 from parallel.quantized import CODES_PER_BYTE, dequantize
 from trainer.checkpoint.folder import HUGGING_FACE
-from trainer.checkpoint.manifest import Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.manifest import LogicalTensor, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import Slot
 from trainer.data.tokenizer import reopen_tokenizer
@@ -133,6 +134,5 @@ class Filling:
                 if self._model.is_quantized(piece.name):
                     target.copy_(piece.box_of(self._model.unmerged(piece.name)))
                     continue
-                wanted = Fragment(0, piece.start, piece.size, 0, target.numel(), piece.transposed)
-                values = self._reader.read(piece.name, WEIGHT, wanted, piece.shape).to(self._through)
+                values = self._reader.read(Fragment.whole(piece), WEIGHT).to(self._through)
                 target.copy_(values.view(target.shape))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from parallel.collectives import all_reduce
 from parallel.gather import gather_to_first
 from parallel.mesh import Group, Mesh
-from parallel.params import Companion, ShardSpec, owned_specs
+from parallel.params import AuxiliaryState, ShardSpec, owned_specs
 from parallel.rng import Streams
 from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_start import Units, partitioning, prepare, require_swap_buffers, start, whole
@@ -31,7 +31,7 @@ from trainer.engine.execution import DTYPES, Batch, make_execution
 from trainer.engine.loss_scale import LossScaler
 from trainer.engine.master_weights import MasterWeights
 from trainer.engine.optimizers import Tiling, make_optimizer
-from trainer.engine.zero_state import ZeroState
+from trainer.engine.zero_state import BY_STAGE
 from trainer.errors import DataError, RecipeError
 from trainer.model.auto_stage import AutoStage
 from trainer.model.measures import measures_of
@@ -124,16 +124,17 @@ class Engine:
             if adalora
             else None
         )
-        companions = self.budget.companions if self.budget else []
-        companions += [Companion.of(*part, state=state) for weight in self.quantized for state, part in weight.stored.items()]
-        self.state = ZeroState(
+        auxiliary = self.budget.auxiliary if self.budget else []
+        auxiliary += [
+            AuxiliaryState.of(*part, state=state) for weight in self.quantized for state, part in weight.stored.items()
+        ]
+        self.state = BY_STAGE[self.zero_stage](
             self.optimizer,
             self.specs,
             self.constants,
-            companions,
+            auxiliary,
             rule=rule_of(recipe.optimizer),
             group=mesh.dp,
-            zero_stage=self.zero_stage,
         )
         if isinstance(module, AutoStage) and module.looks_ahead(device):
             raise RecipeError(

@@ -14,7 +14,8 @@ from parallel.outputs import Output
 from trainer.model.config import TransformerConfig
 
 if TYPE_CHECKING:
-    from parallel.params import Piece, ShardSpec
+    from parallel.params import ShardSpec
+    from parallel.pieces import Piece
 
 
 @dataclass(frozen=True)

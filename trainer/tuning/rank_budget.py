@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from parallel.collectives import all_reduce
 from parallel.mesh import Mesh
-from parallel.params import Companion, Piece, ShardSpec
+from parallel.params import AuxiliaryState, ShardSpec
+from parallel.pieces import Piece
 from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
 from trainer.schema import RankBudget as Keys
@@ -103,10 +104,10 @@ class RankBudget:
             factor.parameter.register_hook(factor.hook)
 
     @property
-    def companions(self) -> list[Companion]:
-        """What a checkpoint has of it."""
+    def auxiliary(self) -> list[AuxiliaryState]:
+        """The tensors that a checkpoint has of it."""
         return [
-            Companion.of(factor.spec, getattr(factor, state), state=state)
+            AuxiliaryState.of(factor.spec, getattr(factor, state), state=state)
             for factor in self._factors
             for state in ("sensitivity", "uncertainty", *(["kept"] if self._kind(factor) == VALUES else []))
         ]
