@@ -44,7 +44,7 @@ from trainer.model.hugging_face import (
     weights_file,
     write_folder,
 )
-from trainer.model.names import WEIGHT_NAMES
+from trainer.model.names import names_of
 from trainer.model.transformer import Stage, logical_specs
 
 TIED_LLAMA = MODELS["llama-mha-tied"]
@@ -156,8 +156,9 @@ def test_names_of_a_model_without_its_head(family: str, shape: dict[str, Any], t
     model.base_model.save_pretrained(tmp_path / "base")
     assert not stored(tmp_path / "base").keys() & stored(tmp_path / "whole").keys()
     assert_same_weights(stage_from(tmp_path / "base"), stage_from(tmp_path / "whole"))
-    specs = logical_specs(translate(family, shape))
-    PretrainedWeights(tmp_path / "base").check_names(specs, ties=WEIGHT_NAMES[family].ties(specs))
+    network = translate(family, shape)
+    specs = logical_specs(network)
+    PretrainedWeights(tmp_path / "base").check_names(specs, ties=names_of(network).ties(specs))
 
 
 # ----------------------------------------------------------------------------------------------- folders of Bert
@@ -242,8 +243,8 @@ def test_an_untied_head_that_is_not_there_is_named(tmp_path: Path) -> None:
 def read_all(folder: Path) -> None:
     """What a run does with a folder."""
     hf_config = read_config(folder)
-    family = hf_config["model_type"]
-    names, network = WEIGHT_NAMES[family], translate(family, hf_config)
+    network = translate(hf_config["model_type"], hf_config)
+    names = names_of(network)
     specs = logical_specs(network)
     is_unused = partial(names.is_for_other_heads, network)
     PretrainedWeights(folder).check_names(specs, ties=names.ties(specs), is_unused=is_unused)

@@ -20,7 +20,7 @@ from trainer.data.tokenizer import reopen_tokenizer
 from trainer.model.config import TransformerConfig
 from trainer.model.hf_config import translate
 from trainer.model.hugging_face import read_config
-from trainer.model.names import WEIGHT_NAMES
+from trainer.model.names import names_of
 from trainer.recipe.earlier import recipe_of
 from trainer.schema import Recipe
 from trainer.tuning.adapter_folder import AdapterFormat
@@ -64,7 +64,7 @@ class Tuned:
     @property
     def transposed(self) -> bool:
         """Whether the family's files have weights [in, out]."""
-        return WEIGHT_NAMES[self.network.family].transposed
+        return names_of(self.network).transposed
 
     @property
     def form(self) -> AdapterFormat:

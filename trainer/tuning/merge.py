@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.model.config import TransformerConfig
 from trainer.model.hugging_face import NamedTensor
-from trainer.model.names import WEIGHT_NAMES
+from trainer.model.names import names_of
 from trainer.model.network import Network
 from trainer.schema import Tuning
 from trainer.tuning.adapt import scale_of
@@ -44,7 +44,7 @@ def merged_tensors(tuning: Tuning, network: TransformerConfig) -> dict[str, list
     if tuning.method not in MERGEABLE:
         return vocabulary
     kinds = ("weight", "bias") if tuning.method == "ia3" else ("weight",)
-    outputs_end = (WEIGHT_NAMES[network.family].attention_out, WEIGHT_NAMES[network.family].mlp_out)
+    outputs_end = (names_of(network).attention_out, names_of(network).mlp_out)
     inputs_are_scaled = tuple(name.rpartition("}")[2] + ".bias" for name in outputs_end)
     names = {f"{module}.{kind}": parts_of(tuning, module) for module in targeted_modules(tuning, network) for kind in kinds}
     return vocabulary | {name: parts for name, parts in names.items() if not name.endswith(inputs_are_scaled)}
@@ -58,7 +58,7 @@ def merge(tensor: Tensor, parts: Sequence[Tensor], *, name: str, tuning: Tuning,
         return tensor.index_copy(0, torch.tensor(network.new_tokens), parts[0])
     if name.endswith(".bias"):
         return tensor * parts[0].flatten()
-    transposed = WEIGHT_NAMES[network.family].transposed
+    transposed = names_of(network).transposed
     weight_OI = tensor.t() if transposed else tensor
     weight_OI = _changed(weight_OI, parts, tuning)
     return weight_OI.t().contiguous() if transposed else weight_OI

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.model.config import TransformerConfig
-from trainer.model.names import WEIGHT_NAMES, names_of
+from trainer.model.names import names_of
 from trainer.model.network import Network
 from trainer.schema import Recipe, Tuning
 from trainer.tuning.targets import modules_by_role, targeted_modules, token_rows
@@ -25,7 +25,7 @@ def adapter_config(recipe: Recipe, network: Network) -> dict[str, Any]:
     """adapter_config.json."""
     assert isinstance(network, TransformerConfig), "family auto has no tuning"
     tuning = recipe.tuning
-    names = WEIGHT_NAMES[network.family]
+    names = names_of(network)
     shared: dict[str, Any] = {
         "task_type": "CAUSAL_LM" if network.causal else None,
         "base_model_name_or_path": recipe.model.from_pretrained,

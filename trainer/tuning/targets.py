@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trainer.model.config import TransformerConfig
-from trainer.model.names import WEIGHT_NAMES, names_of
+from trainer.model.names import names_of
 from trainer.schema import Finding, Recipe, Tuning
 
 GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
@@ -52,7 +52,7 @@ def roles_of(tuning: Tuning) -> set[str]:
 
 def modules_by_role(config: TransformerConfig, layer: int) -> dict[str, str]:
     """The Hugging Face module of each linear projection of a layer; several have the same where the family fuses them."""
-    names = WEIGHT_NAMES[config.family]
+    names = names_of(config)
     inputs = names.mlp_inputs(config, layer)
     return {
         **{role: output.name for role, output in zip("qkv", names.query_key_value(config, layer), strict=True)},
