@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 RuleName = Literal["adamw", "adam", "sgd", "lion", "adafactor"]
 
-WEIGHT = "weight"  # the state of every weight; the others have the optimizer's names, such as exp_avg
+WEIGHT = "weight"  # the state of every weight; others have the optimizer's names: exp_avg
 
 
 class OptimizerKeys(Protocol):
@@ -31,7 +31,8 @@ class Shape(Enum):
     COLUMNS = "one value for each column of a matrix"
 
     def beside(self, weight: Sequence[int]) -> list[int]:
-        """Return the shape beside a weight of that shape; a dimension that it has the mean of is 1."""
+        """Return the shape beside a weight of that shape; a dimension that it has the mean of
+        is 1."""
         shape = list(weight)
         if self is not Shape.WEIGHT:
             shape[-1 if self is Shape.ROWS else -2] = 1
@@ -39,16 +40,16 @@ class Shape(Enum):
 
 
 class StepCount(Enum):
-    """How a rule counts its updates, beside the states of each weight."""
+    """A way to count the updates of each weight, beside its states."""
 
     NONE = "it does not"
     NUMBER = "in an int"
-    TENSOR = "in a scalar fp32 tensor: on the weight's device where torch's rule is fused, else on the host"
+    TENSOR = "in a scalar fp32 tensor, on the weight's device if torch's rule is fused, else on the host"
 
 
 @dataclass(frozen=True)
 class State:
-    """One state of a weight. `needs`: the key of the section `optimizer` without which (0) it is not
+    """A state of a weight. `needs`: the key of the section `optimizer` without which (0) it is not
     kept. `of_vectors`: only vectors have it."""
 
     name: str
@@ -59,7 +60,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateRule:
-    """Everything about a rule but its class.
+    """A rule without its class.
 
     | field | meaning |
     |---|---|

@@ -107,7 +107,7 @@ def shared_out(mesh: Mesh, case: Case, scale: float) -> tuple[list[float], dict[
     engine = make_engine(mesh, case)
     engine.scaler.scale = scale
     results = [engine.step(micro_batches(mesh, engine.plan, step), step=step, lr=0.1) for step in range(case.steps)]
-    tensors = {**whole_weights(engine), "importance": engine.budget._scores().numpy()}
+    tensors = {**whole_weights(engine), "importance": engine.hooks[0]._scores().numpy()}
     engine.close()
     return [number for result in results for number in (result.loss, result.grad_norm)], tensors
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer.tuning.methods import METHODS
 from trainer.update_rules import RULES as UPDATE_RULES
 
 ROOT = Path(__file__).parents[2]
@@ -264,6 +265,7 @@ WITHOUT_TORCH = {
     "trainer.launch.environment",
     "trainer.cluster.submit",
     "trainer.commands.timeline",
+    "trainer.tuning.methods",
     "trainer.tuning.targets",
     "trainer.update_rules",
     "trainer.verify.compare",
@@ -377,7 +379,10 @@ def no_module_level_groups(source: Source) -> list[str]:
 
 
 # Names that have a table, and the only files of `trainer/` that may ask which of them is meant.
-TABLES: tuple[tuple[frozenset[str], str], ...] = ((frozenset(UPDATE_RULES), "trainer/update_rules.py"),)
+TABLES: tuple[tuple[frozenset[str], str], ...] = (
+    (frozenset(UPDATE_RULES), "trainer/update_rules.py"),
+    (frozenset(METHODS), "trainer/tuning/methods.py"),
+)
 
 
 def tables_answer(source: Source) -> list[str]:
@@ -478,6 +483,7 @@ BAD: list[tuple[Rule, str, str]] = [
     (no_module_level_groups, "parallel/mesh.py", "def f():\n    global GROUP\n    GROUP = 1"),
     (tables_answer, "trainer/recipe/zero.py", "stage = 0 if recipe.optimizer.name == 'adafactor' else 1"),
     (tables_answer, "trainer/recipe/zero.py", "stage = 0 if name in ('lion', 'sgd') else 1"),
+    (tables_answer, "trainer/engine/new.py", "if recipe.tuning.method != 'adalora':\n    pass"),
     (tables_answer, "trainer/engine/new.py", "match name:\n    case 'adamw' | 'adam':\n        pass"),
 ]
 

@@ -1,6 +1,7 @@
-"""Any range of any logical tensor, read from the fragments that hold it.
+"""A reader of any range of any logical tensor, from the fragments that hold it.
 
-Files are read, not mapped: pages of a mapping would count to this rank's memory until the whole file is in it.
+Files are read, not mapped: pages of a mapping would count to this rank's memory until the whole
+file is in it.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class Reader:
         return self._files[index]
 
     def _copy(self, stored: Stored, state: str, wanted: Fragment, shared: Rectangle, result: Tensor) -> None:
-        """Read the elements that a stored fragment and the wanted one share. Where they are consecutive
-        in both they are read in place, else through a buffer for some rows."""
+        """Read the elements that a stored fragment and the wanted one share. Where they are
+        consecutive in both they are read in place, else through a buffer for some rows."""
         source, file, key = stored.fragment, self._file(stored.file), key_of(stored.fragment, state)
         stride, stride_wanted = box_of(source.piece).width, box_of(wanted.piece).width
         if shared.height == 1 or shared.width == stride == stride_wanted:

@@ -26,7 +26,8 @@ from trainer.schema import Recipe
 from trainer.tuning.adapter_folder import AdapterFormat
 from trainer.tuning.merge import merge as merged_weight
 from trainer.tuning.merge import merged_tensors
-from trainer.tuning.targets import MERGEABLE, PARTS, is_added
+from trainer.tuning.methods import method_of
+from trainer.tuning.targets import is_added
 from trainer.update_rules import WEIGHT
 
 FORMATS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -54,12 +55,12 @@ class Tuned:
 
     @property
     def has_adapter(self) -> bool:
-        return self.recipe.tuning.method in PARTS
+        return bool(method_of(self.recipe.tuning).parts)
 
     @property
     def merges(self) -> bool:
         """Whether weights can take up what was learned."""
-        return self.recipe.tuning.method in MERGEABLE
+        return method_of(self.recipe.tuning).merges
 
     @property
     def transposed(self) -> bool:

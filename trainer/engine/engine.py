@@ -1,4 +1,4 @@
-"""The one adapter of DeepSpeed: a stage of the model in, steps out.
+"""The one place that speaks to DeepSpeed: a stage of the model in, steps out.
 
 Plain `deepspeed.initialize` (`deepspeed_start.py`) at every ZeRO stage. What is DeepSpeed's here: dividing optimizer state,
 gradients and weights, offload, reduction, the fp32 master weights at stages 1 to 3. What is ours: their first values, the
@@ -40,7 +40,7 @@ from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.tuning.adapt import quantized_weights, quantizing
-from trainer.tuning.rank_budget import RankBudget
+from trainer.tuning.builders import step_hooks
 from trainer.update_rules import rule_of
 
 
@@ -118,13 +118,9 @@ class Engine:
         if self.zero_stage in (1, 2):
             # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
             self.optimizer.check_grad_overflow = True
-        adalora = recipe.tuning.method == "adalora"
-        self.budget = (
-            RankBudget(recipe, config, self.specs, mesh, device, dtype, gathered=partial(whole, zero_stage=self.zero_stage))
-            if adalora
-            else None
-        )
-        auxiliary = self.budget.auxiliary if self.budget else []
+        gathered = partial(whole, zero_stage=self.zero_stage)
+        self.hooks = step_hooks(recipe, config, self.specs, mesh, device, dtype, gathered=gathered)
+        auxiliary = [state for hook in self.hooks for state in hook.auxiliary]
         auxiliary += [
             AuxiliaryState.of(*part, state=state) for weight in self.quantized for state, part in weight.stored.items()
         ]
@@ -162,15 +158,15 @@ class Engine:
     def step(self, micro_batches: Sequence[MicroBatch], *, step: int, lr: float, norm_limit: float = math.inf) -> StepResult:
         """One optimizer step; `step`, from 0, names the dropout stream. `norm_limit` (ZeRO-0): a larger norm skips it."""
         scale = self.scaler.scale
-        if self.budget is not None:
-            self.budget.begin(scale)
+        for hook in self.hooks:
+            hook.begin(scale)
         sums, num_targets = self._gradients(micro_batches, step, scale)
         with self.watch("optimizer"):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             grad_norm, skipped = self._update(scale, norm_limit)
-            if self.budget is not None:
-                self.state.clear(self.budget.end(step, scale=scale, grad_norm=grad_norm, skipped=skipped))
+            for hook in self.hooks:
+                self.state.clear(hook.end(step, scale=scale, grad_norm=grad_norm, skipped=skipped))
             self.scaler.update(overflow=skipped and math.isinf(grad_norm))
         loss, *means = (all_reduce(sums, self.mesh.dp) / num_targets).tolist()
         return StepResult(loss, num_targets, grad_norm, scale, skipped, self.measures.step_record(means))

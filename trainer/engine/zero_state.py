@@ -1,4 +1,4 @@
-"""This rank's fp32 weights and optimizer state, wherever DeepSpeed keeps them, as fragments.
+"""The fp32 weights and optimizer state of this rank, wherever DeepSpeed keeps them, as fragments.
 
 DeepSpeed's optimizers keep flat fp32 tensors, whose state lies in the optimizer of torch that they
 wrap. Each way of dividing them has a class:
@@ -100,8 +100,8 @@ class _Flat:
 class ZeroState(ABC):
     """Reads and sets the state. Every rank of the data-parallel group must `restore` together.
 
-    `optimizer`: what `deepspeed.initialize` returned. `constants`: saved like weights, never trained.
-    `group`: the data-parallel ranks.
+    `optimizer`: what `deepspeed.initialize` returned. `constants`: saved like weights, never
+    trained. `group`: the data-parallel ranks.
     """
 
     def __init__(

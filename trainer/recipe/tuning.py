@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 
 from trainer.model.auto_rules import AUTO
 from trainer.schema import Finding, RankBudget, Recipe
+from trainer.tuning.methods import method_of, names_of_methods
 
 METHOD = "tuning.method"
 # Which methods read which key.
@@ -35,8 +36,7 @@ def tuning_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]
             )
     if "tuning.merge" in given:
         yield from _merge_findings(recipe)
-    if recipe.tuning.method == "adalora":
-        yield from _budget_findings(recipe)
+    yield from method_of(recipe.tuning).findings(recipe)
     if recipe.model.family == AUTO:
         yield Finding(
             (METHOD, "model.family"),
@@ -51,31 +51,13 @@ def tuning_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]
         )
 
 
-def _budget_findings(recipe: Recipe) -> Iterator[Finding]:
-    rank, budget, steps = recipe.tuning.rank, recipe.tuning.budget, recipe.train.steps
-    if budget.target_rank >= rank:
-        yield Finding(
-            ("tuning.budget.target_rank", "tuning.rank"),
-            f"tuning.budget.target_rank = {budget.target_rank} leaves nothing to share out of tuning.rank = {rank}: legal: "
-            f"below {rank}, or tuning.rank above {budget.target_rank}",
-        )
-    if (fixed := budget.warmup_steps + budget.final_steps) >= steps:
-        yield Finding(
-            ("tuning.budget.warmup_steps", "tuning.budget.final_steps", "train.steps"),
-            f"tuning.budget: warmup_steps {budget.warmup_steps} + final_steps {budget.final_steps} = {fixed} of train.steps = "
-            f"{steps} leave no step in which ranks are shared out: legal: fewer than {steps} together",
-        )
-
-
 def _merge_findings(recipe: Recipe) -> Iterator[Finding]:
-    if recipe.tuning.method == "bitfit":
+    method = method_of(recipe.tuning)
+    if not method.parts:
+        yield Finding(("tuning.merge", METHOD), f"tuning.merge: {method.not_merged}: remove it")
+    elif recipe.tuning.merge and not method.merges:
+        *names, last = names_of_methods(lambda other: other.merges)
         yield Finding(
             ("tuning.merge", METHOD),
-            "tuning.merge: bitfit trains weights of the model itself, its export is one already: remove it",
-        )
-    elif recipe.tuning.method == "adapter" and recipe.tuning.merge:
-        yield Finding(
-            ("tuning.merge", METHOD),
-            "tuning.merge: an adapter has a nonlinearity between its projections, so no weight can take it up: remove it, or "
-            "take lora, dora, adalora or ia3",
+            f"tuning.merge: {method.not_merged}: remove it, or take {', '.join(names)} or {last}",
         )
