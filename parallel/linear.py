@@ -25,7 +25,8 @@ from parallel.collectives import Pending, all_gather, start_all_gather, start_al
 from parallel.deferred import WeightGradients
 from parallel.mesh import Group
 from parallel.outputs import Output
-from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
+from parallel.params import Init, Role, Sharded, ShardSpec, whole
+from parallel.pieces import Piece
 from parallel.quantized import QuantizedWeight
 from parallel.rng import Streams
 from parallel.tensor import TensorParallel
@@ -42,8 +43,8 @@ class Shard:
     row: int
 
 
-class Adapter(Protocol):
-    """What parameter-efficient tuning puts around a linear layer; a module, so that its parameters are the layer's."""
+class Beside(Protocol):
+    """A module that parameter-efficient tuning puts beside a linear layer, whose parameters are then the layer's too."""
 
     def __call__(self, layer: Any, x_NI: Tensor, streams: Streams | None) -> Tensor:
         """The output for this input of the layer (whose own part is `layer.plain`); `streams` None: no dropout."""
@@ -166,14 +167,19 @@ def _linear(x_NI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Adaptable(Sharded):
-    """A layer that may have an adapter beside it, and then weights in few bits."""
+    """A layer that may have something trained beside it, and then weights in few bits."""
 
     weight: nn.Parameter  # unless it is quantized
 
     def __init__(self) -> None:
         super().__init__()
-        self.adapter: Adapter | None = None
+        self.beside: Beside | None = None
         self.quantized: dict[str, QuantizedWeight] = {}  # in place of parameters of these names
+
+    @property
+    def module_names(self) -> frozenset[str]:
+        """The Hugging Face modules whose outputs it computes."""
+        raise NotImplementedError
 
     def quantize(self, form: str) -> None:
         """Hold the weights, which must be filled and frozen, in this format from now on."""
@@ -196,15 +202,15 @@ class _Adaptable(Sharded):
         return self.quantized[name].dequantized(torch.float32) if name in self.quantized else self.get_parameter(name)
 
     def forward(self, x_NI: Tensor, streams: Streams | None = None) -> Tensor:
-        """`streams`: for the dropout of an adapter."""
-        return self.plain(x_NI) if self.adapter is None else self.adapter(self, x_NI, streams)
+        """`streams`: for the dropout of what is beside the layer."""
+        return self.plain(x_NI) if self.beside is None else self.beside(self, x_NI, streams)
 
     def derive(self) -> None:
-        if self.adapter is not None:
-            self.adapter.start_from(self)
+        if self.beside is not None:
+            self.beside.start_from(self)
 
     def plain(self, x_NI: Tensor) -> Tensor:
-        """Without an adapter."""
+        """The layer's own output for this input."""
         raise NotImplementedError
 
 
@@ -243,6 +249,10 @@ class ColumnParallelLinear(_Adaptable):
             assert copies is not None, "shared outputs need to know who shares them"
             self.shared_shards = self._declare("shared_", shared, bias, copies)
 
+    @property
+    def module_names(self) -> frozenset[str]:
+        return frozenset(shard.output.name for shard in (*self.local_shards, *self.shared_shards))
+
     def _declare(self, prefix: str, outputs: Sequence[Output], bias: bool, copies: Group) -> list[Shard]:
         """Weight and bias of outputs that are cut into one part for each `copies` ranks; what is here of each."""
         parts, part = self.tp.group.size // copies.size, self.tp.group.rank // copies.size
@@ -268,7 +278,7 @@ class ColumnParallelLinear(_Adaptable):
         return shards
 
     def plain(self, x_NI: Tensor) -> Tensor:
-        """Without an adapter."""
+        """The layer's own output for this input."""
         if self.tp.group.size == 1 and self.tp.deferred is None and not self.quantized:
             return _linear(x_NI, self.weight, self.given("bias"))
         later = _Later(self.tp.deferred, (self.held("weight"), self.held("shared_weight")))
@@ -305,8 +315,12 @@ class RowParallelLinear(_Adaptable):
         else:
             self.bias = None
 
+    @property
+    def module_names(self) -> frozenset[str]:
+        return frozenset((self.name,))
+
     def plain(self, x_NI: Tensor) -> Tensor:
-        """Without an adapter."""
+        """The layer's own output for this input."""
         if self.tp.deferred is None and not self.quantized:
             y_NO = self.tp.leave(_linear(x_NI, self.weight, None))
         else:

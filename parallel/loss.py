@@ -21,7 +21,8 @@ from parallel.autograd import TensorFunction
 from parallel.collectives import all_reduce
 from parallel.embedding import VocabParallelEmbedding
 from parallel.mesh import Group
-from parallel.params import Init, Piece, Role, ShardSpec
+from parallel.params import Init, Role, ShardSpec
+from parallel.pieces import Piece
 from parallel.soft_cap import soft_cap
 from parallel.tensor import TensorParallel
 from parallel.vocabulary import VocabularyMatrix, vocabulary_piece, vocabulary_shard

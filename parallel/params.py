@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from parallel.collectives import all_reduce
 from parallel.mesh import Group
+from parallel.pieces import Piece
 from parallel.rng import stream
 
 
@@ -37,40 +38,6 @@ class Init:
     mean: float = 0.0
     std: float = 0.0
     bound: float = 0.0
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows [row, row + rows) of a local parameter are a box of the logical tensor `name`.
-
-    `shape` is the logical tensor's, `start` and `size` are the box in it. `transposed`: the logical tensor stores
-    [in, out] (Hugging Face's Conv1D in gpt2), the parameter [out, in]. `gain`: the logical tensor starts with so many times the
-    values of its parameter's `Init`.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-    row: int = 0
-    transposed: bool = False
-    gain: float = 1.0
-
-    @property
-    def rows(self) -> int:
-        if not self.size:
-            return 1  # a scalar
-        return self.size[-1] if self.transposed else self.size[0]
-
-    def box_of(self, logical: Tensor) -> Tensor:
-        """This piece as it lies in the local parameter, cut from the whole logical tensor."""
-        for dim, (start, size) in enumerate(zip(self.start, self.size, strict=True)):
-            logical = logical.narrow(dim, start, size)
-        return logical.t() if self.transposed else logical
-
-    def in_parameter(self, parameter: Tensor) -> Tensor:
-        """The view of a (whole) local parameter that holds this piece."""
-        return parameter.narrow(0, self.row, self.rows) if self.size else parameter
 
 
 @dataclass(frozen=True)
@@ -99,9 +66,12 @@ class ShardSpec:
 
 
 @dataclass(frozen=True)
-class Companion:
-    """What is remembered beside a weight, element by element, and alike on all data-parallel ranks: saved as a tensor of its
-    own, since its fragments are not those of the weight."""
+class AuxiliaryState:
+    """A tensor kept beside a weight, element by element, and alike on all data-parallel ranks.
+
+    A checkpoint has it as a logical tensor of its own, since its fragments are not those of the
+    weight.
+    """
 
     spec: ShardSpec
     state: str
@@ -109,7 +79,9 @@ class Companion:
 
     @classmethod
     def of(cls, weight: ShardSpec, tensor: Tensor, *, state: str) -> Self:
-        return cls(replace(weight, pieces=tuple(replace(p, name=f"{p.name}:{state}") for p in weight.pieces)), state, tensor)
+        """Return the state of that name beside a weight."""
+        pieces = tuple(replace(piece, name=f"{piece.name}:{state}") for piece in weight.pieces)
+        return cls(replace(weight, pieces=pieces), state, tensor)
 
 
 def whole(
@@ -123,7 +95,7 @@ def whole(
     added: bool = False,
 ) -> ShardSpec:
     """The spec of a parameter that is one whole logical tensor on every rank of `copies`."""
-    return ShardSpec(role, init, (Piece(name, shape, (0,) * len(shape), shape),), copies, partial, added=added)
+    return ShardSpec(role, init, (Piece.whole(name, shape),), copies, partial, added=added)
 
 
 class Sharded(nn.Module):

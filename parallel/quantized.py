@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from parallel.params import Piece, ShardSpec
+from parallel.params import ShardSpec
+from parallel.pieces import Piece
 
 BLOCK = 64
 NF4 = (

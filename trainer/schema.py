@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.tasks import LEARN_FROM_TEXTS, TASKS, TaskName, with_field
+from trainer.update_rules import RuleName, readers_of
 
 LARGEST = 2**53  # of numbers that are only compared with: other readers of JSON round a whole number beyond it
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
@@ -520,24 +521,24 @@ class DeepSpeedPolicy(Section):
 class Optimizer(Section):
     """The update rule."""
 
-    name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = Field("adamw", description="Update rule.")
+    name: RuleName = Field("adamw", description="Update rule.")
     lr: float = Field(1e-3, gt=0.0, allow_inf_nan=False, description="Peak learning rate.")
     betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
         default_factory=lambda: [0.9, 0.95],
         min_length=2,
         max_length=2,
         description="Decay of the running means, each in [0, 1).",
-        json_schema_extra=only("optimizer.name", "adamw", "adam", "lion"),
+        json_schema_extra=only("optimizer.name", *readers_of("betas")),
     )
     eps: float = Field(
         1e-8,
         gt=0.0,
         allow_inf_nan=False,
         description="Added to the denominator (adamw, adam).",
-        json_schema_extra=only("optimizer.name", "adamw", "adam"),
+        json_schema_extra=only("optimizer.name", *readers_of("eps")),
     )
     momentum: float = Field(
-        0.0, ge=0.0, lt=1.0, description="Momentum of sgd.", json_schema_extra=only("optimizer.name", "sgd")
+        0.0, ge=0.0, lt=1.0, description="Momentum of sgd.", json_schema_extra=only("optimizer.name", *readers_of("momentum"))
     )
     weight_decay: float = Field(
         0.1, ge=0.0, allow_inf_nan=False, description="Decay of weight matrices; never of norms, biases and embeddings."

@@ -126,9 +126,9 @@ def with_lora(layer: nn.Module, *modules: str, magnitude: bool = False) -> nn.Mo
     layer.requires_grad_(False)
     for linear in list(layer.modules()):
         if isinstance(linear, ColumnParallelLinear):
-            linear.adapter = ColumnLowRank(linear, modules, keys)
+            linear.beside = ColumnLowRank(linear, modules, keys)
         elif isinstance(linear, RowParallelLinear):
-            linear.adapter = RowLowRank(linear, keys)
+            linear.beside = RowLowRank(linear, keys)
     for module in layer.modules():
         if isinstance(module, ColumnLowRank | RowLowRank):
             module.specs = {name: replace(spec, init=INIT) for name, spec in module.specs.items()}
@@ -162,13 +162,13 @@ def attention_sharing_keys_dora(tp: TensorParallel) -> nn.Module:
 
 def column_ia3(tp: TensorParallel) -> nn.Module:
     layer = column(tp).requires_grad_(False)
-    layer.adapter = OutputRescaling(layer, ["b"])
+    layer.beside = OutputRescaling(layer, ["b"])
     return layer
 
 
 def row_ia3(tp: TensorParallel) -> nn.Module:
     layer = row(tp).requires_grad_(False)
-    layer.adapter = InputRescaling(layer)
+    layer.beside = InputRescaling(layer)
     return layer
 
 

@@ -45,7 +45,7 @@ from trainer.model.blocks import blocks_of
 from trainer.model.families import FAMILIES
 from trainer.model.hf_config import to_hf_config, translate
 from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
-from trainer.model.names import WEIGHT_NAMES
+from trainer.model.names import names_of
 from trainer.model.transformer import Stage, _frequency_scale, logical_specs
 
 LLAMA3_ROPE = {
@@ -247,7 +247,7 @@ def test_bert_drops_where_transformers_drops(tmp_path: Path, monkeypatch: pytest
     theirs.train().save_pretrained(tmp_path)
     ours = stage_from(tmp_path)
     streams, cpu = Streams((5, 6, 7)), torch.device("cpu")
-    names = WEIGHT_NAMES["bert"]
+    names = names_of(ours.config)
     in_a_layer = (f"{names.attention_out}.weights", names.attention_out, names.mlp_out)
     sites = iter([names.embedding, *(site.format(layer=layer) for layer in range(2) for site in in_a_layer)])
 
@@ -305,7 +305,7 @@ def test_out_and_in_again(name: str, tmp_path: Path) -> None:
         hf_config = read_config(tmp_path / side)
         assert translate(hf_config["model_type"], hf_config) == ours.config
     specs = logical_specs(ours.config)
-    PretrainedWeights(tmp_path / "ours").check_names(specs, ties=WEIGHT_NAMES[ours.config.family].ties(specs))
+    PretrainedWeights(tmp_path / "ours").check_names(specs, ties=names_of(ours.config).ties(specs))
 
 
 @pytest.mark.parametrize("original_positions", [16, 512, 8192])

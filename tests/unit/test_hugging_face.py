@@ -35,7 +35,7 @@ from trainer.model.hugging_face import (
     weights_file,
     write_folder,
 )
-from trainer.model.names import WEIGHT_NAMES
+from trainer.model.names import names_of
 from trainer.model.transformer import Stage, logical_specs
 
 TIED_LLAMA = MODELS["llama-mha-tied"]
@@ -152,8 +152,9 @@ def test_names_of_a_model_without_its_head(family: str, shape: dict[str, Any], t
     model.base_model.save_pretrained(tmp_path / "base")
     assert not stored(tmp_path / "base").keys() & stored(tmp_path / "whole").keys()
     assert_same_weights(stage_from(tmp_path / "base"), stage_from(tmp_path / "whole"))
-    specs = logical_specs(translate(family, shape))
-    PretrainedWeights(tmp_path / "base").check_names(specs, ties=WEIGHT_NAMES[family].ties(specs))
+    network = translate(family, shape)
+    specs = logical_specs(network)
+    PretrainedWeights(tmp_path / "base").check_names(specs, ties=names_of(network).ties(specs))
 
 
 # ----------------------------------------------------------------------------------------------- folders of Bert

@@ -285,7 +285,7 @@ def test_a_bias_that_lies_down_grows_too(tmp_path: Path) -> None:
     """Marian's, [1, V]."""
     from safetensors.torch import save_file
 
-    from parallel.params import Piece
+    from parallel.pieces import Piece
 
     bias = torch.randn(1, ROWS)
     save_file({"final_logits_bias": bias}, tmp_path / "model.safetensors")

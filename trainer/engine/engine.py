@@ -1,4 +1,4 @@
-"""The one adapter of DeepSpeed: a stage of the model in, steps out.
+"""The one place that speaks to DeepSpeed: a stage of the model in, steps out.
 
 Plain `deepspeed.initialize` (`deepspeed_start.py`) at every ZeRO stage. What is DeepSpeed's here: dividing optimizer state,
 gradients and weights, offload, reduction, the fp32 master weights at stages 1 to 3. What is ours: their first values, the
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from parallel.collectives import all_reduce
 from parallel.gather import gather_to_first
 from parallel.mesh import Group, Mesh
-from parallel.params import Companion, ShardSpec, owned_specs
+from parallel.params import AuxiliaryState, ShardSpec, owned_specs
 from parallel.rng import Streams
 from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_start import Units, partitioning, prepare, require_swap_buffers, start, whole
@@ -31,7 +31,7 @@ from trainer.engine.execution import DTYPES, make_execution
 from trainer.engine.loss_scale import LossScaler
 from trainer.engine.master_weights import MasterWeights
 from trainer.engine.optimizers import Tiling, make_optimizer
-from trainer.engine.zero_state import ZeroState
+from trainer.engine.zero_state import BY_STAGE
 from trainer.errors import DataError, RecipeError
 from trainer.model.auto_stage import AutoStage
 from trainer.model.measures import measures_of
@@ -40,7 +40,8 @@ from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.tuning.adapt import quantized_weights, quantizing
-from trainer.tuning.rank_budget import RankBudget
+from trainer.tuning.builders import step_hooks
+from trainer.update_rules import rule_of
 
 
 @dataclass(frozen=True)
@@ -117,16 +118,19 @@ class Engine:
         if self.zero_stage in (1, 2):
             # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
             self.optimizer.check_grad_overflow = True
-        adalora = recipe.tuning.method == "adalora"
-        self.budget = (
-            RankBudget(recipe, config, self.specs, mesh, device, dtype, gathered=partial(whole, zero_stage=self.zero_stage))
-            if adalora
-            else None
-        )
-        companions = self.budget.companions if self.budget else []
-        companions += [Companion.of(*part, state=state) for weight in self.quantized for state, part in weight.stored.items()]
-        self.state = ZeroState(
-            self.optimizer, self.specs, self.constants, companions, group=mesh.dp, zero_stage=self.zero_stage
+        gathered = partial(whole, zero_stage=self.zero_stage)
+        self.hooks = step_hooks(recipe, config, self.specs, mesh, device, dtype, gathered=gathered)
+        auxiliary = [state for hook in self.hooks for state in hook.auxiliary]
+        auxiliary += [
+            AuxiliaryState.of(*part, state=state) for weight in self.quantized for state, part in weight.stored.items()
+        ]
+        self.state = BY_STAGE[self.zero_stage](
+            self.optimizer,
+            self.specs,
+            self.constants,
+            auxiliary,
+            rule=rule_of(recipe.optimizer),
+            group=mesh.dp,
         )
         if isinstance(module, AutoStage) and module.looks_ahead(device):
             raise RecipeError(
@@ -154,15 +158,15 @@ class Engine:
     def step(self, micro_batches: Sequence[MicroBatch], *, step: int, lr: float, norm_limit: float = math.inf) -> StepResult:
         """One optimizer step; `step`, from 0, names the dropout stream. `norm_limit` (ZeRO-0): a larger norm skips it."""
         scale = self.scaler.scale
-        if self.budget is not None:
-            self.budget.begin(scale)
+        for hook in self.hooks:
+            hook.begin(scale)
         sums, num_targets = self._gradients(micro_batches, step, scale)
         with self.watch("optimizer"):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             grad_norm, skipped = self._update(scale, norm_limit)
-            if self.budget is not None:
-                self.state.clear(self.budget.end(step, scale=scale, grad_norm=grad_norm, skipped=skipped))
+            for hook in self.hooks:
+                self.state.clear(hook.end(step, scale=scale, grad_norm=grad_norm, skipped=skipped))
             self.scaler.update(overflow=skipped and math.isinf(grad_norm))
         loss, *means = (all_reduce(sums, self.mesh.dp) / num_targets).tolist()
         return StepResult(loss, num_targets, grad_norm, scale, skipped, self.measures.step_record(means))

@@ -27,7 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from parallel.attention import Documents
 from parallel.loss import CHUNK_BYTES, IGNORE
 from parallel.mesh import Group
-from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
+from parallel.params import Init, Role, Sharded, ShardSpec, whole
+from parallel.pieces import Piece
 from parallel.rng import Streams
 from trainer.data.loader import MicroBatch
 from trainer.errors import RecipeError

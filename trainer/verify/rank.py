@@ -45,6 +45,7 @@ from trainer.model.config import TransformerConfig, largest_weight
 from trainer.recipe import ResolvedRecipe, load
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Optimizer, Recipe, Zero
+from trainer.update_rules import rule_of
 from trainer.verify.job import GRADIENT, UPDATE, Job, RankResult
 
 # The learning rate of an SGD step, so large that subtracting the update from the weights does not
@@ -112,10 +113,11 @@ class Trial:
         )
 
     def own_steps_in_float64(self, steps: int) -> list[StepResult]:
-        """Train steps of the recipe's optimizer in float64. None for lion, because DeepSpeed's
-        extension has no float64."""
+        """Return the steps with the recipe's own update rule in float64; none where its class has no float64."""
         recipe = self.resolved.recipe
-        return [] if recipe.optimizer.name == "lion" else self.train(in_float64(recipe), steps, recipe.optimizer.lr).steps
+        if not rule_of(recipe.optimizer).in_float64:
+            return []
+        return self.train(in_float64(recipe), steps, recipe.optimizer.lr).steps
 
     def train(self, recipe: Recipe, steps: int, lr: float) -> Trained:
         with self.engine(recipe) as engine:
