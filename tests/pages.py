@@ -51,12 +51,12 @@ class Page:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """All fenced blocks, in order."""
+        """Return all fenced blocks, in order."""
         return [part for part in self._parts if isinstance(part, Block)]
 
     @cached_property
     def prose(self) -> list[tuple[int, str]]:
-        """All lines outside of fenced blocks, each with its number."""
+        """Return all lines outside of fenced blocks, each with its number."""
         return [part for part in self._parts if not isinstance(part, Block)]
 
     @cached_property

@@ -35,7 +35,7 @@ Node = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Reference:
-    """Renders a schema as Markdown. `defaults` is a recipe with nothing written in it, as JSON: the schema lacks defaults that
+    """Render a schema as Markdown. `defaults` is a recipe with nothing written in it, as JSON: the schema lacks defaults that
     are made when they are needed. `headings` collects the heading of each definition, so that a second use links to the first.
     """
 

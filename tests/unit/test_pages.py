@@ -71,7 +71,7 @@ def programs_are_known(page: Page) -> list[str]:
     return [
         f"{page.path}:{line}: {command[0]} is no program that a page may start"
         for line, command, _ in commands_of(page)
-        if command[0].rpartition("/")[2] not in PROGRAMS and command[0] not in "$()"
+        if command[0].rpartition("/")[2] not in PROGRAMS
     ]
 
 
@@ -103,7 +103,7 @@ def _parsed(words: list[str]) -> Any:
 
 
 def is_key(name: str) -> bool:
-    """Whether a recipe has this key; items of lists are written [0], or [] where any is meant."""
+    """Say whether a recipe has this key; items of lists are written [0], or [] where any is meant."""
     return re.sub(r"\[\d*\]", "[0]", name) in known_keys() or name.startswith("model.config.")
 
 
@@ -436,6 +436,19 @@ def test_json_that_would_fail_is_found(text: str, said: str, supplied: Path) -> 
 
 def test_the_readme_is_short() -> None:
     assert len(README.text.splitlines()) <= 200
+
+
+def test_every_guide_has_its_parts_in_order() -> None:
+    guides = [page for page in PAGES if page.path.endswith("/README.md")]
+    assert len(guides) > 10, "the guides were not found"
+    for page in guides:
+        parts = [heading for heading in page.headings if heading in ("Smallest example", "What can go wrong", "How it works")]
+        assert parts[:2] == ["Smallest example", "What can go wrong"], page.path
+
+
+def test_the_readme_leads_to_every_guide() -> None:
+    linked = {target.partition("#")[0] for _, target in README.links}
+    assert {page.path for page in PAGES[1:]} - linked == set()
 
 
 def test_the_readme_names_every_command() -> None:
