@@ -1,1 +1,2 @@
-"""How a model is spread over ranks: layout, groups, collectives and the layers built on them. Imports torch only."""
+"""The building blocks that spread a model over ranks: layout, groups, collectives, layers. Imports
+torch only."""

@@ -1,7 +1,8 @@
-"""Tensor-parallel attention over packed documents: to themselves, or of a target to its source.
+"""Tensor-parallel attention over packed documents: within each document, or from a target to its
+source.
 
-Shape letters: B batch, S sequence, N = B · S tokens, D model, H query heads, G key/value heads, K head dim, X distances from
-a query to a key; a capital keeps its letter when it is local.
+Shape letters: B batch, S sequence, N = B · S tokens, D model, H query heads, G key/value heads, K
+head dim, X distances from a query to a key; a capital keeps its letter when it is local.
 """
 
 from __future__ import annotations
@@ -29,17 +30,21 @@ from parallel.soft_cap import soft_cap
 from parallel.tensor import TensorParallel
 
 Rotation = tuple[Tensor, Tensor]
-QUERY_BLOCK = 512  # queries that attend in one call where a mask is needed: it and their logits stay small
-# Many short documents attend faster in one masked call for their rows than in a call for each: a call costs about 60 µs on a
-# server CPU, as much as the weights of 6000 pairs of tokens of hidden size 256.
+# Queries per call where a mask is needed, so that the mask and the logits stay small.
+QUERY_BLOCK = 512
+# Many short documents attend faster in one masked call for all rows than in a call for each: a call
+# costs about 60 µs on a server CPU, as much as the attention weights of 6000 pairs of tokens at
+# hidden size 256.
 MANY, PAIRS_PER_CALL = 4, 6000
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of each packed row lie: per row their lengths, which sum to S.
+    """The boundaries of the documents in each packed row: for each row their lengths, which sum to
+    S.
 
-    They travel beside the tokens to every layer: documents do not attend to each other, and positions restart at 0.
+    They travel to every layer beside the tokens, because documents do not attend to each other and
+    positions restart at 0 in each.
     """
 
     lengths: tuple[tuple[int, ...], ...]
@@ -50,17 +55,18 @@ class Documents:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(B, S)"""
+        """The shape (B, S) of the rows."""
         return len(self.lengths), sum(self.lengths[0])
 
     @cached_property
     def positions_BS(self) -> Tensor:
-        """Place of each token in its document, int64 [B, S]."""
+        """The position of each token in its document, int64 [B, S]."""
         return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in self.lengths])
 
     def runs(self, keys: Documents) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
-        """Neighbouring rows with the same boundaries, and where the queries of each document are and its keys, perhaps none:
-        what one batched call can attend to."""
+        """Yield what one batched call can attend to: the slice of a run of rows with the same
+        boundaries and, for each document in them, the slices of its queries and of its keys. A
+        document without keys has an empty slice."""
         pairs = zip(self.lengths, keys.lengths, strict=True)
         for (ours, theirs), group in groupby(enumerate(pairs), key=lambda row: row[1]):
             rows = [index for index, _ in group]
@@ -69,17 +75,18 @@ class Documents:
 
     @cached_property
     def numbers_BS(self) -> Tensor:
-        """Which document of its row each token is in, int64 [B, S]."""
+        """The number, within its row, of the document each token is in, int64 [B, S]."""
         return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in self.lengths])
 
     def sums(self, values_N: Tensor) -> Tensor:
-        """Of each document's values, [R], one document of a row after another."""
+        """Return the sum of each document's values, [R], documents in the order of the rows."""
         lengths = [length for row in self.lengths for length in row]
         return torch.stack([part.sum() for part in values_N.split(lengths)])
 
     @cached_property
     def halves(self) -> tuple[Documents, Documents]:
-        """Those of the first and of the second half of each row, where rows hold sources and then their targets."""
+        """The documents of the first and of the second half of each row, where rows hold sources
+        and then their targets."""
         middle = self.shape[1] // 2
         cuts = [list(accumulate(row)).index(middle) + 1 for row in self.lengths]
         first = tuple(row[:cut] for row, cut in zip(self.lengths, cuts, strict=True))
@@ -91,9 +98,11 @@ def _spans(lengths: tuple[int, ...]) -> list[slice]:
 
 
 class _Rotate(TensorFunction):
-    """Rotate the halves of the last dim: (a, b) → (a cos − b sin, b cos + a sin). Backward: rotate the other way.
+    """A rotation of the halves of the last dim: (a, b) → (a cos − b sin, b cos + a sin). Backward
+    rotates the other way.
 
-    Written out because autograd would keep four intermediates per layer for what needs only cos and sin.
+    Written out because autograd would keep four intermediates per layer, of which only cos and sin
+    are needed.
     """
 
     @staticmethod
@@ -118,7 +127,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightDropout:
-    """Dropout of attention weights: at which rate, from which random streams, and which heads of all this rank has."""
+    """A dropout of attention weights: its rate, the random streams it draws from, and the heads
+    that this rank has."""
 
     rate: float
     streams: Streams
@@ -128,7 +138,7 @@ class WeightDropout:
 
 @dataclass(frozen=True, kw_only=True)
 class _Reach:
-    """What a token attends to in its document, and how strongly; see `attend`."""
+    """The rules by which a token attends to its document (see `attend`)."""
 
     causal: bool
     window: int | None
@@ -139,7 +149,7 @@ class _Reach:
 
     @property
     def fused(self) -> bool:
-        """Nothing is done to logits or weights but what a kernel can add."""
+        """Return whether a fused kernel supports all that is done to logits and weights."""
         return self.softcap is None and self.dropout is None
 
 
@@ -158,17 +168,20 @@ def attend(
     sources: Documents | None = None,
     share_calls: bool = False,
 ) -> Tensor:
-    """softmax(cap(Q Kᵀ · scale) + bias) V inside each document; [B, S, H, K].
+    """Return softmax(cap(Q Kᵀ · scale) + bias) V inside each document, [B, S, H, K].
 
-    `sources`: the keys are of other documents, and each document attends to the one with its number in the row; one that
-    has none, which can only be filler, to nothing.
+    `sources`: the documents of the keys, where they are not those of the queries. Each document
+    attends to the source with the same number in its row. One without a source, which can only be
+    filler, attends to nothing.
 
-    `causal`: a token attends to itself and those before it; `window`: only to the last so many of these, itself included.
-    `scale` is 1 / √K when None. `softcap`: logits x become softcap · tanh(x / softcap). `bias_HX`: of `RelativeBias`.
+    `causal`: a token attends to itself and the tokens before it. `window`: only to the last so many
+    of these, itself included. `scale` is 1 / √K when None. `softcap`: logits x become softcap ·
+    tanh(x / softcap). `bias_HX` comes from `RelativeBias`.
 
-    One call per document, so a token of one document cannot change another by even one bit, no mask over the row is
-    materialised, and documents cost the square of their own length only. `share_calls`: many short documents of a row, such
-    as sentences, may share a masked call instead, which other documents in the micro-batch change by rounding.
+    Each document has its own call. So a token of one document cannot change another by even one
+    bit, no mask over the row is materialised, and a document costs only the square of its own
+    length. With `share_calls`, many short documents of a row, such as sentences, may share a masked
+    call instead; then other documents in the micro-batch change the result by rounding.
     """
     assert causal or window is None, "a window looks back from a token"
     assert (not causal and bias_HX is None) or sources is None, "there is no order between two documents"
@@ -201,26 +214,27 @@ def _share_a_call(documents: Documents) -> bool:
 def _attend_in_rows(
     q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, queries: Documents, keys: Documents, reach: _Reach
 ) -> Tensor:
-    """All documents in one call: what lies in others weighs exactly 0."""
+    """Attend in all documents in one call, where tokens of other documents weigh exactly 0."""
     mask_BST = queries.numbers_BS.unsqueeze(2) == keys.numbers_BS.unsqueeze(1)
     if reach.causal:
         mask_BST = mask_BST.tril()
     mask_BST |= ~mask_BST.any(-1, keepdim=True)  # filler without a source: no softmax over nothing
     q, k, v = (part.transpose(1, 2) for part in (q_BSHK, k_BTGK, v_BTGK))
-    # Two tokens of one document are as far apart in it as in their row.
+    # Positions in the row serve: two tokens of one document are as far apart in it as in the row.
     mask = _mask_or_bias(mask_BST.unsqueeze(1).to(q.device), range(q.shape[2]), range(k.shape[2]), reach, q.dtype)
     return _fused(q, k, v, reach, attn_mask=mask).transpose(1, 2)
 
 
 class _Place(NamedTuple):
-    """Where a document begins in the micro-batch."""
+    """The place in the micro-batch where a document begins."""
 
     row: int
     token: int
 
 
 class _Block(NamedTuple):
-    """Where a block of queries begins in the micro-batch, and the places in the document of these and of their keys."""
+    """A block of queries: where it begins in the micro-batch, and the positions in the document of
+    its queries and keys."""
 
     row: int
     token: int
@@ -229,8 +243,8 @@ class _Block(NamedTuple):
 
 
 def _attend_in_document(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _Reach, place: _Place) -> Tensor:
-    """One fused call where the window covers the document and nothing is done to logits or weights; else block by block of
-    the queries."""
+    """Attend in one fused call if it needs no mask, bias or change of logits and weights; else in
+    blocks of queries."""
     length, num_keys = q_BHSK.shape[2], k_BGSK.shape[2]
     if not num_keys:
         return q_BHSK * 0.0  # keeps its place in the graph
@@ -259,7 +273,8 @@ def _fused(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _Reach, **mask
 
 
 def _mask(queries: range, keys: range, reach: _Reach, device: torch.device) -> Tensor | None:
-    """True where a query [S] of these places attends to a key [T]; None where each attends to all."""
+    """Return a mask [S, T]: True where a query at these positions attends to a key. None where each
+    attends to all."""
     if not reach.causal:
         return None
     ages_ST = torch.arange(queries.start, queries.stop, device=device).unsqueeze(1) - torch.arange(
@@ -269,7 +284,7 @@ def _mask(queries: range, keys: range, reach: _Reach, device: torch.device) -> T
 
 
 def _mask_or_bias(mask: Tensor | None, queries: range, keys: range, reach: _Reach, dtype: torch.dtype) -> Tensor | None:
-    """What a fused kernel takes beside Q, K and V: with a bias that, and −∞ where the mask is False."""
+    """Return what a fused kernel adds to the logits: the mask, or the bias, −∞ where masked."""
     if reach.bias_HX is None:
         return mask
     bias_BHST = by_place(reach.bias_HX, queries, keys).to(dtype).unsqueeze(0)
@@ -279,14 +294,17 @@ def _mask_or_bias(mask: Tensor | None, queries: range, keys: range, reach: _Reac
 def _written_out(
     q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_ST: Tensor | None, reach: _Reach, block: _Block
 ) -> Tensor:
-    """Attention with soft-capped logits or with dropout of the weights, logits and softmax in fp32.
+    """Attend with soft-capped logits or with dropout of the weights; logits and softmax are in
+    fp32.
 
-    No fused kernel caps, and none takes a dropout mask from outside: theirs would differ between layouts. Run under
-    recompute, as flash attention does it too: a block's [H, S, T] logits live only while it is computed.
+    No fused kernel caps logits, and none takes a dropout mask from outside: its own mask would
+    differ between layouts. Run under recompute, as flash attention does too, so that a block's [H,
+    S, T] logits live only while it is computed.
     """
     wide = torch.promote_types(q_BHSK.dtype, torch.float32)
     scale = q_BHSK.shape[-1] ** -0.5 if reach.scale is None else reach.scale
-    q_BGRSK: Tensor = q_BHSK.unflatten(1, (k_BGTK.shape[1], -1))  # R query heads share one key/value head
+    # R query heads share one key/value head.
+    q_BGRSK: Tensor = q_BHSK.unflatten(1, (k_BGTK.shape[1], -1))
     logits_BGRST = (q_BGRSK @ k_BGTK.unsqueeze(2).mT).to(wide) * scale
     if reach.softcap is not None:
         logits_BGRST = soft_cap(logits_BGRST, reach.softcap)
@@ -311,16 +329,20 @@ def _dropped(weights_BGRST: Tensor, given: WeightDropout, block: _Block) -> Tens
 
 
 class ParallelAttention(torch.nn.Module):
-    """Self-attention with its heads divided: each tensor rank holds H/p query heads and the key/value heads they use.
+    """Self-attention with its heads divided: each tensor rank holds H/p query heads and the
+    key/value heads they use.
 
-    With fewer key/value heads than ranks (G < p) the p / G ranks of `kv_copies`, neighbours in the group, hold the same one
-    (Shazeer 2019, arXiv:1911.02150; Ainslie et al. 2023, arXiv:2305.13245); its weights' gradients are summed over them.
+    With fewer key/value heads than ranks (G < p) the p / G ranks of `kv_copies`, neighbours in the
+    group, hold the same one (Shazeer 2019, arXiv:1911.02150; Ainslie et al. 2023,
+    arXiv:2305.13245). The gradients of its weights are summed over them.
 
-    Forward: X [N, D], or this rank's tokens of it → fused column-parallel Q, K, V → attention of the local heads over whole
-    sequences, no communication → row-parallel output projection. Communication: that of the two linear layers.
+    Forward: X [N, D], or this rank's tokens of it → fused column-parallel Q, K, V → attention of
+    the local heads over whole sequences, no communication → row-parallel output projection.
+    Communication: that of the two linear layers.
 
-    `recompute`: the attention core (rotation, softmax, weighted sum) is computed again in backward instead of kept, the
-    selective recomputation of Korthikanti et al. 2022, arXiv:2205.05198, §5.
+    `recompute`: compute the attention core (rotation, softmax, weighted sum) again in backward
+    instead of keeping it, the selective recomputation of Korthikanti et al. 2022, arXiv:2205.05198,
+    §5.
     """
 
     def __init__(
@@ -378,7 +400,7 @@ class ParallelAttention(torch.nn.Module):
         )
 
     def forward(self, x_ND: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None) -> Tensor:
-        """`streams` None: nothing is dropped (evaluation)."""
+        """Return [N, D], or this rank's tokens of it. With `streams` None nothing is dropped."""
         H, G = self.num_heads, self.num_kv_heads
         qkv_BSNK = self.qkv(x_ND, streams).view(*documents.shape, H + 2 * G, self.head_dim)
         qk, v_BSGK = qkv_BSNK.split([H + G, G], dim=2)

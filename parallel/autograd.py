@@ -1,4 +1,4 @@
-"""What torch's autograd lacks: types."""
+"""A typed base class for our autograd functions, which torch leaves untyped."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class TensorFunction(torch.autograd.Function):
-    """A differentiable function with a backward of its own that gives one tensor."""
+    """A differentiable function that has its own backward and returns one tensor."""
 
-    if TYPE_CHECKING:  # torch's own says nothing of what it takes and gives
+    if TYPE_CHECKING:  # torch's own `apply` has no annotations
 
         @classmethod
         def apply(cls, *args: Any, **kwargs: Any) -> Tensor: ...

@@ -1,20 +1,25 @@
-"""Contiguous parts of a row of blocks, as equal in cost as they can be: the stages of a pipeline. No torch.
+"""A division of a row of blocks into contiguous pipeline stages of nearly equal cost. No torch.
 
 >>> balance([1, 1, 1, 1, 1, 4], rank_of_stage=[0, 1, 2])
 [range(0, 2), range(2, 5), range(5, 6)]
 
-Of all divisions into stages of at least one block it is, with one stage on each rank, exactly the one with
+With one stage on each rank, `balance` finds, among all divisions into stages of at least one block,
+exactly the one with
 
-1. the cheapest most expensive stage, which is the pipeline's beat: one micro-batch per beat is all that can pass it;
-2. the least sum of squares: the others stay as far below the beat as they can, which leaves room where a cost was estimated
-   too low;
-3. the fewest blocks on the first stages, which hold the activations of the most micro-batches.
+1. the least cost of its most expensive stage. That stage sets the pace: the pipeline passes one
+   micro-batch in that time;
+2. among these, the least sum of squares: the other stages stay as far below the most expensive one
+   as they can, which leaves slack where a cost was estimated too low;
+3. among these, the fewest blocks on the first stages, which hold the activations of the most
+   micro-batches.
 
-With several stages on a rank the beat is the rank's load, the sum of its stages. No way is known to find the best sums of
-scattered stages among all divisions, so that division is only the start: blocks then move from the busiest rank while that
-levels the loads. Where blocks cost the same but for the first and the last, which is where models differ, no division has a
-lower largest load. It pays: with 16 layers and a head as dear as 4 on 3 ranks of 2 stages, a simulated interleaved 1F1B step
-of 12 micro-batches is 5 % shorter than with the division for the cheapest most expensive stage, and ZB-V's 9 %.
+With several stages on a rank, the pace is set by the rank whose stages cost the most together. No
+efficient way is known to find the best sums of scattered stages among all divisions, so the
+division above is only the start: blocks then move away from the busiest rank as long as that levels
+the loads. Where all blocks but the first and the last cost the same, as in most models, no division
+has a lower largest load. Levelling pays: with 16 layers and a head as expensive as 4 of them, on 3
+ranks of 2 stages, a simulated interleaved 1F1B step of 12 micro-batches is 5 % shorter than with
+the division that minimizes the most expensive stage, and a step of ZB-V 9 % shorter.
 """
 
 from __future__ import annotations
@@ -27,9 +32,11 @@ from typing import NamedTuple
 
 
 def balance(costs: Sequence[int], rank_of_stage: Sequence[int]) -> list[range]:
-    """The blocks of each stage; ValueError when there are fewer blocks than stages, or a cost is negative.
+    """Return the blocks of each stage. ValueError if a cost is negative or a stage would have no
+    block.
 
-    Costs are whole numbers, in a unit as small as one likes: their sums are exact, so that what is equal is a tie.
+    Costs are whole numbers in any unit, as small as needed: their sums are exact, so equal sums are
+    ties.
     """
     stages = len(rank_of_stage)
     if not 1 <= stages <= len(costs) or min(costs) < 0:
@@ -42,18 +49,18 @@ def balance(costs: Sequence[int], rank_of_stage: Sequence[int]) -> list[range]:
 
 
 def loads_of_ranks(costs: Sequence[int], rank_of_stage: Sequence[int]) -> list[int]:
-    """What each rank has to do, where each stage costs so much."""
+    """Return the total cost of each rank's stages, given the cost of each stage."""
     loads = [0] * (1 + max(rank_of_stage))
     for cost, rank in zip(costs, rank_of_stage, strict=True):
         loads[rank] += cost
     return loads
 
 
-# ---------------------------------------------------------------------------------------------- several stages on a rank
+# ------------------------------------------------------------------------- several stages on a rank
 
 
 def _level(sums: Sequence[int], cuts: list[int], rank_of_stage: Sequence[int]) -> list[int]:
-    """Move a block from the busiest rank to where it helps most, until nothing helps."""
+    """Move one block at a time from the busiest rank to where it helps most, while it helps."""
 
     def unevenness(cuts: Sequence[int]) -> tuple[int, ...]:
         stages = _costs_of(sums, cuts)
@@ -72,7 +79,8 @@ def _level(sums: Sequence[int], cuts: list[int], rank_of_stage: Sequence[int]) -
 
 
 def _moves(cuts: list[int], givers: Sequence[int]) -> Iterator[list[int]]:
-    """One block fewer on one of these stages and one more on another: the stages between them shift by a block."""
+    """Yield every division that has one block fewer on one of the stages `givers` and one more on
+    another stage. All stages between the two shift by a block."""
     for giver in givers:
         if cuts[giver + 1] - cuts[giver] > 1:
             for taker in range(len(cuts) - 1):
@@ -90,19 +98,23 @@ def _squares(costs: Sequence[int]) -> int:
     return sum(cost * cost for cost in costs)
 
 
-# --------------------------------------------------------------------------------------------------- one stage on each rank
+# --------------------------------------------------------------------------- one stage on each rank
 
 
 def _least_limit(sums: Sequence[int], stages: int) -> int:
-    """The cost of the most expensive part where it is cheapest: parametric search."""
+    """Return the cost of the most expensive part in the division where that cost is least
+    (parametric search)."""
     dearest = max(end - first for first, end in pairwise(sums))
     low = max(dearest, -(-sums[-1] // stages))
-    # A part that is filled in turn ends at most one block short of the mean, so that this is always enough.
+    # Parts filled one after another end at most one block short of the mean: `high` always fits.
     return _least(low, low + dearest, lambda limit: _fits(sums, stages, limit))
 
 
 def _fits(sums: Sequence[int], stages: int, limit: int) -> bool:
-    """Whether parts of at most `limit`, each filled in turn, hold all blocks. Fewer parts can always be divided further."""
+    """Return whether `stages` parts of at most `limit`, filled one after another, take all blocks.
+
+    Fewer parts than `stages` are enough: parts can always be divided further.
+    """
     position = 0
     for _ in range(stages):
         position = bisect_right(sums, sums[position] + limit) - 1
@@ -110,12 +122,14 @@ def _fits(sums: Sequence[int], stages: int, limit: int) -> bool:
 
 
 def _smoothest(sums: Sequence[int], stages: int, limit: int) -> list[int]:
-    """Where the parts begin and end, for the least sum of squares of parts of at most `limit`.
+    """Return the boundaries of the parts, each at most `limit`, whose sum of squares is least.
 
-    The number of parts is not a second dimension of the search but has a price: the least sum of squares is convex in it
-    (the squares fulfil the quadrangle inequality), so some price makes `stages` parts the best choice. A price between two
-    whole ones makes one number of parts the best; sums are doubled here so that odd prices are these. At the even price
-    between the last odd one that allows too many parts and the first that does not, `stages` is among the best numbers.
+    The number of parts is not a second dimension of the search: each part has a price instead. The
+    least sum of squares is convex in the number of parts (the squares fulfil the quadrangle
+    inequality), so some price makes `stages` parts the best choice. At a price between two whole
+    numbers one number of parts is the best. Sums are doubled here, so that odd prices are such
+    prices. At the even price between the last odd one that allows too many parts and the first that
+    does not, `stages` is among the best numbers.
     """
     half = (_least(0, sums[-1] ** 2, lambda half: _cheapest(sums, limit, 2 * half + 1)[0].parts <= stages)) * 2
     few, many = _cheapest(sums, limit, half + 1), _cheapest(sums, limit, half - 1)
@@ -135,31 +149,36 @@ def _smoothest(sums: Sequence[int], stages: int, limit: int) -> list[int]:
 
 
 class _Tail(NamedTuple):
-    """The cheapest division of the blocks from one on: the doubled squares with the price of its parts."""
+    """The cheapest division of the blocks from one on: its doubled squares plus the price of its
+    parts, and its number of parts."""
 
     total: int
     parts: int
 
 
 class _Cut(NamedTuple):
-    """The next part ends at `end`: the best choice for parts that begin at `until` or before."""
+    """A choice for the next part's end: `end` is the best for parts that begin at `until` or
+    before."""
 
     end: int
     until: int
 
 
 def _cheapest(sums: Sequence[int], limit: int, price: int) -> list[_Tail]:
-    """For each first block, where a part costs twice its square and `price`, and `limit` is the most that it may hold.
+    """Return, for each first block, the cheapest division of the blocks from there on, where a part
+    costs twice its square plus `price` and holds at most `limit`.
 
-    From the last block to the first. Between two cuts the nearer one is the better for all parts that begin early enough,
-    so the cuts worth choosing form a queue: the farthest is the best now, and each next one takes its place at `until`.
+    Works from the last block to the first. Of two ends, the nearer one is the better for all parts
+    that begin early enough, so the ends worth choosing form a queue: the farthest is the best now,
+    and each next one takes its place at `until`.
     """
     last = len(sums) - 1
     tails = [_Tail(0, 0)] * (last + 1)
     queue: deque[_Cut] = deque()
 
     def overtakes(near: int, far: int) -> int:
-        """The last beginning from which the near cut is as good as the far one, or the far one too far."""
+        """Return the last beginning from which `near` is as good an end as `far`, or `far` is over
+        the limit."""
         too_far = bisect_left(sums, sums[far] - limit) - 1
         gain = 2 * sums[far] ** 2 + tails[far].total - 2 * sums[near] ** 2 - tails[near].total
         if (between := 4 * (sums[far] - sums[near])) == 0:
@@ -180,7 +199,8 @@ def _cheapest(sums: Sequence[int], limit: int, price: int) -> list[_Tail]:
 
 
 def _least(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The least number for which `holds`; it does for `high` and for all numbers above the least."""
+    """Return the least number for which `holds`, which must hold for `high` and for all numbers
+    above the least."""
     while low < high:
         middle = (low + high) // 2
         if holds(middle):

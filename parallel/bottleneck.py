@@ -1,10 +1,11 @@
-"""Bottleneck adapters behind row-parallel layers: Z = Y + gelu(Y Dᵀ + d) Uᵀ + u with what gives Y frozen (Houlsby et al. 2019,
-arXiv:1902.00751, §2.1, with the activation of its code).
+"""Bottleneck adapters behind row-parallel layers: Z = Y + gelu(Y Dᵀ + d) Uᵀ + u, with the layer
+that gives Y frozen (Houlsby et al. 2019, arXiv:1902.00751, §2.1, with the activation of its code).
 
 Shape letters: N tokens of a micro-batch, or this rank's share of them; O output features.
 
-Y is what leaves a tensor-parallel region, so an adapter is whole on every rank and sees this rank's tokens: its gradients are
-partial under sequence parallelism, and equal on all ranks without.
+Y is what leaves a tensor-parallel region. An adapter is therefore whole on every rank and sees this
+rank's tokens: with sequence parallelism its gradients are partial, without it they are equal on all
+ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from parallel.rng import Streams
 
 
 class Bottleneck(nn.Module):
-    """[N, O] → [N, O]. No communication. U and u start at 0, so that Z starts as Y; D as torch draws a linear layer's."""
+    """An adapter, [N, O] → [N, O], without communication. U and u start at 0, so that Z starts as
+    Y; D starts as torch initializes a linear layer."""
 
     def __init__(self, layer: RowParallelLinear, size: int) -> None:
         super().__init__()
@@ -34,4 +36,4 @@ class Bottleneck(nn.Module):
         return y_NO + self.up(functional.gelu(self.down(y_NO)))
 
     def start_from(self, layer: RowParallelLinear) -> None:
-        """Nothing of the layer is needed."""
+        """Do nothing: the adapter starts the same whatever the layer's weights are."""

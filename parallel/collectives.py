@@ -1,14 +1,15 @@
-"""Collectives over an explicit group, and their pairs with gradients.
+"""Collectives over an explicit group, and pairs of them that are each other's backward.
 
-Out of place: autograd may still hold the tensor that comes in. The conjugate pairs are those of Megatron-LM; each is the
-other's backward.
+All work out of place, because autograd may still hold the input. The pairs are Megatron-LM's: f, g
+and ḡ are the names in Shoeybi et al. 2019 (arXiv:1909.08053, figure 3) and Korthikanti et al. 2022
+(arXiv:2205.05198, figure 5).
 
 | function | forward | backward | paper |
 |---|---|---|---|
-| `copy_to_group` | identity | all-reduce | f (Shoeybi et al. 2019, arXiv:1909.08053, figure 3) |
-| `reduce_from_group` | all-reduce | identity | its conjugate g |
-| `gather_tokens` | all-gather along dim 0 | reduce-scatter | g (Korthikanti et al. 2022, arXiv:2205.05198, figure 5) |
-| `scatter_tokens` | reduce-scatter along dim 0 | all-gather | its conjugate ḡ |
+| `copy_to_group` | identity | all-reduce | f of Shoeybi |
+| `reduce_from_group` | all-reduce | identity | g of Shoeybi, the conjugate of f |
+| `gather_tokens` | all-gather along dim 0 | reduce-scatter | g of Korthikanti |
+| `scatter_tokens` | reduce-scatter along dim 0 | all-gather | ḡ, its conjugate |
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from parallel.mesh import Group
 
 
 class Pending(NamedTuple):
-    """A collective under way; `wait` gives its result."""
+    """A collective under way; `wait` returns its result."""
 
     result: Tensor
     work: dist.Work | None
@@ -37,7 +38,8 @@ class Pending(NamedTuple):
 
 
 def start_all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
-    """The sum (or `op`) over the group, in a new tensor. The input itself when the group has one rank."""
+    """Start the sum (or `op`) over the group, into a new tensor. With one rank the result is the
+    input itself."""
     if group.size == 1:
         return Pending(tensor, None)
     result = tensor.clone(memory_format=torch.contiguous_format)
@@ -45,7 +47,7 @@ def start_all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType =
 
 
 def start_all_gather(tensor: Tensor, group: Group) -> Pending:
-    """The group's tensors one after another along dim 0."""
+    """Start to concatenate the group's tensors along dim 0, in the order of the ranks."""
     if group.size == 1:
         return Pending(tensor, None)
     result = tensor.new_empty((tensor.shape[0] * group.size, *tensor.shape[1:]))
@@ -53,7 +55,7 @@ def start_all_gather(tensor: Tensor, group: Group) -> Pending:
 
 
 def start_reduce_scatter(tensor: Tensor, group: Group) -> Pending:
-    """This rank's share, along dim 0, of the sum over the group."""
+    """Start the sum over the group, of which this rank gets its share along dim 0."""
     if group.size == 1:
         return Pending(tensor, None)
     result = tensor.new_empty((group.part(tensor.shape[0], "tokens"), *tensor.shape[1:]))
@@ -61,17 +63,21 @@ def start_reduce_scatter(tensor: Tensor, group: Group) -> Pending:
 
 
 def all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """A new tensor with the sum (or `op`) over the group; no gradient. The input itself when the group has one rank."""
+    """Return the sum (or `op`) over the group in a new tensor, without gradient. With one rank it
+    is the input itself."""
     return start_all_reduce(tensor, group, op).wait()
 
 
 def all_gather(tensor: Tensor, group: Group) -> Tensor:
-    """The group's tensors one after another along dim 0; no gradient."""
+    """Return the group's tensors concatenated along dim 0, without gradient."""
     return start_all_gather(tensor, group).wait()
 
 
 def reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
-    """This rank's share, along dim 0, of the sum over the group; no gradient. ValueError when it does not divide."""
+    """Return this rank's share, along dim 0, of the sum over the group, without gradient.
+
+    ValueError if dim 0 does not divide over the ranks.
+    """
     return start_reduce_scatter(tensor, group).wait()
 
 
@@ -79,7 +85,7 @@ Collective = Callable[[Tensor, Group], Tensor]
 
 
 class _Pair(TensorFunction):
-    """One collective forward, another on the gradient."""
+    """A collective forward, and another one on the gradient."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group, forward: Collective, backward: Collective) -> Tensor:
@@ -96,20 +102,22 @@ def _as_it_is(tensor: Tensor, group: Group) -> Tensor:
 
 
 def copy_to_group(tensor: Tensor, group: Group) -> Tensor:
-    """Forward: the replicated tensor as it is. Backward: the sum of the group's gradients."""
+    """Return the replicated tensor as it is. Backward: the sum of the group's gradients."""
     return tensor if group.size == 1 else _Pair.apply(tensor, group, _as_it_is, all_reduce)
 
 
 def reduce_from_group(tensor: Tensor, group: Group) -> Tensor:
-    """Forward: the sum of the group's partial tensors. Backward: the replicated gradient as it is."""
+    """Return the sum of the group's partial tensors. Backward: the replicated gradient as it is."""
     return tensor if group.size == 1 else _Pair.apply(tensor, group, all_reduce, _as_it_is)
 
 
 def gather_tokens(tensor: Tensor, group: Group) -> Tensor:
-    """Forward: all ranks' tokens. Backward: this rank's tokens of the sum of the group's gradients."""
+    """Return all ranks' tokens, concatenated. Backward: this rank's tokens of the sum of the
+    group's gradients."""
     return tensor if group.size == 1 else _Pair.apply(tensor, group, all_gather, reduce_scatter)
 
 
 def scatter_tokens(tensor: Tensor, group: Group) -> Tensor:
-    """Forward: this rank's tokens of the sum of the group's partial tensors. Backward: all ranks' gradients."""
+    """Return this rank's tokens of the sum of the group's partial tensors. Backward: all ranks'
+    gradients, concatenated."""
     return tensor if group.size == 1 else _Pair.apply(tensor, group, reduce_scatter, all_gather)

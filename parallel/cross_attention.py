@@ -1,7 +1,9 @@
-"""Tensor-parallel attention of a target to its source (Vaswani et al. 2017, arXiv:1706.03762, §3.2.3).
+"""Tensor-parallel attention from a target to its source (Vaswani et al. 2017, arXiv:1706.03762,
+§3.2.3).
 
-Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of them), D model, H query
-heads, G key/value heads, K head dim; a capital keeps its letter when it is local.
+Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of
+them), D model, H query heads, G key/value heads, K head dim; a capital keeps its letter when it is
+local.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ from parallel.tensor import TensorParallel
 
 
 class ParallelCrossAttention(nn.Module):
-    """Each tensor rank holds H/p query heads and their key/value heads.
+    """Cross-attention with its heads divided: each tensor rank holds H/p query heads and their
+    key/value heads.
 
-    Forward: target X [N, D] → column-parallel Q, source M [N, D] → fused column-parallel K and V → attention of the local
-    heads, each target to the source with its number in the row → row-parallel output projection of the target's tokens.
-    Communication: that of the three linear layers; with sequence parallelism each half of a row is gathered on its own.
+    Forward: target X [N, D] → column-parallel Q; source M [N, D] → fused column-parallel K and V →
+    attention of the local heads, each target to the source with the same number in the row →
+    row-parallel output projection of the target's tokens. Communication: that of the three linear
+    layers. With sequence parallelism each half of a row is gathered on its own.
 
-    `recompute`: the attention core is computed again in backward, as in `ParallelAttention`.
+    `recompute`: compute the attention core again in backward, as in `ParallelAttention`.
     """
 
     def __init__(
@@ -70,7 +74,11 @@ class ParallelCrossAttention(nn.Module):
     def forward(
         self, x_ND: Tensor, documents: Documents, memory_ND: Tensor, sources: Documents, streams: Streams | None
     ) -> Tensor:
-        """`memory_ND` [N of the source, D]: what the encoder made of the `sources`. `streams` None: nothing is dropped."""
+        """Return what the target's tokens get from their sources, [N, D] like `x_ND`.
+
+        `memory_ND` is the encoder's output for the `sources`, [N of the source, D]. With `streams`
+        None nothing is dropped.
+        """
         q_BSHK = self.query(x_ND, streams).view(*documents.shape, self.num_heads, self.head_dim)
         kv_BTNK = self.key_value(memory_ND, streams).view(*sources.shape, 2 * self.num_kv_heads, self.head_dim)
         if self.recompute and torch.is_grad_enabled():

@@ -1,4 +1,5 @@
-"""Weight gradients put off, for schedules that split the backward (Qi et al. 2023, arXiv:2401.10241)."""
+"""Deferred weight gradients, for schedules that split the backward (Qi et al. 2023,
+arXiv:2401.10241)."""
 
 from __future__ import annotations
 
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 
 
 class WeightGradients:
-    """Where the linear layers of a pipeline stage leave the matrix products of their weight gradients.
+    """A queue in which the linear layers of a pipeline stage leave the matrix products of their
+    weight gradients.
 
-    The backward of a micro-batch then computes input gradients only (and the gradients of norms and biases, which cost next
-    to nothing); `take` hands over what it left, to be computed when the schedule says so.
+    The backward of a micro-batch then computes only the gradients of inputs, and those of norms and
+    biases, which cost next to nothing. `take` hands over the products left behind, to be computed
+    when the schedule says so.
     """
 
     def __init__(self) -> None:
@@ -22,8 +25,11 @@ class WeightGradients:
         self._products.append((weight, product))
 
     def take(self) -> Callable[[], None]:
-        """What was left since the last time. Calling it computes each gradient and accumulates it as autograd would: hooks on
-        the weight run."""
+        """Return a function that computes the products left since the last call, and empty the
+        queue.
+
+        The function accumulates each gradient as autograd would, so hooks on the weight run.
+        """
         products, self._products = self._products, []
 
         def compute() -> None:

@@ -19,10 +19,12 @@ from parallel.vocabulary import VocabularyMatrix, vocabulary_shard
 
 
 class VocabParallelEmbedding(VocabularyMatrix):
-    """Rows of the embedding matrix E divided over the vocabulary: Y = Σ_i E_i[tokens], a token being in one E_i only.
+    """An embedding matrix E, divided by rows of the vocabulary: Y = Σ_i E_i[tokens], where each
+    token is in one E_i only.
 
-    Forward: tokens [N] → [N, D], or with sequence parallelism this rank's tokens of it; one all-reduce or reduce-scatter.
-    Backward: each rank keeps its rows' gradient; with sequence parallelism after an all-gather.
+    Forward: tokens [N] → [N, D], with one all-reduce; with sequence parallelism → this rank's
+    tokens of it, with one reduce-scatter. Backward: each rank keeps the gradient of its own rows;
+    with sequence parallelism after an all-gather.
     """
 
     def __init__(
@@ -36,8 +38,12 @@ class VocabParallelEmbedding(VocabularyMatrix):
         tied_over: Group | None = None,
         tied_to: VocabParallelEmbedding | None = None,
     ) -> None:
-        """`tied_over`: the ranks of the first and the last pipeline stage, when the head there has this weight too. `tied_to`:
-        another text's embedding, whose weight is this one's."""
+        """Declare this rank's rows of the weight.
+
+        `tied_over`: the ranks of the first and the last pipeline stage, if the head of the last has
+        this weight too. `tied_to`: another embedding whose weight this one uses (source and target
+        of a translation share one).
+        """
         super().__init__(tp)
         self.first = vocabulary_shard(vocab_size, tp.group)[0]
         if tied_to is not None:
@@ -57,7 +63,8 @@ class VocabParallelEmbedding(VocabularyMatrix):
 class ReplicatedEmbedding(Sharded):
     """A table [rows, D] that is whole on every rank: learned positions, token types.
 
-    Forward: rows of the table [N] → [N, D]; with sequence parallelism of this rank's tokens, so its gradient is partial.
+    Forward: row numbers [N] → [N, D]. With sequence parallelism the result has this rank's tokens
+    only, so the gradient is partial.
     """
 
     weight: nn.Parameter
@@ -74,8 +81,11 @@ class ReplicatedEmbedding(Sharded):
 
 
 def sinusoids(positions_N: Tensor, hidden_size: int) -> Tensor:
-    """Of each position p sin(p / 10000^(2i / D)) for i < D/2, then the cosines, fp64 [N, D] (Vaswani et al. 2017,
-    arXiv:1706.03762, §3.5; there the two alternate)."""
+    """Return sin(p / 10000^(2i / D)) for i < D/2, then the cosines, of each position p: fp64 [N,
+    D].
+
+    Vaswani et al. 2017, arXiv:1706.03762, §3.5, where sines and cosines alternate.
+    """
     exponents = torch.arange(0, hidden_size, 2, dtype=torch.float64, device=positions_N.device) / hidden_size
     angles = positions_N.unsqueeze(-1) / 10_000.0**exponents
     return torch.cat([angles.sin(), angles.cos()[:, : hidden_size // 2]], dim=-1)
@@ -88,10 +98,11 @@ def rotary_tables(
     dtype: torch.dtype,
     scale: Callable[[Tensor], Tensor] = lambda frequencies: frequencies,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · scale(theta^(−2i / head_dim)), each [B, S, 1, head_dim / 2] (Su et al. 2021,
-    arXiv:2104.09864).
+    """Return the cosine and the sine of position · scale(theta^(−2i / head_dim)), each [B, S, 1,
+    head_dim / 2] (Su et al. 2021, arXiv:2104.09864).
 
-    The angles are computed in fp32 whatever `dtype`: at position 4096 bf16 could not tell neighbours apart.
+    The angles are computed in fp32 whatever `dtype` is: at position 4096 bf16 could not tell
+    neighbours apart.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BS.device) / head_dim
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -102,10 +113,12 @@ def rotary_tables(
 def llama3_frequencies(
     frequencies: Tensor, *, factor: float, low_freq_factor: float, high_freq_factor: float, original_positions: int
 ) -> Tensor:
-    """Rotary frequencies [radians per token] for texts longer than `original_positions`, as Llama 3.1 has them.
+    """Return rotary frequencies [radians per token] for texts longer than `original_positions`, as
+    Llama 3.1 scales them.
 
-    Those that turn `high_freq_factor` times or more in the original length tell near places apart and stay; those that
-    turn `low_freq_factor` times or less are divided by `factor`; in between, both in proportion.
+    Frequencies that turn at least `high_freq_factor` times within the original length tell near
+    positions apart, and stay. Frequencies that turn at most `low_freq_factor` times are divided by
+    `factor`. Those in between get a proportional mix of the two.
     """
     turns = original_positions / (2 * math.pi / frequencies)
     kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0)

@@ -1,5 +1,5 @@
-"""Every parameter of a model that is spread over ranks, one after another, on the first of them, and the logical tensors of
-which they are pieces."""
+"""The parameters of a model that is spread over ranks, collected one by one on the first rank, and
+the logical tensors they are pieces of."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from parallel.params import Init, Piece, Role, ShardSpec
 def gather_to_first(
     parameters: Iterable[tuple[ShardSpec, Tensor]], group: Group, device: torch.device
 ) -> Iterator[tuple[ShardSpec, Tensor]]:
-    """On the group's first rank: every parameter that a rank of the group owns, in rounds of one of each rank; elsewhere
-    nothing.
+    """Yield, on the group's first rank, every parameter that a rank of the group owns, one of each
+    rank per round; on the others nothing.
 
-    The ranks of a tensor group list their parameters in the same order, so a logical tensor is complete after one round and
-    the first rank never holds more than a round. Every rank of the group must iterate to the end. `device` is where messages
-    travel: each is a JSON text (null: this rank has no more; empty: it owns nothing of this round), then the tensor.
+    The ranks of a tensor group list their parameters in the same order, so a logical tensor is
+    complete after one round, and the first rank never holds more than one round. Every rank of the
+    group must iterate to the end. Messages travel on `device`: for each parameter a JSON text
+    (null: this rank has no more; empty: it owns nothing in this round), then the tensor.
     """
     if group.rank == 0:
         yield from _collect(parameters, group, device)
@@ -38,7 +39,8 @@ def gather_to_first(
 
 
 def logical_tensors(parameters: Iterable[tuple[ShardSpec, Tensor]]) -> dict[str, Tensor]:
-    """Whole tensors by name, on the CPU, from the pieces that came; what did not come is NaN."""
+    """Return whole tensors by name, on the CPU, put together from the pieces received. Elements
+    that no piece covers are NaN."""
     tensors: dict[str, Tensor] = {}
     for spec, parameter in parameters:
         for piece in spec.pieces:

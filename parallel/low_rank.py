@@ -1,23 +1,29 @@
-"""LoRA around parallel linear layers: Y = X Wᵀ + s · X Aᵀ Bᵀ with W frozen (Hu et al. 2021, arXiv:2106.09685); and DoRA,
-which trains how long each row of W + s · B A is beside where it points: Y = (X Wᵀ + s · X Aᵀ Bᵀ) · m / ‖W + s · B A‖
-(Liu et al. 2024, arXiv:2402.09353), the norm taken for a constant in backward, as in §4.3 there. AdaLoRA has a factor of one
-value for each inner feature between the two, Y = X Wᵀ + s · X Aᵀ diag(E) Bᵀ, whose products are dropped where it is set to 0
-(Zhang et al. 2023, arXiv:2303.10512, §3.1).
+"""LoRA, DoRA and AdaLoRA around parallel linear layers, whose weights W are frozen.
 
-Shape letters: N tokens of a micro-batch, I input features, O output features, R rank; a capital keeps its letter when it is
-local. A logical projection has A [R, I] and B [O, R] of its own, named after its Hugging Face module, whatever is fused here.
+* LoRA (Hu et al. 2021, arXiv:2106.09685): Y = X Wᵀ + s · X Aᵀ Bᵀ.
+* DoRA (Liu et al. 2024, arXiv:2402.09353) also trains the length m of each row of W + s · B A,
+  apart from its direction: Y = (X Wᵀ + s · X Aᵀ Bᵀ) · m / ‖W + s · B A‖. Backward takes the norm
+  for a constant, as §4.3 there does.
+* AdaLoRA (Zhang et al. 2023, arXiv:2303.10512, §3.1) puts one value for each inner feature between
+  the factors: Y = X Wᵀ + s · X Aᵀ diag(E) Bᵀ. Setting a value to 0 drops its feature.
 
-The factor that lies at the divided dimension is divided as W is, the other is whole on every rank, and what passes between
-the two is R wide, so that is what the ranks exchange:
+Shape letters: N tokens of a micro-batch, I input features, O output features, R rank; a capital
+keeps its letter when it is local. Each logical projection has an A [R, I] and a B [O, R] of its
+own, named after its Hugging Face module, even where several projections are fused into one layer
+here.
+
+The factor next to the divided dimension is divided as W is, and the other is whole on every rank.
+The ranks exchange what passes between the two, because it is only R wide:
 
 | layer | A | B | between them |
 |---|---|---|---|
-| column-parallel | whole, of this rank's tokens: partial under sequence parallelism | rows as those of W | into the region |
-| row-parallel | columns as those of W | whole, of this rank's tokens: partial under sequence parallelism | out of it |
+| column-parallel | whole, sees this rank's tokens | divided by rows like W | enters the region |
+| row-parallel | divided by columns like W | whole, sees this rank's tokens | leaves it |
 
-E is whole on every rank and multiplies what lies outside the region: with sequence parallelism this rank's tokens, partial as
-the whole factor is. m is divided as the rows of W; a row-parallel layer's norm is the sum over the ranks of what their
-columns add to its square.
+A whole factor that sees this rank's tokens only, under sequence parallelism, has partial gradients.
+E is whole on every rank and multiplies what lies outside the region, so its gradients are partial
+in the same case. m is divided like the rows of W; for the norm in a row-parallel layer each rank
+squares its own columns, and the squares are summed over the ranks.
 """
 
 from __future__ import annotations
@@ -39,8 +45,11 @@ from parallel.rng import Streams, dropout
 
 @dataclass(frozen=True)
 class LowRank:
-    """`scale`: what X Aᵀ Bᵀ is multiplied with; `dropout`: rate on the X that A sees; `magnitude`: m is trained too (DoRA);
-    `singular_values`: E is (AdaLoRA)."""
+    """The settings of a low-rank adapter.
+
+    `scale`: factor on X Aᵀ Bᵀ. `dropout`: rate on the X that A sees. `magnitude`: train m too
+    (DoRA). `singular_values`: train E (AdaLoRA).
+    """
 
     rank: int
     scale: float
@@ -49,21 +58,24 @@ class LowRank:
     singular_values: bool = False
 
     def name(self, module: str, factor: str) -> str:
-        """As peft names it; AdaLoRA's factors are no linear layers there."""
+        """Return peft's name of a factor. AdaLoRA's factors are parameters there, not layers."""
         return f"{module}.{factor}" if self.singular_values else f"{module}.{factor}.weight"
 
     def first_factor(self, in_features: int) -> Init:
-        """A starts as peft draws it: uniform in ±1/√I (kaiming_uniform with a = √5), AdaLoRA's normal."""
+        """Return how A starts: as in peft, uniform in ±1/√I (kaiming_uniform with a = √5);
+        AdaLoRA's is normal."""
         return Init(std=0.02) if self.singular_values else Init(bound=1.0 / math.sqrt(in_features))
 
     def second_factor(self) -> Init:
-        """B starts at 0, so that Y starts as X Wᵀ; with E, which starts at 0 itself, it is drawn as A is."""
+        """Return how B starts: at 0, so that Y starts as X Wᵀ. AdaLoRA draws it like A, because E
+        starts at 0."""
         return Init(std=0.02) if self.singular_values else Init()
 
 
 @dataclass(frozen=True)
 class InputDropout:
-    """Dropout of what A of one module sees; `features`: those of its inputs that this rank has."""
+    """A dropout on what one module's A sees. `features`: the part of the module's inputs that this
+    rank has."""
 
     module: str
     rate: float
@@ -71,7 +83,8 @@ class InputDropout:
     features: slice
 
     def __call__(self, x_NI: Tensor, streams: Streams | None, tokens: slice, num_tokens: int) -> Tensor:
-        """`tokens`: which of the micro-batch's `num_tokens` x has; `streams` None: x as it is."""
+        """Return x with features dropped; with `streams` None x as it is. x has `tokens` of the
+        micro-batch's `num_tokens`."""
         if not self.rate or streams is None:
             return x_NI
         shape = num_tokens // len(streams.seeds), self.in_features
@@ -80,11 +93,12 @@ class InputDropout:
 
 
 class ColumnLowRank(Sharded):
-    """Beside a column-parallel layer, for those of its outputs that are of `modules`.
+    """The adapter of a column-parallel layer, for those of its outputs that belong to `modules`.
 
-    Forward: X [N, I] or this rank's tokens of it → H = X Aᵀ [N, R] of each module, all in one product where nothing is
-    dropped → all tokens → Y + s · H Bᵀ. Communication with sequence parallelism: an all-gather of H forward, a reduce-scatter
-    of its gradient backward; without: an all-reduce backward.
+    Forward: X [N, I], or this rank's tokens of it → H = X Aᵀ [N, R] of each module, in one product
+    for all where nothing is dropped → all tokens → Y + s · H Bᵀ. Communication: an all-reduce
+    backward; with sequence parallelism instead an all-gather of H forward and a reduce-scatter of
+    its gradient backward.
     """
 
     lora_A: nn.Parameter
@@ -110,7 +124,7 @@ class ColumnLowRank(Sharded):
         self.dropouts = [InputDropout(module, keys.dropout, I, slice(None)) for module in self.modules_here]
 
     def _declare_whole(self, name: str, columns: int, role: Role, pieces: list[str]) -> None:
-        """R rows for each module."""
+        """Declare a parameter that is whole on every rank and has R rows for each module."""
         R, start = self.keys.rank, self.keys.first_factor(columns) if role is Role.MATRIX else Init()
         boxes = (Piece(piece, (R, columns), (0, 0), (R, columns), row * R) for row, piece in enumerate(pieces))
         spec = ShardSpec(role, start, tuple(boxes), self.tp.group, self.tp.sequence, added=True)
@@ -163,7 +177,7 @@ class ColumnLowRank(Sharded):
             length.copy_(weight.double().square().sum(-1).sqrt())
 
     def _rows(self, name: str) -> Iterator[Tensor]:
-        """Of this parameter, what belongs to each adapted shard in turn."""
+        """Yield, from this parameter, the rows of each adapted shard in turn."""
         for prefix, part in (("", slice(0, self.own_shards)), ("shared_", slice(self.own_shards, None))):
             shards = zip(self.features[part], self.module_of[part], strict=True)
             sizes = [features for features, module in shards if module is not None]
@@ -171,7 +185,7 @@ class ColumnLowRank(Sharded):
                 yield from getattr(self, f"{prefix}{name}").split(sizes)
 
     def _weights(self, layer: ColumnParallelLinear) -> list[Tensor]:
-        """What of the layer's weights belongs to each shard."""
+        """Return the layer's weights, cut into the rows of each shard."""
         shared = layer.values("shared_weight") if layer.shared_shards else None
         return self._by_shard(layer.values("weight"), shared)
 
@@ -184,7 +198,7 @@ class ColumnLowRank(Sharded):
         return parts if shared is None else [*parts, *shared.split(self.features[self.own_shards :])]
 
     def _inside(self, x_NI: Tensor, streams: Streams | None) -> Tensor:
-        """X Aᵀ of every module, side by side, of the tokens in x; with E times its values."""
+        """Return X Aᵀ of every module, side by side, for the tokens in x; with AdaLoRA times E."""
         h_NR = self._products(x_NI, streams)
         return h_NR * self.lora_E.flatten().to(h_NR.dtype) if self.keys.singular_values else h_NR
 
@@ -199,10 +213,11 @@ class ColumnLowRank(Sharded):
 
 
 class RowLowRank(Sharded):
-    """Beside a row-parallel layer.
+    """The adapter of a row-parallel layer.
 
-    Forward: X_i [N, I/p] → H = Σ_i X_i A_iᵀ [N, R], or this rank's tokens of it → Y + s · H Bᵀ. Communication: an all-reduce
-    of H forward; with sequence parallelism a reduce-scatter of it forward, an all-gather of its gradient backward.
+    Forward: X_i [N, I/p] → H = Σ_i X_i A_iᵀ [N, R], or this rank's tokens of it → Y + s · H Bᵀ.
+    Communication: an all-reduce of H forward; with sequence parallelism instead a reduce-scatter of
+    H forward and an all-gather of its gradient backward.
     """
 
     lora_A: nn.Parameter
@@ -253,13 +268,13 @@ class RowLowRank(Sharded):
 
 @torch.no_grad()
 def _row_squares(weight_OI: Tensor, b_OR: Tensor, a_RI: Tensor, scale: float) -> Tensor:
-    """What these columns add to ‖W + s · B A‖² of each row, in fp32 at least."""
+    """Return what this rank's columns add to ‖W + s · B A‖² of each row, in fp32 at least."""
     wide = torch.promote_types(a_RI.dtype, torch.float32)
     return torch.addmm(weight_OI.to(wide), b_OR.to(wide), a_RI.to(wide), alpha=scale).square().sum(-1)
 
 
 def _rescaled(y_NO: Tensor, factor_O: Tensor, bias_O: Tensor | None) -> Tensor:
-    """What the weights give, times the factor; the bias as it is."""
+    """Return the output multiplied by the factor, except for the bias, which stays as it is."""
     factor_O = factor_O.to(y_NO.dtype)
     if bias_O is None:
         return y_NO * factor_O
@@ -268,5 +283,5 @@ def _rescaled(y_NO: Tensor, factor_O: Tensor, bias_O: Tensor | None) -> Tensor:
 
 
 def _lengths(module: str, of: int, first: int, features: int, row: int) -> Piece:
-    """The piece of the magnitudes of a module's rows, as peft names them."""
+    """Return the piece that holds the magnitudes of a module's rows, named as in peft."""
     return Piece(f"{module}.lora_magnitude_vector", (of,), (first,), (features,), row)

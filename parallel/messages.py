@@ -1,4 +1,5 @@
-"""JSON between ranks: what they tell each other beside tensors. Nothing is pickled, so nothing that is received can run."""
+"""JSON messages between ranks: what they tell each other besides tensors. Nothing is pickled, so
+nothing received can run code."""
 
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Messages:
-    """All ranks, on a group of their own: a thread may talk on it while others compute. Messages travel in host memory.
+    """A channel among all ranks on a group of its own, so that a thread may talk while others
+    compute. Messages stay in host memory.
 
-    Every rank must make the same calls in the same order. `group` None: there is one rank.
+    Every rank must make the same calls in the same order. With `group` None there is one rank.
     """
 
     rank: int
@@ -29,7 +31,8 @@ class Messages:
 
     @classmethod
     def among_all(cls, timeout: timedelta | None = None) -> Messages:
-        """Collective over all ranks. `timeout`: how long one waits for the others."""
+        """Open a channel among all ranks. Collective. `timeout`: how long a rank waits for the
+        others."""
         size = dist.get_world_size()
         group = dist.new_group(backend="gloo", timeout=timeout, group_desc="messages") if size > 1 else None
         return cls(rank=dist.get_rank(), size=size, group=group)
@@ -39,7 +42,8 @@ class Messages:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any] | None:
-        """On the first rank every rank's value, in the order of the ranks; elsewhere None."""
+        """Return every rank's value, in the order of the ranks, on the first rank; None on the
+        others."""
         if self.group is None:
             return [value]
         text = _encoded(value)
@@ -55,7 +59,7 @@ class Messages:
         return [_decoded(message[: int(size)]) for message, size in zip(received, sizes, strict=True)]
 
     def broadcast(self, value: Any) -> Any:
-        """The first rank's value, on every rank."""
+        """Return the first rank's value, on every rank."""
         if self.group is None:
             return value
         text = _encoded(value) if self.is_first else torch.empty(0, dtype=torch.uint8)
@@ -67,7 +71,7 @@ class Messages:
         return _decoded(text)
 
     def largest(self, value: int) -> int:
-        """Of all ranks' values."""
+        """Return the largest of all ranks' values, on every rank."""
         if self.group is None:
             return value
         number = torch.tensor(value)
@@ -75,7 +79,7 @@ class Messages:
         return int(number)
 
     def all(self, value: Any) -> list[Any]:
-        """Every rank's value on every rank, in the order of the ranks."""
+        """Return every rank's value, in the order of the ranks, on every rank."""
         values: list[Any] = self.broadcast(self.gather(value))
         return values
 

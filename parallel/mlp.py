@@ -1,4 +1,4 @@
-"""Tensor-parallel feed-forward layers. Shape letters: N tokens, D model, F ffn."""
+"""The tensor-parallel feed-forward layer. Shape letters: N tokens, D model, F ffn."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class ParallelMLP(nn.Module):
-    """act(X Aᵀ) Bᵀ, or gated: (act(X Gᵀ) · X Uᵀ) Bᵀ with G and U fused (Shazeer 2020, arXiv:2002.05202).
+    """A feed-forward layer: act(X Aᵀ) Bᵀ, or gated (act(X Gᵀ) · X Uᵀ) Bᵀ with G and U fused
+    (Shazeer 2020, arXiv:2002.05202).
 
-    Column-parallel in, row-parallel out, so the F dim is divided and the activation needs no communication: one
-    all-reduce forward, one backward, or with sequence parallelism an all-gather and a reduce-scatter each way.
-    `inputs` is [up] or [gate, up]. `dropout`: of what goes into B.
+    Column-parallel in, row-parallel out: the F dim is divided and the activation needs no
+    communication. One all-reduce forward and one backward; with sequence parallelism an all-gather
+    and a reduce-scatter each way.
+
+    `inputs` is [up] or [gate, up]. `dropout`: rate on the input of B.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class ParallelMLP(nn.Module):
         self.down = RowParallelLinear(ffn_size, hidden_size, name=out, bias=bias, init=out_init, transposed=transposed, tp=tp)
 
     def forward(self, x_ND: Tensor, streams: Streams | None = None) -> Tensor:
-        """`streams` None: nothing is dropped."""
+        """Return [N, D]. With `streams` None nothing is dropped."""
         h_NF = self.up(x_ND, streams)
         if self.gated:
             gate_NF, up_NF = h_NF.chunk(2, dim=-1)
@@ -65,7 +68,8 @@ class ParallelMLP(nn.Module):
         return self.down(self._dropped(h_NF, streams), streams)
 
     def _dropped(self, h_NF: Tensor, streams: Streams | None) -> Tensor:
-        """A mask is drawn for all features, and each rank takes those of its own."""
+        """Drop features: the mask is drawn for all F of them, and each rank takes the part of its
+        own."""
         if not self.dropout or streams is None:
             return h_NF
         shape = h_NF.shape[0] // len(streams.seeds), self.ffn_size

@@ -1,6 +1,7 @@
-"""Normalisation, its weights whole on every tensor rank.
+"""Normalisation layers, whose weights are whole on every tensor rank.
 
-With sequence parallelism a rank normalises its own tokens only, so the gradients of the weights are partial.
+With sequence parallelism a rank normalises its own tokens only, so the gradients of the weights are
+partial.
 
 Shape letters: B batch, S sequence, D model, H query heads, G key/value heads, K head dim.
 """
@@ -20,12 +21,14 @@ from parallel.tensor import TensorParallel
 
 
 class _RMSNorm(TensorFunction):
-    """y = n · w with n = x · s, s = 1 / sqrt(mean(x²) + eps); backward: dx = s (dn − n · mean(dn · n)), dn = dy · w.
+    """y = n · w with n = x · s, s = 1 / sqrt(mean(x²) + eps); backward: dx = s (dn − n · mean(dn ·
+    n)), dn = dy · w.
 
-    The mean is over the last dim; w has as many of the last dims of x as it needs. With an offset, w is weight + offset in
-    fp32: 1 + w in bf16 would lose every w below 1/256.
-    Written out because autograd would keep two fp32 copies of the activations: this keeps n in x's format, and took a third
-    of the time in fp32 and four fifths in bf16 on a server CPU.
+    The mean is over the last dim; w has as many of the last dims of x as it needs. With an offset,
+    w is weight + offset in fp32: 1 + weight in bf16 would lose every weight below 1/256.
+
+    Written out because autograd would keep two fp32 copies of the activations. This keeps n in x's
+    format, and on a server CPU takes a third of the time in fp32 and four fifths in bf16.
     """
 
     @staticmethod
@@ -56,7 +59,8 @@ def _gain(weight: Tensor, dtype: torch.dtype, offset: float) -> Tensor:
 
 
 class RMSNorm(Sharded):
-    """x / sqrt(mean(x²) + eps) · (weight + offset) (Zhang & Sennrich 2019, arXiv:1910.07467); statistics in fp32."""
+    """RMSNorm: x / sqrt(mean(x²) + eps) · (weight + offset), statistics in fp32 (Zhang & Sennrich
+    2019, arXiv:1910.07467)."""
 
     weight: nn.Parameter
 
@@ -71,10 +75,11 @@ class RMSNorm(Sharded):
 
 
 class QueryKeyNorm(Sharded):
-    """RMSNorm of each head's queries and keys, one weight [K] for all query heads and one for all key heads
-    (Henry et al. 2020, arXiv:2010.04245; Dehghani et al. 2023, arXiv:2302.05442).
+    """RMSNorm of each head's queries and keys, with one weight [K] for all query heads and one for
+    all key heads (Henry et al. 2020, arXiv:2010.04245; Dehghani et al. 2023, arXiv:2302.05442).
 
-    The weights are whole on every rank, but a rank normalises only its own heads: their gradients are partial.
+    The weights are whole on every rank, but a rank normalises only its own heads, so their
+    gradients are partial.
     """
 
     query: nn.Parameter
@@ -87,14 +92,16 @@ class QueryKeyNorm(Sharded):
         _declare(self, "key", f"{key}.weight", head_dim, 1.0, tp, partial=True)
 
     def forward(self, qk_BSNK: Tensor, num_heads: int) -> Tensor:
-        """[B, S, H + G, K] → the same, normalised; the first `num_heads` are queries."""
+        """Return queries and keys [B, S, H + G, K] normalised, in the same shape. The first
+        `num_heads` are queries."""
         num_keys = qk_BSNK.shape[2] - num_heads
         weight_NK = torch.cat([self.query.expand(num_heads, -1), self.key.expand(num_keys, -1)])
         return _RMSNorm.apply(qk_BSNK, weight_NK, self.eps)
 
 
 class LayerNorm(Sharded):
-    """(x − mean) / sqrt(var + eps) · weight + bias (Ba et al. 2016, arXiv:1607.06450)."""
+    """LayerNorm: (x − mean) / sqrt(var + eps) · weight + bias (Ba et al. 2016,
+    arXiv:1607.06450)."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None

@@ -1,4 +1,4 @@
-"""What a fused linear layer produces, in the words of a Hugging Face checkpoint. No torch."""
+"""The outputs of a fused linear layer, named as in a Hugging Face checkpoint. No torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Output:
-    """Output features that a fused layer produces for one purpose, and where they live in Hugging Face's tensors.
+    """A run of output features that a fused layer produces for one purpose, and their place in
+    Hugging Face's tensors.
 
-    `name` is the Hugging Face module ("model.layers.0.self_attn.q_proj"); they are its features
-    [offset, offset + features) of `total` (a module that fuses q, k and v itself is named by all three). `gain`: its weights
-    start so many times as large as the layer's others.
+    `name` is the Hugging Face module ("model.layers.0.self_attn.q_proj"), and the features are its
+    [offset, offset + features) of `total`. A module that fuses q, k and v itself is the name of all
+    three. `gain`: the initial weights of these features are so many times the layer's others.
     """
 
     name: str

@@ -1,9 +1,11 @@
 """A pipeline: this rank's stages, run in the order of a schedule by torch's runtime.
 
-The schedule is a `ScheduleTable`, so that what was drawn and simulated is what runs; torch adds the messages between the
-ranks. Shapes are fixed when the pipeline is made: nothing is negotiated on the way.
+The schedule is a `ScheduleTable`, so that the schedule that was drawn and simulated is the one that
+runs. torch adds the messages between the ranks. Shapes are fixed when the pipeline is made, so that
+ranks never negotiate them.
 
-Shape letters: B rows of a micro-batch, S sequence, N tokens that a rank has between the layers, D model.
+Shape letters: B rows of a micro-batch, S sequence, N tokens that a rank has between the layers, D
+model.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ from parallel.schedule_table import Kind, ScheduleTable
 
 @dataclass(frozen=True)
 class StageBackward:
-    """One backward of a stage, or one half of it: input gradients, weight gradients.
+    """A backward of a stage, or one half of it: input gradients or weight gradients.
 
-    `number` counts those of this stage and half from 0. `last_of_half`: no more of these; `last`: none at all on this rank.
+    `number` counts the backwards of the same stage and half from 0. `last_of_half`: no more of
+    these follow. `last`: no more of any follow on this rank.
     """
 
     number: int
@@ -43,11 +46,12 @@ Around = Callable[[StageBackward], AbstractContextManager[None]]
 class Pipeline:
     """The stages of one rank.
 
-    `modules` are its stages by index: the first takes tokens [B, S], the others hidden [N, D], and all take the micro-batch's
-    context as keywords; the last returns the summed loss, first of `num_sums` sums where there are others, or logits, all
-    others hidden. `hidden` has the shape and format of what passes between stages (on the meta device). `around` is entered
-    around every backward. `deferred`: where the stages' linear layers leave their weight gradients, when the schedule splits
-    backwards.
+    `modules` are its stages by index. The first stage takes tokens [B, S], the others take hidden
+    states [N, D], and all take the micro-batch's context as keywords. The last stage returns
+    `num_sums` sums, of which the first is the summed loss, or logits; the others return hidden
+    states. `hidden` (on the meta device) has the shape and dtype of what passes between stages.
+    Every backward runs inside the context manager that `around` returns. `deferred`: the queues in
+    which the stages' linear layers leave their weight gradients, if the schedule splits backwards.
     """
 
     def __init__(
@@ -64,8 +68,12 @@ class Pipeline:
         deferred: Mapping[int, WeightGradients],
         leaves_weights: bool = True,
     ) -> None:
-        """`leaves_weights`: whether any layer trains a weight whose gradient it may leave; a frozen model's halves for weight
-        gradients are empty, and nothing is told of them."""
+        """Build the stages and load the schedule into torch's runtime.
+
+        `leaves_weights`: whether any layer trains a weight whose gradient can be deferred. In a
+        frozen model the halves that compute weight gradients are empty, and `around` is not called
+        for them.
+        """
         self.table = table
         self.group = group
         self.device = device
@@ -108,8 +116,11 @@ class Pipeline:
         return self.table.num_stages - 1 in self.modules
 
     def step(self, tokens_BS: Sequence[Tensor], contexts: Sequence[dict[str, Any]], *, scale: float) -> Tensor:
-        """Forward and backward of all micro-batches, the loss times `scale`; the unscaled sums over them, float64 [num_sums],
-        on the rank with the last stage, elsewhere 0."""
+        """Run forward and backward of all micro-batches, with the loss multiplied by `scale`.
+
+        Returns the unscaled sums over the micro-batches, float64 [num_sums], on the rank with the
+        last stage; 0 on the others.
+        """
         self.sums.zero_()
         self._count.clear()
         for stage in self._stages:
@@ -120,8 +131,11 @@ class Pipeline:
         return self.sums
 
     def forward(self, tokens_BS: Tensor, context: Mapping[str, Any], hidden: Tensor | None = None) -> Tensor | None:
-        """One micro-batch through all stages, without gradients: the last stage's output where that is, elsewhere None.
-        `hidden` has its shape between the stages, when that is not the schedule's."""
+        """Run one micro-batch through all stages without gradients.
+
+        Returns the last stage's output on the rank that has it, None elsewhere. `hidden` has the
+        shape and dtype between the stages, if they are not those of the schedule.
+        """
         hidden = self.hidden if hidden is None else hidden
         output: Tensor | None = None
         for index, module in self.modules.items():
@@ -138,7 +152,8 @@ class Pipeline:
         return output if self.has_last else None
 
     def broadcast_from_last(self, tensor: Tensor) -> Tensor:
-        """What the rank with the last stage has, on all ranks of the pipeline; elsewhere `tensor` gives shape and format."""
+        """Return the last stage's tensor on all ranks of the pipeline. Elsewhere `tensor` only
+        gives its shape and dtype."""
         result = tensor.clone()
         dist.broadcast(result, self._global_rank(self.table.num_stages - 1), group=self.group.handle)
         return result
@@ -161,10 +176,12 @@ class Pipeline:
 
 
 class _Stage(PipelineStage):
-    """torch's stage, with something around each of its backwards, and with buffers only for messages under way.
+    """torch's stage, with a context around each of its backwards, and with buffers only for
+    messages under way.
 
-    torch makes a buffer for the activation and one for the gradient of every micro-batch of the step and keeps them: at 256
-    micro-batches of 4096 × 8192 in bf16 34 GB for a stage, where 1F1B has as many in flight as there are ranks.
+    torch makes a buffer for the activation and one for the gradient of every micro-batch of the
+    step, and keeps them. With 256 micro-batches of 4096 × 8192 in bf16 that is 34 GB for a stage,
+    while 1F1B has only as many in flight as there are ranks.
     """
 
     def __init__(self, *args: Any, around: Callable[[int, bool], AbstractContextManager[None]], **more: Any) -> None:

@@ -1,15 +1,17 @@
 """Frozen weights in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, §3).
 
-A row of a weight [O, I] is cut into blocks of 64 neighbours along I. A block is stored as its largest magnitude, in fp32, and
-one code for each element, the place of element / magnitude in a table of values:
+A row of a weight [O, I] is cut into blocks of 64 neighbours along I. A block is stored as its
+largest magnitude, in fp32, and one code for each element: the index of element / magnitude in a
+table of values.
 
-| format | values | bits per weight, with those of the magnitudes |
+| format | values | bits per weight, magnitudes included |
 |---|---|---|
-| nf4 | the 16 quantiles of a normal distribution of the paper's appendix E | 4.5 |
+| nf4 | the 16 quantiles of a normal distribution (the paper's appendix E) | 4.5 |
 | int8 | −127/127, …, 127/127 | 8.5 |
 
-Two codes of nf4 share a byte, the first in its upper half, as in bitsandbytes, whose bytes and magnitudes these are.
-Blocks never cross a row, and a shard must hold whole ones, so what is stored does not depend on how many ranks divide it.
+Two codes of nf4 share a byte, the first in its upper half. Bytes and magnitudes are the same as in
+bitsandbytes. Blocks never cross a row, and a shard must hold whole blocks, so what is stored does
+not depend on how many ranks divide the weight.
 """
 
 from __future__ import annotations
@@ -32,8 +34,11 @@ CODES_PER_BYTE = {"nf4": 2, "int8": 1}
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight [O, I] that is never trained. `spec`: what it would be as a parameter. `codes` [O, I or I / 2], `magnitudes`
-    [O, I / 64] fp32."""
+    """A quantized weight [O, I] that is never trained.
+
+    `spec`: the spec the weight would have as a parameter. `codes` [O, I or I / 2]; `magnitudes` [O,
+    I / 64] fp32.
+    """
 
     spec: ShardSpec
     form: str
@@ -49,7 +54,7 @@ class QuantizedWeight:
 
     @property
     def numel(self) -> int:
-        """Of the weight."""
+        """The number of elements of the weight, not of its codes."""
         return self.codes.numel() * CODES_PER_BYTE[self.form]
 
     @property
@@ -57,13 +62,16 @@ class QuantizedWeight:
         return self.codes.nbytes + self.magnitudes.nbytes
 
     def spec_of(self, per_row: int) -> ShardSpec:
-        """That of a tensor that holds one value for so many neighbours; [O, I / per_row] whatever the logical tensor's
-        orientation."""
+        """Return the spec of a tensor [O, I / per_row] that holds one value for each `per_row`
+        neighbours.
+
+        The shape is [O, I / per_row] whatever the orientation of the logical tensor.
+        """
         return replace(self.spec, pieces=tuple(_condensed(piece, per_row) for piece in self.spec.pieces))
 
     @property
     def stored(self) -> dict[str, tuple[ShardSpec, Tensor]]:
-        """What a checkpoint keeps of it."""
+        """The tensors that a checkpoint keeps of the weight, with their specs, by name."""
         return {
             "codes": (self.spec_of(CODES_PER_BYTE[self.form]), self.codes),
             "magnitudes": (self.spec_of(BLOCK), self.magnitudes),
@@ -71,10 +79,10 @@ class QuantizedWeight:
 
 
 def quantize(weight_OI: Tensor, form: str) -> tuple[Tensor, Tensor]:
-    """(codes, magnitudes). ValueError where I is no multiple of 64."""
+    """Return (codes, magnitudes). ValueError if I is not a multiple of 64."""
     rows, features = weight_OI.shape
     if features % BLOCK:
-        raise ValueError(f"{features} input features are no multiple of {BLOCK}, which are quantized together")
+        raise ValueError(f"{features} input features are no multiple of {BLOCK}, the number quantized together")
     blocks = weight_OI.float().view(rows, -1, BLOCK)
     magnitudes = blocks.abs().amax(-1)
     share = torch.where(magnitudes > 0, 1.0 / magnitudes, 0.0).unsqueeze(-1) * blocks
@@ -86,7 +94,7 @@ def quantize(weight_OI: Tensor, form: str) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, magnitudes: Tensor, form: str) -> Tensor:
-    """[O, I] fp32."""
+    """Return the weight, [O, I] fp32."""
     rows = codes.shape[0]
     if form == "int8":
         values = codes.float() / 127.0
@@ -97,7 +105,8 @@ def dequantize(codes: Tensor, magnitudes: Tensor, form: str) -> Tensor:
 
 
 def _condensed(piece: Piece, per_row: int) -> Piece:
-    """The box [O, I / per_row] of what has one value for so many neighbours of this one."""
+    """Return the piece [O, I / per_row] of a tensor with one value for each `per_row` neighbours of
+    this piece."""
     (rows, features), (row, first), (height, width) = (
         box[::-1] if piece.transposed else box for box in (piece.shape, piece.start, piece.size)
     )

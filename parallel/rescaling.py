@@ -1,8 +1,11 @@
-"""(IA)³ around parallel linear layers: features multiplied with a trained vector that starts at 1, the weights frozen
-(Liu et al. 2022, arXiv:2205.05638).
+"""(IA)³ around parallel linear layers: features are multiplied with a trained vector that starts at
+1, and the weights are frozen (Liu et al. 2022, arXiv:2205.05638).
 
-Shape letters: N tokens of a micro-batch, I input features, O output features; a capital keeps its letter when it is local.
-Both kinds multiply what lies inside the parallel region, so each rank has its features of all tokens, and of the vector.
+Shape letters: N tokens of a micro-batch, I input features, O output features; a capital keeps its
+letter when it is local.
+
+Both kinds multiply what lies inside the parallel region, where each rank has its own features of
+all tokens, and so it holds the same part of the vector.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ ONE = Init(mean=1.0)
 
 
 class OutputRescaling(Sharded):
-    """Y · l for those outputs of a column-parallel layer that are of `modules`. No communication."""
+    """Rescaled outputs of a column-parallel layer, Y · l, for outputs of `modules`.
+
+    There is no communication.
+    """
 
     def __init__(self, layer: ColumnParallelLinear, modules: Collection[str]) -> None:
         super().__init__()
@@ -47,11 +53,11 @@ class OutputRescaling(Sharded):
         return layer.plain(x_NI) * torch.cat(every)
 
     def start_from(self, layer: ColumnParallelLinear) -> None:
-        """Nothing of the layer is needed."""
+        """Do nothing: the vector starts at 1 whatever the layer's weights are."""
 
 
 class InputRescaling(Sharded):
-    """(X · l) Wᵀ of a row-parallel layer. No communication."""
+    """Rescaled inputs, (X · l) Wᵀ, of a row-parallel layer. No communication."""
 
     scale: nn.Parameter
 
@@ -66,4 +72,4 @@ class InputRescaling(Sharded):
         return layer.plain(x_NI * self.scale.to(x_NI.dtype))
 
     def start_from(self, layer: RowParallelLinear) -> None:
-        """Nothing of the layer is needed."""
+        """Do nothing: the vector starts at 1 whatever the layer's weights are."""

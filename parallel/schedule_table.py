@@ -1,14 +1,17 @@
-"""A pipeline schedule as a table: for each rank, the steps in the order in which it runs them. No processes, no torch.
+"""A pipeline schedule as a table: for each rank its steps, in the order in which they run. No
+processes, no torch.
 
-The notation is torch.distributed.pipelining's: stage, kind, micro-batch.
+The notation is that of torch.distributed.pipelining: stage, kind, micro-batch.
 
-    2F0                    stage 2's forward of micro-batch 0
-    2B0                    its backward; or in two parts, which may stand apart:
-    2I0, 2W0               the gradient of its input, on which stage 1 waits; the gradient of its weights, on which nobody waits
+    2F0                    forward of stage 2 on micro-batch 0
+    2B0                    its backward, or instead, in two parts that may stand apart:
+    2I0                      the gradient of its input, for which stage 1 waits
+    2W0                      the gradient of its weights, for which nobody waits
     (0F3;7B1)OVERLAP_F_B   a forward and a backward as one step
 
-A CSV file of a schedule has a row for each rank and a step in each cell; an empty cell is a pause and means nothing, since
-a step starts when what it needs is there. It is the "compute_only" format of torch's `_PipelineScheduleRuntime._load_csv`.
+A CSV file of a schedule has a row for each rank and a step in each cell. An empty cell is a pause
+without meaning, because a step starts as soon as its inputs are there. It is the "compute_only"
+format of torch's `_PipelineScheduleRuntime._load_csv`.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class Kind(StrEnum):
 
 
 class Action(NamedTuple):
-    """One stage's work on one micro-batch."""
+    """The work of one stage on one micro-batch."""
 
     stage: int
     kind: Kind
@@ -62,9 +65,10 @@ def actions_of(step: Step) -> tuple[Action, ...]:
 
 @dataclass(frozen=True)
 class ScheduleTable:
-    """`steps[rank]` in order. Every stage is on one rank and does all the work on every micro-batch once, else ValueError.
+    """The steps of each rank in order, `steps[rank]`.
 
-    The order is not judged here: the simulator does that.
+    Every stage is on one rank and does all the work on every micro-batch once; else ValueError.
+    Whether the order can run is not checked here, but by the simulator.
     """
 
     steps: tuple[tuple[Step, ...], ...]
@@ -100,15 +104,15 @@ class ScheduleTable:
 
     @property
     def splits_backward(self) -> bool:
-        """Whether some weight gradient is computed apart from its input gradient."""
+        """Return whether some weight gradient is computed apart from its input gradient."""
         return len(self.whole_backwards) < self.num_stages * self.num_micro_batches
 
     def stages(self, rank: int) -> list[int]:
-        """In the order of the layers."""
+        """Return the stages on a rank, in the order of the layers."""
         return sorted(stage for stage, holder in self.rank_of_stage.items() if holder == rank)
 
     def _problems(self) -> Iterator[str]:
-        """What makes this no schedule, in the order in which it is best mended."""
+        """Yield what makes the table invalid, in the order in which it is best fixed."""
         if not self.steps:
             yield "it has no ranks"
         yield from (f"rank {rank} has no actions" for rank, steps in enumerate(self.steps) if not steps)
@@ -127,15 +131,16 @@ class ScheduleTable:
                     yield f"stage {stage} has {has} of micro-batch {micro_batch}; it must have F and B or F, I and W, once each"
 
 
-# ---------------------------------------------------------------------------------------------------------------- CSV
+# ---------------------------------------------------------------------------------------------- CSV
 
-# Six digits: nobody has a million stages, and a slip of the keyboard must not fill the memory.
+# At most six digits: nobody has a million stages, and a typing error must not fill the memory.
 ACTION = re.compile(r"(\d{1,6})([FBIW])(\d{1,6})", re.ASCII)
 OVERLAP = re.compile(r"\((\w+);(\w+)\)OVERLAP_F_B", re.ASCII)
 
 
 def read_csv(text: str) -> ScheduleTable:
-    """Return the schedule in the text of a CSV file. ValueError with row and column, counted from 1, when there is none."""
+    """Return the schedule in the text of a CSV file. ValueError with row and column, counted from
+    1, if it is not one."""
     try:
         rows = [list(_steps(row, number)) for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), 1)]
     except csv.Error as error:

@@ -1,13 +1,16 @@
-"""The schedules known by name, as tables: the same orders that torch.distributed.pipelining's classes run.
+"""The schedules known by name, as tables, in the same order as torch.distributed.pipelining's
+classes.
 
-They are written out here, without torch, so that a login node can check and draw them; a test holds them equal to torch's.
+They are written out here without torch, so that a login node can check and draw them. A test
+compares them with torch's.
 
 >>> table = build("1f1b", ranks=2, virtual_stages=1, num_micro_batches=3)
 >>> [" ".join(map(str, steps)) for steps in table.steps]
 ['0F0 0F1 0B0 0F2 0B1 0B2', '1F0 1B0 1F1 1B1 1F2 1B2']
 
-With p ranks and v stages on each, stage s is on rank s mod p, so that a micro-batch passes all ranks v times; the V-shaped
-schedules run it down the ranks and up again, so that the first and the last stage share rank 0.
+With p ranks and v stages on each, stage s is on rank s mod p, so that a micro-batch passes all
+ranks v times. The V-shaped schedules run it down the ranks and up again, so that the first and the
+last stage share rank 0.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from parallel.schedule_table import Action, Kind, Overlap, ScheduleTable, Step
 
 
 class Place(NamedTuple):
-    """One rank's place in the pipeline, and the stages on it in the order of the layers."""
+    """A rank's place in the pipeline, and the stages on it in the order of the layers."""
 
     rank: int
     ranks: int
@@ -34,11 +37,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """`order(place, number of micro-batches)` is what one rank runs.
+    """A named schedule; `order(place, number of micro-batches)` returns the steps of one rank.
 
-    `virtual_stages`: the only number of stages per rank that it has, or None for any. `splits_backward`: it has I and W
-    apart. `accepts(micro-batches, ranks)`:
-    whether torch's class takes so many; `needs` says the same in words, with {ranks} to fill in.
+    `virtual_stages`: the number of stages per rank that it requires, or None if any will do.
+    `splits_backward`: it runs I and W apart. `accepts(micro-batches, ranks)`: whether torch's class
+    takes that many. `needs` says the same in words, with {ranks} to fill in.
     """
 
     source: str
@@ -60,14 +63,21 @@ class Schedule:
         return [rank for _, rank in ranks_of_stages]
 
     def nearest_micro_batches(self, wanted: int, ranks: int) -> list[int]:
-        """The accepted numbers next to `wanted`: below it, if there is one, and above. Every multiple of 2 · ranks is one."""
+        """Return the accepted numbers nearest to `wanted`: the one below, if there is one, and the
+        one above.
+
+        The search ends, because every multiple of 2 · ranks is accepted.
+        """
         above = next(n for n in range(wanted + 1, wanted + 2 * ranks + 1) if self.accepts(n, ranks))
         below = next((n for n in range(wanted - 1, 0, -1) if self.accepts(n, ranks)), None)
         return [above] if below is None else [below, above]
 
 
 def build(name: str, *, ranks: int, virtual_stages: int, num_micro_batches: int) -> ScheduleTable:
-    """The table of a named schedule; ValueError when it does not have so many stages per rank or micro-batches."""
+    """Return the table of a named schedule.
+
+    ValueError if the schedule does not run with this number of stages per rank or of micro-batches.
+    """
     schedule = SCHEDULES[name]
     if schedule.virtual_stages not in (None, virtual_stages):
         raise ValueError(f"{name} has {schedule.virtual_stages} stages per rank, not {virtual_stages}")
@@ -77,7 +87,7 @@ def build(name: str, *, ranks: int, virtual_stages: int, num_micro_batches: int)
     return ScheduleTable(tuple(tuple(schedule.order(place, num_micro_batches)) for place in places))
 
 
-# ------------------------------------------------------------------------------------- one stage after another in a loop
+# ---------------------------------------------------------------- one stage after another in a loop
 
 
 def _gpipe(place: Place, micro_batches: int) -> list[Step]:
@@ -86,7 +96,8 @@ def _gpipe(place: Place, micro_batches: int) -> list[Step]:
 
 
 def _looped_bfs(place: Place, micro_batches: int) -> list[Step]:
-    """Breadth first: all micro-batches through a stage, then through the next; backward the whole way back."""
+    """Return the steps breadth first: all micro-batches through one stage, then the next; backward
+    in reverse."""
     steps = [step for stage in place.stages for step in _all(Kind.FORWARD, stage, range(micro_batches))]
     for stage in reversed(place.stages):
         steps += _all(Kind.BACKWARD, stage, reversed(range(micro_batches)))
@@ -94,27 +105,33 @@ def _looped_bfs(place: Place, micro_batches: int) -> list[Step]:
 
 
 def _one_f_one_b(place: Place, micro_batches: int) -> list[Step]:
-    """As few forwards ahead as reach the last rank and keep it busy."""
+    """Return 1F1B's steps: only as many forwards run ahead as keep the last rank busy."""
     return _alternate(place, per_round=micro_batches, rounds=1, ahead=place.hops_to_last_rank)
 
 
 def _interleaved_1f1b(place: Place, micro_batches: int) -> list[Step]:
-    """Depth first in rounds: a round's micro-batches pass all stages of the rank before the next round starts.
+    """Return the steps depth first in rounds: one round's micro-batches pass all stages of the rank
+    before the next round starts.
 
-    Two forwards ahead for each hop to the last rank: by the time the gradient is back, as many more can have started.
+    Two forwards run ahead for each hop to the last rank: by the time the gradient is back, as many
+    more can have started.
     """
     return _alternate(place, *_rounds(micro_batches, place.ranks), ahead=2 * place.hops_to_last_rank)
 
 
 def _interleaved_zero_bubble(place: Place, micro_batches: int) -> list[Step]:
-    """ZB-H1 where v = 1: only I is waited for, so one forward ahead per hop is enough, and a rank that would wait at the
-    end has put off as many W as hops lie before it."""
+    """Return the interleaved steps with split backwards; with one stage per rank it is ZB-H1.
+
+    Other ranks wait only for I, so one forward ahead per hop is enough. A rank that would wait at
+    the end has deferred as many W as there are hops before it.
+    """
     steps = _alternate(place, *_rounds(micro_batches, place.ranks), ahead=place.hops_to_last_rank)
     return _split_backwards(steps, weight_grads_put_off=place.rank)
 
 
 def _rounds(micro_batches: int, ranks: int) -> tuple[int, int]:
-    """(micro-batches per round, rounds): rounds of at least one micro-batch per rank, where there are so many."""
+    """Return (micro-batches per round, rounds). A round has at least one micro-batch per rank, if
+    there are so many."""
     rounds = max(1, micro_batches // ranks)
     return micro_batches // rounds, rounds
 
@@ -125,9 +142,10 @@ def _in_equal_rounds(micro_batches: int, ranks: int) -> bool:
 
 
 def _alternate(place: Place, per_round: int, rounds: int, *, ahead: int) -> list[Step]:
-    """Warm-up of forwards, then one forward and one backward in turn, then the backwards that are left.
+    """Return a warm-up of forwards, then one forward and one backward in turn, then the remaining
+    backwards.
 
-    The warm-up is `ahead` forwards, and before them a round through all stages but the last.
+    The warm-up is a round through all stages but the last, and `ahead` more forwards.
     """
     batches = [range(n * per_round, (n + 1) * per_round) for n in range(rounds)]
     forwards = [step for batch in batches for stage in place.stages for step in _all(Kind.FORWARD, stage, batch)]
@@ -139,7 +157,7 @@ def _alternate(place: Place, per_round: int, rounds: int, *, ahead: int) -> list
 
 
 def _split_backwards(steps: list[Step], *, weight_grads_put_off: int) -> list[Step]:
-    """Every B as I, with each W so many backwards later, and the rest of them at the end."""
+    """Replace every B by I, with its W that many backwards later, and the last W at the end."""
     split: list[Step] = []
     pending: deque[Action] = deque()
     for step in steps:
@@ -158,11 +176,12 @@ def _all(kind: Kind, stage: int, micro_batches: Iterable[int]) -> list[Step]:
     return [Action(stage, kind, micro_batch) for micro_batch in micro_batches]
 
 
-# ------------------------------------------------------------------------------------------------ down the ranks and up
+# ---------------------------------------------------------------------------- down the ranks and up
 
 
 class _Counted:
-    """Collects steps; each kind at each stage takes the next micro-batch, and W the oldest whose I has run."""
+    """A list of steps that numbers them: each kind at each stage takes the next micro-batch, and W
+    the oldest whose I has run."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -187,7 +206,7 @@ class _Counted:
         self.steps.append(Overlap(self._take(forward_stage, Kind.FORWARD), self._take(backward_stage, Kind.BACKWARD)))
 
     def weight_grad(self, stage: int | None = None) -> bool:
-        """The oldest one put off, of that stage or of any; False when there is none."""
+        """Add the oldest deferred W, of that stage or of any. False if there is none."""
         waiting = [action for action in self._weight_grads if stage in (None, action.stage)][:1]
         for action in waiting:
             self._weight_grads.remove(action)
@@ -201,9 +220,11 @@ class _Counted:
 
 
 def _zbv(place: Place, micro_batches: int) -> list[Step]:
-    """ZB-V of section 6: no bubble between the ranks' first and last steps where F, I and W take equally long.
+    """Return the steps of ZB-V (section 6), which has no bubble between a rank's first and last
+    step if F, I and W take equally long.
 
-    Drawn for at least 2p - 1 micro-batches, the fewest that fill the pipeline; those above `micro_batches` are left out.
+    The order is drawn for at least 2p - 1 micro-batches, the fewest that fill the pipeline; those
+    above `micro_batches` are left out.
     """
     down, up = place.stages
     drawn = max(2 * place.ranks - 1, micro_batches)
@@ -227,7 +248,7 @@ def _zbv(place: Place, micro_batches: int) -> list[Step]:
         backward(down)
         steps.forward(up)
         backward(up)
-    for _ in range(place.rank):  # their W wait: neighbours need the I
+    for _ in range(place.rank):  # their W come later, because the neighbours wait for the I
         steps.backward(down, split=True)
         steps.backward(up, split=True)
     for _ in range(place.hops_to_last_rank + 1):
@@ -240,7 +261,8 @@ def _zbv(place: Place, micro_batches: int) -> list[Step]:
 
 
 def _dualpipev(place: Place, micro_batches: int) -> list[Step]:
-    """DeepSeek's eight phases: in the main one every step is a forward of one stage and a backward of the other."""
+    """Return DeepSeek's eight phases. In the main one every step is a forward of one stage and a
+    backward of the other."""
     down, up = place.stages
     hops = place.hops_to_last_rank
     steps = _Counted()
@@ -254,7 +276,7 @@ def _dualpipev(place: Place, micro_batches: int) -> list[Step]:
         steps.weight_grad()
         steps.forward(up)
     for turn in range(micro_batches - 2 * place.ranks + place.rank + 1):  # 4
-        if turn == 0 and hops == 0:  # the last rank turns around: its backward is waited for by nobody else's forward
+        if turn == 0 and hops == 0:  # the last rank: no other rank's forward waits for its backward
             steps.forward(down)
             steps.backward(up)
         else:
@@ -263,7 +285,7 @@ def _dualpipev(place: Place, micro_batches: int) -> list[Step]:
     for _ in range(hops):  # 5
         steps.backward(up)
         steps.overlap(up, down)
-    # 6: the second half of these backwards is split, its W left to fill the end.
+    # 6: the second half of these backwards is split, and its W are kept to fill the end.
     backwards = [up, down] * (place.rank + 1)
     first_split = 2 * ((place.rank + 1) // 2) + (place.rank % 2 == 0)
     for turn, stage in enumerate(backwards):

@@ -1,13 +1,15 @@
-"""When each step of a schedule would run, without running it: bubbles, micro-batches in flight, deadlocks. No torch.
+"""A simulation of when each step of a schedule would run: bubbles, micro-batches in flight,
+deadlocks. No torch.
 
-A step starts when its rank has finished the step before and what it needs has arrived:
+A step starts when its rank has finished the step before and its inputs have arrived:
 
-    F of stage s   F of s - 1 of the same micro-batch
-    B or I of s    F of s, and B or I of s + 1
-    W of s         I of s
+    F of stage s   needs F of s - 1 of the same micro-batch
+    B or I of s    needs F of s, and B or I of s + 1
+    W of s         needs I of s
 
-A result reaches another rank `latency` after the step that made it, and its own rank at once. The rank itself never stands
-still for sending: the model of Qi et al. (arXiv:2401.10241), whose published bubble rates it gives.
+A result reaches another rank `latency` after the end of the step that made it, and its own rank at
+once. Sending never blocks a rank. This is the model of Qi et al. (arXiv:2401.10241), and it
+reproduces their published bubble rates.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from parallel.schedule_table import Action, Kind, ScheduleTable, Step, actions_o
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Durations of one stage's actions on one micro-batch, in any unit; B takes as long as I and W together."""
+    """The durations of one stage's actions on one micro-batch, in any unit. B takes as long as I
+    and W together."""
 
     forward: float = 1.0
     input_grad: float = 1.0
@@ -49,24 +52,25 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """`spans[rank]` in the order of time."""
+    """The spans of each rank, `spans[rank]`, in the order of time."""
 
     spans: tuple[tuple[Span, ...], ...]
 
     @property
     def makespan(self) -> float:
-        """From the first start, 0, to the last end."""
+        """The time from the first start, 0, to the last end."""
         return max(spans[-1].end for spans in self.spans)
 
     def bubble_share(self, rank: int | None = None) -> float:
-        """Idle time / makespan, of one rank or of all together."""
+        """Return the idle time divided by the makespan, of one rank or averaged over all."""
         chosen = self.spans if rank is None else (self.spans[rank],)
         busy = sum(span.end - span.start for spans in chosen for span in spans)
         return 1 - busy / (self.makespan * len(chosen))
 
 
 class Wait(NamedTuple):
-    """A rank that stands before `step` because `needs` has not run on rank `holder`, which itself stands before `before`."""
+    """A rank that stands before `step` because `needs` has not run on rank `holder`, which itself
+    stands before `before`."""
 
     rank: int
     step: Step
@@ -80,7 +84,7 @@ class Wait(NamedTuple):
 
 
 class Deadlock(ValueError):
-    """Ranks that wait for each other in a circle; a rank that only waits for one of them is not named."""
+    """Ranks that wait for each other in a circle. One that only waits for them is not named."""
 
     def __init__(self, waits: Sequence[Wait]) -> None:
         self.waits = tuple(waits)
@@ -88,10 +92,11 @@ class Deadlock(ValueError):
 
 
 def simulate(table: ScheduleTable, costs: Costs | Sequence[Costs] | None = None, *, latency: float = 0.0) -> Timeline:
-    """The times of all steps; Deadlock when the table cannot run to its end.
+    """Return the times of all steps. Raises Deadlock if the table cannot run to its end.
 
-    `costs`: of every stage, or one for each stage; absent: a forward, an input and a weight gradient take 1. An overlapped
-    step starts when both its actions can and takes as long as both, which is what torch runs: one after the other.
+    `costs`: one for all stages or one for each; by default a forward, an input gradient and a
+    weight gradient take 1 each. An overlapped step starts when both its actions can and takes as
+    long as both, because torch runs one after the other.
     """
     of_stage = [costs or Costs()] * table.num_stages if isinstance(costs, Costs | None) else costs
     ended: dict[Action, float] = {}
@@ -117,7 +122,7 @@ def simulate(table: ScheduleTable, costs: Costs | Sequence[Costs] | None = None,
 
 
 def needs(step: Step, table: ScheduleTable) -> Iterator[Action]:
-    """What must have run before this step."""
+    """Yield the actions that must have run before this step."""
     inside = actions_of(step)
     for action in inside:
         yield from (needed for needed in _needs(action, table) if needed not in inside)
@@ -138,10 +143,11 @@ def _needs(action: Action, table: ScheduleTable) -> Iterator[Action]:
 
 
 def _circle(table: ScheduleTable, done: Sequence[int], ended: Iterable[Action]) -> list[Wait]:
-    """Ranks that wait for each other, from the lowest; [] when all have finished.
+    """Return the ranks that wait for each other, starting with the lowest; [] when all have
+    finished.
 
-    Every action of a table is somewhere in it, so what a stopped rank waits for stands before it or on another stopped
-    rank: following the waits ends in a circle.
+    Every action of a table is somewhere in it, so what a stopped rank waits for stands before it or
+    on another stopped rank. Following the waits therefore ends in a circle.
     """
     waits: dict[int, Wait] = {}
     for rank, steps in enumerate(table.steps):
@@ -158,10 +164,11 @@ def _circle(table: ScheduleTable, done: Sequence[int], ended: Iterable[Action]) 
 
 
 def peak_in_flight(steps: Iterable[Step]) -> int:
-    """The most forwards of one rank whose backward is not yet complete: their activations are held at the same time.
+    """Return the largest number of forwards on one rank whose backward is not complete: their
+    activations are held at the same time.
 
-    Counted for each stage and micro-batch; divided by the stages on the rank it is in micro-batches. A W that is put off
-    holds on to its activations.
+    Every stage and micro-batch counts as one; divide by the stages on the rank to get
+    micro-batches. A deferred W holds on to its activations.
     """
     held = peak = 0
     for step in steps:

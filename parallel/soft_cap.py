@@ -1,4 +1,4 @@
-"""Logits that stay within bounds (Gemma 2: Riviere et al. 2024, arXiv:2408.00118, §2; before it Bello et al. 2016)."""
+"""Bounded logits (Gemma 2: Riviere et al. 2024, arXiv:2408.00118, §2, after Bello et al. 2016)."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
-    """cap · tanh(logits / cap): nearly the logits where they are small, never beyond ± cap."""
+    """Return cap · tanh(logits / cap): near the logits where they are small, never beyond ± cap."""
     return torch.tanh(logits / cap) * cap

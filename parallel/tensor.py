@@ -1,11 +1,12 @@
-"""How the ranks of a tensor group share a layer's work.
+"""The way in which the ranks of a tensor group share a layer's work.
 
 Shape letters: N tokens of a micro-batch, rows one after another; D model.
 
-Inside a parallel region (from a column-parallel layer to the row-parallel one behind it) a rank has all N tokens and some of
-the features. Between the regions it has all features [N, D]; with sequence parallelism (Korthikanti et al. 2022,
-arXiv:2205.05198, §4.2.2) only those of its share of the tokens, [N/p, D]: norms, dropout and residuals are then divided too.
-The tokens are divided flat, not row by row: a share is one contiguous piece of memory, and any N that p divides will do.
+Inside a parallel region (from a column-parallel layer to the row-parallel one behind it) a rank has
+all N tokens and some of the features. Between the regions it has all features [N, D]. With sequence
+parallelism (Korthikanti et al. 2022, arXiv:2205.05198, §4.2.2) it has there only its share of the
+tokens, [N/p, D], so that norms, dropout and residuals are divided too. The tokens are divided flat,
+not row by row: a share is one contiguous piece of memory, and p need only divide N.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from parallel.mesh import Group
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """A tensor group and how it works; every parallel layer takes one.
+    """A tensor group and how it works together; every parallel layer takes one.
 
-    `sequence`: divide the tokens between the parallel regions. `overlap`: the collectives of a column-parallel layer's
-    backward run beside its matrix products; without, they run in the same places alone and the results are equal bit by bit.
-    `deferred`: where linear layers leave their weight gradients, for pipeline schedules that compute them later.
+    `sequence`: divide the tokens between the parallel regions. `overlap`: run the collectives of a
+    column-parallel layer's backward beside its matrix products; without it they run alone, in the
+    same places, and the results are equal bit by bit. `deferred`: the queue in which linear layers
+    leave their weight gradients, for schedules that compute them later.
     """
 
     group: Group
@@ -35,19 +37,20 @@ class TensorParallel:
 
     @classmethod
     def alone(cls) -> TensorParallel:
-        """One rank that has everything: the layers are then the plain layers."""
+        """Return a group of one rank that has everything, so that the layers are plain layers."""
         return cls(Group.alone(), sequence=False)
 
     def enter(self, x_ND: Tensor) -> Tensor:
-        """Into a parallel region: all N tokens; backward sums the gradients of the ranks' features."""
+        """Enter a parallel region: return all N tokens. Backward sums the ranks' gradients."""
         return gather_tokens(x_ND, self.group) if self.sequence else copy_to_group(x_ND, self.group)
 
     def leave(self, y_ND: Tensor) -> Tensor:
-        """Out of a parallel region: the sum of the ranks' parts; with sequence parallelism of this rank's tokens."""
+        """Leave a parallel region: return the sum of the ranks' parts, with sequence parallelism
+        this rank's tokens of it."""
         return scatter_tokens(y_ND, self.group) if self.sequence else reduce_from_group(y_ND, self.group)
 
     def tokens(self, num_tokens: int) -> slice:
-        """Which of a micro-batch's tokens this rank has between the regions."""
+        """Return the slice of a micro-batch's tokens that this rank has between the regions."""
         if not self.sequence:
             return slice(0, num_tokens)
         share = self.group.part(num_tokens, "tokens of a micro-batch")

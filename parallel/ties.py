@@ -14,8 +14,12 @@ from parallel.params import owned_specs
 
 
 def part_of_pipeline(mesh: Mesh, places: Sequence[int]) -> Group | None:
-    """The ranks at these places of this rank's pipeline, None where it is not at one. Collective over all ranks: torch knows a
-    group by how many a rank is in, which differs along a pipeline."""
+    """Return the group of the ranks at these places of this rank's pipeline, or None if it is at
+    none of them.
+
+    Collective over all ranks: torch numbers a group by how many groups a rank is in, and that
+    differs along a pipeline.
+    """
     if len(places) == mesh.pp.size:
         return mesh.pp
     if len(places) == 1:
@@ -30,20 +34,23 @@ def part_of_pipeline(mesh: Mesh, places: Sequence[int]) -> Group | None:
 
 
 class TiedGradients:
-    """Keeps the gradients of a stage's tied weights out of its backwards until `totals` sums them over the copies.
+    """A collector that keeps the gradients of a stage's tied weights out of its backwards, until
+    `totals` sums them over the copies.
 
-    The stages' backwards of one micro-batch do not meet: a collective inside them would wait for a stage that waits for this
-    one. So each backward's gradient is added up here in fp32 and passed on as zeros, and when the schedule is done the total
-    is given to the weight once, as if by one more backward. It then takes the way of every gradient, at any ZeRO stage.
+    The stages do not run their backwards of one micro-batch at the same time, so a collective
+    inside a backward would wait for a stage that waits for this one. Each backward's gradient is
+    instead added up here in fp32 and passed on as zeros. When the schedule is done, the total is
+    given to the weight once, as if by one more backward, and takes the way of every gradient at any
+    ZeRO stage.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Collects from now on; every owner of a tied weight must do so."""
+        """Start collecting. Every owner of a tied weight must do so."""
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._copies: dict[nn.Parameter, Group] = {}
         self._collecting = True
         tied = ((spec, parameter) for _, parameter, spec in owned_specs(module) if spec.tied)
-        # By their names, an order that all ranks share: stages have them in their own.
+        # Sorted by name, an order that all ranks share; the order in the modules differs by stage.
         for spec, parameter in sorted(tied, key=lambda pair: pair[0].pieces[0].name):
             if parameter.requires_grad:
                 self._copies[parameter] = spec.copies
@@ -64,9 +71,11 @@ class TiedGradients:
         return collect
 
     def totals(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each tied weight with the sum of its gradients over all copies and backwards since the last time, in its format.
+        """Yield each tied weight with the sum of its gradients over all copies and backwards since
+        the last call, in its dtype.
 
-        Collective over the copies. What is accumulated while this is iterated is passed on.
+        Collective over the copies. Gradients that are accumulated during the iteration are passed
+        on.
         """
         self._collecting = False
         try:

@@ -1,8 +1,8 @@
 """The map of ranks, as arithmetic: no processes, no torch.
 
-Axes from outermost to innermost are pp, dp, cp, tp. The innermost neighbours have consecutive ranks and so share the
-fastest link: tensor parallelism communicates in every layer, data parallelism once a step, pipeline stages only pass
-activations on.
+Axes from outermost to innermost are pp, dp, cp, tp. The innermost neighbours have consecutive ranks
+and so share the fastest link: tensor parallelism communicates in every layer, data parallelism once
+a step, pipeline stages only pass activations on.
 
 >>> layout = Layout(pp=2, dp=2, tp=2)
 >>> layout.coord(5)
@@ -36,7 +36,7 @@ class Coord(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Degrees of the axes; their product is the world size."""
+    """The degrees of the axes; their product is the world size."""
 
     pp: int = 1
     dp: int = 1
@@ -50,7 +50,8 @@ class Layout:
 
     @classmethod
     def from_world_size(cls, world_size: int, *, pp: int = 1, cp: int = 1, tp: int = 1) -> Layout:
-        """The layout whose data-parallel degree fills the world; ValueError when the degrees do not divide it."""
+        """Return the layout whose data-parallel degree fills the world. ValueError if the other
+        degrees do not divide it."""
         replica = pp * cp * tp
         if world_size % replica:
             raise ValueError(
@@ -82,7 +83,7 @@ class Layout:
         return rank
 
     def peers(self, rank: int, *axes: str) -> tuple[int, ...]:
-        """The ranks, in ascending order, that differ from this one only along `axes`; itself included."""
+        """Return the ranks that differ from this one only along `axes`, in order, with itself."""
         here = self.coord(rank)
         places = [
             range(degree) if axis in axes else (place,) for axis, place, degree in zip(AXES, here, self.degrees, strict=True)
@@ -90,6 +91,7 @@ class Layout:
         return tuple(self.rank(Coord(*coord)) for coord in product(*places))
 
     def groups(self, *axes: str) -> list[tuple[int, ...]]:
-        """All groups of peers along `axes`, ordered by their first rank; together they hold each rank once."""
+        """Return all groups of peers along `axes`, ordered by their first rank. Together they hold
+        each rank once."""
         firsts = (r for r in range(self.world_size) if not any(getattr(self.coord(r), axis) for axis in axes))
         return [self.peers(rank, *axes) for rank in firsts]

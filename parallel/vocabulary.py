@@ -1,11 +1,13 @@
-"""Matrices over the vocabulary, divided by rows over the tensor ranks, and single rows of them that are trained alone.
+"""Matrices over the vocabulary, divided by rows over the tensor ranks, and single rows of them that
+are trained alone.
 
-While such a matrix is frozen (tuning), rows of some tokens, new ones, may be trained all the same. They are a tensor of their
-own, [R, D] in the order of the tokens' ids, which starts as the matrix' rows and stands in their place: small, so that what is
-trained, its optimizer state and its gradient are small too.
+While such a matrix is frozen (tuning), the rows of some new tokens may still be trained. They are a
+tensor of their own, [R, D] in the order of the tokens' ids, which starts as the matrix's rows and
+takes their place. It is small, and so are its gradient and its optimizer state.
 
-Shape letters: N tokens of a micro-batch, D model, V vocabulary, R tokens with rows of their own, M the most of them that one
-tensor rank has: every rank holds so many rows, the last of them perhaps padding.
+Shape letters: N tokens of a micro-batch, D model, V vocabulary, R tokens with rows of their own, M
+the most of them that one tensor rank has: every rank holds M rows, of which the last may be
+padding.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ from parallel.tensor import TensorParallel
 
 
 def vocabulary_shard(vocab_size: int, group: Group) -> tuple[int, int]:
-    """(first, rows): this rank's rows of a vocabulary padded to a multiple of the degree; the padding is at the end."""
+    """Return (first, rows) of this rank. The vocabulary is padded to a multiple of the degree."""
     rows = -(-vocab_size // group.size)
     return group.rank * rows, rows
 
 
 def vocabulary_piece(name: str, shape: tuple[int, ...], group: Group) -> Piece:
-    """The real, unpadded rows of a [V] or [V, D] tensor that this rank holds; none on a rank that holds only padding."""
+    """Return the unpadded rows of a [V] or [V, D] tensor that this rank holds: none on a rank that
+    has only padding."""
     vocab_size, *features = shape
     first, rows = vocabulary_shard(vocab_size, group)
     first = min(first, vocab_size)
@@ -39,9 +42,11 @@ def vocabulary_piece(name: str, shape: tuple[int, ...], group: Group) -> Piece:
 
 
 class VocabularyMatrix(Sharded):
-    """This rank's rows `weight` [V/p, D] of a matrix over the vocabulary; what is done with them is said by its heirs.
+    """The rows `weight` [V/p, D] that this rank holds of a matrix over the vocabulary; subclasses
+    use them.
 
-    `token_rows` [M, D]: None, or what stands in place of the rows of some tokens (`train_rows`), those at `places` of them.
+    `token_rows` [M, D]: None, or the rows of some tokens that replace the matrix's (`train_rows`),
+    those at `places` of it.
     """
 
     weight: nn.Parameter
@@ -57,15 +62,18 @@ class VocabularyMatrix(Sharded):
     def declare_weight(
         self, name: str, vocab_size: int, hidden_size: int, role: Role, init: Init, tied_over: Group | None
     ) -> None:
-        """This rank's rows of the [V, D] tensor `name`, padding included."""
+        """Declare this rank's rows of the [V, D] tensor `name`, padding included."""
         rows = vocabulary_shard(vocab_size, self.tp.group)[1]
         piece = vocabulary_piece(name, (vocab_size, hidden_size), self.tp.group)
         spec = ShardSpec(role, init, (piece,), tied_over or Group.alone(), tied=tied_over is not None)
         self.declare("weight", (rows, hidden_size), spec)
 
     def train_rows(self, tokens: Sequence[int], name: str) -> None:
-        """Declare rows of their own for these tokens, in the order of their ids, as the logical tensor `name` [R, D]. They do
-        not decay: the frozen rows beside them do not either."""
+        """Declare rows of their own for these tokens, in the order of their ids, as the logical
+        tensor `name` [R, D].
+
+        They do not decay, because the frozen rows beside them do not either.
+        """
         spec = self.specs["weight"]
         vocab_size, hidden_size = spec.pieces[0].shape
         rows = vocabulary_shard(vocab_size, self.tp.group)[1]
@@ -89,7 +97,7 @@ class VocabularyMatrix(Sharded):
             self.token_rows[: len(self.places)].copy_(self.weight[list(self.places)])
 
     def lookup(self, device: torch.device) -> Tensor:
-        """`places` on a device, int64 [M]: where this rank has fewer rows, followed by one that is none."""
+        """Return `places` on a device, int64 [M], padded with a row number that does not exist."""
         if self._lookup is None or self._lookup.device != device:
             assert self.token_rows is not None
             padding = self.token_rows.shape[0] - len(self.places)
@@ -97,7 +105,7 @@ class VocabularyMatrix(Sharded):
         return self._lookup
 
     def rows_of(self, local_N: Tensor) -> Tensor:
-        """The rows [N, D] of tokens, counted from this rank's first."""
+        """Return the rows [N, D] of tokens whose numbers count from this rank's first row."""
         y_ND = functional.embedding(local_N, self.weight)
         if self.token_rows is None:
             return y_ND

@@ -1,7 +1,7 @@
 """Family "auto" against a plain loop of torch and transformers on one process: losses, norms and SGD-updated weights.
 
 The loop gives transformers one document at a time, without padding or mask, so it also proves that packed documents equal
-separate ones. Targets are uneven (row r of a step has a share r/8 of its labels masked), as in `test_engine_parity`.
+separate ones. Targets are uneven (row r of a step has a share r/8 of its labels masked), as in `training`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import trainer.model.auto_stage
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
 from parallel.topology import Layout
-from tests.parallel.test_engine_parity import LLAMA, G, S, V, rows_of_step, whole_weights
+from tests.parallel.training import LLAMA, G, S, V, rows_of_step, whole_weights
 from tests.spawn import RanksFailed, spawn
 from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_config import deepspeed_config

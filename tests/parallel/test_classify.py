@@ -17,7 +17,7 @@ import torch
 from parallel.mesh import Mesh
 from parallel.params import initialise
 from parallel.topology import Layout
-from tests.parallel.test_engine_parity import whole_weights
+from tests.parallel.training import whole_weights
 from tests.spawn import spawn
 from trainer.data import prepare
 from trainer.data.loader import EvalData, TrainData

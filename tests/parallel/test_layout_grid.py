@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from parallel.topology import Layout
-from tests.parallel.test_engine_parity import Case
-from tests.parallel.test_pipeline_parity import FOUR_LAYERS, UNTIED, assert_equals_one_process
+from tests.parallel.training import FOUR_LAYERS, UNTIED, Case, assert_equals_one_process
 
 LAYOUTS = {
     "dp1": Layout(),

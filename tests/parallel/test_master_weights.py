@@ -20,7 +20,7 @@ from parallel.mesh import Mesh
 from parallel.params import Role, initialise, owned_specs
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
-from tests.parallel.test_engine_parity import ADAMW, LLAMA, OFFLOADS, Case, make_engine, micro_batches
+from tests.parallel.training import ADAMW, LLAMA, OFFLOADS, Case, make_engine, micro_batches
 from tests.spawn import spawn
 from trainer.engine.execution import DTYPES
 from trainer.engine.master_weights import MasterWeights

@@ -1,7 +1,7 @@
 """The parity check can fail: mistakes that others have made, switched on one by one, must each be caught.
 
 Each mutation changes one thing inside the ranks and is named after what went wrong. The check is the one of
-`test_engine_parity`: losses, norms and SGD-updated weights against the one-process run.
+`training`: losses, norms and SGD-updated weights against the one-process run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from parallel.pipeline import Pipeline
 from parallel.rng import Streams
 from parallel.ties import TiedGradients
 from parallel.topology import Layout
-from tests.parallel.test_engine_parity import Case, Outcome, assert_same_training, outcome, run_case
+from tests.parallel.training import Case, Outcome, assert_same_training, outcome, run_case
 from tests.spawn import spawn
 from trainer.engine.engine import Engine
 from trainer.engine.execution import OneStage

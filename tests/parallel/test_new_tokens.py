@@ -20,17 +20,7 @@ from parallel.mesh import Mesh
 from parallel.params import ShardSpec
 from parallel.topology import Layout
 from parallel.vocabulary import VocabularyMatrix
-from tests.parallel.test_engine_parity import (
-    SHAPES,
-    Case,
-    Outcome,
-    S,
-    assert_same_training,
-    make_engine,
-    outcome,
-    rows_of_step,
-    run_case,
-)
+from tests.parallel.training import SHAPES, Case, Outcome, S, assert_same_training, make_engine, outcome, rows_of_step, run_case
 from tests.spawn import spawn
 from tools.campaign import exactness, reshard
 from tools.campaign.cases import WAYS, arguments, digests, write_recipe

@@ -16,33 +16,20 @@ import pytest
 
 from parallel.mesh import Mesh
 from parallel.topology import Layout
-from tests.parallel.test_engine_parity import ADAMW, Case, Outcome, assert_same_training, make_engine, outcome
+from tests.parallel.training import (
+    ADAMW,
+    CPU,
+    CPU_ALL,
+    FOUR_LAYERS,
+    Case,
+    assert_equals_one_process,
+    assert_same_training,
+    make_engine,
+    outcome,
+    reference,
+)
 from tests.spawn import spawn
 from trainer.errors import RecipeError
-
-CPU = {"offload_optimizer": {"device": "cpu"}}
-CPU_ALL = {**CPU, "offload_param": {"device": "cpu"}}
-FOUR_LAYERS = {"num_hidden_layers": 4}
-UNTIED = {**FOUR_LAYERS, "tie_word_embeddings": False}
-
-
-def reference(case: Case) -> Case:
-    """The same training in one process."""
-    return replace(case, pp=1, dp=1, tp=1, stage=0, zero={}, schedule="1f1b", virtual_stages=1, accumulation=1)
-
-
-_seen: dict[str, Outcome] = {}
-
-
-def assert_equals_one_process(case: Case, *, relative: float = 2e-6, weights: float = 1e-6) -> Outcome:
-    """fp32 sums in another order: seen 3e-8 in the loss, 2e-7 in the norm, 1.2e-7 in the weights."""
-    alone = reference(case)
-    expected = _seen.get(repr(alone)) or _seen.setdefault(repr(alone), outcome(alone))
-    got = outcome(case)
-    assert got.initial_hash == expected.initial_hash
-    assert_same_training(got, expected, relative=relative, weights=weights)
-    return got
-
 
 SCHEDULES = [
     ("gpipe", 1, (0, 1, 2, 3)),
@@ -178,7 +165,7 @@ def test_the_ends_stay_bit_equal() -> None:
 
 
 def tied_copy(mesh: Any, case: Case) -> np.ndarray | None:
-    from tests.parallel.test_engine_parity import make_engine, micro_batches
+    from tests.parallel.training import make_engine, micro_batches
 
     engine = make_engine(mesh, case)
     for step in range(case.steps):

@@ -23,7 +23,7 @@ from parallel.loss import IGNORE
 from parallel.mesh import Mesh
 from parallel.params import initialise
 from parallel.topology import Layout
-from tests.parallel.test_engine_parity import LLAMA, whole_weights
+from tests.parallel.training import LLAMA, whole_weights
 from tests.spawn import spawn
 from trainer.data import prepare
 from trainer.data.loader import EvalData, MicroBatch, TrainData

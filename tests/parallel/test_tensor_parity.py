@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.parallel.test_engine_parity import ADAMW, Case, Outcome, assert_same_training, outcome
+from tests.parallel.training import ADAMW, Case, Outcome, assert_same_training, outcome
 
 STEPS = 20
 

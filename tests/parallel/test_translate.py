@@ -25,7 +25,7 @@ from parallel.params import initialise
 from parallel.relative_bias import RelativeBias
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
-from tests.parallel.test_engine_parity import whole_weights
+from tests.parallel.training import whole_weights
 from tests.spawn import spawn
 from trainer.data import prepare
 from trainer.data.loader import EvalData, TrainData

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer.tasks import TASKS
+
 ROOT = Path(__file__).parents[2]
 OURS = ("parallel", "trainer", "tools", "tests")
 
@@ -125,9 +127,30 @@ def one_way(source: Source) -> list[str]:
     return wrong
 
 
+def nobody_borrows_from_a_test(source: Source) -> list[str]:
+    """No file borrows from a test: what two tests need is a library beside them, which says what it is for."""
+    return [
+        f"{source.path}:{found.line} imports {found.module}: move what it borrows to a module that is no test"
+        for found in imports(source)
+        if any(name.startswith("test_") for name in found.module.split("."))
+    ]
+
+
 # The parts of `trainer/`, a folder or a loose file each, from the ground up: a part may import those that stand before it.
 LAYERS = (
-    *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "schema", "learning_rate", "run_folder"),
+    *(
+        "redaction",
+        "errors",
+        "spelling",
+        "stopwatch",
+        "outputs",
+        "files",
+        "exhausted",
+        "tasks",
+        "schema",
+        "learning_rate",
+        "run_folder",
+    ),
     *("launch", "data", "model", "costs", "tuning", "recipe", "watchdog", "engine", "checkpoint", "track", "inference"),
     *("cluster", "run", "guard", "verify", "loop", "commands", "cli", "__main__", "requeue"),
 )
@@ -261,6 +284,7 @@ WITHOUT_TORCH = {
     "trainer.launch.environment",
     "trainer.cluster.submit",
     "trainer.commands.timeline",
+    "trainer.tasks",
     "trainer.tuning.targets",
     "trainer.verify.compare",
     "trainer.verify.job",
@@ -365,6 +389,32 @@ def line_budget(source: Source) -> list[str]:
     return [f"{source.path} has {lines} lines, its budget is {budget}: extract a collaborator"] if lines > budget else []
 
 
+def no_comparison_of_tasks(source: Source) -> list[str]:
+    """What a task asks for is said in its row (trainer/tasks.py): a name that is compared elsewhere is a row spread out."""
+    if source.package not in ("trainer", "parallel"):
+        return []
+    wrong = []
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Compare):
+            compared = [node.left, *node.comparators]
+        elif isinstance(node, ast.match_case):
+            compared = [node.pattern]
+        else:
+            continue
+        named = {
+            c.value for side in compared for c in ast.walk(side) if isinstance(c, ast.Constant) and isinstance(c.value, str)
+        }
+        wrong += [f"{source.path}:{compared[0].lineno} compares with the task {name}" for name in sorted(named & {*TASKS})]
+    return wrong
+
+
+def _values(side: ast.AST) -> Iterator[ast.Constant]:
+    """The constants that are compared: the side itself, or those that it lists."""
+    listed = side.elts if isinstance(side, ast.Tuple | ast.List | ast.Set) else [side]
+    listed = [part.value if isinstance(part, ast.MatchValue) else part for part in listed]
+    return (part for part in listed if isinstance(part, ast.Constant))
+
+
 def no_module_level_groups(source: Source) -> list[str]:
     """Groups are arguments: no default group, no `global`."""
     if source.package not in ("trainer", "parallel"):
@@ -375,6 +425,7 @@ def no_module_level_groups(source: Source) -> list[str]:
 Rule = Callable[[Source], list[str]]
 RULES: tuple[Rule, ...] = (
     one_way,
+    nobody_borrows_from_a_test,
     arrows_fall,
     no_circle,
     owned_libraries,
@@ -382,13 +433,15 @@ RULES: tuple[Rule, ...] = (
     nothing_executes_data,
     no_print,
     line_budget,
+    no_comparison_of_tasks,
     no_module_level_groups,
 )
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_tree_keeps(rule: Rule) -> None:
-    package_owned = [source for source in sources().values() if source.package != "tests" or rule is one_way]
+    for_tests_too = rule in (one_way, nobody_borrows_from_a_test)
+    package_owned = [source for source in sources().values() if source.package != "tests" or for_tests_too]
     if rule is owned_libraries:  # benchmarks compare with other libraries' own loops
         package_owned = [source for source in package_owned if source.package != "tools"]
     assert [line for source in package_owned for line in rule(source)] == []
@@ -403,6 +456,10 @@ BAD: list[tuple[Rule, str, str]] = [
     (one_way, "trainer/loop.py", "from tests.spawn import spawn"),
     (one_way, "trainer/loop.py", "import tools.bench"),
     (one_way, "tools/bench.py", "import tests"),
+    (nobody_borrows_from_a_test, "tests/unit/test_new.py", "from tests.unit.test_tuning import LLAMA"),
+    (nobody_borrows_from_a_test, "tests/end_to_end/test_new.py", "def f():\n    from tests.end_to_end import test_train"),
+    (nobody_borrows_from_a_test, "tests/parallel/training.py", "from .test_engine_parity import reference"),
+    (nobody_borrows_from_a_test, "tools/bench.py", "import tests.parallel.test_guard"),
     (arrows_fall, "trainer/data/new.py", "from trainer.model.config import TransformerConfig"),
     (arrows_fall, "trainer/errors.py", "def f():\n    import trainer.schema"),
     (arrows_fall, "trainer/engine/new.py", "if TYPE_CHECKING:\n    from trainer.checkpoint.save import Saver"),
@@ -450,6 +507,9 @@ BAD: list[tuple[Rule, str, str]] = [
     (no_print, "parallel/mesh.py", "print('x')"),
     (line_budget, "parallel/mesh.py", "x = 1\n" * 111),
     (line_budget, "trainer/engine/engine.py", "x = 1\n" * 351),
+    (no_comparison_of_tasks, "trainer/loop.py", "if recipe.data.task == 'sft':\n    pass"),
+    (no_comparison_of_tasks, "trainer/loop.py", "x = task not in ('pretrain', 'mlm')"),
+    (no_comparison_of_tasks, "trainer/loop.py", "match task:\n    case 'translate':\n        pass"),
     (no_module_level_groups, "parallel/mesh.py", "def f():\n    global GROUP\n    GROUP = 1"),
 ]
 
@@ -465,6 +525,11 @@ GOOD: list[tuple[Rule, str, str]] = [
     (one_way, "parallel/mesh.py", "import torch\nfrom parallel.topology import Layout\nimport math"),
     (one_way, "trainer/loop.py", "from parallel.mesh import Mesh\nimport numpy"),
     (
+        nobody_borrows_from_a_test,
+        "tests/unit/test_new.py",
+        "from tests.unit.shapes import LLAMA\nfrom tools.campaign import testing",
+    ),
+    (
         arrows_fall,
         "trainer/engine/new.py",
         "from trainer.engine import engine\nfrom trainer.model import config",
@@ -477,6 +542,7 @@ GOOD: list[tuple[Rule, str, str]] = [
     (nothing_executes_data, "trainer/loop.py", "model.eval()\nre.compile('x')\nload(name, trust_remote_code=False)"),
     (nothing_executes_data, "trainer/model/auto.py", "load(name, trust_remote_code=recipe.model.trust_remote_code)"),
     (nothing_executes_data, "trainer/loop.py", "subprocess.run(['ls'], shell=False)\njson.load(file)"),
+    (no_comparison_of_tasks, "trainer/loop.py", "x = TASKS['sft'] if name in TASKS else kind == 'sft rows'"),
     (no_print, "trainer/loop.py", "console.print('x')"),
     (no_print, "tools/bench.py", "print('x')"),
 ]

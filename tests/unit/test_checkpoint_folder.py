@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from parallel.messages import Messages
-from tests.unit.test_checkpoint_damage import FACTS, blank, forged, save, write_checkpoint
+from tests.unit.checkpoints import FACTS, blank, forged, save, write_checkpoint
 from tools.campaign.cases import write_recipe
 from tools.campaign.damage import sealed
 from trainer import cli

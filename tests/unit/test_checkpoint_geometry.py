@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.unit.test_checkpoint_damage import blank
+from tests.unit.checkpoints import blank
 from trainer.checkpoint.geometry import Range, Rectangle, overlaps
 from trainer.checkpoint.manifest import Fragment, LogicalTensor, Manifest
 from trainer.checkpoint.reader import Reader

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from parallel.mesh import Group
 from parallel.params import draw, initialise, owned_specs
 from parallel.rng import Streams
 from parallel.tensor import TensorParallel
+from tests.unit.stages import whole_model
 from trainer.checkpoint.facts import recipe_facts, refusals
 from trainer.costs.flops import matmul_weights, training_flops
 from trainer.engine.parameter_counts import Census
@@ -24,7 +24,7 @@ from trainer.model.hf_config import translate
 from trainer.model.hugging_face import assembled
 from trainer.model.transformer import Stage
 from trainer.schema import RankBudget, Recipe, Tuning
-from trainer.tuning.adapt import adaptation, scale_of
+from trainer.tuning.adapt import scale_of
 from trainer.tuning.merge import merged
 from trainer.tuning.peft_format import adapter_config, target_modules
 from trainer.tuning.rank_budget import budget_after
@@ -60,19 +60,6 @@ def test_rescaled_inputs_are_told_apart() -> None:
     config = adapter_config(Recipe.model_validate({"tuning": {"method": "ia3"}}), LLAMA)
     assert config["target_modules"] == ["down_proj", "k_proj", "v_proj"]
     assert config["feedforward_modules"] == ["down_proj"]
-
-
-def whole_model(network: TransformerConfig, tuning: Tuning, device: str, fill: Callable[[nn.Module], None]) -> Stage:
-    return Stage(
-        network,
-        blocks_of(network),
-        dtype=torch.float32,
-        recompute="none",
-        tp=TensorParallel.alone(),
-        device=torch.device(device),
-        adapt=adaptation(tuning, network),
-        fill=fill,
-    )
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "ia3", "adapter"])
