@@ -516,21 +516,31 @@ def test_the_key_reference_has_every_key() -> None:
     assert {key for key in known_keys() if "eval_sources[0]" not in key} - sections <= shown
 
 
-def test_a_key_that_is_used_only_with_others_says_so() -> None:
-    key = {
-        "type": "integer",
-        "minimum": 1,
-        "description": "How many [steps].",
-        "only": {"data.task": ["mlm", "sft"], "a.b": True},
-    }
+@pytest.mark.parametrize(
+    ("only", "said"),
+    [
+        ({"data.task": ["mlm"]}, "Only with `data.task` `mlm`."),
+        ({"data.task": ["mlm", "sft", "translate"]}, "Only with `data.task` `mlm`, `sft` or `translate`."),
+        ({"data.bos": [True]}, "Only with `data.bos` `true`."),
+        ({"parallel.tensor": {"minimum": 2}}, "Only with `parallel.tensor` of 2 or more."),
+        ({"tuning.method": []}, "Only with `tuning.method`."),
+    ],
+)
+def test_a_key_that_is_used_only_with_another_says_so(only: dict[str, Any], said: str) -> None:
+    key = {"type": "integer", "minimum": 1, "description": "How many [steps].", "only": only}
     schema = {
-        "properties": {"part": {"$ref": "#/$defs/Part", "only": {"c.d": "e"}}},
+        "properties": {"part": {"$ref": "#/$defs/Part", "only": only}},
         "$defs": {"Part": {"description": "A part.", "properties": {"key": key}}},
     }
-    page = Reference(schema, {"part": {"key": 3}}).page()
-    conditions = "Only with `data.task` `mlm` or `sft`. Only with `a.b` `true`."
-    assert f"| `part.key` | whole number ≥ 1 [steps] | `3` | How many. {conditions} |" in page.splitlines()
-    assert "A part. Only with `c.d` `e`." in page.splitlines()
+    page = Reference(schema, {"part": {"key": 3}}).page().splitlines()
+    assert f"| `part.key` | whole number ≥ 1 [steps] | `3` | How many. {said} |" in page
+    assert f"A part. {said}" in page
+
+
+def test_the_schema_s_own_conditions_are_shown() -> None:
+    page = Page.read(PAGE)
+    meanings = {cells[0].strip("`"): cells[-1] for _, cells in page.rows}
+    assert meanings["data.mask_fraction"].endswith("Only with `data.task` `mlm`.")
 
 
 # -------------------------------------------------------------------------------------------------- figures in the pages
