@@ -35,7 +35,7 @@ Node = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Reference:
-    """Renders a schema as Markdown. `defaults` is a recipe with nothing written in it, as JSON: the schema lacks defaults that
+    """Render a schema as Markdown. `defaults` is a recipe with nothing written in it, as JSON: the schema lacks defaults that
     are made when they are needed. `headings` collects the heading of each definition, so that a second use links to the first.
     """
 
@@ -150,11 +150,15 @@ def _without_unit(description: str) -> tuple[str, str]:
 
 
 def _conditions(node: Node) -> Iterator[str]:
-    """Yield a sentence for each key that must have one of some values, or this key is refused."""
-    for other, values in node.get("only", {}).items():
-        legal = values if isinstance(values, list) else [values]
-        told = " or ".join(f"`{value if isinstance(value, str) else json.dumps(value)}`" for value in legal)
-        yield f"Only with `{other}` {told}."
+    """Yield a sentence for each key on which this one hangs: at other values of that one it is refused."""
+    for other, legal in node.get("only", {}).items():
+        if isinstance(legal, Mapping):
+            yield f"Only with `{other}` of {legal['minimum']} or more."
+        elif not legal:
+            yield f"Only with `{other}`."
+        else:
+            *most, last = (f"`{value if isinstance(value, str) else json.dumps(value)}`" for value in legal)
+            yield f"Only with `{other}` {', '.join(most)}{' or ' if most else ''}{last}."
 
 
 def _shown(default: Any) -> str:

@@ -60,8 +60,8 @@ def read_resolved(path: Path) -> Resolved:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run's files; see the README's table. What is written here is without secrets: such folders are shared, mailed
-    and archived."""
+    """Paths of a run's files; trainer/track/README.md says what is in each. What is written here is without secrets: such
+    folders are shared, mailed and archived."""
 
     path: Path
 

@@ -1,6 +1,6 @@
 """The recipe, section by section: every key with its type, range, unit, default and meaning.
 
-This is the only list of keys. `recipe/` reads files into it, `triaxis schema` prints it, the README's tables come from
+This is the only list of keys. `recipe/` reads files into it, `triaxis schema` prints it, ds_configs/KEYS.md is written from
 it, and the rest of the package receives these objects already validated. It imports no torch: a recipe is checked on a
 login node in a fraction of a second.
 
