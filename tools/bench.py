@@ -49,7 +49,7 @@ from trainer.engine.execution import DTYPES
 from trainer.engine.matmul_peak import measured_peak
 from trainer.errors import UserError
 from trainer.launch import ranks
-from trainer.model.config import TransformerConfig, largest_weight
+from trainer.model.config import TransformerConfig
 from trainer.model.hf_config import to_hf_config, translate
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
@@ -146,7 +146,7 @@ def make_engine(
         network,
         mesh,
         device,
-        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=largest_weight(network)),
+        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=network.largest_weight),
         fill=lambda block: initialise(block, seed=SEED),
     )
 

@@ -24,7 +24,6 @@ from tests.spawn import spawn
 from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
-from trainer.model.config import largest_weight
 from trainer.model.hf_config import translate
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
@@ -138,7 +137,7 @@ def make_engine(mesh: Mesh, case: Case) -> Engine:
         network,
         mesh,
         torch.device("cpu"),
-        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=largest_weight(network)),
+        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=network.largest_weight),
         fill=fill_in_float64 if case.dtype == "fp64" else fill,
     )
 

@@ -262,6 +262,7 @@ WITHOUT_TORCH = {
     "trainer.model.config",
     "trainer.model.families",
     "trainer.model.names",
+    "trainer.model.network",
     "trainer.model.hf_config",
     "trainer.cluster.preflight",
     "trainer.recipe",

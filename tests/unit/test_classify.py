@@ -29,7 +29,7 @@ from trainer.model.heads import ClassHead
 from trainer.model.hf_config import translate
 from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
 from trainer.model.measures import ClassMeasures, EvalResult
-from trainer.model.network import ModelFiles
+from trainer.model.model_files import ModelFiles
 from trainer.model.transformer import Stage
 from trainer.recipe import load
 from trainer.schema import Data

@@ -32,8 +32,7 @@ from trainer.engine.loss_scale import LossScaler
 from trainer.engine.master_weights import MasterWeights
 from trainer.engine.optimizers import Tiling, make_optimizer
 from trainer.engine.zero_state import BY_STAGE
-from trainer.errors import DataError, RecipeError
-from trainer.model.auto_stage import AutoStage
+from trainer.errors import DataError
 from trainer.model.measures import measures_of
 from trainer.model.network import Network
 from trainer.recipe.batch_plan import BatchPlan
@@ -64,7 +63,7 @@ class Engine:
         self,
         recipe: Recipe,
         plan: BatchPlan,
-        config: Network,
+        network: Network,
         mesh: Mesh,
         device: torch.device,
         *,
@@ -81,15 +80,15 @@ class Engine:
         self.notes: list[str] = []  # remarks for the console
         self.scaler = LossScaler.from_recipe(recipe.precision)
         self.zero_stage = recipe.zero.stage
-        self.measures = measures_of(recipe.data.task, config)
+        self.measures = measures_of(recipe.data.task, network)
         dtype = DTYPES[recipe.precision.dtype]
         prepare(recipe, dtype, self.notes)
         units = Units(mesh)
         masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
         self.execution = make_execution(
+            network,
             recipe,
             plan,
-            config,
             mesh,
             device,
             measures=self.measures,
@@ -97,9 +96,9 @@ class Engine:
             fill=masters.rounding(quantizing(fill, recipe.tuning)),
             partition=partitioning(deepspeed_config, units) if self.zero_stage == 3 else lambda block: None,
         )
-        self.evaluator = Evaluator(self.execution, self.measures, mesh, device, self.watch, vocab_size=config.vocab_size)
+        self.evaluator = Evaluator(self.execution, self.measures, mesh, device, self.watch, vocab_size=network.vocab_size)
         module = self.execution.module
-        self.constants = module.constants if isinstance(module, AutoStage) else []  # saved like weights, never trained
+        self.constants = self.execution.constants
         self.quantized = quantized_weights(module)  # frozen, and no parameters
         self.specs: list[tuple[nn.Parameter, ShardSpec]] = [(p, spec) for _, p, spec in owned_specs(module)]
         for parameter, spec in self.specs:
@@ -119,7 +118,7 @@ class Engine:
             # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
             self.optimizer.check_grad_overflow = True
         gathered = partial(whole, zero_stage=self.zero_stage)
-        self.hooks = step_hooks(recipe, config, self.specs, mesh, device, dtype, gathered=gathered)
+        self.hooks = step_hooks(recipe, network, self.specs, mesh, device, dtype, gathered=gathered)
         auxiliary = [state for hook in self.hooks for state in hook.auxiliary]
         auxiliary += [
             AuxiliaryState.of(*part, state=state) for weight in self.quantized for state, part in weight.stored.items()
@@ -132,13 +131,9 @@ class Engine:
             rule=rule_of(recipe.optimizer),
             group=mesh.dp,
         )
-        if isinstance(module, AutoStage) and module.looks_ahead(device):
-            raise RecipeError(
-                f"{module.architecture}: its logits at a token depend on the next one, so predicting it would teach nothing; "
-                "legal: a model with causal attention"
-            )
-        if isinstance(module, AutoStage) and recipe.data.isolate_documents:
-            self.notes += module.settle_lengths(device, plan.seq_len, may_call_apart=self.zero_stage < 3)
+        self.execution.require_causal(device)
+        if recipe.data.isolate_documents:
+            self.notes += self.execution.settle_lengths(device, plan.seq_len, may_call_apart=self.zero_stage < 3)
 
     def _tiling(self) -> Tiling:
         """As many groups as the rank of the replica with the most, or with the fewest parameters to put into them."""

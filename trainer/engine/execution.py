@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, singledispatch
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from parallel.collectives import all_reduce
 from parallel.deferred import WeightGradients
 from parallel.mesh import Group, Mesh
-from parallel.params import Role, owned_specs
+from parallel.params import Role, ShardSpec, owned_specs
 from parallel.pipeline import Pipeline
 from parallel.schedule_table import ScheduleTable
 from parallel.tensor import TensorParallel
@@ -56,6 +56,16 @@ class Execution(Protocol):
     @property
     def module(self) -> nn.Module: ...
 
+    @property
+    def constants(self) -> Sequence[tuple[ShardSpec, Tensor]]:
+        """Return the tensors that are saved like weights and never trained."""
+
+    def require_causal(self, device: torch.device) -> None:
+        """Raise RecipeError for a model in which a token sees the next one, as far as only running it shows that."""
+
+    def settle_lengths(self, device: torch.device, seq_len: int, *, may_call_apart: bool) -> list[str]:
+        """Return remarks on how documents of several lengths are computed: see `AutoStage.settle_lengths`."""
+
     def attach(self, engine: Any) -> None:
         """The DeepSpeed engine, once there is one."""
 
@@ -72,10 +82,11 @@ class Execution(Protocol):
         """Of the first row: this tensor rank's [S, V/p]; no gradients."""
 
 
+@singledispatch
 def make_execution(
+    network: Network,
     recipe: Recipe,
     plan: BatchPlan,
-    network: Network,
     mesh: Mesh,
     device: torch.device,
     *,
@@ -84,17 +95,46 @@ def make_execution(
     fill: Callable[[nn.Module], None],
     partition: Callable[[nn.Module], None] = lambda block: None,
 ) -> Execution:
-    """This rank's part of the model, built, and how it runs; `fill` and `partition`: see `Stage`."""
+    """Return this rank's part of the model, built, and how it runs; `fill` and `partition`: see `Stage`."""
+    raise TypeError(type(network))
+
+
+@make_execution.register
+def _(
+    network: AutoNetwork,
+    recipe: Recipe,
+    plan: BatchPlan,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    measures: Measures,
+    watch: Stopwatch,
+    fill: Callable[[nn.Module], None],
+    partition: Callable[[nn.Module], None] = lambda block: None,
+) -> Execution:
+    dtype, recompute = DTYPES[recipe.precision.dtype], recipe.train.recompute
+    return OneStage(AutoStage(network, dtype=dtype, recompute=recompute, device=device, fill=fill, partition=partition), watch)
+
+
+@make_execution.register
+def _(
+    network: TransformerConfig,
+    recipe: Recipe,
+    plan: BatchPlan,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    measures: Measures,
+    watch: Stopwatch,
+    fill: Callable[[nn.Module], None],
+    partition: Callable[[nn.Module], None] = lambda block: None,
+) -> Execution:
     dtype = DTYPES[recipe.precision.dtype]
-    recompute = recipe.train.recompute
-    if isinstance(network, AutoNetwork):
-        stage = AutoStage(network, dtype=dtype, recompute=recompute, device=device, fill=fill, partition=partition)
-        return OneStage(stage, watch)
     build = partial(
         Stage,
         network,
         dtype=dtype,
-        recompute=recompute,
+        recompute=recipe.train.recompute,
         device=device,
         fill=fill,
         adapt=adaptation(recipe.tuning, network),
@@ -124,8 +164,11 @@ class OneStage:
 
     reads_tokens = True
 
-    def __init__(self, module: nn.Module, watch: Stopwatch) -> None:
+    def __init__(self, module: Stage | AutoStage, watch: Stopwatch) -> None:
         self.module = module
+        self.constants = module.constants
+        self.require_causal = module.require_causal
+        self.settle_lengths = module.settle_lengths
         self._watch = watch
 
     def attach(self, engine: Any) -> None:
@@ -162,6 +205,8 @@ class OneStage:
 
 class InPipeline:
     """This rank's stages of a pipeline, run by torch's runtime under DeepSpeed's optimizer."""
+
+    constants = ()
 
     def __init__(
         self,
@@ -218,6 +263,12 @@ class InPipeline:
 
     def attach(self, engine: Any) -> None:
         self._zero.attach(engine)
+
+    def require_causal(self, device: torch.device) -> None:
+        """Do nothing: the families that are built here say it."""
+
+    def settle_lengths(self, device: torch.device, seq_len: int, *, may_call_apart: bool) -> list[str]:
+        return []
 
     def step(self, batches: Sequence[MicroBatch], *, factor: float, scale: float) -> Tensor:
         self._zero.start()

@@ -28,7 +28,6 @@ from trainer.errors import RecipeError
 from trainer.inference.generate import ends_of
 from trainer.inference.open_model import OpenModel, open_model
 from trainer.launch.ranks import together
-from trainer.model.auto_network import AutoNetwork
 
 NEW_TOKENS = 256  # of a generation whose task names no limit, as in the harness' own models
 Scored = list[tuple[float, bool]]
@@ -41,8 +40,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self._model, self._chat = model, chat
         self._ends = {model.tokenizer.end_of_document, *ends_of(model.weights.config)}
-        positions = None if isinstance(model.network, AutoNetwork) else model.network.max_positions
-        self.max_length: int = positions or model.recipe.data.seq_len
+        self.max_length: int = model.network.max_positions or model.recipe.data.seq_len
 
     @property
     def eot_token_id(self) -> int:

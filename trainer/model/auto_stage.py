@@ -218,6 +218,14 @@ class AutoStage(Sharded):
         differences_S = (beside_SV - alone_SV).abs().amax(-1)
         return bool(differences_S.median() > max(1e-3, 25 * torch.finfo(self.dtype).eps) * alone_SV.std())
 
+    def require_causal(self, device: torch.device) -> None:
+        """Raise RecipeError where predicting the next token would teach nothing. Under ZeRO-3 every rank must ask together."""
+        if self.looks_ahead(device):
+            raise RecipeError(
+                f"{self.architecture}: its logits at a token depend on the next one, so predicting it would teach nothing; "
+                "legal: a model with causal attention"
+            )
+
     @torch.no_grad()
     def looks_ahead(self, device: torch.device) -> bool:
         """Whether a token's logits depend on the token after it, whose prediction would then teach nothing.

@@ -124,6 +124,15 @@ class Stage(nn.Module):
         self.head = TargetHead(head) if self.config.encoder_layers else head
         return self.head
 
+    constants: Sequence[tuple[ShardSpec, Tensor]] = ()  # saved like weights, never trained: it has none
+
+    def require_causal(self, device: torch.device) -> None:
+        """Do nothing: its config says which tokens one sees."""
+
+    def settle_lengths(self, device: torch.device, seq_len: int, *, may_call_apart: bool) -> list[str]:
+        """Return no remarks: documents do not depend on one another."""
+        return []
+
     def forward(self, x: Tensor, *, batch: MicroBatch, output: Output = "loss") -> Tensor:
         """Return hidden states [N, D], of both sides of a translation; of the last stage `output`: see `Outputs`.
 

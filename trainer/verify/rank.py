@@ -41,7 +41,7 @@ from trainer.engine.engine import Engine, StepResult
 from trainer.engine.execution import DTYPES
 from trainer.launch import ranks
 from trainer.launch.ranks import Place
-from trainer.model.config import TransformerConfig, largest_weight
+from trainer.model.config import TransformerConfig
 from trainer.recipe import ResolvedRecipe, load
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Optimizer, Recipe, Zero
@@ -134,7 +134,7 @@ class Trial:
             self.network,
             self.mesh,
             self.device,
-            deepspeed_config=deepspeed_config(recipe, self.plan, largest_weight=largest_weight(self.network)),
+            deepspeed_config=deepspeed_config(recipe, self.plan, largest_weight=self.network.largest_weight),
             fill=self.fill_in_float64 if DTYPES[recipe.precision.dtype] == torch.float64 else self.fill,
         )
         try:
