@@ -14,6 +14,9 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
+# A failed assertion says what differed in the libraries of the tests too.
+pytest.register_assert_rewrite("tests.parallel", "tests.unit", "tests.end_to_end")
+
 
 # Folders of tests that start several processes each. Those of whole runs (launchers, SLURM, faults to be noticed) wait for
 # half of their time, so the others may have the cores meanwhile.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 from trainer.schema import Finding, Schedule, Train
 
@@ -52,29 +52,18 @@ def decay_steps(schedule: Schedule, total_steps: int) -> int:
     return min(-(-total_steps // 5), max(total_steps - schedule.warmup_steps, 0))
 
 
-def schedule_findings(schedule: Schedule, train: Train, given: Collection[str]) -> Iterator[Finding]:
-    """What cannot work, or would be ignored, in a recipe's schedule; `given` holds the dotted keys that were written."""
-    name = schedule.name
+def schedule_findings(schedule: Schedule, train: Train) -> Iterator[Finding]:
+    """Yield what cannot work in a recipe's schedule."""
     if schedule.warmup_steps > train.steps:
         yield Finding(
             ("schedule.warmup_steps", "train.steps"),
             f"schedule.warmup_steps = {schedule.warmup_steps} is longer than train.steps = {train.steps}: the peak would never "
             f"be reached; legal: 0 to {train.steps}",
         )
-    elif name == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > train.steps:
+    elif schedule.name == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > train.steps:
         room = train.steps - schedule.warmup_steps
         yield Finding(
             ("schedule.decay_steps", "schedule.warmup_steps", "train.steps"),
             f"schedule.warmup_steps {schedule.warmup_steps} + schedule.decay_steps {schedule.decay_steps} is more than "
             f"train.steps = {train.steps}; legal decay_steps: 0 to {room}",
-        )
-    if name != "wsd" and schedule.decay_steps is not None:
-        yield Finding(
-            ("schedule.decay_steps", "schedule.name"),
-            f'schedule.decay_steps is used by "wsd" only, not by "{name}": remove it, or set schedule.name to "wsd"',
-        )
-    if name in ("constant", "inverse_sqrt") and "schedule.min_lr_ratio" in given:
-        yield Finding(
-            ("schedule.min_lr_ratio", "schedule.name"),
-            f'schedule.min_lr_ratio is used by "linear", "cosine" and "wsd", not by "{name}": remove it',
         )

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trainer.update_rules import RuleName
+from trainer.tasks import LEARN_FROM_TEXTS, TASKS, TaskName, with_field
+from trainer.update_rules import RuleName, rules_that_read
 
 LARGEST = 2**53  # of numbers that are only compared with: other readers of JSON round a whole number beyond it
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
@@ -25,6 +26,17 @@ Seconds = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 STDLIB = "stdlib"  # the source that every machine has: the standard library's own
+
+
+def only(key: str, *values: Any, least: int | None = None, idle: Any = None, instead: str = "") -> dict[str, Any]:
+    """Return what a field says of when it is used: with another key at one of these values, or at `least` so much; with
+    neither, at any value but null. Written anywhere else the field is refused, but for null and its `idle` value, which ask
+    for nothing. `instead`: what the message says beside "remove it".
+
+    It stands in the JSON Schema: {"only": {"data.task": ["mlm"]}, "idle": false, "instead": "…"}.
+    """
+    said = {"only": {key: {"minimum": least} if least is not None else list(values)}}
+    return said | ({} if idle is None else {"idle": idle}) | ({"instead": instead} if instead else {})
 
 
 class Finding(NamedTuple):
@@ -73,6 +85,7 @@ class Model(Section):
         False,
         description="Family auto: run the Python code that comes with from_pretrained; a hub name then needs a revision of "
         "40 hex digits.",
+        json_schema_extra=only("model.family", "auto", idle=False),
     )
     config: dict[str, Any] = Field(
         default_factory=dict,
@@ -83,22 +96,84 @@ class Model(Section):
 class Fields(Section):
     """What a source calls the fields of a row; absent: as here."""
 
-    messages: str | None = Field(None, min_length=1, description="Turns, each with role and content.")
-    conversations: str | None = Field(None, min_length=1, description="Turns, each with from and value.")
-    prompt: str | None = Field(None, min_length=1, description="What is asked.")
-    completion: str | None = Field(None, min_length=1, description="What is answered to the prompt.")
-    instruction: str | None = Field(None, min_length=1, description="What is asked.")
-    input: str | None = Field(None, min_length=1, description="What the instruction is about.")
-    output: str | None = Field(None, min_length=1, description="What is answered to the instruction.")
-    history: str | None = Field(None, min_length=1, description="alpaca: earlier turns, pairs of question and answer.")
-    system: str | None = Field(None, min_length=1, description="What is said before the first turn.")
-    tools: str | None = Field(None, min_length=1, description="Tools that the assistant may call, as JSON Schema.")
-    source: str | None = Field(None, min_length=1, description="translate: a text; a.b is field b of the object in field a.")
-    target: str | None = Field(None, min_length=1, description="translate: its translation.")
-    chosen: str | None = Field(None, min_length=1, description="preference: the better answer.")
-    rejected: str | None = Field(None, min_length=1, description="preference: the worse answer.")
-    text: str | None = Field(None, min_length=1, description="classify: the text.")
-    label: str | None = Field(None, min_length=1, description="classify: the class of the text, a word or a whole number.")
+    messages: str | None = Field(
+        None,
+        min_length=1,
+        description="Turns, each with role and content.",
+        json_schema_extra=only("data.task", *with_field("messages")),
+    )
+    conversations: str | None = Field(
+        None,
+        min_length=1,
+        description="Turns, each with from and value.",
+        json_schema_extra=only("data.task", *with_field("conversations")),
+    )
+    prompt: str | None = Field(
+        None, min_length=1, description="What is asked.", json_schema_extra=only("data.task", *with_field("prompt"))
+    )
+    completion: str | None = Field(
+        None,
+        min_length=1,
+        description="What is answered to the prompt.",
+        json_schema_extra=only("data.task", *with_field("completion")),
+    )
+    instruction: str | None = Field(
+        None, min_length=1, description="What is asked.", json_schema_extra=only("data.task", *with_field("instruction"))
+    )
+    input: str | None = Field(
+        None,
+        min_length=1,
+        description="What the instruction is about.",
+        json_schema_extra=only("data.task", *with_field("input")),
+    )
+    output: str | None = Field(
+        None,
+        min_length=1,
+        description="What is answered to the instruction.",
+        json_schema_extra=only("data.task", *with_field("output")),
+    )
+    history: str | None = Field(
+        None,
+        min_length=1,
+        description="alpaca: earlier turns, pairs of question and answer.",
+        json_schema_extra=only("data.task", *with_field("history")),
+    )
+    system: str | None = Field(
+        None,
+        min_length=1,
+        description="What is said before the first turn.",
+        json_schema_extra=only("data.task", *with_field("system")),
+    )
+    tools: str | None = Field(
+        None,
+        min_length=1,
+        description="Tools that the assistant may call, as JSON Schema.",
+        json_schema_extra=only("data.task", *with_field("tools")),
+    )
+    source: str | None = Field(
+        None,
+        min_length=1,
+        description="A text; a.b is field b of the object in field a.",
+        json_schema_extra=only("data.task", *with_field("source")),
+    )
+    target: str | None = Field(
+        None, min_length=1, description="Its translation.", json_schema_extra=only("data.task", *with_field("target"))
+    )
+    chosen: str | None = Field(
+        None, min_length=1, description="The better answer.", json_schema_extra=only("data.task", *with_field("chosen"))
+    )
+    rejected: str | None = Field(
+        None, min_length=1, description="The worse answer.", json_schema_extra=only("data.task", *with_field("rejected"))
+    )
+    text: str | None = Field(
+        None, min_length=1, description="The text.", json_schema_extra=only("data.task", *with_field("text"))
+    )
+    label: str | None = Field(
+        None,
+        min_length=1,
+        description="The class of the text, a word or a whole number.",
+        json_schema_extra=only("data.task", *with_field("label")),
+    )
 
 
 class Source(Section):
@@ -121,22 +196,26 @@ class Source(Section):
         min_length=1,
         description="pretrain, mlm: field of the rows that holds the text; absent: text, and a .json, .csv or .tsv file in a "
         "folder whose rows have none is one text itself.",
+        json_schema_extra=only("data.task", *LEARN_FROM_TEXTS, instead="what rows call their fields is said in fields"),
     )
     target_path: str | None = Field(
         None,
         min_length=1,
         description="translate: a text file whose lines are the translations of those of path, both perhaps .gz or .zst.",
+        json_schema_extra=only("data.task", "translate"),
     )
     split: str = Field("train", min_length=1, description="Split of a hub data set.")
     shape: Literal["messages", "sharegpt", "prompt", "alpaca"] | None = Field(
         None,
         description="sft: what rows are: messages (role, content), sharegpt (from, value), prompt (prompt, completion) or "
         "alpaca (instruction, input, output); absent: by the fields of each row.",
+        json_schema_extra=only("data.task", "sft"),
     )
     fields: Fields | None = Field(
         None,
         description='sft, preference, translate, classify: what this source calls them, such as {"prompt": "question", '
         '"completion": "answer"} or {"source": "en", "target": "de"}.',
+        json_schema_extra=only("data.task", *(name for name, task in TASKS.items() if task.rows)),
     )
     columns: list[str] = Field(
         default_factory=list,
@@ -157,17 +236,14 @@ class Source(Section):
 class Data(Section):
     """Documents, tokenizer, packing."""
 
-    task: Literal["pretrain", "sft", "preference", "translate", "classify", "mlm"] = Field(
-        "pretrain",
-        description="What is learned: pretrain = the next token of packed documents; sft = the assistant's turns of packed "
-        "conversations, written by the tokenizer's chat template; preference = to prefer the chosen of two answers; translate "
-        "= the targets of packed pairs, by an encoder and a decoder; classify = the class of a text; mlm = masked tokens of "
-        "packed documents, from both sides.",
+    task: TaskName = Field(
+        "pretrain", description=f"What is learned: {'; '.join(f'{name} = {task.learns}' for name, task in TASKS.items())}."
     )
     classes: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
         description="classify: names of the classes, in the order of their numbers; empty: those that the sources have, by "
         "value where all are numbers, else by letters.",
+        json_schema_extra=only("data.task", "classify"),
     )
     mask_fraction: float = Field(
         0.15,
@@ -175,9 +251,12 @@ class Data(Section):
         lt=1.0,
         description="mlm: share of the tokens that are to be guessed; of ten such tokens eight are masked, one is replaced by "
         "another, one stays.",
+        json_schema_extra=only("data.task", "mlm"),
     )
     learn: Literal["answers", "last", "all"] = Field(
-        "answers", description="sft: whose tokens are targets: those of the assistant's turns, of the last of them, or all."
+        "answers",
+        description="sft: whose tokens are targets: those of the assistant's turns, of the last of them, or all.",
+        json_schema_extra=only("data.task", "sft"),
     )
     seq_len: int = Field(
         512,
@@ -208,16 +287,19 @@ class Data(Section):
         None,
         description="pretrain, mlm: each document begins with the tokenizer's bos_token; absent: with what its post-processor "
         "writes before a text, if anything (Llama 3, Gemma, [CLS] of Bert); false: with nothing.",
+        json_schema_extra=only("data.task", *LEARN_FROM_TEXTS),
     )
     special_tokens: Literal["text", "parse"] = Field(
         "text",
         description="pretrain, mlm: what a text spells that is a special token, such as <|im_start|>: text like any other, or "
         '"parse": that token, for text in which a template has been rendered.',
+        json_schema_extra=only("data.task", *LEARN_FROM_TEXTS),
     )
     tails: Literal["train", "drop"] = Field(
         "train",
         description="pretrain, mlm: what is left of a source beyond its whole sequences, or of one that has none: trained as a "
         "shorter sequence, or left out.",
+        json_schema_extra=only("data.task", *LEARN_FROM_TEXTS),
     )
     new_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
@@ -236,7 +318,7 @@ class Data(Section):
     @property
     def row_tokens(self) -> int:
         """Tokens of a sequence with all its parts: sources and targets lie in one."""
-        return 2 * self.seq_len if self.task == "translate" else self.seq_len
+        return TASKS[self.task].row_parts * self.seq_len
 
 
 class Parallel(Section):
@@ -249,15 +331,25 @@ class Parallel(Section):
         None,
         description="Activations outside attention and MLP are divided over the tensor ranks by tokens; "
         "absent: yes when tensor > 1.",
+        json_schema_extra=only("parallel.tensor", least=2, idle=False),
     )
-    overlap: bool = Field(True, description="Sum input gradients over the tensor ranks while weight gradients are computed.")
+    overlap: bool = Field(
+        True,
+        description="Sum input gradients over the tensor ranks while weight gradients are computed.",
+        json_schema_extra=only("parallel.tensor", least=2, idle=False),
+    )
     schedule: str = Field(
         "1f1b",
         min_length=1,
         description="Order of forwards and backwards in the pipeline: gpipe, 1f1b, interleaved_1f1b, looped_bfs, "
         "interleaved_zero_bubble, zbv, dualpipev, or a CSV file with the actions of each rank.",
+        json_schema_extra=only("parallel.pipeline", least=2),
     )
-    virtual_stages: NumStages = Field(1, description="Stages on each pipeline rank; zbv and dualpipev have exactly 2.")
+    virtual_stages: NumStages = Field(
+        1,
+        description="Stages on each pipeline rank; zbv and dualpipev have exactly 2.",
+        json_schema_extra=only("parallel.pipeline", least=2),
+    )
 
     balance: list[NumStages] | None = Field(
         None,
@@ -265,6 +357,7 @@ class Parallel(Section):
         max_length=2**12,
         description="Layers on each stage, in the order of the layers; the embedding is on the first, the head on the last. "
         "Absent: by cost.",
+        json_schema_extra=only("parallel.pipeline", least=2),
     )
 
     @property
@@ -298,7 +391,9 @@ class Precision(Section):
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Format of weights and activations in forward and backward; master weights are always fp32."
     )
-    loss_scale: LossScale = Field(default_factory=LossScale, description="Loss scaling for fp16.")
+    loss_scale: LossScale = Field(
+        default_factory=LossScale, description="Loss scaling for fp16.", json_schema_extra=only("precision.dtype", "fp16")
+    )
 
 
 MOST_BUFFERS = 2**10  # of a swap pool, which takes the memory of all of them at once
@@ -308,7 +403,12 @@ class OffloadOptimizer(Section):
     """DeepSpeed's offload_optimizer."""
 
     device: Literal["none", "cpu", "nvme"] = Field("none", description="Where optimizer state and master weights live.")
-    nvme_path: str | None = Field(None, min_length=1, description="Folder for optimizer state; needed for nvme.")
+    nvme_path: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder for optimizer state; needed for nvme.",
+        json_schema_extra=only("zero.offload_optimizer.device", "nvme"),
+    )
     buffer_count: int = Field(
         4,
         ge=4,  # Adam's three states and the gradient of a tile: with fewer DeepSpeed stops at its first update
@@ -316,15 +416,28 @@ class OffloadOptimizer(Section):
         description="Buffers in the swap pool, each of a tile's elements; at least the states per parameter (Adam: 4).",
     )
     pin_memory: bool = Field(False, description="Page-locked host memory: faster copies from and to a GPU.")
-    pipeline_read: bool = Field(False, description="nvme: read the next tile while the current one is updated.")
-    pipeline_write: bool = Field(False, description="nvme: write the previous tile while the current one is updated.")
+    pipeline_read: bool = Field(
+        False,
+        description="nvme: read the next tile while the current one is updated.",
+        json_schema_extra=only("zero.offload_optimizer.device", "nvme", idle=False),
+    )
+    pipeline_write: bool = Field(
+        False,
+        description="nvme: write the previous tile while the current one is updated.",
+        json_schema_extra=only("zero.offload_optimizer.device", "nvme", idle=False),
+    )
 
 
 class OffloadParam(Section):
     """DeepSpeed's offload_param."""
 
     device: Literal["none", "cpu", "nvme"] = Field("none", description="Where the partitioned weights live between uses.")
-    nvme_path: str | None = Field(None, min_length=1, description="Folder for weights; needed for nvme.")
+    nvme_path: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder for weights; needed for nvme.",
+        json_schema_extra=only("zero.offload_param.device", "nvme"),
+    )
     buffer_count: int = Field(5, ge=1, le=MOST_BUFFERS, description="Buffers in the swap pool.")
     buffer_size: int | None = Field(
         None,
@@ -414,10 +527,23 @@ class Optimizer(Section):
         default_factory=lambda: [0.9, 0.95],
         min_length=2,
         max_length=2,
-        description="Decay of the running means (adamw, adam, lion), each in [0, 1).",
+        description="Decay of the running means, each in [0, 1).",
+        json_schema_extra=only("optimizer.name", *rules_that_read("betas")),
     )
-    eps: float = Field(1e-8, gt=0.0, allow_inf_nan=False, description="Added to the denominator (adamw, adam).")
-    momentum: float = Field(0.0, ge=0.0, lt=1.0, description="Momentum of sgd.")
+    eps: float = Field(
+        1e-8,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Added to the denominator.",
+        json_schema_extra=only("optimizer.name", *rules_that_read("eps")),
+    )
+    momentum: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Momentum.",
+        json_schema_extra=only("optimizer.name", *rules_that_read("momentum")),
+    )
     weight_decay: float = Field(
         0.1, ge=0.0, allow_inf_nan=False, description="Decay of weight matrices; never of norms, biases and embeddings."
     )
@@ -433,9 +559,15 @@ class Schedule(Section):
         0, description="Linear rise: step 0 has peak / warmup_steps, step warmup_steps - 1 the peak [steps]."
     )
     decay_steps: Count | None = Field(
-        None, description="wsd: length of the final decay; absent: a fifth of train.steps [steps]."
+        None,
+        description="wsd: length of the final decay; absent: a fifth of train.steps [steps].",
+        json_schema_extra=only("schedule.name", "wsd"),
     )
-    min_lr_ratio: Fraction = Field(0.1, description="Learning rate at the end / peak (linear, cosine, wsd).")
+    min_lr_ratio: Fraction = Field(
+        0.1,
+        description="Learning rate at the end / peak (linear, cosine, wsd).",
+        json_schema_extra=only("schedule.name", "linear", "cosine", "wsd"),
+    )
 
 
 class Train(Section):
@@ -457,8 +589,15 @@ class Train(Section):
         0,
         description="translate: pairs of data.eval_sources that are translated after the last step, for BLEU and chrF; "
         "0 = none.",
+        json_schema_extra=only("data.task", "translate"),
     )
-    beams: int = Field(4, ge=1, le=64, description="translate: beams of that search; 1 = the likeliest token each time.")
+    beams: int = Field(
+        4,
+        ge=1,
+        le=64,
+        description="translate: beams of that search; 1 = the likeliest token each time.",
+        json_schema_extra=only("data.task", "translate"),
+    )
     # A length of 2²⁴ to a higher power is no float64.
     length_penalty: float = Field(
         1.0,
@@ -466,6 +605,7 @@ class Train(Section):
         le=30.0,
         allow_inf_nan=False,
         description="translate: beams are compared by log-probability / length ** length_penalty.",
+        json_schema_extra=only("data.task", "translate"),
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
@@ -516,30 +656,58 @@ class Tuning(Section):
         description="Linear layers that are adapted: attention (= q, k, v, o), mlp (= gate, up, down), or single ones; absent: "
         "all of them, for ia3 k, v and down. For adapter only attention and mlp: which of the two it stands behind. Not for "
         "bitfit.",
+        json_schema_extra=only("tuning.method", "lora", "dora", "adalora", "ia3", "adapter"),
     )
     rank: int = Field(
-        8, ge=1, le=2**16, description="Inner size of the low-rank factors (lora, dora); what it starts as (adalora)."
+        8,
+        ge=1,
+        le=2**16,
+        description="Inner size of the low-rank factors (lora, dora); what it starts as (adalora).",
+        json_schema_extra=only("tuning.method", "lora", "dora", "adalora"),
     )
     alpha: float = Field(
         16.0,
         gt=0.0,
         allow_inf_nan=False,
         description="What the factors add is multiplied with alpha / rank (lora, dora, adalora).",
+        json_schema_extra=only("tuning.method", "lora", "dora", "adalora"),
     )
-    rank_stabilized: bool = Field(False, description="Multiply with alpha / sqrt(rank) instead, as rsLoRA does (lora, dora).")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Rate of dropout on what the first factor sees (lora, adalora).")
-    budget: RankBudget = Field(default_factory=RankBudget, description="How ranks are shared out (adalora).")
-    bottleneck: int = Field(64, ge=1, le=2**16, description="Features between an adapter's two projections (adapter).")
+    rank_stabilized: bool = Field(
+        False,
+        description="Multiply with alpha / sqrt(rank) instead, as rsLoRA does (lora, dora).",
+        json_schema_extra=only("tuning.method", "lora", "dora"),
+    )
+    dropout: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Rate of dropout on what the first factor sees (lora, adalora).",
+        json_schema_extra=only("tuning.method", "lora", "adalora"),
+    )
+    budget: RankBudget = Field(
+        default_factory=RankBudget,
+        description="How ranks are shared out (adalora).",
+        json_schema_extra=only("tuning.method", "adalora"),
+    )
+    bottleneck: int = Field(
+        64,
+        ge=1,
+        le=2**16,
+        description="Features between an adapter's two projections (adapter).",
+        json_schema_extra=only("tuning.method", "adapter"),
+    )
     quantize: Literal["nf4", "int8"] | None = Field(
         None,
         description="Format in which the frozen weights of attention and MLP are held: 4-bit NormalFloat as in QLoRA (nf4), or "
         "8-bit integers, both in blocks of 64; absent: the compute format. Not for bitfit.",
+        json_schema_extra=only("tuning.method", "lora", "dora", "adalora", "ia3", "adapter"),
     )
     merge: bool = Field(
         False,
         description="The run's export is the whole model with what was learned added to its weights, instead of an adapter in "
         "peft's format. Always so without model.from_pretrained: no folder has the weights that the adapter belongs to "
         "(lora, dora, adalora, ia3).",
+        json_schema_extra=only("tuning.method", "lora", "dora", "adalora", "ia3", idle=False),
     )
 
 
@@ -559,7 +727,11 @@ class Preference(Section):
         description="How strongly the model is held to its start (dpo, ipo); weight of the odds ratio (orpo).",
     )
     label_smoothing: float = Field(
-        0.0, ge=0.0, lt=0.5, description="Share of pairs taken to be labelled the wrong way round (dpo)."
+        0.0,
+        ge=0.0,
+        lt=0.5,
+        description="Share of pairs taken to be labelled the wrong way round (dpo).",
+        json_schema_extra=only("preference.loss", "dpo"),
     )
 
     @property
@@ -608,13 +780,18 @@ class Guard(Section):
         "data after the spike).",
     )
     spike_window: int = Field(
-        100, ge=8, le=100_000, description="Last values that a new one is compared with; none is judged before [steps]."
+        100,
+        ge=8,
+        le=100_000,
+        description="Last values that a new one is compared with; none is judged before [steps].",
+        json_schema_extra=only("guard.on_spike", "warn", "skip", "rewind"),
     )
     spike_threshold: float = Field(
         10.0,
         gt=0.0,
         allow_inf_nan=False,
         description="How far above their median a spike is [robust standard deviations: 1.4826 × median absolute deviation].",
+        json_schema_extra=only("guard.on_spike", "warn", "skip", "rewind"),
     )
     check_every: Count = Field(
         100,
@@ -660,8 +837,12 @@ class Recipe(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer, description=Optimizer.__doc__)
     schedule: Schedule = Field(default_factory=Schedule, description=Schedule.__doc__)
     train: Train = Field(default_factory=Train, description=Train.__doc__)
-    tuning: Tuning = Field(default_factory=Tuning, description=Tuning.__doc__)
-    preference: Preference = Field(default_factory=Preference, description=Preference.__doc__)
+    tuning: Tuning = Field(default_factory=Tuning, description=Tuning.__doc__, json_schema_extra=only("tuning.method"))
+    preference: Preference = Field(
+        default_factory=Preference,
+        description=Preference.__doc__,
+        json_schema_extra=only("data.task", *(name for name, task in TASKS.items() if task.compares)),
+    )
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description=Checkpoint.__doc__)
     tracking: Tracking = Field(default_factory=Tracking, description=Tracking.__doc__)
     guard: Guard = Field(default_factory=Guard, description=Guard.__doc__)
@@ -669,4 +850,4 @@ class Recipe(Section):
     @property
     def needs_reference(self) -> bool:
         """Whether the run learns by comparison with the model before training."""
-        return self.data.task == "preference" and self.preference.needs_reference
+        return TASKS[self.data.task].compares and self.preference.needs_reference

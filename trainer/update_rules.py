@@ -104,6 +104,11 @@ RULES: dict[RuleName, UpdateRule] = {
 }
 
 
+def rules_that_read(key: str) -> list[RuleName]:
+    """Return the rules that read this key of the section `optimizer`."""
+    return [name for name, rule in RULES.items() if key in rule.reads]
+
+
 def rule_of(keys: OptimizerKeys) -> UpdateRule:
     """Return the rule that the section `optimizer` names."""
     return RULES[keys.name]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, BertForMaskedLM, pipeline
 
+from tests.end_to_end.runs import write_bert_recipe
 from tools.campaign.cases import WAYS, Way, arguments, digests, numbers
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.checkpoint.export import LOGITS_TOLERANCE, compare_logits, export
@@ -16,30 +17,7 @@ from trainer.cli import main
 from trainer.errors import RecipeError
 from trainer.inference.generate import load_folder
 
-S = 32
 ZERO1 = next(way for way in WAYS if way.name == "dp2-zero1")
-BERT = {
-    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},
-    "max_position_embeddings": S,
-}
-
-
-def write_recipe(folder: Path, task: str) -> Path:
-    """Two kinds of texts that a small network tells apart; its dropout is that of Bert, 0.1."""
-    rows = [{"text": f"{i} is {'odd' if i % 2 else 'even'}", "label": ["even", "odd"][i % 2]} for i in range(120)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe: dict[str, Any] = {
-        "run": {"name": task, "dir": str(folder / "runs")},
-        "model": {"family": "bert", "config": BERT},
-        "data": {"task": task, "sources": [{"path": str(folder / "rows.jsonl")}], "seq_len": S, "workers": 1},
-        "batch": {"global_sequences": 4, "micro_sequences": 2},
-        "optimizer": {"lr": 0.01},
-        "schedule": {"name": "constant"},
-        "checkpoint": {"every": 2, "keep": 9},
-    }
-    path = folder / f"{task}.json"
-    path.write_text(json.dumps(recipe))
-    return path
 
 
 def run(recipe: Path, run_dir: Path, *words: str, way: Way = ZERO1) -> Ended:
@@ -49,7 +27,7 @@ def run(recipe: Path, run_dir: Path, *words: str, way: Way = ZERO1) -> Ended:
 
 @pytest.mark.parametrize("task", ["classify", "mlm"])
 def test_a_resumed_run_is_the_undisturbed_one_and_its_export_is_its_network(task: str, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, task)
+    recipe = write_bert_recipe(tmp_path, task)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     for run_dir, targets in ((straight, [4]), (broken, [2, 4])):
         for steps in targets:
@@ -92,5 +70,5 @@ def sorts(folder: Path, summary: dict[str, Any]) -> None:
 def test_verify_compares_layouts_with_the_task_s_own_head(
     task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["verify", str(write_recipe(tmp_path, task)), "--layouts", "tp2"]) == 0
+    assert main(["verify", str(write_bert_recipe(tmp_path, task)), "--layouts", "tp2"]) == 0
     assert "rounding" in capsys.readouterr().out

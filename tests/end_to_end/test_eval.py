@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.end_to_end import test_classify
-from tests.end_to_end.test_sft import CONFIG
+from tests.end_to_end.runs import HEADS, write_bert_recipe
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.cli import main
 from trainer.inference.generate import load_folder
@@ -36,7 +35,7 @@ def write_recipe(folder: Path) -> Path:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     recipe: dict[str, Any] = {
         "run": {"name": "parity", "dir": str(folder / "runs")},
-        "model": {"family": "llama", "config": {**CONFIG, **SIZES}},
+        "model": {"family": "llama", "config": {**HEADS, **SIZES}},
         "data": {"task": "sft", "sources": [{"path": str(folder / "rows.jsonl")}], "seq_len": 64, "workers": 1},
         "batch": {"global_sequences": 4, "micro_sequences": 2},
         "optimizer": {"lr": 0.01},
@@ -126,7 +125,7 @@ def assert_measured_as_said(recipe: Path, run: Path, *settings: str) -> dict[str
 
 
 def test_tokens_that_a_run_masked_are_masked_again(tmp_path: Path) -> None:
-    recipe = test_classify.write_recipe(tmp_path, "mlm")
+    recipe = write_bert_recipe(tmp_path, "mlm")
     assert_measured_as_said(recipe, tmp_path / "runs" / "mlm", "data.eval_fraction=0.2")
 
 
@@ -171,7 +170,7 @@ def test_translations_score_as_they_did_at_the_end_of_the_run(tmp_path: Path) ->
 
 
 def test_a_classifier_shows_which_classes_it_takes_for_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = test_classify.write_recipe(tmp_path, "classify")
+    recipe = write_bert_recipe(tmp_path, "classify")
     run, rows = tmp_path / "runs" / "classify", str(tmp_path / "rows.jsonl")
     assert_measured_as_said(recipe, run, "data.eval_fraction=0.2")
     measured = found(str(run), rows, log=tmp_path / "eval")

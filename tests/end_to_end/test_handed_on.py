@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tests.end_to_end.test_sft import ONE
-from tests.unit.test_auto_tokenizer import begins, observed
-from tools.campaign.cases import arguments
+from tests.unit.tokenizer_folders import begins, observed
+from tools.campaign.cases import WAYS, arguments
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.cli import main
 
+ONE = WAYS[0]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "max_position_embeddings": 128}
 GENERATION = {
     "do_sample": True,

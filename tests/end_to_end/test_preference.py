@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.end_to_end.test_sft import CONFIG
+from tests.end_to_end.runs import HEADS
 from tools.campaign.cases import WAYS, Way, arguments, digests, numbers
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.track import read_metrics
@@ -27,7 +27,7 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 128}
     recipe = {
         "run": {"name": "pairs", "dir": str(folder / "runs")},
-        "model": {"family": "llama", "config": {**CONFIG, **sizes}},
+        "model": {"family": "llama", "config": {**HEADS, **sizes}},
         "data": {
             "task": "preference",
             "sources": [{"path": str(folder / "pairs.jsonl")}],

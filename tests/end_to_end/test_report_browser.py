@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.unit.test_track_report import SUMMARY, write_run
+from tests.unit.run_folders import SUMMARY, write_run
 from trainer.track.report import write_report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

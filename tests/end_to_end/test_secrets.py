@@ -16,8 +16,8 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.end_to_end.test_train import write_recipe
-from tests.unit.test_track_wandb import records
+from tests.end_to_end.runs import write_recipe
+from tests.unit.wandb_files import records
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.end_to_end.runs import HEADS
 from tools.campaign.cases import WAYS, Way, arguments, digests, numbers
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.cli import main
@@ -18,7 +19,6 @@ from trainer.track import read_metrics
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 ONE = WAYS[0]
-CONFIG = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 # Ends turns with a token that is not the end of a document.
 TEMPLATE = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endfor %}"
@@ -32,7 +32,7 @@ def write_recipe(folder: Path, rows: list[dict[str, str]], *, source: dict[str, 
     sizes = {"hidden_size": size, "intermediate_size": 2 * size, "num_hidden_layers": 2, "max_position_embeddings": 384}
     recipe: dict[str, Any] = {
         "run": {"name": "chat", "dir": str(folder / "runs")},
-        "model": {"family": "llama", "config": {**CONFIG, **sizes}},
+        "model": {"family": "llama", "config": {**HEADS, **sizes}},
         "data": {"task": "sft", "sources": [{"path": str(folder / "chats.jsonl"), **source}], "workers": 1},
         "batch": {"global_sequences": 8, "micro_sequences": 2},
         "optimizer": {"lr": 0.01},

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.test_train import start
+from tests.end_to_end.runs import start
 
 ROOT = Path(__file__).parents[2]
 LLAMA = {

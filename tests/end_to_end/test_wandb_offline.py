@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.test_train import start, write_recipe
-from tests.unit.test_track_wandb import history, records
+from tests.end_to_end.runs import start, write_recipe
+from tests.unit.wandb_files import history, records
 
 pytestmark = pytest.mark.timeout(240)
 

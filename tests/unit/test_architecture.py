@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer.tasks import TASKS
 from trainer.tuning.methods import METHODS
 from trainer.update_rules import RULES as UPDATE_RULES
 
@@ -128,9 +129,18 @@ def one_way(source: Source) -> list[str]:
     return wrong
 
 
+def nobody_borrows_from_a_test(source: Source) -> list[str]:
+    """No file borrows from a test: what two tests need is a library beside them, which says what it is for."""
+    return [
+        f"{source.path}:{found.line} imports {found.module}: move what it borrows to a module that is no test"
+        for found in imports(source)
+        if any(name.startswith("test_") for name in found.module.split("."))
+    ]
+
+
 # The parts of `trainer/`, a folder or a loose file each, from the ground up: a part may import those that stand before it.
 LAYERS = (
-    *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "update_rules", "schema"),
+    *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "tasks", "update_rules", "schema"),
     *("learning_rate", "run_folder", "launch", "data", "model", "costs", "tuning", "recipe", "watchdog", "engine"),
     *("checkpoint", "track", "inference"),
     *("cluster", "run", "guard", "verify", "loop", "commands", "cli", "__main__", "requeue"),
@@ -265,6 +275,7 @@ WITHOUT_TORCH = {
     "trainer.launch.environment",
     "trainer.cluster.submit",
     "trainer.commands.timeline",
+    "trainer.tasks",
     "trainer.tuning.methods",
     "trainer.tuning.targets",
     "trainer.update_rules",
@@ -378,32 +389,31 @@ def no_module_level_groups(source: Source) -> list[str]:
     return [f"{source.path}:{node.lineno} has global state" for node in ast.walk(source.tree) if isinstance(node, ast.Global)]
 
 
-# Names that have a table, and the only files of `trainer/` that may ask which of them is meant.
-TABLES: tuple[tuple[frozenset[str], str], ...] = (
-    (frozenset(UPDATE_RULES), "trainer/update_rules.py"),
-    (frozenset(METHODS), "trainer/tuning/methods.py"),
-)
+# Names that have a row in a table, by the file of the table.
+TABLES = {
+    "trainer/tasks.py": frozenset(TASKS),
+    "trainer/update_rules.py": frozenset(UPDATE_RULES),
+    "trainer/tuning/methods.py": frozenset(METHODS),
+}
 
 
 def tables_answer(source: Source) -> list[str]:
-    """What depends on a name is a field of its row: a comparison elsewhere would have to be found by whoever adds a name."""
-    if source.package != "trainer":
+    """What depends on a name is a field of its row: a comparison elsewhere is a row spread out."""
+    if source.package not in ("trainer", "parallel"):
         return []
     wrong = []
     for node in ast.walk(source.tree):
         asked = node.pattern if isinstance(node, ast.match_case) else node if isinstance(node, ast.Compare) else ast.Pass()
         for constant in (part for part in ast.walk(asked) if isinstance(part, ast.Constant)):
-            for names, owner in TABLES:
-                if constant.value in names and source.path != owner:
-                    wrong.append(
-                        f"{source.path}:{constant.lineno} asks for {constant.value!r}: give its row in {owner} a field"
-                    )
+            for owner in (owner for owner, names in TABLES.items() if constant.value in names):
+                wrong.append(f"{source.path}:{constant.lineno} asks for {constant.value!r}: give its row in {owner} a field")
     return wrong
 
 
 Rule = Callable[[Source], list[str]]
 RULES: tuple[Rule, ...] = (
     one_way,
+    nobody_borrows_from_a_test,
     arrows_fall,
     no_circle,
     owned_libraries,
@@ -418,7 +428,8 @@ RULES: tuple[Rule, ...] = (
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_tree_keeps(rule: Rule) -> None:
-    package_owned = [source for source in sources().values() if source.package != "tests" or rule is one_way]
+    for_tests_too = rule in (one_way, nobody_borrows_from_a_test)
+    package_owned = [source for source in sources().values() if source.package != "tests" or for_tests_too]
     if rule is owned_libraries:  # benchmarks compare with other libraries' own loops
         package_owned = [source for source in package_owned if source.package != "tools"]
     assert [line for source in package_owned for line in rule(source)] == []
@@ -433,6 +444,10 @@ BAD: list[tuple[Rule, str, str]] = [
     (one_way, "trainer/loop.py", "from tests.spawn import spawn"),
     (one_way, "trainer/loop.py", "import tools.bench"),
     (one_way, "tools/bench.py", "import tests"),
+    (nobody_borrows_from_a_test, "tests/unit/test_new.py", "from tests.unit.test_tuning import LLAMA"),
+    (nobody_borrows_from_a_test, "tests/end_to_end/test_new.py", "def f():\n    from tests.end_to_end import test_train"),
+    (nobody_borrows_from_a_test, "tests/parallel/training.py", "from .test_engine_parity import reference"),
+    (nobody_borrows_from_a_test, "tools/bench.py", "import tests.parallel.test_guard"),
     (arrows_fall, "trainer/data/new.py", "from trainer.model.config import TransformerConfig"),
     (arrows_fall, "trainer/errors.py", "def f():\n    import trainer.schema"),
     (arrows_fall, "trainer/engine/new.py", "if TYPE_CHECKING:\n    from trainer.checkpoint.save import Saver"),
@@ -480,6 +495,9 @@ BAD: list[tuple[Rule, str, str]] = [
     (no_print, "parallel/mesh.py", "print('x')"),
     (line_budget, "parallel/mesh.py", "x = 1\n" * 111),
     (line_budget, "trainer/engine/engine.py", "x = 1\n" * 351),
+    (tables_answer, "trainer/loop.py", "if recipe.data.task == 'sft':\n    pass"),
+    (tables_answer, "trainer/loop.py", "x = task not in ('pretrain', 'mlm')"),
+    (tables_answer, "trainer/loop.py", "match task:\n    case 'translate':\n        pass"),
     (no_module_level_groups, "parallel/mesh.py", "def f():\n    global GROUP\n    GROUP = 1"),
     (tables_answer, "trainer/recipe/zero.py", "stage = 0 if recipe.optimizer.name == 'adafactor' else 1"),
     (tables_answer, "trainer/recipe/zero.py", "stage = 0 if name in ('lion', 'sgd') else 1"),
@@ -499,6 +517,11 @@ GOOD: list[tuple[Rule, str, str]] = [
     (one_way, "parallel/mesh.py", "import torch\nfrom parallel.topology import Layout\nimport math"),
     (one_way, "trainer/loop.py", "from parallel.mesh import Mesh\nimport numpy"),
     (
+        nobody_borrows_from_a_test,
+        "tests/unit/test_new.py",
+        "from tests.unit.shapes import LLAMA\nfrom tools.campaign import testing",
+    ),
+    (
         arrows_fall,
         "trainer/engine/new.py",
         "from trainer.engine import engine\nfrom trainer.model import config",
@@ -511,6 +534,7 @@ GOOD: list[tuple[Rule, str, str]] = [
     (nothing_executes_data, "trainer/loop.py", "model.eval()\nre.compile('x')\nload(name, trust_remote_code=False)"),
     (nothing_executes_data, "trainer/model/auto.py", "load(name, trust_remote_code=recipe.model.trust_remote_code)"),
     (nothing_executes_data, "trainer/loop.py", "subprocess.run(['ls'], shell=False)\njson.load(file)"),
+    (tables_answer, "trainer/loop.py", "x = TASKS['sft'] if name in TASKS else kind == 'sft rows'"),
     (no_print, "trainer/loop.py", "console.print('x')"),
     (tables_answer, "trainer/engine/new.py", "MAKERS = {'adamw': None}\nmatch name:\n    case 'other':\n        x = 'sgd'"),
     (no_print, "tools/bench.py", "print('x')"),
@@ -524,7 +548,7 @@ def test_a_rule_lets_pass_what_is_right(rule: Rule, path: str, text: str) -> Non
 
 def test_what_the_rules_name_exists() -> None:
     """A renamed file must not slip out of its rule."""
-    named = {*LINE_BUDGETS, MAY_TRUST, *(path for _, path in TABLES)}
+    named = {*LINE_BUDGETS, MAY_TRUST, *TABLES}
     named |= {path for _, files in OWNERS.values() for path in files}
     assert [path for path in named if not (ROOT / path).is_file()] == []
     assert [module for module in WITHOUT_TORCH if module not in sources()] == []

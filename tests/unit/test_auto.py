@@ -20,7 +20,8 @@ from parallel.loss import IGNORE
 from parallel.mesh import Group
 from parallel.params import Role, ShardSpec, owned_specs
 from parallel.rng import Streams
-from tests.unit.test_transformer_oracle import B, S, V, assert_close, next_labels, random_tokens
+from tests.unit.oracle import assert_close, next_labels, random_tokens
+from tests.unit.shapes import B, S, V
 from trainer.costs.flops import training_flops
 from trainer.errors import DataError, RecipeError
 from trainer.model.auto import open_auto

@@ -15,7 +15,7 @@ import pytest
 
 from parallel.messages import Messages
 from parallel.pieces import Fragment, Piece
-from tests.unit.test_checkpoint_damage import FACTS, blank, forged, save, write_checkpoint
+from tests.unit.checkpoints import FACTS, blank, forged, save, write_checkpoint
 from tools.campaign.cases import write_recipe
 from tools.campaign.damage import sealed
 from trainer import cli

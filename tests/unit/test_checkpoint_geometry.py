@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from parallel.pieces import Fragment, Piece
-from tests.unit.test_checkpoint_damage import blank
+from tests.unit.checkpoints import blank
 from trainer.checkpoint.geometry import Rectangle, index, overlaps, rectangles
 from trainer.checkpoint.manifest import LogicalTensor, Manifest, Stored, key_of
 from trainer.checkpoint.reader import Reader

@@ -308,15 +308,18 @@ def test_a_head_without_a_document_of_its_own_gives_no_loss() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model": {"family": "auto", "config": {"model_type": "bert"}}}, 'which "auto" is not: name the family'),
-        ({"tuning": {"method": "lora"}}, "must be trained: remove it"),
-        ({"data": {"isolate_documents": False}}, "lets a text see others"),
+        ({"model": {"family": "auto", "config": {"model_type": "bert"}}}, "name a family that is built here"),
+        ({"tuning": {"method": "lora"}}, "the head must be trained; legal: none"),
+        ({"data": {"isolate_documents": False}}, "a text must not see the others of its sequence"),
         ({"data": {"classes": ["a", "a"]}}, "two or more names, each once"),
         ({"data": {"task": "mlm"}}, "legal families for mlm: bert"),
-        ({"train": {"label_smoothing": 0.1}}, "does not predict: remove it"),
+        ({"train": {"label_smoothing": 0.1}}, "a vocabulary, which is not predicted"),
         ({"data": {"mask_fraction": 0.2}}, 'data.mask_fraction is used only with data.task "mlm"'),
         ({"data": {"sources": [{"path": "ROWS", "field": "t"}]}}, "what rows call their fields is said in fields"),
-        ({"data": {"sources": [{"path": "ROWS", "fields": {"prompt": "q"}}]}}, "legal: text, label (labelled)"),
+        (
+            {"data": {"sources": [{"path": "ROWS", "fields": {"prompt": "q"}}]}},
+            "fields.prompt is used only with",
+        ),
     ],
 )
 def test_a_recipe_that_asks_for_what_is_not_there(change: dict[str, Any], said: str, rows: Path, tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from parallel.attention import Documents
 from parallel.params import initialise
 from parallel.tensor import TensorParallel
-from tests.unit.test_transformer_oracle import MODELS, V
-from tests.unit.test_translation_oracle import MODELS as TRANSLATIONS
+from tests.unit.shapes import MODELS, TRANSLATIONS, V
 from trainer.costs.blocks import block_costs, block_flops, block_parameters, count_parameters
 from trainer.costs.flops import row_flops, training_flops, translation_flops
 from trainer.model.blocks import Block, blocks_of

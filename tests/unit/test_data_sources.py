@@ -185,7 +185,7 @@ def test_neither_file_nor_hub_name(digests: Digests) -> None:
 
 def test_unreachable_hub_is_a_recipe_error(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from trainer import sections; from trainer.errors import RecipeError\n"
+        "import sys; from pathlib import Path; from trainer import schema; from trainer.errors import RecipeError\n"
         "from trainer.data.sources import look_at; from trainer.data.digests import Digests\n"
         "try: look_at(schema.Source(path='nobody/nothing'), where='data.sources[2]', digests=Digests(Path(sys.argv[1])))\n"
         "except RecipeError as error: sys.exit(str(error))"

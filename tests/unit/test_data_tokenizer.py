@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer
 
+from tests.unit.tokenizer_folders import write_word_level
 from trainer.data.tokenizer import END_OF_DOCUMENT, Tokenizer, bpe_size, load_tokenizer, make_tokenizer, train_bpe
 from trainer.errors import DataError, RecipeError
 
@@ -91,21 +90,9 @@ def test_transformers_loads_what_we_save(tmp_path: Path, bpe: Tokenizer, kind: s
     assert (tmp_path / "saved" / "tokenizer.json").stat().st_mode & 0o777 == 0o600
 
 
-def write_folder(folder: Path, config: dict[str, object]) -> Path:
-    """A Hugging Face folder: word-level, with what upsets naive callers: truncation and padding switched on."""
-    backend = Backend(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.enable_truncation(2)
-    backend.enable_padding(length=8, pad_id=1)
-    folder.mkdir()
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.mark.parametrize("eos", ["</s>", {"content": "</s>", "__type": "AddedToken"}])
 def test_hugging_face_folder(tmp_path: Path, eos: object) -> None:
-    folder = write_folder(
+    folder = write_word_level(
         tmp_path / "hf", {"eos_token": eos, "chat_template": "{{ x }}", "auto_map": {"AutoTokenizer": "evil.py"}}
     )
     tokenizer = make_tokenizer(str(folder))
@@ -135,12 +122,12 @@ def test_folder_without_tokenizer_json_goes_through_transformers(tmp_path: Path)
 )
 def test_missing_end_of_document_is_named(tmp_path: Path, config: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        make_tokenizer(str(write_folder(tmp_path / "hf", config)))
+        make_tokenizer(str(write_word_level(tmp_path / "hf", config)))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_damaged_folder_is_named(tmp_path: Path, name: str) -> None:
-    folder = write_folder(tmp_path / "hf", {"eos_token": "</s>"})
+    folder = write_word_level(tmp_path / "hf", {"eos_token": "</s>"})
     (folder / name).write_text("{broken")
     with pytest.raises(DataError, match=name):
         make_tokenizer(str(folder))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from parallel.loss import IGNORE
-from tests.unit.test_data_tokenizer import write_folder
+from tests.unit.tokenizer_folders import write_word_level
 from trainer.data import prepare
 from trainer.data.loader import EvalData, TrainData
 from trainer.data.prepared import PreparedData, held_out_pairs
@@ -92,7 +92,7 @@ def test_a_target_that_is_cut_does_not_learn_to_stop() -> None:
 def test_a_target_begins_with_the_token_that_pads_where_there_is_one(tmp_path: Path) -> None:
     """As decoders of Marian and T5 are started. Tokens kept from a tokenizer that has none are not taken for these."""
     plain, padded = (
-        Translations(make_tokenizer(str(write_folder(tmp_path / name, {"eos_token": "</s>", **more}))), seq_len=S)
+        Translations(make_tokenizer(str(write_word_level(tmp_path / name, {"eos_token": "</s>", **more}))), seq_len=S)
         for name, more in (("plain", {}), ("padded", {"pad_token": "<unk>"}))
     )
     pair = Translation("a b", "b")

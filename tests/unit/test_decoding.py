@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import pytest
 from typing_extensions import TypedDict
 
-from tests.unit.test_checkpoint_damage import write_checkpoint
-from tests.unit.test_data_loader import make_store
+from tests.unit.checkpoints import write_checkpoint
+from tests.unit.stores import make_store
 from tools.campaign.damage import sealed
 from tools.campaign.hostile_cases import spoilt
 from trainer.checkpoint.listing import survey

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.shapes import BERT
 from trainer.costs.blocks import count_parameters
 from trainer.costs.flops import matmul_weights, training_flops
 from trainer.errors import RecipeError
@@ -31,14 +32,6 @@ LLAMA3_ROPE = {
 MANY_HEADS = {"hidden_size": 28, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5}
 GEMMA2 = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "head_dim": 10}
-BERT = {
-    "vocab_size": 97,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-}
 SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", GPT2),
     ("gpt2", {**GPT2, "n_inner": 50, "tie_word_embeddings": False, "activation_function": "gelu"}),

@@ -29,18 +29,16 @@ from parallel.soft_cap import soft_cap
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.spawn import spawn
-from tests.unit.test_transformer_oracle import (
-    B,
-    S,
-    V,
+from tests.unit.oracle import (
     assert_close,
     assert_same_gradients,
     largest_element,
     logical_gradients,
     next_labels,
     random_tokens,
-    stage_from,
 )
+from tests.unit.shapes import B, S, V
+from tests.unit.stages import stage_from
 from trainer.model import transformer
 from trainer.model.blocks import blocks_of
 from trainer.model.families import FAMILIES

@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from parallel.attention import Documents
 from parallel.params import initialise
 from parallel.tensor import TensorParallel
-from tests.unit.test_families import BERT
-from tests.unit.test_transformer_oracle import GPT2, LLAMA, V
+from tests.unit.shapes import BERT, GPT2, LLAMA, V
 from trainer.costs.flops import PEAKS, listed_peak, matmul_weights, training_flops
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig

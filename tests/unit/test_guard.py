@@ -17,7 +17,7 @@ import torch
 from parallel.mesh import Group
 from parallel.messages import Messages
 from parallel.topology import Layout
-from tests.unit.test_loss_scale import reference
+from tests.unit.loss_scales import reference
 from trainer.engine.engine import StepResult
 from trainer.engine.loss_scale import LossScaler
 from trainer.errors import EXIT_NO_PROGRESS

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,11 @@ from torch import Tensor, nn
 from parallel.attention import Documents
 from parallel.params import ShardSpec, initialise, owned_specs
 from parallel.tensor import TensorParallel
-from tests.unit.test_families import BERT
-from tests.unit.test_transformer_oracle import (
-    GPT2,
-    LLAMA,
-    MODELS,
-    B,
-    S,
-    V,
-    assert_close,
-    random_model,
-    random_tokens,
-    stage_from,
-)
-from trainer.errors import DataError, RecipeError, UserError
+from tests.unit.model_folders import Bomb, assert_refused, read_all, saved
+from tests.unit.oracle import assert_close, random_model, random_tokens
+from tests.unit.shapes import BERT, GPT2, LLAMA, MODELS, B, S, V
+from tests.unit.stages import stage_from
+from trainer.errors import DataError, RecipeError
 from trainer.model.blocks import blocks_of
 from trainer.model.hf_config import to_hf_config, translate
 from trainer.model.hugging_face import (
@@ -240,31 +230,6 @@ def test_an_untied_head_that_is_not_there_is_named(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ bad folders
 
 
-def read_all(folder: Path) -> None:
-    """What a run does with a folder."""
-    hf_config = read_config(folder)
-    network = translate(hf_config["model_type"], hf_config)
-    names = names_of(network)
-    specs = logical_specs(network)
-    is_unused = partial(names.is_for_other_heads, network)
-    PretrainedWeights(folder).check_names(specs, ties=names.ties(specs), is_unused=is_unused)
-    stage_from(folder)
-
-
-def assert_refused(folder: Path, kind: type[UserError], exit_code: int, *said: str) -> None:
-    with pytest.raises(kind) as refused:
-        read_all(folder)
-    assert refused.value.exit_code == exit_code
-    assert len(refused.value.lines) == 1
-    for words in (str(folder), *said):
-        assert words in refused.value.lines[0]
-
-
-def saved(folder: Path, family: str = "gpt2", shape: dict[str, Any] = GPT2) -> Path:
-    random_model(family, shape).save_pretrained(folder)
-    return folder
-
-
 def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
     tensors = load_file(folder / SINGLE)
     change(tensors)
@@ -444,16 +409,6 @@ def test_weights_that_config_json_names_wrongly_are_refused(named: object, said:
 def test_a_folder_of_a_variant_alone_is_refused_by_its_name(tmp_path: Path) -> None:
     (saved(tmp_path) / SINGLE).rename(tmp_path / "model.fp16.safetensors")
     assert_refused(tmp_path, RecipeError, 78, "there is model.fp16.safetensors, which transformers does not load either")
-
-
-class Bomb:
-    """Pickled, it makes a folder when it is unpickled."""
-
-    def __init__(self, made: Path) -> None:
-        self.made = made
-
-    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
-        return os.mkdir, (str(self.made),)
 
 
 def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.unit.test_data_loader import S, make_store
+from tests.unit.stores import S, make_store
 from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.rows import Row
 from trainer.data.targets import MaskedTokens, targets_of

@@ -18,7 +18,7 @@ from parallel.embedding import VocabParallelEmbedding
 from parallel.loss import IGNORE, VocabParallelHead
 from parallel.params import Init, initialise, owned_specs
 from parallel.tensor import TensorParallel
-from tests.unit.test_tuning import whole_model
+from tests.unit.stages import whole_model
 from trainer.checkpoint.facts import recipe_facts, refusals
 from trainer.data.chat import Chat
 from trainer.data.conversations import Conversation, Message

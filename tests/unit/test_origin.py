@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig
 
-from tests.unit.test_auto_tokenizer import DECODER, SIZES, begins, chat, word_piece
+from tests.unit.shapes import TINY, TINY_DECODER
+from tests.unit.tokenizer_folders import begins, chat, word_piece
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from trainer.errors import DataError
 from trainer.model.auto_network import AutoNetwork
@@ -35,7 +36,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def files(tokenizer: Tokenizer, family: str = "llama", **more: Any) -> ModelFiles:
-    network = translate(family, {**SIZES.get(family, DECODER), "vocab_size": tokenizer.vocab_size})
+    network = translate(family, {**TINY.get(family, TINY_DECODER), "vocab_size": tokenizer.vocab_size})
     return ModelFiles(network, tokenizer, "float32", **more)
 
 

@@ -40,9 +40,9 @@ def test_a_row_has_two_halves() -> None:
     ("changes", "said"),
     [
         ({"data": {"task": "translate"}}, "source code, which holds no translations"),
-        (data(isolate_documents=False), "each target belongs to one source: remove it"),
-        (data(sources=[SOURCE | {"field": "x"}]), "data.sources[0].field is not used with data.task"),
-        (data(sources=[{"path": "rows.jsonl", "fields": {"prompt": "x"}}]), "data.sources[0].fields.prompt is not used"),
+        (data(isolate_documents=False), "each target belongs to one source; legal: true"),
+        (data(sources=[SOURCE | {"field": "x"}]), "what rows call their fields is said in fields"),
+        (data(sources=[{"path": "rows.jsonl", "fields": {"prompt": "x"}}]), "data.sources[0].fields.prompt is used only with"),
         (data(sources=[SOURCE | {"fields": {"source": "x"}}]), "data.sources[0].target_path there are lines"),
         (data(sources=[SOURCE | {"columns": ["a", "b"]}]), "data.sources[0].columns names what rows have"),
         (data(sources=[SOURCE | {"target_path": "b.de"}]), 'data.sources[0].target_path = "b.de" does not exist'),

@@ -9,7 +9,7 @@ from torch import Tensor
 from parallel import attention
 from parallel.attention import Documents, attend
 from parallel.relative_bias import buckets_of_distances, by_place
-from tests.unit.test_transformer_oracle import assert_close
+from tests.unit.oracle import assert_close
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from tests.unit.test_auto_tokenizer import begins, byte_level, chat, put, word_piece
+from tests.unit.tokenizer_folders import begins, byte_level, chat, put, word_piece
 from trainer.data import prepare
 from trainer.data.texts import Texts
 from trainer.data.tokenizer import load_tokenizer

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.wandb_files import history, records
 from trainer.schema import Wandb
 from trainer.track import wandb as mirror
 from trainer.track.run_info import RunInfo
@@ -80,36 +80,8 @@ def run_through(settings: Wandb, folder: Path, recipe: Mapping[str, Any] | None 
 # ------------------------------------------------------------------------------------------------- reading W&B's file
 
 
-def records(path: Path) -> Iterator[Any]:
-    """W&B's records in a .wandb file: LevelDB's log format (blocks of 32 KiB; crc, length, type before each piece)."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, whole = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        whole += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            whole = b""
-            yield record
-
-
 def offline_files(folder: Path) -> list[Path]:
     return sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
-
-
-def history(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for record in records(path):
-        if record.WhichOneof("record_type") == "history":
-            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            rows.append({name: value for name, value in items.items() if not name.startswith("_")})
-    return rows
 
 
 def test_an_offline_run_holds_the_whole_history_once_and_no_secret(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,6 @@ orientation. Every weight is random, biases and norms too: one that is mixed up 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,143 +15,21 @@ from torch import Tensor, nn
 
 from parallel.attention import Documents
 from parallel.loss import IGNORE
-from parallel.params import owned_specs
 from parallel.tensor import TensorParallel
+from tests.unit.oracle import (
+    assert_close,
+    assert_same_gradients,
+    logical_gradients,
+    next_labels,
+    random_model,
+    random_tokens,
+    twins,
+)
+from tests.unit.shapes import LLAMA, MODELS, ONE_OF_EACH, B, S, V
+from tests.unit.stages import stage_from
 from trainer.model.blocks import blocks_of
 from trainer.model.hf_config import translate
-from trainer.model.hugging_face import PretrainedWeights, read_config
 from trainer.model.transformer import Stage
-
-B, S, V = 3, 13, 67
-LLAMA = {
-    "vocab_size": V,
-    "hidden_size": 36,
-    "intermediate_size": 52,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-}
-GPT2 = {
-    "vocab_size": V,
-    "n_positions": 17,
-    "n_embd": 30,
-    "n_layer": 2,
-    "n_head": 5,
-    "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-gqa": ("llama", LLAMA),
-    "llama-mha-tied": ("llama", {**LLAMA, "num_key_value_heads": 6, "tie_word_embeddings": True}),
-    "llama-mqa": ("llama", {**LLAMA, "num_key_value_heads": 1}),
-    "llama-biases": ("llama", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
-    "llama-head-dim": (
-        "llama",
-        {**LLAMA, "hidden_size": 27, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 10},
-    ),
-    "llama-rope-theta": ("llama", {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
-    "llama-gelu-eps": ("llama", {**LLAMA, "hidden_act": "gelu", "rms_norm_eps": 0.1, "num_hidden_layers": 1}),
-    "gpt2": ("gpt2", GPT2),
-    "gpt2-untied": ("gpt2", {**GPT2, "tie_word_embeddings": False, "layer_norm_epsilon": 0.1}),
-    "gpt2-inner": ("gpt2", {**GPT2, "n_inner": 41, "n_layer": 3}),
-    **{
-        f"gpt2-{name}": ("gpt2", {**GPT2, "n_layer": 1, "activation_function": name})
-        for name in ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "silu", "swish")
-    },
-}
-ONE_OF_EACH = [MODELS["llama-gqa"], MODELS["llama-mha-tied"], MODELS["gpt2"], MODELS["gpt2-untied"]]
-
-
-def random_model(family: str, shape: dict[str, Any], seed: int = 0) -> Any:
-    """A transformers model in fp32 with every weight drawn at random around 0, those of norms around 1."""
-    import transformers
-
-    names = {"gpt2": ("GPT2Config", "GPT2LMHeadModel"), "llama": ("LlamaConfig", "LlamaForCausalLM")}[family]
-    config = getattr(transformers, names[0])(**shape, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    model = getattr(transformers, names[1])(config).eval()
-    stream = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_norm = name.endswith("weight") and ("norm." in name or ".ln_" in name)
-            parameter.normal_(1.0 if is_norm else 0.0, 0.2, generator=stream)
-    return model
-
-
-def stage_from(
-    folder: Path, *, recompute: Literal["none", "selective", "full"] = "none", dtype: torch.dtype = torch.float32
-) -> Stage:
-    """Our whole model with the weights of a Hugging Face folder."""
-    hf_config = read_config(folder)
-    config = translate(hf_config["model_type"], hf_config)
-    return Stage(
-        config,
-        blocks_of(config),
-        dtype=dtype,
-        recompute=recompute,
-        tp=TensorParallel.alone(),
-        device=torch.device("cpu"),
-        fill=PretrainedWeights(folder).fill,
-    )
-
-
-def twins(family: str, shape: dict[str, Any], folder: Path) -> tuple[Any, Stage]:
-    theirs = random_model(family, shape)
-    theirs.save_pretrained(folder)
-    return theirs, stage_from(folder)
-
-
-def random_tokens(rows: int = B, length: int = S, seed: int = 1) -> Tensor:
-    return torch.randint(0, V, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def next_labels(tokens_BS: Tensor, lengths: tuple[tuple[int, ...], ...]) -> Tensor:
-    """The next token of the same document; IGNORE at each document's end."""
-    labels = torch.full_like(tokens_BS, IGNORE)
-    for row, row_lengths in enumerate(lengths):
-        end = 0
-        for length in row_lengths:
-            start, end = end, end + length
-            labels[row, start : end - 1] = tokens_BS[row, start + 1 : end]
-    return labels
-
-
-def logical_gradients(stage: nn.Module) -> dict[str, Tensor]:
-    """Our gradients as Hugging Face's tensors."""
-    gradients: dict[str, Tensor] = {}
-    for _, parameter, spec in owned_specs(stage):
-        assert parameter.grad is not None
-        for piece in spec.pieces:
-            whole = gradients.setdefault(piece.name, torch.full(piece.shape, torch.nan, dtype=parameter.dtype))
-            piece.box_of(whole).copy_(piece.in_parameter(parameter.grad))
-    return gradients
-
-
-def assert_close(got: Tensor, expected: Tensor, tolerance: float, what: str, *, largest: float | None = None) -> None:
-    """Within `tolerance` of the largest element, for rounding is relative to a sum's largest term, not to its result."""
-    got, expected = got.detach(), expected.detach()
-    allowed = tolerance * (float(expected.abs().max()) if largest is None else largest)
-    worst = float((got - expected).abs().max())
-    assert worst <= allowed, f"{what}: differs by {worst:.3g}, allowed {allowed:.3g}"
-
-
-def largest_element(gradients: Mapping[str, Tensor], name: str) -> float:
-    """That of a gradient; for the bias of keys that are not rotated, that of their queries' bias: it adds the same to all
-    logits of a query, which softmax forgets, so that its own gradient is 0 but for rounding."""
-    name = re.sub(r"\.self\.key\.bias$", ".self.query.bias", name)  # Bert
-    name = re.sub(r"^(model\.(en|de)coder\..*)\.k_proj\.bias$", r"\1.q_proj.bias", name)  # Marian
-    return float(gradients[name].abs().max())
-
-
-def assert_same_gradients(stage: Stage, theirs: Any, tolerance: float) -> None:
-    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    got = logical_gradients(stage)
-    assert got.keys() == expected.keys()
-    for name, gradient in expected.items():
-        largest = largest_element(expected, name)
-        assert largest > 1e-6, f"{name}: the oracle's gradient is 0 and would prove nothing"
-        assert_close(got[name], gradient, tolerance, f"gradient of {name}", largest=largest)
 
 
 @pytest.mark.parametrize("name", MODELS)

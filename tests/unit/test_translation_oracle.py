@@ -24,62 +24,16 @@ from parallel.params import initialise, owned_specs
 from parallel.relative_bias import RelativeBias, by_place
 from parallel.rng import Streams
 from parallel.tensor import TensorParallel
-from tests.unit.test_transformer_oracle import assert_close, assert_same_gradients, logical_gradients, stage_from
+from tests.unit.oracle import assert_close, assert_same_gradients, logical_gradients, random_translator, their_class
+from tests.unit.shapes import MARIAN, T5, TRANSLATIONS, V
+from tests.unit.stages import stage_from
 from trainer.model.blocks import blocks_of
-from trainer.model.families import FAMILIES
 from trainer.model.heads import Head
 from trainer.model.hf_config import to_hf_config, translate
 from trainer.model.hugging_face import PretrainedWeights, assembled, read_config, write_folder
 from trainer.model.names import names_of
 from trainer.model.transformer import Stage, logical_specs
 
-V = 67
-MARIAN = {
-    "vocab_size": V,
-    "d_model": 36,
-    "encoder_layers": 2,
-    "decoder_layers": 3,
-    "encoder_attention_heads": 6,
-    "decoder_attention_heads": 6,
-    "encoder_ffn_dim": 52,
-    "decoder_ffn_dim": 52,
-    "max_position_embeddings": 40,
-}
-# Heads that are wider than hidden / heads; so few buckets, so near the last, that a row has distances of every kind.
-T5 = {
-    "vocab_size": V,
-    "d_model": 36,
-    "d_kv": 10,
-    "d_ff": 52,
-    "num_layers": 2,
-    "num_decoder_layers": 3,
-    "num_heads": 6,
-    "relative_attention_num_buckets": 11,
-    "relative_attention_max_distance": 13,
-}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "marian": ("marian", MARIAN),
-    "marian-scaled-relu": ("marian", {**MARIAN, "scale_embedding": True, "activation_function": "relu"}),
-    "marian-separate": (
-        "marian",
-        {
-            **MARIAN,
-            "share_encoder_decoder_embeddings": False,
-            "vocab_size": 71,
-            "decoder_vocab_size": V,
-            "encoder_layers": 1,
-            "decoder_layers": 1,
-            "activation_function": "swish",
-        },
-    ),
-    "t5": ("t5", T5),
-    "t5-gated-untied": ("t5", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
-    "t5-gated-tied": (
-        "t5",
-        {**T5, "feed_forward_proj": "gated-silu", "num_layers": 1, "num_heads": 3, "relative_attention_num_buckets": 24},
-    ),
-    "t5-untied": ("t5", {**T5, "tie_word_embeddings": False, "layer_norm_epsilon": 0.1, "feed_forward_proj": "gelu"}),
-}
 # Lengths of the sources and of the targets in each row: one pair that fills its half, pairs that leave room for filler on one
 # side only, and on both.
 HALF = 17
@@ -98,30 +52,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def their_class(family: str) -> Any:
-    import transformers
-
-    return getattr(transformers, FAMILIES[family].architecture)
-
-
-def random_model(family: str, shape: dict[str, Any]) -> Any:
-    """In fp32 with every weight drawn at random around 0, those of norms around 1, the bias of the logits too."""
-    from transformers import CONFIG_MAPPING
-
-    tokens = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, "decoder_start_token_id": 0}
-    if family == "marian":
-        tokens["forced_eos_token_id"] = 0
-    model = their_class(family)(CONFIG_MAPPING[family](**shape, **tokens)).eval()
-    if shape.get("tie_word_embeddings") is False:  # transformers 5 ties it until a folder holds another
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
-    stream = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in [*model.named_parameters(), *model.named_buffers()]:
-            if "embed_positions" not in name:
-                weight.normal_(float("norm" in name.lower() and name.endswith("weight")), 0.2, generator=stream)
-    return model
-
-
 def trained(theirs: Any) -> list[tuple[str, Tensor]]:
     """Also the bias of the logits, which Marian trains and transformers keeps; not the positions."""
     return [
@@ -131,7 +61,7 @@ def trained(theirs: Any) -> list[tuple[str, Tensor]]:
 
 
 def twins(name: str, folder: Path) -> tuple[Any, Stage]:
-    theirs = random_model(*MODELS[name])
+    theirs = random_translator(*TRANSLATIONS[name])
     theirs.save_pretrained(folder)
     return theirs, stage_from(folder)
 
@@ -180,7 +110,7 @@ def test_short_pairs_share_a_call_and_others_do_not() -> None:
         assert {_share_a_call(half) for half in rows_of(pairs)[2].halves} == {shares}
 
 
-@pytest.mark.parametrize(("name", "pairs"), [*((name, PAIRS) for name in MODELS), ("marian", SHORT), ("t5", SHORT)])
+@pytest.mark.parametrize(("name", "pairs"), [*((name, PAIRS) for name in TRANSLATIONS), ("marian", SHORT), ("t5", SHORT)])
 def test_rows_of_pairs_equal_transformers_on_each(
     name: str, pairs: list[list[tuple[int, int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,9 +118,9 @@ def test_rows_of_pairs_equal_transformers_on_each(
     from transformers.models.t5.modeling_t5 import T5LayerNorm
 
     monkeypatch.setattr(T5LayerNorm, "forward", their_norm)
-    tolerance = TOLERANCES[MODELS[name][0]]
-    random_model(*MODELS[name]).save_pretrained(tmp_path)
-    theirs, ours = random_model(*MODELS[name]).double(), stage_from(tmp_path, dtype=torch.float64).double()
+    tolerance = TOLERANCES[TRANSLATIONS[name][0]]
+    random_translator(*TRANSLATIONS[name]).save_pretrained(tmp_path)
+    theirs, ours = random_translator(*TRANSLATIONS[name]).double(), stage_from(tmp_path, dtype=torch.float64).double()
     weights = trained(theirs)
     theirs.named_parameters = lambda: weights
     tokens, labels, documents = rows_of(pairs)
@@ -261,7 +191,7 @@ DROPPING = {
 
 
 def test_each_half_drops_features_of_its_own(tmp_path: Path) -> None:
-    random_model("marian", {**MARIAN, "dropout": 0.2}).save_pretrained(tmp_path)
+    random_translator("marian", {**MARIAN, "dropout": 0.2}).save_pretrained(tmp_path)
     ours = stage_from(tmp_path)
     tokens, documents = torch.arange(HALF).repeat(1, 2), Documents(((HALF, HALF),))
     for streams, alike in ((None, True), (Streams((5,)), False)):
@@ -272,7 +202,7 @@ def test_each_half_drops_features_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", DROPPING)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_changes_no_bit(recompute: Any, family: str, tmp_path: Path) -> None:
-    random_model(family, DROPPING[family]).save_pretrained(tmp_path)
+    random_translator(family, DROPPING[family]).save_pretrained(tmp_path)
     tokens, labels, documents = rows_of(PAIRS)
     seen = []
     for how in ("none", recompute):
@@ -287,7 +217,7 @@ def test_recompute_changes_no_bit(recompute: Any, family: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("family", DROPPING)
 def test_dropout_is_wherever_transformers_has_it(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = random_model(family, DROPPING[family])
+    theirs = random_translator(family, DROPPING[family])
     theirs.save_pretrained(tmp_path)
     theirs.set_attn_implementation("eager")  # which calls the function that is counted
     calls, drop = [], nn.functional.dropout
@@ -311,7 +241,7 @@ def _noted(site: Any, shape: tuple[int, int], sites: set[str]) -> Tensor:
     return torch.ones(shape, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TRANSLATIONS)
 def test_out_and_in_again(name: str, tmp_path: Path) -> None:
     """What we write is what transformers wrote: the same tensors bit by bit, and a config that means the same."""
     theirs, ours = twins(name, tmp_path / "theirs")
@@ -338,7 +268,7 @@ def test_out_and_in_again(name: str, tmp_path: Path) -> None:
 
 def test_what_the_first_folders_of_t5_hold_beside_it(tmp_path: Path) -> None:
     """A table that no model reads, the embedding again for each side, and what was said of its configs since."""
-    random_model("t5", T5).save_pretrained(tmp_path)
+    random_translator("t5", T5).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights |= {f"{side}.embed_tokens.weight": weights["shared.weight"].clone() for side in ("encoder", "decoder")}
     weights["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.ones(11, 6)

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from parallel.params import owned_specs
-from tests.unit.test_transformer_oracle import stage_from
-from tests.unit.test_translation_oracle import MARIAN, T5, random_model
+from tests.unit.oracle import random_translator
+from tests.unit.shapes import MARIAN, T5
+from tests.unit.stages import stage_from
 from trainer.cli import main
 from trainer.data.tokenizer import make_tokenizer
 from trainer.data.translations import Translation
@@ -40,7 +41,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As a run exports it, of random weights."""
     root = tmp_path_factory.mktemp("translator")
-    random_model(family, MODELS[family]).save_pretrained(root / "theirs")
+    random_translator(family, MODELS[family]).save_pretrained(root / "theirs")
     stage = stage_from(root / "theirs")
     files = ModelFiles(stage.config, make_tokenizer("bytes").ending_texts(), "float32")
     tensors = ((spec, parameter.detach()) for _, parameter, spec in owned_specs(stage))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import get_args
 
 import pytest
@@ -16,6 +15,7 @@ from parallel.mesh import Group
 from parallel.params import draw, initialise, owned_specs
 from parallel.rng import Streams
 from parallel.tensor import TensorParallel
+from tests.unit.stages import whole_model
 from trainer.checkpoint.facts import recipe_facts, refusals
 from trainer.costs.flops import matmul_weights, training_flops
 from trainer.engine.parameter_counts import Census
@@ -25,7 +25,6 @@ from trainer.model.hf_config import translate
 from trainer.model.hugging_face import assembled
 from trainer.model.transformer import Stage
 from trainer.schema import RankBudget, Recipe, Tuning
-from trainer.tuning.adapt import adaptation
 from trainer.tuning.builders import BUILDERS, lora_scale
 from trainer.tuning.merge import merged
 from trainer.tuning.methods import METHODS
@@ -63,19 +62,6 @@ def test_rescaled_inputs_are_told_apart() -> None:
     config = adapter_config(Recipe.model_validate({"tuning": {"method": "ia3"}}), LLAMA)
     assert config["target_modules"] == ["down_proj", "k_proj", "v_proj"]
     assert config["feedforward_modules"] == ["down_proj"]
-
-
-def whole_model(network: TransformerConfig, tuning: Tuning, device: str, fill: Callable[[nn.Module], None]) -> Stage:
-    return Stage(
-        network,
-        blocks_of(network),
-        dtype=torch.float32,
-        recompute="none",
-        tp=TensorParallel.alone(),
-        device=torch.device(device),
-        adapt=adaptation(tuning, network),
-        fill=fill,
-    )
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "ia3", "adapter"])
@@ -243,3 +229,13 @@ def test_what_is_beside_a_module_is_what_its_row_says(method: str, network: Tran
     stage = whole_model(network, tuning, "meta", lambda block: None)
     added = {piece.name for _, _, spec in owned_specs(stage) if spec.added for piece in spec.pieces}
     assert added == {part for module in targeted_modules(tuning, network) for part in parts_of(tuning, module)}
+
+
+def only_with(key: str) -> list[str]:
+    """The methods with which the schema lets a key of tuning be written."""
+    return Tuning.model_json_schema()["properties"][key]["only"]["tuning.method"]
+
+
+def test_the_schema_says_what_the_rows_say() -> None:
+    assert only_with("merge") == [name for name, method in METHODS.items() if method.merges]
+    assert only_with("targets") == [name for name, method in METHODS.items() if method.words]

@@ -28,7 +28,7 @@ from trainer.redaction import holds_secret
 from trainer.schema import PositiveInt, Section
 from trainer.spelling import nearest
 
-TEMPLATES = Path(__file__).parents[1] / "slurm"
+TEMPLATES = Path(__file__).parents[2] / "slurm"
 ENDING = ".sbatch.j2"
 SCRIPT = "job.sbatch"
 OURS = "# Written by `triaxis submit` "  # in each template of slurm/

@@ -30,6 +30,7 @@ from trainer.errors import DataError, RecipeError
 from trainer.files.decoding import read_as
 from trainer.files.durable import write_json
 from trainer.files.reading import told
+from trainer.tasks import TASKS
 
 CLASSES = "classes.json"
 BPE_TRAINING_BYTES = 256 << 20  # of text: merges hardly change beyond, and counting words takes memory
@@ -97,9 +98,9 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
         corpora, eval_corpora = (_look(data, group, digests) for group in ("sources", "eval_sources"))
         own = _tokenizer(data.tokenizer, corpora, cache, progress)
         tokenizer = own.with_new_tokens(data.new_tokens)
-        if data.task == "mlm":
+        if TASKS[data.task].target == "masked":
             tokenizer = tokenizer.for_masking()
-        if data.task == "classify" and not data.classes:
+        if TASKS[data.task].learns_classes and not data.classes:
             data = data.model_copy(update={"classes": _classes((*corpora, *eval_corpora), cache, progress)})
         examples, texts = examples_of(data, tokenizer), None
         if examples is not None:

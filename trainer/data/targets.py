@@ -12,6 +12,7 @@ from trainer.data.examples import NO_LABEL
 from trainer.data.rows import Row
 from trainer.data.sampling import Int64s, stream_key, uniform
 from trainer.data.tokenizer import Tokenizer
+from trainer.tasks import TASKS
 
 Part = Literal["training", "evaluation"]
 
@@ -79,11 +80,13 @@ class MaskedTokens:
 
 def targets_of(data: schema.Data, tokenizer: Tokenizer, *, causal: bool, seed: int, part: Part) -> Targets:
     """`causal`: whether the network's tokens see only those before them."""
-    if data.task == "classify":
-        return ClassOfDocument("last" if causal else "first")
-    if data.task == "mlm":
-        assert tokenizer.mask is not None
-        ordinary = np.array(tokenizer.ordinary_ids, np.int64)
-        stream = stream_key(seed, "masks", part)
-        return MaskedTokens(data.mask_fraction, tokenizer.mask, ordinary, stream, never_none=data.tails == "train")
-    return NextToken()
+    match TASKS[data.task].target:
+        case "class":
+            return ClassOfDocument("last" if causal else "first")
+        case "masked":
+            assert tokenizer.mask is not None
+            ordinary = np.array(tokenizer.ordinary_ids, np.int64)
+            stream = stream_key(seed, "masks", part)
+            return MaskedTokens(data.mask_fraction, tokenizer.mask, ordinary, stream, never_none=data.tails == "train")
+        case "next":
+            return NextToken()

@@ -23,6 +23,7 @@ from trainer.inference.translator import Search, Translator, scores
 from trainer.launch.ranks import together
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.measures import ClassMeasures, EvalResult
+from trainer.tasks import TASKS
 from trainer.track.progress import work_progress
 from trainer.track.text import percent, short
 
@@ -105,7 +106,7 @@ def _measured(model: OpenModel, result: EvalResult) -> Found:
 
 def _translated(model: OpenModel, data: schema.Data, request: Request) -> Found:
     """BLEU and chrF by the first rank: a search of one text after another does not divide."""
-    if data.task != "translate" or request.translations == 0 or not data.eval_sources:
+    if not TASKS[data.task].translates or request.translations == 0 or not data.eval_sources:
         return {}
     limit = request.translations or 2**62
     pairs = held_out_pairs(data, cache_dir=Path(str(data.cache_dir)), limit=limit)

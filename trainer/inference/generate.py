@@ -19,6 +19,7 @@ from trainer.files.reading import read_json, require_regular_below, told
 from trainer.model.hugging_face import read_config
 from trainer.model.network import TASK
 from trainer.model.origin import GENERATION_CONFIG, as_list
+from trainer.tasks import TASKS
 from trainer.tuning import bottleneck_format, peft_format
 
 TEMPERATURE, TOP_K = 0.8, 50
@@ -56,7 +57,6 @@ def sample(
     return tokens[len(prompt) :]
 
 
-TAUGHT = ("sft", "preference")  # tasks in which a model learns to answer
 Way = Literal["chat", "raw"]
 
 
@@ -88,7 +88,7 @@ def way_of(folder: Path, asked: Way | None) -> tuple[Way, str]:
         return asked, f"the text is {as_asked[asked]}"
     task = config.get(TASK)
     if task is not None:
-        taught, why = task in TAUGHT, f"data.task {task} trained it"
+        taught, why = task in TASKS and TASKS[task].answers, f"data.task {task} trained it"
     else:
         taught = _end_of_turn(tokenizer) in ends_of(folder)
         why = f"its generation {'ends' if taught else 'does not end'} at the end of a turn"

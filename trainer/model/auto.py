@@ -35,9 +35,7 @@ from trainer.model.hugging_face import PretrainedWeights, local_folder, read_con
 from trainer.model.new_tokens import require_rows
 from trainer.schema import Finding, Recipe
 from trainer.spelling import nearest
-
-# The Auto class of each data.task.
-AUTO_CLASSES = {"pretrain": "AutoModelForCausalLM", "sft": "AutoModelForCausalLM"}
+from trainer.tasks import TASKS
 
 Fill = Callable[[nn.Module], None]
 
@@ -79,7 +77,7 @@ class _Maker:
     def __init__(self, recipe: Recipe, folder: Path | None) -> None:
         self.recipe = recipe
         self.folder = folder
-        self.auto_class = AUTO_CLASSES[recipe.data.task]
+        self.auto_class = TASKS[recipe.data.task].auto_class
         self.grown: tuple[int, int] | None = None  # rows of the folder's embedding, and of the model's
 
     def config(self, tokenizer: Tokenizer) -> Any:

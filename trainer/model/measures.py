@@ -4,11 +4,12 @@ that holds no head."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from trainer.model.config import PAIRED_CLASSES, TransformerConfig
+from trainer.tasks import TaskName
 
 if TYPE_CHECKING:
     from trainer.data.loader import MicroBatch
@@ -163,16 +164,19 @@ def _f1(right: int, there: int, named: int) -> float | None:
     return 2 * right / (there + named) if there + named else None
 
 
-def measures_of(task: str, network: Network) -> Measures:
-    """Those of a recipe's data.task."""
-    if task == "classify":
-        assert isinstance(network, TransformerConfig)
-        return ClassMeasures(len(network.classes))
-    return MEASURES[task]
+def measures_of(task: TaskName, network: Network) -> Measures:
+    """Return what an evaluation of a recipe's data.task measures."""
+    return MEASURES[task](network)
 
 
-MEASURES: dict[str, Measures] = {
-    **dict.fromkeys(("pretrain", "mlm"), TokenMeasures()),
-    **dict.fromkeys(("sft", "translate"), TokenMeasures(of_answers=True)),
-    "preference": PairMeasures(),
+def _of_classes(network: Network) -> Measures:
+    assert isinstance(network, TransformerConfig)
+    return ClassMeasures(len(network.classes))
+
+
+MEASURES: Mapping[TaskName, Callable[[Network], Measures]] = {
+    **dict.fromkeys(("pretrain", "mlm"), lambda _: TokenMeasures()),
+    **dict.fromkeys(("sft", "translate"), lambda _: TokenMeasures(of_answers=True)),
+    "preference": lambda _: PairMeasures(),
+    "classify": _of_classes,
 }

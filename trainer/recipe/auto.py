@@ -29,8 +29,6 @@ def auto_findings(recipe: Recipe) -> Iterator[Finding]:
     """Keys that go with no family but "auto", or do not go with it."""
     model = recipe.model
     if model.family != AUTO:
-        if model.trust_remote_code:
-            yield Finding((TRUST, "model.family"), f'{TRUST} is used only with model.family "auto": remove it')
         return
     for axis in AXES:
         if (degree := getattr(recipe.parallel, axis)) > 1:
@@ -39,12 +37,6 @@ def auto_findings(recipe: Recipe) -> Iterator[Finding]:
                 f'parallel.{axis} = {degree}: a model of family "auto" is transformers\' own and only data parallelism and '
                 f"ZeRO divide it; legal: 1, or a family whose layers divide: {', '.join(FAMILIES)}",
             )
-    if recipe.data.task == "translate":
-        yield Finding(
-            ("model.family", "data.task"),
-            'data.task "translate" learns with an encoder and a decoder of our own, which family "auto" does not have: take a '
-            f"family that translates: {', '.join(family.name for family in FAMILIES.values() if family.translates)}",
-        )
     if recipe.train.recompute == "selective":
         yield Finding(
             ("train.recompute", "model.family"),

@@ -14,6 +14,7 @@ _CHECKPOINT = "checkpoints are written by Triaxis itself, not by DeepSpeed"
 _GONE = "DeepSpeed removed it"
 _OURS = "Triaxis sets it itself"
 _UNSUPPORTED = "not supported by this version"
+_NORMALISATION = "gradients are normalised once, by the number of targets in a step"
 _NO_DATA_ENGINE = "Triaxis loads the data itself; see the section data"
 
 REFUSED: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -51,9 +52,9 @@ REFUSED: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "datastates": _CHECKPOINT,
             "datastates_ckpt": _CHECKPOINT,
             "load_universal": _CHECKPOINT,
-            "prescale_gradients": "the normalisation of gradients has one owner, batching.loss_factor",
-            "gradient_predivide_factor": "the normalisation of gradients has one owner, batching.loss_factor",
-            "gradient_allreduce_op": "the normalisation of gradients has one owner, batching.loss_factor",
+            "prescale_gradients": _NORMALISATION,
+            "gradient_predivide_factor": _NORMALISATION,
+            "gradient_allreduce_op": _NORMALISATION,
             "disable_allgather": _UNSUPPORTED,
             "disable_python_gc": _UNSUPPORTED,
             "dataloader_drop_last": _NO_DATA_ENGINE,

@@ -13,6 +13,7 @@ from trainer.recipe.marks import KeyPath, dotted, leaves, pattern, put
 from trainer.redaction import shown
 from trainer.schema import STDLIB, Data, Finding, Recipe
 from trainer.spelling import nearest
+from trainer.tasks import TASKS
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 DATA_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv", ".gz", ".zst")
@@ -34,7 +35,7 @@ def looks_local(name: str) -> bool:
 def tokenizer_vocab_size(data: Data) -> int | None:
     """Symbols of a tokenizer that is named in full by the recipe; None for one that must be opened to know."""
     size = _named_size(data.tokenizer)
-    return None if size is None else size + (data.task == "mlm") + len(data.new_tokens)  # and the mask
+    return None if size is None else size + (TASKS[data.task].target == "masked") + len(data.new_tokens)  # and the mask
 
 
 def tokenizer_is_ours(tokenizer: str) -> bool:

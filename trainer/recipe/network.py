@@ -12,7 +12,7 @@ from trainer.errors import DataError, RecipeError
 from trainer.model import config_file
 from trainer.model.auto_rules import AUTO
 from trainer.model.config import TransformerConfig
-from trainer.model.families import FAMILIES, Family
+from trainer.model.families import FAMILIES
 from trainer.model.hf_config import read_config
 from trainer.model.new_tokens import grown, growth_findings
 from trainer.recipe.auto import read_auto
@@ -21,6 +21,7 @@ from trainer.recipe.pipeline import layer_findings
 from trainer.recipe.tensor import tensor_findings
 from trainer.redaction import printable, shown
 from trainer.schema import Finding, Recipe
+from trainer.tasks import TASKS
 from trainer.tuning.targets import quantization_findings, target_findings
 
 
@@ -85,8 +86,6 @@ def translate(
     return config, findings
 
 
-# What sees a text from both sides, or may.
-BOTH_SIDES = ("classify", "mlm")
 # Stand for the classes of a recipe that names none, until its data is read: a head is small, however many there are.
 TWO_CLASSES = ("0", "1")
 
@@ -94,7 +93,7 @@ TWO_CLASSES = ("0", "1")
 def with_head(recipe: Recipe, network: TransformerConfig, classes: Sequence[str] = ()) -> TransformerConfig:
     """The network with the head of the recipe's task."""
     found = (*classes,) or (*recipe.data.classes,) or TWO_CLASSES
-    return replace(network, classes=found if recipe.data.task == "classify" else ())
+    return replace(network, classes=found if TASKS[recipe.data.task].learns_classes else ())
 
 
 def _config_keys(finding: Finding) -> tuple[str, ...]:
@@ -112,40 +111,26 @@ def fit_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding
     yield from quantization_findings(recipe, network)
 
 
-def _learns(family: Family, task: str) -> bool:
-    if task == "translate" or family.translates:
-        return task == "translate" and family.translates
-    return task == "classify" or family.causal == (task != "mlm")
-
-
 def _task_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:
-    task, keys = recipe.data.task, ("model.family", "model.from_pretrained", "data.task")
-    if (task == "translate") != bool(network.encoder_layers):
-        reads = "reads one text and writes another" if network.encoder_layers else "has no encoder"
-        legal = ", ".join(family.name for family in FAMILIES.values() if _learns(family, task))
-        yield Finding(
-            keys,
-            f"model.family = {json.dumps(network.family)} {reads}, and data.task is {task}; legal families for {task}: {legal}",
-        )
-        return
-    if network.encoder_layers and recipe.tuning.method is not None:
+    name, keys = recipe.data.task, ("model.family", "model.from_pretrained", "data.task")
+    task, translates = TASKS[name], bool(network.encoder_layers)
+    if translates and recipe.tuning.method is not None:
         yield Finding(
             ("tuning.method", *keys),
             f"tuning.method = {json.dumps(recipe.tuning.method)}: family {network.family} is trained whole here; remove it",
         )
-    legal = ", ".join(family.name for family in FAMILIES.values() if _learns(family, task))
-    if task == "mlm" and network.causal:
-        yield Finding(
-            keys,
-            f"model.family = {json.dumps(network.family)} sees only what stands before a token, and data.task mlm has it "
-            f"guessed from both sides; legal families for mlm: {legal}",
-        )
-    elif task not in BOTH_SIDES and not network.causal:
-        yield Finding(
-            keys,
-            f"model.family = {json.dumps(network.family)} sees the next token, which data.task {task} predicts: it is for "
-            f"data.task mlm and classify; legal families for {task}: {legal}",
-        )
+    if task.suits(causal=network.causal, translates=translates):
+        return
+    if translates or task.translates:
+        reads = "reads one text and writes another" if translates else "has no encoder"
+        why = f"{reads}, and data.task is {name}"
+    elif network.causal:
+        why = f"sees only what stands before a token, and data.task {name} has it guessed from both sides"
+    else:
+        others = " and ".join(other for other, facts in TASKS.items() if facts.suits(causal=False, translates=False))
+        why = f"sees the next token, which data.task {name} predicts: it is for data.task {others}"
+    legal = ", ".join(f.name for f in FAMILIES.values() if task.suits(causal=f.causal, translates=f.translates))
+    yield Finding(keys, f"model.family = {json.dumps(network.family)} {why}; legal families for {name}: {legal}")
 
 
 def _position_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 KEY, BALANCE = "parallel.schedule", "parallel.balance"
 
 
-def pipeline_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
-    """What cannot work whatever the world size and the network; `given`: the dotted keys that were written."""
+def pipeline_findings(recipe: Recipe) -> Iterator[Finding]:
+    """Yield what cannot work whatever the world size and the network."""
     if recipe.parallel.pipeline == 1:
-        yield from _unused_findings(recipe, given)
         return
     yield from _balance_findings(recipe)
     if _is_file(recipe.parallel.schedule):
@@ -150,12 +149,6 @@ def _most_micro_batches_findings(recipe: Recipe, schedule: Schedule) -> Iterator
         f"{batch.global_sequences} / micro_sequences {batch.micro_sequences} = {most}, and "
         f"data parallelism divides it; nearest legal: batch.global_sequences {above * batch.micro_sequences}",
     )
-
-
-def _unused_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
-    for key in (KEY, "parallel.virtual_stages", BALANCE):
-        if key in given and getattr(recipe.parallel, key.rpartition(".")[2]) is not None:
-            yield Finding((key, "parallel.pipeline"), f"{key} is used only with parallel.pipeline above 1: remove it")
 
 
 def _balance_findings(recipe: Recipe) -> Iterator[Finding]:

@@ -99,7 +99,7 @@ def _admitted(layer: Layer, overrides: Sequence[str]) -> ResolvedRecipe:
     faulty |= {key for finding in findings for key in finding.keys}
     problems += [Problem(first_mark(finding.keys, marks), finding.message) for finding in findings]
     hf_config, findings = read_network(recipe)
-    findings += pipeline_findings(recipe, marks.keys())
+    findings += pipeline_findings(recipe)
     rules = [*section_findings(recipe, marks.keys()), *name_findings(recipe), *findings]
     # A rule about a key that is itself wrong would only repeat or mislead.
     sound = [finding for finding in rules if not any(_under(key, bad) for key in finding.keys for bad in faulty)]

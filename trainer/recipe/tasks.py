@@ -1,4 +1,4 @@
-"""What a recipe may ask of the tasks beside the next token: classes, masked tokens."""
+"""What a recipe may ask of its task: sources with its rows, and keys of which the task takes one value."""
 
 from __future__ import annotations
 
@@ -6,74 +6,105 @@ import json
 from collections.abc import Collection, Iterator
 
 from trainer.model.auto_rules import AUTO
+from trainer.model.families import FAMILIES
 from trainer.recipe.names import tokenizer_is_ours
-from trainer.schema import Finding, Recipe
+from trainer.schema import STDLIB, Finding, Recipe, Source
+from trainer.tasks import TASKS, Task
 
-# Which tasks alone read which key.
-TEXTS = ("pretrain", "mlm")
-READERS = {
-    "data.classes": ("classify",),
-    "data.mask_fraction": ("mlm",),
-    **dict.fromkeys(("data.bos", "data.special_tokens", "data.tails"), TEXTS),
-}
-BESIDE_LANGUAGE = ("classify", "mlm")
+KEY = "data.task"
 
 
 def task_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
-    """Keys that nothing would read, and what the task does not go with; `given`: the dotted keys that were written."""
-    task = recipe.data.task
-    for key, readers in READERS.items():
-        if key in given and task not in readers:
-            users = " or ".join(f'"{reader}"' for reader in readers)
-            yield Finding((key, "data.task"), f"{key} is used only with data.task {users}: remove it")
+    """Yield what the task does not go with; `given`: the dotted keys that were written."""
+    task = TASKS[recipe.data.task]
+    yield from _legal_findings(recipe, task)
+    yield from _source_findings(recipe, task, given)
+    yield from _class_findings(recipe)
+    least, why = task.shortest
+    if recipe.data.seq_len < least:
+        yield Finding(
+            ("data.seq_len", KEY),
+            f"data.seq_len = {recipe.data.seq_len} has no room for {why}: legal with {_said(recipe)}: {least} or more",
+        )
+    if recipe.model.family == AUTO and not task.auto_class:
+        legal = ", ".join(f.name for f in FAMILIES.values() if task.suits(causal=f.causal, translates=f.translates))
+        yield Finding(
+            ("model.family", KEY),
+            f'{_said(recipe)} needs {task.built_here}, which family "auto" does not have: name a family that is built here, '
+            f"one of {legal}",
+        )
     if recipe.data.bos and tokenizer_is_ours(recipe.data.tokenizer):
         yield Finding(
             ("data.bos", "data.tokenizer"),
             f"data.bos = true, but the tokenizer {recipe.data.tokenizer} has no bos_token: remove data.bos, or give a "
             "tokenizer that has one",
         )
-    for number, source in enumerate(recipe.data.eval_sources):
-        if source.weight is not None and f"data.eval_sources[{number}].weight" in given:
-            key = f"data.eval_sources[{number}].weight"
-            yield Finding((key,), f"{key}: evaluation takes sources in proportion to their tokens: remove it")
-    if task not in BESIDE_LANGUAGE:
-        return
-    if recipe.model.family == AUTO:
+
+
+def _said(recipe: Recipe) -> str:
+    return f"{KEY} {json.dumps(recipe.data.task)}"
+
+
+def _legal_findings(recipe: Recipe, task: Task) -> Iterator[Finding]:
+    for key, legal in task.legal.items():
+        section, name = key.split(".")
+        value = getattr(getattr(recipe, section), name)
+        if value != legal.value:
+            yield Finding(
+                (key, KEY),
+                f"{key} = {json.dumps(value)} does not go with {_said(recipe)}: {legal.reason}; legal: "
+                f"{'none' if legal.value is None else json.dumps(legal.value)}",
+            )
+
+
+def _source_findings(recipe: Recipe, task: Task, given: Collection[str]) -> Iterator[Finding]:
+    # Sources that were written wrong are spoken of elsewhere.
+    written = any(key.startswith("data.sources") for key in given)
+    if task.rows and not written and any(source.path == STDLIB for source in recipe.data.sources):
         yield Finding(
-            ("model.family", "data.task"),
-            f'data.task "{task}" gives a head of its own to a family that is built here, which "auto" is not: name the family',
+            ("data.sources", KEY),
+            f'data.sources is "{STDLIB}", source code, which holds no {task.rows}: {_said(recipe)} needs data.sources with '
+            f"{'pairs' if task.translates else 'rows'}, such as {task.sources}",
         )
-    if recipe.train.sample_prompt is not None:
+    for group in ("sources", "eval_sources"):
+        for number, source in enumerate(getattr(recipe.data, group)):
+            where = f"data.{group}[{number}]"
+            yield from _row_findings(source, where, task) if task.rows else _text_findings(source, where)
+            if group == "eval_sources" and source.weight is not None and f"{where}.weight" in given:
+                message = f"{where}.weight: evaluation takes sources in proportion to their tokens: remove it"
+                yield Finding((f"{where}.weight",), message)
+
+
+def _text_findings(source: Source, where: str) -> Iterator[Finding]:
+    if source.columns and source.text_field not in source.columns:
+        columns, wanted = ", ".join(map(json.dumps, source.columns)), json.dumps(source.text_field)
         yield Finding(
-            ("train.sample_prompt", "data.task"),
-            f'train.sample_prompt is continued by models of the next token, not by data.task "{task}": remove it',
+            (f"{where}.columns", f"{where}.field"),
+            f"{where}.columns has no {wanted} ({columns}): name the one that holds the text in {where}.field",
         )
-    if task == "classify":
-        yield from _class_findings(recipe)
+
+
+def _row_findings(source: Source, where: str, task: Task) -> Iterator[Finding]:
+    named = {*source.names}
+    shapes = {shape: names for shape, names in task.shapes.items() if source.shape in (None, shape)} or task.shapes
+    known = {name for names in task.shapes.values() for name in names}
+    if named <= known and not any(named <= {*names} for names in shapes.values()):
+        legal = "; ".join(f"{', '.join(names)} ({shape})" for shape, names in shapes.items())
+        yield Finding(
+            (f"{where}.fields", f"{where}.shape"),
+            f"{where}.fields names {json.dumps(sorted(named))}, not of one shape; legal: {legal}",
+        )
+    for name in ("fields", "columns"):
+        if source.target_path is not None and getattr(source, name):
+            message = f"{where}.{name} names what rows have, but with {where}.target_path there are lines: remove one of them"
+            yield Finding((f"{where}.{name}", f"{where}.target_path"), message)
 
 
 def _class_findings(recipe: Recipe) -> Iterator[Finding]:
-    data = recipe.data
-    if recipe.train.label_smoothing:
-        yield Finding(
-            ("train.label_smoothing", "data.task"),
-            'train.label_smoothing is divided over a vocabulary, which data.task "classify" does not predict: remove it',
-        )
-    if not data.isolate_documents:
-        yield Finding(
-            ("data.isolate_documents", "data.task"),
-            'data.isolate_documents false lets a text see others of its sequence: with data.task "classify" legal: true',
-        )
-    if len(set(data.classes)) < len(data.classes) or len(data.classes) == 1:
-        yield Finding(
-            ("data.classes",), f"data.classes = {json.dumps(data.classes)}: legal: two or more names, each once; or none"
-        )
-    if unread := [name for name in data.classes if name != name.strip()]:
+    classes = recipe.data.classes
+    if len(set(classes)) < len(classes) or len(classes) == 1:
+        message = f"data.classes = {json.dumps(classes)}: legal: two or more names, each once; or none"
+        yield Finding(("data.classes",), message)
+    if unread := [name for name in classes if name != name.strip()]:
         message = f"data.classes has {json.dumps(unread[0])}, but labels are read without white space around them: remove it"
         yield Finding(("data.classes",), message)
-    if recipe.tuning.method is not None:
-        yield Finding(
-            ("tuning.method", "data.task"),
-            f'tuning.method = "{recipe.tuning.method}" freezes all but what it puts beside the weights, and the head of '
-            'data.task "classify" must be trained: remove it',
-        )

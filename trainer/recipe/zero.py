@@ -47,12 +47,6 @@ def _offload_findings(recipe: Recipe) -> Iterator[Finding]:
         keys = (f"{path}.nvme_path", f"{path}.device")
         if block.device == "nvme" and block.nvme_path is None:
             yield Finding(keys[::-1], f'{path}.device = "nvme" needs {path}.nvme_path, a folder on a local NVMe drive')
-        if block.device != "nvme" and block.nvme_path is not None:
-            yield Finding(
-                keys,
-                f'{path}.nvme_path = {json.dumps(block.nvme_path)} is used only with {path}.device "nvme", not '
-                f'{json.dumps(block.device)}; legal: device "nvme", or no nvme_path',
-            )
     offload = recipe.zero.offload_optimizer
     if offload.device == "nvme" and (offload.pipeline_read or offload.pipeline_write) and offload.buffer_count < 2 * SWAPPED:
         yield Finding(
@@ -64,12 +58,6 @@ def _offload_findings(recipe: Recipe) -> Iterator[Finding]:
             f"zero.offload_optimizer.buffer_count = {offload.buffer_count}: with pipeline_read or pipeline_write two tiles of "
             f"{SWAPPED} buffers each are in memory at once; legal: {2 * SWAPPED} or more, or both false",
         )
-    for key in ("pipeline_read", "pipeline_write"):
-        if getattr(offload, key) and offload.device != "nvme":
-            yield Finding(
-                (f"zero.offload_optimizer.{key}", "zero.offload_optimizer.device"),
-                f'zero.offload_optimizer.{key} is used only with device "nvme", not {json.dumps(offload.device)}; legal: false',
-            )
 
 
 def _optimizer_findings(recipe: Recipe) -> Iterator[Finding]:

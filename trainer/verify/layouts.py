@@ -19,12 +19,13 @@ from typing import Any
 
 from parallel.topology import Layout
 from trainer.errors import RecipeError
-from trainer.recipe.rules import TENSOR_KEYS
+from trainer.recipe.only import keys_only_with
+from trainer.schema import Parallel
 
 # As they are written, with the recipe's key; dp has none.
 AXES = {"pp": "pipeline", "cp": "context", "tp": "tensor", "dp": None}
 DEGREES = {key for key in AXES.values() if key}
-TENSOR_ONLY = {key.removeprefix("parallel.") for key in TENSOR_KEYS}
+TENSOR_ONLY = keys_only_with(Parallel, "parallel.tensor")
 
 
 @dataclass(frozen=True)

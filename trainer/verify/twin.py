@@ -19,6 +19,7 @@ from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
 from trainer.recipe.names import SMALLEST_BPE
 from trainer.recipe.network import TWO_CLASSES, translate
 from trainer.schema import Recipe
+from trainer.tasks import TASKS
 from trainer.tuning.targets import QUANTIZED_TOGETHER
 
 VOCABULARY = 263  # a prime, so that no degree divides it; above the 257 symbols of the tokenizer "bytes"
@@ -111,22 +112,22 @@ def _recipe(
 
 def _new_tokens(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
     """Where they are trained beside what is frozen; as many as are left beyond the symbols of the tokenizer "bytes"."""
-    room = vocab_size - SMALLEST_BPE - (recipe.data.task == "mlm")
+    room = vocab_size - SMALLEST_BPE - (TASKS[recipe.data.task].target == "masked")
     tokens = recipe.data.new_tokens[: max(0, room)] if recipe.tuning.method else []
     return {"new_tokens": tokens} if tokens else {}
 
 
 def _task(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
     """What has a network or a head of its own; where its rows come from is kept though nothing of it is read."""
-    task, sources = recipe.data.task, given.get("data", {}).get("sources")
-    match task:
-        case "translate":
-            return {"task": task, "sources": sources}
-        case "classify":
-            return {"task": task, "sources": sources, "classes": recipe.data.classes or TWO_CLASSES}
-        case "mlm":
-            return {"task": task}
-    return {}
+    name, task = recipe.data.task, TASKS[recipe.data.task]
+    if not task.has_own_network:
+        return {}
+    kept: dict[str, Any] = {"task": name}
+    if task.rows:
+        kept["sources"] = given.get("data", {}).get("sources")
+    if task.learns_classes:
+        kept["classes"] = recipe.data.classes or TWO_CLASSES
+    return kept
 
 
 def _in_memory(zero: Mapping[str, Any]) -> dict[str, Any]:

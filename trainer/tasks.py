@@ -1,0 +1,154 @@
+"""The tasks: what each asks of its rows, of the network and of the rest of a recipe. No torch.
+
+One row a task. What a task computes stands in three tables of callables under the same names: `data/tasks.py` (its rows and
+examples), `model/objective.py` (its loss) and `model/measures.py` (what an evaluation says of it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+TaskName = Literal["pretrain", "sft", "preference", "translate", "mlm", "classify"]
+
+# The keys of a conversation's rows, beside its turns.
+OF_CONVERSATIONS = ("system", "tools")
+
+
+@dataclass(frozen=True)
+class Legal:
+    """The only value of a key that a task goes with, and why: what follows the key in the message."""
+
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    | field | |
+    |---|---|
+    | `learns` | what is learned, for the description of data.task |
+    | `rows` | what its rows hold; "": it learns from texts, laid end to end |
+    | `shapes` | of its rows, each with the names of fields that it may have |
+    | `sources` | data.sources as it must be given at least, for a message |
+    | `target` | what is predicted: the next token, masked tokens, the class of a text |
+    | `sight` | what a token of its network sees: those before it, both sides, or either |
+    | `translates` | a row has a source and a target, the network an encoder and a decoder |
+    | `compares` | the documents of a row are the chosen and the rejected answer of pairs |
+    | `answers` | what it trains answers a user |
+    | `shortest` | least data.seq_len, and what needs it [tokens] |
+    | `auto_class` | transformers' Auto class of its models; "": it needs a network that is built here |
+    | `built_here` | what family "auto" lacks for it |
+    | `legal` | keys of other sections of which it takes one value |
+    """
+
+    learns: str
+    rows: str = ""
+    shapes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sources: str = '[{"path": "rows.jsonl"}]'
+    target: Literal["next", "masked", "class"] = "next"
+    sight: Literal["before", "both", "either"] = "before"
+    translates: bool = False
+    compares: bool = False
+    answers: bool = False
+    shortest: tuple[int, str] = (1, "a token")
+    auto_class: str = ""
+    built_here: str = ""
+    legal: Mapping[str, Legal] = field(default_factory=dict)
+
+    @property
+    def row_parts(self) -> int:
+        """Return how many sequences of data.seq_len tokens lie in a row, one after another."""
+        return 2 if self.translates else 1
+
+    @property
+    def learns_classes(self) -> bool:
+        """Return whether the network's head gives classes in place of a vocabulary."""
+        return self.target == "class"
+
+    @property
+    def has_own_network(self) -> bool:
+        """Return whether a network of another kind than that of the next token learns it."""
+        return self.translates or self.target != "next"
+
+    def suits(self, *, causal: bool, translates: bool) -> bool:
+        """Return whether a family of networks can learn it."""
+        if self.translates or translates:
+            return self.translates and translates
+        return self.sight == "either" or causal == (self.sight == "before")
+
+
+TASKS: Mapping[TaskName, Task] = {
+    "pretrain": Task("the next token of packed documents", auto_class="AutoModelForCausalLM"),
+    "sft": Task(
+        "the assistant's turns of packed conversations, written by the tokenizer's chat template",
+        rows="conversations",
+        shapes={
+            "messages": ("messages", *OF_CONVERSATIONS),
+            "sharegpt": ("conversations", *OF_CONVERSATIONS),
+            "prompt": ("prompt", "completion", *OF_CONVERSATIONS),
+            "alpaca": ("instruction", "input", "output", "history", *OF_CONVERSATIONS),
+        },
+        answers=True,
+        auto_class="AutoModelForCausalLM",
+    ),
+    "preference": Task(
+        "to prefer the chosen of two answers",
+        rows="pairs",
+        shapes={"pairs": ("prompt", "chosen", "rejected", *OF_CONVERSATIONS)},
+        compares=True,
+        answers=True,
+        built_here="an output layer that sums over each answer",
+        legal={
+            "data.isolate_documents": Legal(True, "the answers that are compared lie in one row and must not see each other"),
+            "train.label_smoothing": Legal(
+                0.0, "labels of tokens are smoothed, and it has none; preference.label_smoothing is that of pairs"
+            ),
+        },
+    ),
+    "translate": Task(
+        "the targets of packed pairs, by an encoder and a decoder",
+        rows="translations",
+        shapes={"pairs": ("source", "target")},
+        sources='[{"path": "train.en", "target_path": "train.de"}]',
+        translates=True,
+        shortest=(3, "a source and its end, or a target and its start, beside the filler"),
+        built_here="an encoder and a decoder of our own",
+        legal={
+            "data.isolate_documents": Legal(True, "each target belongs to one source"),
+            "train.sample_prompt": Legal(
+                None, "one text is continued, and it has two; train.eval_translations shows translations"
+            ),
+        },
+    ),
+    "mlm": Task(
+        "masked tokens of packed documents, from both sides",
+        target="masked",
+        sight="both",
+        built_here="a head of its own",
+        legal={"train.sample_prompt": Legal(None, "only models of the next token continue a text")},
+    ),
+    "classify": Task(
+        "the class of a text",
+        rows="labelled texts",
+        shapes={"labelled": ("text", "label")},
+        target="class",
+        sight="either",
+        built_here="a head of its own",
+        legal={
+            "data.isolate_documents": Legal(True, "a text must not see the others of its sequence"),
+            "train.sample_prompt": Legal(None, "only models of the next token continue a text"),
+            "train.label_smoothing": Legal(0.0, "it is divided over a vocabulary, which is not predicted"),
+            "tuning.method": Legal(None, "it freezes all but what it puts beside the weights, and the head must be trained"),
+        },
+    ),
+}
+LEARN_FROM_TEXTS = tuple(name for name, task in TASKS.items() if not task.rows)
+
+
+def with_field(name: str) -> tuple[TaskName, ...]:
+    """Return the tasks whose rows may have a field of that name."""
+    return tuple(task for task, facts in TASKS.items() if any(name in names for names in facts.shapes.values()))
