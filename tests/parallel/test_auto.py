@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 import trainer.model.auto_stage
+from parallel.attention import Documents
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
 from parallel.topology import Layout
@@ -159,7 +160,7 @@ def packed(mesh: Mesh, plan: BatchPlan, step: int) -> list[MicroBatch]:
     first = mesh.dp.rank * plan.sequences_per_rank
     starts = range(first, first + plan.sequences_per_rank, plan.micro_sequences)
     rows = [slice(start, start + plan.micro_sequences) for start in starts]
-    return [MicroBatch(tokens[r], labels[r], PACKED[r]) for r in rows]
+    return [MicroBatch(tokens[r], Documents(PACKED[r]), labels[r]) for r in rows]
 
 
 def outcome(case: Case) -> Outcome:

@@ -137,7 +137,7 @@ def train(mesh: Mesh, case: Case, folder: Path) -> Outcome:
 
 
 def rows_of(batch: MicroBatch) -> list[Row]:
-    return list(zip(batch.tokens_BS.numpy(), batch.labels_BS.numpy(), batch.documents, strict=True))
+    return list(zip(batch.tokens_BS.numpy(), batch.labels_BS.numpy(), batch.documents.lengths, strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from parallel.attention import Documents
 from parallel.gather import logical_tensors
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
@@ -201,7 +202,7 @@ def micro_batches(mesh: Mesh, plan: BatchPlan, step: int) -> list[MicroBatch]:
     first = mesh.dp.rank * plan.sequences_per_rank
     starts = range(first, first + plan.sequences_per_rank, plan.micro_sequences)
     rows = [slice(start, start + plan.micro_sequences) for start in starts]
-    return [MicroBatch(tokens[r], labels[r], ((S - 5, 5),) * plan.micro_sequences) for r in rows]
+    return [MicroBatch(tokens[r], Documents(((S - 5, 5),) * plan.micro_sequences), labels[r]) for r in rows]
 
 
 def poison(engine: Engine) -> None:

@@ -21,6 +21,7 @@ from tests.unit.model_folders import Bomb, assert_refused, read_all, saved
 from tests.unit.oracle import assert_close, random_model, random_tokens
 from tests.unit.shapes import BERT, GPT2, LLAMA, MODELS, B, S, V
 from tests.unit.stages import stage_from
+from trainer.data.loader import MicroBatch
 from trainer.errors import DataError, RecipeError
 from trainer.model.blocks import blocks_of
 from trainer.model.hf_config import to_hf_config, translate
@@ -101,7 +102,12 @@ def test_what_is_written_loads_everywhere(family: str, shape: dict[str, Any], sh
     theirs = load_theirs(folder)
     tokens = random_tokens()
     with torch.no_grad():
-        assert_close(stage(tokens, Documents.whole_rows(B, S)), theirs(input_ids=tokens).logits, 1e-5, "logits")
+        assert_close(
+            stage(tokens, batch=MicroBatch(tokens, Documents.whole_rows(B, S)), output="logits"),
+            theirs(input_ids=tokens).logits,
+            1e-5,
+            "logits",
+        )
     for name, parameter in theirs.named_parameters():
         assert torch.equal(stored(folder)[name], parameter), name
     assert_same_weights(stage_from(folder), stage)

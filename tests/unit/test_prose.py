@@ -18,9 +18,35 @@ PACKAGES = ("parallel", "trainer", "tools")
 LONGEST = 100  # characters of a line that holds prose; the formatter allows code a little more
 
 # Folders and files whose prose is still to be rewritten. It only shrinks, and goes when it is empty.
-NOT_YET = (
-    *("parallel/linear.py", "parallel/loss.py", "parallel/mesh.py", "parallel/params.py"),
-    *("trainer/", "tools/"),
+NOT_YET: tuple[str, ...] = (
+    "parallel/linear.py",
+    "parallel/loss.py",
+    "parallel/mesh.py",
+    "parallel/params.py",
+    "trainer/__main__.py",
+    "trainer/checkpoint/",
+    "trainer/cli.py",
+    "trainer/costs/",
+    "trainer/engine/",
+    "trainer/errors.py",
+    "trainer/exhausted.py",
+    "trainer/files/",
+    "trainer/guard/",
+    "trainer/inference/",
+    "trainer/learning_rate.py",
+    "trainer/loop.py",
+    "trainer/model/",
+    "trainer/outputs.py",
+    "trainer/recipe/",
+    "trainer/redaction.py",
+    "trainer/requeue.py",
+    "trainer/run/",
+    "trainer/run_folder.py",
+    "trainer/schema.py",
+    "trainer/spelling.py",
+    "trainer/stopwatch.py",
+    "trainer/tuning/",
+    "tools/",
 )
 
 
@@ -39,7 +65,10 @@ ARTICLES = words("a an the")
 
 # The docstring of a function or method begins with one of these verbs, or with an article.
 VERBS = words("""
-    add attend build declare do drop enter gather leave lower move open replace return run start use yield
+    add append apply attend begin bind build call close compare complete configure connect count create declare do
+    draw drop end enter fill find gather give have hide hold ignore join judge keep kill leave let load lower make
+    mark move open parse postpone prepare raise read rebuild redirect refuse release remove replace report return
+    run seek send set start submit switch take tell train translate use wait wrap write yield
 """)
 
 

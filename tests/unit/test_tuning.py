@@ -18,6 +18,7 @@ from parallel.tensor import TensorParallel
 from tests.unit.stages import whole_model
 from trainer.checkpoint.facts import recipe_facts, refusals
 from trainer.costs.flops import matmul_weights, training_flops
+from trainer.data.loader import MicroBatch
 from trainer.engine.parameter_counts import Census
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig
@@ -100,7 +101,12 @@ def test_a_merged_model_is_the_adapted_one(method: str, network: TransformerConf
     plain = whole_model(network, Tuning(), "cpu", fill)
     tokens, documents = torch.arange(12).view(1, 12), Documents(((12,),))
     # fp32, two orders of sums.
-    torch.testing.assert_close(plain(tokens, documents), adapted(tokens, documents), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        plain(tokens, batch=MicroBatch(tokens, documents), output="logits"),
+        adapted(tokens, batch=MicroBatch(tokens, documents), output="logits"),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_every_layer_is_adapted_in_the_order_of_the_model() -> None:
@@ -138,12 +144,18 @@ def test_only_what_the_factors_see_is_dropped(method: str) -> None:
     tuning = Tuning(method=method, targets=["attention", "mlp"], dropout=0.5)
     stage = whole_model(LLAMA, tuning, "cpu", lambda block: initialise(block, seed=0))
     tokens, documents = torch.arange(12).view(1, 12), Documents(((12,),))
-    assert torch.equal(stage(tokens, documents, None, Streams((1,))), stage(tokens, documents))
+    assert torch.equal(
+        stage(tokens, batch=MicroBatch(tokens, documents, streams=Streams((1,))), output="logits"),
+        stage(tokens, batch=MicroBatch(tokens, documents), output="logits"),
+    )
     with torch.no_grad():
         for _, parameter, spec in owned_specs(stage):
             if spec.added:
                 parameter.add_(0.1)
-    assert not torch.equal(stage(tokens, documents, None, Streams((1,))), stage(tokens, documents))
+    assert not torch.equal(
+        stage(tokens, batch=MicroBatch(tokens, documents, streams=Streams((1,))), output="logits"),
+        stage(tokens, batch=MicroBatch(tokens, documents), output="logits"),
+    )
 
 
 @pytest.mark.parametrize(("warmup", "final", "every"), [(0, 1, 1), (3, 5, 1), (2, 4, 3), (0, 9, 5)])

@@ -1,6 +1,7 @@
 """Imported once by the fork server of `ranks`, with all that a run imports on its way: each rank would take seconds for it."""
 
 import encodings.idna  # noqa: F401 - any look-up of a host
+import gc
 import logging
 import os
 import warnings
@@ -12,7 +13,7 @@ logging.getLogger().setLevel(logging.WARNING)
 import deepspeed.module_inject.auto_ep_layer  # noqa: E402 - DeepSpeed's engine asks for it, for mori and setuptools
 import deepspeed.ops.op_builder.all_ops  # noqa: E402
 import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: E402
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401 - it imports torch's compiler: 3 s
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402 - it imports torch's compiler: 3 s
 import numpy.ctypeslib  # noqa: E402
 import numpy.ma  # noqa: E402, F401 - numpy.unique
 import rich._emoji_codes  # noqa: E402, F401
@@ -25,3 +26,9 @@ import trainer.loop  # noqa: E402
 import trainer.track.console  # noqa: E402, F401
 
 torch.set_num_threads(1)
+if os.environ["DS_ACCELERATOR"] == "cpu":
+    # DeepSpeed runs a compiler to find out which of its extensions could be built, 0.16 s in each rank. On a GPU it would
+    # open the device too, which a fork server must not.
+    _ = deepspeed.ops.__compatible_ops__
+gc.collect()
+gc.freeze()  # else each of DeepSpeed's calls of gc.collect looks through all of this again: 0.3 s in each rank

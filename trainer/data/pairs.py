@@ -1,12 +1,15 @@
-"""Rows of preference data → pairs of conversations. What a row must look like, and what is said of one that does not.
+"""The rows of preference data, read as pairs of conversations: the shapes a row may have, and the
+faults of one that has none.
 
     prompt     {"prompt": "…", "chosen": "…", "rejected": "…"}, texts, or lists of messages
-    messages   {"chosen": [message, …], "rejected": [message, …]}: whole conversations; beside them a prompt may repeat
-               how they begin
-    dialogue   {"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": "…"}: the same as texts, as in Anthropic's HH
+    messages   {"chosen": [message, …], "rejected": [message, …]}: whole conversations; a prompt
+               beside them may repeat their beginning
+    dialogue   {"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": "…"}: the same as texts,
+               as in Anthropic's HH
 
-Each may have "system", a text. What both conversations begin with is the prompt: only what follows is learned. Files that name
-these fields otherwise are read through `fields`.
+Each may have "system", a text. The prompt is what both conversations have in common at their
+beginning: only what follows is learned. Files that name these fields differently are read through
+`fields`.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True)
 class Pair:
-    """Two conversations that begin alike; what counts in each is the answer."""
+    """A pair of conversations that begin alike; the answer is what counts in each."""
 
     chosen: Conversation
     rejected: Conversation
@@ -45,7 +48,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairRows(RowFormat):
-    """How the rows of a source become pairs. `fields`: our name of a field → the name in this source."""
+    """The way in which the rows of a source become pairs. `fields`: our name of a field → its name
+    in this source."""
 
     fields: dict[str, str] = field(default_factory=dict)
 
@@ -75,7 +79,8 @@ class PairRows(RowFormat):
 
 
 def _conversation(prompt: Turns, answer: Any, name: str) -> Turns:
-    """A list of messages that begins before the assistant speaks has the prompt in it already."""
+    """Return prompt and answer as one conversation. A list of messages that begins before the
+    assistant speaks already contains the prompt."""
     if isinstance(answer, str) and not prompt:
         return _dialogue(answer, name)
     turns = read_side(answer, name, "assistant")
@@ -86,7 +91,7 @@ def _dialogue(text: str, name: str) -> Turns:
     before, *parts = DIALOGUE.split(text)
     if before.strip() or not parts:
         raise Fault(
-            f"{name!r} is {kind_of(text)} beside which no 'prompt' is, and none that begins with a blank line and Human:; "
+            f"{name!r} is {kind_of(text)} without a 'prompt' beside it, and does not begin with a blank line and Human:; "
             "mend the row, or name its fields in data.sources[].fields"
         )
     roles = [SPEAKERS[speaker] for speaker in parts[::2]]
@@ -94,6 +99,6 @@ def _dialogue(text: str, name: str) -> Turns:
 
 
 def _begins_alike(chosen: Turns, rejected: Turns) -> int:
-    """Turns that both have at their beginning."""
+    """Return the number of turns that both have in common at their beginning."""
     told = [Conversation(turns).told for turns in (chosen, rejected)]
     return next((n for n, (one, other) in enumerate(zip(*told, strict=False)) if one != other), min(map(len, told)))

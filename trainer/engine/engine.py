@@ -27,7 +27,7 @@ from parallel.rng import Streams
 from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_start import Units, partitioning, prepare, require_swap_buffers, start, whole
 from trainer.engine.evaluator import Evaluator
-from trainer.engine.execution import DTYPES, Batch, make_execution
+from trainer.engine.execution import DTYPES, make_execution
 from trainer.engine.loss_scale import LossScaler
 from trainer.engine.master_weights import MasterWeights
 from trainer.engine.optimizers import Tiling, make_optimizer
@@ -193,7 +193,7 @@ class Engine:
         factor = self.plan.loss_factor(num_targets)
         if self.zero_stage and self.recipe.precision.dtype == "fp16":
             self.optimizer.override_loss_scale(scale)
-        batches = [Batch.on(self.device, batch, self._streams(step, index)) for index, batch in enumerate(micro_batches)]
+        batches = [batch.on(self.device, self._streams(step, index)) for index, batch in enumerate(micro_batches)]
         return self.execution.step(batches, factor=factor, scale=scale), num_targets
 
     def local_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:

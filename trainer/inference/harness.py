@@ -18,6 +18,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
+from parallel.attention import Documents
 from parallel.collectives import all_reduce
 from parallel.loss import IGNORE
 from trainer.data.chat_template import ChatTemplate, Request
@@ -136,7 +137,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             tokens_BS[number, :length] = torch.tensor(row[:-1])
             labels_BS[number, length - targets : length] = torch.tensor(row[-targets:])
         documents = tuple((len(row) - 1, S - len(row) + 1) if len(row) - 1 < S else (S,) for row in rows)
-        scores_2R = self._model.evaluator.scores(MicroBatch(tokens_BS, labels_BS, documents))
+        scores_2R = self._model.evaluator.scores(MicroBatch(tokens_BS, Documents(documents), labels_BS))
         firsts = [0]
         for lengths in documents[:-1]:
             firsts.append(firsts[-1] + len(lengths))

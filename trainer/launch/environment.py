@@ -1,7 +1,9 @@
-"""Which of how many processes this one is, as srun and mpirun say it: their variables, read strictly. No torch.
+"""The place of this process among all, from the variables that srun and mpirun set, read strictly.
+No torch.
 
-`srun` starts a step and gives each task SLURM_PROCID, SLURM_LOCALID and the step's counts. An sbatch script and an salloc shell
-have most of those names too, but are no rank: only SLURM_STEP_ID tells, which they lack or have a reserved number in.
+`srun` starts a step and gives each task SLURM_PROCID, SLURM_LOCALID and the step's counts. An
+sbatch script and an salloc shell have most of those names too but are no rank. Only SLURM_STEP_ID
+tells: there it is missing, or a reserved number.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from dataclasses import dataclass
 
 from trainer.errors import RecipeError
 
-FIRST_RESERVED_STEP = 0xFFFFFFF0  # batch scripts, interactive and external steps are numbered from here
-PORTS = range(20_000, 30_000)  # below Linux's ephemeral ports (32,768 and up), which anybody may be given
+# Batch scripts, interactive and external steps have numbers from here on.
+FIRST_RESERVED_STEP = 0xFFFFFFF0
+# Below Linux's ephemeral ports (32,768 and up), which any program may get.
+PORTS = range(20_000, 30_000)
 MOST_HOSTS = 65_536
 HOST_NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*")
 LIST_CHARACTERS = re.compile(r"[A-Za-z0-9._\-\[\],]+")
@@ -24,7 +28,8 @@ Environment = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Seat:
-    """This process among the others. `how` says where that is known from, for messages."""
+    """The place of this process among the others. `how` says where it is known from, for
+    messages."""
 
     rank: int
     local_rank: int
@@ -36,14 +41,16 @@ class Seat:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks and writes for the run."""
+        """Return whether this process speaks and writes for the run."""
         return self.rank == 0
 
 
 def seat_of_srun_or_mpirun(environment: Environment) -> Seat | None:
-    """None when neither started this process. RecipeError when what they say cannot be.
+    """Return the place, or None if neither started this process. RecipeError if the variables
+    contradict each other.
 
-    mpirun goes first: on other nodes it starts its own daemons by srun, whose variables its ranks inherit.
+    mpirun is checked first: on other nodes it starts its own daemons by srun, whose variables its
+    ranks inherit.
     """
     if environment.get("OMPI_COMM_WORLD_RANK") or environment.get("OMPI_COMM_WORLD_SIZE"):
         return _of_mpirun(environment, "OMPI_COMM_WORLD_", "RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
@@ -61,26 +68,29 @@ def seat_of_srun_or_mpirun(environment: Environment) -> Seat | None:
 
 
 def in_a_step(environment: Environment) -> bool:
-    """Whether srun started this process, or what started it."""
+    """Return whether srun started this process, or an ancestor of it."""
     if not environment.get("SLURM_STEP_ID"):
         return False
     return whole(environment, "SLURM_STEP_ID") < FIRST_RESERVED_STEP
 
 
 def speaks_first(environment: Environment) -> bool:
-    """Whether this process says what every rank finds wrong alike, before the ranks have met."""
+    """Return whether this process reports what every rank finds wrong alike before the ranks have
+    met."""
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", *(("SLURM_PROCID",) if in_a_step(environment) else ()))
     return next((environment[name] for name in names if environment.get(name)), "0") == "0"
 
 
 def job_name(environment: Environment) -> str:
-    """An array task has a job id of its own, but for one of them it is the whole array's."""
+    """Return the name of the job. An array task has a job id of its own, except that one of them
+    has that of the whole array."""
     array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID", "")
 
 
 def check_launcher_in_step(environment: Environment, world_size: int, what: str) -> None:
-    """torchrun or mpirun inside srun: one of them on each node, not one in each task. RecipeError otherwise."""
+    """Raise RecipeError unless torchrun or mpirun inside srun run once per node, instead of once in
+    each task."""
     if not in_a_step(environment):
         return
     tasks, here = _tasks(environment), _tasks_here(environment)
@@ -117,18 +127,20 @@ def _first_host(environment: Environment, world_size: int) -> str:
     if environment.get("MASTER_ADDR"):
         return environment["MASTER_ADDR"]
     if world_size == 1:
-        return "127.0.0.1"  # nobody else has to find it
+        return "127.0.0.1"  # no other process has to find it
     name = _first_set(environment, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
     return next(hosts(environment[name], name))
 
 
 def _tasks(environment: Environment) -> int:
-    """Of the step. A step may have fewer than the job: `srun -n 3` in a job of 4."""
+    """Return the tasks of the step, which may be fewer than the job's: `srun -n 3` in a job of
+    4."""
     return whole(environment, _first_set(environment, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"), least=1)
 
 
 def _tasks_here(environment: Environment) -> int:
-    """Of the step on this node: SLURM_STEP_TASKS_PER_NODE is as "2(x3),1", in the order of the nodes."""
+    """Return the step's tasks on this node. SLURM_STEP_TASKS_PER_NODE is like "2(x3),1", in the
+    order of the nodes."""
     name = "SLURM_STEP_TASKS_PER_NODE"
     if not environment.get(name):
         return whole(environment, _first_set(environment, "SLURM_NTASKS_PER_NODE", name), least=1)
@@ -150,8 +162,12 @@ def _counts(text: str, name: str) -> Iterator[int]:
 
 
 def step_port(job: int, step: int, restarts: int = 0) -> int:
-    """Ten ports for each job, so that jobs that share a node, the steps of one, and a step with what outlived its job's
-    earlier start there, do not meet: jobs do that are a multiple of 1,000 apart."""
+    """Return a port on which the ranks of a step meet.
+
+    Each job has ten, so that these do not collide: jobs that share a node (unless their numbers are
+    a multiple of 1,000 apart), the steps of a job, and a step with what is left of its job's
+    earlier start.
+    """
     return PORTS[(10 * job + (step + restarts) % 10) % len(PORTS)]
 
 
@@ -172,7 +188,7 @@ def _of_mpirun(environment: Environment, prefix: str, *names: str) -> Seat:
             f"mpirun started {world_size} processes on several nodes, {here} here, and does not say where rank 0 is: give it "
             "`-x MASTER_ADDR=HOST -x MASTER_PORT=29500` (MPICH: `-genv MASTER_ADDR HOST -genv MASTER_PORT 29500`)"
         )
-    # What only this mpirun has, so that two on one machine do not meet.
+    # Something that only this mpirun has, so that two of them on one machine do not collide.
     namesake = environment.get("PMIX_NAMESPACE") or environment.get("PMI_PORT") or "mpirun"
     port = port or PORTS[zlib.crc32(namesake.encode()) % len(PORTS)]
     how = f"{rank_name}={rank} and {size_name}={world_size} of mpirun"
@@ -180,7 +196,8 @@ def _of_mpirun(environment: Environment, prefix: str, *names: str) -> Seat:
 
 
 def _refuse_many_tasks_without_srun(environment: Environment) -> None:
-    """An sbatch script or salloc shell of several tasks runs what is in it once; training would go on with one rank of them."""
+    """Raise RecipeError in an sbatch script or salloc shell of several tasks: it runs once, so only
+    one rank would train."""
     if not environment.get("SLURM_JOB_ID"):
         return
     name = next((name for name in ("SLURM_NTASKS", "SLURM_NPROCS") if environment.get(name)), None)
@@ -207,7 +224,8 @@ def _first_set(environment: Environment, *names: str) -> str:
 
 
 def whole(environment: Environment, name: str, *, least: int = 0) -> int:
-    """RecipeError when the variable is missing, or no whole number of at least `least`."""
+    """Return a whole number of at least `least`. RecipeError if the variable is missing or has
+    another value."""
     text = environment.get(name, "")
     if not text:
         raise RecipeError(
@@ -228,8 +246,11 @@ def _port(environment: Environment) -> int | None:
 
 
 def hosts(text: str, name: str = "node list") -> Iterator[str]:
-    """The hosts of a node list in SLURM's syntax, in its order: n1, n[1-3,7], a[01-03]b[1-2], lists of these. RecipeError when
-    it is none: a host's name goes to the network, and into scripts."""
+    """Yield the hosts of a node list in SLURM's syntax, in order: n1, n[1-3,7], a[01-03]b[1-2],
+    lists of these.
+
+    RecipeError if it is not one, because a host's name goes to the network and into scripts.
+    """
     if not LIST_CHARACTERS.fullmatch(text):
         raise _no_list(text, name, "characters other than letters, digits, '.', '_', '-', ',' and '[]'")
     found = 0
@@ -244,7 +265,7 @@ def hosts(text: str, name: str = "node list") -> Iterator[str]:
 
 
 def _parts(text: str, name: str) -> list[str]:
-    """Divided at the commas outside brackets."""
+    """Return the list divided at the commas outside brackets."""
     parts = re.findall(r"(?:[^\[\],]|\[[^\[\]]*\])+", text)
     if ",".join(parts) != text:
         raise _no_list(text, name, "brackets or commas are out of place")
@@ -252,7 +273,7 @@ def _parts(text: str, name: str) -> list[str]:
 
 
 def _expand(part: str, text: str, name: str) -> Iterator[str]:
-    """The first bracket turns slowest."""
+    """Yield the hosts of one part; the first bracket changes slowest."""
     head, bracket, rest = part.partition("[")
     if not bracket:
         yield part

@@ -1,7 +1,9 @@
-"""How the ranks of a run meet: in a store at the first rank's address, where each says which process it is.
+"""The meeting of a run's ranks in a store at the first rank's address, where each records its
+process.
 
-torch's own rendezvous waits in C++ for all ranks, up to an hour, without a word, and hears no signal meanwhile. Here the main
-thread only looks whether a rank is there yet; what may block stands in a thread beside it.
+torch's own rendezvous waits in C++ for all ranks, up to an hour, without a message, and does not
+react to signals. Here the main thread only polls whether a rank is there yet, and what may block
+runs in a thread beside it.
 """
 
 from __future__ import annotations
@@ -24,20 +26,23 @@ from trainer.launch.processes import Process
 from trainer.launch.stop_request import Interrupted
 
 POLL_S = 0.1
-FIRST_WORD_S = 10.0  # before it is said for whom this rank waits, and after that at most every
-WORD_EVERY_S = 60.0
+FIRST_WORD_S = 10.0  # until this rank first says for whom it waits
+WORD_EVERY_S = 60.0  # and between its later messages
 NAMED_RANKS = 8
 
 
 class NeverCame(UserError):
-    """A rank that was waited for."""
+    """The error that a rank did not come."""
 
     exit_code = EXIT_HANG
 
 
 def meet(seat: Seat, timeout: timedelta) -> tuple[Store, list[Process]]:
-    """The store of the run, and the process of each rank. NeverCame when one does not come within `timeout`; RecipeError for a
-    port that is taken; a signal's Interrupted says for whom this rank waited."""
+    """Return the store of the run, and the process of each rank.
+
+    NeverCame if one does not come within `timeout`; RecipeError for a port that is taken. When a
+    signal interrupts, the error says for whom this rank waited.
+    """
     waiting = _Waiting(seat, timeout)
     store = _connected(seat, timeout, waiting)
     store.set(_key(seat.rank), json.dumps(asdict(Process.own())))
@@ -48,7 +53,7 @@ def meet(seat: Seat, timeout: timedelta) -> tuple[Store, list[Process]]:
 
 
 class _Waiting:
-    """The patience of one rank."""
+    """A rank's wait for others, with its limit and its messages."""
 
     def __init__(self, seat: Seat, timeout: timedelta) -> None:
         self._seat = seat
@@ -57,7 +62,7 @@ class _Waiting:
         self._next_word_s = FIRST_WORD_S
 
     def go_on(self, for_whom: Callable[[], str]) -> None:
-        """Wait a little more; say for whom, now and then, on the first rank of each node."""
+        """Wait a little more. Now and then the first rank of each node says for whom."""
         waited_s, rank = time.monotonic() - self._began, self._seat.rank
         if waited_s > self._limit_s:
             raise NeverCame(f"rank {rank}: {for_whom()} did not come within {waited_s:.0f} s; start the run again")
@@ -72,7 +77,7 @@ class _Waiting:
 
 
 def _connected(seat: Seat, timeout: timedelta, waiting: _Waiting) -> Store:
-    """The store, which the first rank holds, or under torchrun its agent."""
+    """Return the store, which the first rank holds, or under torchrun its agent."""
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     answers: list[Store | Exception] = []
 
@@ -86,7 +91,7 @@ def _connected(seat: Seat, timeout: timedelta, waiting: _Waiting) -> Store:
                     is_master=seat.rank == 0 and not has_agent,
                     timeout=timeout,
                     wait_for_workers=False,
-                    multi_tenant=True,  # several runs after one another in a process, as in tests
+                    multi_tenant=True,  # a process may hold several runs in turn, as in tests
                 )
             )
         except Exception as error:
