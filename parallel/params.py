@@ -1,7 +1,8 @@
 """Parameters know what they are.
 
-A `ShardSpec` says which boxes of which logical tensors a local parameter holds. Logical tensors bear Hugging Face's names
-and shapes. Initial weights, export, weight decay, norms and checkpoints all read it; nothing guesses from names.
+A `ShardSpec` says which boxes of which logical tensors a local parameter holds. Logical tensors
+bear Hugging Face's names and shapes. Initial weights, export, weight decay, norms and checkpoints
+all read it; nothing guesses from names.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from parallel.rng import stream
 
 
 class Role(StrEnum):
-    """What a parameter does; decides its initial value and whether it decays."""
+    """The job of a parameter; decides its initial value and whether it decays."""
 
     MATRIX = "matrix"
     EMBEDDING = "embedding"
@@ -32,8 +33,8 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Init:
-    """How a logical tensor starts: normal with this standard deviation around this mean (std 0: constant), or, with a bound,
-    uniform in [−bound, bound)."""
+    """The start of a logical tensor: normal with this standard deviation around this mean (std
+    0: constant), or, with a bound, uniform in [−bound, bound)."""
 
     mean: float = 0.0
     std: float = 0.0
@@ -42,14 +43,16 @@ class Init:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What one local parameter is.
+    """The identity of one local parameter.
 
-    `copies` are the ranks that hold these same boxes, this one among them. The first of them owns the parameter: it is
-    counted in norms and saved there only. `partial`: each copy's gradient is only the part that this rank's tokens or heads
-    give, so that gradients must be summed over the copies (`complete_partial_gradients`); otherwise theirs are equal already.
-    `tied`: used in two pipeline stages, whose backwards do not meet: its gradients are summed once per step
-    (`parallel.ties`), over the copies where the stages are on different ranks. `added`: not one of the model's own weights
-    but put beside them for tuning; it is drawn also where those are loaded.
+    `copies` are the ranks that hold these same boxes, this one among them. The first of them owns
+    the parameter: it is counted in norms and saved there only. `partial`: each copy's gradient is
+    only the part that this rank's tokens or heads give, so that gradients must be summed over the
+    copies (`complete_partial_gradients`); otherwise theirs are equal already. `tied`: used in two
+    pipeline stages, whose backwards do not meet: its gradients are summed once per step
+    (`parallel.ties`), over the copies where the stages are on different ranks. `added`: not one of
+    the model's own weights but put beside them for tuning; it is drawn also where those are
+    loaded.
     """
 
     role: Role
@@ -99,9 +102,11 @@ def whole(
 
 
 class Sharded(nn.Module):
-    """A module that says what each of its parameters is; `borrowed` ones are another module's (ties).
+    """A module that says what each of its parameters is; `borrowed` ones are another module's
+    (ties).
 
-    The names are those of `named_parameters`, so it may also speak for parameters of modules below it that are not ours.
+    The names are those of `named_parameters`, so it may also speak for parameters of modules below
+    it that are not ours.
     """
 
     __call__: Callable[..., Tensor]  # torch says of no module what it gives
@@ -112,7 +117,7 @@ class Sharded(nn.Module):
         self.borrowed: set[str] = set()
 
     def declare(self, name: str, shape: tuple[int, ...], spec: ShardSpec) -> None:
-        """Register an uninitialised fp32 parameter on the current default device, with its spec."""
+        """Declare an uninitialised fp32 parameter on the current default device, with its spec."""
         setattr(self, name, nn.Parameter(torch.empty(shape)))
         self.specs[name] = spec
 
@@ -120,13 +125,14 @@ class Sharded(nn.Module):
         """Set what follows from other parameters; called when those were drawn or loaded."""
 
     def borrow(self, name: str, owner: Sharded) -> None:
-        """Use another module's parameter of the same name: one logical tensor, one gradient, owned there."""
+        """Use another module's parameter of the same name: one logical tensor, one gradient,
+        owned there."""
         setattr(self, name, getattr(owner, name))
         self.borrowed.add(name)
 
 
 def owned_specs(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ShardSpec]]:
-    """(dotted name, parameter, spec) of each parameter that the module owns, once.
+    """Yield (dotted name, parameter, spec) of each parameter that the module owns, once.
 
     TypeError for a parameter that nobody declared.
     """
@@ -143,11 +149,13 @@ def owned_specs(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ShardSpe
 
 
 def complete_partial_gradients(module: nn.Module) -> None:
-    """From now on, every backward sums the gradients of `partial` parameters over their copies, in fp32.
+    """Make every backward from now on sum the gradients of `partial` parameters over their copies,
+    in fp32.
 
-    This is the one place where it is done: norms and row-parallel biases under sequence parallelism, head norms, key/value
-    heads that several ranks share. It acts on the gradient of each backward before anything accumulates, divides or
-    offloads it, so it holds at every ZeRO stage.
+    This is the one place where it is done: norms and row-parallel biases under sequence
+    parallelism, head norms, key/value heads that several ranks share. It acts on the gradient of
+    each backward before anything accumulates, divides or offloads it, so it holds at every ZeRO
+    stage.
     """
     for _, parameter, spec in owned_specs(module):
         if spec.partial and spec.copies.size > 1 and parameter.requires_grad:
@@ -160,7 +168,8 @@ def _summed(grad: Tensor, copies: Group) -> Tensor:
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:
-    """Give storage, not values, to the parameters that are on the meta device; one that two layers have stays one."""
+    """Give storage, not values, to the parameters that are on the meta device; one that two
+    layers have stays one."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
@@ -172,11 +181,11 @@ def materialise(module: nn.Module, device: torch.device) -> None:
 
 
 def initialise(module: nn.Module, seed: int, *, only: Callable[[ShardSpec], bool] = lambda spec: True) -> None:
-    """Fill materialised parameters with their initial values, which depend on (seed, logical name) only; `only` those of
-    these specs, where the others have been loaded.
+    """Fill materialised parameters with their initial values, which depend on (seed, logical name)
+    only; `only` those of these specs, where the others have been loaded.
 
-    Each logical tensor is drawn whole in fp32 on the CPU and sliced, so that every layout starts from bit-identical
-    weights. Peak extra memory: one logical tensor.
+    Each logical tensor is drawn whole in fp32 on the CPU and sliced, so that every layout starts
+    from bit-identical weights. Peak extra memory: one logical tensor.
     """
     for _, parameter, spec in owned_specs(module):
         if not only(spec):
@@ -203,7 +212,8 @@ def draw(name: str, shape: tuple[int, ...], init: Init, seed: int) -> Tensor:
 
 @torch.no_grad()
 def zero_padding(parameter: Tensor, spec: ShardSpec) -> None:
-    """Make the rows that no piece covers 0: they are the last, and 0 · NaN of uninitialised memory is NaN."""
+    """Make the rows that no piece covers 0: they are the last, and 0 · NaN of uninitialised
+    memory is NaN."""
     if parameter.dim():
         parameter[sum(piece.rows for piece in spec.pieces) :] = 0.0
 

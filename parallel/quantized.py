@@ -54,6 +54,18 @@ class QuantizedWeight:
         return dequantize(self.codes, self.magnitudes, self.form).to(dtype)
 
     @property
+    def seen(self) -> None:
+        """Nothing: autograd does not see the weight (`parallel.linear.Weight`)."""
+        return
+
+    def value(self, seen: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return self.dequantized(dtype)
+
+    def gradient(self, dy_NO: Tensor, x_NI: Tensor) -> None:
+        """Return None: the weight is never trained."""
+        return
+
+    @property
     def numel(self) -> int:
         """The number of elements of the weight, not of its codes."""
         return self.codes.numel() * CODES_PER_BYTE[self.form]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.tasks import LEARN_FROM_TEXTS, TASKS, TaskName, with_field
-from trainer.update_rules import RuleName, readers_of
+from trainer.update_rules import RuleName, rules_that_read
 
 LARGEST = 2**53  # of numbers that are only compared with: other readers of JSON round a whole number beyond it
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
@@ -528,17 +528,21 @@ class Optimizer(Section):
         min_length=2,
         max_length=2,
         description="Decay of the running means, each in [0, 1).",
-        json_schema_extra=only("optimizer.name", *readers_of("betas")),
+        json_schema_extra=only("optimizer.name", *rules_that_read("betas")),
     )
     eps: float = Field(
         1e-8,
         gt=0.0,
         allow_inf_nan=False,
-        description="Added to the denominator (adamw, adam).",
-        json_schema_extra=only("optimizer.name", *readers_of("eps")),
+        description="Added to the denominator.",
+        json_schema_extra=only("optimizer.name", *rules_that_read("eps")),
     )
     momentum: float = Field(
-        0.0, ge=0.0, lt=1.0, description="Momentum of sgd.", json_schema_extra=only("optimizer.name", *readers_of("momentum"))
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Momentum.",
+        json_schema_extra=only("optimizer.name", *rules_that_read("momentum")),
     )
     weight_decay: float = Field(
         0.1, ge=0.0, allow_inf_nan=False, description="Decay of weight matrices; never of norms, biases and embeddings."

@@ -104,14 +104,14 @@ RULES: dict[RuleName, UpdateRule] = {
 }
 
 
+def rules_that_read(key: str) -> list[RuleName]:
+    """Return the rules that read this key of the section `optimizer`."""
+    return [name for name, rule in RULES.items() if key in rule.reads]
+
+
 def rule_of(keys: OptimizerKeys) -> UpdateRule:
     """Return the rule that the section `optimizer` names."""
     return RULES[keys.name]
-
-
-def readers_of(key: str) -> tuple[RuleName, ...]:
-    """Return the rules that read a key of the section `optimizer`."""
-    return tuple(name for name, rule in RULES.items() if key in rule.reads)
 
 
 def states_of(keys: OptimizerKeys) -> list[State]:

@@ -140,7 +140,7 @@ def nobody_borrows_from_a_test(source: Source) -> list[str]:
 
 # The parts of `trainer/`, a folder or a loose file each, from the ground up: a part may import those that stand before it.
 LAYERS = (
-    *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "update_rules", "tasks", "schema"),
+    *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "tasks", "update_rules", "schema"),
     *("learning_rate", "run_folder", "launch", "data", "model", "costs", "tuning", "recipe", "watchdog", "engine"),
     *("checkpoint", "track", "inference"),
     *("cluster", "run", "guard", "verify", "loop", "commands", "cli", "__main__", "requeue"),
@@ -390,27 +390,24 @@ def no_module_level_groups(source: Source) -> list[str]:
     return [f"{source.path}:{node.lineno} has global state" for node in ast.walk(source.tree) if isinstance(node, ast.Global)]
 
 
-# Names that have a table, and the only files of `trainer/` that may ask which of them is meant.
-TABLES: tuple[tuple[frozenset[str], str], ...] = (
-    (frozenset(UPDATE_RULES), "trainer/update_rules.py"),
-    (frozenset(METHODS), "trainer/tuning/methods.py"),
-    (frozenset(TASKS), "trainer/tasks.py"),
-)
+# Names that have a row in a table, by the file of the table.
+TABLES = {
+    "trainer/tasks.py": frozenset(TASKS),
+    "trainer/update_rules.py": frozenset(UPDATE_RULES),
+    "trainer/tuning/methods.py": frozenset(METHODS),
+}
 
 
 def tables_answer(source: Source) -> list[str]:
-    """What depends on a name is a field of its row: a comparison elsewhere would have to be found by whoever adds a name."""
-    if source.package != "trainer":
+    """What depends on a name is a field of its row: a comparison elsewhere is a row spread out."""
+    if source.package not in ("trainer", "parallel"):
         return []
     wrong = []
     for node in ast.walk(source.tree):
         asked = node.pattern if isinstance(node, ast.match_case) else node if isinstance(node, ast.Compare) else ast.Pass()
         for constant in (part for part in ast.walk(asked) if isinstance(part, ast.Constant)):
-            for names, owner in TABLES:
-                if constant.value in names and source.path != owner:
-                    wrong.append(
-                        f"{source.path}:{constant.lineno} asks for {constant.value!r}: give its row in {owner} a field"
-                    )
+            for owner in (owner for owner, names in TABLES.items() if constant.value in names):
+                wrong.append(f"{source.path}:{constant.lineno} asks for {constant.value!r}: give its row in {owner} a field")
     return wrong
 
 
@@ -552,7 +549,7 @@ def test_a_rule_lets_pass_what_is_right(rule: Rule, path: str, text: str) -> Non
 
 def test_what_the_rules_name_exists() -> None:
     """A renamed file must not slip out of its rule."""
-    named = {*LINE_BUDGETS, MAY_TRUST, *(path for _, path in TABLES)}
+    named = {*LINE_BUDGETS, MAY_TRUST, *TABLES}
     named |= {path for _, files in OWNERS.values() for path in files}
     assert [path for path in named if not (ROOT / path).is_file()] == []
     assert [module for module in WITHOUT_TORCH if module not in sources()] == []

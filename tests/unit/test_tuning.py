@@ -241,3 +241,13 @@ def test_what_is_beside_a_module_is_what_its_row_says(method: str, network: Tran
     stage = whole_model(network, tuning, "meta", lambda block: None)
     added = {piece.name for _, _, spec in owned_specs(stage) if spec.added for piece in spec.pieces}
     assert added == {part for module in targeted_modules(tuning, network) for part in parts_of(tuning, module)}
+
+
+def only_with(key: str) -> list[str]:
+    """The methods with which the schema lets a key of tuning be written."""
+    return Tuning.model_json_schema()["properties"][key]["only"]["tuning.method"]
+
+
+def test_the_schema_says_what_the_rows_say() -> None:
+    assert only_with("merge") == [name for name, method in METHODS.items() if method.merges]
+    assert only_with("targets") == [name for name, method in METHODS.items() if method.words]

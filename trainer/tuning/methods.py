@@ -35,7 +35,7 @@ class Method:
     | `words` | the legal tuning.targets, and the projections that each means |
     | `targets` | the words where the recipe gives none |
     | `trains_biases` | whether the model's own biases are trained |
-    | `not_merged` | why no weight can take up what was learned; "" where it can |
+    | `not_merged` | why no weight can take up what the parts learned; "" where it can |
     | `findings` | what is wrong with a recipe that has this method |
     """
 
@@ -92,11 +92,7 @@ METHODS: Mapping[str, Method] = {
         targets=("attention", "mlp"),
         not_merged="an adapter has a nonlinearity between its projections, so no weight can take it up",
     ),
-    "bitfit": Method(
-        words={},
-        trains_biases=True,
-        not_merged="bitfit trains weights of the model itself, its export is one already",
-    ),
+    "bitfit": Method(words={}, trains_biases=True),
 }
 UNTUNED = Method(words={})
 

@@ -113,7 +113,7 @@ class Trial:
         )
 
     def own_steps_in_float64(self, steps: int) -> list[StepResult]:
-        """Return the steps with the recipe's own update rule in float64; none where its class has no float64."""
+        """Train steps of the recipe's optimizer in float64. None where its class has no float64."""
         recipe = self.resolved.recipe
         if not rule_of(recipe.optimizer).in_float64:
             return []
