@@ -1,6 +1,7 @@
-"""Any range of any logical tensor, read from the fragments that hold it.
+"""Ranges of logical tensors, read from the fragments that hold them.
 
-Files are read, not mapped: pages of a mapping would count to this rank's memory until the whole file is in it.
+Files are read, not mapped: pages of a mapping would count as this rank's memory until the whole
+file is in it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ class Reader:
         self._files: dict[int, TensorFile] = {}
 
     def read(self, name: str, state: str, wanted: Fragment, shape: tuple[int, ...]) -> Tensor:
-        """The elements of `wanted` (whose `file` says nothing), flat, in their stored format, on the CPU.
+        """Return the elements of `wanted` (whose `file` means nothing), flat, in their stored
+        format, on the CPU.
 
-        DataError when the checkpoint has no such tensor or state, or one of another shape.
+        DataError if the checkpoint has no such tensor or state, or has one of another shape.
         """
         tensor = self._tensor(name, state, shape)
         target = Range.of(wanted)
@@ -49,7 +51,7 @@ class Reader:
         return result
 
     def whole(self, name: str, state: str) -> Tensor:
-        """A logical tensor, put together."""
+        """Return a whole logical tensor."""
         tensor = self._manifest.tensors[name]
         start, transposed = (0,) * len(tensor.shape), any(fragment.transposed for fragment in tensor.fragments)
         flat = self.read(name, state, Fragment(0, start, tensor.shape, 0, tensor.numel, transposed), tensor.shape)
@@ -76,8 +78,8 @@ class Reader:
     def _copy(
         self, name: str, state: str, fragment: Fragment, ranges: tuple[Range, Range], shared: Rectangle, result: Tensor
     ) -> None:
-        """Read the elements that a fragment and the result share. Where they are consecutive in both they are read in place,
-        else through a buffer for some rows."""
+        """Read the elements that a fragment and the result share, in place if they are consecutive
+        in both, else through a buffer for some rows."""
         source, target = ranges
         file, key = self._file(fragment.file), fragment.key(name, state)
         rows, columns = shared.bottom - shared.top, shared.right - shared.left
