@@ -46,7 +46,6 @@ NOT_YET: tuple[str, ...] = (
     "trainer/run/",
     "trainer/schema.py",
     "trainer/tuning/",
-    "tools/",
 )
 
 
@@ -65,10 +64,11 @@ ARTICLES = words("a an the")
 
 # The docstring of a function or method begins with one of these verbs, or with an article.
 VERBS = words("""
-    add append apply attend begin bind build call check close compare complete configure connect continue count
-    create declare describe do draw drop end enter escape exclude fill find gather give have hide hold ignore join
-    judge keep kill leave let load lower make mark move open parse postpone prepare raise read rebuild record
-    redirect refuse register release remove rename replace replay report restore return run save seek send set start
+    add append apply attach attend begin bind build call change check close compare complete configure connect
+    continue count create cut damage declare describe disturb divide do draw drop edit end enter escape exclude
+    export fill find gather give go hang have hide hold ignore join judge keep kill lay leave let load lower make
+    mark measure move open parse play poison postpone prepare print raise read rebuild record redirect refuse
+    register release remove rename repeat replace replay report restore return run save say seek send set start
     submit switch take tell train translate use wait wrap write yield
 """)
 

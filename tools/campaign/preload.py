@@ -1,4 +1,5 @@
-"""Imported once by the fork server of `ranks`, with all that a run imports on its way: each rank would take seconds for it."""
+"""The imports of the fork server of `ranks`, all that a run imports on its way: each rank would
+take seconds for them."""
 
 import encodings.idna  # noqa: F401 - any look-up of a host
 import logging
