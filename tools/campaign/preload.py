@@ -32,5 +32,5 @@ if os.environ["DS_ACCELERATOR"] == "cpu":
     # rank. On a GPU it would open the device too, which a fork server must not.
     _ = deepspeed.ops.__compatible_ops__
 gc.collect()
-# Otherwise each of DeepSpeed's calls of gc.collect looks through all of this again: 0.3 s in a rank.
+# Otherwise each of DeepSpeed's calls of gc.collect looks through all of this: 0.3 s in a rank.
 gc.freeze()
