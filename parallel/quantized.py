@@ -55,7 +55,7 @@ class QuantizedWeight:
 
     @property
     def seen(self) -> None:
-        """Nothing: autograd does not see the weight (`parallel.linear.Weight`)."""
+        """Return None: autograd does not see the weight (`parallel.linear.Weight`)."""
         return
 
     def value(self, seen: Tensor | None, dtype: torch.dtype) -> Tensor:
