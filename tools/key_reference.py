@@ -1,4 +1,5 @@
-"""Write ds_configs/KEYS.md: every key of a recipe, from the JSON Schema that `triaxis schema` prints.
+"""Write ds_configs/KEYS.md: every key of a recipe, from the JSON Schema that `triaxis schema`
+prints.
 
     python tools/key_reference.py
 
@@ -35,8 +36,11 @@ Node = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Reference:
-    """Render a schema as Markdown. `defaults` is a recipe with nothing written in it, as JSON: the schema lacks defaults that
-    are made when they are needed. `headings` collects the heading of each definition, so that a second use links to the first.
+    """A renderer of a schema as Markdown.
+
+    `defaults` is a recipe with nothing written in it, as JSON, because the schema lacks defaults
+    that are made when they are needed. `headings` collects the heading of each definition, so that
+    a second use links to the first.
     """
 
     schema: Node
@@ -64,7 +68,8 @@ class Reference:
             yield from self._section(heading, inner, below, level=3)
 
     def _new_objects(self, key: str, properties: Node) -> Iterator[tuple[str, str, Node]]:
-        """Yield (name, heading, schema) of those keys of a section that hold objects without a table yet."""
+        """Yield (name, heading, schema) of those keys of a section that hold objects without a
+        table yet."""
         for name, node in properties.items():
             definition = self._definition(node)
             if definition is not None and definition not in self.headings:
@@ -144,13 +149,14 @@ def _range(node: Node) -> str:
 
 
 def _without_unit(description: str) -> tuple[str, str]:
-    """Divide a description into what it says and the unit in brackets at its end, "" where it has none."""
+    """Divide a description into what it says and the unit in brackets at its end, "" where it has
+    none."""
     unit = UNIT.search(description)
     return (description[: unit.start()] + ".", unit[1]) if unit else (description, "")
 
 
 def _conditions(node: Node) -> Iterator[str]:
-    """Yield a sentence for each key on which this one hangs: at other values of that one it is refused."""
+    """Yield a sentence for each key on which this one depends."""
     for other, legal in node.get("only", {}).items():
         if isinstance(legal, Mapping):
             yield f"Only with `{other}` of {legal['minimum']} or more."

@@ -16,7 +16,8 @@ from trainer.run.session import Session, open_session
 
 
 def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: StopRequest) -> int:
-    """Run a recipe to its last step, or to the end of the step in which `stop` is asked for; the exit code."""
+    """Run a recipe to its last step, or to the end of the step in which `stop` is requested; return
+    the exit code."""
     with open_session(resolved, run_dir, resume) as run:
         stop.trains()
         started = time.monotonic()
@@ -66,7 +67,8 @@ def save(run: Session, meter: Meter, guard: Guard, *, steps_done: int) -> None:
 
 
 def interrupt(run: Session, reason: str, meter: Meter, guard: Guard, *, steps_done: int) -> int:
-    """Save what is not saved yet, and end; the exit code tells whether the run can go on when it is started again."""
+    """Save what is not saved yet, and end. The exit code tells whether the run can go on when it is
+    started again."""
     if reason == REASONS[LOST]:
         run.leave_to_the_next(reason)
     if run.recipe.checkpoint.every and run.checkpoints.saved_step != steps_done:
@@ -81,7 +83,7 @@ def interrupt(run: Session, reason: str, meter: Meter, guard: Guard, *, steps_do
 
 
 def evaluate(run: Session, *, steps_done: int) -> dict[str, float]:
-    """What the task measures on held-out data; {} when nothing is held out."""
+    """Return what the task measures on held-out data; {} if nothing is held out."""
     if run.eval_data is None:
         return {}
     batches = run.eval_data.micro_batches(

@@ -1,10 +1,13 @@
-"""NaN and infinity put into runs of the trainer: every rank skips the same steps, no weight or moment changes by a bit, and
-what was poisoned is named, with its rank and its sequences.
+"""NaN and infinity injected into runs: skipped on every rank, nothing changed, the cause named.
 
     python -m tools.campaign.nan_injection --injections 500
 
-One run takes many injections, at steps drawn beforehand: into the loss, one element of a gradient, or a row of a module's
-output, on one rank and in one micro-batch. fp16 is computed by the CPU itself, not emulated.
+Every rank must skip the same steps, no weight or moment may change by a bit, and what was poisoned
+must be named, with its rank and its sequences.
+
+One run takes many injections, at steps drawn beforehand: into the loss, one element of a gradient,
+or a row of a module's output, on one rank and in one micro-batch. fp16 is computed by the CPU
+itself, not emulated.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ GLOBAL_SEQUENCES, MICRO_SEQUENCES = 8, 2  # of `write_recipe`
 
 
 def draw(way: Way, steps: int, count: int, stream: random.Random) -> dict[int, dict[str, Any]]:
-    """Step → what is put where."""
+    """Return, for each chosen step, what is put where."""
     return {
         step: {
             "kind": stream.choice(KINDS),
@@ -48,7 +51,8 @@ def draw(way: Way, steps: int, count: int, stream: random.Random) -> dict[int, d
 
 
 def train_poisoned(plan: Mapping[int, Mapping[str, Any]], log: str, command: Sequence[str]) -> int:
-    """`train` on this rank, with the injections; what happened goes to a file of this rank."""
+    """Run `train` on this rank with the injections, and write what happened to a file of this
+    rank."""
     import trainer.guard.guard
     from trainer.engine.engine import Engine
 
@@ -57,7 +61,7 @@ def train_poisoned(plan: Mapping[int, Mapping[str, Any]], log: str, command: Seq
     before: dict[int, str] = {}
 
     def poisoned(engine: Engine, micro_batches: Sequence[Any], step: int, scale: float) -> Any:
-        if step not in before:  # else it is the replay
+        if step not in before:  # otherwise this is the replay
             before[step] = state_of(engine)
         injection = plan.get(step)
         if injection is None:
@@ -88,7 +92,7 @@ def train_poisoned(plan: Mapping[int, Mapping[str, Any]], log: str, command: Seq
 
 
 def state_of(engine: Any) -> str:
-    """SHA-256 of this rank's held weights, fp32 weights and moments."""
+    """Return the SHA-256 of this rank's held weights, fp32 weights and moments."""
     digest = hashlib.sha256()
     held = (getattr(parameter, "ds_tensor", parameter).detach() for parameter, _ in engine.specs)
     for tensor in (*held, *engine.state.tensors()):
@@ -98,7 +102,8 @@ def state_of(engine: Any) -> str:
 
 @contextmanager
 def put(engine: Any, injection: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Poison a step on the injection's rank; what must be named is put into the yielded dict of that rank."""
+    """Poison a step on the injection's rank, and put what must be named into the yielded dict of
+    that rank."""
     from trainer.guard.culprit import before_other_hooks, culprit_piece
 
     target: dict[str, Any] = {}
@@ -143,7 +148,7 @@ def put(engine: Any, injection: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 forwards[0] += 1
 
             def poison(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-                # What is recomputed in backward is poisoned again.
+                # A recomputation in backward is poisoned again.
                 factor = torch.ones_like(output)
                 if forwards[0] - 1 == micro_batch:  # a row: dropout may take a single element away
                     (factor[0] if factor.dim() else factor).fill_(math.nan)
@@ -160,7 +165,8 @@ def put(engine: Any, injection: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _with_outputs(stages: Sequence[nn.Module]) -> list[nn.Module]:
-    """Modules with weights of their own, called once for each micro-batch; not the head, whose output is the loss."""
+    """Return the modules with weights of their own, called once for each micro-batch; not the head,
+    whose output is the loss."""
     from parallel.params import Sharded
 
     return [
@@ -172,7 +178,7 @@ def _with_outputs(stages: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def verdict(told: Sequence[Mapping[str, Any]], plan: Mapping[int, Any], steps: int, skipped: int) -> dict[int, str]:
-    """Step → why it fails."""
+    """Return why each failing step fails."""
     failures: dict[int, str] = {}
     if skipped != len(plan):
         failures[-1] = f"metrics count {skipped} skipped steps, {len(plan)} were poisoned"
@@ -193,7 +199,7 @@ def verdict(told: Sequence[Mapping[str, Any]], plan: Mapping[int, Any], steps: i
 
 
 def run(way: Way, dtype: str, steps: int, count: int, seed: int, folder: Path, **more: Any) -> tuple[int, dict[int, str]]:
-    """(injections, failures by step) of one run."""
+    """Return (injections, failures by step) of one run."""
     stream = random.Random(f"{seed} {way.name} {dtype}")
     precision = {"dtype": dtype, **({"loss_scale": {"initial_power": 4}} if dtype == "fp16" else {})}
     recipe = write_recipe(folder, steps=steps, every=0, keep=1, precision=precision, guard={"max_skipped": 0}, **more)
@@ -209,7 +215,7 @@ def run(way: Way, dtype: str, steps: int, count: int, seed: int, folder: Path, *
 
 
 def campaign(injections: int, per_run: int, seed: int, names: Sequence[str], dtypes: Sequence[str]) -> tuple[int, int]:
-    """(passed, all)."""
+    """Return (passed, all)."""
     combinations = [(way, dtype) for way in WAYS if way.name in names for dtype in dtypes]
     passed = total = runs = 0
     with tempfile.TemporaryDirectory(prefix="triaxis-nan-") as scratch:

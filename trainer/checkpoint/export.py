@@ -1,4 +1,5 @@
-"""From a checkpoint, of whatever layout, to a Hugging Face folder: in one process, one tensor in memory at a time."""
+"""The export of a checkpoint, of whatever layout, to a Hugging Face folder, in one process, with
+one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -29,12 +30,13 @@ from trainer.tuning import bottleneck_format
 from trainer.tuning.adapter_folder import AdapterFormat
 from trainer.tuning.methods import method_of
 
-# Two implementations of one network sum in another order, relative to the largest logit: seen 1e-6 in fp32.
+# Relative to the largest logit: two implementations of one network sum in another order. 1e-6 was
+# seen in fp32.
 LOGITS_TOLERANCE = 1e-4
 
 
 def require_mergeable(checkpoint: Path) -> None:
-    """RecipeError where `--merge` asks for what cannot be."""
+    """Raise RecipeError if `--merge` is impossible for the checkpoint."""
     tuned = Tuned.of(checkpoint, read_sound(checkpoint))
     if tuned is None or not tuned.has_adapter:
         raise RecipeError(f"--merge: {checkpoint} has no adapter: export it without")
@@ -54,12 +56,15 @@ class Exported:
 def export(
     checkpoint: Path, out: Path, *, dtype: str | None = None, whole: bool = False, shard_bytes: int = SHARD_BYTES
 ) -> Exported:
-    """Write `out`, a new folder, whole or not at all, and read it back. `dtype`: "fp32", "bf16", "fp16"; None: the format of
-    training. Of a tuned model an adapter is written, or, with `whole`, the model with what was learned added to its weights,
-    or, where they cannot take it up, in the adapter's files beside them.
+    """Write `out`, a new folder, whole or not at all, and read it back.
 
-    DataError when the checkpoint is damaged, when a value is infinite in `dtype`, when the folder does not hold what it should
-    when it is read back, or when transformers would tokenize otherwise there; NotFinite where a weight is not.
+    `dtype`: "fp32", "bf16", "fp16"; None: the format of training. For a tuned model an adapter is
+    written. With `whole` it is the model, with what was learned added to its weights, or in the
+    adapter's files beside them if the weights cannot take it up.
+
+    DataError if the checkpoint is damaged, if a value is infinite in `dtype`, if the folder reads
+    back different, or if transformers would tokenize differently there; NotFinite if a weight is
+    not finite.
     """
     try:
         require_new(out)
@@ -93,7 +98,7 @@ def export(
 def _contents(
     checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, whole: bool
 ) -> tuple[Contents | None, Contents | None]:
-    """Return what is written of the model, and of what was trained beside it; at least one of them."""
+    """Return what is written of the model, and of what was trained beside it; at least one."""
     if tuned is None or not tuned.has_adapter:
         return Contents(checkpoint, manifest, tuned, adapter=False), None
     model = Contents(checkpoint, manifest, tuned, adapter=False) if whole else None
@@ -110,14 +115,15 @@ def _require_finite(contents: Contents, manifest: Manifest, dtype: str) -> None:
 
 
 def _write_tokenizer(draft: Path) -> None:
-    """So that transformers makes of it, beside this config.json, what trained."""
+    """Save the tokenizer in a form that transformers loads, beside this config.json, as the one
+    that trained."""
     tokenizer = beside_model(reopen_tokenizer(draft), read_config(draft))
     tokenizer.save(draft)
     require_same(draft, tokenizer)
 
 
 def _write_model(contents: Contents, draft: Path, dtype: str, shard_bytes: int) -> dict[str, int]:
-    """A model's files of weights and its config; the bytes of each tensor."""
+    """Write a model's files of weights and its config, and return the bytes of each tensor."""
     slots = contents.slots(dtype)
     shards = list(_shards(slots, shard_bytes))
     files = {file_name(number, len(shards)): names for number, names in enumerate(shards)}
@@ -133,7 +139,7 @@ def _write_model(contents: Contents, draft: Path, dtype: str, shard_bytes: int) 
 
 
 def _write_adapter(contents: Contents, form: AdapterFormat, draft: Path, dtype: str) -> dict[str, int]:
-    """An adapter's files; the bytes of each tensor."""
+    """Write an adapter's files, and return the bytes of each tensor."""
     tensors = ((name, contents.whole(name)) for name in contents.tensors)
     written, path = form.write(tensors, draft, TORCH_DTYPES[FORMATS[dtype]]), draft / form.weights_file
     file = TensorFile(path)
@@ -146,7 +152,7 @@ def _write_adapter(contents: Contents, form: AdapterFormat, draft: Path, dtype: 
 
 
 def _shards(slots: Mapping[str, Slot], shard_bytes: int) -> Iterator[list[str]]:
-    """Names in the order of the model, for files of at most so many bytes (or one tensor)."""
+    """Yield names in the order of the model, for files of at most `shard_bytes` (or one tensor)."""
     names: list[str] = []
     size = 0
     for name, slot in slots.items():
@@ -159,7 +165,7 @@ def _shards(slots: Mapping[str, Slot], shard_bytes: int) -> Iterator[list[str]]:
 
 
 def _compare(path: Path, names: Sequence[str], contents: Contents) -> None:
-    """DataError unless the file, read back, has every value."""
+    """Raise DataError unless the file, read back, has every value."""
     file = TensorFile(path)
     for name in names:
         at = 0
@@ -172,9 +178,13 @@ def _compare(path: Path, names: Sequence[str], contents: Contents) -> None:
 
 
 def compare_logits(checkpoint: Path, out: Path, dtype: str) -> float:
-    """The largest difference, relative to the largest logit, between the training model with the checkpoint's weights and the
-    exported folder in transformers, on random tokens, both in fp32 from weights in the exported format. A tuned model is
-    compared with the adapter beside its weights on one side, and merged, without rounding, on the other."""
+    """Return the largest difference between two models' logits on random tokens, relative to the
+    largest logit.
+
+    One is the training model with the checkpoint's weights, the other the exported folder in
+    transformers, both in fp32 from weights in the exported format. A tuned model is compared with
+    the adapter beside its weights on one side, and merged, without rounding, on the other.
+    """
     tuned = Tuned.of(checkpoint, read_sound(checkpoint))
     if tuned and not (out / "config.json").exists():
         remedy = "add --merge --dtype fp32" if tuned.merges else "this adapter cannot be merged: leave --verify out"
@@ -201,7 +211,8 @@ def compare_logits(checkpoint: Path, out: Path, dtype: str) -> float:
 
 
 def _auto_class(folder: Path) -> Any:
-    """What loads the folder's network in transformers with the head that was trained."""
+    """Return the transformers class that loads the folder's network with the head that was
+    trained."""
     import transformers
 
     config = read_config(folder)

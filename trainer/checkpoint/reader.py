@@ -31,7 +31,7 @@ class Reader:
     def read(self, wanted: Fragment, state: str) -> Tensor:
         """Return the elements of `wanted` in this state, flat, in their stored format, on the CPU.
 
-        DataError when the checkpoint has no such tensor or state, or one of another shape.
+        DataError if the checkpoint has no such tensor or state, or has one of another shape.
         """
         name = wanted.piece.name
         tensor = self._tensor(wanted.piece, state)

@@ -1,4 +1,5 @@
-"""The weights in a checkpoint: those of the model, or of what was trained beside it, tensor by tensor or into blocks."""
+"""The weights in a checkpoint, those of the model or of what was trained beside it, tensor by
+tensor or into blocks."""
 
 from __future__ import annotations
 
@@ -31,20 +32,22 @@ from trainer.tuning.targets import is_added
 from trainer.update_rules import WEIGHT
 
 FORMATS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-FLOATS = ("F64", "F32", "F16", "BF16")  # others, such as counters in buffers, keep their format
+# Other formats, such as those of counters in buffers, are kept.
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The recipe and the network of a checkpoint with something beside the model's own weights: an adapter, or the rows of new
-    tokens."""
+    """The recipe and the network of a checkpoint with more than the model's own weights: an
+    adapter, or the rows of new tokens."""
 
     recipe: Recipe
     network: TransformerConfig
 
     @classmethod
     def of(cls, checkpoint: Path, manifest: Manifest) -> Tuned | None:
-        """None where only the model's own weights were trained, all of them or the biases."""
+        """Return them, or None if only the model's own weights were trained, all of them or the
+        biases."""
         if not any(is_added(name) for name in manifest.tensors):
             return None
         recipe, folder = recipe_of(checkpoint, manifest.recipe), checkpoint / HUGGING_FACE
@@ -59,12 +62,12 @@ class Tuned:
 
     @property
     def merges(self) -> bool:
-        """Whether weights can take up what was learned."""
+        """Return whether weights can take up what was learned."""
         return method_of(self.recipe.tuning).merges
 
     @property
     def transposed(self) -> bool:
-        """Whether the family's files have weights [in, out]."""
+        """Return whether the family's files have weights [in, out]."""
         return names_of(self.network).transposed
 
     @property
@@ -73,7 +76,8 @@ class Tuned:
 
 
 class Contents:
-    """The logical tensors to export: all of a checkpoint, or, of one with an adapter, those of the adapter or of the model."""
+    """The logical tensors to export: all of a checkpoint, or, if it has an adapter, those of the
+    adapter or of the model."""
 
     def __init__(self, checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, adapter: bool) -> None:
         self._reader, self._tuned = Reader(checkpoint, manifest), tuned
@@ -97,7 +101,7 @@ class Contents:
         return merged_weight(weight, parts, name=name, tuning=self._tuned.recipe.tuning, network=self._tuned.network)
 
     def unmerged(self, name: str) -> Tensor:
-        """The model's own, made whole where it was saved in few bits."""
+        """Return the model's own weight, dequantized if it was saved in few bits."""
         if not self.is_quantized(name):
             return self._reader.whole(name, WEIGHT)
         assert self._tuned is not None
@@ -110,7 +114,8 @@ class Contents:
 
 
 def _quantized(manifest: Manifest, tuned: Tuned) -> Iterator[tuple[str, LogicalTensor]]:
-    """The weights that a checkpoint holds in few bits, as they will be exported; without fragments, which hold other things."""
+    """Yield the weights that a checkpoint holds in few bits, as they will be exported, without
+    fragments, which hold other values."""
     per_byte = CODES_PER_BYTE.get(str(tuned.recipe.tuning.quantize), 1)
     for name, stored in manifest.tensors.items():
         weight, _, state = name.partition(":")
@@ -120,8 +125,11 @@ def _quantized(manifest: Manifest, tuned: Tuned) -> Iterator[tuple[str, LogicalT
 
 
 class Filling:
-    """What gives a block of the training network a checkpoint's weights: of a quantized one the values of its codes, an adapter
-    beside them. `through`: the format that they are rounded to on the way."""
+    """A filler that gives a block of the training network a checkpoint's weights, dequantized, with
+    the adapter beside them.
+
+    `through`: the format to which they are rounded on the way.
+    """
 
     def __init__(self, checkpoint: Path, manifest: Manifest, *, through: torch.dtype = torch.float32) -> None:
         self._reader, self._through = Reader(checkpoint, manifest), through

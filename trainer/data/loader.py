@@ -32,8 +32,10 @@ class MicroBatch:
 
     tokens_BS: Tensor  # int64 [B, S]
     documents: Documents
-    labels_BS: Tensor | None = None  # int64 [B, S]: what a position predicts, IGNORE where there is no target
-    reference_R: Tensor | None = None  # float64 [documents of all rows]: log-probabilities before training
+    # int64 [B, S]: the token that a position predicts, IGNORE where there is no target
+    labels_BS: Tensor | None = None
+    # float64 [documents of all rows]: log-probabilities before training
+    reference_R: Tensor | None = None
     streams: Streams | None = None  # of dropout; None: no dropout
 
     @property
