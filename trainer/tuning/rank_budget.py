@@ -31,8 +31,7 @@ from parallel.params import AuxiliaryState, ShardSpec
 from parallel.pieces import Piece
 from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
-from trainer.schema import RankBudget as Keys
-from trainer.schema import Recipe
+from trainer.schema import RankBudget, Recipe
 from trainer.tuning.targets import parts_of, targeted_modules
 
 SECOND, VALUES = 1, 2  # B and E, as `parts_of` lists them after A
@@ -59,7 +58,7 @@ class _Factor:
         return grad
 
 
-class RankBudget:
+class RankAllocator:
     """Between steps: `begin` before the first gradient, `end` after the update. Every rank must call them together."""
 
     def __init__(
@@ -203,7 +202,7 @@ class RankBudget:
         return self._gathered([factor.parameter for factor in self._factors])
 
 
-def budget_after(step: int, keys: Keys, steps: int, *, modules: int, rank: int) -> int | None:
+def budget_after(step: int, keys: RankBudget, steps: int, *, modules: int, rank: int) -> int | None:
     """How many triplets stay after a step (from 0) of so many; None where nothing is shared out after it. A cubic curve from
     all of them down to the target (Zhang et al. 2023, eq. 12)."""
     last = steps - keys.final_steps
