@@ -1,4 +1,4 @@
-"""Settings of the whole suite."""
+"""The settings of the whole suite."""
 
 import os
 import random
@@ -14,19 +14,22 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
-# A failed assertion says what differed in the libraries of the tests too.
+# Failed assertions in the libraries of the tests show what differed, too.
 pytest.register_assert_rewrite("tests.parallel", "tests.unit", "tests.end_to_end")
 
 
-# Folders of tests that start several processes each. Those of whole runs (launchers, SLURM, faults to be noticed) wait for
-# half of their time, so the others may have the cores meanwhile.
+# Folders of tests that start several processes each. Those of whole runs (launchers, SLURM, faults
+# to be noticed) wait for half of their time, so the others may use the cores meanwhile.
 SCOPES = {"end_to_end": "waiting", "slurm": "waiting", "parallel": "computing"}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of pytest-xdist's workers one begins with the tests of each scope, one after the other; the files of the rest follow on
-    those that are free."""
+    """Return a scheduler in which one worker begins with the tests of each scope, one after
+    another.
+
+    The files of the other tests follow on the workers that are free.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class InScopes(LoadScopeScheduling):  # type: ignore[misc]
@@ -34,13 +37,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             return SCOPES.get(Path(file).parent.name, file)
 
-    config.option.loadscopereorder = False  # in the order of collection: the folders of processes come first
+    # In the order of collection: the folders of processes come first.
+    config.option.loadscopereorder = False
     return InScopes(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """torchrun never removes the folder of its logs, and W&B leaves some when it is killed: they go where pytest cleans up."""
+    """Put temporary files where pytest cleans up: torchrun never removes the folder of its logs,
+    and W&B leaves some when it is killed."""
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = tempfile.tempdir = str(tmp_path_factory.mktemp("tmp"))
     yield
@@ -53,7 +58,8 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
-    """What a test draws without a seed of its own is the same in every order of the tests, and whenever they run."""
+    """Seed what a test draws without a seed of its own, so that it does not depend on the order of
+    the tests."""
     import numpy as np
     import torch
 
@@ -64,7 +70,8 @@ def same_numbers() -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads that wait for each other make tensors as small as these ten times slower."""
+    """Use one thread: threads that wait for each other make tensors as small as these ten times
+    slower."""
     import torch
 
     before = torch.get_num_threads()
