@@ -6,7 +6,7 @@ are a tensor of their own (`parallel.vocabulary`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -21,7 +21,8 @@ from parallel.autograd import TensorFunction
 from parallel.collectives import all_reduce
 from parallel.embedding import VocabParallelEmbedding
 from parallel.mesh import Group
-from parallel.params import Init, Piece, Role, ShardSpec
+from parallel.params import Init, Role, ShardSpec
+from parallel.pieces import Piece
 from parallel.soft_cap import soft_cap
 from parallel.tensor import TensorParallel
 from parallel.vocabulary import VocabularyMatrix, vocabulary_piece, vocabulary_shard
@@ -330,10 +331,10 @@ class VocabParallelHead(VocabularyMatrix):
     """Logits' matrix W [V/p, D], its own, borrowed from the embedding, or a copy of the embedding of the first pipeline stage
     (`tied_over` the ranks of both), their bias [V/p], and the loss that goes with them.
 
-    `forward` with labels [N] (IGNORE where there is no target): h [N, D], or this rank's tokens of it → the loss summed over
-    targets, an fp32 scalar, the same on every rank of the group; `measured`, without gradients, each token's loss and whether
-    its label has the highest logit, float64 [2, N]; `by_token`, each token's own loss, fp32 [N], for what is no plain sum over
-    targets; both are 0 where there is no target. Without labels: this rank's logits [N, V/p], for sampling and oracles.
+    Of h [N, D], or this rank's tokens of it, and labels [N] (IGNORE where there is no target) it gives `loss_sum`,
+    `token_losses` or `losses_and_hits`; without labels `logits`. `forward` takes which: ZeRO-3 gathers the weight where the
+    module itself is called.
+
     `bias`: its logical tensor's name, None: there is none; `bias_is_row`: that is [1, V], not [V]. `softcap`: logits x become
     softcap · tanh(x / softcap).
     """
@@ -373,27 +374,42 @@ class VocabParallelHead(VocabularyMatrix):
                 shape = (*shape, 1)
             self.declare("bias", shape, ShardSpec(Role.BIAS, Init(), (piece,), Group.alone()))
 
-    def forward(
-        self,
-        h_ND: Tensor,
-        labels_N: Tensor | None = None,
-        *,
-        measured: bool = False,
-        by_token: bool = False,
-        smoothing: float = 0.0,
-    ) -> Tensor:
-        """`smoothing`: the share of a label's weight that is divided evenly over the vocabulary; only the sum has it."""
-        h_ND = self.tp.enter(h_ND)
-        bias_V = None if self.bias is None else self.bias.flatten()
-        if labels_N is None:
-            bias_V = None if bias_V is None else bias_V.to(h_ND.dtype)
-            logits_NV = self._logits(h_ND, bias_V)
-            return logits_NV if self.softcap is None else soft_cap(logits_NV, self.softcap)
-        output = _Output(self.vocab_size, self.tp.group, self.softcap, self._places(h_ND.device))
-        of_head = h_ND, self.weight, bias_V, self.token_rows, labels_N, output
-        if by_token:
-            return _TokenLosses.apply(*of_head)
-        return losses_and_hits(*of_head) if measured else _CrossEntropySum.apply(*of_head, smoothing)
+    def loss_sum(self, h_ND: Tensor, labels_N: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        """Return the loss summed over targets, an fp32 scalar, the same on every rank of the group. `smoothing`: the share of
+        a label's weight that is divided evenly over the vocabulary."""
+        return self._of_labels(h_ND, labels_N, lambda *of_head: _CrossEntropySum.apply(*of_head, smoothing))
+
+    def token_losses(self, h_ND: Tensor, labels_N: Tensor) -> Tensor:
+        """Return each token's own loss, fp32 [N], 0 where it is no target: for what is no plain sum over targets."""
+        return self._of_labels(h_ND, labels_N, _TokenLosses.apply)
+
+    def losses_and_hits(self, h_ND: Tensor, labels_N: Tensor) -> Tensor:
+        """Return each token's loss and whether its label has the highest logit, float64 [2, N], 0 where it is no target;
+        without gradients."""
+        return self._of_labels(h_ND, labels_N, losses_and_hits)
+
+    def logits(self, h_ND: Tensor) -> Tensor:
+        """Return this rank's logits [N, V/p], for sampling and oracles."""
+        logits_NV: Tensor = self(h_ND, read=self._capped_logits)
+        return logits_NV
+
+    def forward(self, h_ND: Tensor, *, read: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what `read` makes of h [N, D], whole, inside the tensor-parallel region."""
+        return read(self.tp.enter(h_ND))
+
+    def _of_labels(self, h_ND: Tensor, labels_N: Tensor, function: Callable[..., Tensor]) -> Tensor:
+        def read(h_ND: Tensor) -> Tensor:
+            output = _Output(self.vocab_size, self.tp.group, self.softcap, self._places(h_ND.device))
+            bias_V = None if self.bias is None else self.bias.flatten()
+            return function(h_ND, self.weight, bias_V, self.token_rows, labels_N, output)
+
+        result: Tensor = self(h_ND, read=read)
+        return result
+
+    def _capped_logits(self, h_ND: Tensor) -> Tensor:
+        bias_V = None if self.bias is None else self.bias.flatten().to(h_ND.dtype)
+        logits_NV = self._logits(h_ND, bias_V)
+        return logits_NV if self.softcap is None else soft_cap(logits_NV, self.softcap)
 
     def _logits(self, h_ND: Tensor, bias_V: Tensor | None) -> Tensor:
         logits_NV = functional.linear(h_ND, self.weight.to(h_ND.dtype), bias_V)

@@ -39,7 +39,8 @@ from torch.nn import functional
 from parallel.collectives import all_reduce
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, Shard
 from parallel.mesh import Group
-from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
+from parallel.params import Init, Role, Sharded, ShardSpec, whole
+from parallel.pieces import Piece
 from parallel.rng import Streams, dropout
 
 

@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from parallel.params import Piece, ShardSpec
+from parallel.params import ShardSpec
+from parallel.pieces import Piece
 
 BLOCK = 64
 NF4 = (
@@ -51,6 +52,18 @@ class QuantizedWeight:
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         return dequantize(self.codes, self.magnitudes, self.form).to(dtype)
+
+    @property
+    def seen(self) -> None:
+        """Return None: autograd does not see the weight (`parallel.linear.Weight`)."""
+        return
+
+    def value(self, seen: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return self.dequantized(dtype)
+
+    def gradient(self, dy_NO: Tensor, x_NI: Tensor) -> None:
+        """Return None: the weight is never trained."""
+        return
 
     @property
     def numel(self) -> int:

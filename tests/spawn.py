@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import tools.campaign.ranks  # noqa: F401 - it names less for the same fork server to import, which must not come last
 from parallel.topology import Layout
 
 _context = multiprocessing.get_context("forkserver")

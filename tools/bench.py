@@ -51,7 +51,7 @@ from trainer.engine.execution import DTYPES
 from trainer.engine.matmul_peak import measured_peak
 from trainer.errors import UserError
 from trainer.launch import ranks
-from trainer.model.config import TransformerConfig, largest_weight
+from trainer.model.config import TransformerConfig
 from trainer.model.hf_config import to_hf_config, translate
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
@@ -110,7 +110,7 @@ class Shape:
         for _ in range(self.micro_sequences):
             cuts = [0, *sorted(dice.sample(range(1, self.seq_len), documents - 1)), self.seq_len]
             rows.append(tuple(end - start for start, end in itertools.pairwise(cuts)))
-        return MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), tuple(rows))
+        return MicroBatch(tokens[:, :-1].contiguous(), Documents(tuple(rows)), tokens[:, 1:].contiguous())
 
 
 TINY = Shape(layers=2, hidden=64, ffn=128, heads=2, vocab=256, seq_len=64, micro_sequences=2)
@@ -151,7 +151,7 @@ def make_engine(
         network,
         mesh,
         device,
-        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=largest_weight(network)),
+        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=network.largest_weight),
         fill=lambda block: initialise(block, seed=SEED),
     )
 
@@ -212,13 +212,13 @@ def peer_inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
     S, S]. It is made here, once, outside the peer's time.
     """
     inputs = {"input_ids": batch.tokens_BS, "labels": batch.labels_BS, "shift_labels": batch.labels_BS}
-    if any(len(row) > 1 for row in batch.documents):
+    if any(len(row) > 1 for row in batch.documents.lengths):
         document_BS = torch.stack(
-            [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in batch.documents]
+            [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in batch.documents.lengths]
         )
         same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
         inputs["attention_mask"] = same_BSS.tril()[:, None]
-        inputs["position_ids"] = Documents(batch.documents).positions_BS
+        inputs["position_ids"] = batch.documents.positions_BS
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 

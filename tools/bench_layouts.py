@@ -157,7 +157,7 @@ class TorchLoop:
         self.optimizer = make_optimizer(Recipe.model_validate({"optimizer": {"lr": LR}}), self.parameters, CPU)
 
     def step(self, batch: MicroBatch) -> Numbers:
-        loss_sum = self.model(batch.tokens_BS, Documents(batch.documents), batch.labels_BS)
+        loss_sum = self.model(batch.tokens_BS, batch=batch)
         counts = torch.tensor([batch.num_targets, 0.0], dtype=torch.float64)
         counts[1] = loss_sum.detach()
         dist.all_reduce(counts)
@@ -219,13 +219,13 @@ class DeepSpeedPipeline:
             *(_InPipeline(stage, layer, documents) for layer in stage.layers.values()),
             _InPipeline(stage, stage.head.norm, documents),
         ]
-        blocks[-1].logits = stage.head.logits
+        blocks[-1].output = stage.head.output
         self.num_targets = 1
         deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False, verbose=False)
 
         def loss(h_ND: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
             # DeepSpeed averages over the micro-batches.
-            return stage.head.logits(h_ND, labels_BS.flatten()) * (MICRO_BATCHES / self.num_targets)
+            return stage.head.output.loss_sum(h_ND, labels_BS.flatten()) * (MICRO_BATCHES / self.num_targets)
 
         model = PipelineModule(blocks, num_stages=PAIR, loss_fn=loss, partition_method="uniform")
         specs = {id(parameter): spec for _, parameter, spec in owned_specs(stage)}
@@ -275,14 +275,17 @@ class _InPipeline(nn.Module):
 
 
 def rows_of(batch: MicroBatch) -> list[MicroBatch]:
-    rows = range(len(batch.documents))
-    return [MicroBatch(batch.tokens_BS[r : r + 1], batch.labels_BS[r : r + 1], (batch.documents[r],)) for r in rows]
+    rows = range(len(batch.documents.lengths))
+    return [
+        MicroBatch(batch.tokens_BS[r : r + 1], Documents((batch.documents.lengths[r],)), batch.targets_BS[r : r + 1])
+        for r in rows
+    ]
 
 
 def joined(batches: Iterable[MicroBatch]) -> MicroBatch:
     """Return one micro-batch with the rows of several."""
-    tokens, labels, documents = zip(*((b.tokens_BS, b.labels_BS, b.documents) for b in batches), strict=True)
-    return MicroBatch(torch.cat(tokens), torch.cat(labels), tuple(itertools.chain(*documents)))
+    tokens, labels, documents = zip(*((b.tokens_BS, b.targets_BS, b.documents.lengths) for b in batches), strict=True)
+    return MicroBatch(torch.cat(tokens), Documents(tuple(itertools.chain(*documents))), torch.cat(labels))
 
 
 # ------------------------------------------------------------------------------------ one contender

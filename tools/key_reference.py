@@ -156,11 +156,16 @@ def _without_unit(description: str) -> tuple[str, str]:
 
 
 def _conditions(node: Node) -> Iterator[str]:
-    """Yield a sentence for each key that must have one of some values, or this key is refused."""
-    for other, values in node.get("only", {}).items():
-        legal = values if isinstance(values, list) else [values]
-        told = " or ".join(f"`{value if isinstance(value, str) else json.dumps(value)}`" for value in legal)
-        yield f"Only with `{other}` {told}."
+    """Yield a sentence for each key on which this one depends: at other values of that key it is
+    refused."""
+    for other, legal in node.get("only", {}).items():
+        if isinstance(legal, Mapping):
+            yield f"Only with `{other}` of {legal['minimum']} or more."
+        elif not legal:
+            yield f"Only with `{other}`."
+        else:
+            *most, last = (f"`{value if isinstance(value, str) else json.dumps(value)}`" for value in legal)
+            yield f"Only with `{other}` {', '.join(most)}{' or ' if most else ''}{last}."
 
 
 def _shown(default: Any) -> str:

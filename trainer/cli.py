@@ -37,7 +37,7 @@ def _run(words: Sequence[str]) -> int:
     doing = "the command line"
     try:
         _require_surroundings(words)
-        arguments = _parse(words)
+        arguments = parse(words)
         doing = arguments.command
         return COMMANDS[doing].run(arguments)
     except (UserError, Interrupted) as error:
@@ -115,7 +115,8 @@ def _did_you_mean(word: str, names: list[str]) -> str:
     return f"; did you mean {meant}?" if meant else ""
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return what the words of a command line mean. RecipeError for words that mean nothing."""
     parser = _Parser(prog="triaxis", description="3D-parallel training of transformers on DeepSpeed.", allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, command in COMMANDS.items():

@@ -135,8 +135,8 @@ def test_a_model_without_a_template_is_not_asked_by_one(
 def test_an_export_that_would_tokenize_otherwise_is_not_written(
     pretrained: tuple[Ended, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer.data import auto_tokenizer
+    from trainer.data import handed_on_tokenizer
 
-    monkeypatch.setattr(auto_tokenizer, "_unlike", lambda folder, tokenizer: "the first text is another")
+    monkeypatch.setattr(handed_on_tokenizer, "_unlike", lambda folder, tokenizer: "the first text is another")
     assert main(["export", str(pretrained[1]), str(tmp_path / "out")]) == 65
     assert not (tmp_path / "out").exists()

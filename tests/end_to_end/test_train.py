@@ -149,7 +149,7 @@ def evaluated_by(model: torch.nn.Module, folder: Path) -> float:
     with torch.no_grad():
         for batch in data.micro_batches(dp_rank=0, dp=1, micro_sequences=1):
             start_at = 0
-            for length in batch.documents[0]:
+            for length in batch.documents.lengths[0]:
                 rows = slice(start_at, start_at + length)
                 logits = model(batch.tokens_BS[:, rows]).logits[0]
                 labels = batch.labels_BS[0, rows]

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 import trainer.model.auto_stage
+from parallel.attention import Documents
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
 from parallel.topology import Layout
@@ -30,7 +31,6 @@ from trainer.engine.engine import Engine
 from trainer.model.auto import open_auto
 from trainer.model.hf_config import translate
 from trainer.model.hugging_face import PretrainedWeights
-from trainer.model.network import largest_weight
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 
@@ -144,7 +144,7 @@ def run_case(mesh: Mesh, case: Case) -> Outcome:
         network, fill = open_auto(recipe, TOKENIZER)
     else:
         network, fill = translate(case.family, MODELS[case.model]), PretrainedWeights(case.folder).fill
-    config = deepspeed_config(recipe, plan, largest_weight=largest_weight(network))
+    config = deepspeed_config(recipe, plan, largest_weight=network.largest_weight)
     engine = Engine(recipe, plan, network, mesh, torch.device("cpu"), deepspeed_config=config, fill=fill)
     initial = whole_weights(engine)
     results = [engine.step(packed(mesh, plan, step), step=step, lr=LR) for step in range(case.steps)]
@@ -159,7 +159,7 @@ def packed(mesh: Mesh, plan: BatchPlan, step: int) -> list[MicroBatch]:
     first = mesh.dp.rank * plan.sequences_per_rank
     starts = range(first, first + plan.sequences_per_rank, plan.micro_sequences)
     rows = [slice(start, start + plan.micro_sequences) for start in starts]
-    return [MicroBatch(tokens[r], labels[r], PACKED[r]) for r in rows]
+    return [MicroBatch(tokens[r], Documents(PACKED[r]), labels[r]) for r in rows]
 
 
 def outcome(case: Case) -> Outcome:

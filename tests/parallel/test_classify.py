@@ -24,7 +24,6 @@ from trainer.data.loader import EvalData, TrainData
 from trainer.data.targets import targets_of
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
-from trainer.model.config import largest_weight
 from trainer.model.hf_config import translate
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
@@ -81,7 +80,7 @@ def train(mesh: Mesh, folder: Path, task: str, family: str, zero: int) -> dict[s
         network,
         mesh,
         torch.device("cpu"),
-        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=largest_weight(network)),
+        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=network.largest_weight),
         fill=lambda block: initialise(block, seed=0),
     )
     targets = {

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from parallel.attention import Documents
 from parallel.mesh import Mesh
 from parallel.params import initialise
 from parallel.topology import Layout
@@ -122,7 +123,7 @@ def accumulate_many(mesh: Mesh, stage: int) -> tuple[float, float]:
             fill=lambda block: initialise(block, seed=0),
         )
         tokens, labels = rows_of_step(0)
-        batch = MicroBatch(tokens[:1], labels[:1], ((S,),))
+        batch = MicroBatch(tokens[:1], Documents(((S,),)), labels[:1])
         norms.append(engine.step([batch] * copies, step=0, lr=0.1).grad_norm)
         engine.close()
     return norms[0], norms[1]

@@ -16,7 +16,7 @@ from tests.spawn import spawn
 from trainer.model.blocks import blocks_of
 from trainer.model.hf_config import to_hf_config, translate
 from trainer.model.hugging_face import SINGLE, PretrainedWeights, read_config
-from trainer.model.names import WEIGHT_NAMES
+from trainer.model.names import names_of
 from trainer.model.transformer import Stage, logical_specs
 
 MIB = 2**20
@@ -47,7 +47,7 @@ def load(mesh: Mesh, folder: Path) -> tuple[int, int]:
     config = translate("llama", read_config(folder))
     weights = PretrainedWeights(folder)
     specs = logical_specs(config)
-    weights.check_names(specs, ties=WEIGHT_NAMES["llama"].ties(specs))
+    weights.check_names(specs, ties=names_of(config).ties(specs))
     stage = Stage(
         config,
         blocks_of(config),

@@ -29,7 +29,6 @@ from trainer.data import prepare
 from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
-from trainer.model.config import largest_weight
 from trainer.model.hf_config import to_hf_config, translate
 from trainer.model.hugging_face import write_folder
 from trainer.recipe.batch_plan import BatchPlan
@@ -99,7 +98,7 @@ def train(mesh: Mesh, case: Case, folder: Path) -> Outcome:
         network,
         mesh,
         torch.device("cpu"),
-        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=largest_weight(network)),
+        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=network.largest_weight),
         fill=lambda block: initialise(block, seed=0),
     )
 
@@ -137,7 +136,7 @@ def train(mesh: Mesh, case: Case, folder: Path) -> Outcome:
 
 
 def rows_of(batch: MicroBatch) -> list[Row]:
-    return list(zip(batch.tokens_BS.numpy(), batch.labels_BS.numpy(), batch.documents, strict=True))
+    return list(zip(batch.tokens_BS.numpy(), batch.labels_BS.numpy(), batch.documents.lengths, strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch.nn import functional
 from parallel import low_rank, params, quantized
 from parallel.bottleneck import Bottleneck
 from parallel.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
-from parallel.low_rank import ColumnLowRank, RowLowRank
+from parallel.low_rank import ColumnLowRank, LowRank, RowLowRank
 from parallel.mesh import Mesh
 from parallel.params import ShardSpec
 from parallel.tensor import TensorParallel
@@ -24,7 +24,7 @@ from tests.parallel.training import Case, Outcome, assert_same_training, in_one_
 from tests.parallel.tuning import LORA, METHODS
 from tests.spawn import spawn
 from trainer.engine.zero_state import ZeroState
-from trainer.tuning import adapt, rank_budget
+from trainer.tuning import builders, rank_budget
 from trainer.tuning.rank_budget import RankBudget
 from trainer.tuning.targets import is_added
 
@@ -68,7 +68,7 @@ def row_products_not_summed() -> None:
 
 
 def scaling_forgotten() -> None:
-    adapt.scale_of = lambda tuning: 1.0
+    builders.LowRank = lambda rank, scale, *more, **parts: LowRank(rank, 1.0, *more, **parts)
 
 
 def drawn_by_rank() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from parallel.attention import Documents
 from parallel.gather import logical_tensors
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
@@ -23,7 +24,6 @@ from tests.spawn import spawn
 from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
-from trainer.model.config import largest_weight
 from trainer.model.hf_config import translate
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
@@ -137,7 +137,7 @@ def make_engine(mesh: Mesh, case: Case) -> Engine:
         network,
         mesh,
         torch.device("cpu"),
-        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=largest_weight(network)),
+        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=network.largest_weight),
         fill=fill_in_float64 if case.dtype == "fp64" else fill,
     )
 
@@ -201,7 +201,7 @@ def micro_batches(mesh: Mesh, plan: BatchPlan, step: int) -> list[MicroBatch]:
     first = mesh.dp.rank * plan.sequences_per_rank
     starts = range(first, first + plan.sequences_per_rank, plan.micro_sequences)
     rows = [slice(start, start + plan.micro_sequences) for start in starts]
-    return [MicroBatch(tokens[r], labels[r], ((S - 5, 5),) * plan.micro_sequences) for r in rows]
+    return [MicroBatch(tokens[r], Documents(((S - 5, 5),) * plan.micro_sequences), labels[r]) for r in rows]
 
 
 def poison(engine: Engine) -> None:

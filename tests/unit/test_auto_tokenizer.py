@@ -35,7 +35,7 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, re
 from trainer.errors import DataError, RecipeError
 from trainer.model.families import FAMILIES
 from trainer.model.hf_config import translate
-from trainer.model.network import ModelFiles
+from trainer.model.model_files import ModelFiles
 
 SOURCES: dict[str, Callable[[Path], None]] = {
     made.__name__: made for made in (chat, word_piece, unigram, begins, older, dropping, llama3, deepseek, mistral)

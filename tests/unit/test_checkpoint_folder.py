@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from parallel.messages import Messages
+from parallel.pieces import Fragment, Piece
 from tests.unit.checkpoints import FACTS, blank, forged, save, write_checkpoint
 from tools.campaign.cases import write_recipe
 from tools.campaign.damage import sealed
@@ -22,7 +23,7 @@ from trainer.checkpoint import save as save_module
 from trainer.checkpoint.export import export
 from trainer.checkpoint.facts import CHANGES, NOT_OF_THE_MODEL, data_facts, model_facts, recipe_facts, refusals
 from trainer.checkpoint.folder import REASON, CheckpointFolder, files_in
-from trainer.checkpoint.manifest import MANIFEST, File, Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.manifest import MANIFEST, File, LogicalTensor, Manifest, Stored
 from trainer.checkpoint.resume import Found, newest_whole
 from trainer.checkpoint.resume_check import Resume, as_json, checkpoint_named, finished
 from trainer.engine.loss_scale import LossScaler
@@ -36,13 +37,14 @@ ALONE = Messages.alone()
 
 # ---------------------------------------------------------------------------------------------------- the manifest
 
+B = Piece.whole("b", (2, 3), transposed=True)
 SMALL = replace(
     blank(3),
     versions={"torch": "é\n"},
     files=(File("rank-00000.safetensors", 64, "0" * 64), File("hugging_face/config.json", 2, "f" * 64)),
     tensors={
-        "b": LogicalTensor((2, 3), {"weight": "F32", "exp_avg": "BF16"}, (Fragment(0, (0, 0), (2, 3), 0, 6, True),)),
-        "a": LogicalTensor((), {"weight": "I64"}, (Fragment(0, (), (), 0, 1),)),
+        "b": LogicalTensor((2, 3), {"weight": "F32", "exp_avg": "BF16"}, (Stored(0, Fragment.whole(B)),)),
+        "a": LogicalTensor((), {"weight": "I64"}, (Stored(0, Fragment.whole(Piece.whole("a", ()))),)),
     },
 )
 

@@ -18,7 +18,7 @@ from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel
 from trainer.data import PreparedData, prepare
 from trainer.data.labelled import in_order
-from trainer.data.loader import EvalData, TrainData
+from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.targets import targets_of
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import DataError, RecipeError
@@ -29,7 +29,7 @@ from trainer.model.heads import ClassHead
 from trainer.model.hf_config import translate
 from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
 from trainer.model.measures import ClassMeasures, EvalResult
-from trainer.model.network import ModelFiles
+from trainer.model.model_files import ModelFiles
 from trainer.model.transformer import Stage
 from trainer.recipe import load
 from trainer.schema import Data
@@ -68,7 +68,7 @@ def test_the_label_is_where_the_network_has_seen_all_of_the_text(causal: bool, r
         )
         assert torch.equal(read.labels_BS, unread.labels_BS), "ranks that read no tokens count the same targets"
         begin = 0
-        for length in read.documents[0]:
+        for length in read.documents.lengths[0]:
             tokens, labels = (part[0, begin : begin + length] for part in (read.tokens_BS, read.labels_BS))
             (at,) = np.nonzero((labels != IGNORE).numpy())
             if len(at):
@@ -177,7 +177,7 @@ def test_many_classes_are_measured_as_few_are(monkeypatch: pytest.MonkeyPatch) -
     for most in (1000, 6):
         monkeypatch.setattr(measures, "PAIRED_CLASSES", most)
         monkeypatch.setattr(heads, "PAIRED_CLASSES", most)
-        sums = head(x_ND, Documents.whole_rows(1, 400), labels_BS, None, measured=True)
+        sums = head.sums(x_ND, MicroBatch(labels_BS, Documents.whole_rows(1, 400), labels_BS))
         found = ClassMeasures(7)
         assert len(sums) == found.num_sums == (50 if most == 1000 else 22)
         result = EvalResult(tuple(sums.tolist()), int((labels_BS != IGNORE).sum()))
@@ -264,10 +264,12 @@ def test_an_export_is_the_same_classifier_in_transformers(family: str, rows: Pat
     labels_BS[0, at] = classes
     packed = Documents((tuple(lengths),))
     # fp32 in another order of sums: seen 2e-7.
-    torch.testing.assert_close(ours(tokens_BS, packed)[0, at], out.logits, rtol=0, atol=2e-6)
-    loss = ours(tokens_BS, packed, labels_BS)
+    torch.testing.assert_close(
+        ours(tokens_BS, batch=MicroBatch(tokens_BS, packed), output="logits")[0, at], out.logits, rtol=0, atol=2e-6
+    )
+    loss = ours(tokens_BS, batch=MicroBatch(tokens_BS, packed, labels_BS))
     torch.testing.assert_close(loss, 3 * out.loss, rtol=2e-6, atol=0)
-    sums = ours(tokens_BS, packed, labels_BS, measured=True)
+    sums = ours(tokens_BS, batch=MicroBatch(tokens_BS, packed, labels_BS), output="sums")
     named = out.logits.argmax(-1)
     assert sums[1:].reshape(3, 3).nonzero().tolist() == sorted([int(c), int(n)] for c, n in zip(classes, named, strict=True))
 
@@ -284,7 +286,10 @@ def test_an_export_is_the_same_classifier_in_transformers(family: str, rows: Pat
             torch.testing.assert_close(got, box, rtol=1e-4, atol=2e-6, msg=lambda said, name=piece.name: f"{name}: {said}")
     again = stage_of(translate(family, read_config(tmp_path / "out")), PretrainedWeights(tmp_path / "out").fill)
     assert again.config.classes == CLASSES
-    assert torch.equal(again(tokens_BS, packed), ours(tokens_BS, packed))
+    assert torch.equal(
+        again(tokens_BS, batch=MicroBatch(tokens_BS, packed), output="logits"),
+        ours(tokens_BS, batch=MicroBatch(tokens_BS, packed), output="logits"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -299,7 +304,7 @@ def test_the_heads_dropout_is_its_own_where_it_has_one(family: str, of_head: flo
 def test_a_head_without_a_document_of_its_own_gives_no_loss() -> None:
     ours = stage_of(network("llama"), lambda block: initialise(block, seed=3))
     tokens_BS = torch.zeros(1, 4, dtype=torch.int64)
-    loss = ours(tokens_BS, Documents(((4,),)), torch.full_like(tokens_BS, IGNORE))
+    loss = ours(tokens_BS, batch=MicroBatch(tokens_BS, Documents(((4,),)), torch.full_like(tokens_BS, IGNORE)))
     loss.backward()
     assert loss == 0.0
     assert not ours.head.classifier.weight.grad.any()

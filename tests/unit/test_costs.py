@@ -15,6 +15,7 @@ from parallel.tensor import TensorParallel
 from tests.unit.shapes import MODELS, TRANSLATIONS, V
 from trainer.costs.blocks import block_costs, block_flops, block_parameters, count_parameters
 from trainer.costs.flops import row_flops, training_flops, translation_flops
+from trainer.data.loader import MicroBatch
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import TransformerConfig
 from trainer.model.hf_config import translate
@@ -70,7 +71,7 @@ def test_flops_of_a_block_are_those_that_torch_counts(kind: str) -> None:
     built = stage(config, [block])
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
-        built(x, Documents(((S,),)), labels).sum().backward()
+        built(x, batch=MicroBatch(x, Documents(((S,),)), labels)).sum().backward()
     other_half = 6 * config.num_heads * config.head_dim * S * S * (kind == "layer")
     assert counter.get_total_flops() == pytest.approx(block_flops(config, block, S) + other_half, rel=0.01)
 

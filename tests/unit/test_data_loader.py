@@ -37,7 +37,7 @@ def rows_of(micro_batches: list[MicroBatch]) -> list[tuple]:
     return [
         (tuple(tokens.tolist()), tuple(labels.tolist()), documents)
         for batch in micro_batches
-        for tokens, labels, documents in zip(batch.tokens_BS, batch.labels_BS, batch.documents, strict=True)
+        for tokens, labels, documents in zip(batch.tokens_BS, batch.labels_BS, batch.documents.lengths, strict=True)
     ]
 
 
@@ -125,7 +125,7 @@ def test_micro_batch_of_training(stores: list[TokenStore]) -> None:
     assert batch.num_targets == int((~ends).sum())
     (packed,) = train_data(stores, isolate_documents=False).micro_batches(0, dp_rank=0, dp=1, micro_sequences=8)
     assert packed.num_targets == 8 * S
-    assert packed.documents == ((S,),) * 8
+    assert packed.documents.lengths == ((S,),) * 8
 
 
 def test_fingerprint_and_sizes(stores: list[TokenStore]) -> None:
@@ -150,8 +150,8 @@ def test_an_epoch_has_every_target_once_to_the_last(tmp_path: Path, size: int, i
     expected = [token for at, token in enumerate(store.tokens[:].tolist()) if at > 0 and at not in first]
     assert learned == sorted(expected)
     assert all(batch.num_targets > 0 for batch in batches)
-    assert all(sum(batch.documents[0]) == S for batch in batches)
-    cut = [batch.documents[0] for batch in batches if (batch.labels_BS == IGNORE).all(0)[-1] and not isolate_documents]
+    assert all(sum(batch.documents.lengths[0]) == S for batch in batches)
+    cut = [batch.documents.lengths[0] for batch in batches if (batch.labels_BS == IGNORE).all(0)[-1] and not isolate_documents]
     assert cut == ([] if isolate_documents or (size - 1) % S == 0 else [((size - 1) % S, S - (size - 1) % S)])
 
 
@@ -186,7 +186,7 @@ def test_evaluation_covers_every_target_once(stores: list[TokenStore], dp: int, 
     labels = torch.cat([batch.labels_BS.flatten() for batch in batches])
     targets = labels[labels != IGNORE].tolist()
     assert sum(batch.num_targets for batch in batches) == len(targets)
-    assert all(sum(lengths) == S for batch in batches for lengths in batch.documents)
+    assert all(sum(lengths) == S for batch in batches for lengths in batch.documents.lengths)
     if sequences == 1000:
         assert data.num_sequences == 42 + 19
         assert targets == [token for store in stores for token in store.tokens[1:].tolist()]

@@ -88,9 +88,9 @@ def test_an_epoch_has_every_pair_once_with_only_its_answers_as_targets(tmp_path:
     found = prepared(tmp_path, ROWS)
     seen = []
     for batch in epoch(found):
-        ends = np.cumsum([0, *batch.documents[0]]).tolist()
+        ends = np.cumsum([0, *batch.documents.lengths[0]]).tolist()
         answers = []
-        for begin, end in list(pairwise(ends))[: len(batch.documents[0]) // 2 * 2]:
+        for begin, end in list(pairwise(ends))[: len(batch.documents.lengths[0]) // 2 * 2]:
             tokens, labels = batch.tokens_BS[0, begin:end], batch.labels_BS[0, begin:end]
             answer = found.tokenizer.decode(labels[labels != IGNORE].tolist())
             prompt = found.tokenizer.decode(tokens[: int((labels != IGNORE).nonzero()[0])].tolist())
@@ -110,7 +110,7 @@ def test_pairs_that_are_not_learned_whole_are_told(tmp_path: Path) -> None:
         {"prompt": "d", "chosen": "yes", "rejected": "yes"},
     ]
     found = prepared(tmp_path, rows)
-    answers = [length for batch in epoch(found) for length in batch.documents[0][:2]]
+    answers = [length for batch in epoch(found) for length in batch.documents.lengths[0][:2]]
     assert sorted(answers) == [20, 20, 21, S // 2], "the long answer is cut at half a row"
     told = "\n".join(found.notes)
     cut = 17 + 61 - S // 2

@@ -72,7 +72,7 @@ def test_an_epoch_learns_every_answer_once_with_its_question_before_it(isolate: 
     assert sorted(answers_of(found, batches)) == sorted(row["completion"] for row in ROWS)
     for batch in batches:
         tokens, labels = batch.tokens_BS[0], batch.labels_BS[0]
-        documents = batch.documents[0] if isolate else tuple(np.diff([0, *starts(found, tokens), S]).tolist())
+        documents = batch.documents.lengths[0] if isolate else tuple(np.diff([0, *starts(found, tokens), S]).tolist())
         for begin, size in zip(np.cumsum([0, *documents]), documents, strict=False):
             inside = tokens[begin : begin + size].tolist()
             if set(inside) == {found.tokenizer.end_of_document}:  # what is left of the row

@@ -9,7 +9,7 @@ from tests.unit.shapes import BERT
 from trainer.costs.blocks import count_parameters
 from trainer.costs.flops import matmul_weights, training_flops
 from trainer.errors import RecipeError
-from trainer.model.config import RopeScaling, TransformerConfig, largest_weight
+from trainer.model.config import RopeScaling, TransformerConfig
 from trainer.model.families import FAMILIES, PLAIN
 from trainer.model.hf_config import to_hf_config, translate
 
@@ -120,7 +120,7 @@ def test_parameters_are_counted_exactly(family: str, shape: dict[str, Any]) -> N
     config = translate(family, shape)
     model = hf_model(config)
     assert count_parameters(config) == sum(p.numel() for p in model.parameters())
-    assert largest_weight(config) >= max(p.numel() for p in model.parameters())
+    assert config.largest_weight >= max(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(("family", "shape"), SHAPES)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from parallel.params import Piece
+from parallel.pieces import Piece
 from trainer.errors import DataError, NotFinite, RecipeError
 from trainer.model.finite import Rounding
 from trainer.model.hf_config import translate

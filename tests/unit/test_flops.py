@@ -14,6 +14,7 @@ from parallel.params import initialise
 from parallel.tensor import TensorParallel
 from tests.unit.shapes import BERT, GPT2, LLAMA, V
 from trainer.costs.flops import PEAKS, listed_peak, matmul_weights, training_flops
+from trainer.data.loader import MicroBatch
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig
 from trainer.model.hf_config import translate
@@ -52,7 +53,7 @@ def counted_flops(config: TransformerConfig, lengths: tuple[tuple[int, ...], ...
     tokens = torch.randint(0, V, (len(lengths), sum(lengths[0])), generator=torch.Generator().manual_seed(0))
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
-        stage(tokens, Documents(lengths), tokens.roll(-1, dims=1)).backward()
+        stage(tokens, batch=MicroBatch(tokens, Documents(lengths), tokens.roll(-1, dims=1))).backward()
     return int(counter.get_total_flops())
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from parallel.attention import Documents
 from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel
+from trainer.data.loader import MicroBatch
 from trainer.data.tokenizer import Tokenizer, make_tokenizer
 from trainer.errors import DataError, RecipeError, UserError
 from trainer.inference.generate import Writing, continue_from_folder, sample
@@ -129,7 +130,11 @@ def test_a_folder_continues_as_the_model_that_was_exported(family: str, exports:
 
     @torch.no_grad()
     def logits(tokens: Sequence[int]) -> torch.Tensor:
-        return stage(torch.tensor([list(tokens)]), Documents.whole_rows(1, len(tokens)))[0, -1]
+        return stage(
+            torch.tensor([list(tokens)]),
+            batch=MicroBatch(torch.tensor([list(tokens)]), Documents.whole_rows(1, len(tokens))),
+            output="logits",
+        )[0, -1]
 
     prompt = tokenizer.encode("ab c")
     end = tokenizer.end_of_document

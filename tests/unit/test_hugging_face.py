@@ -21,6 +21,7 @@ from tests.unit.model_folders import Bomb, assert_refused, read_all, saved
 from tests.unit.oracle import assert_close, random_model, random_tokens
 from tests.unit.shapes import BERT, GPT2, LLAMA, MODELS, B, S, V
 from tests.unit.stages import stage_from
+from trainer.data.loader import MicroBatch
 from trainer.errors import DataError, RecipeError
 from trainer.model.blocks import blocks_of
 from trainer.model.hf_config import to_hf_config, translate
@@ -34,7 +35,7 @@ from trainer.model.hugging_face import (
     weights_file,
     write_folder,
 )
-from trainer.model.names import WEIGHT_NAMES
+from trainer.model.names import names_of
 from trainer.model.transformer import Stage, logical_specs
 
 TIED_LLAMA = MODELS["llama-mha-tied"]
@@ -101,7 +102,12 @@ def test_what_is_written_loads_everywhere(family: str, shape: dict[str, Any], sh
     theirs = load_theirs(folder)
     tokens = random_tokens()
     with torch.no_grad():
-        assert_close(stage(tokens, Documents.whole_rows(B, S)), theirs(input_ids=tokens).logits, 1e-5, "logits")
+        assert_close(
+            stage(tokens, batch=MicroBatch(tokens, Documents.whole_rows(B, S)), output="logits"),
+            theirs(input_ids=tokens).logits,
+            1e-5,
+            "logits",
+        )
     for name, parameter in theirs.named_parameters():
         assert torch.equal(stored(folder)[name], parameter), name
     assert_same_weights(stage_from(folder), stage)
@@ -146,8 +152,9 @@ def test_names_of_a_model_without_its_head(family: str, shape: dict[str, Any], t
     model.base_model.save_pretrained(tmp_path / "base")
     assert not stored(tmp_path / "base").keys() & stored(tmp_path / "whole").keys()
     assert_same_weights(stage_from(tmp_path / "base"), stage_from(tmp_path / "whole"))
-    specs = logical_specs(translate(family, shape))
-    PretrainedWeights(tmp_path / "base").check_names(specs, ties=WEIGHT_NAMES[family].ties(specs))
+    network = translate(family, shape)
+    specs = logical_specs(network)
+    PretrainedWeights(tmp_path / "base").check_names(specs, ties=names_of(network).ties(specs))
 
 
 # ----------------------------------------------------------------------------------------------- folders of Bert

@@ -22,6 +22,7 @@ from tests.unit.stages import whole_model
 from trainer.checkpoint.facts import recipe_facts, refusals
 from trainer.data.chat import Chat
 from trainer.data.conversations import Conversation, Message
+from trainer.data.loader import MicroBatch
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, train_bpe
 from trainer.engine.parameter_counts import Census
 from trainer.errors import RecipeError
@@ -284,7 +285,7 @@ def test_a_bias_that_lies_down_grows_too(tmp_path: Path) -> None:
     """Marian's, [1, V]."""
     from safetensors.torch import save_file
 
-    from parallel.params import Piece
+    from parallel.pieces import Piece
 
     bias = torch.randn(1, ROWS)
     save_file({"final_logits_bias": bias}, tmp_path / "model.safetensors")
@@ -330,12 +331,12 @@ def test_embedding_and_head_compute_what_plain_matrices_would(tied: bool, softca
         return logits, cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
 
     logits, losses = plain()
-    torch.testing.assert_close(head(embedding(ids)), logits)
-    torch.testing.assert_close(head(embedding(ids), labels, measured=True)[0], losses)
+    torch.testing.assert_close(head.logits(embedding(ids)), logits)
+    torch.testing.assert_close(head.losses_and_hits(embedding(ids), labels)[0], losses)
     of_tokens = torch.randn(40, generator=stream, dtype=torch.float64)
     for ours, theirs in (
-        (head(embedding(ids), labels), losses.sum()),
-        ((head(embedding(ids), labels, by_token=True) * of_tokens).sum(), (losses * of_tokens).sum()),
+        (head.loss_sum(embedding(ids), labels), losses.sum()),
+        ((head.token_losses(embedding(ids), labels) * of_tokens).sum(), (losses * of_tokens).sum()),
     ):
         torch.testing.assert_close(ours, theirs)
         expected = [grad[list(tokens)] for grad in torch.autograd.grad(theirs, weights, retain_graph=True)]
@@ -374,7 +375,7 @@ def test_an_adapter_with_rows_leaves_and_merges(name: str, method: str, tmp_path
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=stream) * 0.1)
     tokens = torch.arange(SIZE)[None, -12:]
-    expected = stage(tokens, Documents(((12,),))).detach()
+    expected = stage(tokens, batch=MicroBatch(tokens, Documents(((12,),))), output="logits").detach()
 
     tensors = dict(assembled((spec, parameter.detach()) for _, parameter, spec in owned_specs(stage)))
     assert set(token_rows(recipe.tuning, network).values()) <= {key for key in tensors if is_added(key)}
@@ -384,7 +385,9 @@ def test_an_adapter_with_rows_leaves_and_merges(name: str, method: str, tmp_path
         assert torch.equal(whole[key][list(TOKENS)], tensors[rows])
     if method != "adapter":
         plain = whole_model(network, Tuning(), "cpu", lambda block: set_all(block, whole)).eval()
-        torch.testing.assert_close(plain(tokens, Documents(((12,),))), expected, rtol=1e-4, atol=1e-5)  # fp32, other sums
+        torch.testing.assert_close(
+            plain(tokens, batch=MicroBatch(tokens, Documents(((12,),))), output="logits"), expected, rtol=1e-4, atol=1e-5
+        )  # fp32, other sums
     if method == "bitfit":
         return
     (tmp_path / "adapter").mkdir()

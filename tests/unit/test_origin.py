@@ -17,7 +17,7 @@ from trainer.errors import DataError
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.families import FAMILIES
 from trainer.model.hf_config import translate
-from trainer.model.network import ModelFiles
+from trainer.model.model_files import ModelFiles
 from trainer.model.origin import Origin
 
 QWEN3 = {

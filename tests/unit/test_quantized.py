@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from parallel.mesh import Group
-from parallel.params import Init, Piece, Role, ShardSpec
+from parallel.params import Init, Role, ShardSpec
+from parallel.pieces import Piece
 from parallel.quantized import BLOCK, NF4, QuantizedWeight, dequantize, quantize
 from trainer.tuning.targets import QUANTIZED_TOGETHER
 

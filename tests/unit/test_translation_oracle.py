@@ -27,6 +27,7 @@ from parallel.tensor import TensorParallel
 from tests.unit.oracle import assert_close, assert_same_gradients, logical_gradients, random_translator, their_class
 from tests.unit.shapes import MARIAN, T5, TRANSLATIONS, V
 from tests.unit.stages import stage_from
+from trainer.data.loader import MicroBatch
 from trainer.model.blocks import blocks_of
 from trainer.model.heads import Head
 from trainer.model.hf_config import to_hf_config, translate
@@ -125,7 +126,10 @@ def test_rows_of_pairs_equal_transformers_on_each(
     theirs.named_parameters = lambda: weights
     tokens, labels, documents = rows_of(pairs)
 
-    logits, loss_sum = ours(tokens, documents), ours(tokens, documents, labels)
+    logits, loss_sum = (
+        ours(tokens, batch=MicroBatch(tokens, documents), output="logits"),
+        ours(tokens, batch=MicroBatch(tokens, documents, labels)),
+    )
     expected_sum = torch.zeros((), dtype=torch.float64)
     for row, source, target in each_pair(pairs):
         expected = their_logits(theirs, tokens, row, source, target)
@@ -164,7 +168,10 @@ def test_the_oracle_catches(mutation: Callable[[], Any], tmp_path: Path, monkeyp
     monkeypatch.setattr(*mutation(), raising=False)
     theirs, ours = twins("t5", tmp_path)
     tokens, _, documents = rows_of(PAIRS[:1])
-    expected, got = their_logits(theirs, tokens, 0, slice(0, HALF), slice(HALF, 2 * HALF)), ours(tokens, documents)[0]
+    expected, got = (
+        their_logits(theirs, tokens, 0, slice(0, HALF), slice(HALF, 2 * HALF)),
+        ours(tokens, batch=MicroBatch(tokens, documents), output="logits")[0],
+    )
     with pytest.raises(AssertionError, match="logits"):
         assert_close(got, expected, 1e-3, "logits")
 
@@ -178,7 +185,10 @@ def test_a_pair_sees_no_other(name: str, pairs: list[list[tuple[int, int]]], tmp
         other = tokens.clone()
         other[row, source.start] = other[row, source.start] % (V - 1) + 1
         with torch.no_grad():
-            changed = (ours(other, documents) != ours(tokens, documents)).any(-1)
+            changed = (
+                ours(other, batch=MicroBatch(other, documents), output="logits")
+                != ours(tokens, batch=MicroBatch(tokens, documents), output="logits")
+            ).any(-1)
         assert changed[row, target.start - HALF : target.stop - HALF].all(), "a target did not see all of its source"
         changed[row, target.start - HALF : target.stop - HALF] = False
         assert not changed.any(), "another target saw it"
@@ -207,7 +217,7 @@ def test_recompute_changes_no_bit(recompute: Any, family: str, tmp_path: Path) -
     seen = []
     for how in ("none", recompute):
         ours = stage_from(tmp_path, recompute=how)
-        loss = ours(tokens, documents, labels, Streams((5, 6, 7, 8)))
+        loss = ours(tokens, batch=MicroBatch(tokens, documents, labels, streams=Streams((5, 6, 7, 8))))
         loss.backward()
         seen.append((loss.detach(), logical_gradients(ours)))
     assert torch.equal(seen[0][0], seen[1][0])
@@ -232,7 +242,7 @@ def test_dropout_is_wherever_transformers_has_it(family: str, tmp_path: Path, mo
     sites: set[str] = set()
     streams = Streams((5,))
     monkeypatch.setattr(Streams, "_keeps", lambda self, site, rate, row, shape, device: _noted(site, shape, sites))
-    stage_from(tmp_path)(tokens, documents, labels, streams)
+    stage_from(tmp_path)(tokens, batch=MicroBatch(tokens, documents, labels, streams=streams))
     assert calls.count(0.2) == len(sites)
 
 

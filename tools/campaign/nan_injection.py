@@ -154,7 +154,7 @@ def put(engine: Any, injection: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                     (factor[0] if factor.dim() else factor).fill_(math.nan)
                 return output * factor
 
-            chosen = heads[0].head.logits if kind == "loss" else stream.choice(_with_outputs(stages))
+            chosen = heads[0].head.output if kind == "loss" else stream.choice(_with_outputs(stages))
             path, stage = next((path, s) for s in stages for path, module in s.named_modules() if module is chosen)
             target.update(what="loss" if kind == "loss" else f"({path})")
             hooks.callback(stage.register_forward_pre_hook(count).remove)
@@ -173,7 +173,7 @@ def _with_outputs(stages: Sequence[nn.Module]) -> list[nn.Module]:
         module
         for stage in stages
         for path, module in stage.named_modules()
-        if isinstance(module, Sharded) and module.specs and path != "head.logits"
+        if isinstance(module, Sharded) and module.specs and path != "head.output"
     ]
 
 

@@ -17,12 +17,12 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.resume import CheckpointSource, Found, newest_whole
 from trainer.checkpoint.save import Saved, Saver
 from trainer.engine.engine import Engine
-from trainer.engine.optimizer_state import state_names
 from trainer.errors import DataError, NotFinite
 from trainer.launch.ranks import PeerFailed
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.redaction import redact
 from trainer.schema import Recipe
+from trainer.update_rules import states_of
 
 PACKAGES = ("triaxis", "torch", "deepspeed", "transformers")
 
@@ -65,7 +65,7 @@ class Checkpoints:
         if self.found is None:
             return
         state = self.found.manifest.state
-        source = CheckpointSource(self.found, states=state_names(self.recipe.optimizer))
+        source = CheckpointSource(self.found, states=[kept.name for kept in states_of(self.recipe.optimizer)])
         engine.state.restore(source, updates=state["updates"])
         engine.scaler.restore(state["loss_scale"])
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.engine.optimizer_state import states_per_element
 from trainer.schema import Recipe
+from trainer.update_rules import states_per_element
 
 FP32_BYTES = 4
 

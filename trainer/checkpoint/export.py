@@ -28,6 +28,7 @@ from trainer.model.hf_config import translate
 from trainer.model.hugging_face import INDEX, SHARD_BYTES, file_name, read_config, write_index
 from trainer.tuning import bottleneck_format
 from trainer.tuning.adapter_folder import AdapterFormat
+from trainer.tuning.methods import method_of
 
 # Relative to the largest logit: two implementations of one network sum in another order. 1e-6 was
 # seen in fp32.
@@ -38,12 +39,9 @@ def require_mergeable(checkpoint: Path) -> None:
     """Raise RecipeError if `--merge` is impossible for the checkpoint."""
     tuned = Tuned.of(checkpoint, read_sound(checkpoint))
     if tuned is None or not tuned.has_adapter:
-        raise RecipeError(f"--merge: {checkpoint} has no adapter (tuning.method none or bitfit): export it without")
-    if not tuned.merges:
-        raise RecipeError(
-            f"--merge: {checkpoint} has adapters with a nonlinearity between their projections, which no weight can take up: "
-            "export it without"
-        )
+        raise RecipeError(f"--merge: {checkpoint} has no adapter: export it without")
+    if why := method_of(tuned.recipe.tuning).not_merged:
+        raise RecipeError(f"--merge: {checkpoint}: {why}: export it without")
 
 
 @dataclass(frozen=True)
@@ -76,21 +74,20 @@ def export(
     check_files(checkpoint, manifest.files)
     chosen = dtype or str(manifest.recipe["precision"]["dtype"])
     tuned = Tuned.of(checkpoint, manifest)
-    parts = _parts(checkpoint, manifest, tuned, whole=whole)
-    for contents in parts.values():
+    model, beside = _contents(checkpoint, manifest, tuned, whole=whole)
+    for contents in filter(None, (model, beside)):
         _require_finite(contents, manifest, chosen)
     sizes: dict[str, int] = {}
     try:
         with replacing_folder(out) as draft:
             shutil.copytree(checkpoint / HUGGING_FACE, draft, dirs_exist_ok=True, copy_function=shutil.copyfile)
             _write_tokenizer(draft)
-            if "model" in parts:
-                sizes |= _write_model(parts["model"], draft, chosen, shard_bytes)
+            if model is not None:
+                sizes |= _write_model(model, draft, chosen, shard_bytes)
             else:
-                # An adapter's folder must not look like that of a model.
-                (draft / "config.json").unlink()
-            if "adapter" in parts and tuned is not None:
-                sizes |= _write_adapter(parts["adapter"], tuned.form, draft, chosen)
+                (draft / "config.json").unlink()  # an adapter's folder must not look like a model's
+            if beside is not None and tuned is not None:
+                sizes |= _write_adapter(beside, tuned.form, draft, chosen)
             for path in (draft, *draft.rglob("*")):  # a folder to hand on, unlike the checkpoint
                 path.chmod(0o755 if path.is_dir() else 0o644)
     except OSError as error:
@@ -98,14 +95,15 @@ def export(
     return Exported(out, manifest.step, len(sizes), sum(sizes.values()), chosen)
 
 
-def _parts(checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, whole: bool) -> dict[str, Contents]:
-    """Return the parts to be written: "model", "adapter" or both."""
-    found, whole = {}, whole or tuned is None or not tuned.has_adapter
-    if whole:
-        found["model"] = Contents(checkpoint, manifest, tuned, adapter=False)
-    if tuned is not None and tuned.has_adapter and not (whole and tuned.merges):
-        found["adapter"] = Contents(checkpoint, manifest, tuned, adapter=True)
-    return found
+def _contents(
+    checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, whole: bool
+) -> tuple[Contents | None, Contents | None]:
+    """Return what is written of the model, and of what was trained beside it; at least one of them
+    is not None."""
+    if tuned is None or not tuned.has_adapter:
+        return Contents(checkpoint, manifest, tuned, adapter=False), None
+    model = Contents(checkpoint, manifest, tuned, adapter=False) if whole else None
+    return model, None if whole and tuned.merges else Contents(checkpoint, manifest, tuned, adapter=True)
 
 
 def _require_finite(contents: Contents, manifest: Manifest, dtype: str) -> None:

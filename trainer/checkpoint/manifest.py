@@ -13,13 +13,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import (
     Annotated,
     Any,
     Literal,
+    NamedTuple,
     NotRequired,  # pydantic reads typing's own from Python 3.12 on
     Self,
 )
@@ -27,6 +28,7 @@ from typing import (
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
+from parallel.pieces import Fragment, Piece
 from trainer.errors import DataError
 from trainer.files.decoding import CLOSED, OPEN, decode
 from trainer.files.reading import read_bytes, told
@@ -43,7 +45,9 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16
 # As it is written down. What is read of the dicts is declared, so that nobody who uses a manifest need ask again.
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-FragmentJSON = tuple[Count, list[Count], list[Count], Count, Count, Annotated[int, Field(ge=0, le=1, strict=True)]]
+# A file's number; start and size of a box, offset and count of the range in it, whether it is transposed.
+StoredJSON = tuple[Count, list[Count], list[Count], Count, Count, Annotated[int, Field(ge=0, le=1, strict=True)]]
+TensorJSON = tuple[list[Count], dict[str, str], list[StoredJSON]]
 
 
 @with_config(OPEN)
@@ -109,52 +113,24 @@ class _Body(TypedDict):
     state: _State
     versions: dict[str, str]
     files: list[tuple[str, Count, str]]
-    tensors: dict[str, tuple[list[Count], dict[str, str], list[FragmentJSON]]]
+    tensors: dict[str, TensorJSON]
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """Elements [offset, offset + count) of a box's flattening; the box is [start, start + size) of the logical tensor.
-
-    `transposed`: the box was flattened with its two dimensions swapped. `file`: which file of the manifest's list holds it.
-    """
+class Stored(NamedTuple):
+    """A fragment and the number of the file, in the manifest's list, that holds it."""
 
     file: int
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-    offset: int
-    count: int
-    transposed: bool = False
-
-    def key(self, tensor: str, state: str) -> str:
-        """Its name inside the safetensors file."""
-        return f"{state}:{tensor}:{','.join(map(str, self.start))}:{self.offset}"
-
-    def lies_in(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of that shape can have been cut so: only matrices are cut along their second dimension."""
-        if not len(self.start) == len(self.size) == len(shape) or (self.transposed and len(shape) != 2):
-            return False
-        if any(start + size > dim for start, size, dim in zip(self.start, self.size, shape, strict=True)):
-            return False
-        is_cut_once = len(shape) <= 2 or (not any(self.start[1:]) and self.size[1:] == shape[1:])
-        return is_cut_once and self.offset + self.count <= math.prod(self.size)
-
-    def as_json(self) -> list[Any]:
-        return [self.file, list(self.start), list(self.size), self.offset, self.count, int(self.transposed)]
-
-    @classmethod
-    def from_json(cls, value: FragmentJSON) -> Self:
-        file, start, size, offset, count, transposed = value
-        return cls(file, tuple(start), tuple(size), offset, count, bool(transposed))
+    fragment: Fragment
 
 
 @dataclass(frozen=True)
 class LogicalTensor:
-    """`shape` of the logical tensor, the format of each of its states, and the fragments in which all of them lie."""
+    """The shape of a logical tensor, the format of each of its states, and the fragments in which each
+    of them lies."""
 
     shape: tuple[int, ...]
     dtypes: dict[str, str]
-    fragments: tuple[Fragment, ...]
+    fragments: tuple[Stored, ...]
 
     @property
     def numel(self) -> int:
@@ -163,6 +139,47 @@ class LogicalTensor:
     @property
     def num_bytes(self) -> int:
         return self.numel * sum(DTYPE_BYTES[dtype] for dtype in self.dtypes.values())
+
+    def as_json(self) -> list[Any]:
+        """Return what the manifest says of it below its name."""
+        fragments = [[file, *fragment_as_json(fragment)] for file, fragment in self.fragments]
+        return [list(self.shape), self.dtypes, fragments]
+
+    @classmethod
+    def from_json(cls, name: str, value: TensorJSON) -> Self:
+        dims, dtypes, entries = value
+        shape = tuple(dims)
+        return cls(shape, dtypes, tuple(Stored(file, fragment_from_json(name, shape, entry)) for file, *entry in entries))
+
+
+def fragment_as_json(fragment: Fragment) -> list[Any]:
+    """Return what the manifest says of a fragment below the name and shape of its tensor."""
+    piece = fragment.piece
+    return [list(piece.start), list(piece.size), fragment.offset, fragment.count, int(piece.transposed)]
+
+
+def fragment_from_json(name: str, shape: tuple[int, ...], value: Sequence[Any]) -> Fragment:
+    """Return the fragment of that tensor of which the manifest says this."""
+    start, size, offset, count, transposed = value
+    return Fragment(Piece(name, shape, tuple(start), tuple(size), transposed=bool(transposed)), offset, count)
+
+
+def key_of(fragment: Fragment, state: str) -> str:
+    """Return the name of a fragment's state inside its safetensors file."""
+    piece = fragment.piece
+    return f"{state}:{piece.name}:{','.join(map(str, piece.start))}:{fragment.offset}"
+
+
+def _is_part(fragment: Fragment, shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor of that shape can have been cut so: only matrices are cut along their
+    second dimension."""
+    start, size, transposed = fragment.piece.start, fragment.piece.size, fragment.piece.transposed
+    if not len(start) == len(size) == len(shape) or (transposed and len(shape) != 2):
+        return False
+    if any(first + length > dim for first, length, dim in zip(start, size, shape, strict=True)):
+        return False
+    is_cut_once = len(shape) <= 2 or (not any(start[1:]) and size[1:] == shape[1:])
+    return is_cut_once and fragment.offset + fragment.count <= fragment.piece.numel
 
 
 @dataclass(frozen=True)
@@ -218,10 +235,7 @@ class Manifest:
             "format": FORMAT,
             **{key: value for key, value in vars(self).items() if key not in ("files", "tensors")},
             "files": [[file.name, file.num_bytes, file.sha256] for file in self.files],
-            "tensors": {
-                name: [list(tensor.shape), tensor.dtypes, [fragment.as_json() for fragment in tensor.fragments]]
-                for name, tensor in self.tensors.items()
-            },
+            "tensors": {name: tensor.as_json() for name, tensor in self.tensors.items()},
         }
         return _seal(body)
 
@@ -233,10 +247,7 @@ class Manifest:
             raise ValueError(f"not in the format {FORMAT!r}")
         body: dict[str, Any] = {**decode(_Body, unsealed)}
         files = tuple(File(*entry) for entry in body.pop("files"))
-        tensors = {
-            name: LogicalTensor(tuple(shape), dtypes, tuple(map(Fragment.from_json, fragments)))
-            for name, (shape, dtypes, fragments) in body.pop("tensors").items()
-        }
+        tensors = {name: LogicalTensor.from_json(name, tensor) for name, tensor in body.pop("tensors").items()}
         manifest = cls(**body, files=files, tensors=tensors)
         manifest.require_sound()
         return manifest
@@ -251,11 +262,11 @@ class Manifest:
         for name, tensor in self.tensors.items():
             if not tensor.dtypes or not DTYPE_BYTES.keys() >= set(tensor.dtypes.values()):
                 raise ValueError(f"tensor {name} has the formats {tensor.dtypes}")
-            if not all(0 <= fragment.file < len(self.files) for fragment in tensor.fragments):
+            if not all(0 <= stored.file < len(self.files) for stored in tensor.fragments):
                 raise ValueError(f"tensor {name} is in a file that is not listed")
-            if not all(fragment.lies_in(tensor.shape) for fragment in tensor.fragments):
+            if not all(_is_part(stored.fragment, tensor.shape) for stored in tensor.fragments):
                 raise ValueError(f"a fragment of tensor {name} is no part of its shape {list(tensor.shape)}")
-            if sum(fragment.count for fragment in tensor.fragments) != tensor.numel:
+            if sum(stored.fragment.count for stored in tensor.fragments) != tensor.numel:
                 raise ValueError(f"the fragments of tensor {name} do not make its shape {list(tensor.shape)}")
         if (needed := sum(tensor.num_bytes for tensor in self.tensors.values())) > self.num_bytes:
             raise ValueError(f"its tensors have {needed:,} bytes, its files {self.num_bytes:,}")

@@ -12,13 +12,13 @@ from pathlib import Path
 from torch import Tensor
 
 from parallel.messages import Messages
+from parallel.pieces import Fragment
 from trainer.checkpoint.check import check_files, read_sound
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.manifest import Fragment, Manifest
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import Reader
-from trainer.engine.optimizer_state import WEIGHT
-from trainer.engine.zero_state import Stretch
 from trainer.errors import DataError
+from trainer.update_rules import WEIGHT
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,5 @@ class CheckpointSource:
     def states(self, name: str) -> Sequence[str]:
         return self._states.get(name, [])
 
-    def read(self, stretch: Stretch) -> Tensor:
-        piece = stretch.piece
-        wanted = Fragment(0, piece.start, piece.size, stretch.offset, stretch.count, piece.transposed)
-        return self._reader.read(piece.name, stretch.state, wanted, piece.shape)
+    def read(self, fragment: Fragment, state: str) -> Tensor:
+        return self._reader.read(fragment, state)

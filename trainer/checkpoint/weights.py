@@ -11,23 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from parallel.params import owned_specs, zero_padding
+from parallel.pieces import Fragment
 from parallel.quantized import CODES_PER_BYTE, dequantize
 from trainer.checkpoint.folder import HUGGING_FACE
-from trainer.checkpoint.manifest import Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.manifest import LogicalTensor, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import Slot
 from trainer.data.tokenizer import reopen_tokenizer
-from trainer.engine.optimizer_state import WEIGHT
 from trainer.model.config import TransformerConfig
 from trainer.model.hf_config import translate
 from trainer.model.hugging_face import read_config
-from trainer.model.names import WEIGHT_NAMES
+from trainer.model.names import names_of
 from trainer.recipe.earlier import recipe_of
 from trainer.schema import Recipe
 from trainer.tuning.adapter_folder import AdapterFormat
 from trainer.tuning.merge import merge as merged_weight
 from trainer.tuning.merge import merged_tensors
-from trainer.tuning.targets import MERGEABLE, PARTS, is_added
+from trainer.tuning.methods import method_of
+from trainer.tuning.targets import is_added
+from trainer.update_rules import WEIGHT
 
 FORMATS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 # Other formats, such as those of counters in buffers, are kept.
@@ -56,17 +58,17 @@ class Tuned:
 
     @property
     def has_adapter(self) -> bool:
-        return self.recipe.tuning.method in PARTS
+        return bool(method_of(self.recipe.tuning).parts)
 
     @property
     def merges(self) -> bool:
         """Return whether weights can take up what was learned."""
-        return self.recipe.tuning.method in MERGEABLE
+        return method_of(self.recipe.tuning).merges
 
     @property
     def transposed(self) -> bool:
         """Return whether the family's files have weights [in, out]."""
-        return WEIGHT_NAMES[self.network.family].transposed
+        return names_of(self.network).transposed
 
     @property
     def form(self) -> AdapterFormat:
@@ -141,6 +143,5 @@ class Filling:
                 if self._model.is_quantized(piece.name):
                     target.copy_(piece.box_of(self._model.unmerged(piece.name)))
                     continue
-                wanted = Fragment(0, piece.start, piece.size, 0, target.numel(), piece.transposed)
-                values = self._reader.read(piece.name, WEIGHT, wanted, piece.shape).to(self._through)
+                values = self._reader.read(Fragment.whole(piece), WEIGHT).to(self._through)
                 target.copy_(values.view(target.shape))

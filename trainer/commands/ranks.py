@@ -14,10 +14,9 @@ def divide(recipe: Recipe, network: TransformerConfig | None, world_size: int, h
     """Return the recipe's batch plan and DeepSpeed config. RecipeError if `world_size` ranks, which
     come from `how`, cannot train it."""
     from trainer.engine.deepspeed_config import deepspeed_config
-    from trainer.model.config import largest_weight
     from trainer.recipe.batch_plan import BatchPlan
     from trainer.recipe.pipeline import check_micro_batches
 
     plan = BatchPlan.from_recipe(recipe, world_size, how)
     check_micro_batches(recipe, plan)
-    return plan, deepspeed_config(recipe, plan, largest_weight=largest_weight(network) if network is not None else None)
+    return plan, deepspeed_config(recipe, plan, largest_weight=network.largest_weight if network is not None else None)

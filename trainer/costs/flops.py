@@ -28,10 +28,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import singledispatch
 from typing import Literal
 
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.config import TransformerConfig
+from trainer.model.network import Network
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -105,34 +107,58 @@ def translation_flops(config: TransformerConfig, pairs: Iterable[tuple[int, int]
     return flops
 
 
-def row_flops(network: TransformerConfig | AutoNetwork, rows: Iterable[Sequence[int]], *, trained_beside: int | None) -> int:
-    """Return the FLOPs of forward and backward over rows of documents of these lengths; in a
-    translation sources, then targets."""
-    if isinstance(network, TransformerConfig) and network.encoder_layers:
-        pairs = (pair for row in rows for pair in zip(row[: len(row) // 2], row[len(row) // 2 :], strict=True))
-        return translation_flops(network, pairs)
-    return training_flops(network, (length for row in rows for length in row), trained_beside=trained_beside)
+def row_flops(network: Network, rows: Iterable[Sequence[int]], *, trained_beside: int | None) -> int:
+    """Return the FLOPs of forward and backward over rows of documents of these lengths [tokens]; in
+    a translation sources, then targets.
+
+    `trained_beside`: see `training_flops`.
+    """
+    return _of_rows(network, rows, trained_beside)
 
 
-def training_flops(
-    config: TransformerConfig | AutoNetwork, document_lengths: Iterable[int], *, trained_beside: int | None = None
-) -> int:
+def training_flops(network: Network, document_lengths: Iterable[int], *, trained_beside: int | None = None) -> int:
     """Return the FLOPs of forward and backward over documents of these lengths [tokens].
 
     `trained_beside`: the number of weights trained beside the network's own, which are frozen;
     None: its own are trained.
     """
-    if isinstance(config, AutoNetwork):
-        lengths = list(document_lengths)
-        return 6 * config.matmul_weights * sum(lengths) + 6 * config.attention_width * sum(n * n for n in lengths)
-    layers_with = Counter(config.windows)
+    return _of_documents(network, document_lengths, trained_beside)
+
+
+@singledispatch
+def _of_rows(network: Network, rows: Iterable[Sequence[int]], trained_beside: int | None) -> int:
+    return _of_documents(network, (length for row in rows for length in row), trained_beside)
+
+
+@_of_rows.register
+def _(network: TransformerConfig, rows: Iterable[Sequence[int]], trained_beside: int | None) -> int:
+    if not network.encoder_layers:
+        return _of_documents(network, (length for row in rows for length in row), trained_beside)
+    pairs = (pair for row in rows for pair in zip(row[: len(row) // 2], row[len(row) // 2 :], strict=True))
+    return translation_flops(network, pairs)
+
+
+@singledispatch
+def _of_documents(network: Network, lengths: Iterable[int], trained_beside: int | None) -> int:
+    raise TypeError(type(network))
+
+
+@_of_documents.register
+def _(network: AutoNetwork, lengths: Iterable[int], trained_beside: int | None) -> int:
+    known = list(lengths)
+    return 6 * network.matmul_weights * sum(known) + 6 * network.attention_width * sum(n * n for n in known)
+
+
+@_of_documents.register
+def _(network: TransformerConfig, lengths: Iterable[int], trained_beside: int | None) -> int:
+    layers_with = Counter(network.windows)
     tokens = attention = 0
-    for length in document_lengths:
+    for length in lengths:
         tokens += length
-        attention += sum(layers * attention_flops(config, length, window) for window, layers in layers_with.items())
+        attention += sum(layers * attention_flops(network, length, window) for window, layers in layers_with.items())
     if trained_beside is not None:
-        return (4 * matmul_weights(config) + 6 * trained_beside) * tokens + attention
-    return 6 * matmul_weights(config) * tokens + attention
+        return (4 * matmul_weights(network) + 6 * trained_beside) * tokens + attention
+    return 6 * matmul_weights(network) * tokens + attention
 
 
 def listed_peak(device_name: str, dtype: Dtype) -> float | None:

@@ -10,13 +10,16 @@ run resumes by asking for the next step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from parallel.attention import Documents
 from parallel.loss import IGNORE
+from parallel.rng import Streams
 from trainer.data.rows import Row, filler_row, held_out_rows, order_fingerprint, row_at
 from trainer.data.sampling import num_windows, order_of
 from trainer.data.store import TokenStore
@@ -25,20 +28,37 @@ from trainer.data.targets import NextToken, Targets
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The data of one forward and backward."""
+    """The data of one forward and backward, from the loader to the head."""
 
-    tokens_BS: torch.Tensor  # int64 [B, S]
-    # int64 [B, S]: the token a position predicts, IGNORE where there is no target.
-    labels_BS: torch.Tensor
-    # For each row the lengths of its documents, summing to S.
-    documents: tuple[tuple[int, ...], ...]
+    tokens_BS: Tensor  # int64 [B, S]
+    documents: Documents
+    # int64 [B, S]: the token a position predicts, IGNORE where there is no target
+    labels_BS: Tensor | None = None
     # float64 [documents of all rows]: log-probabilities before training
-    reference_R: torch.Tensor | None = None
+    reference_R: Tensor | None = None
+    streams: Streams | None = None  # those of dropout; None: no dropout
 
     @property
     def num_targets(self) -> int:
-        """The number of positions whose loss counts."""
-        return int((self.labels_BS != IGNORE).sum())
+        """Return the number of positions whose loss counts."""
+        return int((self.targets_BS != IGNORE).sum())
+
+    @property
+    def targets_BS(self) -> Tensor:
+        """Return the labels of a micro-batch that has some."""
+        assert self.labels_BS is not None, "a micro-batch without labels has no loss"
+        return self.labels_BS
+
+    def on(self, device: torch.device, streams: Streams | None = None) -> MicroBatch:
+        """Return the micro-batch on a device, with the streams of its dropout."""
+        tensors = (self.tokens_BS, self.labels_BS, self.reference_R)
+        tokens_BS, labels_BS, reference_R = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
+        assert tokens_BS is not None
+        return MicroBatch(tokens_BS, self.documents, labels_BS, reference_R, streams)
+
+    def without_labels(self) -> MicroBatch:
+        """Return the micro-batch as stages of a pipeline before the last take it."""
+        return replace(self, labels_BS=None, reference_R=None)
 
 
 class TrainData:
@@ -186,6 +206,6 @@ def _batched(rows: Iterable[Row], micro_sequences: int) -> Iterator[MicroBatch]:
         yield MicroBatch(
             tokens_BS=torch.from_numpy(np.stack([row.tokens for row in chosen])),
             labels_BS=torch.from_numpy(np.stack([np.where(row.is_target, row.labels, IGNORE) for row in chosen])),
-            documents=tuple(row.documents for row in chosen),
+            documents=Documents(tuple(row.documents for row in chosen)),
             reference_R=torch.from_numpy(np.concatenate(references)) if references else None,
         )

@@ -17,7 +17,7 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import DataError, RecipeError
 from trainer.files.reading import read_json, require_regular_below, told
 from trainer.model.hugging_face import read_config
-from trainer.model.network import TASK
+from trainer.model.model_files import TASK
 from trainer.model.origin import GENERATION_CONFIG, as_list
 from trainer.tasks import TASKS
 from trainer.tuning import bottleneck_format, peft_format

@@ -20,6 +20,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
+from parallel.attention import Documents
 from parallel.collectives import all_reduce
 from parallel.loss import IGNORE
 from trainer.data.chat_template import ChatTemplate, Request
@@ -29,7 +30,6 @@ from trainer.errors import RecipeError
 from trainer.inference.generate import ends_of
 from trainer.inference.open_model import OpenModel, open_model
 from trainer.launch.ranks import together
-from trainer.model.auto_network import AutoNetwork
 
 NEW_TOKENS = 256  # for tasks that name no limit, as in the harness's own models
 Scored = list[tuple[float, bool]]
@@ -43,8 +43,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self._model, self._chat = model, chat
         self._ends = {model.tokenizer.end_of_document, *ends_of(model.weights.config)}
-        positions = None if isinstance(model.network, AutoNetwork) else model.network.max_positions
-        self.max_length: int = positions or model.recipe.data.seq_len
+        self.max_length: int = model.network.max_positions or model.recipe.data.seq_len
 
     @property
     def eot_token_id(self) -> int:
@@ -151,7 +150,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             tokens_BS[number, :length] = torch.tensor(row[:-1])
             labels_BS[number, length - targets : length] = torch.tensor(row[-targets:])
         documents = tuple((len(row) - 1, S - len(row) + 1) if len(row) - 1 < S else (S,) for row in rows)
-        scores_2R = self._model.evaluator.scores(MicroBatch(tokens_BS, labels_BS, documents))
+        scores_2R = self._model.evaluator.scores(MicroBatch(tokens_BS, Documents(documents), labels_BS))
         firsts = [0]
         for lengths in documents[:-1]:
             firsts.append(firsts[-1] + len(lengths))

@@ -36,12 +36,12 @@ from trainer.errors import RecipeError
 from trainer.launch import ranks
 from trainer.launch.ranks import Place, together
 from trainer.model.auto_rules import AUTO
-from trainer.model.auto_stage import AutoStage
 from trainer.model.families import FAMILIES
 from trainer.model.hf_config import classes_of
 from trainer.model.hugging_face import read_config
 from trainer.model.measures import Measures, measures_of
-from trainer.model.network import CONFIG, Network
+from trainer.model.model_files import CONFIG
+from trainer.model.network import Network
 from trainer.recipe import ResolvedRecipe, load_given
 from trainer.recipe.batch_plan import BatchPlan, data_parallel_degree
 from trainer.recipe.earlier import recipe_of
@@ -169,17 +169,17 @@ def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[st
         measures, watch = measures_of(recipe.data.task, network), Stopwatch(place.device)
         with together():
             execution = make_execution(
+                network,
                 recipe,
                 plan,
-                network,
                 mesh,
                 place.device,
                 measures=measures,
                 watch=watch,
                 fill=_rounding(quantizing(fill, recipe.tuning), DTYPES[recipe.precision.dtype]),
             )
-        if isinstance(execution.module, AutoStage) and recipe.data.isolate_documents:
-            execution.module.settle_lengths(place.device, plan.seq_len, may_call_apart=True)
+        if recipe.data.isolate_documents:
+            execution.settle_lengths(place.device, plan.seq_len, may_call_apart=True)
         yield OpenModel(
             weights=weights,
             recipe=recipe,

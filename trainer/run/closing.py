@@ -23,7 +23,8 @@ from trainer.run.session import Session, targets_for
 from trainer.track.report import write_report
 from trainer.tuning.adapter_folder import AdapterFormat, leaves_adapter, write_adapter
 from trainer.tuning.merge import merged
-from trainer.tuning.targets import MERGEABLE, PARTS, is_added
+from trainer.tuning.methods import method_of
+from trainer.tuning.targets import is_added
 
 SAMPLE_TOKENS = 96
 
@@ -70,7 +71,8 @@ def _others(run: Session) -> Callable[[Path], None]:
 
 def _with_unmerged(run: Session, dtype: torch.dtype) -> Callable[[Path], None]:
     """What goes into a whole model's folder beside its weights: the tokenizer, and an adapter that no weight can take up."""
-    if run.recipe.tuning.method not in PARTS or run.recipe.tuning.method in MERGEABLE:
+    method = method_of(run.recipe.tuning)
+    if not method.parts or method.merges:
         return _others(run)
     form = AdapterFormat.of(run.recipe, run.network)
     adapter = [(name, tensor) for name, tensor in assembled(run.engine.gathered_tensors()) if is_added(name)]

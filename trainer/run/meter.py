@@ -43,7 +43,7 @@ class Meter:
         run = self._run
         self._steps += 1
         # Of this rank's micro-batches; the ranks that hold one copy of the model together share the work.
-        rows = (row for batch in micro_batches for row in batch.documents)
+        rows = (row for batch in micro_batches for row in batch.documents.lengths)
         self._flops += row_flops(run.network, rows, trained_beside=run.census.trained_beside)
         self._skipped += result.skipped
         if steps_done % run.recipe.train.log_every and steps_done != run.recipe.train.steps:

@@ -41,9 +41,9 @@ from trainer.launch import ranks
 from trainer.launch.binding import placed
 from trainer.launch.ranks import PeerFailed, Place, together
 from trainer.launch.stop_request import LOST, WANTED
-from trainer.model.auto_network import AutoNetwork
 from trainer.model.hugging_face import local_folder, read_config, unread_weights
-from trainer.model.network import ModelFiles, Network, largest_weight
+from trainer.model.model_files import ModelFiles
+from trainer.model.network import Network
 from trainer.model.origin import Origin
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.batch_plan import BatchPlan
@@ -230,7 +230,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         checkpoints = Checkpoints(
             recipe, plan, mesh.layout, facts, CheckpointFolder(folder.checkpoints), messages, found, files.save
         )
-        dict_for_deepspeed = deepspeed_config(recipe, plan, largest_weight=largest_weight(network))
+        dict_for_deepspeed = deepspeed_config(recipe, plan, largest_weight=network.largest_weight)
         if place.is_first:
             folder.write_resolved(resolved.as_resolved_json(dict_for_deepspeed))
         devices = _devices(place)
@@ -350,8 +350,7 @@ def _clear_the_way(folder: RunFolder, found: Found | None, resolved: ResolvedRec
 
 def targets_for(recipe: Recipe, prepared: PreparedData, network: Network, part: Part) -> Targets:
     """What the positions of this run's rows are to predict."""
-    causal = isinstance(network, AutoNetwork) or network.causal
-    return targets_of(recipe.data, prepared.tokenizer, causal=causal, seed=recipe.run.seed, part=part)
+    return targets_of(recipe.data, prepared.tokenizer, causal=network.causal, seed=recipe.run.seed, part=part)
 
 
 def _train_data(recipe: Recipe, prepared: PreparedData, network: Network) -> TrainData:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from parallel.collectives import all_reduce
 from parallel.mesh import Mesh
-from parallel.params import Companion, Piece, ShardSpec
+from parallel.params import AuxiliaryState, ShardSpec
+from parallel.pieces import Piece
 from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
 from trainer.schema import RankBudget as Keys
@@ -103,10 +104,10 @@ class RankBudget:
             factor.parameter.register_hook(factor.hook)
 
     @property
-    def companions(self) -> list[Companion]:
-        """What a checkpoint has of it."""
+    def auxiliary(self) -> list[AuxiliaryState]:
+        """The tensors that a checkpoint has of it."""
         return [
-            Companion.of(factor.spec, getattr(factor, state), state=state)
+            AuxiliaryState.of(factor.spec, getattr(factor, state), state=state)
             for factor in self._factors
             for state in ("sensitivity", "uncertainty", *(["kept"] if self._kind(factor) == VALUES else []))
         ]
@@ -211,3 +212,20 @@ def budget_after(step: int, keys: Keys, steps: int, *, modules: int, rank: int) 
     most, target = modules * rank, modules * keys.target_rank
     left = 1.0 - (step - keys.warmup_steps) / (last - keys.warmup_steps)
     return int((most - target) * left**3 + target)
+
+
+def trimmed(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the factors without the triplets whose value is 0, and peft's pattern of those that are
+    left of each module; all of them where nothing has been learned yet."""
+    values = {name: tensor.flatten() for name, tensor in tensors.items() if name.endswith(".lora_E")}
+    if not any(tensor.any() for tensor in values.values()):
+        return tensors, {"rank_pattern": None}
+    left = {name.removesuffix(".lora_E"): value != 0 for name, value in values.items()}
+    cut = {}
+    for name, tensor in tensors.items():
+        module, _, factor = name.rpartition(".")
+        if module not in left:  # rows of new tokens
+            cut[name] = tensor
+            continue
+        cut[name] = (tensor[:, left[module]] if factor == "lora_B" else tensor[left[module]]).contiguous()
+    return cut, {"rank_pattern": {f"{module}.lora_E": kept.tolist() for module, kept in left.items()} or None}

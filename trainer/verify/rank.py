@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from parallel.attention import Documents
 from parallel.gather import logical_tensors
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
@@ -40,10 +41,11 @@ from trainer.engine.engine import Engine, StepResult
 from trainer.engine.execution import DTYPES
 from trainer.launch import ranks
 from trainer.launch.ranks import Place
-from trainer.model.config import TransformerConfig, largest_weight
+from trainer.model.config import TransformerConfig
 from trainer.recipe import ResolvedRecipe, load
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Optimizer, Recipe, Zero
+from trainer.update_rules import rule_of
 from trainer.verify.job import GRADIENT, UPDATE, Job, RankResult
 
 # The learning rate of an SGD step, so large that subtracting the update from the weights does not
@@ -111,10 +113,11 @@ class Trial:
         )
 
     def own_steps_in_float64(self, steps: int) -> list[StepResult]:
-        """Train steps of the recipe's optimizer in float64. None for lion, because DeepSpeed's
-        extension has no float64."""
+        """Train steps of the recipe's optimizer in float64. None where its class has no float64."""
         recipe = self.resolved.recipe
-        return [] if recipe.optimizer.name == "lion" else self.train(in_float64(recipe), steps, recipe.optimizer.lr).steps
+        if not rule_of(recipe.optimizer).in_float64:
+            return []
+        return self.train(in_float64(recipe), steps, recipe.optimizer.lr).steps
 
     def train(self, recipe: Recipe, steps: int, lr: float) -> Trained:
         with self.engine(recipe) as engine:
@@ -131,7 +134,7 @@ class Trial:
             self.network,
             self.mesh,
             self.device,
-            deepspeed_config=deepspeed_config(recipe, self.plan, largest_weight=largest_weight(self.network)),
+            deepspeed_config=deepspeed_config(recipe, self.plan, largest_weight=self.network.largest_weight),
             fill=self.fill_in_float64 if DTYPES[recipe.precision.dtype] == torch.float64 else self.fill,
         )
         try:
@@ -154,7 +157,7 @@ class Trial:
         first = self.mesh.dp.rank * plan.sequences_per_rank
         starts = range(first, first + plan.sequences_per_rank, plan.micro_sequences)
         return [
-            MicroBatch(tokens[start:stop], labels[start:stop], documents[start:stop])
+            MicroBatch(tokens[start:stop], Documents(documents[start:stop]), labels[start:stop])
             for start in starts
             for stop in (start + plan.micro_sequences,)
         ]
