@@ -1,4 +1,4 @@
-"""Settings of the whole suite."""
+"""The settings of the whole suite."""
 
 import os
 import random
@@ -14,7 +14,7 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
-# A failed assertion says what differed in the libraries of the tests too.
+# Failed assertions in the libraries of the tests show what differed, too.
 pytest.register_assert_rewrite("tests.parallel", "tests.unit", "tests.end_to_end")
 
 
@@ -47,7 +47,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """torchrun never removes the folder of its logs, and W&B leaves some when it is killed: they go where pytest cleans up."""
+    """Put temporary files where pytest cleans up: torchrun never removes the folder of its logs,
+    and W&B leaves some when it is killed."""
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = tempfile.tempdir = str(tmp_path_factory.mktemp("tmp"))
     yield
@@ -60,7 +61,8 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
-    """What a test draws without a seed of its own is the same in every order of the tests, and whenever they run."""
+    """Seed what a test draws without a seed of its own, so that it does not depend on the order of
+    the tests."""
     import numpy as np
     import torch
 

@@ -705,7 +705,7 @@ def test_an_export_goes_into_a_new_folder(out: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path / "home")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
-        RecipeError, match="something is there already, which is not written over: give a new folder, or remove it"
+        RecipeError, match="something is there already, and is not overwritten: give a new folder, or remove it"
     ):
         export(checkpoint, Path(out) if out.startswith(".") else tmp_path / out)
     assert sorted(tmp_path.rglob("*")) == before

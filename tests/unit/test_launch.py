@@ -98,8 +98,8 @@ def test_a_failure_on_one_rank_ends_the_part_everywhere_and_is_said_once() -> No
         ({"LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE='two' is not a whole number"),
         ({"LOCAL_WORLD_SIZE": "", "LOCAL_SIZE": "two"}, "LOCAL_SIZE='two' is not a whole number"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a whole number"),
-        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port"),
-        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 is no port"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not a port"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 is not a port"),
         ({"MASTER_ADDR": ""}, "RANK is set but MASTER_ADDR is not"),
     ],
 )

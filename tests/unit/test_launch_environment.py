@@ -104,7 +104,7 @@ def test_what_is_no_node_list_is_one_line(text: str) -> None:
     with pytest.raises(RecipeError) as caught:
         list(hosts(text))
     assert len(caught.value.lines) == 1
-    assert "is no node list" in caught.value.lines[0]
+    assert "is not a node list" in caught.value.lines[0]
 
 
 @given(st.text(alphabet="ab1-9[],.;$ \n-_", max_size=24))

@@ -98,7 +98,8 @@ def export(
 def _contents(
     checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, whole: bool
 ) -> tuple[Contents | None, Contents | None]:
-    """Return what is written of the model, and of what was trained beside it; at least one."""
+    """Return what is written of the model, and of what was trained beside it; at least one of them
+    is not None."""
     if tuned is None or not tuned.has_adapter:
         return Contents(checkpoint, manifest, tuned, adapter=False), None
     model = Contents(checkpoint, manifest, tuned, adapter=False) if whole else None

@@ -108,7 +108,7 @@ def _ended(code: int) -> UserError:
     what = f"data: a tokenizing process ended with code {code}"
     if code == -signal.SIGABRT:
         return RecipeError(
-            f"{what} (native code gave up, mostly for want of memory): look for what grows texts in the tokenizer.json of "
+            f"{what} (native code gave up, mostly for lack of memory): look for what grows texts in the tokenizer.json of "
             "data.tokenizer, or lower data.workers, and start again: finished shards are kept"
         )
     lines = f"{what} (-9: killed, often for lack of memory); lower data.workers and start again: finished shards are kept"

@@ -1,5 +1,5 @@
-"""Looks at a model that may have gone wrong: which value did first, whether ranks still hold the same, whether its loss is
-finite."""
+"""A look at a model that may have gone wrong: which value did first, whether ranks still hold the
+same, whether its loss is finite."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from trainer.guard.replicas import disagreements, replicas
 
 
 class Inspector:
-    """Every rank calls its methods together. `micro_batches` gives this rank's part of a step."""
+    """An inspector of an engine, whose methods all ranks call together. `micro_batches` gives this
+    rank's part of a step."""
 
-    def __init__(self, engine: Engine, messages: Messages, micro_batches: Callable[[int], Sequence[MicroBatch]]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        messages: Messages,
+        micro_batches: Callable[[int], Sequence[MicroBatch]],
+    ) -> None:
         self._engine, self._messages, self._micro_batches = engine, messages, micro_batches
 
     def culprit(self, micro_batches: Sequence[MicroBatch], *, step: int, scale: float, loss_is_finite: bool) -> Culprit | None:

@@ -157,7 +157,7 @@ def _counts(text: str, name: str) -> Iterator[int]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part, re.ASCII)
         if not match:
-            raise RecipeError(f"{name}={text!r} is no list of counts, such as 2(x3),1: srun must set it")
+            raise RecipeError(f"{name}={text!r} is not a list of counts, such as 2(x3),1: srun must set it")
         yield from [int(match[1])] * int(match[2] or 1)
 
 
@@ -212,7 +212,7 @@ def _refuse_many_tasks_without_srun(environment: Environment) -> None:
 def _must_agree(environment: Environment, name: str, expected: int, what: str, change: str) -> None:
     if environment.get(name) and whole(environment, name) != expected:
         raise RecipeError(
-            f"{name}={environment[name]} contradicts {what}: unset {name}, or change `{change}`; one launcher must say it alone"
+            f"{name}={environment[name]} contradicts {what}: unset {name}, or change `{change}`; only one launcher may set it"
         )
 
 
@@ -241,7 +241,7 @@ def _port(environment: Environment) -> int | None:
         return None
     port = whole(environment, "MASTER_PORT")
     if not 0 < port < 65536:
-        raise RecipeError(f"MASTER_PORT={port} is no port: legal are 1 to 65535")
+        raise RecipeError(f"MASTER_PORT={port} is not a port: legal are 1 to 65535")
     return port
 
 
@@ -260,7 +260,7 @@ def hosts(text: str, name: str = "node list") -> Iterator[str]:
             if found > MOST_HOSTS:
                 raise _no_list(text, name, f"more than {MOST_HOSTS:,} hosts")
             if not HOST_NAME.fullmatch(host):
-                raise _no_list(text, name, f"{host!r} is no host name")
+                raise _no_list(text, name, f"{host!r} is not a host name")
             yield host
 
 
@@ -292,4 +292,4 @@ def _expand(part: str, text: str, name: str) -> Iterator[str]:
 
 
 def _no_list(text: str, name: str, why: str) -> RecipeError:
-    return RecipeError(f"{name}={text[:200]!r} is no node list ({why}): legal as in n1,n[2-4]; or set MASTER_ADDR")
+    return RecipeError(f"{name}={text[:200]!r} is not a node list ({why}): legal as in n1,n[2-4]; or set MASTER_ADDR")

@@ -66,7 +66,7 @@ class Place(Seat):
         if not 0 <= rank < world_size:
             raise RecipeError(f"RANK={rank} is outside WORLD_SIZE={world_size}: the launcher's variables contradict each other")
         if not 0 < port < 65536:
-            raise RecipeError(f"MASTER_PORT={port} is no port: legal are 1 to 65535")
+            raise RecipeError(f"MASTER_PORT={port} is not a port: legal are 1 to 65535")
         local_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if environment.get(name)), "WORLD_SIZE")
         local_world_size = _integer(environment, local_name)
         if not 0 <= local_rank < local_world_size <= world_size:
