@@ -25,7 +25,8 @@ class Inspector:
         self._engine, self._messages, self._micro_batches = engine, messages, micro_batches
 
     def culprit(self, micro_batches: Sequence[MicroBatch], *, step: int, scale: float, loss_is_finite: bool) -> Culprit | None:
-        """Return the first value of a skipped step that is not finite; None where a replay finds each one finite."""
+        """Return the first value of a skipped step that is not finite; None if a replay finds each
+        one finite."""
         with self._engine.watch("guard"):
             return find_culprit(
                 self._engine, self._messages, micro_batches, step=step, scale=scale, loss_is_finite=loss_is_finite
