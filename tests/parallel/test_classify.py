@@ -87,7 +87,7 @@ def train(mesh: Mesh, folder: Path, task: str, family: str, zero: int) -> dict[s
         part: targets_of(recipe.data, found.tokenizer, causal=network.causal, seed=0, part=part)
         for part in ("training", "evaluation")
     }
-    keys: dict[str, Any] = {"seq_len": S, "isolate_documents": True}
+    keys: dict[str, Any] = {"row_tokens": S, "isolate_documents": True}
     data = TrainData(found.train, found.weights, seed=0, global_sequences=8, targets=targets["training"], **keys)
     held_out = EvalData(found.evaluation, sequences=5, targets=targets["evaluation"], **keys)
     place = {"dp_rank": mesh.data.rank, "dp": mesh.data.size, "micro_sequences": 2}

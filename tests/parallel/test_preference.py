@@ -112,8 +112,8 @@ def train(mesh: Mesh, case: Case, folder: Path) -> Outcome:
         write_folder(
             engine.gathered_tensors(), folder / "base", dtype=torch.float32, config=config, save_beside=lambda folder: None
         )
-    data = TrainData(found.train, found.weights, seq_len=S, seed=0, isolate_documents=True, global_sequences=G)
-    held_out = EvalData(found.evaluation, seq_len=S, isolate_documents=True, sequences=5)
+    data = TrainData(found.train, found.weights, row_tokens=S, seed=0, isolate_documents=True, global_sequences=G)
+    held_out = EvalData(found.evaluation, row_tokens=S, isolate_documents=True, sequences=5)
     place = {"dp_rank": mesh.data.rank, "dp": mesh.data.size, "micro_sequences": plan.micro_sequences}
     results, batches = [], []
     for step in range(case.steps):

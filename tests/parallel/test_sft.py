@@ -67,8 +67,8 @@ def train(mesh: Mesh, folder: Path) -> dict[str, Any]:
     found = prepare(
         recipe.data, seed=0, cache_dir=folder / "cache", build=mesh.rank == 0, progress=lambda done, total, what: None
     )
-    data = TrainData(found.train, found.weights, seq_len=S, seed=0, isolate_documents=True, global_sequences=8)
-    held_out = EvalData(found.evaluation, seq_len=S, isolate_documents=True, sequences=5)
+    data = TrainData(found.train, found.weights, row_tokens=S, seed=0, isolate_documents=True, global_sequences=8)
+    held_out = EvalData(found.evaluation, row_tokens=S, isolate_documents=True, sequences=5)
     place = {"dp_rank": mesh.data.rank, "dp": mesh.data.size, "micro_sequences": 2}
     results, learned = [], []
     for step in range(STEPS):

@@ -152,7 +152,7 @@ def train(mesh: Mesh, folder: Path, case: Case, family: str, config: dict[str, A
     found = prepare(
         recipe.data, seed=0, cache_dir=folder / "cache", build=mesh.rank == 0, progress=lambda done, total, what: None
     )
-    cut = {"seq_len": recipe.data.row_tokens, "isolate_documents": True}
+    cut = {"row_tokens": recipe.data.row_tokens, "isolate_documents": True}
     data = TrainData(found.train, found.weights, **cut, seed=0, global_sequences=8)
     held_out = EvalData(found.evaluation, **cut, sequences=5)
     place = {"dp_rank": mesh.data.rank, "dp": mesh.data.size, "micro_sequences": 2}

@@ -59,7 +59,7 @@ def test_the_label_is_where_the_network_has_seen_all_of_the_text(causal: bool, r
     found = prepared(data, tmp_path)
     assert found.classes == ("bad", "good", "odd")
     targets = targets_of(data, found.tokenizer, causal=causal, seed=0, part="training")
-    keys: dict[str, Any] = {"seq_len": S, "isolate_documents": True}
+    keys: dict[str, Any] = {"row_tokens": S, "isolate_documents": True}
     loader = TrainData(found.train, found.weights, seed=0, global_sequences=1, targets=targets, **keys)
     seen = []
     for step in range(loader.num_samples):
@@ -85,7 +85,7 @@ def test_evaluation_counts_each_text_once(rows: Path, tmp_path: Path) -> None:
     data = data_of(rows, eval_sources=[{"path": str(rows)}])
     found = prepared(data, tmp_path)
     targets = targets_of(data, found.tokenizer, causal=True, seed=0, part="evaluation")
-    held_out = EvalData(found.evaluation, seq_len=S, isolate_documents=True, sequences=99, targets=targets)
+    held_out = EvalData(found.evaluation, row_tokens=S, isolate_documents=True, sequences=99, targets=targets)
     batches = [batch for dp_rank in range(2) for batch in held_out.micro_batches(dp_rank=dp_rank, dp=2, micro_sequences=2)]
     assert sum(batch.num_targets for batch in batches) == len(ROWS)
 

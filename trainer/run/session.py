@@ -139,8 +139,8 @@ class Session:
             self.tracker.note(line)
 
     @property
-    def word(self) -> int:
-        """Return what this rank has to say for the end of the run; see `StopRequest.agreed`."""
+    def reason_to_end(self) -> int:
+        """Return why this rank would end the run, 0 for no reason; see `StopRequest.agreed`."""
         if self.lease is None:
             return 0
         return LOST if self.lease.is_lost else WANTED if self.lease.is_wanted else 0
@@ -401,7 +401,7 @@ def _train_data(recipe: Recipe, prepared: PreparedData, network: Network) -> Tra
     return TrainData(
         prepared.train,
         prepared.weights,
-        seq_len=recipe.data.row_tokens,
+        row_tokens=recipe.data.row_tokens,
         seed=recipe.run.seed,
         isolate_documents=recipe.data.isolate_documents,
         tails=recipe.data.tails == "train",
@@ -415,7 +415,7 @@ def _eval_data(recipe: Recipe, prepared: PreparedData, network: Network) -> Eval
         return None
     return EvalData(
         prepared.evaluation,
-        seq_len=recipe.data.row_tokens,
+        row_tokens=recipe.data.row_tokens,
         isolate_documents=recipe.data.isolate_documents,
         sequences=recipe.train.eval_sequences,
         targets=targets_for(recipe, prepared, network, "evaluation"),
