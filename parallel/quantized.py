@@ -95,7 +95,7 @@ def quantize(weight_OI: Tensor, form: str) -> tuple[Tensor, Tensor]:
     """Return (codes, magnitudes). ValueError if I is not a multiple of 64."""
     rows, features = weight_OI.shape
     if features % BLOCK:
-        raise ValueError(f"{features} input features are no multiple of {BLOCK}, the number quantized together")
+        raise ValueError(f"{features} input features are not a multiple of {BLOCK}, the number quantized together")
     blocks = weight_OI.float().view(rows, -1, BLOCK)
     magnitudes = blocks.abs().amax(-1)
     share = torch.where(magnitudes > 0, 1.0 / magnitudes, 0.0).unsqueeze(-1) * blocks

@@ -156,7 +156,8 @@ def _without_unit(description: str) -> tuple[str, str]:
 
 
 def _conditions(node: Node) -> Iterator[str]:
-    """Yield a sentence for each key on which this one depends."""
+    """Yield a sentence for each key on which this one depends: at other values of that key it is
+    refused."""
     for other, legal in node.get("only", {}).items():
         if isinstance(legal, Mapping):
             yield f"Only with `{other}` of {legal['minimum']} or more."

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(words)
     if stdout is None or stdout.failure is None or isinstance(stdout.failure, BrokenPipeError):
         return code  # the reader of a pipe may leave (`triaxis check R | head`)
-    _say(f"stdout: {stdout.failure.strerror}: what was to be shown there is lost")
+    _say(f"stdout: {stdout.failure.strerror}: output is lost")
     # A run's results are in its folder.
     return code if code or words[:1] == ["train"] else EXIT_DATA
 

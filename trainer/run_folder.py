@@ -61,7 +61,7 @@ def read_resolved(path: Path) -> Resolved:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of a run's files; see the table in the README.
+    """The paths of a run's files; trainer/track/README.md says what is in each.
 
     What is written here is without secrets, because such folders are shared, mailed and archived.
     """

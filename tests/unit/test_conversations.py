@@ -81,7 +81,7 @@ def test_what_a_prompt_says_is_not_learned() -> None:
             {},
             r"no conversation: it has 'text', 'id', and needs 'messages' \(messages\) or "
             r"'conversations' \(sharegpt\) or 'prompt' \+ 'completion' \(prompt\) or 'instruction' \+ 'output' \(alpaca\); "
-            "mend the row, or name",
+            "fix the row, or name",
         ),
         ({}, {}, "it has no field"),
         (
@@ -206,11 +206,11 @@ def test_earlier_turns_of_alpaca_are_learned_too() -> None:
         ({"messages": TURNS, "tools": {"name": "x"}}, "'tools' is an object, not a list of objects"),
         ({"messages": TURNS, "chat_template_kwargs": "x"}, "'chat_template_kwargs' is text, not an object"),
         ({"messages": [{"role": "function_call", "content": "weather()"}]}, r"messages\[0\]: content is text that is not JSON"),
-        ({"messages": [{"role": "assistant", "function_call": {"arguments": {}}}]}, "function_call is no call"),
-        ({"messages": [{**TURNS[1], "train": "yes"}]}, r"train is 'yes'; legal: 1 \(learned\) and 0 \(not\); mend"),
+        ({"messages": [{"role": "assistant", "function_call": {"arguments": {}}}]}, "function_call is not a call"),
+        ({"messages": [{**TURNS[1], "train": "yes"}]}, r"train is 'yes'; legal: 1 \(learned\) and 0 \(not\); fix"),
         ({"messages": [{**TURNS[1], "mask": 2}]}, "or the other way round: it masks"),
         ({"instruction": "a", "output": "b", "history": "x"}, "'history' is text, not a list of pairs"),
-        ({"instruction": "a", "output": "b", "history": [["x"]]}, r"history\[0\] is no pair"),
+        ({"instruction": "a", "output": "b", "history": [["x"]]}, r"history\[0\] is not a pair"),
         ({"messages": [{**TURNS[1], "tool_calls": [{"name": "a\ufdd0"}]}]}, r"tool_calls\.name holds U\+FDD0"),
     ],
 )

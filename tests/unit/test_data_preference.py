@@ -59,7 +59,7 @@ def test_what_was_said_before_is_no_answer() -> None:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"prompt": "2?", "chosen": "4"}, "no pair: it has 'prompt', 'chosen', and no 'rejected'; mend the row, or name its"),
+        ({"prompt": "2?", "chosen": "4"}, "no pair: it has 'prompt', 'chosen', and no 'rejected'; fix the row, or name its"),
         ({"chosen": "4", "rejected": "5"}, "'chosen' is text without a 'prompt' beside it"),
         ({"prompt": "2?", "chosen": 4, "rejected": "5"}, "'chosen' is "),
         ({"chosen": [{"role": "user"}], "rejected": "5"}, "chosen[0] has 'role'; a turn is"),

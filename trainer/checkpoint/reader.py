@@ -1,6 +1,6 @@
-"""A reader of any range of any logical tensor, from the fragments that hold it.
+"""Ranges of logical tensors, read from the fragments that hold them.
 
-Files are read, not mapped: pages of a mapping would count to this rank's memory until the whole
+Files are read, not mapped: pages of a mapping would count as this rank's memory until the whole
 file is in it.
 """
 
@@ -50,7 +50,7 @@ class Reader:
         return result
 
     def whole(self, name: str, state: str) -> Tensor:
-        """Return a logical tensor, put together."""
+        """Return a whole logical tensor."""
         tensor = self._manifest.tensors[name]
         transposed = any(stored.fragment.piece.transposed for stored in tensor.fragments)
         flat = self.read(Fragment.whole(Piece.whole(name, tensor.shape, transposed=transposed)), state)
@@ -75,8 +75,8 @@ class Reader:
         return self._files[index]
 
     def _copy(self, stored: Stored, state: str, wanted: Fragment, shared: Rectangle, result: Tensor) -> None:
-        """Read the elements that a stored fragment and the wanted one share. Where they are
-        consecutive in both they are read in place, else through a buffer for some rows."""
+        """Read the elements that a stored fragment and the wanted one share, in place if they are
+        consecutive in both, else through a buffer for some rows."""
         source, file, key = stored.fragment, self._file(stored.file), key_of(stored.fragment, state)
         stride, stride_wanted = box_of(source.piece).width, box_of(wanted.piece).width
         if shared.height == 1 or shared.width == stride == stride_wanted:

@@ -120,7 +120,7 @@ def _explain(path: Path, detail: Mapping[str, Any]) -> str:
     if detail["type"] != "extra_forbidden":
         return f"--site {path}: {key}: {detail['msg']}"
     meant = nearest(key, Site.model_fields)
-    return f"--site {path}: {key} is no key of a site" + (f"; did you mean {meant}?" if meant else "")
+    return f"--site {path}: {key} is not a key of a site" + (f"; did you mean {meant}?" if meant else "")
 
 
 def read_sweep(path: Path) -> tuple[tuple[str, ...], ...]:
@@ -244,7 +244,7 @@ def _check_times(order: Order) -> None:
 def seconds(time: str) -> int:
     match = DURATION.fullmatch(time)
     if not match or not any(int(part or 0) for part in match.groups()):
-        raise RecipeError(f"--time {time!r} is no duration: legal are HH:MM:SS and D-HH:MM:SS, more than 0")
+        raise RecipeError(f"--time {time!r} is not a duration: legal are HH:MM:SS and D-HH:MM:SS, more than 0")
     days, hours, minutes, rest = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
@@ -290,7 +290,7 @@ def _pyxis(container: Container, order: Order) -> list[str]:
     folders = dict.fromkeys((Path.cwd(), order.run_dir, order.recipe.parent))
     mounts = [*(f"{folder}:{folder}" for folder in folders), *container.bind]
     if parted := next((mount for mount in mounts if "," in mount), None):
-        raise RecipeError(f"container: {parted!r} has a comma, at which pyxis would part it: rename the folder")
+        raise RecipeError(f"container: {parted!r} has a comma, at which pyxis would split it: rename the folder")
     return [
         f"--container-image={container.image}",
         f"--container-mounts={','.join(mounts)}",
@@ -303,7 +303,7 @@ def _nameable(path: Path, log: str) -> Path:
     % in its own way."""
     if any(sign in str(path).removesuffix(log) for sign in "'\"\\%"):
         raise RecipeError(
-            f"run folder {path.parent}: SLURM cannot write a log there, for a quote, '\\' or '%' in it: rename it"
+            f"run folder {path.parent}: SLURM cannot write a log there, because of a quote, '\\' or '%' in it: rename it"
         )
     return path
 
@@ -347,7 +347,7 @@ def write_script(order: Order, text: str) -> Path:
     draft = path.with_name(f".{SCRIPT}.tmp")
     try:
         if path.exists() and OURS not in read_text(path, RECIPE_BYTES):
-            raise RecipeError(f"{path}: `triaxis submit` did not write it, and does not write over it: rename it")
+            raise RecipeError(f"{path}: `triaxis submit` did not write it, and does not overwrite it: rename it")
         make_private(order.run_dir)
         with private_file(draft) as file:
             file.write(text.encode())

@@ -177,7 +177,7 @@ class ChatTemplate:
         except MemoryError:  # the machine's, not the conversation's
             raise
         except Exception as error:  # a template can fail in as many ways as a program
-            raise Fault(f"the chat template refuses this conversation: {first_line(error)}; mend or remove it") from None
+            raise Fault(f"the chat template refuses this conversation: {first_line(error)}; fix or remove it") from None
 
 
 def _unsafe(why: object) -> RecipeError:

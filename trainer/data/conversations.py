@@ -144,7 +144,7 @@ class ChatRows(RowFormat):
             return fitting[0]
         wanted = " or ".join(self._described(name) for name in candidates)
         raise Fault(
-            f"no conversation: it has {', '.join(map(repr, row)) or 'no field'}, and needs {wanted}; mend the row, or name its "
+            f"no conversation: it has {', '.join(map(repr, row)) or 'no field'}, and needs {wanted}; fix the row, or name its "
             'fields in data.sources[].fields, such as {"prompt": "question", "completion": "answer"}'
         )
 
@@ -183,10 +183,10 @@ def _read_alpaca(row: Mapping[str, Any]) -> Turns:
 def _history(value: Any) -> Iterator[Message]:
     """Yield the earlier turns, given as pairs of question and answer."""
     if not isinstance(value or [], list):
-        raise Fault(f'\'history\' is {kind_of(value)}, not a list of pairs ["question", "answer"]; mend the row')
+        raise Fault(f'\'history\' is {kind_of(value)}, not a list of pairs ["question", "answer"]; fix the row')
     for number, pair in enumerate(value or []):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise Fault(f'history[{number}] is no pair ["question", "answer"]; mend the row')
+            raise Fault(f'history[{number}] is not a pair ["question", "answer"]; fix the row')
         yield Message("user", _text(pair[0], f"history[{number}][0]"), False)
         yield Message("assistant", _text(pair[1], f"history[{number}][1]"), True)
 
@@ -222,7 +222,7 @@ def with_surroundings(turns: Turns, row: Mapping[str, Any]) -> Conversation:
         raise Fault(f"it has {media[0]!r}, and texts alone are trained here; remove the row")
     options = row.get(OPTIONS)
     if options is not None and not isinstance(options, dict):
-        raise Fault(f"{OPTIONS!r} is {kind_of(options)}, not an object; mend or remove it")
+        raise Fault(f"{OPTIONS!r} is {kind_of(options)}, not an object; fix or remove it")
     functions = [{"type": "function", "function": function} for function in _listed(row, "functions")]
     return Conversation(turns, (*_listed(row, "tools"), *functions), options or {})
 
@@ -231,7 +231,7 @@ def _listed(row: Mapping[str, Any], name: str) -> list[Any]:
     """Return a list of objects, which may be given as JSON text, as in tables."""
     value = _parsed(row.get(name) or [], repr(name))
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise Fault(f"{name!r} is {kind_of(value)}, not a list of objects; mend or remove it")
+        raise Fault(f"{name!r} is {kind_of(value)}, not a list of objects; fix or remove it")
     return value
 
 
@@ -241,7 +241,7 @@ def _parsed(value: Any, what: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise Fault(f"{what} is text that is not JSON ({error}); mend or remove it") from None
+        raise Fault(f"{what} is text that is not JSON ({error}); fix or remove it") from None
 
 
 def read_system(row: Mapping[str, Any]) -> Turns:
@@ -266,7 +266,7 @@ def asked(turns: Iterable[Message]) -> Turns:
 
 def _messages(value: Any, name: str, keys: tuple[str, str]) -> Turns:
     if not isinstance(value, list):
-        raise Fault(f"{name!r} is {kind_of(value)}, not a list of turns {_turn(keys)}; mend the row")
+        raise Fault(f"{name!r} is {kind_of(value)}, not a list of turns {_turn(keys)}; fix the row")
     return tuple(_message(turn, f"{name}[{number}]", keys) for number, turn in enumerate(value))
 
 
@@ -275,12 +275,12 @@ def _message(turn: Any, place: str, keys: tuple[str, str]) -> Message:
     calls = isinstance(turn, dict) and any(turn.get(name) for name in ("tool_calls", "function_call", *REASONING))
     if not isinstance(turn, dict) or not turn.keys() >= ({role_key} if calls else set(keys)):
         has = f"has {', '.join(map(repr, turn)) or 'no field'}" if isinstance(turn, dict) else f"is {kind_of(turn)}"
-        raise Fault(f"{place} {has}; a turn is {_turn(keys)}; mend the row")
+        raise Fault(f"{place} {has}; a turn is {_turn(keys)}; fix the row")
     spelling = turn[role_key]
     role = ROLES.get(spelling) if isinstance(spelling, str) else None
     if role is None:
         legal = ", ".join(ROLES)
-        raise Fault(f"{place}: {role_key} is {str(spelling)[:40]!r}; legal: {legal}; mend the row")
+        raise Fault(f"{place}: {role_key} is {str(spelling)[:40]!r}; legal: {legal}; fix the row")
     told = {name: value for name, value in turn.items() if name not in (role_key, content_key) and value is not None}
     counts = _counts(told, role, place)
     more = {name: _checked(value, f"{place}: {name}") for name, value in told.items() if name not in LEARNING}
@@ -305,7 +305,7 @@ def _counts(told: Mapping[str, Any], role: str, place: str) -> bool:
             if told[name] not in (0, 1):  # true and false equal 1 and 0
                 raise Fault(
                     f"{place}: {name} is {str(told[name])[:40]!r}; legal: 1 (learned) and 0 (not)"
-                    f"{', or the other way round: it masks' if name == MASK else ''}; mend the row"
+                    f"{', or the other way round: it masks' if name == MASK else ''}; fix the row"
                 )
             said[name] = bool(told[name]) != (name == MASK)
     if not all(said.values()):
@@ -323,13 +323,13 @@ def _calls(turn: Mapping[str, Any], role: str, content_key: str, place: str) -> 
         return [_call(_parsed(turn["function_call"], f"{place}: function_call"), f"{place}: function_call")]
     called = _parsed(turn.get("tool_calls") or [], f"{place}: tool_calls")
     if not isinstance(called, list) or not all(isinstance(call, dict) for call in called):
-        raise Fault(f"{place}: tool_calls is {kind_of(called)}, not a list of objects; mend the row")
+        raise Fault(f"{place}: tool_calls is {kind_of(called)}, not a list of objects; fix the row")
     return called
 
 
 def _call(call: Any, what: str) -> dict[str, Any]:
     if not isinstance(call, dict) or "name" not in call:
-        raise Fault(f'{what} is no call {{"name": "…", "arguments": {{…}}}}; mend the row')
+        raise Fault(f'{what} is not a call {{"name": "…", "arguments": {{…}}}}; fix the row')
     return {"type": "function", "function": call}
 
 
@@ -362,7 +362,7 @@ def _checked(value: Any, what: str) -> Any:
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise Fault(f"{what} is {kind_of(value)}, not text; mend or remove the row")
+        raise Fault(f"{what} is {kind_of(value)}, not text; fix or remove the row")
     for letter in value if not value.isascii() else "":
         if ord(letter) in NONCHARACTERS:
             raise Fault(f"{what} holds U+{ord(letter):04X}, which Unicode keeps for programs' own marks; remove it")

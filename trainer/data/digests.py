@@ -56,7 +56,7 @@ class Stamp:
 
 def unreadable(path: str | os.PathLike[str], error: OSError) -> DataError:
     """Return the error for a file that the operating system cannot read."""
-    return DataError(f"{path}: cannot be read: {error.strerror or error}; mend its permissions or remove it from the source")
+    return DataError(f"{path}: cannot be read: {error.strerror or error}; fix its permissions or remove it from the source")
 
 
 def fingerprint_of(facts: object) -> str:

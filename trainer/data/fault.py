@@ -21,5 +21,5 @@ def first_line(error: BaseException) -> str:
 def require_characters(text: str, what: str) -> str:
     """Return `text` if UTF-8 can hold it; Fault otherwise."""
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise Fault(f"{what} holds half of a surrogate pair, which is no character; mend or remove it")
+        raise Fault(f"{what} holds half of a surrogate pair, which is not a character; fix or remove it")
     return text

@@ -50,7 +50,7 @@ class LabelledRows(RowFormat):
     def example_of(self, row: Mapping[str, Any]) -> LabelledText:
         text, label = (self._value(row, name) for name in ("text", "label"))
         if not isinstance(text, str):
-            raise Fault(f"{self._name('text')!r} is {kind_of(text)}, not text; mend or remove the row")
+            raise Fault(f"{self._name('text')!r} is {kind_of(text)}, not text; fix or remove the row")
         spelt = self._spelt(label)
         return LabelledText(require_characters(text, repr(self._name("text"))), class_name(spelt), spelt)
 
@@ -68,7 +68,7 @@ class LabelledRows(RowFormat):
         if row.get(name) is None:
             has = ", ".join(map(repr, row)) or "no field"
             raise Fault(
-                f"no {name!r}: it has {has}, and data.task classify needs a text and a label; mend the row, or name its fields "
+                f"no {name!r}: it has {has}, and data.task classify needs a text and a label; fix the row, or name its fields "
                 'in data.sources[].fields, such as {"text": "sentence", "label": "sentiment"}'
             )
         return row[name]
@@ -78,7 +78,7 @@ class LabelledRows(RowFormat):
         if isinstance(label, float) and label.is_integer():
             label = int(label)
         if isinstance(label, bool) or not isinstance(label, int | str) or (isinstance(label, str) and not class_name(label)):
-            raise Fault(f"{self._name('label')!r} is {label!r}: a label is a word or a whole number; mend or remove the row")
+            raise Fault(f"{self._name('label')!r} is {label!r}: a label is a word or a whole number; fix or remove the row")
         if label == -1:
             raise Fault(
                 f"{self._name('label')!r} is -1, by which published data hides the label of a test; leave this split out"
@@ -122,7 +122,7 @@ class Labelled(Examples):
     def tokenize(self, example: LabelledText) -> Tokenized:
         if example.label not in self._number:
             legal = ", ".join(map(repr, self.classes[:20]))
-            raise Fault(f"the label {example.label!r} is not in data.classes ({legal}); mend the row, or add the class")
+            raise Fault(f"the label {example.label!r} is not in data.classes ({legal}); fix the row, or add the class")
         ids, lost = self.tokenizer.encode_sequence(example.text, max_tokens=self.layout.part_tokens)
         counts = Counter(read=1, empty=int(not example.text.strip()), truncated=int(lost > 0), lost_tokens=lost)
         counts["stripped"] = int(example.spelt != example.label)

@@ -46,7 +46,7 @@ FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json"),
 )
-REMEDY = "mend its tokenizer.json, or give another tokenizer"
+REMEDY = "fix its tokenizer.json, or give another tokenizer"
 
 
 class TokenizerFails(RecipeError):
@@ -179,7 +179,7 @@ def require_files(folder: Path) -> None:
         if not path.exists():
             continue
         if not path.is_file():
-            raise TokenizerFails(f"data.tokenizer: {path} is no regular file; give a folder with a tokenizer's files")
+            raise TokenizerFails(f"data.tokenizer: {path} is not a regular file; give a folder with a tokenizer's files")
         if path.stat().st_size > LARGEST_FILE:
             raise TokenizerFails(
                 f"data.tokenizer: {path} has {path.stat().st_size} bytes, and at most {LARGEST_FILE} are read of a tokenizer; "

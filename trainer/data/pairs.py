@@ -62,7 +62,7 @@ class PairRows(RowFormat):
         if missing := [self.fields.get(name, name) for name in ANSWERS if named.get(name) is None]:
             raise Fault(
                 f"no pair: it has {', '.join(map(repr, row)) or 'no field'}, and no {' and no '.join(map(repr, missing))}; "
-                'mend the row, or name its fields in data.sources[].fields, such as {"chosen": "better", "rejected": "worse"}'
+                'fix the row, or name its fields in data.sources[].fields, such as {"chosen": "better", "rejected": "worse"}'
             )
         prompt = read_side(named["prompt"], "prompt", "user") if named.get("prompt") is not None else ()
         chosen, rejected = (_conversation(prompt, named[name], name) for name in ANSWERS)
@@ -92,7 +92,7 @@ def _dialogue(text: str, name: str) -> Turns:
     if before.strip() or not parts:
         raise Fault(
             f"{name!r} is {kind_of(text)} without a 'prompt' beside it, and does not begin with a blank line and Human:; "
-            "mend the row, or name its fields in data.sources[].fields"
+            "fix the row, or name its fields in data.sources[].fields"
         )
     roles = [SPEAKERS[speaker] for speaker in parts[::2]]
     return tuple(Message(role, content.strip(), role == "assistant") for role, content in zip(roles, parts[1::2], strict=True))

@@ -370,10 +370,10 @@ def _value_of_line(line: bytes) -> Any:
         said = foreign(line, error.start) or "convert the file or remove the line"
         raise Fault(f"byte {error.start} of the line is not utf-8; {said}") from None
     except (ValueError, RecursionError) as error:
-        said = foreign(line) if is_wide(line) else "mend or remove the line"
+        said = foreign(line) if is_wide(line) else "fix or remove the line"
         raise Fault(f"not JSON: {first_line(error)}; {said}") from None
     if not isinstance(value, dict):
-        raise Fault(f"a JSON object is needed, this is {kind_of(value)}; mend or remove the line")
+        raise Fault(f"a JSON object is needed, this is {kind_of(value)}; fix or remove the line")
     return value
 
 
@@ -383,5 +383,5 @@ def _text_of_field(row: Row, field: str) -> str:
         raise Fault(f"no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}; set data.sources[].field")
     text = row[field]
     if not isinstance(text, str):
-        raise Fault(f"field {field!r} is {kind_of(text)}, not text; mend the data or set data.sources[].field")
+        raise Fault(f"field {field!r} is {kind_of(text)}, not text; fix the data or set data.sources[].field")
     return require_characters(text, f"field {field!r}")

@@ -46,7 +46,7 @@ class JSONFault(Fault):
     """A fault in JSON. `at`: the offset at which reading stopped [characters]."""
 
     def __init__(self, error: Exception, at: int) -> None:
-        super().__init__(f"not JSON: {first_line(error)}; mend or remove it")
+        super().__init__(f"not JSON: {first_line(error)}; fix or remove it")
         self.at = getattr(error, "pos", at)
 
 
@@ -87,7 +87,7 @@ def _skip(text: str, at: int) -> int:
 def row_of(value: Any) -> Row:
     """Return a JSON value that must be an object."""
     if not isinstance(value, dict):
-        raise Fault(f"a JSON object is needed, this is {kind_of(value)}; mend or remove it")
+        raise Fault(f"a JSON object is needed, this is {kind_of(value)}; fix or remove it")
     return value
 
 
@@ -122,7 +122,7 @@ def names_of_columns(values: Sequence[str]) -> list[str]:
 def row_of_values(names: Sequence[str], values: Sequence[str]) -> Row:
     if len(values) != len(names):
         raise Fault(
-            f"{len(values)} values for the {len(names)} columns {', '.join(map(repr, names))}; mend the line, or name the "
+            f"{len(values)} values for the {len(names)} columns {', '.join(map(repr, names))}; fix the line, or name the "
             "columns of a file without a header in data.sources[].columns"
         )
     return dict(zip(names, values, strict=True))

@@ -198,7 +198,7 @@ class TokenStore:
                 self.path / "tokens.bin", f"holds token {largest}, beyond the vocabulary of {self.contents.vocab_size}"
             )
         if self._targets is not None and any(int(chunk.max()) > 1 for chunk in _chunks(self._targets)):
-            raise damage(self.path / "targets.bin", "holds something else than 0 and 1")
+            raise damage(self.path / "targets.bin", "holds values other than 0 and 1")
         begins = self.documents[:]
         if begins[0] != 0 or begins[-1] != self.num_tokens or bool(np.any(begins[1:] <= begins[:-1])):
             raise damage(self.path / "documents.bin", f"does not divide {self.num_tokens} tokens into documents")

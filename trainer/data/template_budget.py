@@ -141,7 +141,7 @@ class Budget:
                 self._characters -= FEW
         elif isinstance(value, int):
             if value.bit_length() > LARGEST_NUMBER:
-                raise SecurityError(f"it reckons with a number of more than {LARGEST_NUMBER:,} bits")
+                raise SecurityError(f"it computes with a number of more than {LARGEST_NUMBER:,} bits")
         elif isinstance(value, list | tuple | dict | Set):
             self.spend(len(value) * times)
             self.write(len(value) * times * ELEMENT)
@@ -188,7 +188,7 @@ class Budget:
         """Count the begin of a macro, loop or block; `leave` ends it."""
         self._levels += 1
         if self._levels > DEEPEST_CALL:
-            raise SecurityError(f"it calls itself more than {DEEPEST_CALL} times, one call in the other")
+            raise SecurityError(f"its calls of itself are nested more than {DEEPEST_CALL} deep")
 
     def leave(self) -> None:
         self._levels -= 1
@@ -202,7 +202,7 @@ class Lazy:
         self._budget, self._values, self._steps = budget, values, steps
         self.depth: int = taken_from.depth + 1 if isinstance(taken_from, Lazy) else 1
         if self.depth > DEEPEST_LAZY:
-            raise SecurityError(f"it filters what was filtered more than {DEEPEST_LAZY} times")
+            raise SecurityError(f"its filters are nested more than {DEEPEST_LAZY} deep")
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -236,7 +236,7 @@ def _characters_in(given: list[Any]) -> int:
     while waiting:
         container, depth = waiting.pop()
         if depth > DEEPEST_ROW:
-            raise Fault(f"it is nested more than {DEEPEST_ROW} deep, which no chat template writes; mend or remove it")
+            raise Fault(f"it is nested more than {DEEPEST_ROW} deep, which no chat template writes; fix or remove it")
         values = container
         if type(container) is dict:
             values = container.values()
@@ -275,7 +275,7 @@ def format_size(budget: Budget, text: str, arguments: object) -> int:
     fields = text.count("{")
     _require_widths(text)
     if any("{" in (spec or "") for _, _, spec, _ in string.Formatter().parse(text)):
-        raise SecurityError("it formats by widths that it reckons")
+        raise SecurityError("it formats with computed widths")
     return len(text) + _widths_in(text) + fields * (budget.size(arguments) + 320)
 
 

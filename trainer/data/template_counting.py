@@ -186,7 +186,7 @@ class Counting(NodeTransformer):
     # ------------------------------------------------------------------------------ what is refused
 
     def visit_Include(self, node: nodes.Node) -> nodes.Node:
-        raise SecurityError("it takes in another template")
+        raise SecurityError("it includes another template")
 
     visit_Import = visit_FromImport = visit_Extends = visit_Include
 

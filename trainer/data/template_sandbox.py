@@ -98,7 +98,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 require_width(other)
                 self.budget.require(len(one) * other * (1 if isinstance(one, str | bytes) else ELEMENT))
         if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > LARGEST_NUMBER:
-            raise SecurityError(f"it reckons with a number of more than {LARGEST_NUMBER:,} bits")
+            raise SecurityError(f"it computes with a number of more than {LARGEST_NUMBER:,} bits")
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what a template may call."""
@@ -226,7 +226,7 @@ def _joined(budget: Budget, text: Any, given: tuple[Any, ...]) -> None:
     """Count a join, whose values may be the same text again and again."""
     for values in given:
         if isinstance(values, Lazy):
-            raise SecurityError("it joins by a method what a filter gives one by one")
+            raise SecurityError("it joins by a method the values that a filter yields one by one")
         budget.require(budget.size(values) + len(text) * (len(values) if hasattr(values, "__len__") else 0))
 
 

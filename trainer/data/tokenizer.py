@@ -187,7 +187,7 @@ class Tokenizer:
         if max(ids, default=0) >= self.vocab_size:
             raise TokenizerFails(
                 f"data.tokenizer: its post_processor writes the token {max(ids)}, and its tokens are below {self.vocab_size}; "
-                "mend its tokenizer.json, or give another tokenizer"
+                "fix its tokenizer.json, or give another tokenizer"
             )
 
     @property
@@ -218,8 +218,8 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         if len(set(vocabulary.values())) < len(vocabulary):
             raise RecipeError(
-                "data.new_tokens: this tokenizer leaves numbers out, and would give a new token that of another symbol: add "
-                "the tokens to its folder, and name them here all the same"
+                "data.new_tokens: this tokenizer leaves numbers out, and would give a new token the number of another "
+                "symbol: add the tokens to its folder, and name them here all the same"
             )
         named = list(dict.fromkeys([*self.new_tokens, *tokens]))
         return self.changed(backend, **{NEW_TOKENS: named}, **self._reading_special)
@@ -544,10 +544,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         # Fails on half a surrogate pair, legal in JSON.
         json.dumps(config, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable JSON: {error}; mend the file") from None
+        raise DataError(f"{path}: not readable JSON: {error}; fix the file") from None
     named = config.get(NEW_TOKENS, [])
     if not isinstance(named, list) or not all(isinstance(token, str) for token in named):
-        raise DataError(f"{path}: {NEW_TOKENS} is {kind_of(named)}, not a list of texts; mend the file")
+        raise DataError(f"{path}: {NEW_TOKENS} is {kind_of(named)}, not a list of texts; fix the file")
     # Where transformers saves them since version 4.53.
     templates = {"default": folder / "chat_template.jinja"}
     templates |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
@@ -559,7 +559,7 @@ def _read_text(path: Path) -> str:
     try:
         return read_text(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 text: {error}; mend the file") from None
+        raise DataError(f"{path}: not readable as UTF-8 text: {error}; fix the file") from None
 
 
 def eos_of(config: Mapping[str, Any]) -> str | None:

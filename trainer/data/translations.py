@@ -63,12 +63,12 @@ def _text_at(row: Mapping[str, Any], place: str) -> str:
         if not isinstance(value, Mapping) or name not in value:
             has = ", ".join(map(repr, row)) or "no field"
             raise Fault(
-                f"no pair: it has {has}, and needs {place!r}; mend the row, or name its fields in data.sources[].fields, such "
+                f"no pair: it has {has}, and needs {place!r}; fix the row, or name its fields in data.sources[].fields, such "
                 'as {"source": "en", "target": "de"}'
             )
         value = value[name]
     if not isinstance(value, str):
-        raise Fault(f"{place!r} is {kind_of(value)}, not text; mend or remove the row")
+        raise Fault(f"{place!r} is {kind_of(value)}, not text; fix or remove the row")
     return require_characters(value, repr(place)).strip()
 
 

@@ -40,11 +40,11 @@ def tokenize_shards(
     examples. Raises the first UserError that a worker meets, and ends the others.
     """
     waiting = iter(shards.items())
-    crew = [Worker(tokenizer, into, task, settings) for _ in range(min(workers, len(shards)))]
+    pool = [Worker(tokenizer, into, task, settings) for _ in range(min(workers, len(shards)))]
     try:
-        for worker in crew:
+        for worker in pool:
             worker.hand(*next(waiting))
-        busy = {worker.replies: worker for worker in crew}
+        busy = {worker.replies: worker for worker in pool}
         while busy:
             for replies in select.select(list(busy), [], [])[0]:
                 yield busy[replies].take_reply()
@@ -53,7 +53,7 @@ def tokenize_shards(
                 else:
                     busy[replies].hand(*shard)
     finally:
-        for worker in crew:
+        for worker in pool:
             worker.end()
 
 
@@ -108,7 +108,7 @@ def _ended(code: int) -> UserError:
     what = f"data: a tokenizing process ended with code {code}"
     if code == -signal.SIGABRT:
         return RecipeError(
-            f"{what} (native code gave up, mostly for want of memory): look for what grows texts in the tokenizer.json of "
+            f"{what} (native code gave up, mostly for lack of memory): look for what grows texts in the tokenizer.json of "
             "data.tokenizer, or lower data.workers, and start again: finished shards are kept"
         )
     lines = f"{what} (-9: killed, often for lack of memory); lower data.workers and start again: finished shards are kept"

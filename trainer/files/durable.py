@@ -101,7 +101,7 @@ def require_new(folder: Path) -> None:
     """Raise FileExistsError if something other than an empty folder is there: a user's files are
     never overwritten."""
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(errno.EEXIST, "something is there already, which is not written over", str(folder))
+        raise FileExistsError(errno.EEXIST, "something is there already, and is not overwritten", str(folder))
 
 
 @contextmanager

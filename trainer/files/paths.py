@@ -25,7 +25,7 @@ def wrong_with(name: str) -> str:
         remedy = "write the path alone" if scheme[1].lower() == "file" else "mount or copy what is there, and name that"
         return f"is an address ({scheme[0]}), and only paths of this machine are read and written: {remedy}"
     if name.startswith("~") and expanded(name) == name:
-        return f"begins with {name.partition('/')[0]}, the home of nobody here: write the path out"
+        return f"begins with {name.partition('/')[0]}, the home of no user here: write out the path"
     encoded = os.fsencode(expanded(name))
     if len(encoded) > LONGEST or any(len(part) > LONGEST_NAME for part in encoded.split(b"/")):
         return f"is too long: a name has at most {LONGEST_NAME} bytes, a path {LONGEST:,}"

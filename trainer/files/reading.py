@@ -127,4 +127,4 @@ def _nameable(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except ValueError as error:  # a NUL, or half of a surrogate pair
-        raise OSError(errno.EINVAL, f"no name of a file ({error})", str(path)) from None
+        raise OSError(errno.EINVAL, f"not a possible file name ({error})", str(path)) from None

@@ -7,18 +7,23 @@ that a resumed run decides as the undisturbed one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from parallel.topology import Layout
+from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.data.loader import MicroBatch
 from trainer.engine.engine import StepResult
+from trainer.engine.loss_scale import LossScaler
 from trainer.errors import EXIT_NO_PROGRESS, DataError, NotFinite, UserError
 from trainer.files.durable import make_private, write_json
-from trainer.guard.culprit import Culprit, find_culprit
-from trainer.guard.replicas import disagreements, replicas
+from trainer.guard.culprit import Culprit
+from trainer.guard.inspector import Inspector
 from trainer.guard.spike_window import SpikeWindow
 from trainer.launch.ranks import PeerFailed
-from trainer.run.session import Session
+from trainer.recipe.batch_plan import BatchPlan
+from trainer.schema import Recipe
 
 REWINDS = 3  # in a row to one checkpoint: what comes after it spikes whatever the data
 REPLAY_FILES = 20  # a few hundred bytes each; the newest tell as much as all
@@ -31,16 +36,32 @@ class NoProgress(UserError):
 
 
 class Guard:
-    """Every rank calls `judge` together after each step, with the same result."""
+    """Judges each step, and ends the run that cannot go on. Every rank calls `judge` together, with the same result."""
 
-    def __init__(self, run: Session) -> None:
-        self._run = run
-        self._keys = run.recipe.guard
-        memory = run.checkpoints.memory.get("guard", {})
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: BatchPlan,
+        layout: Layout,
+        inspector: Inspector,
+        *,
+        scaler: LossScaler,
+        checkpoints: Checkpoints,
+        first_sequence: Callable[[int], int],
+        folder: Path,
+        is_first: bool,
+        note: Callable[[str], None],
+    ) -> None:
+        """`first_sequence` gives the global number of the first sequence of a step. `folder`: where records of skipped steps
+        go, on the first rank. `note` shows a line."""
+        self._recipe, self._keys, self._plan, self._layout = recipe, recipe.guard, plan, layout
+        self._inspector, self._scaler, self._checkpoints = inspector, scaler, checkpoints
+        self._first_sequence, self._folder, self._is_first, self._note = first_sequence, folder, is_first, note
+        memory = checkpoints.memory.get("guard", {})
         self._in_a_row: int = memory.get("skipped_in_a_row", 0)
         self.not_finite_since: int | None = memory.get("not_finite_since")  # the first step since when no loss was finite
         self.must_rewind = False  # the last step's spike is to be undone
-        self._agreed: int = run.checkpoints.start_step  # after this step all replicas were the same
+        self._agreed: int = checkpoints.start_step  # after this step all replicas were the same
         self._windows = {
             name: SpikeWindow(self._keys.spike_window, self._keys.spike_threshold, memory.get(name, ()))
             for name in (("loss", "grad_norm") if self._keys.on_spike != "off" else ())
@@ -74,28 +95,21 @@ class Guard:
         that was skipped may have had another cause, so its loss is computed once more."""
         if self.not_finite_since is None:
             return
-        again = self._run.engine.evaluator.evaluate(iter(self._run.micro_batches(steps - 1)))
-        if not math.isfinite(again.loss):
+        if not math.isfinite(self._inspector.loss(steps - 1)):
             self._end(NotFinite("the loss", step=steps, began=self.not_finite_since))
 
     def _explain(self, step: int, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
         """One line that names the culprit, and a file with what a replay needs."""
         if math.isfinite(result.grad_norm):
             self._record(step, result, None, reason := f"the gradient norm {result.grad_norm:.4g} is a spike")
-            self._run.tracker.note(f"step {step + 1} skipped: {reason}")
+            self._note(f"step {step + 1} skipped: {reason}")
             return
-        with self._run.engine.watch("guard"):
-            culprit = find_culprit(
-                self._run.engine,
-                self._run.ranks,
-                micro_batches,
-                step=step,
-                scale=result.loss_scale,
-                loss_is_finite=math.isfinite(result.loss),
-            )
+        culprit = self._inspector.culprit(
+            micro_batches, step=step, scale=result.loss_scale, loss_is_finite=math.isfinite(result.loss)
+        )
         reason = self._told(step, culprit)
         self._record(step, result, culprit, reason)
-        self._run.tracker.note(
+        self._note(
             f"step {step + 1} skipped: the gradient is not finite (loss {result.loss:.4g}, loss scale {result.loss_scale:g}): "
             f"{reason}"
         )
@@ -112,23 +126,20 @@ class Guard:
 
     def _sequences(self, step: int, culprit: Culprit) -> list[int]:
         """Global numbers of those in the culprit's micro-batch, on each of its data-parallel ranks; [] when not known."""
-        plan, layout = self._run.plan, self._run.mesh.layout
+        plan, layout = self._plan, self._layout
         if culprit.micro_batch is None:
             return []
-        places = {layout.peers(rank, "dp", "cp").index(rank) for rank in culprit.ranks}
+        places = {layout.peers(rank, "dp").index(rank) for rank in culprit.ranks}
         first = self._first_sequence(step)
         firsts = [
             first + place * plan.sequences_per_rank + culprit.micro_batch * plan.micro_sequences for place in sorted(places)
         ]
         return [first + n for first in firsts for n in range(plan.micro_sequences)]
 
-    def _first_sequence(self, step: int) -> int:
-        return (step + self._run.skipped_data) * self._run.plan.global_sequences
-
     def _record(self, step: int, result: StepResult, culprit: Culprit | None, reason: str) -> None:
-        if not self._run.place.is_first:
+        if not self._is_first:
             return
-        plan, recipe = self._run.plan, self._run.recipe
+        plan, recipe = self._plan, self._recipe
         first = self._first_sequence(step)
         record = {
             "step": step + 1,
@@ -147,19 +158,19 @@ class Guard:
             "seed": recipe.run.seed,
             "layout": {"pipeline": recipe.parallel.pipeline, "tensor": recipe.parallel.tensor, "zero": recipe.zero.stage},
         }
-        folder = self._run.folder.path / "guard"
+        folder = self._folder
         try:
             write_json(make_private(folder) / f"step-{step + 1:08d}.json", record)
             for old in sorted(folder.glob("step-*.json"))[:-REPLAY_FILES]:
                 old.unlink()
         except OSError as error:
-            self._run.tracker.note(f"warning: {folder}: {error.strerror}: no record of step {step + 1}; training goes on")
+            self._note(f"warning: {folder}: {error.strerror}: no record of step {step + 1}; training goes on")
 
     def _look_for_spikes(self, step: int, result: StepResult) -> None:
         for name, window in self._windows.items():
             value, limit = getattr(result, name), window.limit
             if math.isfinite(value) and value > limit and not (result.skipped and name == "grad_norm"):
-                self._run.tracker.note(
+                self._note(
                     f"step {step + 1}: spike: {name} {value:.4g} is above {limit:.4g}, {self._keys.spike_threshold:g} robust "
                     f"deviations over the median of the last {self._keys.spike_window} steps"
                 )
@@ -169,10 +180,10 @@ class Guard:
     def _may_rewind(self) -> bool:
         if self._keys.on_spike != "rewind":
             return False
-        saved, rewinds = self._run.checkpoints.saved_step, self._run.checkpoints.rewinds
+        saved, rewinds = self._checkpoints.saved_step, self._checkpoints.rewinds
         if saved is None:
-            self._run.tracker.note("there is no checkpoint to go back to yet: training goes on")
-        elif rewinds >= REWINDS and saved == self._run.checkpoints.start_step:
+            self._note("there is no checkpoint to go back to yet: training goes on")
+        elif rewinds >= REWINDS and saved == self._checkpoints.start_step:
             self._end(
                 NoProgress(
                     f"{rewinds} times in a row the loss or gradient norm spiked after step {saved}, each time on other data: "
@@ -182,7 +193,7 @@ class Guard:
         return saved is not None
 
     def _count(self, result: StepResult) -> None:
-        scaler = self._run.engine.scaler
+        scaler = self._scaler
         # A dynamic scale still has somewhere to go above its minimum: those skips are its search.
         searching = scaler.window > 0 and result.loss_scale > scaler.minimum
         self._in_a_row = self._in_a_row + (not searching) if result.skipped else 0
@@ -190,12 +201,12 @@ class Guard:
             self._end(
                 NoProgress(
                     f"{self._in_a_row} steps in a row were skipped (guard.max_skipped): {self._advice()}; what each of "
-                    f"the last ones failed on is in {self._run.folder.path / 'guard'}"
+                    f"the last ones failed on is in {self._folder}"
                 )
             )
 
     def _advice(self) -> str:
-        scaler, precision = self._run.engine.scaler, self._run.recipe.precision
+        scaler, precision = self._scaler, self._recipe.precision
         if precision.dtype != "fp16":
             return "lower optimizer.lr, lengthen schedule.warmup_steps, or go on from an earlier checkpoint (--resume PATH)"
         if scaler.window:
@@ -209,10 +220,7 @@ class Guard:
         )
 
     def _compare(self, step: int, lr: float) -> None:
-        engine, run = self._run.engine, self._run
-        with engine.watch("guard"):
-            held = list(replicas(engine.specs, run.mesh, engine.zero_stage))
-            wrong = disagreements(held, run.ranks, engine.device, step=step, lr=lr)
+        wrong = self._inspector.disagreements(step, lr)
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             self._end(
@@ -225,5 +233,6 @@ class Guard:
 
     def _end(self, error: UserError) -> None:
         """Say it once, from the first rank, when what is being saved is on the disk."""
-        self._run.say(self._run.checkpoints.wait())
-        raise error if self._run.place.is_first else PeerFailed(error.exit_code)
+        for line in self._checkpoints.wait():
+            self._note(line)
+        raise error if self._is_first else PeerFailed(error.exit_code)

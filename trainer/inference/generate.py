@@ -125,7 +125,7 @@ def ends_of(folder: Path) -> list[int]:
     try:
         generation = read_json(path) if path.is_file() else {}
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable JSON: {error}; mend or remove the file") from None
+        raise DataError(f"{path}: not readable JSON: {error}; fix or remove the file") from None
     return as_list(generation.get("eos_token_id", read_config(folder).get("eos_token_id")))
 
 

@@ -99,7 +99,7 @@ def recipe_of(checkpoint: Path, recipe: Mapping[str, Any]) -> Recipe:
     try:
         return _valid(in_todays_keys(recipe), f"{checkpoint / 'manifest.json'}")
     except (AttributeError, TypeError):  # a section that is no object
-        raise DataError(f"{checkpoint / 'manifest.json'}: damaged: its recipe is none") from None
+        raise DataError(f"{checkpoint / 'manifest.json'}: damaged: its recipe is not valid") from None
 
 
 def _valid(values: Mapping[str, Any], where: str) -> Recipe:

@@ -81,7 +81,7 @@ def _paths(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 def _stands_in_the_way(key: str, name: str) -> str:
     file = occupied(expanded(name)) if key in WRITTEN_TO else ""
-    return f"is to be a folder, but {file} is a file: name another one" if file else ""
+    return f"must be a folder, but {file} is a file: name another one" if file else ""
 
 
 def name_findings(recipe: Recipe) -> Iterator[Finding]:

@@ -33,7 +33,7 @@ def number_findings(recipe: Recipe) -> Iterator[Finding]:
 def _told(number: float) -> str:
     if not in_range(number):
         becomes = "0" if number < SMALLEST else "infinite"
-        return f"is {becomes} in fp32, in which it is computed with; legal: {SMALLEST:.3g} to {LARGEST:.3g}"
+        return f"is {becomes} in fp32, in which it is used; legal: {SMALLEST:.3g} to {LARGEST:.3g}"
     if number < 1.0 <= rounded(number):
-        return f"is 1 in fp32, in which it is computed with; legal: up to {1 - 2.0**-24:.8f}"
+        return f"is 1 in fp32, in which it is used; legal: up to {1 - 2.0**-24:.8f}"
     return ""

@@ -88,9 +88,9 @@ class Layer:
 def read_chain(path: Path, below: list[Path]) -> Layer:
     """Return the file over the files that it extends. `below`: the files that led here."""
     if len(below) > MAX_CHAIN:
-        raise RecipeError(f"{below[0]}: more than {MAX_CHAIN} files that extend one another: put some together")
+        raise RecipeError(f"{below[0]}: more than {MAX_CHAIN} files that extend one another: merge some")
     if any(_same_file(path, other) for other in below):
-        raise RecipeError(f"{below[-1]}: extends makes a circle: {' → '.join(map(str, [*below, path]))}")
+        raise RecipeError(f"{below[-1]}: extends forms a circle: {' → '.join(map(str, [*below, path]))}")
     layer = read_file(path, below)
     if "extends" not in layer.value:
         return layer

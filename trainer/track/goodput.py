@@ -68,7 +68,7 @@ class Ledger:
         again.
         """
         self._path = folder / LEDGER
-        self._spare = Spare(self._path, "what is not written there is missing in the account of the run's time")
+        self._spare = Spare(self._path, "what is not written is missing from the account of the run's time")
         self._starts = read_starts(folder)
         if self._starts:
             _close(self._starts[-1], from_step, times)

@@ -167,7 +167,7 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Number]:
         if isinstance(value, str) and value in _NON_FINITE:
             record[name] = _NON_FINITE[value]
         elif not _is_number(value):
-            raise DataError(f"{path}:{number}: {name} is {json.dumps(value)[:60]}, no number: correct or delete the line")
+            raise DataError(f"{path}:{number}: {name} is {json.dumps(value)[:60]}, not a number: correct or delete the line")
     if not (type(record.get("step")) is int and record["step"] >= 0):
         raise DataError(f'{path}:{number}: a record without a whole number of steps under "step": delete the line')
     return record
@@ -250,7 +250,7 @@ class JsonlTracker:
     def finish(self, summary: Mapping[str, object]) -> None:
         """Write the summary and close the files. DataError if records are lost because the disk had
         no room to the end."""
-        with Spare(self._folder / SUMMARY, "the run's last word is missing").written():
+        with Spare(self._folder / SUMMARY, "the run's summary is missing").written():
             write_json(self._folder / SUMMARY, redact(to_json(summary)))
         self._metrics.close()
         self._evaluations.close()

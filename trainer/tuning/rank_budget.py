@@ -157,7 +157,7 @@ class RankAllocator:
 
     def _observe(self, unscaling: float) -> None:
         """Take this step's sensitivities into the means."""
-        grads = all_reduce(self._grads, self._mesh.dp) * (unscaling / self._mesh.dp.size)
+        grads = all_reduce(self._grads, self._mesh.reduction) * (unscaling / self._mesh.reduction.size)
         decay, decay_of_uncertainty = self._keys.betas
         with self._whole():
             for factor, grad in zip(self._factors, grads.split([f.grad.numel() for f in self._factors]), strict=True):

@@ -449,7 +449,7 @@ class Watchdog:
             with contextlib.suppress(RuntimeError):
                 group.abort()
         if self._awake.wait(WAKING_S) and not self._over.wait(LEAVING_S):
-            logger.error("the training does not leave")
+            logger.error("the training does not end")
         if not self._over.is_set():
             for line in outcome.lines:
                 sys.stderr.write(f"triaxis: error: {line}\n")
