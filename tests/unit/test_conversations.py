@@ -18,8 +18,7 @@ from trainer.data.digests import Digests
 from trainer.data.fault import Fault
 from trainer.data.sources import Corpus, look_at
 from trainer.errors import DataError, RecipeError
-from trainer.recipe.rows import NAMES
-from trainer.recipe.translations import SIDES
+from trainer.tasks import TASKS
 
 ASKED, ANSWERED = Message("user", "why?", False), Message("assistant", "so.", True)
 SYSTEM = Message("system", "be brief", False)
@@ -230,10 +229,10 @@ def test_keys_that_nothing_reads_are_known() -> None:
 
 def test_the_door_knows_the_same_names() -> None:
     assert {name: {*shape.needs, *shape.may, "tools"} for name, shape in SHAPES.items()} == {
-        name: {*names} for name, names in NAMES["sft"].items()
+        name: {*names} for name, names in TASKS["sft"].shapes.items()
     }
-    ours = {name for shapes in NAMES.values() for names in shapes.values() for name in names}
-    assert ours | {*SIDES} == set(schema.Fields.model_fields)
+    ours = {name for task in TASKS.values() for names in task.shapes.values() for name in names}
+    assert ours == set(schema.Fields.model_fields)
 
 
 # ---------------------------------------------------------------------------------------------------------- kinds of files

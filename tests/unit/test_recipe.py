@@ -94,7 +94,9 @@ def test_bytes_that_are_not_text(folder: Path, data: bytes, said: str) -> None:
         recipe.load("r.json")
 
 
-@pytest.mark.parametrize(("name", "said"), [("none.json", "no such file"), (".", "not a file"), ("a\0b", "not a possible file name")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("none.json", "no such file"), (".", "not a file"), ("a\0b", "not a possible file name")]
+)
 def test_files_that_are_not_there(folder: Path, name: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         recipe.load(name)

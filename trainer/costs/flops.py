@@ -108,10 +108,10 @@ def translation_flops(config: TransformerConfig, pairs: Iterable[tuple[int, int]
 
 
 def row_flops(network: Network, rows: Iterable[Sequence[int]], *, trained_beside: int | None) -> int:
-    """Return the FLOPs of forward and backward over rows of documents of these lengths [tokens]; in
-    a translation sources, then targets.
+    """Return the FLOPs of forward and backward over rows of documents of these lengths [tokens].
 
-    `trained_beside`: see `training_flops`.
+    The first half of a translation's row are sources, the second their targets. `trained_beside`:
+    see `training_flops`.
     """
     return _of_rows(network, rows, trained_beside)
 
@@ -119,8 +119,8 @@ def row_flops(network: Network, rows: Iterable[Sequence[int]], *, trained_beside
 def training_flops(network: Network, document_lengths: Iterable[int], *, trained_beside: int | None = None) -> int:
     """Return the FLOPs of forward and backward over documents of these lengths [tokens].
 
-    `trained_beside`: the number of weights trained beside the network's own, which are frozen;
-    None: its own are trained.
+    `trained_beside` is the number of weights that are trained beside the network's own, which are
+    then frozen; None if its own are trained.
     """
     return _of_documents(network, document_lengths, trained_beside)
 

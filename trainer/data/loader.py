@@ -32,11 +32,11 @@ class MicroBatch:
 
     tokens_BS: Tensor  # int64 [B, S]
     documents: Documents
-    # int64 [B, S]: the token a position predicts, IGNORE where there is no target
+    # int64 [B, S]: the token that a position predicts, IGNORE where there is no target
     labels_BS: Tensor | None = None
     # float64 [documents of all rows]: log-probabilities before training
     reference_R: Tensor | None = None
-    streams: Streams | None = None  # those of dropout; None: no dropout
+    streams: Streams | None = None  # of dropout; None: no dropout
 
     @property
     def num_targets(self) -> int:
