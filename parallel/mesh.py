@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 
@@ -62,7 +63,8 @@ class Mesh:
     | tp | tp | parallel layers |
     | pp | pp | the pipeline's activations and their gradients |
     | ends | pp, first and last only | weights that the first and the last stage share |
-    | dp | dp and cp | gradient reduction, ZeRO, the step's target count |
+    | data | dp | whose sequences a rank takes: loading, dropout streams, sequence numbers |
+    | reduction | dp and cp | gradient reduction, ZeRO, the step's target count |
     | replica | pp and tp | the gradient norm: together these ranks hold one copy of the model |
     """
 
@@ -71,7 +73,8 @@ class Mesh:
     tp: Group
     pp: Group
     ends: Group | None  # None between the ends, and where one rank is both
-    dp: Group
+    data: Group
+    reduction: Group
     replica: Group
 
     @property
@@ -80,15 +83,15 @@ class Mesh:
 
     @classmethod
     def build(cls, layout: Layout, timeout: timedelta | None = None) -> Mesh:
-        """Collective over all ranks: every rank makes every group, in the same order (torch's rule for `new_group`).
-        `timeout`: how long a collective waits for the others; None: torch's default, 30 minutes."""
+        """Make every group, in the same order on all ranks. `timeout`: of a collective."""
         if layout.world_size != dist.get_world_size():
             raise ValueError(f"layout {layout} has {layout.world_size} ranks, the world has {dist.get_world_size()}")
         rank = dist.get_rank()
-        tp, pp, dp, replica = (_join(layout, rank, timeout, *axes) for axes in (("tp",), ("pp",), ("dp", "cp"), ("pp", "tp")))
-        both_ends = [(ranks[0], ranks[-1]) for ranks in layout.groups("pp")]
-        ends = _member(both_ends, rank, timeout, "ends") if layout.pp > 1 else None
-        return cls(layout=layout, rank=rank, tp=tp, pp=pp, ends=ends, dp=dp, replica=replica)
+        join = partial(_join, layout, rank, timeout)
+        tp, pp, reduction, replica = join("tp"), join("pp"), join("dp", "cp"), join("pp", "tp")
+        ends_of = [(ranks[0], ranks[-1]) for ranks in layout.groups("pp") if layout.pp > 1]
+        ends = _member(ends_of, rank, timeout, "ends")
+        return cls(layout, rank, tp, pp, ends, join("dp") if layout.cp > 1 else reduction, reduction, replica)
 
 
 def _join(layout: Layout, rank: int, timeout: timedelta | None, *axes: str) -> Group:

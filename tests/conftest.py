@@ -1,4 +1,4 @@
-"""The settings of the whole suite."""
+"""Settings of the whole suite."""
 
 import os
 import random
@@ -14,38 +14,41 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
-# Failed assertions in the libraries of the tests show what differed, too.
+# A failed assertion says what differed in the libraries of the tests too.
 pytest.register_assert_rewrite("tests.parallel", "tests.unit", "tests.end_to_end")
 
 
-# Folders of tests that start several processes each. Those of whole runs (launchers, SLURM, faults
-# to be noticed) wait for half of their time, so the others may use the cores meanwhile.
-SCOPES = {"end_to_end": "waiting", "slurm": "waiting", "parallel": "computing"}
+# Folders of tests that start several processes each. Tests of whole runs (launchers, SLURM, faults
+# to be noticed) wait for half of their time, so another worker may have the cores meanwhile.
+KINDS = {"end_to_end": "waiting", "slurm": "waiting", "parallel": "computing"}
+ORDER = ("waiting", "computing", "others")  # what takes longest begins first
+
+
+def kind_of(file: str) -> str:
+    return KINDS.get(Path(file).parent.name, "others")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Return a scheduler in which one worker begins with the tests of each scope, one after
-    another.
+    """Return a scheduler that gives a whole file to a worker, and beside it, while there is one, a
+    file of another kind to the next."""
+    from xdist.scheduler import LoadFileScheduling
 
-    The files of the other tests follow on the workers that are free.
-    """
-    from xdist.scheduler import LoadScopeScheduling
+    class OfOtherKinds(LoadFileScheduling):  # type: ignore[misc]
+        def _assign_work_unit(self, node: Any) -> None:
+            running = [list(files)[-1] for other, files in self.assigned_work.items() if files and other is not node]
+            others = [file for file in self.workqueue if kind_of(file) not in map(kind_of, running)]
+            if others:
+                self.workqueue.move_to_end(min(others, key=lambda file: ORDER.index(kind_of(file))), last=False)
+            super()._assign_work_unit(node)
 
-    class InScopes(LoadScopeScheduling):  # type: ignore[misc]
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return SCOPES.get(Path(file).parent.name, file)
-
-    # In the order of collection: the folders of processes come first.
-    config.option.loadscopereorder = False
-    return InScopes(config, log)
+    config.option.loadscopereorder = False  # but for their kinds, in the order of collection
+    return OfOtherKinds(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Put temporary files where pytest cleans up: torchrun never removes the folder of its logs,
-    and W&B leaves some when it is killed."""
+    """torchrun never removes the folder of its logs, and W&B leaves some when it is killed: they go where pytest cleans up."""
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = tempfile.tempdir = str(tmp_path_factory.mktemp("tmp"))
     yield
@@ -58,8 +61,7 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
-    """Seed what a test draws without a seed of its own, so that it does not depend on the order of
-    the tests."""
+    """What a test draws without a seed of its own is the same in every order of the tests, and whenever they run."""
     import numpy as np
     import torch
 
@@ -68,10 +70,9 @@ def same_numbers() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Use one thread: threads that wait for each other make tensors as small as these ten times
-    slower."""
+    """Threads that wait for each other make tensors as small as these ten times slower, also those of a module's fixtures."""
     import torch
 
     before = torch.get_num_threads()

@@ -133,7 +133,7 @@ def make_engine(
             "model": {"family": "llama"},
             "data": {"seq_len": shape.seq_len},
             "batch": {
-                "global_sequences": shape.micro_sequences * mesh.dp.size,
+                "global_sequences": shape.micro_sequences * mesh.data.size,
                 "micro_sequences": shape.micro_sequences // micro_batches,
             },
             "parallel": parallel or {},

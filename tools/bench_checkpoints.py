@@ -76,11 +76,11 @@ def bench(folder: Path, layers: int, hidden: int) -> None:
     recipe = write_recipe(folder, layers, hidden)
     with open_session(load(recipe), str(folder / "run"), Resume()) as run:
         for step in range(2):
-            _, step_s, _ = measured(lambda step=step: run.engine.step(run.micro_batches(step), step=step, lr=1e-3))
+            _, step_s, _ = measured(lambda step=step: run.engine.step(run.data.micro_batches(step), step=step, lr=1e-3))
         checkpoints = CheckpointFolder(folder / "saved")
         manifest = Manifest(
             step=1, sequences=1, time=0.0, recipe=run.recipe.model_dump(mode="json"), facts={},
-            layout={**asdict(run.mesh.layout), "zero": 0}, versions={},
+            layout={**asdict(run.engine.mesh.layout), "zero": 0}, versions={},
             state={"updates": 1, "loss_scale": run.engine.scaler.state(), "memory": {}},
         )  # fmt: skip
         rows: list[tuple[str, float, float]] = []

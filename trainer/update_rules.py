@@ -69,8 +69,8 @@ class UpdateRule:
     | `reads` | keys of the section `optimizer` that it is given, beside `lr` and `weight_decay` |
     | `on_nvme` | whether DeepSpeed can swap its states, which takes exactly those of Adam |
     | `in_float64` | whether its class computes in float64, as `triaxis verify` wants it to |
-    | `not_divided` | why it works at zero.stage 0 only ({}: another stage); "" where it does not |
-    | `not_sharded` | why it works at parallel.tensor 1 only ({}: another degree); "" likewise |
+    | `not_divided` | why it works at zero.stage 0 only ({}: the stage asked for); "": at every stage |
+    | `not_sharded` | why it works at parallel.tensor 1 only ({}: the degree asked for); "": at any |
     """
 
     states: tuple[State, ...]

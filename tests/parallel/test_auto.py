@@ -156,7 +156,7 @@ def run_case(mesh: Mesh, case: Case) -> Outcome:
 
 def packed(mesh: Mesh, plan: BatchPlan, step: int) -> list[MicroBatch]:
     tokens, labels = rows_of_step(step)
-    first = mesh.dp.rank * plan.sequences_per_rank
+    first = mesh.data.rank * plan.sequences_per_rank
     starts = range(first, first + plan.sequences_per_rank, plan.micro_sequences)
     rows = [slice(start, start + plan.micro_sequences) for start in starts]
     return [MicroBatch(tokens[r], Documents(PACKED[r]), labels[r]) for r in rows]

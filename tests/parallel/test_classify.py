@@ -90,7 +90,7 @@ def train(mesh: Mesh, folder: Path, task: str, family: str, zero: int) -> dict[s
     keys: dict[str, Any] = {"seq_len": S, "isolate_documents": True}
     data = TrainData(found.train, found.weights, seed=0, global_sequences=8, targets=targets["training"], **keys)
     held_out = EvalData(found.evaluation, sequences=5, targets=targets["evaluation"], **keys)
-    place = {"dp_rank": mesh.dp.rank, "dp": mesh.dp.size, "micro_sequences": 2}
+    place = {"dp_rank": mesh.data.rank, "dp": mesh.data.size, "micro_sequences": 2}
     results = [
         engine.step(list(data.micro_batches(step, **place, read=engine.execution.reads_tokens)), step=step, lr=0.1)
         for step in range(STEPS)

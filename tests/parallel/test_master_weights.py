@@ -42,7 +42,7 @@ def run(mesh: Mesh, case: Case, global_sequences: int = 8, mutate: Callable[[], 
     from deepspeed.utils import safe_get_full_fp32_param  # by now trainer.engine.engine has said on which accelerator
 
     mutate()
-    engine = make_engine(mesh, replace(case, sequences=global_sequences, dp=mesh.dp.size))
+    engine = make_engine(mesh, replace(case, sequences=global_sequences, dp=mesh.data.size))
     plan = engine.plan
     losses = [engine.step(micro_batches(mesh, plan, step), step=step, lr=ADAMW["lr"]).loss for step in range(case.steps)]
     held, masters = set(), {}

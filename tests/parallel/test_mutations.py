@@ -45,18 +45,18 @@ def mean_of_micro_batch_means() -> None:
     def mean(self: heads.NextToken, output: VocabParallelHead, x_ND: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         return total(self, output, x_ND, batch) / batch.num_targets
 
-    BatchPlan.loss_factor = lambda plan, num_targets: 1.0 / plan.num_micro_batches
+    BatchPlan.loss_factor = lambda plan, num_targets, averaged_over: 1.0 / plan.num_micro_batches
     heads.NextToken.loss = mean
 
 
 def forgotten_data_parallel_degree() -> None:
     """DeepSpeed averages over ranks; the factor must undo it."""
-    BatchPlan.loss_factor = lambda plan, num_targets: 1.0 / num_targets
+    BatchPlan.loss_factor = lambda plan, num_targets, averaged_over: 1.0 / num_targets
 
 
 def divided_twice_by_accumulation() -> None:
     """The schedule, or the engine, divides once more (torchtitan#2972)."""
-    BatchPlan.loss_factor = lambda plan, num_targets: plan.dp / num_targets / plan.num_micro_batches
+    BatchPlan.loss_factor = lambda plan, num_targets, averaged_over: averaged_over / num_targets / plan.num_micro_batches
 
 
 def targets_of_this_rank_only() -> None:

@@ -114,7 +114,7 @@ def train(mesh: Mesh, case: Case, folder: Path) -> Outcome:
         )
     data = TrainData(found.train, found.weights, seq_len=S, seed=0, isolate_documents=True, global_sequences=G)
     held_out = EvalData(found.evaluation, seq_len=S, isolate_documents=True, sequences=5)
-    place = {"dp_rank": mesh.dp.rank, "dp": mesh.dp.size, "micro_sequences": plan.micro_sequences}
+    place = {"dp_rank": mesh.data.rank, "dp": mesh.data.size, "micro_sequences": plan.micro_sequences}
     results, batches = [], []
     for step in range(case.steps):
         batches.append(list(data.micro_batches(step, **place, read=engine.execution.reads_tokens)))

@@ -69,7 +69,7 @@ def train(mesh: Mesh, folder: Path) -> dict[str, Any]:
     )
     data = TrainData(found.train, found.weights, seq_len=S, seed=0, isolate_documents=True, global_sequences=8)
     held_out = EvalData(found.evaluation, seq_len=S, isolate_documents=True, sequences=5)
-    place = {"dp_rank": mesh.dp.rank, "dp": mesh.dp.size, "micro_sequences": 2}
+    place = {"dp_rank": mesh.data.rank, "dp": mesh.data.size, "micro_sequences": 2}
     results, learned = [], []
     for step in range(STEPS):
         batches = list(data.micro_batches(step, **place, read=engine.execution.reads_tokens))

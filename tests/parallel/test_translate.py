@@ -155,7 +155,7 @@ def train(mesh: Mesh, folder: Path, case: Case, family: str, config: dict[str, A
     cut = {"seq_len": recipe.data.row_tokens, "isolate_documents": True}
     data = TrainData(found.train, found.weights, **cut, seed=0, global_sequences=8)
     held_out = EvalData(found.evaluation, **cut, sequences=5)
-    place = {"dp_rank": mesh.dp.rank, "dp": mesh.dp.size, "micro_sequences": 2}
+    place = {"dp_rank": mesh.data.rank, "dp": mesh.data.size, "micro_sequences": 2}
     results, learned = [], []
     for step in range(STEPS):
         batches = list(data.micro_batches(step, **place, read=engine.execution.reads_tokens))

@@ -198,7 +198,7 @@ def hashed(weights: dict[str, np.ndarray]) -> str:
 
 def micro_batches(mesh: Mesh, plan: BatchPlan, step: int) -> list[MicroBatch]:
     tokens, labels = rows_of_step(step, plan.global_sequences)
-    first = mesh.dp.rank * plan.sequences_per_rank
+    first = mesh.data.rank * plan.sequences_per_rank
     starts = range(first, first + plan.sequences_per_rank, plan.micro_sequences)
     rows = [slice(start, start + plan.micro_sequences) for start in starts]
     return [MicroBatch(tokens[r], Documents(((S - 5, 5),) * plan.micro_sequences), labels[r]) for r in rows]

@@ -66,8 +66,8 @@ def test_loss_factor_gives_the_mean_over_targets_after_averaging_over_ranks(dp: 
     plan = BatchPlan(global_sequences=dp, micro_sequences=1, dp=dp, num_micro_batches=1, seq_len=8)
     if not losses:
         with pytest.raises(ValueError, match="at least one target"):
-            plan.loss_factor(0)
+            plan.loss_factor(0, averaged_over=dp)
         return
-    factor = plan.loss_factor(len(losses))
+    factor = plan.loss_factor(len(losses), averaged_over=dp)
     ranks = [sum(sum(batch) * factor for batch in micro_batches[r::dp]) for r in range(dp)]
     assert sum(ranks) / dp == pytest.approx(sum(losses) / len(losses), rel=1e-12)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +117,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ONE_OF_EACH = ["llama3-rope", "mistral", "qwen2-listed", "qwen3-window-tied", "phi3-window-tied", "gemma2", "bert"]
 PACKED = ((13,), (4, 9), (1, 7, 5))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other make tensors as small as these ten times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def their_class(family: str) -> Any:

@@ -55,11 +55,11 @@ def test_every_key_damaged_by_one_character(source: Path, tmp_path: Path) -> Non
         (tmp_path / other.name).write_bytes(other.read_bytes())
     value = json.loads(source.read_text())
     stream = random.Random(f"spelling of {source.name}")
-    path = tmp_path / "damaged.json"
     total, wrong_suggestions = 0, []
     for key_path in key_paths(value):
         right = dotted(key_path)
         for wrong in damages(str(key_path[-1]), stream):
+            path = tmp_path / f"damaged-{total}.json"  # a file that is written anew waits for the disk: 2 ms
             path.write_text(json.dumps(with_key(value, key_path, wrong)))
             with pytest.raises(RecipeError) as refused:
                 recipe.load(path)

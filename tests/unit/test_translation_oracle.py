@@ -44,15 +44,6 @@ PAIRS: list[list[tuple[int, int]]] = [[(17, 17)], [(10, 9), (7, 2)], [(3, 12), (
 SHORT = [[(2, 3)] * 5, [(1, 2)] * 8, [(4, 3), (1, 2), (3, 1), (2, 5), (6, 1)]]  # so many that they share one call of attention
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other make tensors as small as these ten times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def trained(theirs: Any) -> list[tuple[str, Tensor]]:
     """Also the bias of the logits, which Marian trains and transformers keeps; not the positions."""
     return [

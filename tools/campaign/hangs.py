@@ -40,7 +40,7 @@ from tools.campaign.cases import WAYS, arguments, report, write_recipe
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.engine.engine import Engine
 from trainer.errors import EXIT_HANG, EXIT_OK, EXIT_REQUEUE
-from trainer.run.session import Session
+from trainer.run.session import StepData
 
 LIMIT_S = 4
 STEPS = 1_000_000
@@ -89,7 +89,9 @@ def _plant(fault: str, step: int, place: str, mark: str) -> None:
     def strike(run: Engine) -> None:
         Path(mark).write_text(repr(time.time()))
         if fault in ("skip", "extra"):
-            group = next(g.handle for g in (run.mesh.dp, run.mesh.tp, run.mesh.replica) if g.handle is not None and g.size > 1)
+            group = next(
+                g.handle for g in (run.mesh.reduction, run.mesh.tp, run.mesh.replica) if g.handle is not None and g.size > 1
+            )
             if fault == "skip":
                 leave_one_out(group)
             else:
@@ -97,20 +99,23 @@ def _plant(fault: str, step: int, place: str, mark: str) -> None:
         else:
             fall_silent(fault, f"{mark}.pipe")
 
-    real_step, real_data = Engine.step, Session.micro_batches
+    real_step, real_data = Engine.step, StepData.micro_batches
+
+    engines: list[Engine] = []
 
     def step_with(self: Engine, micro_batches: Any, *, step: int, **named: Any) -> Any:
+        engines[:] = [self]
         if step == planned and place == "step":
             strike(self)
         return real_step(self, micro_batches, step=step, **named)
 
-    def data_with(self: Session, number: int) -> Any:
+    def data_with(self: StepData, number: int) -> Any:
         if number == planned and place == "data":
-            strike(self.engine)
+            strike(*engines)
         return real_data(self, number)
 
     planned = step
-    Engine.step, Session.micro_batches = step_with, data_with  # type: ignore[method-assign]
+    Engine.step, StepData.micro_batches = step_with, data_with  # type: ignore[method-assign]
 
 
 def one_case(case: int, seed: int, names: Sequence[str], faults: Sequence[str], scratch: Path) -> dict[str, Any]:
@@ -193,7 +198,7 @@ def train_with_a_slow_rank(words: Sequence[str], at_fault: int, cause: str) -> i
 
     slow.WINDOW_S = SLOW_WINDOW_S
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    real_step, real_data = Engine.step, Session.micro_batches
+    real_step, real_data = Engine.step, StepData.micro_batches
 
     def is_slow(step: int) -> bool:
         return rank == (step % ranks if cause == "wandering" else at_fault)
@@ -204,12 +209,12 @@ def train_with_a_slow_rank(words: Sequence[str], at_fault: int, cause: str) -> i
                 time.sleep(DELAY_S)
         return real_step(self, micro_batches, step=step, **named)
 
-    def data_with(self: Session, number: int) -> Any:
+    def data_with(self: StepData, number: int) -> Any:
         if cause == "data" and is_slow(number):
             time.sleep(DELAY_S)
         return real_data(self, number)
 
-    Engine.step, Session.micro_batches = step_with, data_with  # type: ignore[method-assign]
+    Engine.step, StepData.micro_batches = step_with, data_with  # type: ignore[method-assign]
     return train(words)
 
 

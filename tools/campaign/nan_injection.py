@@ -54,10 +54,11 @@ def train_poisoned(plan: Mapping[int, Mapping[str, Any]], log: str, command: Seq
     """Run `train` on this rank with the injections, and write what happened to a file of this
     rank."""
     import trainer.guard.guard
+    import trainer.guard.inspector
     from trainer.engine.engine import Engine
 
     told: dict[int, dict[str, Any]] = {}
-    gradients, judge, find = Engine._gradients, trainer.guard.guard.Guard.judge, trainer.guard.guard.find_culprit
+    gradients, judge, find = Engine._gradients, trainer.guard.guard.Guard.judge, trainer.guard.inspector.find_culprit
     before: dict[int, str] = {}
 
     def poisoned(engine: Engine, micro_batches: Sequence[Any], step: int, scale: float) -> Any:
@@ -73,7 +74,7 @@ def train_poisoned(plan: Mapping[int, Mapping[str, Any]], log: str, command: Seq
 
     def judged(guard: Any, step: int, lr: float, result: Any, micro_batches: Any) -> None:
         judge(guard, step, lr, result, micro_batches)
-        unchanged = before[step] == state_of(guard._run.engine)
+        unchanged = before[step] == state_of(guard._inspector._engine)
         told.setdefault(step, {}).update(skipped=result.skipped, unchanged=unchanged)
 
     def found(*args: Any, **keys: Any) -> Any:
@@ -85,7 +86,7 @@ def train_poisoned(plan: Mapping[int, Mapping[str, Any]], log: str, command: Seq
 
     Engine._gradients = poisoned
     trainer.guard.guard.Guard.judge = judged
-    trainer.guard.guard.find_culprit = found
+    trainer.guard.inspector.find_culprit = found
     code = train(command)
     Path(log, f"told-{os.environ['RANK']}.json").write_text(json.dumps(told))
     return code

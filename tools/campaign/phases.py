@@ -26,8 +26,8 @@ from trainer.stopwatch import Stopwatch
 # Innermost first: the time of `renaming a save` does not belong to `committing a save`.
 PARTS = {
     "joining the group": "trainer.launch.ranks.join",
-    "making the groups": "trainer.run.session.Mesh.build",
-    "claiming the folder": "trainer.run.session.claim",
+    "making the groups": "trainer.engine.group.Mesh.build",
+    "claiming the folder": "trainer.run.opening.claim",
     "clearing the way": "trainer.run.session._clear_the_way",
     "ending for a signal": "trainer.loop.interrupt",
     "copying for a save": "trainer.checkpoint.save.Saver.save",
@@ -39,8 +39,8 @@ PARTS = {
     "renaming a save": "trainer.checkpoint.folder.CheckpointFolder.commit",
     "reading a save back": "trainer.checkpoint.save.Saver._make_room",
     "removing an older save": "trainer.checkpoint.folder.CheckpointFolder.prune",
-    "closing": "trainer.loop.finish",
-    "writing the report": "trainer.run.closing.write_report",
+    "closing": "trainer.run.session.Session.finish",
+    "writing the report": "trainer.run.session.write_report",
     "closing the engine": "trainer.engine.engine.Engine.close",
     "leaving the group": "trainer.launch.ranks.leave",
 }

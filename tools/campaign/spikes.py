@@ -22,7 +22,7 @@ def plant_spikes(positions: Sequence[int], leave_out: tuple[int, int] = (0, 0)) 
         under_way[0] = step + (count if step >= first else 0)
         return read(data, under_way[0], **named)
 
-    def spiking(plan: BatchPlan, num_targets: int) -> float:
-        return factor(plan, num_targets) * (100.0 if under_way[0] in positions else 1.0)
+    def spiking(plan: BatchPlan, num_targets: int, *, averaged_over: int) -> float:
+        return factor(plan, num_targets, averaged_over=averaged_over) * (100.0 if under_way[0] in positions else 1.0)
 
     BatchPlan.loss_factor, TrainData.micro_batches = spiking, reading  # type: ignore[method-assign]

@@ -230,6 +230,7 @@ def _auto_class(folder: Path) -> Any:
 def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
     from parallel.attention import Documents
     from parallel.tensor import TensorParallel
+    from trainer.data.loader import MicroBatch
     from trainer.model.blocks import blocks_of
     from trainer.model.transformer import Stage
     from trainer.tuning.adapt import adaptation
@@ -253,7 +254,8 @@ def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dt
         fill=Filling(checkpoint, manifest, through=dtype),
     ).eval()
     B, S = tokens_BS.shape
-    logits: Tensor = stage(tokens_BS, documents=Documents(((S,),) * B), labels_BS=None, streams=None)
+    batch = MicroBatch(tokens_BS, Documents.whole_rows(B, S))
+    logits: Tensor = stage(tokens_BS, batch=batch, output="logits")
     if network.classes:
         return logits[:, -1 if network.causal else 0]
     return logits[..., : network.vocab_size]

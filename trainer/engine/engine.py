@@ -74,6 +74,7 @@ class Engine:
         """`fill` gives each block its initial or loaded weights. `deepspeed_config` is passed on as it is."""
         self.recipe = recipe
         self.plan = plan
+        self.network = network
         self.mesh = mesh
         self.device = device
         self.watch = watch or Stopwatch(device)
@@ -84,7 +85,7 @@ class Engine:
         dtype = DTYPES[recipe.precision.dtype]
         prepare(recipe, dtype, self.notes)
         units = Units(mesh)
-        masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
+        masters = MasterWeights(mesh.reduction, dtype, deepspeed_config)
         self.execution = make_execution(
             network,
             recipe,
@@ -129,7 +130,7 @@ class Engine:
             self.constants,
             auxiliary,
             rule=rule_of(recipe.optimizer),
-            group=mesh.dp,
+            group=mesh.reduction,
         )
         self.execution.require_causal(device)
         if recipe.data.isolate_documents:
@@ -163,7 +164,7 @@ class Engine:
             for hook in self.hooks:
                 self.state.clear(hook.end(step, scale=scale, grad_norm=grad_norm, skipped=skipped))
             self.scaler.update(overflow=skipped and math.isinf(grad_norm))
-        loss, *means = (all_reduce(sums, self.mesh.dp) / num_targets).tolist()
+        loss, *means = (all_reduce(sums, self.mesh.reduction) / num_targets).tolist()
         return StepResult(loss, num_targets, grad_norm, scale, skipped, self.measures.step_record(means))
 
     def replay(self, micro_batches: Sequence[MicroBatch], *, step: int, scale: float) -> None:
@@ -182,10 +183,10 @@ class Engine:
     def _gradients(self, micro_batches: Sequence[MicroBatch], step: int, scale: float) -> tuple[Tensor, int]:
         """Forward and backward: (this data-parallel rank's sums over its targets; the step's targets)."""
         self.deepspeed.train()
-        num_targets = self._total(sum(map(self.measures.num_targets, micro_batches)), self.mesh.dp)
+        num_targets = self._total(sum(map(self.measures.num_targets, micro_batches)), self.mesh.reduction)
         if num_targets == 0:
             raise DataError(f"step {step} has no target: every label of its {self.plan.global_sequences} sequences is masked")
-        factor = self.plan.loss_factor(num_targets)
+        factor = self.plan.loss_factor(num_targets, averaged_over=self.mesh.reduction.size)
         if self.zero_stage and self.recipe.precision.dtype == "fp16":
             self.optimizer.override_loss_scale(scale)
         batches = [batch.on(self.device, self._streams(step, index)) for index, batch in enumerate(micro_batches)]
@@ -205,7 +206,7 @@ class Engine:
     def gathered_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
         """On the first rank of the mesh the parameters of the whole model, elsewhere nothing; all ranks must iterate."""
         tensors = self.local_tensors()
-        if self.mesh.dp.rank == 0:
+        if self.mesh.reduction.rank == 0:
             yield from gather_to_first(tensors, self.mesh.replica, self.device)
         else:
             for _ in tensors:  # ZeRO-3 gathers them from these ranks too
@@ -238,7 +239,7 @@ class Engine:
     def _streams(self, step: int, micro_batch: int) -> Streams:
         """The random numbers of this rank's micro-batch: named after its sequences' places in the step, not after ranks."""
         size = self.plan.micro_sequences
-        first = self.mesh.dp.rank * self.plan.sequences_per_rank + micro_batch * size
+        first = self.mesh.data.rank * self.plan.sequences_per_rank + micro_batch * size
         return Streams.of_step(self.recipe.run.seed, step, range(first, first + size))
 
     def _total(self, count: int, group: Group) -> int:

@@ -43,10 +43,10 @@ class Evaluator:
             sums += self._execution.sums(batch.on(self.device))
             targets += self._measures.num_targets(batch)
             self._watch.tick()
-        num_targets = int(all_reduce(torch.tensor(targets, device=self.device), self.mesh.dp))
+        num_targets = int(all_reduce(torch.tensor(targets, device=self.device), self.mesh.reduction))
         if num_targets == 0:
             raise DataError("the evaluation has no target: every label is masked")
-        return EvalResult(tuple(all_reduce(sums, self.mesh.dp).tolist()), num_targets)
+        return EvalResult(tuple(all_reduce(sums, self.mesh.reduction).tolist()), num_targets)
 
     @torch.no_grad()
     def scores(self, batch: MicroBatch) -> Tensor:

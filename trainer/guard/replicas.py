@@ -61,9 +61,9 @@ def replicas(specs: Sequence[tuple[nn.Parameter, ShardSpec]], mesh: Mesh, zero_s
     """Yield everything of this rank that other ranks hold too."""
     for parameter, spec in specs:
         name = spec.pieces[0].name if spec.pieces else "padding"
-        values = _without_padding(parameter, mesh.dp) if zero_stage == 3 else held_values(parameter)
-        if mesh.dp.size > 1 and zero_stage < 3:
-            yield Held(name, values, mesh.dp)
+        values = _without_padding(parameter, mesh.reduction) if zero_stage == 3 else held_values(parameter)
+        if mesh.reduction.size > 1 and zero_stage < 3:
+            yield Held(name, values, mesh.reduction)
         if spec.copies.size > 1:
             yield Held(name, values, spec.copies)
 

@@ -57,7 +57,7 @@ def evaluate(request: Request) -> Found | None:
                 progress=progress,
             )
             rows = _rows(model, prepared, request)
-        dp = model.mesh.dp
+        dp = model.mesh.data
         micro_batches = rows.micro_batches(dp_rank=dp.rank, dp=dp.size, micro_sequences=model.plan.micro_sequences)
         result = model.evaluator.evaluate(micro_batches)
     if not model.place.is_first:

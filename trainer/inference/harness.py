@@ -128,7 +128,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
         A context too long for the model loses its beginning.
         """
-        dp, device = self._model.mesh.dp, self._model.evaluator.device
+        dp, device = self._model.mesh.data, self._model.evaluator.device
         found_2R = torch.zeros((2, len(pairs)), dtype=torch.float64, device=device)
         longest_first = sorted(range(len(pairs)), key=lambda number: -sum(map(len, pairs[number])))
         mine, size = longest_first[dp.rank :: dp.size], self._model.plan.micro_sequences

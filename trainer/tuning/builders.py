@@ -25,7 +25,7 @@ from trainer.model.config import TransformerConfig
 from trainer.model.names import names_of
 from trainer.model.network import Network
 from trainer.schema import Recipe, Tuning
-from trainer.tuning.rank_budget import RankBudget, trimmed
+from trainer.tuning.rank_budget import RankAllocator, trimmed
 from trainer.tuning.targets import target_modules
 
 
@@ -208,7 +208,7 @@ BUILDERS: Mapping[str, Builder] = {
     "lora": _low_rank(lora_scale, _lora_merged, InPeft(_lora_keys(use_dora=False))),
     "dora": _low_rank(lora_scale, _dora_merged, InPeft(_lora_keys(use_dora=True)), magnitude=True),
     "adalora": _low_rank(
-        adalora_scale, _adalora_merged, InPeft(_adalora_keys, trimmed=trimmed), step_hook=RankBudget, singular_values=True
+        adalora_scale, _adalora_merged, InPeft(_adalora_keys, trimmed=trimmed), step_hook=RankAllocator, singular_values=True
     ),
     "ia3": Builder(
         column=LayerBuilder(_rescaled_outputs, _ia3_merged, _ia3_merged_bias),

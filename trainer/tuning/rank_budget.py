@@ -31,8 +31,7 @@ from parallel.params import AuxiliaryState, ShardSpec
 from parallel.pieces import Piece
 from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
-from trainer.schema import RankBudget as Keys
-from trainer.schema import Recipe
+from trainer.schema import RankBudget, Recipe
 from trainer.tuning.targets import parts_of, targeted_modules
 
 SECOND, VALUES = 1, 2  # B and E, as `parts_of` lists them after A
@@ -59,7 +58,7 @@ class _Factor:
         return grad
 
 
-class RankBudget:
+class RankAllocator:
     """Between steps: `begin` before the first gradient, `end` after the update. Every rank must call them together."""
 
     def __init__(
@@ -158,7 +157,7 @@ class RankBudget:
 
     def _observe(self, unscaling: float) -> None:
         """Take this step's sensitivities into the means."""
-        grads = all_reduce(self._grads, self._mesh.dp) * (unscaling / self._mesh.dp.size)
+        grads = all_reduce(self._grads, self._mesh.reduction) * (unscaling / self._mesh.reduction.size)
         decay, decay_of_uncertainty = self._keys.betas
         with self._whole():
             for factor, grad in zip(self._factors, grads.split([f.grad.numel() for f in self._factors]), strict=True):
@@ -203,7 +202,7 @@ class RankBudget:
         return self._gathered([factor.parameter for factor in self._factors])
 
 
-def budget_after(step: int, keys: Keys, steps: int, *, modules: int, rank: int) -> int | None:
+def budget_after(step: int, keys: RankBudget, steps: int, *, modules: int, rank: int) -> int | None:
     """How many triplets stay after a step (from 0) of so many; None where nothing is shared out after it. A cubic curve from
     all of them down to the target (Zhang et al. 2023, eq. 12)."""
     last = steps - keys.final_steps

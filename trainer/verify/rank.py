@@ -39,7 +39,7 @@ from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine, StepResult
 from trainer.engine.execution import DTYPES
-from trainer.launch import ranks
+from trainer.engine.group import joined
 from trainer.launch.ranks import Place
 from trainer.model.config import TransformerConfig
 from trainer.recipe import ResolvedRecipe, load
@@ -62,14 +62,13 @@ def run(folder: Path, rank: int) -> None:
     layout = Layout(**job.degrees)
     world = layout.world_size
     place = Place(rank, rank, world, world, "127.0.0.1", job.port, "triaxis verify")
-    ranks.join(place, timedelta(seconds=resolved.recipe.guard.timeout_s))
-    if place.device.type == "cpu":
-        # The same in every layout, because threads change the order of sums.
-        torch.set_num_threads(1)
-    trial = Trial(resolved, Mesh.build(layout), place.device)
-    result = trial.measure(job.steps, folder)
-    result.write(folder / f"rank-{rank}.json")
-    ranks.leave()
+    with joined(place, timedelta(seconds=resolved.recipe.guard.timeout_s)) as group:
+        if place.device.type == "cpu":
+            # The same in every layout, because threads change the order of sums.
+            torch.set_num_threads(1)
+        trial = Trial(resolved, Mesh.build(layout, group.timeout), place.device)
+        result = trial.measure(job.steps, folder)
+        result.write(folder / f"rank-{rank}.json")
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class Trial:
         """Return this rank's part of a step."""
         tokens, labels, documents = self.rows(step)
         plan = self.plan
-        first = self.mesh.dp.rank * plan.sequences_per_rank
+        first = self.mesh.data.rank * plan.sequences_per_rank
         starts = range(first, first + plan.sequences_per_rank, plan.micro_sequences)
         return [
             MicroBatch(tokens[start:stop], Documents(documents[start:stop]), labels[start:stop])
