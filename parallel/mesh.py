@@ -1,4 +1,7 @@
-"""This rank's process groups, made once from a layout and passed down as arguments. No module-level state."""
+"""The process groups of a rank, made once from a layout and passed down as arguments.
+
+There is no module-level state.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ from parallel.topology import Coord, Layout
 class Group:
     """The ranks that a layer communicates with, and this rank's place among them.
 
-    Every parallel layer takes one explicitly. A group of one rank never communicates, so a layer built on
-    `Group.alone()` is the plain layer and needs no process group: that is how oracles and one-process runs work. A larger
-    group without a handle is a place among ranks that are not running: enough to know what a rank would hold.
+    Every parallel layer takes one explicitly. A group of one rank never communicates, so a layer
+    built on `Group.alone()` is the plain layer and needs no process group. Oracles and one-process
+    runs work that way. A larger group without a handle is a place among ranks that are not running;
+    it is enough to know what a rank would hold.
     """
 
     rank: int
@@ -34,15 +38,16 @@ class Group:
         return len(self.ranks)
 
     def part(self, whole: int, what: str) -> int:
-        """This group's equal share of `whole`; ValueError when it does not divide."""
+        """Return this group's equal share of `whole`; ValueError if it does not divide."""
         if whole % self.size:
             raise ValueError(f"{what} = {whole} does not divide over {self.size} ranks")
         return whole // self.size
 
     def divide(self, parts: int) -> Group:
-        """This rank's part of the group when it is cut into `parts` runs of neighbours.
+        """Return this rank's part of the group cut into `parts` runs of neighbours.
 
-        Collective over the group: every rank of it must call with the same number. ValueError when it does not divide.
+        Collective over the group: every rank of it must call with the same number. ValueError if
+        the group does not divide.
         """
         if self.size % parts:
             raise ValueError(f"{self.size} ranks do not divide into {parts} parts")
@@ -56,7 +61,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank's view of a layout.
+    """A layout as one rank sees it.
 
     | group | ranks that differ in | used by |
     |---|---|---|
@@ -72,7 +77,7 @@ class Mesh:
     rank: int
     tp: Group
     pp: Group
-    ends: Group | None  # None between the ends, and where one rank is both
+    ends: Group | None  # None between the ends, and if one rank is both
     data: Group
     reduction: Group
     replica: Group
@@ -83,7 +88,10 @@ class Mesh:
 
     @classmethod
     def build(cls, layout: Layout, timeout: timedelta | None = None) -> Mesh:
-        """Make every group, in the same order on all ranks. `timeout`: of a collective."""
+        """Make every group, in the same order on all ranks.
+
+        `timeout`: the longest that a collective may take.
+        """
         if layout.world_size != dist.get_world_size():
             raise ValueError(f"layout {layout} has {layout.world_size} ranks, the world has {dist.get_world_size()}")
         rank = dist.get_rank()
@@ -101,7 +109,10 @@ def _join(layout: Layout, rank: int, timeout: timedelta | None, *axes: str) -> G
 
 
 def _member(groups: Sequence[tuple[int, ...]], rank: int, timeout: timedelta | None, name: str) -> Group | None:
-    """Make all groups, and return the one that this rank is in. `name`: what torch's flight recorder calls them."""
+    """Make all groups, and return the one that this rank is in.
+
+    `name` is what torch's flight recorder calls them.
+    """
     mine = None
     for ranks in groups:
         handle = dist.new_group(list(ranks), timeout=timeout, group_desc=name)

@@ -1,4 +1,4 @@
-"""The settings of the whole suite."""
+"""Settings of the whole suite."""
 
 import os
 import random
@@ -14,7 +14,7 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
-# Failed assertions in the libraries of the tests show what differed, too.
+# A failed assertion says what differed in the libraries of the tests too.
 pytest.register_assert_rewrite("tests.parallel", "tests.unit", "tests.end_to_end")
 
 
@@ -47,8 +47,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Put temporary files where pytest cleans up: torchrun never removes the folder of its logs,
-    and W&B leaves some when it is killed."""
+    """torchrun never removes the folder of its logs, and W&B leaves some when it is killed: they go where pytest cleans up."""
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = tempfile.tempdir = str(tmp_path_factory.mktemp("tmp"))
     yield
@@ -61,8 +60,7 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
-    """Seed what a test draws without a seed of its own, so that it does not depend on the order of
-    the tests."""
+    """What a test draws without a seed of its own is the same in every order of the tests, and whenever they run."""
     import numpy as np
     import torch
 

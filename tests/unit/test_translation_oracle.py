@@ -99,7 +99,7 @@ def their_norm(norm: Any, x: Tensor) -> Tensor:
 
 def test_short_pairs_share_a_call_and_others_do_not() -> None:
     for pairs, shares in ((PAIRS, False), (SHORT, True)):
-        assert {_share_a_call(half) for half in rows_of(pairs)[2].halves} == {shares}
+        assert {_share_a_call(half) for half in rows_of(pairs)[2].sides} == {shares}
 
 
 @pytest.mark.parametrize(("name", "pairs"), [*((name, PAIRS) for name in TRANSLATIONS), ("marian", SHORT), ("t5", SHORT)])

@@ -1,7 +1,7 @@
-"""Fragments of one logical tensor: which elements two of them share. No torch.
+"""Rectangles, by which fragments of one logical tensor are compared. No torch.
 
-A piece is flattened row by row; its row is what lies behind its first dimension (swapped, where it
-is transposed). A range of the flattening is at most three rectangles: the end of a row, whole rows,
+A piece is flattened row by row; its row is what lies behind its first dimension (swapped, if it is
+transposed). A range of the flattening is at most three rectangles: the end of a row, whole rows,
 the beginning of a row. So the elements that two fragments share, however differently they were cut,
 are rectangles too.
 
@@ -55,7 +55,7 @@ def box_of(piece: Piece) -> Rectangle:
 
 
 def rectangles(fragment: Fragment) -> Iterator[Rectangle]:
-    """Yield what a fragment covers, without overlap."""
+    """Yield rectangles that cover a fragment without overlap."""
     if not fragment.count:
         return
     box = box_of(fragment.piece)
@@ -78,14 +78,14 @@ def rectangles(fragment: Fragment) -> Iterator[Rectangle]:
 
 
 def index(fragment: Fragment, row: int, column: int) -> int:
-    """Return the place of an element of the tensor in a fragment; outside [0, count) where it is
-    not in it."""
+    """Return the place of a tensor's element in a fragment; outside [0, count) if it is
+    elsewhere."""
     box = box_of(fragment.piece)
     return (row - box.top) * box.width + (column - box.left) - fragment.offset
 
 
 def overlaps(a: Fragment, b: Fragment) -> Iterator[Rectangle]:
-    """Yield the elements that are in both, each once."""
+    """Yield rectangles of the elements that are in both fragments, each element once."""
     for mine in rectangles(a):
         for theirs in rectangles(b):
             if shared := mine.overlap(theirs):

@@ -1,10 +1,12 @@
-"""What a checkpoint says of itself: `manifest.json`. No torch.
+"""The manifest of a checkpoint, `manifest.json`. No torch.
 
-A checkpoint holds logical tensors under Hugging Face's names, as fragments that know no layout: a box of the logical tensor
-and a range of that box's flattening. Every element of every state of a tensor is in exactly one fragment.
+A checkpoint holds logical tensors under Hugging Face's names, as fragments that know no layout: a
+box of the logical tensor and a range of that box's flattening. Every element of every state of a
+tensor is in exactly one fragment.
 
-The manifest is one JSON object in one canonical form, and ends with the SHA-256 of that form without it. So every byte of it
-counts: a file that parses, but is not to the byte what its own content is written as, is damaged.
+The manifest is one JSON object in one canonical form, and ends with the SHA-256 of that form
+without the digest. So every byte of it counts: a file that parses, but differs in a byte from what
+its own content is written as, is damaged.
 """
 
 from __future__ import annotations
@@ -34,18 +36,21 @@ from trainer.files.decoding import CLOSED, OPEN, decode
 from trainer.files.reading import read_bytes, told
 
 MANIFEST = "manifest.json"
-LONGEST = 1 << 30  # bytes of a manifest: some ten million fragments; a file with a hole may claim any length
+# Bytes of a manifest: some ten million fragments; a file with a hole may claim any length.
+LONGEST = 1 << 30
 FORMAT = "triaxis checkpoint 1"
-# Of a file in a checkpoint; no part begins with a point, so none leads out.
+# The name of a file in a checkpoint: no part begins with a point, so none leads out.
 FILE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,127}/){0,3}[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 # safetensors' names, with bytes per element.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
-# As it is written down. What is read of the dicts is declared, so that nobody who uses a manifest need ask again.
+# The manifest as it is written down. Keys that are read are declared, so that nobody who uses a
+# manifest needs to check them again.
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-# A file's number; start and size of a box, offset and count of the range in it, whether it is transposed.
+# A file's number; start and size of a box, offset and count of the range in it, and 1 if
+# transposed.
 StoredJSON = tuple[Count, list[Count], list[Count], Count, Count, Annotated[int, Field(ge=0, le=1, strict=True)]]
 TensorJSON = tuple[list[Count], dict[str, str], list[StoredJSON]]
 
@@ -125,8 +130,7 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class LogicalTensor:
-    """The shape of a logical tensor, the format of each of its states, and the fragments in which each
-    of them lies."""
+    """The shape of a logical tensor, the format of each of its states, and its fragments."""
 
     shape: tuple[int, ...]
     dtypes: dict[str, str]
@@ -141,7 +145,7 @@ class LogicalTensor:
         return self.numel * sum(DTYPE_BYTES[dtype] for dtype in self.dtypes.values())
 
     def as_json(self) -> list[Any]:
-        """Return what the manifest says of it below its name."""
+        """Return the manifest's entry for the tensor, below its name."""
         fragments = [[file, *fragment_as_json(fragment)] for file, fragment in self.fragments]
         return [list(self.shape), self.dtypes, fragments]
 
@@ -153,13 +157,13 @@ class LogicalTensor:
 
 
 def fragment_as_json(fragment: Fragment) -> list[Any]:
-    """Return what the manifest says of a fragment below the name and shape of its tensor."""
+    """Return the manifest's entry for a fragment, below the name and shape of its tensor."""
     piece = fragment.piece
     return [list(piece.start), list(piece.size), fragment.offset, fragment.count, int(piece.transposed)]
 
 
 def fragment_from_json(name: str, shape: tuple[int, ...], value: Sequence[Any]) -> Fragment:
-    """Return the fragment of that tensor of which the manifest says this."""
+    """Return the fragment that the manifest describes by `value`."""
     start, size, offset, count, transposed = value
     return Fragment(Piece(name, shape, tuple(start), tuple(size), transposed=bool(transposed)), offset, count)
 
@@ -171,8 +175,10 @@ def key_of(fragment: Fragment, state: str) -> str:
 
 
 def _is_part(fragment: Fragment, shape: tuple[int, ...]) -> bool:
-    """Return whether a tensor of that shape can have been cut so: only matrices are cut along their
-    second dimension."""
+    """Return whether a tensor of that shape can have been cut into this fragment.
+
+    Only matrices are cut along their second dimension.
+    """
     start, size, transposed = fragment.piece.start, fragment.piece.size, fragment.piece.transposed
     if not len(start) == len(size) == len(shape) or (transposed and len(shape) != 2):
         return False
@@ -226,7 +232,7 @@ class Manifest:
 
     @property
     def not_finite_since(self) -> int | None:
-        """The first step since when no loss was finite; None where the last one was."""
+        """The first step since when no loss was finite; None if the last one was."""
         since: int | None = self.state.get("memory", {}).get("guard", {}).get("not_finite_since")
         return since
 
@@ -241,7 +247,11 @@ class Manifest:
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        """ValueError that says what is wrong: its own checksum first, then whatever does not fit together."""
+        """Return the manifest that these bytes hold.
+
+        ValueError with what is wrong: first its own checksum, then anything that does not fit
+        together.
+        """
         unsealed = _unseal(data)
         if unsealed.pop("format", None) != FORMAT:
             raise ValueError(f"not in the format {FORMAT!r}")
@@ -253,7 +263,10 @@ class Manifest:
         return manifest
 
     def require_sound(self) -> None:
-        """ValueError when it could not be read again: names that lead out, fragments that do not make their tensor."""
+        """Raise ValueError if the manifest could not be read again.
+
+        Its file names may not lead out of the folder, and its fragments must make up their tensors.
+        """
         for file in self.files:
             if not FILE_NAME.fullmatch(file.name):
                 raise ValueError(f"file name {file.name!r} leads out of the folder")
@@ -273,7 +286,8 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """DataError naming the file when it is missing, unreadable or damaged."""
+        """Return the manifest in a folder; DataError, with the file, if it is missing, unreadable
+        or damaged."""
         path = folder / MANIFEST
         try:
             return cls.decode(read_bytes(path, LONGEST, follow=False))

@@ -1,9 +1,10 @@
-"""Saving: every rank writes its own file of a draft, the first rank commits it.
+"""A saver of checkpoints: every rank writes its own file of a draft, and the first rank commits it.
 
-    draft made ─► each rank: file written, fsynced, hashed ─► what each wrote, gathered ─► manifest ─► rename ─► older ones go
+    draft made ─► each rank: file written, fsynced, hashed ─► reports gathered ─► manifest ─►
+    rename ─► older checkpoints removed
 
-All ranks always go through the same exchanges, whatever fails on one of them: a disk that is full, or a quota, costs this
-checkpoint, not the run, and not the checkpoints before it.
+All ranks always go through the same exchanges, whatever fails on one of them. A disk that is full,
+or a quota, costs this checkpoint, but neither the run nor the checkpoints before it.
 """
 
 from __future__ import annotations
@@ -33,9 +34,14 @@ from trainer.update_rules import WEIGHT
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save went. `failure`: "" or why there is no checkpoint; `not_finite`: "", or the tensor that holds NaN or infinity,
-    for which there is none, and `began` as in NotFinite; `litter`: "" or why older ones are still there; `blocked_s`: how long
-    the ranks could not train."""
+    """The outcome of a save.
+
+    * `failure`: why there is no checkpoint, or "".
+    * `not_finite`: the tensor that holds NaN or infinity, for which there is none, or "".
+    * `began`: as in NotFinite.
+    * `litter`: why older checkpoints are still there, or "".
+    * `blocked_s`: how long the ranks could not train.
+    """
 
     step: int
     failure: str = ""
@@ -49,22 +55,28 @@ class Saved:
 
 @dataclass
 class Saver:
-    """Writes checkpoints, in the calling thread or behind it. Every rank must call it together.
+    """A writer of checkpoints, in the calling thread or behind it.
 
-    `keep`: how many stay. `asynchronous`: only the copy to host memory is waited for; a rank needs memory for it.
+    Every rank must call it together. `keep`: how many checkpoints stay. `asynchronous`: the caller
+    waits only for the copy to host memory, for which each rank needs room.
     """
 
     folder: CheckpointFolder
     messages: Messages
     keep: int
     asynchronous: bool
-    saved_step: int | None = field(default=None, init=False)  # of the last checkpoint that was written
+    # the step of the last checkpoint that was written
+    saved_step: int | None = field(default=None, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
     _outcome: Saved | BaseException | None = field(default=None, init=False)
 
     def save(self, manifest: Manifest, state: ZeroState, *, save_beside: Callable[[Path], None]) -> list[Saved]:
-        """Save at a step's end. `manifest` has no files and tensors yet; `save_beside` puts the Hugging Face config,
-        tokenizer and code into a folder. Returns what is known by now: of an earlier save behind, and of this one."""
+        """Save at a step's end, and return the outcomes that are known by now.
+
+        They are those of an earlier save behind the run, and of this one. `manifest` has no files
+        and tensors yet. `save_beside` puts the Hugging Face config, tokenizer and code into a
+        folder.
+        """
         earlier = self.wait()
         started = time.monotonic()
         fragments = state.fragments()
@@ -83,12 +95,16 @@ class Saver:
             except BaseException as error:
                 self._outcome = error
 
-        self._thread = threading.Thread(target=behind, name="checkpoint", daemon=True)  # a dying run does not wait for it
+        # a daemon: a dying run does not wait for it
+        self._thread = threading.Thread(target=behind, name="checkpoint", daemon=True)
         self._thread.start()
         return earlier
 
     def wait(self) -> list[Saved]:
-        """Until nothing is being written behind; what came of it. What was raised there is raised here."""
+        """Wait until nothing is being written behind, and return what came of it.
+
+        What was raised there is raised here.
+        """
         if self._thread is None:
             return []
         self._thread.join()
@@ -183,8 +199,11 @@ class Saver:
         return {"there": len(self.folder.steps())}
 
     def _make_room(self, newest: Path, files: Sequence[File]) -> dict[str, str]:
-        """Older checkpoints go only when the ranks have read back from the disk what they wrote of the newest, each its own.
-        {"failure": why the newest is none after all}, {"litter": why older ones stayed}, or {}."""
+        """Remove older checkpoints, once the ranks have read the newest back from disk.
+
+        Each rank reads its own file. Return {"failure": why the newest is not a checkpoint after
+        all}, {"litter": why older ones stayed}, or {}.
+        """
         counted = _tried(self._count, self.folder.path) if self.messages.is_first else None
         number = self.messages.broadcast(counted)
         if "failure" in number:
@@ -208,8 +227,11 @@ class Saver:
 
 
 def _tried(attempt: Callable[[], dict[str, Any] | None], about: Path) -> dict[str, Any]:
-    """What it returns, or {"failure": why}. A write that fails does not say of which file, and `rmtree` only its last name;
-    then `about` is named."""
+    """Return what `attempt` returns, or {"failure": why}.
+
+    A write that fails does not say of which file, and `rmtree` says only its last name; then the
+    message names `about`.
+    """
     try:
         return attempt() or {}
     except OSError as error:
@@ -219,7 +241,7 @@ def _tried(attempt: Callable[[], dict[str, Any] | None], about: Path) -> dict[st
 
 
 def _noticing(fragments: Sequence[StateFragment], tensors: Iterable[Tensor], wrong: list[str]) -> Iterator[Tensor]:
-    """The tensors; names of those that are not finite are added to `wrong`."""
+    """Yield the tensors, and add the names of those that are not finite to `wrong`."""
     for (fragment, name, _), values in zip(fragments, tensors, strict=True):
         if not is_finite(values):
             state = "" if name == WEIGHT else f" ({name})"
@@ -238,7 +260,8 @@ def _slots(fragments: Sequence[StateFragment]) -> dict[str, Slot]:
 
 
 def _described(fragments: Sequence[StateFragment]) -> list[list[Any]]:
-    """Return the tensor's name and shape, the state, its format and the fragment, of each."""
+    """Return for each fragment the tensor's name and shape, the state, its format, and the
+    fragment."""
     return [
         [fragment.piece.name, fragment.piece.shape, state, DTYPES[dtype], fragment_as_json(fragment)]
         for fragment, state, dtype in fragments
@@ -246,7 +269,7 @@ def _described(fragments: Sequence[StateFragment]) -> list[list[Any]]:
 
 
 def _write_beside(folder: Path, save_beside: Callable[[Path], None]) -> list[File]:
-    """What others' code writes, made private and durable."""
+    """Let others' code write a folder, make its files private and durable, and return them."""
     folder.mkdir(mode=0o700)
     save_beside(folder)
     files = []
@@ -260,11 +283,12 @@ def _write_beside(folder: Path, save_beside: Callable[[Path], None]) -> list[Fil
 
 
 def _merged(manifest: Manifest, reports: Sequence[dict[str, Any]]) -> Manifest:
-    """The manifest with all ranks' files and tensors."""
+    """Return the manifest with all ranks' files and tensors."""
     files = [File(*entry) for report in reports for entry in report["files"]]
     number = {file.name: index for index, file in enumerate(files)}
     tensors: dict[str, LogicalTensor] = {}
-    stored: dict[str, dict[Stored, None]] = {}  # states lie in the same fragments, each of which is listed once
+    # states lie in the same fragments, each of which is listed once
+    stored: dict[str, dict[Stored, None]] = {}
     for rank, report in enumerate(reports):
         for name, shape, state, dtype, described in report["fragments"]:
             tensor = tensors.setdefault(name, LogicalTensor(tuple(shape), {}, ()))

@@ -224,8 +224,8 @@ def _bit_reversed() -> Int64s:
 
 @dataclass(frozen=True)
 class Window:
-    """A sample: tokens [begin, begin + row_tokens) predict tokens [begin + 1, begin + row_tokens + 1),
-    as far as the store goes."""
+    """A sample: tokens [begin, begin + row_tokens) predict those from begin + 1 on, as far as the
+    store goes."""
 
     store: int
     begin: int

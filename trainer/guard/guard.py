@@ -1,7 +1,7 @@
-"""What watches a run while it trains: steps that were skipped, spikes, weights that should be the same and are not.
+"""The guard of a run while it trains: skipped steps, spikes, and replicas that have drifted apart.
 
-Everything is decided from numbers that all ranks have alike, so they decide alike; what it remembers goes into checkpoints, so
-that a resumed run decides as the undisturbed one.
+It decides everything from numbers that all ranks have alike, so they decide alike. What it
+remembers goes into checkpoints, so that a resumed run decides as the undisturbed one would.
 """
 
 from __future__ import annotations
@@ -25,18 +25,21 @@ from trainer.launch.ranks import PeerFailed
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 
-REWINDS = 3  # in a row to one checkpoint: what comes after it spikes whatever the data
+REWINDS = 3  # in a row to one checkpoint: after it, steps spike whatever the data
 REPLAY_FILES = 20  # a few hundred bytes each; the newest tell as much as all
 
 
 class NoProgress(UserError):
-    """Every step is skipped."""
+    """The end of a run in which every step is skipped."""
 
     exit_code = EXIT_NO_PROGRESS
 
 
 class Guard:
-    """Judges each step, and ends the run that cannot go on. Every rank calls `judge` together, with the same result."""
+    """A judge of each step, which ends a run that cannot go on.
+
+    Every rank calls `judge` together, with the same result.
+    """
 
     def __init__(
         self,
@@ -52,23 +55,27 @@ class Guard:
         is_first: bool,
         note: Callable[[str], None],
     ) -> None:
-        """`first_sequence` gives the global number of the first sequence of a step. `folder`: where records of skipped steps
-        go, on the first rank. `note` shows a line."""
+        """Take what a run has.
+
+        `first_sequence` gives the global number of the first sequence of a step. The first rank
+        writes records of skipped steps into `folder`. `note` shows a line.
+        """
         self._recipe, self._keys, self._plan, self._layout = recipe, recipe.guard, plan, layout
         self._inspector, self._scaler, self._checkpoints = inspector, scaler, checkpoints
         self._first_sequence, self._folder, self._is_first, self._note = first_sequence, folder, is_first, note
         memory = checkpoints.memory.get("guard", {})
         self._in_a_row: int = memory.get("skipped_in_a_row", 0)
-        self.not_finite_since: int | None = memory.get("not_finite_since")  # the first step since when no loss was finite
+        # the first step since when no loss was finite
+        self.not_finite_since: int | None = memory.get("not_finite_since")
         self.must_rewind = False  # the last step's spike is to be undone
-        self._agreed: int = checkpoints.start_step  # after this step all replicas were the same
+        self._agreed: int = checkpoints.start_step  # all replicas were equal after this step
         self._windows = {
             name: SpikeWindow(self._keys.spike_window, self._keys.spike_threshold, memory.get(name, ()))
             for name in (("loss", "grad_norm") if self._keys.on_spike != "off" else ())
         }
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run must judge by."""
+        """Return what a resumed run needs to judge as this one would."""
         since = {} if self.not_finite_since is None else {"not_finite_since": self.not_finite_since}
         return {"skipped_in_a_row": self._in_a_row, **since, **{name: window.values for name, window in self._windows.items()}}
 
@@ -78,7 +85,7 @@ class Guard:
         return self._windows["grad_norm"].limit if self._keys.on_spike == "skip" else math.inf
 
     def judge(self, step: int, lr: float, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
-        """After step `step`, counted from 0. NoProgress or DataError when the run must end."""
+        """Judge step `step`, counted from 0; NoProgress or DataError if the run must end."""
         if math.isfinite(result.loss):
             self.not_finite_since = None
         elif self.not_finite_since is None:
@@ -91,15 +98,17 @@ class Guard:
             self._compare(step, lr)
 
     def require_finite(self, steps: int) -> None:
-        """NotFinite, after the last of `steps` steps, where the model gives no loss: what it gives is no result. A last step
-        that was skipped may have had another cause, so its loss is computed once more."""
+        """Raise NotFinite after the last of `steps` steps if the model gives no finite loss.
+
+        A last step that was skipped may have had another cause, so its loss is computed once more.
+        """
         if self.not_finite_since is None:
             return
         if not math.isfinite(self._inspector.loss(steps - 1)):
             self._end(NotFinite("the loss", step=steps, began=self.not_finite_since))
 
     def _explain(self, step: int, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
-        """One line that names the culprit, and a file with what a replay needs."""
+        """Show one line that names the culprit, and write a file with what a replay needs."""
         if math.isfinite(result.grad_norm):
             self._record(step, result, None, reason := f"the gradient norm {result.grad_norm:.4g} is a spike")
             self._note(f"step {step + 1} skipped: {reason}")
@@ -125,7 +134,8 @@ class Guard:
         return f"{where}, sequences {', '.join(map(str, sequences))}" if sequences else where
 
     def _sequences(self, step: int, culprit: Culprit) -> list[int]:
-        """Global numbers of those in the culprit's micro-batch, on each of its data-parallel ranks; [] when not known."""
+        """Return the global numbers of the sequences in the culprit's micro-batch, on each of its
+        data-parallel ranks; [] if the micro-batch is not known."""
         plan, layout = self._plan, self._layout
         if culprit.micro_batch is None:
             return []
@@ -200,8 +210,8 @@ class Guard:
         if self._keys.max_skipped and self._in_a_row >= self._keys.max_skipped:
             self._end(
                 NoProgress(
-                    f"{self._in_a_row} steps in a row were skipped (guard.max_skipped): {self._advice()}; what each of "
-                    f"the last ones failed on is in {self._folder}"
+                    f"{self._in_a_row} steps in a row were skipped (guard.max_skipped): {self._advice()}; "
+                    f"{self._folder} has what each of the last ones failed on"
                 )
             )
 
@@ -226,13 +236,14 @@ class Guard:
             self._end(
                 DataError(
                     f"after step {step + 1}: {wrong[0]}{more}; last compared equal after step {self._agreed}: a memory or "
-                    "device is wrong, check it, and go on from a checkpoint up to that step (--resume PATH)"
+                    "device is faulty; check it, and go on from a checkpoint up to that step (--resume PATH)"
                 )
             )
         self._agreed = step + 1
 
     def _end(self, error: UserError) -> None:
-        """Say it once, from the first rank, when what is being saved is on the disk."""
+        """Raise the error on the first rank and PeerFailed on the others, once what is being saved
+        is on disk."""
         for line in self._checkpoints.wait():
             self._note(line)
         raise error if self._is_first else PeerFailed(error.exit_code)

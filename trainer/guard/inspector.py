@@ -1,5 +1,8 @@
-"""A look at a model that may have gone wrong: which value did first, whether ranks still hold the
-same, whether its loss is finite."""
+"""An inspector of a model that may have gone wrong.
+
+It finds the value that was the first not to be finite, compares what ranks hold alike, and computes
+a loss again.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,10 @@ from trainer.guard.replicas import disagreements, replicas
 
 
 class Inspector:
-    """An inspector of an engine, whose methods all ranks call together. `micro_batches` gives this
-    rank's part of a step."""
+    """Inspections of an engine's model, made by all ranks together."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        messages: Messages,
-        micro_batches: Callable[[int], Sequence[MicroBatch]],
-    ) -> None:
+    def __init__(self, engine: Engine, messages: Messages, micro_batches: Callable[[int], Sequence[MicroBatch]]) -> None:
+        """Take `micro_batches`, which gives this rank's part of a step."""
         self._engine, self._messages, self._micro_batches = engine, messages, micro_batches
 
     def culprit(self, micro_batches: Sequence[MicroBatch], *, step: int, scale: float, loss_is_finite: bool) -> Culprit | None:
@@ -33,7 +31,7 @@ class Inspector:
             )
 
     def disagreements(self, step: int, lr: float) -> list[str]:
-        """Return what ranks hold differently that should hold it alike, a line each."""
+        """Return a line for each tensor that ranks should hold alike and do not."""
         engine = self._engine
         with engine.watch("guard"):
             held = list(replicas(engine.specs, engine.mesh, engine.zero_stage))
