@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.mesh import Group
-from parallel.params import Init, Piece, Role, ShardSpec
+from parallel.params import Init, Role, ShardSpec
+from parallel.pieces import Piece
 
 
 def gather_to_first(

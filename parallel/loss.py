@@ -1,12 +1,12 @@
-"""Vocabulary-parallel head and cross entropy that never hold the logits of a whole micro-batch.
+"""Vocabulary-parallel head and cross entropy, which never hold the logits of a whole micro-batch.
 
-Shape letters: N tokens of a micro-batch, D model, V vocabulary (local: this rank's rows), R tokens of this rank whose rows of W
-are a tensor of their own (`parallel.vocabulary`).
+Shape letters: N tokens of a micro-batch, D model, V vocabulary (local: this rank's rows), R tokens
+of this rank whose rows of W are a tensor of their own (`parallel.vocabulary`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -21,18 +21,23 @@ from parallel.autograd import TensorFunction
 from parallel.collectives import all_reduce
 from parallel.embedding import VocabParallelEmbedding
 from parallel.mesh import Group
-from parallel.params import Init, Piece, Role, ShardSpec
+from parallel.params import Init, Role, ShardSpec
+from parallel.pieces import Piece
 from parallel.soft_cap import soft_cap
 from parallel.tensor import TensorParallel
 from parallel.vocabulary import VocabularyMatrix, vocabulary_piece, vocabulary_shard
 
 IGNORE = -100  # label of a position that is not a target, as in torch and transformers
-CHUNK_BYTES = 32 << 20  # fp32 logits held at a time: fits a server CPU's L3, and is launch-bound on no GPU
+# fp32 logits held at a time: they fit a server CPU's L3, and no GPU is launch-bound
+CHUNK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
 class _Output:
-    """A head beside its weights. `places_R`: which of W's rows are a tensor of their own; None: none is."""
+    """The rest of a head, beside its weights.
+
+    `places_R`: the rows of W that are a tensor of their own; None if there are none.
+    """
 
     size: int  # V
     group: Group
@@ -42,10 +47,11 @@ class _Output:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """This rank's rows of the logits' matrix W [V/p, D], their bias [V/p] or None, what stands in place of some of them [R, D]
-    or None, and the rest of the head.
+    """The tensors of a head as a matrix product takes them.
 
-    Logits are x = cap(h Wᵀ + b), with cap(x) = c · tanh(x / c) where there is a soft cap c, else x.
+    They are this rank's rows of the logits' matrix W [V/p, D], their bias [V/p] or None, and the
+    rows [R, D] that stand in place of some of W's, or None. Logits are x = cap(h Wᵀ + b), with
+    cap(x) = c · tanh(x / c) if there is a soft cap c, else x.
     """
 
     weight_VD: Tensor
@@ -55,7 +61,8 @@ class _Vocabulary:
 
     @classmethod
     def of(cls, weight_VD: Tensor, bias_V: Tensor | None, own_MD: Tensor | None, output: _Output, h: Tensor) -> _Vocabulary:
-        """Return the tensors in the format of h, the bias as it is; the rows without their padding."""
+        """Return the tensors in h's format, the bias in its own, and the rows without their
+        padding."""
         own_RD = None if own_MD is None or output.places_R is None else own_MD[: len(output.places_R)].to(h.dtype)
         return cls(weight_VD.to(h.dtype), bias_V, own_RD, output)
 
@@ -84,12 +91,12 @@ class _Vocabulary:
         return torch.float64 if self.weight_VD.dtype == torch.float64 else torch.float32
 
     def parts(self, num_tokens: int) -> Iterator[slice]:
-        """The tokens whose logits are held at a time."""
+        """Return the runs of tokens whose logits are held at the same time."""
         step = max(1, CHUNK_BYTES // (4 * self.rows))
         return (slice(start, start + step) for start in range(0, num_tokens, step))
 
     def products(self, h_ND: Tensor) -> Tensor:
-        """h Wᵀ [N, V/p]."""
+        """Return h Wᵀ [N, V/p]."""
         products = h_ND @ self.weight_VD.t()
         if self.own_RD is not None and self.output.places_R is not None:
             products.index_copy_(1, self.output.places_R, h_ND @ self.own_RD.t())
@@ -114,7 +121,10 @@ class _Vocabulary:
 
 @dataclass
 class _Chunk:
-    """Some tokens' logits [N, V/p], replaced in place by what is made of them, and where their labels lie."""
+    """The logits [N, V/p] of some tokens, and where their labels lie.
+
+    The methods replace the logits in place by probabilities or gradients.
+    """
 
     vocabulary: _Vocabulary
     logits: Tensor
@@ -135,11 +145,17 @@ class _Chunk:
 
     @cached_property
     def maximum(self) -> Tensor:
-        """Of the logits of all ranks, [N, 1]; to be asked for before they are replaced."""
+        """The largest logit over all ranks, [N, 1].
+
+        It must be read before the logits are replaced.
+        """
         return all_reduce(self.logits.amax(-1, keepdim=True), self.vocabulary.group, dist.ReduceOp.MAX)
 
     def hits(self) -> Tensor:
-        """Which tokens are targets whose label has the highest logit, bool [N]; of equal ones the lowest id counts."""
+        """Return True for each target whose label has the highest logit, bool [N].
+
+        Of equal logits the one of the lowest id counts.
+        """
         vocabulary = self.vocabulary
         highest, column = self.logits.max(-1)  # the first of equal ones
         guess = torch.where(highest == self.maximum.squeeze(-1), vocabulary.first + column, vocabulary.size)
@@ -147,8 +163,10 @@ class _Chunk:
         return self.is_target & (guess - vocabulary.first == self.local)
 
     def losses(self, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """−log softmax(x)[label] of each token, 0 where it is no target, and log Σ exp x; the logits become probabilities.
-        `smoothing`: the share of the label's weight that is divided evenly over the vocabulary.
+        """Return −log softmax(x)[label] of each token, 0 if it is no target, and log Σ exp x.
+
+        The logits become probabilities. `smoothing`: the share of the label's weight that is
+        divided evenly over the vocabulary.
 
         Communication: the all-reduced maximum, then denominator and target logit together.
         """
@@ -168,8 +186,11 @@ class _Chunk:
         self.logits.sub_(log_normalisers.unsqueeze(-1)).exp_()
 
     def to_gradients(self, smoothing: float = 0.0) -> Tensor:
-        """d losses / d (h Wᵀ + b) from the probabilities: softmax − the label's weights on targets, times the cap's slope;
-        exactly 0 elsewhere (masked: NaN · 0 is NaN)."""
+        """Replace the probabilities by d losses / d (h Wᵀ + b), and return it.
+
+        On targets it is softmax minus the label's weights, times the cap's slope. Elsewhere it is
+        exactly 0, which takes a mask, because NaN · 0 is NaN.
+        """
         weight = (smoothing - 1.0) * self.is_here.to(self.logits.dtype).unsqueeze(-1)
         gradients = self.logits.scatter_add_(-1, self.column, weight)
         if smoothing:
@@ -180,10 +201,13 @@ class _Chunk:
 
 
 class _Gradients:
-    """The gradients of h, W, b and the rows that stand in W, chunk by chunk from those of the logits."""
+    """The gradients of h, W, b and the rows that stand in W.
+
+    They are added up chunk by chunk, from the gradients of the logits.
+    """
 
     def __init__(self, h_ND: Tensor, vocabulary: _Vocabulary, trains: tuple[bool, bool, bool], own_MD: Tensor | None) -> None:
-        """`trains`: W, b, the rows [M, D]."""
+        """Start from zeros; `trains` tells whether W, b and the rows [M, D] are trained."""
         # Several chunks are summed in fp32: in bf16 the sum would lose what later chunks add.
         self._h_ND, self._vocabulary = h_ND, vocabulary
         zeros = partial(torch.zeros, dtype=vocabulary.wide, device=h_ND.device)
@@ -210,7 +234,7 @@ class _Gradients:
             self.weight += delta.t() @ self._h_ND[part]
 
     def of_weights(self, like: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """W's, b's and the rows', in the formats of these."""
+        """Return the gradients of W, b and the rows, each in the format of its tensor in `like`."""
         return tuple(
             None if grads is None or weight is None else grads.to(weight.dtype)
             for grads, weight in zip((self.weight, self.bias, self.own), like, strict=True)
@@ -218,13 +242,14 @@ class _Gradients:
 
 
 class _CrossEntropySum(TensorFunction):
-    """Σ over targets of −log softmax(x)[label], with the gradients computed chunk by chunk in forward.
+    """The sum over targets of −log softmax(x)[label], with gradients computed in forward.
 
-    With a smoothing ε the share ε of the label's weight is divided evenly over the vocabulary (Szegedy et al. 2016,
-    arXiv:1512.00567, §7), as torch's cross_entropy does.
+    With a smoothing ε the share ε of the label's weight is divided evenly over the vocabulary
+    (Szegedy et al. 2016, arXiv:1512.00567, §7), as torch's cross_entropy does.
 
-    In forward each chunk's logits are still in cache, so backward neither keeps nor recomputes them: three matrix products
-    in all, the least possible. Forward: h [N, D] replicated, W [V/p, D], b [V/p] → scalar, replicated. Backward: two scalings.
+    In forward each chunk's logits are still in cache, so backward neither keeps nor recomputes
+    them. That takes three matrix products in all, the least possible. Forward: h [N, D] replicated,
+    W [V/p, D], b [V/p] → scalar, replicated. Backward: two scalings.
     """
 
     @staticmethod
@@ -273,8 +298,11 @@ def losses_and_hits(
     labels_N: Tensor,
     output: _Output,
 ) -> Tensor:
-    """Each token's loss, and 1 where its label has the highest logit, both 0 where it is no target: float64 [2, N], the same on
-    every rank. Communication per chunk: that of the losses, and the lowest id."""
+    """Return each token's loss, and 1 if its label has the highest logit, float64 [2, N].
+
+    Both are 0 if the token is no target. The result is the same on every rank. Communication per
+    chunk: that of the losses, and the lowest id.
+    """
     vocabulary = _Vocabulary.of(weight_VD, bias_V, own_MD, output, h_ND)
     found_2N = torch.empty((2, h_ND.shape[0]), dtype=torch.float64, device=h_ND.device)
     for part in vocabulary.parts(h_ND.shape[0]):
@@ -285,13 +313,14 @@ def losses_and_hits(
 
 
 class _TokenLosses(TensorFunction):
-    """−log softmax(x)[label] of each token, 0 where it is no target, each with a gradient of its own.
+    """The loss −log softmax(x)[label] of each token, 0 if it is no target, with a gradient each.
 
-    The weight of a token's gradient is known only when the losses are, often of other tokens (of both answers of a pair), so
-    the gradient of W, a sum over tokens, cannot be computed in forward. Backward computes each chunk's logits again: four
-    matrix products for three, and one fp32 number per token is kept, log Σ exp x, which makes backward's softmax without
-    communication. To keep the logits instead would take V numbers per token, the most of all that a step holds.
-    Forward: h [N, D] replicated, W [V/p, D], b [V/p] → [N], replicated.
+    The weight of a token's gradient is known only once the losses are, often those of other tokens
+    (of both answers of a pair). The gradient of W is a sum over tokens, so it cannot be computed in
+    forward. Instead, backward computes each chunk's logits again, which takes four matrix products
+    rather than three. One fp32 number per token is kept, log Σ exp x; with it backward's softmax
+    needs no communication. To keep the logits instead would take V numbers per token, the most of
+    all that a step holds. Forward: h [N, D] replicated, W [V/p, D], b [V/p] → [N], replicated.
     """
 
     @staticmethod
@@ -327,15 +356,16 @@ class _TokenLosses(TensorFunction):
 
 
 class VocabParallelHead(VocabularyMatrix):
-    """Logits' matrix W [V/p, D], its own, borrowed from the embedding, or a copy of the embedding of the first pipeline stage
-    (`tied_over` the ranks of both), their bias [V/p], and the loss that goes with them.
+    """The matrix W [V/p, D] of the logits, their bias [V/p], and the loss that goes with them.
 
-    `forward` with labels [N] (IGNORE where there is no target): h [N, D], or this rank's tokens of it → the loss summed over
-    targets, an fp32 scalar, the same on every rank of the group; `measured`, without gradients, each token's loss and whether
-    its label has the highest logit, float64 [2, N]; `by_token`, each token's own loss, fp32 [N], for what is no plain sum over
-    targets; both are 0 where there is no target. Without labels: this rank's logits [N, V/p], for sampling and oracles.
-    `bias`: its logical tensor's name, None: there is none; `bias_is_row`: that is [1, V], not [V]. `softcap`: logits x become
-    softcap · tanh(x / softcap).
+    W is the head's own, borrowed from the embedding, or a copy of the embedding of the first
+    pipeline stage (`tied_over` the ranks of both). From h [N, D], or this rank's tokens of it, and
+    labels [N] (IGNORE if a position is no target) the head computes `loss_sum`, `token_losses` or
+    `losses_and_hits`; without labels it computes `logits`. Each of them calls `forward` with what
+    is to be read, because ZeRO-3 gathers the weight only when the module itself is called.
+
+    `bias` is the name of its logical tensor, None if there is none. `bias_is_row`: that tensor is
+    [1, V], not [V]. `softcap`: logits x become softcap · tanh(x / softcap).
     """
 
     bias: nn.Parameter | None
@@ -373,27 +403,49 @@ class VocabParallelHead(VocabularyMatrix):
                 shape = (*shape, 1)
             self.declare("bias", shape, ShardSpec(Role.BIAS, Init(), (piece,), Group.alone()))
 
-    def forward(
-        self,
-        h_ND: Tensor,
-        labels_N: Tensor | None = None,
-        *,
-        measured: bool = False,
-        by_token: bool = False,
-        smoothing: float = 0.0,
-    ) -> Tensor:
-        """`smoothing`: the share of a label's weight that is divided evenly over the vocabulary; only the sum has it."""
-        h_ND = self.tp.enter(h_ND)
-        bias_V = None if self.bias is None else self.bias.flatten()
-        if labels_N is None:
-            bias_V = None if bias_V is None else bias_V.to(h_ND.dtype)
-            logits_NV = self._logits(h_ND, bias_V)
-            return logits_NV if self.softcap is None else soft_cap(logits_NV, self.softcap)
-        output = _Output(self.vocab_size, self.tp.group, self.softcap, self._places(h_ND.device))
-        of_head = h_ND, self.weight, bias_V, self.token_rows, labels_N, output
-        if by_token:
-            return _TokenLosses.apply(*of_head)
-        return losses_and_hits(*of_head) if measured else _CrossEntropySum.apply(*of_head, smoothing)
+    def loss_sum(self, h_ND: Tensor, labels_N: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        """Return the loss summed over targets, an fp32 scalar, the same on every rank of the group.
+
+        `smoothing`: the share of a label's weight that is divided evenly over the vocabulary.
+        """
+        return self._of_labels(h_ND, labels_N, lambda *of_head: _CrossEntropySum.apply(*of_head, smoothing))
+
+    def token_losses(self, h_ND: Tensor, labels_N: Tensor) -> Tensor:
+        """Return each token's own loss, fp32 [N], 0 if it is no target.
+
+        It is for objectives that are not a plain sum over targets.
+        """
+        return self._of_labels(h_ND, labels_N, _TokenLosses.apply)
+
+    def losses_and_hits(self, h_ND: Tensor, labels_N: Tensor) -> Tensor:
+        """Return each token's loss, and 1 if its label has the highest logit, float64 [2, N].
+
+        Both are 0 if the token is no target. They have no gradients.
+        """
+        return self._of_labels(h_ND, labels_N, losses_and_hits)
+
+    def logits(self, h_ND: Tensor) -> Tensor:
+        """Return this rank's logits [N, V/p], for sampling and oracles."""
+        logits_NV: Tensor = self(h_ND, read=self._capped_logits)
+        return logits_NV
+
+    def forward(self, h_ND: Tensor, *, read: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what `read` makes of the whole h [N, D], inside the tensor-parallel region."""
+        return read(self.tp.enter(h_ND))
+
+    def _of_labels(self, h_ND: Tensor, labels_N: Tensor, function: Callable[..., Tensor]) -> Tensor:
+        def read(h_ND: Tensor) -> Tensor:
+            output = _Output(self.vocab_size, self.tp.group, self.softcap, self._places(h_ND.device))
+            bias_V = None if self.bias is None else self.bias.flatten()
+            return function(h_ND, self.weight, bias_V, self.token_rows, labels_N, output)
+
+        result: Tensor = self(h_ND, read=read)
+        return result
+
+    def _capped_logits(self, h_ND: Tensor) -> Tensor:
+        bias_V = None if self.bias is None else self.bias.flatten().to(h_ND.dtype)
+        logits_NV = self._logits(h_ND, bias_V)
+        return logits_NV if self.softcap is None else soft_cap(logits_NV, self.softcap)
 
     def _logits(self, h_ND: Tensor, bias_V: Tensor | None) -> Tensor:
         logits_NV = functional.linear(h_ND, self.weight.to(h_ND.dtype), bias_V)

@@ -39,13 +39,14 @@ from torch.nn import functional
 from parallel.collectives import all_reduce
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, Shard
 from parallel.mesh import Group
-from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
+from parallel.params import Init, Role, Sharded, ShardSpec, whole
+from parallel.pieces import Piece
 from parallel.rng import Streams, dropout
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """The settings of a low-rank adapter.
+    """The settings of low-rank factors.
 
     `scale`: factor on X Aᵀ Bᵀ. `dropout`: rate on the X that A sees. `magnitude`: train m too
     (DoRA). `singular_values`: train E (AdaLoRA).
@@ -93,7 +94,8 @@ class InputDropout:
 
 
 class ColumnLowRank(Sharded):
-    """The adapter of a column-parallel layer, for those of its outputs that belong to `modules`.
+    """The factors beside a column-parallel layer, for those of its outputs that belong to
+    `modules`.
 
     Forward: X [N, I], or this rank's tokens of it → H = X Aᵀ [N, R] of each module, in one product
     for all where nothing is dropped → all tokens → Y + s · H Bᵀ. Communication: an all-reduce
@@ -213,7 +215,7 @@ class ColumnLowRank(Sharded):
 
 
 class RowLowRank(Sharded):
-    """The adapter of a row-parallel layer.
+    """The factors beside a row-parallel layer.
 
     Forward: X_i [N, I/p] → H = Σ_i X_i A_iᵀ [N, R], or this rank's tokens of it → Y + s · H Bᵀ.
     Communication: an all-reduce of H forward; with sequence parallelism instead a reduce-scatter of

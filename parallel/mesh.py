@@ -1,10 +1,14 @@
-"""This rank's process groups, made once from a layout and passed down as arguments. No module-level state."""
+"""The process groups of a rank, made once from a layout and passed down as arguments.
+
+There is no module-level state.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 
@@ -15,9 +19,10 @@ from parallel.topology import Coord, Layout
 class Group:
     """The ranks that a layer communicates with, and this rank's place among them.
 
-    Every parallel layer takes one explicitly. A group of one rank never communicates, so a layer built on
-    `Group.alone()` is the plain layer and needs no process group: that is how oracles and one-process runs work. A larger
-    group without a handle is a place among ranks that are not running: enough to know what a rank would hold.
+    Every parallel layer takes one explicitly. A group of one rank never communicates, so a layer
+    built on `Group.alone()` is the plain layer and needs no process group. Oracles and one-process
+    runs work that way. A larger group without a handle is a place among ranks that are not running;
+    it is enough to know what a rank would hold.
     """
 
     rank: int
@@ -33,15 +38,16 @@ class Group:
         return len(self.ranks)
 
     def part(self, whole: int, what: str) -> int:
-        """This group's equal share of `whole`; ValueError when it does not divide."""
+        """Return this group's equal share of `whole`; ValueError if it does not divide."""
         if whole % self.size:
             raise ValueError(f"{what} = {whole} does not divide over {self.size} ranks")
         return whole // self.size
 
     def divide(self, parts: int) -> Group:
-        """This rank's part of the group when it is cut into `parts` runs of neighbours.
+        """Return this rank's part of the group cut into `parts` runs of neighbours.
 
-        Collective over the group: every rank of it must call with the same number. ValueError when it does not divide.
+        Collective over the group: every rank of it must call with the same number. ValueError if
+        the group does not divide.
         """
         if self.size % parts:
             raise ValueError(f"{self.size} ranks do not divide into {parts} parts")
@@ -55,14 +61,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank's view of a layout.
+    """A layout as one rank sees it.
 
     | group | ranks that differ in | used by |
     |---|---|---|
     | tp | tp | parallel layers |
     | pp | pp | the pipeline's activations and their gradients |
     | ends | pp, first and last only | weights that the first and the last stage share |
-    | dp | dp and cp | gradient reduction, ZeRO, the step's target count |
+    | data | dp | whose sequences a rank takes: loading, dropout streams, sequence numbers |
+    | reduction | dp and cp | gradient reduction, ZeRO, the step's target count |
     | replica | pp and tp | the gradient norm: together these ranks hold one copy of the model |
     """
 
@@ -70,8 +77,9 @@ class Mesh:
     rank: int
     tp: Group
     pp: Group
-    ends: Group | None  # None between the ends, and where one rank is both
-    dp: Group
+    ends: Group | None  # None between the ends, and if one rank is both
+    data: Group
+    reduction: Group
     replica: Group
 
     @property
@@ -80,15 +88,18 @@ class Mesh:
 
     @classmethod
     def build(cls, layout: Layout, timeout: timedelta | None = None) -> Mesh:
-        """Collective over all ranks: every rank makes every group, in the same order (torch's rule for `new_group`).
-        `timeout`: how long a collective waits for the others; None: torch's default, 30 minutes."""
+        """Make every group, in the same order on all ranks.
+
+        `timeout`: the longest that a collective may take.
+        """
         if layout.world_size != dist.get_world_size():
             raise ValueError(f"layout {layout} has {layout.world_size} ranks, the world has {dist.get_world_size()}")
         rank = dist.get_rank()
-        tp, pp, dp, replica = (_join(layout, rank, timeout, *axes) for axes in (("tp",), ("pp",), ("dp", "cp"), ("pp", "tp")))
-        both_ends = [(ranks[0], ranks[-1]) for ranks in layout.groups("pp")]
-        ends = _member(both_ends, rank, timeout, "ends") if layout.pp > 1 else None
-        return cls(layout=layout, rank=rank, tp=tp, pp=pp, ends=ends, dp=dp, replica=replica)
+        join = partial(_join, layout, rank, timeout)
+        tp, pp, reduction, replica = join("tp"), join("pp"), join("dp", "cp"), join("pp", "tp")
+        ends_of = [(ranks[0], ranks[-1]) for ranks in layout.groups("pp") if layout.pp > 1]
+        ends = _member(ends_of, rank, timeout, "ends")
+        return cls(layout, rank, tp, pp, ends, join("dp") if layout.cp > 1 else reduction, reduction, replica)
 
 
 def _join(layout: Layout, rank: int, timeout: timedelta | None, *axes: str) -> Group:
@@ -98,7 +109,10 @@ def _join(layout: Layout, rank: int, timeout: timedelta | None, *axes: str) -> G
 
 
 def _member(groups: Sequence[tuple[int, ...]], rank: int, timeout: timedelta | None, name: str) -> Group | None:
-    """Make all groups, and return the one that this rank is in. `name`: what torch's flight recorder calls them."""
+    """Make all groups, and return the one that this rank is in.
+
+    `name` is what torch's flight recorder calls them.
+    """
     mine = None
     for ranks in groups:
         handle = dist.new_group(list(ranks), timeout=timeout, group_desc=name)

@@ -1,7 +1,8 @@
 """Parameters know what they are.
 
-A `ShardSpec` says which boxes of which logical tensors a local parameter holds. Logical tensors bear Hugging Face's names
-and shapes. Initial weights, export, weight decay, norms and checkpoints all read it; nothing guesses from names.
+A `ShardSpec` says which boxes of which logical tensors a local parameter holds. Logical tensors
+bear Hugging Face's names and shapes. Initial weights, export, weight decay, norms and checkpoints
+all read it; nothing guesses from names.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 
 from parallel.collectives import all_reduce
 from parallel.mesh import Group
+from parallel.pieces import Piece
 from parallel.rng import stream
 
 
 class Role(StrEnum):
-    """What a parameter does; decides its initial value and whether it decays."""
+    """The job of a parameter; decides its initial value and whether it decays."""
 
     MATRIX = "matrix"
     EMBEDDING = "embedding"
@@ -31,8 +33,8 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Init:
-    """How a logical tensor starts: normal with this standard deviation around this mean (std 0: constant), or, with a bound,
-    uniform in [−bound, bound)."""
+    """The start of a logical tensor: normal with this standard deviation around this mean (std
+    0: constant), or, with a bound, uniform in [−bound, bound)."""
 
     mean: float = 0.0
     std: float = 0.0
@@ -40,49 +42,17 @@ class Init:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows [row, row + rows) of a local parameter are a box of the logical tensor `name`.
-
-    `shape` is the logical tensor's, `start` and `size` are the box in it. `transposed`: the logical tensor stores
-    [in, out] (Hugging Face's Conv1D in gpt2), the parameter [out, in]. `gain`: the logical tensor starts with so many times the
-    values of its parameter's `Init`.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-    row: int = 0
-    transposed: bool = False
-    gain: float = 1.0
-
-    @property
-    def rows(self) -> int:
-        if not self.size:
-            return 1  # a scalar
-        return self.size[-1] if self.transposed else self.size[0]
-
-    def box_of(self, logical: Tensor) -> Tensor:
-        """This piece as it lies in the local parameter, cut from the whole logical tensor."""
-        for dim, (start, size) in enumerate(zip(self.start, self.size, strict=True)):
-            logical = logical.narrow(dim, start, size)
-        return logical.t() if self.transposed else logical
-
-    def in_parameter(self, parameter: Tensor) -> Tensor:
-        """The view of a (whole) local parameter that holds this piece."""
-        return parameter.narrow(0, self.row, self.rows) if self.size else parameter
-
-
-@dataclass(frozen=True)
 class ShardSpec:
-    """What one local parameter is.
+    """The identity of one local parameter.
 
-    `copies` are the ranks that hold these same boxes, this one among them. The first of them owns the parameter: it is
-    counted in norms and saved there only. `partial`: each copy's gradient is only the part that this rank's tokens or heads
-    give, so that gradients must be summed over the copies (`complete_partial_gradients`); otherwise theirs are equal already.
-    `tied`: used in two pipeline stages, whose backwards do not meet: its gradients are summed once per step
-    (`parallel.ties`), over the copies where the stages are on different ranks. `added`: not one of the model's own weights
-    but put beside them for tuning; it is drawn also where those are loaded.
+    `copies` are the ranks that hold these same boxes, this one among them. The first of them owns
+    the parameter: it is counted in norms and saved there only. `partial`: each copy's gradient is
+    only the part that this rank's tokens or heads give, so that gradients must be summed over the
+    copies (`complete_partial_gradients`); otherwise theirs are equal already. `tied`: used in two
+    pipeline stages, whose backwards do not meet: its gradients are summed once per step
+    (`parallel.ties`), over the copies where the stages are on different ranks. `added`: not one of
+    the model's own weights but put beside them for tuning; it is drawn also where those are
+    loaded.
     """
 
     role: Role
@@ -99,9 +69,12 @@ class ShardSpec:
 
 
 @dataclass(frozen=True)
-class Companion:
-    """What is remembered beside a weight, element by element, and alike on all data-parallel ranks: saved as a tensor of its
-    own, since its fragments are not those of the weight."""
+class AuxiliaryState:
+    """A tensor kept beside a weight, element by element, and alike on all data-parallel ranks.
+
+    A checkpoint has it as a logical tensor of its own, since its fragments are not those of the
+    weight.
+    """
 
     spec: ShardSpec
     state: str
@@ -109,7 +82,9 @@ class Companion:
 
     @classmethod
     def of(cls, weight: ShardSpec, tensor: Tensor, *, state: str) -> Self:
-        return cls(replace(weight, pieces=tuple(replace(p, name=f"{p.name}:{state}") for p in weight.pieces)), state, tensor)
+        """Return the state of that name beside a weight."""
+        pieces = tuple(replace(piece, name=f"{piece.name}:{state}") for piece in weight.pieces)
+        return cls(replace(weight, pieces=pieces), state, tensor)
 
 
 def whole(
@@ -123,13 +98,15 @@ def whole(
     added: bool = False,
 ) -> ShardSpec:
     """The spec of a parameter that is one whole logical tensor on every rank of `copies`."""
-    return ShardSpec(role, init, (Piece(name, shape, (0,) * len(shape), shape),), copies, partial, added=added)
+    return ShardSpec(role, init, (Piece.whole(name, shape),), copies, partial, added=added)
 
 
 class Sharded(nn.Module):
-    """A module that says what each of its parameters is; `borrowed` ones are another module's (ties).
+    """A module that says what each of its parameters is; `borrowed` ones are another module's
+    (ties).
 
-    The names are those of `named_parameters`, so it may also speak for parameters of modules below it that are not ours.
+    The names are those of `named_parameters`, so it may also speak for parameters of modules below
+    it that are not ours.
     """
 
     __call__: Callable[..., Tensor]  # torch says of no module what it gives
@@ -140,7 +117,7 @@ class Sharded(nn.Module):
         self.borrowed: set[str] = set()
 
     def declare(self, name: str, shape: tuple[int, ...], spec: ShardSpec) -> None:
-        """Register an uninitialised fp32 parameter on the current default device, with its spec."""
+        """Declare an uninitialised fp32 parameter on the current default device, with its spec."""
         setattr(self, name, nn.Parameter(torch.empty(shape)))
         self.specs[name] = spec
 
@@ -148,13 +125,14 @@ class Sharded(nn.Module):
         """Set what follows from other parameters; called when those were drawn or loaded."""
 
     def borrow(self, name: str, owner: Sharded) -> None:
-        """Use another module's parameter of the same name: one logical tensor, one gradient, owned there."""
+        """Use another module's parameter of the same name: one logical tensor, one gradient,
+        owned there."""
         setattr(self, name, getattr(owner, name))
         self.borrowed.add(name)
 
 
 def owned_specs(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ShardSpec]]:
-    """(dotted name, parameter, spec) of each parameter that the module owns, once.
+    """Yield (dotted name, parameter, spec) of each parameter that the module owns, once.
 
     TypeError for a parameter that nobody declared.
     """
@@ -171,11 +149,13 @@ def owned_specs(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ShardSpe
 
 
 def complete_partial_gradients(module: nn.Module) -> None:
-    """From now on, every backward sums the gradients of `partial` parameters over their copies, in fp32.
+    """Make every backward from now on sum the gradients of `partial` parameters over their copies,
+    in fp32.
 
-    This is the one place where it is done: norms and row-parallel biases under sequence parallelism, head norms, key/value
-    heads that several ranks share. It acts on the gradient of each backward before anything accumulates, divides or
-    offloads it, so it holds at every ZeRO stage.
+    This is the one place where it is done: norms and row-parallel biases under sequence
+    parallelism, head norms, key/value heads that several ranks share. It acts on the gradient of
+    each backward before anything accumulates, divides or offloads it, so it holds at every ZeRO
+    stage.
     """
     for _, parameter, spec in owned_specs(module):
         if spec.partial and spec.copies.size > 1 and parameter.requires_grad:
@@ -188,7 +168,8 @@ def _summed(grad: Tensor, copies: Group) -> Tensor:
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:
-    """Give storage, not values, to the parameters that are on the meta device; one that two layers have stays one."""
+    """Give storage, not values, to the parameters that are on the meta device; one that two
+    layers have stays one."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
@@ -200,11 +181,11 @@ def materialise(module: nn.Module, device: torch.device) -> None:
 
 
 def initialise(module: nn.Module, seed: int, *, only: Callable[[ShardSpec], bool] = lambda spec: True) -> None:
-    """Fill materialised parameters with their initial values, which depend on (seed, logical name) only; `only` those of
-    these specs, where the others have been loaded.
+    """Fill materialised parameters with their initial values, which depend on (seed, logical name)
+    only; `only` those of these specs, where the others have been loaded.
 
-    Each logical tensor is drawn whole in fp32 on the CPU and sliced, so that every layout starts from bit-identical
-    weights. Peak extra memory: one logical tensor.
+    Each logical tensor is drawn whole in fp32 on the CPU and sliced, so that every layout starts
+    from bit-identical weights. Peak extra memory: one logical tensor.
     """
     for _, parameter, spec in owned_specs(module):
         if not only(spec):
@@ -231,7 +212,8 @@ def draw(name: str, shape: tuple[int, ...], init: Init, seed: int) -> Tensor:
 
 @torch.no_grad()
 def zero_padding(parameter: Tensor, spec: ShardSpec) -> None:
-    """Make the rows that no piece covers 0: they are the last, and 0 · NaN of uninitialised memory is NaN."""
+    """Make the rows that no piece covers 0: they are the last, and 0 · NaN of uninitialised
+    memory is NaN."""
     if parameter.dim():
         parameter[sum(piece.rows for piece in spec.pieces) :] = 0.0
 

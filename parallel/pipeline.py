@@ -47,7 +47,7 @@ class Pipeline:
     """The stages of one rank.
 
     `modules` are its stages by index. The first stage takes tokens [B, S], the others take hidden
-    states [N, D], and all take the micro-batch's context as keywords. The last stage returns
+    states [N, D], and all take the same keywords beside them. The last stage returns
     `num_sums` sums, of which the first is the summed loss, or logits; the others return hidden
     states. `hidden` (on the meta device) has the shape and dtype of what passes between stages.
     Every backward runs inside the context manager that `around` returns. `deferred`: the queues in
@@ -115,7 +115,7 @@ class Pipeline:
     def has_last(self) -> bool:
         return self.table.num_stages - 1 in self.modules
 
-    def step(self, tokens_BS: Sequence[Tensor], contexts: Sequence[dict[str, Any]], *, scale: float) -> Tensor:
+    def step(self, tokens_BS: Sequence[Tensor], keywords: Sequence[dict[str, Any]], *, scale: float) -> Tensor:
         """Run forward and backward of all micro-batches, with the loss multiplied by `scale`.
 
         Returns the unscaled sums over the micro-batches, float64 [num_sums], on the rank with the
@@ -127,10 +127,10 @@ class Pipeline:
             stage.has_backward = True
             stage.clear_runtime_states()
         inputs = [(tokens,) if self.has_first else () for tokens in tokens_BS]
-        self._runtime._step_microbatches(inputs, list(contexts), [scale] * len(inputs), [], return_outputs=False)
+        self._runtime._step_microbatches(inputs, list(keywords), [scale] * len(inputs), [], return_outputs=False)
         return self.sums
 
-    def forward(self, tokens_BS: Tensor, context: Mapping[str, Any], hidden: Tensor | None = None) -> Tensor | None:
+    def forward(self, tokens_BS: Tensor, keywords: Mapping[str, Any], hidden: Tensor | None = None) -> Tensor | None:
         """Run one micro-batch through all stages without gradients.
 
         Returns the last stage's output on the rank that has it, None elsewhere. `hidden` has the
@@ -146,7 +146,7 @@ class Pipeline:
             else:
                 x = torch.empty(hidden.shape, dtype=hidden.dtype, device=self.device)
                 dist.recv(x, self._global_rank(index - 1), group=self.group.handle)
-            output = module(x, **context)
+            output = module(x, **keywords)
             if index + 1 < self.table.num_stages and index + 1 not in self.modules:
                 dist.send(output, self._global_rank(index + 1), group=self.group.handle)
         return output if self.has_last else None

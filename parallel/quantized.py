@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from parallel.params import Piece, ShardSpec
+from parallel.params import ShardSpec
+from parallel.pieces import Piece
 
 BLOCK = 64
 NF4 = (
@@ -53,6 +54,18 @@ class QuantizedWeight:
         return dequantize(self.codes, self.magnitudes, self.form).to(dtype)
 
     @property
+    def seen(self) -> None:
+        """Return None: autograd does not see the weight (`parallel.linear.Weight`)."""
+        return
+
+    def value(self, seen: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return self.dequantized(dtype)
+
+    def gradient(self, dy_NO: Tensor, x_NI: Tensor) -> None:
+        """Return None: the weight is never trained."""
+        return
+
+    @property
     def numel(self) -> int:
         """The number of elements of the weight, not of its codes."""
         return self.codes.numel() * CODES_PER_BYTE[self.form]
@@ -82,7 +95,7 @@ def quantize(weight_OI: Tensor, form: str) -> tuple[Tensor, Tensor]:
     """Return (codes, magnitudes). ValueError if I is not a multiple of 64."""
     rows, features = weight_OI.shape
     if features % BLOCK:
-        raise ValueError(f"{features} input features are no multiple of {BLOCK}, the number quantized together")
+        raise ValueError(f"{features} input features are not a multiple of {BLOCK}, the number quantized together")
     blocks = weight_OI.float().view(rows, -1, BLOCK)
     magnitudes = blocks.abs().amax(-1)
     share = torch.where(magnitudes > 0, 1.0 / magnitudes, 0.0).unsqueeze(-1) * blocks

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from parallel.mesh import Group
-from parallel.params import Init, Piece, Role, Sharded, ShardSpec
+from parallel.params import Init, Role, Sharded, ShardSpec
+from parallel.pieces import Piece
 from parallel.tensor import TensorParallel
 
 

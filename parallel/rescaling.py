@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, Shard
 from parallel.mesh import Group
-from parallel.params import Init, Piece, Role, Sharded, ShardSpec
+from parallel.params import Init, Role, Sharded, ShardSpec
+from parallel.pieces import Piece
 from parallel.rng import Streams
 
 ONE = Init(mean=1.0)

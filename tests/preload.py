@@ -1,4 +1,4 @@
-"""Imported once by the fork server of `tests.spawn`, so that ranks start at once."""
+"""The imports of the fork server of `tests.spawn`, so that ranks start at once."""
 
 import gc
 import warnings

@@ -1,10 +1,11 @@
 """Run a plain function on several gloo processes, as an ordinary test.
 
-    def body(mesh, ...): ...            # module level; raises to fail, returns something picklable
+    def body(mesh, ...): ...      # at module level; raises to fail, returns something picklable
     results = spawn(body, Layout(dp=2), ...)
 
-Processes come from a fork server that has imported torch and DeepSpeed once, so a spawn costs a fraction of a second.
-Every rank's failure is in one report; a rank that does not come back in time shows its stack; nobody outlives the call.
+Processes come from a fork server that has imported torch and DeepSpeed once, so a spawn costs a
+fraction of a second. Every rank's failure is in one report, a rank that does not come back in time
+shows its stack, and no process outlives the call.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ _context.set_forkserver_preload(["tests.preload"])
 
 
 class RanksFailed(AssertionError):
-    """What each failing rank said."""
+    """The reports of all failing ranks."""
 
 
 def spawn(body: Callable[..., Any], layout: Layout, *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """body(mesh, *args) on every rank of `layout`; the results in the order of the ranks."""
+    """Run body(mesh, *args) on every rank of `layout`, and return the results in the order of the
+    ranks."""
     with tempfile.TemporaryDirectory(prefix="spawn-") as folder:
         pipes = [_context.Pipe(duplex=False) for _ in range(layout.world_size)]
         ranks = [
@@ -65,9 +67,10 @@ def spawn(body: Callable[..., Any], layout: Layout, *args: Any, timeout_s: float
 
 
 def _collect(pipes: list[Connection], timeout_s: float) -> list[tuple[bool, Any] | None]:
-    """(succeeded, result or traceback) per rank; None for those that were still running.
+    """Return (succeeded, result or traceback) per rank; None for those that were still running.
 
-    When one rank fails the others get 5 s: enough to tell their own story, not to sit out a collective's timeout.
+    When one rank fails the others get 5 s: enough to report their own failure, too short to wait
+    out a collective's timeout.
     """
     outcomes: list[tuple[bool, Any] | None] = [None] * len(pipes)
     deadline = time.monotonic() + timeout_s

@@ -2,14 +2,16 @@
 
     python tools/bench.py [--quick] [--profile] [--json FILE]
 
-Both sides train the same model: same initial weights, same batch, AdamW with the same two parameter groups, gradients
-clipped to norm 1. In bf16 both hold fp32 master weights, accumulate and clip in fp32, and multiply in bf16: Triaxis casts a
-weight where it is used, the peer keeps a bf16 copy of the model, which it refreshes after each step. Before anything is
-timed, losses and gradient norms of the first two steps must agree; the second one follows an update.
+Both sides train the same model: same initial weights, same batch, AdamW with the same two parameter
+groups, gradients clipped to norm 1. In bf16 both hold fp32 master weights, accumulate and clip in
+fp32, and multiply in bf16: Triaxis casts a weight where it is used, the peer keeps a bf16 copy of
+the model, which it refreshes after each step. Before anything is timed, losses and gradient norms
+of the first two steps must agree; the second one follows an update.
 
-A virtual machine's speed drifts by a third within minutes, so only ratios count: in each repeat every contender takes one
-whole step, in an order drawn anew, and steps of the same repeat are paired. The matrix product that the step is compared with
-(`trainer.engine.matmul_peak`) is measured in the same repeats.
+A virtual machine's speed drifts by a third within minutes, so only ratios count: in each repeat
+every contender takes one whole step, in an order drawn anew, and steps of the same repeat are
+paired. The matrix product that the step is compared with (`trainer.engine.matmul_peak`) is measured
+in the same repeats.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ from trainer.engine.execution import DTYPES
 from trainer.engine.matmul_peak import measured_peak
 from trainer.errors import UserError
 from trainer.launch import ranks
-from trainer.model.config import TransformerConfig, largest_weight
-from trainer.model.hf_config import to_hf_config, translate
+from trainer.model.config import TransformerConfig
+from trainer.model.hf_config import from_hf, to_hf
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 
@@ -58,7 +60,8 @@ SEED = 0
 LR = 3e-4
 CLIP_NORM = 1.0
 WARM_UP = 2  # steps; also the steps whose losses and norms are compared
-# Relative difference of losses and gradient norms. Seen: fp32 2e-6, bf16 4e-3 (8 bits, rounded in other places).
+# Relative differences of losses and gradient norms. Up to 2e-6 was seen in fp32, and 4e-3 in bf16
+# (8 bits, rounded in other places).
 TOLERANCE: Mapping[Dtype, float] = {"fp32": 1e-4, "bf16": 2e-2}
 
 
@@ -82,7 +85,7 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Of one micro-batch."""
+        """The number of tokens in one micro-batch."""
         return self.micro_sequences * self.seq_len
 
     def network(self) -> TransformerConfig:
@@ -95,10 +98,11 @@ class Shape:
             "num_key_value_heads": self.heads,
             "max_position_embeddings": self.seq_len,
         }
-        return translate("llama", hugging_face)
+        return from_hf("llama", hugging_face)
 
     def batch(self, seed: int, *, documents: int) -> MicroBatch:
-        """Random tokens in rows of `documents` documents each, cut at random places; every position is a target."""
+        """Return random tokens in rows of `documents` documents each, cut at random places; every
+        position is a target."""
         stream = torch.Generator().manual_seed(seed)
         tokens = torch.randint(0, self.vocab, (self.micro_sequences, self.seq_len + 1), generator=stream)
         dice = random.Random(seed)
@@ -106,7 +110,7 @@ class Shape:
         for _ in range(self.micro_sequences):
             cuts = [0, *sorted(dice.sample(range(1, self.seq_len), documents - 1)), self.seq_len]
             rows.append(tuple(end - start for start, end in itertools.pairwise(cuts)))
-        return MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), tuple(rows))
+        return MicroBatch(tokens[:, :-1].contiguous(), Documents(tuple(rows)), tokens[:, 1:].contiguous())
 
 
 TINY = Shape(layers=2, hidden=64, ffn=128, heads=2, vocab=256, seq_len=64, micro_sequences=2)
@@ -122,13 +126,14 @@ def make_engine(
     parallel: Mapping[str, Any] | None = None,
     micro_batches: int = 1,
 ) -> Engine:
-    """Triaxis on `shape.micro_sequences` rows per data-parallel rank and step, started from the weights of `SEED`."""
+    """Build Triaxis on `shape.micro_sequences` rows per data-parallel rank and step, started from
+    the weights of `SEED`."""
     recipe = Recipe.model_validate(
         {
             "model": {"family": "llama"},
             "data": {"seq_len": shape.seq_len},
             "batch": {
-                "global_sequences": shape.micro_sequences * mesh.dp.size,
+                "global_sequences": shape.micro_sequences * mesh.data.size,
                 "micro_sequences": shape.micro_sequences // micro_batches,
             },
             "parallel": parallel or {},
@@ -146,23 +151,23 @@ def make_engine(
         network,
         mesh,
         device,
-        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=largest_weight(network)),
+        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=network.largest_weight),
         fill=lambda block: initialise(block, seed=SEED),
     )
 
 
-# What a contender's step says of itself: (loss, gradient norm before clipping).
+# The result of a contender's step: (loss, gradient norm before clipping).
 Numbers = tuple[float, float]
 
 
 class PlainLoop:
-    """transformers' Llama (sdpa attention), trained as its users write it down."""
+    """A loop over transformers' Llama (sdpa attention), written as its users write it."""
 
     def __init__(self, engine: Engine, network: TransformerConfig, *, dtype: Dtype, device: torch.device) -> None:
-        """Starts from the engine's weights and optimizer settings."""
+        """Start from the engine's weights and optimizer settings."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        hugging_face = to_hf_config(network, dtype=str(DTYPES[dtype]).removeprefix("torch."), eos_token_id=None)
+        hugging_face = to_hf(network, dtype=str(DTYPES[dtype]).removeprefix("torch."), eos_token_id=None)
         config = LlamaConfig(**{**hugging_face, "use_cache": False}, attn_implementation="sdpa")
         self.model = LlamaForCausalLM(config)
         self.model.load_state_dict(logical_tensors(engine.local_tensors()))  # copied into fp32
@@ -170,7 +175,8 @@ class PlainLoop:
         self.parameters = self.masters = list(self.model.parameters())
         if dtype != "fp32":
             self.masters = [parameter.detach().clone() for parameter in self.parameters]
-            for parameter in self.parameters:  # not `model.to(dtype)`, which would also round the rotary frequencies
+            # Not `model.to(dtype)`, which would also round the rotary frequencies.
+            for parameter in self.parameters:
                 parameter.data = parameter.data.to(DTYPES[dtype])
         self.optimizer = self._optimizer(engine)
 
@@ -199,28 +205,30 @@ class PlainLoop:
 
 
 def peer_inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
-    """The batch in the words of transformers. Whole rows need no mask: sdpa's own causal kernel serves them.
+    """Return the batch as keyword arguments of transformers. Whole rows need no mask: sdpa's own
+    causal kernel serves them.
 
-    Packed rows take positions that restart and an explicit block-diagonal causal mask, bool [B, 1, S, S]. It is made here,
-    once, outside of the peer's time.
+    Packed rows get positions that restart and an explicit block-diagonal causal mask, bool [B, 1,
+    S, S]. It is made here, once, outside the peer's time.
     """
     inputs = {"input_ids": batch.tokens_BS, "labels": batch.labels_BS, "shift_labels": batch.labels_BS}
-    if any(len(row) > 1 for row in batch.documents):
+    if any(len(row) > 1 for row in batch.documents.lengths):
         document_BS = torch.stack(
-            [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in batch.documents]
+            [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in batch.documents.lengths]
         )
         same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
         inputs["attention_mask"] = same_BSS.tril()[:, None]
-        inputs["position_ids"] = Documents(batch.documents).positions_BS
+        inputs["position_ids"] = batch.documents.positions_BS
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 class Disagreement(UserError):
-    """Two contenders did not train the same model."""
+    """The error that two contenders did not train the same model."""
 
 
 def require_agreement(what: str, numbers: Mapping[str, Sequence[Numbers]], tolerance: float) -> None:
-    """Disagreement unless every contender's losses and norms are the first one's, step by step, within `tolerance`."""
+    """Raise Disagreement unless every contender's losses and norms equal the first one's, step by
+    step, within `tolerance`."""
     (reference, expected), *others = numbers.items()
     for name, got in others:
         for step, (pair, wanted) in enumerate(zip(got, expected, strict=True)):
@@ -233,7 +241,8 @@ def require_agreement(what: str, numbers: Mapping[str, Sequence[Numbers]], toler
 
 
 def interleaved(contenders: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What each contender returned in each repeat; in a repeat each is called once, in an order drawn anew."""
+    """Return what each contender returned in each repeat. In a repeat each is called once, in an
+    order drawn anew."""
     dice = random.Random(SEED)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
@@ -244,7 +253,7 @@ def interleaved(contenders: Mapping[str, Callable[[], float]], repeats: int) -> 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, smallest and largest of the repeats."""
+    """The median, smallest and largest of the repeats."""
 
     median: float
     low: float
@@ -264,7 +273,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Figure:
-    """One row of the table: a format and a kind of rows."""
+    """A row of the table: a format and a kind of rows."""
 
     dtype: Dtype
     documents_per_row: int
@@ -300,7 +309,7 @@ def open_engine(shape: Shape, dtype: Dtype, mesh: Mesh, device: torch.device) ->
 
 
 def measure(shape: Shape, dtype: Dtype, documents: int, mesh: Mesh, device: torch.device, *, repeats: int) -> Figure:
-    """One row: build both sides, see that they agree, time them in turn."""
+    """Return one row of the table: build both sides, check that they agree, time them in turn."""
     batch, network = shape.batch(SEED, documents=documents), shape.network()
     with open_engine(shape, dtype, mesh, device) as engine:
         ours = partial(our_step, engine, batch)
@@ -356,7 +365,8 @@ def table_of(figures: Sequence[Figure], title: str) -> Table:
 
 
 def profile_of(shape: Shape, dtype: Dtype, mesh: Mesh, device: torch.device, *, rows: int = 12) -> Table:
-    """The operators in which one of our steps (whole rows) spends most of its time."""
+    """Return a table of the operators in which one of our steps (whole rows) spends most of its
+    time."""
     batch = shape.batch(SEED, documents=1)
     with open_engine(shape, dtype, mesh, device) as engine:
         for _ in range(WARM_UP):
@@ -373,13 +383,14 @@ def profile_of(shape: Shape, dtype: Dtype, mesh: Mesh, device: torch.device, *, 
 
 
 def make_console() -> Console:
-    """Wide enough for the tables where nobody says how wide it is."""
+    """Return a console wide enough for the tables if nobody tells how wide it is."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=130)
 
 
 def command_line(arguments: Sequence[str], description: str | None, full: Shape, quick: Shape) -> argparse.ArgumentParser:
-    """The options that all model benchmarks share; `--quick` changes the defaults."""
+    """Return a parser with the options that all model benchmarks share; `--quick` changes the
+    defaults."""
     is_quick = "--quick" in arguments
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model and 3 repeats: shows that it runs")

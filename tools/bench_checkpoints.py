@@ -1,9 +1,10 @@
-"""What checkpoints cost: saving against the disk's own rate, the share of it that training waits for, verifying, loading,
-exporting; and how much memory each takes beyond what is there before.
+"""The cost of checkpoints: time and memory of saving, verifying, loading and exporting.
 
-    python tools/bench_checkpoints.py --layers 12 --hidden 768         # GPT-2 of 124 M parameters, AdamW: 1.5 GB
+    python tools/bench_checkpoints.py --layers 12 --hidden 768   # GPT-2 of 124 M, AdamW: 1.5 GB
 
-One process. Times are ratios to writing and syncing the same number of bytes in the same minute, since disks drift.
+Saving is measured against the disk's own rate, with the share that training waits for. Memory is
+what each step takes beyond what is there before. There is one process. Times are ratios to writing
+and syncing the same number of bytes in the same minute, because disks drift.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def measured(work: Callable[[], Any]) -> tuple[Any, float, float]:
-    """(result, seconds, MiB of resident memory above the start at the worst moment)."""
+    """Return (result, seconds, MiB of resident memory above the start at the worst moment)."""
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
     before, started = _status("VmRSS"), time.perf_counter()
     result = work()
@@ -34,13 +35,13 @@ def measured(work: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 def _status(name: str) -> int:
-    """Of /proc/self/status [KiB]."""
+    """Return a value of /proc/self/status [KiB]."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1])
 
 
 def raw_write(folder: Path, num_bytes: int) -> float:
-    """Seconds to write and sync so many bytes, 16 MiB at a time."""
+    """Return the seconds that it takes to write and sync `num_bytes`, 16 MiB at a time."""
     block = os.urandom(16 << 20)
     started = time.perf_counter()
     with (folder / "raw").open("wb", buffering=0) as file:
@@ -75,11 +76,11 @@ def bench(folder: Path, layers: int, hidden: int) -> None:
     recipe = write_recipe(folder, layers, hidden)
     with open_session(load(recipe), str(folder / "run"), Resume()) as run:
         for step in range(2):
-            _, step_s, _ = measured(lambda step=step: run.engine.step(run.micro_batches(step), step=step, lr=1e-3))
+            _, step_s, _ = measured(lambda step=step: run.engine.step(run.data.micro_batches(step), step=step, lr=1e-3))
         checkpoints = CheckpointFolder(folder / "saved")
         manifest = Manifest(
             step=1, sequences=1, time=0.0, recipe=run.recipe.model_dump(mode="json"), facts={},
-            layout={**asdict(run.mesh.layout), "zero": 0}, versions={},
+            layout={**asdict(run.engine.mesh.layout), "zero": 0}, versions={},
             state={"updates": 1, "loss_scale": run.engine.scaler.state(), "memory": {}},
         )  # fmt: skip
         rows: list[tuple[str, float, float]] = []
@@ -120,7 +121,7 @@ sys.exit(code)
 
 
 def export(checkpoint: Path, out: Path, raw_s: float) -> None:
-    """In a process of its own, whose whole memory counts."""
+    """Export in a process of its own, whose whole memory counts."""
     started = time.perf_counter()
     command = [sys.executable, "-c", EXPORT, str(checkpoint), str(out)]
     done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -1,16 +1,18 @@
-"""Step times of two processes: every ZeRO stage, offload, tensor and pipeline parallelism beside torch's DDP and FSDP2, and
-DeepSpeed's PipelineEngine.
+"""Step times of two processes: every ZeRO stage, offload, tensor and pipeline parallelism beside
+torch's DDP and FSDP2, and DeepSpeed's PipelineEngine.
 
     python tools/bench_layouts.py [--quick] [--json FILE] [--nvme-path DIR]
 
-All contenders train the same Llama from the same weights on the same batches; torch's two wrap our own `Stage`, so only what
-is around the model differs. Data-parallel contenders have a micro-batch on each rank, tensor- and pipeline-parallel
-ones both together, a pipeline in 8 micro-batches. DeepSpeed's pipeline is made of our own blocks.
-Losses and gradient norms of the first two steps must agree before anything is timed.
+All contenders train the same Llama from the same weights on the same batches; torch's two wrap our
+own `Stage`, so only what is around the model differs. Data-parallel contenders have a micro-batch
+on each rank; tensor- and pipeline-parallel ones have both micro-batches together, a pipeline in 8
+micro-batches. DeepSpeed's pipeline is made of our own blocks. Losses and gradient norms of the
+first two steps must agree before anything is timed.
 
-Each contender is a pair of gloo processes of its own with one thread each, because DeepSpeed keeps state per process. Only
-one pair works at a time: the others wait for a word on their pipes. In each repeat every contender takes one step, in an
-order drawn anew, and its time is paired with DDP's.
+Each contender is a pair of gloo processes of its own with one thread each, because DeepSpeed keeps
+state per process. Only one pair works at a time: the others wait for a message on their pipes. In
+each repeat every contender takes one step, in an order drawn anew, and its time is paired with
+DDP's.
 """
 
 from __future__ import annotations
@@ -107,7 +109,7 @@ CONTENDERS = (REFERENCE, "torch FSDP2", *ZERO, *TENSOR, *PIPELINE, DEEPSPEED_PIP
 
 @dataclass(frozen=True)
 class Figure:
-    """One contender in one format."""
+    """A contender in one format."""
 
     contender: str
     dtype: Dtype
@@ -118,7 +120,7 @@ class Figure:
 
 
 def whole_model(shape: Shape, dtype: Dtype) -> Stage:
-    """Our model as one undivided module, for the peers to divide."""
+    """Return our model as one undivided module, for the peers to divide."""
     network = shape.network()
     return Stage(
         network,
@@ -132,9 +134,11 @@ def whole_model(shape: Shape, dtype: Dtype) -> Stage:
 
 
 class TorchLoop:
-    """Our `Stage` under DDP or FSDP2, with the optimizer, clipping and normalisation of our recipe.
+    """A loop over our `Stage` under DDP or FSDP2, with the optimizer, clipping and normalisation of
+    our recipe.
 
-    In bf16 both hold fp32 weights, which are cast for use, and reduce gradients in fp32, as our engine does.
+    In bf16 both hold fp32 weights, which are cast for use, and reduce gradients in fp32, as our
+    engine does.
     """
 
     def __init__(self, kind: str, shape: Shape, dtype: Dtype) -> None:
@@ -153,12 +157,12 @@ class TorchLoop:
         self.optimizer = make_optimizer(Recipe.model_validate({"optimizer": {"lr": LR}}), self.parameters, CPU)
 
     def step(self, batch: MicroBatch) -> Numbers:
-        loss_sum = self.model(batch.tokens_BS, Documents(batch.documents), batch.labels_BS)
+        loss_sum = self.model(batch.tokens_BS, batch=batch)
         counts = torch.tensor([batch.num_targets, 0.0], dtype=torch.float64)
         counts[1] = loss_sum.detach()
         dist.all_reduce(counts)
         num_targets, total = counts.tolist()
-        (loss_sum * (PAIR / num_targets)).backward()  # both average over the ranks
+        (loss_sum * (PAIR / num_targets)).backward()  # DDP and FSDP2 average over the ranks
         norm = nn.utils.clip_grad_norm_([parameter for parameter, _ in self.parameters], CLIP_NORM)
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
@@ -168,7 +172,7 @@ class TorchLoop:
 
 
 def make_step(contender: str, shape: Shape, dtype: Dtype, disk: Path) -> Callable[[], Numbers]:
-    """What this rank does for one step of a contender."""
+    """Return a function that does one step of a contender on this rank."""
     if contender in TENSOR:
         both = replace(shape, micro_sequences=PAIR * shape.micro_sequences)
         parallel = {"tensor": PAIR, **TENSOR[contender]}
@@ -202,7 +206,7 @@ def our_pipeline_step(engine: Engine, batches: Sequence[MicroBatch]) -> Numbers:
 
 
 class DeepSpeedPipeline:
-    """The same blocks, weights and update in DeepSpeed's own pipeline, which knows 1F1B."""
+    """The same blocks, weights and update in DeepSpeed's own pipeline, which runs 1F1B."""
 
     def __init__(self, shape: Shape, dtype: Dtype, micro_sequences: int) -> None:
         import deepspeed
@@ -215,13 +219,13 @@ class DeepSpeedPipeline:
             *(_InPipeline(stage, layer, documents) for layer in stage.layers.values()),
             _InPipeline(stage, stage.head.norm, documents),
         ]
-        blocks[-1].logits = stage.head.logits
+        blocks[-1].output = stage.head.output
         self.num_targets = 1
         deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False, verbose=False)
 
         def loss(h_ND: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
             # DeepSpeed averages over the micro-batches.
-            return stage.head.logits(h_ND, labels_BS.flatten()) * (MICRO_BATCHES / self.num_targets)
+            return stage.head.output.loss_sum(h_ND, labels_BS.flatten()) * (MICRO_BATCHES / self.num_targets)
 
         model = PipelineModule(blocks, num_stages=PAIR, loss_fn=loss, partition_method="uniform")
         specs = {id(parameter): spec for _, parameter, spec in owned_specs(stage)}
@@ -252,12 +256,14 @@ class DeepSpeedPipeline:
 
 
 class _InPipeline(nn.Module):
-    """A block that takes one tensor, as DeepSpeed's pipeline passes one; whole rows are its documents."""
+    """A block that takes one tensor, as DeepSpeed's pipeline passes one; its documents are whole
+    rows."""
 
     def __init__(self, stage: Stage, block: nn.Module, documents: Documents) -> None:
         super().__init__()
         self.block = block
-        self._stage, self._documents = (stage,), documents  # in a tuple: the stage is no child of its block
+        # In a tuple, so the stage is no child module.
+        self._stage, self._documents = (stage,), documents
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (stage,) = self._stage
@@ -269,23 +275,26 @@ class _InPipeline(nn.Module):
 
 
 def rows_of(batch: MicroBatch) -> list[MicroBatch]:
-    rows = range(len(batch.documents))
-    return [MicroBatch(batch.tokens_BS[r : r + 1], batch.labels_BS[r : r + 1], (batch.documents[r],)) for r in rows]
+    rows = range(len(batch.documents.lengths))
+    return [
+        MicroBatch(batch.tokens_BS[r : r + 1], Documents((batch.documents.lengths[r],)), batch.targets_BS[r : r + 1])
+        for r in rows
+    ]
 
 
 def joined(batches: Iterable[MicroBatch]) -> MicroBatch:
-    """One micro-batch with the rows of several."""
-    tokens, labels, documents = zip(*((b.tokens_BS, b.labels_BS, b.documents) for b in batches), strict=True)
-    return MicroBatch(torch.cat(tokens), torch.cat(labels), tuple(itertools.chain(*documents)))
+    """Return one micro-batch with the rows of several."""
+    tokens, labels, documents = zip(*((b.tokens_BS, b.targets_BS, b.documents.lengths) for b in batches), strict=True)
+    return MicroBatch(torch.cat(tokens), Documents(tuple(itertools.chain(*documents))), torch.cat(labels))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One contender: two processes that take a step when they are told to.
+# ------------------------------------------------------------------------------------ one contender
+# One contender is two processes that take a step when they are told to.
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rank says after a step; `failure` is its traceback."""
+    """The message of a rank after a step; `failure` is its traceback."""
 
     numbers: Numbers = (0.0, 0.0)
     step_s: float = 0.0
@@ -293,10 +302,12 @@ class Answer:
 
 
 def serve(rank: int, contender: str, shape: Shape, dtype: Dtype, folder: Path, pipe: Connection) -> None:
-    """A rank's life: join, build, then one step and one answer per word, until the pipe closes."""
+    """Run a rank: join, build, then take one step and send one answer per message, until the pipe
+    closes."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore", FutureWarning)  # torch's FSDP2 and DeepSpeed call collectives that torch has renamed
+    # torch's FSDP2 and DeepSpeed call collectives that torch has renamed.
+    warnings.simplefilter("ignore", FutureWarning)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PAIR, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     os.environ.update({name: str(value) for name, value in place.items()})
     try:
@@ -316,7 +327,7 @@ def serve(rank: int, contender: str, shape: Shape, dtype: Dtype, folder: Path, p
 
 
 class PairFailed(UserError):
-    """A contender could not be built or stepped."""
+    """The error that a contender could not be built or stepped."""
 
 
 class Pair:
@@ -337,7 +348,7 @@ class Pair:
             self.processes.append(process)
 
     def answers(self) -> list[Answer]:
-        """Of both ranks; PairFailed with the tracebacks when one has failed."""
+        """Return the answers of both ranks. PairFailed with the tracebacks if one has failed."""
         collected = []
         for rank, pipe in enumerate(self.pipes):
             try:
@@ -349,7 +360,7 @@ class Pair:
         return collected
 
     def step(self) -> tuple[Numbers, float]:
-        """One step on both ranks: its numbers, and the slower rank's seconds."""
+        """Take one step on both ranks, and return its numbers and the slower rank's seconds."""
         for pipe in self.pipes:
             pipe.send(True)
         answers = self.answers()
@@ -371,7 +382,7 @@ class Pair:
 
 @contextlib.contextmanager
 def open_pairs(names: Sequence[str], shape: Shape, dtype: Dtype, disk: Path | None) -> Iterator[dict[str, Pair]]:
-    """All contenders of one format, built one after another."""
+    """Open all contenders of one format, built one after another."""
     pairs: dict[str, Pair] = {}
     with tempfile.TemporaryDirectory(prefix="bench-layouts-", dir=disk) as folder:
         try:
@@ -385,7 +396,7 @@ def open_pairs(names: Sequence[str], shape: Shape, dtype: Dtype, disk: Path | No
 
 
 def measure(names: Sequence[str], shape: Shape, dtype: Dtype, disk: Path | None, *, repeats: int) -> list[Figure]:
-    """All contenders in one format: see that they agree, then time them in turn."""
+    """Measure all contenders in one format: check that they agree, then time them in turn."""
     with open_pairs(names, shape, dtype, disk) as pairs:
         numbers = {name: [pair.step()[0] for _ in range(WARM_UP)] for name, pair in pairs.items()}
         require_agreement(dtype, numbers, TOLERANCE[dtype])
@@ -433,7 +444,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"--nvme-path {options.nvme_path} is not a folder: make it first")
     names = [REFERENCE, *(name for name in options.contenders if name != REFERENCE)]
     shape, console, figures = shape_of(options), make_console(), []
-    torch.set_num_threads(1)  # here as in the ranks, so that the figures say so
+    torch.set_num_threads(1)  # as in the ranks, so that the figures report it
     try:
         for dtype in options.dtypes:
             with console.status(f"{dtype}: {len(names)} contenders, {PAIR} processes each"):

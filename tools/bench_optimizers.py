@@ -1,9 +1,10 @@
-"""One AdamW update on the CPU: torch's fused kernel beside DeepSpeed's CPU Adam.
+"""The time of one AdamW update on the CPU: torch's fused kernel beside DeepSpeed's CPU Adam.
 
     python tools/bench_optimizers.py [--build] [--json FILE]
 
-DeepSpeed's is a C++ extension that must be compiled first (`--build`: minutes, once per machine); torch's is not. Both
-update the same fp32 parameters with the same gradients, in turn and in an order drawn anew, and must end at the same values.
+DeepSpeed's is a C++ extension that must be compiled first (`--build`: minutes, once per machine);
+torch's is not. Both update the same fp32 parameters with the same gradients, in turn and in an
+order drawn anew, and must end at the same values.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ CPU = torch.device("cpu")
 WARM_UP = 3  # steps
 TENSORS = 10  # the parameters come in this many pieces, as a model's do
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-# Both round in fp32, in another order; after 200 steps of 1e-3 the values have moved by about 0.2.
+# Both round in fp32, but in a different order; after 200 steps of 1e-3 the values have moved by
+# about 0.2.
 TOLERANCE = 1e-4
 EXIT_NOT_BUILT, EXIT_DISAGREE = 3, 1
 
 
 @dataclass(frozen=True)
 class Work:
-    """What both optimizers do."""
+    """The work of both optimizers."""
 
     parameters: int
     steps: int
@@ -47,7 +49,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Figure:
-    """One optimizer. `tail` is p95 / median of its step times: 1 means that every step takes the same."""
+    """The measurements of one optimizer. `tail` is p95 / median of its step times: 1 means that
+    every step takes the same."""
 
     optimizer: str
     step_s: float
@@ -57,7 +60,8 @@ class Figure:
 
 
 def is_built() -> bool:
-    """Whether DeepSpeed's extension lies ready, installed with DeepSpeed or compiled on this machine before."""
+    """Return whether DeepSpeed's extension is ready, installed with DeepSpeed or compiled on this
+    machine before."""
     if importlib.util.find_spec("deepspeed.ops.adam.cpu_adam_op") is not None:
         return True
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
@@ -65,7 +69,7 @@ def is_built() -> bool:
 
 
 def same_parameters(work: Work) -> list[nn.Parameter]:
-    """Parameters and gradients, drawn anew from the same stream each time."""
+    """Return parameters and gradients, drawn anew from the same stream each time."""
     stream = torch.Generator().manual_seed(0)
     parameters = []
     for _ in range(TENSORS):
@@ -76,7 +80,8 @@ def same_parameters(work: Work) -> list[nn.Parameter]:
 
 
 def measure(work: Work) -> tuple[list[Figure], float]:
-    """The figures, and the largest difference of the two optimizers' parameters afterwards."""
+    """Return the figures, and the largest difference of the two optimizers' parameters
+    afterwards."""
     sets: dict[str, list[nn.Parameter]] = {name: same_parameters(work) for name in ("torch AdamW fused", "DeepSpeedCPUAdam")}
     reference, other = sets
     steps = {

@@ -1,4 +1,5 @@
-"""Write ds_configs/KEYS.md: every key of a recipe, from the JSON Schema that `triaxis schema` prints.
+"""Write ds_configs/KEYS.md: every key of a recipe, from the JSON Schema that `triaxis schema`
+prints.
 
     python tools/key_reference.py
 
@@ -35,8 +36,11 @@ Node = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Reference:
-    """Renders a schema as Markdown. `defaults` is a recipe with nothing written in it, as JSON: the schema lacks defaults that
-    are made when they are needed. `headings` collects the heading of each definition, so that a second use links to the first.
+    """A renderer of a schema as Markdown.
+
+    `defaults` is a recipe with nothing written in it, as JSON, because the schema lacks defaults
+    that are made when they are needed. `headings` collects the heading of each definition, so that
+    a second use links to the first.
     """
 
     schema: Node
@@ -64,7 +68,8 @@ class Reference:
             yield from self._section(heading, inner, below, level=3)
 
     def _new_objects(self, key: str, properties: Node) -> Iterator[tuple[str, str, Node]]:
-        """Yield (name, heading, schema) of those keys of a section that hold objects without a table yet."""
+        """Yield (name, heading, schema) of those keys of a section that hold objects without a
+        table yet."""
         for name, node in properties.items():
             definition = self._definition(node)
             if definition is not None and definition not in self.headings:
@@ -144,17 +149,23 @@ def _range(node: Node) -> str:
 
 
 def _without_unit(description: str) -> tuple[str, str]:
-    """Divide a description into what it says and the unit in brackets at its end, "" where it has none."""
+    """Divide a description into what it says and the unit in brackets at its end, "" where it has
+    none."""
     unit = UNIT.search(description)
     return (description[: unit.start()] + ".", unit[1]) if unit else (description, "")
 
 
 def _conditions(node: Node) -> Iterator[str]:
-    """Yield a sentence for each key that must have one of some values, or this key is refused."""
-    for other, values in node.get("only", {}).items():
-        legal = values if isinstance(values, list) else [values]
-        told = " or ".join(f"`{value if isinstance(value, str) else json.dumps(value)}`" for value in legal)
-        yield f"Only with `{other}` {told}."
+    """Yield a sentence for each key on which this one depends: at other values of that key it is
+    refused."""
+    for other, legal in node.get("only", {}).items():
+        if isinstance(legal, Mapping):
+            yield f"Only with `{other}` of {legal['minimum']} or more."
+        elif not legal:
+            yield f"Only with `{other}`."
+        else:
+            *most, last = (f"`{value if isinstance(value, str) else json.dumps(value)}`" for value in legal)
+            yield f"Only with `{other}` {', '.join(most)}{' or ' if most else ''}{last}."
 
 
 def _shown(default: Any) -> str:

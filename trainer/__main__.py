@@ -1,4 +1,4 @@
-"""`python -m trainer` is `triaxis`."""
+"""The entry point of `python -m trainer`, which is `triaxis`."""
 
 import sys
 

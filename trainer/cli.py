@@ -1,4 +1,4 @@
-"""The command line: words into a command, errors into one line and an exit code."""
+"""The command line: arguments become a command, errors become one line and an exit code."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from trainer.redaction import RedactedRecord, redact_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit codes are in `errors.py`."""
+    """Run one command, and return its exit code (`errors.py`)."""
     logging.setLogRecordFactory(RedactedRecord)  # libraries have loggers and handlers of their own
     with standard_outputs() as stdout:
         words = sys.argv[1:] if argv is None else argv
         code = _run(words)
     if stdout is None or stdout.failure is None or isinstance(stdout.failure, BrokenPipeError):
-        return code  # whoever reads a pipe may leave (`triaxis check R | head`)
-    _say(f"stdout: {stdout.failure.strerror}: what was to be shown there is lost")
-    return code if code or words[:1] == ["train"] else EXIT_DATA  # what a run leaves is in its folder
+        return code  # the reader of a pipe may leave (`triaxis check R | head`)
+    _say(f"stdout: {stdout.failure.strerror}: output is lost")
+    # A run's results are in its folder.
+    return code if code or words[:1] == ["train"] else EXIT_DATA
 
 
 def _run(words: Sequence[str]) -> int:
     doing = "the command line"
     try:
         _require_surroundings(words)
-        arguments = _parse(words)
+        arguments = parse(words)
         doing = arguments.command
         return COMMANDS[doing].run(arguments)
     except (UserError, Interrupted) as error:
@@ -65,7 +66,8 @@ def _say(line: str) -> None:
 
 
 def _require_surroundings(words: Sequence[str]) -> None:
-    """RecipeError for what no file of ours, all of them UTF-8, could name."""
+    """Raise RecipeError for arguments and folders that none of our files, all of them UTF-8, could
+    name."""
     for word in words:
         if not _is_text(word):
             raise RecipeError(f"the argument {word!r} is not UTF-8: write it so, or rename what it names")
@@ -86,7 +88,8 @@ def _is_text(name: str) -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong word like a wrong recipe: one line, the nearest legal word, exit 78."""
+    """A parser that reports a wrong argument like a wrong recipe: one line, the nearest legal word,
+    exit 78."""
 
     def error(self, message: str) -> NoReturn:
         choice = re.fullmatch(r"argument .*: invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
@@ -96,7 +99,7 @@ class _Parser(argparse.ArgumentParser):
         raise RecipeError(f"{message} (see {self.prog} --help)")
 
     def flags(self) -> list[str]:
-        """The long flags of this parser and of the commands in it."""
+        """Return the long flags of this parser and of the commands in it."""
         found = []
         for action in self._actions:
             found += [flag for flag in action.option_strings if flag.startswith("--")]
@@ -112,7 +115,8 @@ def _did_you_mean(word: str, names: list[str]) -> str:
     return f"; did you mean {meant}?" if meant else ""
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return what the words of a command line mean. RecipeError for words that mean nothing."""
     parser = _Parser(prog="triaxis", description="3D-parallel training of transformers on DeepSpeed.", allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, command in COMMANDS.items():

@@ -1,6 +1,7 @@
 """The ways a run can fail that are not bugs, each with its exit code.
 
-A `UserError` is shown as its lines, never as a traceback. Everything else is a bug: exit 70 and a traceback in the log.
+A `UserError` is shown as its lines, never as a traceback. Everything else is a bug: exit 70 and a
+traceback in the log.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from collections.abc import Sequence
 from trainer.redaction import redact_text
 
 EXIT_OK = 0
-EXIT_DIFFERS = 1  # verify: a layout does not train the same, as diff(1) says it
+EXIT_DIFFERS = 1  # verify: a layout does not train the same; the code of diff(1)
 EXIT_DATA = 65  # data or checkpoint damaged
 EXIT_INTERNAL = 70
 EXIT_REQUEUE = 75  # interrupted, or another rank is gone: start the run again
 EXIT_RECIPE = 78  # recipe wrong
-EXIT_NO_PROGRESS = 93  # every step is skipped, or the model is not finite; starting again would change nothing
-EXIT_HANG = 124  # another process does not answer, as timeout(1) says it
+# Every step is skipped, or the model is not finite; starting again would change nothing.
+EXIT_NO_PROGRESS = 93
+EXIT_HANG = 124  # another process does not answer; the code of timeout(1)
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
 
 
 class UserError(Exception):
-    """Something the user can mend: each line names what, where, the value (less the secrets in it) and the remedy."""
+    """An error that the user can fix: each line names what, where, the value (without secrets) and
+    the remedy."""
 
     exit_code = EXIT_INTERNAL
 
@@ -32,7 +35,7 @@ class UserError(Exception):
 
 
 def _printable(line: str) -> str:
-    """Control characters escaped: a name in a recipe or a file must not drive the terminal."""
+    """Escape control characters: a name in a recipe or a file must not control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
@@ -43,7 +46,7 @@ class RecipeError(UserError):
 
 
 class DataError(UserError):
-    """Data on disk is damaged, unreadable or changed under us."""
+    """Data on disk is damaged, unreadable or changed while it was used."""
 
     exit_code = EXIT_DATA
 
@@ -54,8 +57,12 @@ class NotFinite(UserError):
     exit_code = EXIT_NO_PROGRESS
 
     def __init__(self, what: str, *, step: int | None = None, began: int | None = None) -> None:
-        """`what`: such as a tensor. `step`: after which it is so, where that is known. `began`: the first of the steps up to
-        that one whose loss or gradient norm was not finite, None where the last one's were."""
+        """Describe what is not finite.
+
+        `what`: such as a tensor. `step`: after which it is so, if known. `began`: the first of the
+        steps up to that one whose loss or gradient norm was not finite, None if the last one's were
+        finite.
+        """
         self.what = what
         when = "" if step is None else f" after step {step}"
         since = f" (it began in step {began or step})" if step is not None else ""

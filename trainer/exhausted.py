@@ -1,7 +1,9 @@
-"""What a machine that has no more to give looks like: memory, disks, open files, rights; in one line, with the remedy.
+"""The recognition of a machine that has run out of memory, disk, open files or rights: one line,
+with the remedy.
 
-Such an error says nothing of the program, which could have done nothing else. It is told by the system's number for it, or
-where a library has only words by these; every other error is a fault of ours until somebody has looked at it. No torch.
+Such an error is no fault of the program, which could have done nothing else. It is recognised by
+the system's number for it, or, where a library gives only words, by those. Every other error is a
+bug of ours until somebody has looked at it. No torch.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Iterator
 from trainer.errors import DataError, RecipeError, UserError
 from trainer.files.reading import NotAFile
 
-# How torch's allocator of the host says so; on devices it has a class of its own.
+# The messages of torch's host allocator; device allocators raise a class of their own.
 HOST = re.compile(r"can't allocate memory|not enough memory|cannot allocate memory", re.IGNORECASE)
 ASKED = re.compile(r"you tried to allocate (\d+) bytes")
 MORE_MEMORY = (
@@ -22,7 +24,8 @@ MORE_MEMORY = (
     "zero.offload_param), or divide the model over more ranks (parallel.tensor, parallel.pipeline)"
 )
 MORE_ROOM = "make room there, and start the same command again"
-# What the user must mend, by the system's number for it: 65 where it is a disk, 78 where it is how the program was started.
+# The remedy by the system's error number: exit code 65 for disks, 78 for the way the program was
+# started.
 OF_DISKS = {
     errno.ENOSPC: MORE_ROOM,
     errno.EDQUOT: MORE_ROOM,
@@ -41,16 +44,19 @@ WORD = re.compile("|".join(map(re.escape, WORDS)), re.IGNORECASE)  # torch write
 
 
 class OutOfMemory(RecipeError):
-    """The recipe asks for more than this machine has."""
+    """The recipe asks for more memory than this machine has."""
 
 
 def exhausted(error: BaseException | None, doing: str) -> UserError | None:
-    """Return what to say of an error where it, or one that it was raised from, says that the machine has no more to give; None
-    of any other. `doing`: what was being done, such as "rank 3: backward of step 7"."""
+    """Return the error for the user if an error, or one that it was raised from, says that the
+    machine has run out of something.
+
+    None for any other error. `doing`: what was being done, such as "rank 3: backward of step 7".
+    """
     for cause in _causes(error, also_before=True):
         if asked := _memory_asked(cause):
             return OutOfMemory(f"{doing}: out of memory: {asked}; {MORE_MEMORY}")
-    # What was handled before another error came up is not why it did.
+    # An error that was handled before another one came up is not the cause of that one.
     return next(filter(None, (_said_of_disk(cause, doing) for cause in _causes(error, also_before=False))), None)
 
 
@@ -71,7 +77,7 @@ def _memory_asked(error: BaseException) -> str:
 
 
 def _said_of_disk(error: BaseException, doing: str) -> UserError | None:
-    if isinstance(error, OSError) and NO_TEMPORARY in str(error):  # Python tries all folders before it says so
+    if isinstance(error, OSError) and NO_TEMPORARY in str(error):  # Python has tried all folders
         return DataError(f"{doing}: {error.strerror}: make room in one of them, or set TMPDIR to another folder")
     number, file = _number(error), getattr(error, "filename", None)
     if isinstance(error, NotAFile):
@@ -84,7 +90,8 @@ def _said_of_disk(error: BaseException, doing: str) -> UserError | None:
 
 
 def _number(error: BaseException) -> int:
-    """Return the system's number of an error; of safetensors, torch and the dynamic loader, which have only words, by these."""
+    """Return the system's number of an error; of safetensors, torch and the dynamic loader, which
+    have only words, by these."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     in_words = isinstance(error, ImportError | RuntimeError | OSError) or type(error).__name__ == "SafetensorError"

@@ -1,4 +1,5 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to step, nothing to resume."""
+"""The learning rate as a pure function of the step: nothing to save, nothing to advance, nothing to
+resume."""
 
 from __future__ import annotations
 
@@ -9,16 +10,18 @@ from trainer.schema import Finding, Schedule, Train
 
 
 def lr_at(step: int, *, schedule: Schedule, peak: float, total_steps: int) -> float:
-    """Learning rate of update number `step`, counted from 0, in a run of `total_steps` updates (T below).
+    """Return the learning rate of update number `step`, counted from 0, in a run of `total_steps`
+    updates (T below).
 
-    With w = max(warmup_steps, 1), m = min_lr_ratio, and progress p from 0 at step w - 1 (the first at the peak) to 1 at
-    step T - 1 (the last):
+    With w = max(warmup_steps, 1), m = min_lr_ratio, and progress p from 0 at step w - 1 (the first
+    at the peak) to 1 at step T - 1 (the last):
 
-        warm-up       peak · (step + 1) / w             while step < w: never 0, the peak at step w - 1
+        warm-up       peak · (step + 1) / w, while step < w: never 0, the peak at step w - 1
         constant      peak
         linear        peak · (m + (1 - m) (1 - p))
         cosine        peak · (m + (1 - m) (1 + cos πp) / 2)
-        wsd           peak until the last d = decay_steps updates, then linear to m · peak (d: a fifth of T when absent)
+        wsd           peak until the last d = decay_steps updates, then linear to m · peak
+                      (d: a fifth of T when absent)
         inverse_sqrt  peak · sqrt(w / (step + 1))
 
     Past the last step the value stays. ValueError for a step below 0.
@@ -45,8 +48,11 @@ def lr_at(step: int, *, schedule: Schedule, peak: float, total_steps: int) -> fl
 
 
 def decay_steps(schedule: Schedule, total_steps: int) -> int:
-    """Length of wsd's final decay [steps]: as given, else a fifth of the run (Hu et al. 2024, arXiv:2404.06395, used 10 %;
-    Hägele et al. 2024, arXiv:2405.18392, find little gain past 20 %), and never into the warm-up."""
+    """Return the length of wsd's final decay [steps], which never reaches into the warm-up.
+
+    Without the key it is a fifth of the run (Hu et al. 2024, arXiv:2404.06395, used 10 %; Hägele et
+    al. 2024, arXiv:2405.18392, find little gain past 20 %).
+    """
     if schedule.decay_steps is not None:
         return schedule.decay_steps
     return min(-(-total_steps // 5), max(total_steps - schedule.warmup_steps, 0))

@@ -10,26 +10,26 @@ from trainer.guard.guard import Guard
 from trainer.launch.stop_request import LOST, REASONS, StopRequest
 from trainer.learning_rate import lr_at
 from trainer.recipe import ResolvedRecipe
-from trainer.run.closing import export, finish
 from trainer.run.meter import Meter
 from trainer.run.session import Session, open_session
 
 
 def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: StopRequest) -> int:
-    """Run a recipe to its last step, or to the end of the step in which `stop` is asked for; the exit code."""
+    """Run a recipe to its last step, or to the end of the step in which `stop` is requested; return
+    the exit code."""
     with open_session(resolved, run_dir, resume) as run:
         stop.trains()
         started = time.monotonic()
         keys, steps = run.recipe.train, run.recipe.train.steps
-        meter, guard = Meter(run), Guard(run)
+        meter, guard = run.meter(), run.guard()
         evaluation: dict[str, float] = {}
         step = run.checkpoints.start_step
         while step < steps:
             run.engine.watch.begin_step(step + 1)
-            if reason := stop.agreed(run.ranks, run.word):
+            if reason := stop.agreed(run.messages, run.reason_to_end):
                 return interrupt(run, reason, meter, guard, steps_done=step)
             with run.engine.watch("data"):
-                micro_batches = run.micro_batches(step)
+                micro_batches = run.data.micro_batches(step)
             lr = lr_at(step, schedule=run.recipe.schedule, peak=run.recipe.optimizer.lr, total_steps=steps)
             result = run.engine.step(micro_batches, step=step, lr=lr, norm_limit=guard.norm_limit)
             meter.record(step + 1, lr, result, micro_batches)
@@ -38,7 +38,7 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
             if guard.must_rewind:
                 with run.engine.watch("rewinding"):
                     step = run.rewind(step + 1)
-                meter, guard = Meter(run), Guard(run)
+                meter, guard = run.meter(), run.guard()
                 continue
             if step + 1 == steps or (keys.eval_every and (step + 1) % keys.eval_every == 0):
                 with run.engine.watch("evaluation"):
@@ -51,22 +51,23 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
             run.say(run.checkpoints.wait())
         guard.require_finite(steps)
         with run.engine.watch("export"):
-            export(run)
+            run.export()
             summary = {"steps": steps, "wall_s": time.monotonic() - started}
-            finish(run, {**summary, **meter.summary(), **evaluation})
+            run.finish({**summary, **meter.summary(), **evaluation})
     return EXIT_OK
 
 
 def save(run: Session, meter: Meter, guard: Guard, *, steps_done: int) -> None:
     with run.engine.watch("saving"):
-        memory = {"meter": meter.state(), "guard": guard.state(), "data": {"skipped_steps": run.skipped_data}}
+        memory = {"meter": meter.state(), "guard": guard.state(), "data": {"skipped_steps": run.data.skipped}}
         run.say(run.checkpoints.save(steps_done, run.engine, memory))
-        run.account(steps_done, always=True)
+        run.account.write(steps_done, always=True)
     meter.restart()
 
 
 def interrupt(run: Session, reason: str, meter: Meter, guard: Guard, *, steps_done: int) -> int:
-    """Save what is not saved yet, and end; the exit code tells whether the run can go on when it is started again."""
+    """Save what is not saved yet, and end. The exit code tells whether the run can go on when it is
+    started again."""
     if reason == REASONS[LOST]:
         run.leave_to_the_next(reason)
     if run.recipe.checkpoint.every and run.checkpoints.saved_step != steps_done:
@@ -76,17 +77,16 @@ def interrupt(run: Session, reason: str, meter: Meter, guard: Guard, *, steps_do
     goes_on = saved is not None or steps_done == 0
     advice = f"the same command goes on after step {saved or 0}" if goes_on else "nothing is saved (checkpoint.every = 0)"
     run.tracker.note(f"{reason}: ended after step {steps_done}; {advice}")
-    run.tracker.finish({"ended_by": reason, "steps": steps_done, **meter.summary(), **run.goodput(steps_done)})
+    run.tracker.finish({"ended_by": reason, "steps": steps_done, **meter.summary(), **run.account.goodput(steps_done)})
     return EXIT_REQUEUE if goes_on else EXIT_INTERRUPTED
 
 
 def evaluate(run: Session, *, steps_done: int) -> dict[str, float]:
-    """What the task measures on held-out data; {} when nothing is held out."""
+    """Return what the task measures on held-out data; {} if nothing is held out."""
     if run.eval_data is None:
         return {}
-    batches = run.eval_data.micro_batches(
-        dp_rank=run.mesh.dp.rank, dp=run.mesh.dp.size, micro_sequences=run.plan.micro_sequences
-    )
+    group = run.data.group
+    batches = run.eval_data.micro_batches(dp_rank=group.rank, dp=group.size, micro_sequences=run.plan.micro_sequences)
     record = run.engine.measures.record(run.engine.evaluator.evaluate(batches))
     run.tracker.evaluate({"step": steps_done, **record})
     return record

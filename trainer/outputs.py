@@ -1,7 +1,9 @@
-"""stdout and stderr: on a disk that fills, a pipe whose reader has left, a terminal of another alphabet. No torch.
+"""The handling of stdout and stderr on a full disk, a pipe without a reader, or a terminal of
+another encoding. No torch.
 
-A write that fails there must end neither a run nor the line that says what ended it, and Python would turn the exit code into
-120 when it flushes them at the end. So what cannot be written is dropped, and it is known afterwards that something was.
+A write that fails there must end neither a run nor the line that tells what ended it, and Python
+would turn the exit code into 120 when it flushes them at the end. So what cannot be written is
+dropped, and it is known afterwards that something was.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from typing import Any, TextIO
 
 
 class Output(io.RawIOBase):
-    """A descriptor to write to until that fails; `failure` says how it did. None: it was closed before the start (`>&-`)."""
+    """A descriptor to write to until that fails; `failure` tells how. With None it was closed
+    before the start (`>&-`)."""
 
     def __init__(self, descriptor: int | None) -> None:
         self.failure: OSError | None = None
@@ -47,12 +50,14 @@ class Output(io.RawIOBase):
 
 @contextmanager
 def standard_outputs() -> Iterator[Output | None]:
-    """Put both in the place of Python's own for the block; gives stdout's, None where something else has taken its place."""
+    """Replace both of Python's own streams inside the context, and yield the new stdout; None if
+    something else had replaced them."""
     if sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
         yield None
         return
     before = (sys.stdout, sys.stderr)
-    raw = [Output(stream.fileno() if stream else None) for stream in before]  # None: closed, which its type does not say
+    # A closed stream is None, although its type does not say so.
+    raw = [Output(stream.fileno() if stream else None) for stream in before]
     sys.stdout, sys.stderr = _text(raw[0], before[0]), _text(raw[1], before[1], by_line=True)
     try:
         yield raw[0]
@@ -63,6 +68,7 @@ def standard_outputs() -> Iterator[Output | None]:
 
 
 def _text(raw: Output, like: TextIO | None, *, by_line: bool = False) -> TextIO:
-    """What an alphabet does not have is written with a backslash: no reason to end anything."""
+    """Return a text stream that writes characters missing from the encoding with a backslash,
+    instead of failing."""
     encoding = like.encoding if like else "utf-8"
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=by_line or raw.isatty())

@@ -1,4 +1,5 @@
-"""Run trainer.cluster.requeue under its former name: scripts of jobs that are already in a queue call this one."""
+"""The former name of trainer.cluster.requeue, which scripts of jobs that are already in a queue
+still call."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what is where in it, and who may write there."""
+"""The folder of a run: the files in it, and who may write there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainer.schema import Recipe
 
 @with_config(OPEN)
 class Entry(TypedDict):
-    """A value of the recipe and where it came from."""
+    """A value of the recipe with its origin."""
 
     value: Any
     origin: str
@@ -31,13 +31,13 @@ class Entry(TypedDict):
 
 @with_config(OPEN)
 class Resolved(TypedDict):
-    """What `resolved.json` holds."""
+    """The content of `resolved.json`."""
 
     values: dict[str, Entry]
     deepspeed_config: NotRequired[dict[str, Any] | None]
 
 
-# Of its values, those that something is computed with.
+# Those of its values that something is computed with.
 Computed = TypedDict(
     "Computed",
     {"description": str, "train.steps": int, "train.clip_norm": int | float, "checkpoint.every": int},
@@ -46,7 +46,8 @@ Computed = TypedDict(
 
 
 def read_resolved(path: Path) -> Resolved:
-    """RecipeError where it is not there, DataError where it is damaged."""
+    """Return the content of a resolved.json. RecipeError if it is not there, DataError if it is
+    damaged."""
     if not path.exists():
         raise RecipeError(f"{path.parent}: not a run folder, it has no {path.name}: give run.dir/run.name")
     try:
@@ -60,14 +61,17 @@ def read_resolved(path: Path) -> Resolved:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run's files; see the README's table. What is written here is without secrets: such folders are shared, mailed
-    and archived."""
+    """The paths of a run's files; trainer/track/README.md says what is in each.
+
+    What is written here is without secrets, because such folders are shared, mailed and archived.
+    """
 
     path: Path
 
     @classmethod
     def of(cls, recipe: Recipe, run_dir: str | None) -> RunFolder:
-        """`run_dir`: the command line's, in place of run.dir/run.name."""
+        """Return the folder of a recipe. `run_dir`: the one from the command line, in place of
+        run.dir/run.name."""
         return cls(Path(run_dir) if run_dir else Path(recipe.run.dir) / recipe.run.name)
 
     @property
@@ -96,7 +100,7 @@ class RunFolder:
 
     @property
     def replaced_whole(self) -> tuple[Path, ...]:
-        """What goes when the run writes it anew."""
+        """The folders that are removed when the run writes them anew."""
         return (self.export, self.reference)
 
     @property
@@ -109,7 +113,8 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run that is here came to its end: it has closed its history, and left its report, the last of all."""
+        """Return whether the run here came to its end: it closed its history, and wrote its report,
+        which comes last."""
         try:
             summary = read_json(self.path / "summary.json")
         except (OSError, ValueError):
@@ -117,14 +122,15 @@ class RunFolder:
         return "ended_by" not in summary and self.report.exists()
 
     def create(self) -> None:
-        """RecipeError when it cannot be."""
+        """Create the folder. RecipeError if that fails."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RecipeError(f"run folder {self.path}: {told(error)}: set run.dir to a folder that can be written") from error
 
     def move_aside(self) -> Path:
-        """Give an older run of this name another one, so that nothing of it is lost; where it is now."""
+        """Rename an older run of this name, so that nothing of it is lost, and return its new
+        path."""
         whole = self.path.absolute()  # "." has no name
         names = (whole.with_name(f"{whole.name}.before-{n}") for n in range(1, 10_000))
         aside = next(path for path in names if not path.exists())
@@ -132,9 +138,9 @@ class RunFolder:
         return aside
 
     def write_given(self, recipe: Mapping[str, Any]) -> None:
-        """The recipe as its author wrote it, after `extends` and `--set`."""
+        """Write the recipe as its author wrote it, after `extends` and `--set`."""
         write_json(self.path / "recipe.json", redact(recipe))
 
     def write_resolved(self, resolved: Mapping[str, Any]) -> None:
-        """Every value with its origin, and the exact dict that DeepSpeed got."""
+        """Write every value with its origin, and the exact dict that DeepSpeed got."""
         write_json(self.resolved, redact(resolved))

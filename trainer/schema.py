@@ -1,6 +1,6 @@
 """The recipe, section by section: every key with its type, range, unit, default and meaning.
 
-This is the only list of keys. `recipe/` reads files into it, `triaxis schema` prints it, the README's tables come from
+This is the only list of keys. `recipe/` reads files into it, `triaxis schema` prints it, ds_configs/KEYS.md is written from
 it, and the rest of the package receives these objects already validated. It imports no torch: a recipe is checked on a
 login node in a fraction of a second.
 
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.tasks import LEARN_FROM_TEXTS, TASKS, TaskName, with_field
+from trainer.update_rules import RuleName, rules_that_read
 
 LARGEST = 2**53  # of numbers that are only compared with: other readers of JSON round a whole number beyond it
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
@@ -520,24 +521,28 @@ class DeepSpeedPolicy(Section):
 class Optimizer(Section):
     """The update rule."""
 
-    name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = Field("adamw", description="Update rule.")
+    name: RuleName = Field("adamw", description="Update rule.")
     lr: float = Field(1e-3, gt=0.0, allow_inf_nan=False, description="Peak learning rate.")
     betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
         default_factory=lambda: [0.9, 0.95],
         min_length=2,
         max_length=2,
         description="Decay of the running means, each in [0, 1).",
-        json_schema_extra=only("optimizer.name", "adamw", "adam", "lion"),
+        json_schema_extra=only("optimizer.name", *rules_that_read("betas")),
     )
     eps: float = Field(
         1e-8,
         gt=0.0,
         allow_inf_nan=False,
-        description="Added to the denominator (adamw, adam).",
-        json_schema_extra=only("optimizer.name", "adamw", "adam"),
+        description="Added to the denominator.",
+        json_schema_extra=only("optimizer.name", *rules_that_read("eps")),
     )
     momentum: float = Field(
-        0.0, ge=0.0, lt=1.0, description="Momentum of sgd.", json_schema_extra=only("optimizer.name", "sgd")
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Momentum.",
+        json_schema_extra=only("optimizer.name", *rules_that_read("momentum")),
     )
     weight_decay: float = Field(
         0.1, ge=0.0, allow_inf_nan=False, description="Decay of weight matrices; never of norms, biases and embeddings."

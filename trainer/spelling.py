@@ -1,4 +1,4 @@
-"""Which word was meant."""
+"""The guess which word was meant."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Fewest insertions, deletions, replacements and swaps of neighbours that make `a` into `b`.
+    """Return the fewest insertions, deletions, replacements and swaps of neighbours that make `a`
+    into `b`.
 
-    A swap counts once, because swapped letters are a third of typing mistakes (Damerau 1964); difflib's ratio ranks
-    "rl" as far from "lr" as from any other pair.
+    A swap counts once, because swapped letters are a third of typing mistakes (Damerau 1964);
+    difflib's ratio ranks "rl" as far from "lr" as from any other pair.
     """
     before_last: list[int] = []
     last = list(range(len(b) + 1))
@@ -25,7 +26,8 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def nearest(word: str, names: Iterable[str], *, within: int | None = None) -> str | None:
-    """The name that `word` was most likely meant to be, or None when all are further than `within` edits (a third of it)."""
+    """Return the name that `word` was most likely meant to be, or None if all are further than
+    `within` edits (a third of it)."""
     limit = max(1, len(word) // 3) if within is None else within
     candidates = [name for name in names if abs(len(name) - len(word)) <= limit]
     near = [(edit_distance(word.lower(), name.lower()), name[:1] != word[:1], name) for name in candidates]

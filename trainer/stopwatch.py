@@ -1,4 +1,5 @@
-"""Where the time of a step goes, and that of a whole process; what this rank is at, for whoever watches it."""
+"""The times of a step's parts and of a whole process, and what this rank is at, for those who watch
+it."""
 
 from __future__ import annotations
 
@@ -11,23 +12,24 @@ import torch
 
 
 class Stopwatch:
-    """Sums seconds by name: `with watch("forward"): …`, then `lap()` → {name: seconds} since the last lap.
+    """A sum of seconds by name: `with watch("forward"): …`, then `lap()` → {name: seconds} since
+    the last lap.
 
-    On a GPU the spans are measured by events on the stream, so that timing does not make the host wait inside the step;
-    `lap` waits once, at its end. `totals()` are the host's seconds since the beginning, each counted once: what is timed
-    inside of another part is not the other's.
+    On a GPU the spans are measured by events on the stream, so that timing does not make the host
+    wait inside the step; `lap` waits once, at its end. `totals()` are the host's seconds since the
+    beginning, each counted once: time in a nested part does not count for the outer one.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.phase = "start"  # what was begun last
-        self.step = 0  # that is under way, counted from 1; 0 before the first
-        self.settled = False  # a step of this process is done: from here on they all take alike
-        self.changed = time.monotonic()  # when this rank last got on
+        self.phase = "start"  # the part begun last
+        self.step = 0  # the step under way, counted from 1; 0 before the first
+        self.settled = False  # a step of this process is done: later ones take about as long
+        self.changed = time.monotonic()  # the time of this rank's last progress
         self._on_cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._totals: dict[str, float] = defaultdict(float)
-        self._under_way = ["start"]  # the parts that this moment is inside of
+        self._under_way = ["start"]  # the parts that are now open, the outermost first
         self._counted = self.changed
 
     @property
@@ -35,7 +37,7 @@ class Stopwatch:
         return f"{self.phase} of step {self.step}" if self.step else self.phase
 
     def begin(self, phase: str) -> None:
-        """What lasts until the next one begins, but for the parts inside of it."""
+        """Begin a part that lasts until the next one begins, except for the parts inside it."""
         self._count()
         self._under_way[0] = self.phase = phase
 
@@ -44,7 +46,7 @@ class Stopwatch:
         self.begin("boundary")
 
     def tick(self) -> None:
-        """This rank gets on."""
+        """Record that this rank makes progress."""
         self.changed = time.monotonic()
 
     @contextmanager
@@ -70,7 +72,7 @@ class Stopwatch:
         return laps
 
     def totals(self) -> dict[str, float]:
-        """Seconds of each part since this was made; together they are all of them."""
+        """Return the seconds of each part since this was made; together they are all seconds."""
         self._count()
         return dict(self._totals)
 

@@ -1,7 +1,8 @@
-"""The tasks: what each asks of its rows, of the network and of the rest of a recipe. No torch.
+"""The tasks: what each requires of its rows, of the network and of the rest of a recipe. No torch.
 
-One row a task. What a task computes stands in three tables of callables under the same names: `data/tasks.py` (its rows and
-examples), `model/objective.py` (its loss) and `model/measures.py` (what an evaluation says of it).
+One row per task. What a task computes is in three tables of callables under the same names:
+`data/tasks.py` (its rows and examples), `model/objective.py` (its loss) and `model/measures.py`
+(what an evaluation reports).
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import Any, Literal
 
 TaskName = Literal["pretrain", "sft", "preference", "translate", "mlm", "classify"]
 
-# The keys of a conversation's rows, beside its turns.
+# The keys of a conversation's rows, besides its turns.
 OF_CONVERSATIONS = ("system", "tools")
 
 
 @dataclass(frozen=True)
 class Legal:
-    """The only value of a key that a task goes with, and why: what follows the key in the message."""
+    """The only value of a key that a task allows, and the reason, which follows the key in the
+    message."""
 
     value: Any
     reason: str
@@ -26,23 +28,23 @@ class Legal:
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """A task.
 
     | field | |
     |---|---|
     | `learns` | what is learned, for the description of data.task |
-    | `rows` | what its rows hold; "": it learns from texts, laid end to end |
-    | `shapes` | of its rows, each with the names of fields that it may have |
-    | `sources` | data.sources as it must be given at least, for a message |
+    | `rows` | what its rows hold; "": it learns from texts, joined end to end |
+    | `shapes` | the shapes of its rows, each with the names of fields that it may have |
+    | `sources` | the least that data.sources must give, for a message |
     | `target` | what is predicted: the next token, masked tokens, the class of a text |
     | `sight` | what a token of its network sees: those before it, both sides, or either |
     | `translates` | a row has a source and a target, the network an encoder and a decoder |
-    | `compares` | the documents of a row are the chosen and the rejected answer of pairs |
-    | `answers` | what it trains answers a user |
-    | `shortest` | least data.seq_len, and what needs it [tokens] |
-    | `auto_class` | transformers' Auto class of its models; "": it needs a network that is built here |
+    | `compares` | the documents of a row are the chosen and the rejected answers of pairs |
+    | `answers` | the trained model answers a user |
+    | `shortest` | the least data.seq_len [tokens], and what needs it |
+    | `auto_class` | transformers' Auto class of its models; "": it needs a network built here |
     | `built_here` | what family "auto" lacks for it |
-    | `legal` | keys of other sections of which it takes one value |
+    | `legal` | keys of other sections of which it allows only one value |
     """
 
     learns: str

@@ -102,7 +102,7 @@ def test_the_peers_mask_keeps_documents_apart() -> None:
     batch = TINY.batch(0, documents=3)
     mask = peer_inputs(batch, torch.device("cpu"))["attention_mask"]
     assert mask.shape == (TINY.micro_sequences, 1, TINY.seq_len, TINY.seq_len)
-    for row, lengths in zip(mask[:, 0], batch.documents, strict=True):
+    for row, lengths in zip(mask[:, 0], batch.documents.lengths, strict=True):
         blocks = torch.block_diag(*[torch.ones(n, n) for n in lengths]).tril().bool()
         assert torch.equal(row, blocks)
     assert "attention_mask" not in peer_inputs(TINY.batch(0, documents=1), torch.device("cpu"))

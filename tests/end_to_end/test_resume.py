@@ -19,9 +19,9 @@ from tools.campaign.cases import WAYS, Way, arguments, digests, numbers, write_r
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.cli import main
-from trainer.cluster.lease import HOLDER, WANTED, JobStart, held
+from trainer.cluster.lease import HOLDER, WANTED, JobStart, leased
 from trainer.launch.ranks import free_port
-from trainer.run.session import Session
+from trainer.run.session import StepData
 from trainer.track.goodput import read_starts, shares_of
 
 ROOT = str(Path(__file__).parents[2])
@@ -312,24 +312,24 @@ def test_a_run_ended_before_its_first_checkpoint_begins_again(done: tuple[Path, 
 
 def test_two_runs_do_not_share_a_folder(done: tuple[Path, Path], copy: Path) -> None:
     history = (copy / "metrics.jsonl").read_bytes()
-    with held(copy, JobStart()):
+    with leased(copy, JobStart()):
         ended = run(done[0], copy, "--set", "train.steps=8")
     assert ended.codes == (78,), ended.said
     assert "another process is training in it" in ended.said
     assert (copy / "metrics.jsonl").read_bytes() == history
 
 
-def train_as(restarts: int, waits_at: int | None, command: list[str]) -> int:
+def train_as(restarts: int, waits_at: int | None, run_dir: Path, command: list[str]) -> int:
     """`train` as a start of SLURM job 7. `waits_at`: at that step until another start wants the run folder."""
     os.environ.update(SLURM_JOB_ID="7", SLURM_RESTART_COUNT=str(restarts))
-    read = Session.micro_batches
+    read = StepData.micro_batches
 
-    def reading(session: Session, step: int) -> Any:
-        while step == waits_at and not (session.folder.path / WANTED).exists():
+    def reading(data: StepData, step: int) -> Any:
+        while step == waits_at and not (run_dir / WANTED).exists():
             time.sleep(0.01)
-        return read(session, step)
+        return read(data, step)
 
-    Session.micro_batches = reading  # type: ignore[method-assign]
+    StepData.micro_batches = reading  # type: ignore[method-assign]
     return train(command)
 
 
@@ -344,10 +344,10 @@ def test_ranks_that_slurm_has_lost_give_way_to_the_next_start_of_the_job(way: Wa
         while steps_logged(run_dir) < 4 and time.monotonic() < deadline:
             time.sleep(0.02)
         command = arguments(recipe, run_dir, way)
-        later.append(run_ranks(train_as, 1, None, command, world_size=way.processes, log=tmp_path / "later"))
+        later.append(run_ranks(train_as, 1, None, run_dir, command, world_size=way.processes, log=tmp_path / "later"))
 
     command = arguments(recipe, run_dir, way)
-    lost = run_ranks(train_as, 0, 4, command, world_size=way.processes, log=tmp_path / "log", around=start_again)
+    lost = run_ranks(train_as, 0, 4, run_dir, command, world_size=way.processes, log=tmp_path / "log", around=start_again)
     (second,) = later
     assert lost.codes == (75,) * way.processes, lost.said
     assert "SLURM has started this job again: ended after step 5; the same command goes on after step 5" in lost.said
@@ -366,23 +366,23 @@ def take_over(run_dir: Path) -> None:
     (run_dir / HOLDER).write_text(json.dumps({"job": "7", "restarts": 1, "host": "elsewhere", "pid": 1}))
 
 
-def train_and_lose(step: int, command: list[str]) -> int:
+def train_and_lose(step: int, run_dir: Path, command: list[str]) -> int:
     """`train` as a start of SLURM job 7, whose run folder is taken over in a step."""
-    read = Session.micro_batches
+    read = StepData.micro_batches
 
-    def reading(session: Session, now: int) -> Any:
-        if now == step and session.place.is_first:
-            take_over(session.folder.path)
-        return read(session, now)
+    def reading(data: StepData, now: int) -> Any:
+        if now == step and data.group.rank == 0:
+            take_over(run_dir)
+        return read(data, now)
 
     os.environ.update(SLURM_JOB_ID="7")
-    Session.micro_batches = reading  # type: ignore[method-assign]
+    StepData.micro_batches = reading  # type: ignore[method-assign]
     return train(command)
 
 
 def test_a_start_whose_folder_was_taken_over_writes_nothing_more(tmp_path: Path) -> None:
     recipe, run_dir = write_recipe(tmp_path, steps=9, every=7, keep=9), tmp_path / "run"
-    ended = run_ranks(train_and_lose, 4, arguments(recipe, run_dir, ZERO1), world_size=2, log=tmp_path / "log")
+    ended = run_ranks(train_and_lose, 4, run_dir, arguments(recipe, run_dir, ZERO1), world_size=2, log=tmp_path / "log")
     assert ended.codes == (75, 75), ended.said
     assert ended.said.count("another start of this job has taken the run folder: this one ends, and writes nothing more") == 1
     assert not (run_dir / "summary.json").exists()

@@ -144,12 +144,12 @@ def evaluated_by(model: torch.nn.Module, folder: Path) -> float:
 
     recipe = load(folder / "recipe.json").recipe
     prepared = prepare(recipe.data, seed=0, cache_dir=Path(str(recipe.data.cache_dir)), build=False, progress=lambda *_: None)
-    data = EvalData(prepared.evaluation, seq_len=64, isolate_documents=True, sequences=21)
+    data = EvalData(prepared.evaluation, row_tokens=64, isolate_documents=True, sequences=21)
     total, count = 0.0, 0
     with torch.no_grad():
         for batch in data.micro_batches(dp_rank=0, dp=1, micro_sequences=1):
             start_at = 0
-            for length in batch.documents[0]:
+            for length in batch.documents.lengths[0]:
                 rows = slice(start_at, start_at + length)
                 logits = model(batch.tokens_BS[:, rows]).logits[0]
                 labels = batch.labels_BS[0, rows]

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 import trainer.model.auto_stage
+from parallel.attention import Documents
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
 from parallel.topology import Layout
@@ -28,9 +29,8 @@ from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
 from trainer.model.auto import open_auto
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import PretrainedWeights
-from trainer.model.network import largest_weight
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 
@@ -143,8 +143,8 @@ def run_case(mesh: Mesh, case: Case) -> Outcome:
     if case.family == "auto":
         network, fill = open_auto(recipe, TOKENIZER)
     else:
-        network, fill = translate(case.family, MODELS[case.model]), PretrainedWeights(case.folder).fill
-    config = deepspeed_config(recipe, plan, largest_weight=largest_weight(network))
+        network, fill = from_hf(case.family, MODELS[case.model]), PretrainedWeights(case.folder).fill
+    config = deepspeed_config(recipe, plan, largest_weight=network.largest_weight)
     engine = Engine(recipe, plan, network, mesh, torch.device("cpu"), deepspeed_config=config, fill=fill)
     initial = whole_weights(engine)
     results = [engine.step(packed(mesh, plan, step), step=step, lr=LR) for step in range(case.steps)]
@@ -156,10 +156,10 @@ def run_case(mesh: Mesh, case: Case) -> Outcome:
 
 def packed(mesh: Mesh, plan: BatchPlan, step: int) -> list[MicroBatch]:
     tokens, labels = rows_of_step(step)
-    first = mesh.dp.rank * plan.sequences_per_rank
+    first = mesh.data.rank * plan.sequences_per_rank
     starts = range(first, first + plan.sequences_per_rank, plan.micro_sequences)
     rows = [slice(start, start + plan.micro_sequences) for start in starts]
-    return [MicroBatch(tokens[r], labels[r], PACKED[r]) for r in rows]
+    return [MicroBatch(tokens[r], Documents(PACKED[r]), labels[r]) for r in rows]
 
 
 def outcome(case: Case) -> Outcome:

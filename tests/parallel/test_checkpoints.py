@@ -141,23 +141,23 @@ def update_count_forgotten() -> None:
 
 
 def weights_not_rounded_again() -> None:
-    from trainer.engine.zero_state import ZeroState
+    from trainer.engine.zero_state import PartitionedState
 
-    ZeroState._round = lambda state: None
+    PartitionedState._round = lambda state: None
 
 
 def share_of_the_first_rank() -> None:
-    """Each rank restores what rank 0 has."""
-    from trainer.engine.zero_state import ZeroState
+    """Each rank restores what rank 0 has; what it saves is its own."""
+    from trainer.engine.zero_state import DividedState
 
-    extent = ZeroState._extent
+    restore = DividedState.restore
 
-    def of_the_first(state: ZeroState, parameter: Any, offset: int) -> Any:
+    def of_the_first(state: DividedState, *args: Any, **kwargs: Any) -> None:
         first = copy.copy(state)
         first._group = replace(state._group, rank=0)
-        return extent(first, parameter, offset)
+        restore(first, *args, **kwargs)
 
-    ZeroState._extent = of_the_first
+    DividedState.restore = of_the_first
 
 
 def history_counted_from_zero() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from parallel.attention import Documents
 from parallel.mesh import Mesh
 from parallel.params import initialise
 from parallel.topology import Layout
@@ -22,7 +23,7 @@ from tests.spawn import spawn
 from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 
@@ -111,7 +112,7 @@ def accumulate_many(mesh: Mesh, stage: int) -> tuple[float, float]:
         recipe = case.recipe().model_copy(update={"batch": {"global_sequences": copies, "micro_sequences": 1}})
         recipe = Recipe.model_validate(recipe.model_dump())
         plan = BatchPlan.from_recipe(recipe, 1, "the test")
-        network = translate("llama", LLAMA)
+        network = from_hf("llama", LLAMA)
         engine = Engine(
             recipe,
             plan,
@@ -122,7 +123,7 @@ def accumulate_many(mesh: Mesh, stage: int) -> tuple[float, float]:
             fill=lambda block: initialise(block, seed=0),
         )
         tokens, labels = rows_of_step(0)
-        batch = MicroBatch(tokens[:1], labels[:1], ((S,),))
+        batch = MicroBatch(tokens[:1], Documents(((S,),)), labels[:1])
         norms.append(engine.step([batch] * copies, step=0, lr=0.1).grad_norm)
         engine.close()
     return norms[0], norms[1]

@@ -69,7 +69,7 @@ def change_weight(name: str, rank: int, step: int, value: float | None, command:
     judge = trainer.guard.guard.Guard.judge
 
     def judged(guard: Any, now: int, *rest: Any) -> None:
-        engine = guard._run.engine
+        engine = guard._inspector._engine
         if now == step and engine.mesh.rank == rank:
             parameter = next(p for p, spec in engine.specs if spec.pieces[0].name == name)
             held = getattr(parameter, "ds_tensor", parameter).detach().view(-1)

@@ -126,9 +126,9 @@ def with_lora(layer: nn.Module, *modules: str, magnitude: bool = False) -> nn.Mo
     layer.requires_grad_(False)
     for linear in list(layer.modules()):
         if isinstance(linear, ColumnParallelLinear):
-            linear.adapter = ColumnLowRank(linear, modules, keys)
+            linear.beside = ColumnLowRank(linear, modules, keys)
         elif isinstance(linear, RowParallelLinear):
-            linear.adapter = RowLowRank(linear, keys)
+            linear.beside = RowLowRank(linear, keys)
     for module in layer.modules():
         if isinstance(module, ColumnLowRank | RowLowRank):
             module.specs = {name: replace(spec, init=INIT) for name, spec in module.specs.items()}
@@ -162,13 +162,13 @@ def attention_sharing_keys_dora(tp: TensorParallel) -> nn.Module:
 
 def column_ia3(tp: TensorParallel) -> nn.Module:
     layer = column(tp).requires_grad_(False)
-    layer.adapter = OutputRescaling(layer, ["b"])
+    layer.beside = OutputRescaling(layer, ["b"])
     return layer
 
 
 def row_ia3(tp: TensorParallel) -> nn.Module:
     layer = row(tp).requires_grad_(False)
-    layer.adapter = InputRescaling(layer)
+    layer.beside = InputRescaling(layer)
     return layer
 
 
@@ -205,7 +205,8 @@ def run(name: str, layer: nn.Module, x: Tensor) -> Tensor:
     if name.startswith("head"):
         labels_N = torch.randint(0, 37, (N,), generator=torch.Generator().manual_seed(2))
         labels_N[3] = labels_N[20] = IGNORE
-        return layer(x, labels_N, by_token=name == "head_token_losses")
+        assert isinstance(layer, VocabParallelHead)
+        return (layer.token_losses if name == "head_token_losses" else layer.loss_sum)(x, labels_N)
     return layer(x)
 
 
@@ -311,7 +312,7 @@ def compare_hits(mesh: Mesh) -> None:
         layer = head_with_bias(place)
         for _, parameter, spec in owned_specs(layer):
             copy_pieces(parameter, spec, logical)
-        found.append(layer(x[place.tokens(N)], labels_N, measured=True))
+        found.append(layer.losses_and_hits(x[place.tokens(N)], labels_N))
     hits_N = found[0][1]
     assert hits_N.sum() >= N // 4, "the lowest of the equal rows is a hit"
     assert torch.equal(hits_N, (alone_guesses(logical, x) == labels_N).double())

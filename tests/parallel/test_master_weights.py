@@ -25,7 +25,7 @@ from tests.spawn import spawn
 from trainer.engine.execution import DTYPES
 from trainer.engine.master_weights import MasterWeights
 from trainer.model.blocks import blocks_of
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.transformer import Stage
 
 
@@ -42,7 +42,7 @@ def run(mesh: Mesh, case: Case, global_sequences: int = 8, mutate: Callable[[], 
     from deepspeed.utils import safe_get_full_fp32_param  # by now trainer.engine.engine has said on which accelerator
 
     mutate()
-    engine = make_engine(mesh, replace(case, sequences=global_sequences, dp=mesh.dp.size))
+    engine = make_engine(mesh, replace(case, sequences=global_sequences, dp=mesh.data.size))
     plan = engine.plan
     losses = [engine.step(micro_batches(mesh, plan, step), step=step, lr=ADAMW["lr"]).loss for step in range(case.steps)]
     held, masters = set(), {}
@@ -57,7 +57,7 @@ def run(mesh: Mesh, case: Case, global_sequences: int = 8, mutate: Callable[[], 
 
 def fp32_values(mesh: Mesh, case: Case) -> dict[str, np.ndarray]:
     """What `initialise` draws for this rank, with no engine around it."""
-    network = translate("llama", {**LLAMA, **case.config})
+    network = from_hf("llama", {**LLAMA, **case.config})
     stage = Stage(
         network,
         blocks_of(network),

@@ -21,7 +21,7 @@ from parallel import linear, params, ties
 from parallel.collectives import Pending
 from parallel.deferred import WeightGradients
 from parallel.linear import RowParallelLinear
-from parallel.loss import IGNORE, VocabParallelHead
+from parallel.loss import VocabParallelHead
 from parallel.mesh import Mesh
 from parallel.params import Role, ShardSpec
 from parallel.pipeline import Pipeline
@@ -30,32 +30,33 @@ from parallel.ties import TiedGradients
 from parallel.topology import Layout
 from tests.parallel.training import Case, Outcome, assert_same_training, in_one_process, outcome, run_case
 from tests.spawn import spawn
+from trainer.data.loader import MicroBatch
 from trainer.engine.engine import Engine
 from trainer.engine.execution import OneStage
 from trainer.engine.zero_pipeline import ZeroInPipeline
-from trainer.model import objective, transformer
+from trainer.model import heads, transformer
 from trainer.recipe.batch_plan import BatchPlan
 
 
 def mean_of_micro_batch_means() -> None:
     """Each micro-batch divides by its own targets (transformers#34191)."""
-    total = objective.next_token_loss
+    total = heads.NextToken.loss
 
-    def mean(output: VocabParallelHead, x_ND: torch.Tensor, labels_BS: torch.Tensor, *rest: Any, **how: Any) -> torch.Tensor:
-        return total(output, x_ND, labels_BS, *rest, **how) / (labels_BS != IGNORE).sum()
+    def mean(self: heads.NextToken, output: VocabParallelHead, x_ND: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        return total(self, output, x_ND, batch) / batch.num_targets
 
-    BatchPlan.loss_factor = lambda plan, num_targets: 1.0 / plan.num_micro_batches
-    objective.next_token_loss = mean
+    BatchPlan.loss_factor = lambda plan, num_targets, averaged_over: 1.0 / plan.num_micro_batches
+    heads.NextToken.loss = mean
 
 
 def forgotten_data_parallel_degree() -> None:
     """DeepSpeed averages over ranks; the factor must undo it."""
-    BatchPlan.loss_factor = lambda plan, num_targets: 1.0 / num_targets
+    BatchPlan.loss_factor = lambda plan, num_targets, averaged_over: 1.0 / num_targets
 
 
 def divided_twice_by_accumulation() -> None:
     """The schedule, or the engine, divides once more (torchtitan#2972)."""
-    BatchPlan.loss_factor = lambda plan, num_targets: plan.dp / num_targets / plan.num_micro_batches
+    BatchPlan.loss_factor = lambda plan, num_targets, averaged_over: averaged_over / num_targets / plan.num_micro_batches
 
 
 def targets_of_this_rank_only() -> None:

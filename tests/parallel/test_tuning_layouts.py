@@ -107,7 +107,7 @@ def shared_out(mesh: Mesh, case: Case, scale: float) -> tuple[list[float], dict[
     engine = make_engine(mesh, case)
     engine.scaler.scale = scale
     results = [engine.step(micro_batches(mesh, engine.plan, step), step=step, lr=0.1) for step in range(case.steps)]
-    tensors = {**whole_weights(engine), "importance": engine.budget._scores().numpy()}
+    tensors = {**whole_weights(engine), "importance": engine.hooks[0]._scores().numpy()}
     engine.close()
     return [number for result in results for number in (result.loss, result.grad_norm)], tensors
 
@@ -162,7 +162,7 @@ def formats(mesh: Mesh, case: Case) -> tuple[set[Any], set[bool]]:
     engine = make_engine(mesh, case)
     engine.step(micro_batches(mesh, engine.plan, 0), step=0, lr=1e-3)
     held = {(parameter.requires_grad, parameter.dtype) for parameter, _ in engine.specs}
-    stateful = {is_added(stretch.piece.name) for stretch in engine.state.stretches() if stretch.state != "weight"}
+    stateful = {is_added(saved.fragment.piece.name) for saved in engine.state.fragments() if saved.state != "weight"}
     assert all(parameter.grad is None for parameter, spec in engine.specs if not spec.added)
     engine.close()
     return held, stateful

@@ -15,7 +15,7 @@ from torch.nn import functional
 from parallel import low_rank, params, quantized
 from parallel.bottleneck import Bottleneck
 from parallel.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
-from parallel.low_rank import ColumnLowRank, RowLowRank
+from parallel.low_rank import ColumnLowRank, LowRank, RowLowRank
 from parallel.mesh import Mesh
 from parallel.params import ShardSpec
 from parallel.tensor import TensorParallel
@@ -24,8 +24,8 @@ from tests.parallel.training import Case, Outcome, assert_same_training, in_one_
 from tests.parallel.tuning import LORA, METHODS
 from tests.spawn import spawn
 from trainer.engine.zero_state import ZeroState
-from trainer.tuning import adapt, rank_budget
-from trainer.tuning.rank_budget import RankBudget
+from trainer.tuning import builders, rank_budget
+from trainer.tuning.rank_budget import RankAllocator
 from trainer.tuning.targets import is_added
 
 
@@ -68,7 +68,7 @@ def row_products_not_summed() -> None:
 
 
 def scaling_forgotten() -> None:
-    adapt.scale_of = lambda tuning: 1.0
+    builders.LowRank = lambda rank, scale, *more, **parts: LowRank(rank, 1.0, *more, **parts)
 
 
 def drawn_by_rank() -> None:
@@ -140,15 +140,15 @@ def bottlenecks_inside_the_region() -> None:
 
 def importance_of_own_parts() -> None:
     """Each rank judges triplets by its own part of their rows and columns."""
-    RankBudget._scores = partialmethod(_with_own_sums, RankBudget._scores)
+    RankAllocator._scores = partialmethod(_with_own_sums, RankAllocator._scores)
 
 
 def orthogonality_of_own_parts() -> None:
     """Each rank pulls its own part of the directions towards orthogonality."""
-    RankBudget.begin = partialmethod(_with_own_sums, RankBudget.begin)
+    RankAllocator.begin = partialmethod(_with_own_sums, RankAllocator.begin)
 
 
-def _with_own_sums(self: RankBudget, method: Callable[..., Any], *args: Any) -> Any:
+def _with_own_sums(self: RankAllocator, method: Callable[..., Any], *args: Any) -> Any:
     summed, rank_budget.all_reduce = rank_budget.all_reduce, lambda tensor, group: tensor
     try:
         return method(self, *args)

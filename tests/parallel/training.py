@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from parallel.attention import Documents
 from parallel.gather import logical_tensors
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
@@ -23,8 +24,7 @@ from tests.spawn import spawn
 from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
-from trainer.model.config import largest_weight
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 from trainer.verify.rank import in_float64
@@ -130,14 +130,14 @@ def rows_of_step(step: int, rows: int = G) -> tuple[torch.Tensor, torch.Tensor]:
 def make_engine(mesh: Mesh, case: Case) -> Engine:
     recipe = case.recipe()
     plan = BatchPlan.from_recipe(recipe, mesh.layout.world_size, "the test")
-    network = replace(translate(case.family, {**SHAPES[case.family], **case.config}), new_tokens=case.new_tokens)
+    network = replace(from_hf(case.family, {**SHAPES[case.family], **case.config}), new_tokens=case.new_tokens)
     return Engine(
         recipe,
         plan,
         network,
         mesh,
         torch.device("cpu"),
-        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=largest_weight(network)),
+        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=network.largest_weight),
         fill=fill_in_float64 if case.dtype == "fp64" else fill,
     )
 
@@ -198,10 +198,10 @@ def hashed(weights: dict[str, np.ndarray]) -> str:
 
 def micro_batches(mesh: Mesh, plan: BatchPlan, step: int) -> list[MicroBatch]:
     tokens, labels = rows_of_step(step, plan.global_sequences)
-    first = mesh.dp.rank * plan.sequences_per_rank
+    first = mesh.data.rank * plan.sequences_per_rank
     starts = range(first, first + plan.sequences_per_rank, plan.micro_sequences)
     rows = [slice(start, start + plan.micro_sequences) for start in starts]
-    return [MicroBatch(tokens[r], labels[r], ((S - 5, 5),) * plan.micro_sequences) for r in rows]
+    return [MicroBatch(tokens[r], Documents(((S - 5, 5),) * plan.micro_sequences), labels[r]) for r in rows]
 
 
 def poison(engine: Engine) -> None:

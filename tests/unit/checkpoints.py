@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from parallel.messages import Messages
-from parallel.params import Piece
+from parallel.pieces import Fragment, Piece
 from tools.campaign.damage import sealed
 from trainer.checkpoint.folder import HUGGING_FACE, CheckpointFolder
-from trainer.checkpoint.manifest import MANIFEST, File, Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.manifest import MANIFEST, File, LogicalTensor, Manifest, Stored, key_of
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.tensor_file import Slot, write_tensor_file
-from trainer.engine.optimizer_state import WEIGHT
-from trainer.engine.zero_state import Stretch
+from trainer.engine.zero_state import StateFragment
 from trainer.files.durable import private_file
+from trainer.update_rules import WEIGHT
 
 ALONE = Messages.alone()
 SHAPES = {"wte.weight": (12, 40), "h.0.c_fc.weight": (20, 30), "ln_f.bias": (10,), "temperature": ()}
@@ -39,10 +39,10 @@ def write_checkpoint(checkpoints: Path, step: int, *, seed: int | None = None, f
     seed = step if seed is None else seed
     folder = CheckpointFolder(checkpoints)
     draft = folder.begin(step)
-    files, fragments = [], {name: tuple(_halves(shape)) for name, shape in SHAPES.items()}
+    files, stored = [], {name: tuple(_halves(name, shape)) for name, shape in SHAPES.items()}
     for rank in range(RANKS):
-        parts = [(name, state, part) for name in SHAPES for state in STATES for part in fragments[name] if part.file == rank]
-        slots = {part.key(name, state): Slot("F32", (part.count,)) for name, state, part in parts}
+        parts = [(name, state, p) for name in SHAPES for state in STATES for file, p in stored[name] if file == rank]
+        slots = {key_of(part, state): Slot("F32", (part.count,)) for _, state, part in parts}
         tensors = (values_of(name, state, seed).flatten()[p.offset : p.offset + p.count] for name, state, p in parts)
         files.append(write_tensor_file(draft / f"rank-{rank:05d}.safetensors", slots, tensors))
     (draft / HUGGING_FACE).mkdir(mode=0o700)
@@ -55,7 +55,7 @@ def write_checkpoint(checkpoints: Path, step: int, *, seed: int | None = None, f
         blank(step),
         facts=facts,
         files=tuple(files),
-        tensors={name: LogicalTensor(shape, dict(STATES), fragments[name]) for name, shape in SHAPES.items()},
+        tensors={name: LogicalTensor(shape, dict(STATES), stored[name]) for name, shape in SHAPES.items()},
     )
     return folder.commit(draft, step, manifest.encode())
 
@@ -78,12 +78,12 @@ def blank(step: int = 0) -> Manifest:
     )
 
 
-def _halves(shape: tuple[int, ...]) -> Iterator[Fragment]:
+def _halves(name: str, shape: tuple[int, ...]) -> Iterator[Stored]:
     numel = torch.Size(shape).numel()
     first = numel // 2
     for file, (offset, count) in enumerate([(0, first), (first, numel - first)]):
         if count:
-            yield Fragment(file, (0,) * len(shape), shape, offset, count)
+            yield Stored(file, Fragment(Piece.whole(name, shape), offset, count))
 
 
 def forged(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -96,8 +96,8 @@ def forged(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None
 class State:
     """As much of a `ZeroState` as a saver needs: one weight."""
 
-    def stretches(self) -> Sequence[Stretch]:
-        return [Stretch(Piece("w", (4,), (0,), (4,)), WEIGHT, torch.float32, 0, 4)]
+    def fragments(self) -> Sequence[StateFragment]:
+        return [StateFragment(Fragment.whole(Piece.whole("w", (4,))), WEIGHT, torch.float32)]
 
     def tensors(self) -> Iterator[Tensor]:
         yield torch.arange(4.0)

@@ -14,17 +14,17 @@ from tests.unit.oracle import random_model
 from tests.unit.shapes import GPT2
 from tests.unit.stages import stage_from
 from trainer.errors import UserError
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import PretrainedWeights, read_config
-from trainer.model.names import WEIGHT_NAMES
+from trainer.model.names import names_of
 from trainer.model.transformer import logical_specs
 
 
 def read_all(folder: Path) -> None:
     """What a run does with a folder."""
     hf_config = read_config(folder)
-    family = hf_config["model_type"]
-    names, network = WEIGHT_NAMES[family], translate(family, hf_config)
+    network = from_hf(hf_config["model_type"], hf_config)
+    names = names_of(network)
     specs = logical_specs(network)
     is_unused = partial(names.is_for_other_heads, network)
     PretrainedWeights(folder).check_names(specs, ties=names.ties(specs), is_unused=is_unused)

@@ -23,6 +23,7 @@ from parallel.rng import Streams
 from tests.unit.oracle import assert_close, next_labels, random_tokens
 from tests.unit.shapes import B, S, V
 from trainer.costs.flops import training_flops
+from trainer.data.loader import MicroBatch
 from trainer.errors import DataError, RecipeError
 from trainer.model.auto import open_auto
 from trainer.model.auto_network import AutoNetwork
@@ -130,7 +131,9 @@ def test_what_transformers_wrote_is_written_back_bit_by_bit(name: str, tmp_path:
     with torch.no_grad():
         expected = theirs(input_ids=tokens).logits
         # The same kernels on the same numbers: seen 0.
-        assert_close(stage(tokens, Documents.whole_rows(B, S)), expected, 1e-6, "logits")
+        assert_close(
+            stage(tokens, batch=MicroBatch(tokens, Documents.whole_rows(B, S)), output="logits"), expected, 1e-6, "logits"
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -204,9 +207,12 @@ def test_packed_documents_equal_separate_ones(name: str) -> None:
     packed = Documents(lengths + ((S,),) * (B - len(lengths)))
     tokens = random_tokens()
     labels = next_labels(tokens, packed.lengths)
-    logits, loss = stage(tokens, packed), stage(tokens, packed, labels)
+    logits, loss = (
+        stage(tokens, batch=MicroBatch(tokens, packed), output="logits"),
+        stage(tokens, batch=MicroBatch(tokens, packed, labels)),
+    )
     separate = [
-        stage(document[None], Documents.whole_rows(1, len(document)))
+        stage(document[None], batch=MicroBatch(document[None], Documents.whole_rows(1, len(document))), output="logits")
         for row, row_lengths in zip(tokens, packed.lengths, strict=True)
         for document in row.split(row_lengths)
     ]
@@ -277,7 +283,13 @@ def test_a_document_is_the_same_beside_longer_ones(kind: str, recompute: str) ->
         stage = by_length(kind, recompute=recompute)
         cuts = [slice(at, at + rows) for at in range(0, 8, rows)]
         losses = torch.stack(
-            [stage(tokens[c], Documents(lengths[c]), labels[c], Streams.of_step(0, 0, range(rows))) for c in cuts]
+            [
+                stage(
+                    tokens[c],
+                    batch=MicroBatch(tokens[c], Documents(lengths[c]), labels[c], streams=Streams.of_step(0, 0, range(rows))),
+                )
+                for c in cuts
+            ]
         )
         # Sums of products in another order: seen 3e-6.
         assert_close(losses.sum(), expected.sum(), 1e-5, f"loss by {rows}")
@@ -287,7 +299,7 @@ def test_a_document_is_the_same_beside_longer_ones(kind: str, recompute: str) ->
     without = by_length(kind)
     for module in without.model.modules():
         vars(module).pop("forward", None)
-    wrong = without(tokens, Documents(lengths), labels)
+    wrong = without(tokens, batch=MicroBatch(tokens, Documents(lengths), labels))
     assert abs(float((wrong - expected.sum()).detach())) > 1e-3 * float(expected.sum()), "the test must be able to see it"
 
 
@@ -295,10 +307,12 @@ def test_a_document_is_the_same_beside_longer_ones(kind: str, recompute: str) ->
 def test_measures_do_not_depend_on_the_longest_either(kind: str) -> None:
     stage, tokens = by_length(kind), torch.arange(26).view(2, 13) % V
     packed = Documents(((13,), (4, 9)))
-    scores = stage(tokens, packed, next_labels(tokens, packed.lengths), by_document=True)
+    scores = stage(tokens, batch=MicroBatch(tokens, packed, next_labels(tokens, packed.lengths)), output="scores")
     for number, document in enumerate((tokens[0], tokens[1, :4], tokens[1, 4:])):
         alone = Documents.whole_rows(1, len(document))
-        found = stage(document[None], alone, next_labels(document[None], alone.lengths), by_document=True)
+        found = stage(
+            document[None], batch=MicroBatch(document[None], alone, next_labels(document[None], alone.lengths)), output="scores"
+        )
         assert_close(found[0, 0], scores[0, number], 1e-5, "log-probability")
 
 
@@ -313,11 +327,16 @@ def test_a_model_that_looks_at_the_longest_is_called_for_each_length() -> None:
     assert "those of each length have a call of their own" in said
     tokens, packed = random_tokens(), Documents(((S,), (5, S - 5), (5, 4, S - 9))[:B] + ((S,),) * (B - 3))
     expected = [
-        stage(document[None], Documents.whole_rows(1, len(document)))[0]
+        stage(document[None], batch=MicroBatch(document[None], Documents.whole_rows(1, len(document))), output="logits")[0]
         for row, row_lengths in zip(tokens, packed.lengths, strict=True)
         for document in row.split(row_lengths)
     ]
-    assert_close(stage(tokens, packed), torch.cat(expected).unflatten(0, (B, S)), 1e-5, "logits")
+    assert_close(
+        stage(tokens, batch=MicroBatch(tokens, packed), output="logits"),
+        torch.cat(expected).unflatten(0, (B, S)),
+        1e-5,
+        "logits",
+    )
 
 
 @pytest.mark.parametrize("name", [*MODELS, *BY_LENGTH])
@@ -348,10 +367,15 @@ def test_dropout_follows_the_stream_and_nothing_else() -> None:
     tokens, documents = random_tokens(), Documents.whole_rows(B, S)
     one, two = (Streams.of_step(0, step, range(B)) for step in (1, 2))
     before = torch.get_rng_state()
-    first, again, other = (stage(tokens, documents, tokens, streams).detach() for streams in (one, one, two))
+    first, again, other = (
+        stage(tokens, batch=MicroBatch(tokens, documents, tokens, streams=streams)).detach() for streams in (one, one, two)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert torch.equal(stage(tokens, documents), stage(tokens, documents)), "no stream, no dropout"
+    assert torch.equal(
+        stage(tokens, batch=MicroBatch(tokens, documents), output="logits"),
+        stage(tokens, batch=MicroBatch(tokens, documents), output="logits"),
+    ), "no stream, no dropout"
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -373,7 +397,9 @@ def test_flops_are_those_that_torch_counts_with_attention_at_half(config: dict[s
     tokens = random_tokens()
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
-        stage(tokens, Documents.whole_rows(B, S), tokens, Streams.of_step(0, 0, range(B))).backward()
+        stage(
+            tokens, batch=MicroBatch(tokens, Documents.whole_rows(B, S), tokens, streams=Streams.of_step(0, 0, range(B)))
+        ).backward()
     half_of_attention = 6 * network.attention_width * B * S * S
     # Rotary tables and slopes are small matrix products too: seen 0.3 %.
     assert training_flops(network, [S] * B) + half_of_attention == pytest.approx(counter.get_total_flops(), rel=0.01)
@@ -523,13 +549,15 @@ def test_a_folders_code_runs_only_when_trusted(custom: Path, tmp_path: Path) -> 
     network, stage = stage_of(from_folder(custom, trust_remote_code=True))
     tokens = random_tokens()
     lengths = ((S - 3, 3),) * B
-    loss = stage(tokens, Documents(lengths), tokens, Streams.of_step(0, 0, range(B)))
+    loss = stage(tokens, batch=MicroBatch(tokens, Documents(lengths), tokens, streams=Streams.of_step(0, 0, range(B))))
     loss.backward()
     assert all(parameter.grad is not None for parameter in stage.parameters())
     export(network, stage, tmp_path / "ours")
     again = load(tmp_path / "ours", trust_remote_code=True)
     with torch.no_grad():
-        assert torch.equal(again(tokens).logits, stage(tokens, Documents.whole_rows(B, S)))
+        assert torch.equal(
+            again(tokens).logits, stage(tokens, batch=MicroBatch(tokens, Documents.whole_rows(B, S)), output="logits")
+        )
 
 
 def test_code_from_another_repository_is_refused(custom: Path) -> None:

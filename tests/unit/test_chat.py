@@ -386,7 +386,7 @@ def test_a_broken_template_names_its_line() -> None:
 
 
 def test_a_template_says_why_it_refuses() -> None:
-    with pytest.raises(Fault, match="the chat template refuses this conversation: roles must alternate; mend or remove it"):
+    with pytest.raises(Fault, match="the chat template refuses this conversation: roles must alternate; fix or remove it"):
         chat_with(MISTRAL).render(Conversation(talk("x", "y", first="assistant")))
 
 

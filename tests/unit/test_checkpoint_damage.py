@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from parallel.messages import Messages
-from parallel.params import Piece
+from parallel.pieces import Fragment, Piece
 from tests.unit.checkpoints import ALONE, SHAPES, STATES, forged, save, values_of, write_checkpoint
 from tests.unit.model_folders import Bomb, assert_refused, read_all, saved
 from tools.campaign import damage
@@ -35,10 +35,9 @@ from trainer.checkpoint.manifest import MANIFEST, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.resume import CheckpointSource, Found, examine, newest_whole
 from trainer.checkpoint.tensor_file import TensorFile, write_tensor_file
-from trainer.engine.optimizer_state import WEIGHT
-from trainer.engine.zero_state import Stretch
 from trainer.errors import DataError, RecipeError
 from trainer.model.hugging_face import INDEX, SINGLE, PretrainedWeights
+from trainer.update_rules import WEIGHT
 
 
 def reason_why(checkpoint: Path) -> str:
@@ -156,8 +155,7 @@ def read_everything(checkpoint: Path, manifest: Manifest) -> None:
     source = CheckpointSource(Found(checkpoint, manifest), states=["exp_avg"])
     for name, shape in SHAPES.items():
         for state in (WEIGHT, *source.states(name)):
-            piece = Piece(name, shape, (0,) * len(shape), shape)
-            source.read(Stretch(piece, state, torch.float32, 0, torch.Size(shape).numel()))
+            source.read(Fragment.whole(Piece.whole(name, shape)), state)
             Reader(checkpoint, manifest).whole(name, state)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from parallel.messages import Messages
+from parallel.pieces import Fragment, Piece
 from tests.unit.checkpoints import FACTS, blank, forged, save, write_checkpoint
 from tools.campaign.cases import write_recipe
 from tools.campaign.damage import sealed
@@ -22,12 +23,12 @@ from trainer.checkpoint import save as save_module
 from trainer.checkpoint.export import export
 from trainer.checkpoint.facts import CHANGES, NOT_OF_THE_MODEL, data_facts, model_facts, recipe_facts, refusals
 from trainer.checkpoint.folder import REASON, CheckpointFolder, files_in
-from trainer.checkpoint.manifest import MANIFEST, File, Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.manifest import MANIFEST, File, LogicalTensor, Manifest, Stored
 from trainer.checkpoint.resume import Found, newest_whole
 from trainer.checkpoint.resume_check import Resume, as_json, checkpoint_named, finished
 from trainer.engine.loss_scale import LossScaler
 from trainer.errors import DataError, RecipeError
-from trainer.model.hf_config import to_hf_config
+from trainer.model.hf_config import to_hf
 from trainer.recipe import ResolvedRecipe, load
 from trainer.run.start import agree, begin_again, claim, find, leave_behind
 from trainer.run_folder import RunFolder
@@ -36,13 +37,14 @@ ALONE = Messages.alone()
 
 # ---------------------------------------------------------------------------------------------------- the manifest
 
+B = Piece.whole("b", (2, 3), transposed=True)
 SMALL = replace(
     blank(3),
     versions={"torch": "é\n"},
     files=(File("rank-00000.safetensors", 64, "0" * 64), File("hugging_face/config.json", 2, "f" * 64)),
     tensors={
-        "b": LogicalTensor((2, 3), {"weight": "F32", "exp_avg": "BF16"}, (Fragment(0, (0, 0), (2, 3), 0, 6, True),)),
-        "a": LogicalTensor((), {"weight": "I64"}, (Fragment(0, (), (), 0, 1),)),
+        "b": LogicalTensor((2, 3), {"weight": "F32", "exp_avg": "BF16"}, (Stored(0, Fragment.whole(B)),)),
+        "a": LogicalTensor((), {"weight": "I64"}, (Stored(0, Fragment.whole(Piece.whole("a", ()))),)),
     },
 )
 
@@ -552,7 +554,7 @@ def resolved(tmp_path: Path) -> ResolvedRecipe:
 
 
 def facts_of(resolved: ResolvedRecipe) -> dict[str, Any]:
-    config = to_hf_config(resolved.network(vocab_size=257), dtype="float32", eos_token_id=256)
+    config = to_hf(resolved.network(vocab_size=257), dtype="float32", eos_token_id=256)
     return as_json({**recipe_facts(resolved.recipe), **model_facts(config), **data_facts(tokenizer="t", samples="s")})
 
 
@@ -703,7 +705,7 @@ def test_an_export_goes_into_a_new_folder(out: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path / "home")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
-        RecipeError, match="something is there already, which is not written over: give a new folder, or remove it"
+        RecipeError, match="something is there already, and is not overwritten: give a new folder, or remove it"
     ):
         export(checkpoint, Path(out) if out.startswith(".") else tmp_path / out)
     assert sorted(tmp_path.rglob("*")) == before

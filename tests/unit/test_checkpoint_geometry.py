@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from parallel.pieces import Fragment, Piece
 from tests.unit.checkpoints import blank
-from trainer.checkpoint.geometry import Range, Rectangle, overlaps
-from trainer.checkpoint.manifest import Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.geometry import Rectangle, index, overlaps, rectangles
+from trainer.checkpoint.manifest import LogicalTensor, Manifest, Stored, key_of
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import DTYPES, Slot, TensorFile, write_tensor_file
-from trainer.engine.optimizer_state import WEIGHT
 from trainer.errors import DataError
+from trainer.update_rules import WEIGHT
 
 NAME = "h.0.weight"
 MOST_FILES = 3
@@ -35,7 +36,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # start, size
 class Case:
     shape: tuple[int, ...]
     transposed: bool
-    written: tuple[Fragment, ...]
+    written: tuple[Stored, ...]
     wanted: tuple[Fragment, ...]
 
 
@@ -68,9 +69,9 @@ def boxes(draw: Draw, shape: tuple[int, ...]) -> list[Box]:
 
 @st.composite
 def layouts(draw: Draw, shape: tuple[int, ...], *, transposed: bool) -> tuple[Fragment, ...]:
-    """Fragments that together are the tensor, in files as they come."""
+    """Fragments that together are the tensor."""
     return tuple(
-        Fragment(draw(st.integers(0, MOST_FILES - 1)), start, size, offset, count, transposed)
+        Fragment(Piece(NAME, shape, start, size, transposed=transposed), offset, count)
         for start, size in draw(boxes(shape))
         for offset, count in draw(cuts(torch.Size(size).numel()))
     )
@@ -81,13 +82,13 @@ def cases(draw: Draw) -> Case:
     shape = draw(shapes())
     transposed = len(shape) == 2 and draw(st.booleans())
     written, wanted = (draw(layouts(shape, transposed=transposed)) for _ in range(2))
-    return Case(shape, transposed, tuple(draw(st.permutations(written))), wanted)
+    stored = tuple(Stored(draw(st.integers(0, MOST_FILES - 1)), part) for part in draw(st.permutations(written)))
+    return Case(shape, transposed, stored, wanted)
 
 
 def values_of(fragment: Fragment, logical: Tensor) -> Tensor:
-    """What a fragment holds, by torch's own slicing and flattening."""
-    box = logical[tuple(slice(start, start + size) for start, size in zip(fragment.start, fragment.size, strict=True))]
-    flat = (box.t() if fragment.transposed else box).reshape(-1)
+    """The values that a fragment holds, by torch's own slicing and flattening."""
+    flat = fragment.piece.box_of(logical).reshape(-1)
     return flat[fragment.offset : fragment.offset + fragment.count]
 
 
@@ -96,24 +97,24 @@ def logical_tensor(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape) + 0.5
 
 
-def write(folder: Path, states: Mapping[str, Tensor], fragments: Sequence[Fragment]) -> Manifest:
+def write(folder: Path, states: Mapping[str, Tensor], stored: Sequence[Stored]) -> Manifest:
     """Files of a checkpoint that holds one tensor in several states."""
     shape = next(iter(states.values())).shape
     files = []
     for number in range(MOST_FILES):
-        mine = [(state, fragment) for state in states for fragment in fragments if fragment.file == number]
-        slots = {f.key(NAME, state): Slot(DTYPES[states[state].dtype], (f.count,)) for state, f in mine}
+        mine = [(state, fragment) for state in states for file, fragment in stored if file == number]
+        slots = {key_of(f, state): Slot(DTYPES[states[state].dtype], (f.count,)) for state, f in mine}
         assert len(slots) == len(mine)
         tensors = (values_of(fragment, states[state]) for state, fragment in mine)
         files.append(write_tensor_file(folder / f"rank-{number:05d}.safetensors", slots, tensors))
     dtypes = {state: DTYPES[tensor.dtype] for state, tensor in states.items()}
-    tensor = LogicalTensor(tuple(shape), dtypes, tuple(fragments))
+    tensor = LogicalTensor(tuple(shape), dtypes, tuple(stored))
     return replace(blank(), files=tuple(files), tensors={NAME: tensor})
 
 
-def without(manifest: Manifest, gone: Fragment) -> Manifest:
+def without(manifest: Manifest, gone: Stored) -> Manifest:
     tensor = manifest.tensors[NAME]
-    kept = tuple(fragment for fragment in tensor.fragments if fragment is not gone)
+    kept = tuple(stored for stored in tensor.fragments if stored is not gone)
     return replace(manifest, tensors={NAME: replace(tensor, fragments=kept)})
 
 
@@ -133,7 +134,7 @@ def test_every_element_comes_back(case: Case) -> None:
             assert (whole.dtype, whole.shape) == (tensor.dtype, tensor.shape)
             assert torch.equal(whole, tensor)
             for wanted in case.wanted:
-                assert torch.equal(reader.read(NAME, state, wanted, case.shape), values_of(wanted, tensor))
+                assert torch.equal(reader.read(wanted, state), values_of(wanted, tensor))
 
 
 @settings(max_examples=100)
@@ -141,19 +142,19 @@ def test_every_element_comes_back(case: Case) -> None:
 def test_a_fragment_that_is_missing_is_noticed_where_it_is_needed(case: Case, data: st.DataObject) -> None:
     logical = logical_tensor(case.shape)
     gone = data.draw(st.sampled_from(case.written))
-    lost = set(values_of(gone, logical).tolist())
+    lost = set(values_of(gone.fragment, logical).tolist())
     with TemporaryDirectory() as folder:
         manifest = without(write(Path(folder), {WEIGHT: logical}, case.written), gone)
         reader = Reader(Path(folder), manifest)
-        with pytest.raises(DataError, match=rf"tensor {NAME} \(weight\): {gone.count} elements are in no fragment"):
+        with pytest.raises(DataError, match=rf"tensor {NAME} \(weight\): {gone.fragment.count} elements are in no fragment"):
             reader.whole(NAME, WEIGHT)
         for wanted in case.wanted:
             values = values_of(wanted, logical)
             if missing := len(lost & set(values.tolist())):
                 with pytest.raises(DataError, match=rf"tensor {NAME} .*: {missing} elements are in no fragment"):
-                    reader.read(NAME, WEIGHT, wanted, case.shape)
+                    reader.read(wanted, WEIGHT)
             else:
-                assert torch.equal(reader.read(NAME, WEIGHT, wanted, case.shape), values)
+                assert torch.equal(reader.read(wanted, WEIGHT), values)
     with pytest.raises(ValueError, match=f"the fragments of tensor {NAME} do not make its shape"):
         Manifest.decode(manifest.encode())
 
@@ -165,7 +166,7 @@ def test_a_tensor_of_another_shape_is_refused(case: Case, data: st.DataObject) -
     with TemporaryDirectory() as folder:
         reader = Reader(Path(folder), write(Path(folder), {WEIGHT: logical_tensor(case.shape)}, case.written))
         with pytest.raises(DataError) as caught:
-            reader.read(NAME, WEIGHT, case.wanted[0], other)
+            reader.read(Fragment.whole(Piece.whole(NAME, other)), WEIGHT)
     (line,) = caught.value.lines
     assert line == f"{folder}: tensor {NAME} has shape {list(case.shape)}, the model's is {list(other)}"
 
@@ -173,38 +174,45 @@ def test_a_tensor_of_another_shape_is_refused(case: Case, data: st.DataObject) -
 # ------------------------------------------------------------------------------------------------- geometry alone
 
 
-def elements(rectangles: Iterator[Rectangle]) -> list[tuple[int, int]]:
-    return [(row, column) for box in rectangles for row in range(box.top, box.bottom) for column in range(box.left, box.right)]
+def elements(boxes: Iterator[Rectangle]) -> list[tuple[int, int]]:
+    return [(row, column) for box in boxes for row in range(box.top, box.bottom) for column in range(box.left, box.right)]
 
 
-def by_counting(range_: Range) -> list[tuple[int, int]]:
-    """The elements of a range, one by one, in their order."""
-    flat = range(range_.offset, range_.offset + range_.count)
-    return [(range_.top + at // range_.columns, range_.left + at % range_.columns) for at in flat]
+def by_counting(fragment: Fragment) -> list[tuple[int, int]]:
+    """The elements of a fragment, one by one, in their order: its place in a tensor that numbers them."""
+    shape, transposed = fragment.piece.shape, fragment.piece.transposed
+    columns = torch.Size(shape[1:]).numel() if shape else 1
+    places = (
+        divmod(int(number), columns) for number in values_of(fragment, torch.arange(torch.Size(shape).numel()).view(shape))
+    )
+    return [(column, row) if transposed else (row, column) for row, column in places]
 
 
 @st.composite
-def ranges(draw: Draw) -> Range:
-    rows, columns = draw(st.integers(1, 6)), draw(st.integers(1, 6))
-    offset = draw(st.integers(0, rows * columns - 1))
-    count = draw(st.integers(0, rows * columns - offset))
-    return Range(draw(st.integers(0, 4)), draw(st.integers(0, 4)), rows, columns, offset, count)
+def ranges(draw: Draw) -> Fragment:
+    """A range of a box of a matrix of 10 × 10."""
+    start = draw(st.integers(0, 4)), draw(st.integers(0, 4))
+    size = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    offset = draw(st.integers(0, size[0] * size[1] - 1))
+    count = draw(st.integers(0, size[0] * size[1] - offset))
+    return Fragment(Piece(NAME, (10, 10), start, size), offset, count)
 
 
 @settings(max_examples=500)
-@given(ranges())
-def test_a_range_is_at_most_three_rectangles_without_overlap(range_: Range) -> None:
-    found = list(range_.rectangles())
+@given(ranges(), st.booleans())
+def test_a_range_is_at_most_three_rectangles_without_overlap(fragment: Fragment, transposed: bool) -> None:
+    fragment = replace(fragment, piece=replace(fragment.piece, transposed=transposed))
+    found = list(rectangles(fragment))
     assert len(found) <= 3
     covered = elements(iter(found))
-    assert sorted(covered) == by_counting(range_)
-    assert sum(rectangle.area for rectangle in found) == range_.count
-    assert [range_.index(row, column) for row, column in by_counting(range_)] == list(range(range_.count))
+    assert sorted(covered) == by_counting(fragment)
+    assert sum(rectangle.area for rectangle in found) == fragment.count
+    assert [index(fragment, row, column) for row, column in by_counting(fragment)] == list(range(fragment.count))
 
 
 @settings(max_examples=500)
 @given(ranges(), ranges())
-def test_what_two_ranges_share_is_found_once(a: Range, b: Range) -> None:
+def test_what_two_ranges_share_is_found_once(a: Fragment, b: Fragment) -> None:
     shared = elements(overlaps(a, b))
     assert sorted(shared) == sorted(set(by_counting(a)) & set(by_counting(b)))
     assert sorted(shared) == sorted(elements(overlaps(b, a)))
@@ -214,7 +222,7 @@ def test_what_two_ranges_share_is_found_once(a: Range, b: Range) -> None:
 @given(cases())
 def test_a_layout_s_fragments_cover_the_tensor_without_overlap(case: Case) -> None:
     """What `layouts` makes is what checkpoints are, and seen as matrices none of it meets another part of it."""
-    parts = [Range.of(fragment) for fragment in case.written]
+    parts = [stored.fragment for stored in case.written]
     covered = [element for part in parts for element in by_counting(part)]
     assert len(covered) == len(set(covered)) == torch.Size(case.shape).numel()
     assert not [shared for a, b in itertools.combinations(parts, 2) for shared in overlaps(a, b)]
@@ -223,8 +231,8 @@ def test_a_layout_s_fragments_cover_the_tensor_without_overlap(case: Case) -> No
 # ------------------------------------------------------------------------------------------------- what must not be read
 
 
-HALVES = (Fragment(0, (0, 0), (4, 6), 0, 12), Fragment(1, (0, 0), (4, 6), 12, 12))
-WHOLE = Fragment(0, (0, 0), (4, 6), 0, 24)
+WHOLE = Fragment.whole(Piece.whole(NAME, (4, 6)))
+HALVES = (Stored(0, replace(WHOLE, count=12)), Stored(1, replace(WHOLE, offset=12, count=12)))
 
 
 @pytest.fixture
@@ -235,28 +243,28 @@ def halves(tmp_path: Path) -> tuple[Path, Manifest]:
 @pytest.mark.parametrize(("name", "state"), [("h.1.weight", WEIGHT), (NAME, "exp_avg"), (NAME.upper(), WEIGHT)])
 def test_what_is_not_there_is_named(name: str, state: str, halves: tuple[Path, Manifest]) -> None:
     with pytest.raises(DataError, match=f"no tensor {name} with the state {state}: another model or optimizer saved it"):
-        Reader(*halves).read(name, state, WHOLE, (4, 6))
+        Reader(*halves).read(Fragment.whole(Piece.whole(name, (4, 6))), state)
 
 
 def test_a_tensor_that_is_stored_the_other_way_round_is_named(halves: tuple[Path, Manifest]) -> None:
     with pytest.raises(DataError, match=f"tensor {NAME} is stored the other way round"):
-        Reader(*halves).read(NAME, WEIGHT, replace(WHOLE, transposed=True), (4, 6))
+        Reader(*halves).read(Fragment.whole(Piece.whole(NAME, (4, 6), transposed=True)), WEIGHT)
 
 
 def test_nothing_is_read_of_nothing(halves: tuple[Path, Manifest]) -> None:
     folder, manifest = halves
     for file in manifest.files:
         (folder / file.name).unlink()
-    assert Reader(folder, manifest).read(NAME, WEIGHT, replace(WHOLE, count=0), (4, 6)).shape == (0,)
+    assert Reader(folder, manifest).read(replace(WHOLE, count=0), WEIGHT).shape == (0,)
 
 
 def test_only_the_files_that_hold_it_are_opened(halves: tuple[Path, Manifest]) -> None:
     folder, manifest = halves
     (folder / manifest.files[1].name).unlink()
     reader = Reader(folder, manifest)
-    assert reader.read(NAME, WEIGHT, HALVES[0], (4, 6)).tolist() == [n + 0.5 for n in range(12)]
+    assert reader.read(HALVES[0].fragment, WEIGHT).tolist() == [n + 0.5 for n in range(12)]
     with pytest.raises(DataError, match=manifest.files[1].name):
-        reader.read(NAME, WEIGHT, WHOLE, (4, 6))
+        reader.read(WHOLE, WEIGHT)
 
 
 def test_elements_that_are_there_twice_do_not_stand_for_those_that_are_not(halves: tuple[Path, Manifest]) -> None:
@@ -270,13 +278,14 @@ def test_elements_that_are_there_twice_do_not_stand_for_those_that_are_not(halve
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (replace(HALVES[1], file=0), "KeyError"),  # not the file that holds it
-        (replace(HALVES[1], offset=13, count=11), "elements are in no fragment|KeyError"),
-        (replace(HALVES[1], start=(1, 0), size=(3, 6), offset=6), "KeyError"),  # the same elements under another name
+        (HALVES[1]._replace(file=0), "KeyError"),  # not the file that holds it
+        (Stored(1, replace(WHOLE, offset=13, count=11)), "elements are in no fragment|KeyError"),
+        # the same elements under another name
+        (Stored(1, Fragment(Piece(NAME, (4, 6), (1, 0), (3, 6)), 6, 12)), "KeyError"),
     ],
 )
 def test_a_fragment_that_is_not_where_the_manifest_says_is_named(
-    wrong: Fragment, said: str, halves: tuple[Path, Manifest]
+    wrong: Stored, said: str, halves: tuple[Path, Manifest]
 ) -> None:
     folder, manifest = halves
     tensor = replace(manifest.tensors[NAME], fragments=(HALVES[0], wrong))
@@ -287,7 +296,7 @@ def test_a_fragment_that_is_not_where_the_manifest_says_is_named(
 
 def test_a_fragment_that_is_longer_than_its_tensor_in_the_file_is_named(halves: tuple[Path, Manifest]) -> None:
     folder, manifest = halves
-    longer = (replace(HALVES[0], count=13), replace(HALVES[1], offset=13, count=11))
+    longer = (Stored(0, replace(WHOLE, count=13)), Stored(1, replace(WHOLE, offset=13, count=11)))
     tensor = replace(manifest.tensors[NAME], fragments=longer)
     with pytest.raises(DataError, match=rf"{manifest.files[0].name}: weight:{NAME}:0,0:0 cannot be read"):
         Reader(folder, replace(manifest, tensors={NAME: tensor})).whole(NAME, WEIGHT)
@@ -330,11 +339,12 @@ def test_a_large_tensor_is_written_and_read_in_parts(tmp_path: Path, monkeypatch
     monkeypatch.setattr(reader_module, "BUFFER_BYTES", 40, raising=False)
     logical = logical_tensor((31, 7))
     grid = [((top, left), (rows, columns)) for top, rows in ((0, 20), (20, 11)) for left, columns in ((0, 3), (3, 4))]
-    fragments = [Fragment(n % MOST_FILES, start, size, 0, size[0] * size[1]) for n, (start, size) in enumerate(grid)]
-    reader = Reader(tmp_path, write(tmp_path, {WEIGHT: logical}, fragments))
+    pieces = [Piece(NAME, (31, 7), start, size) for start, size in grid]
+    stored = [Stored(n % MOST_FILES, Fragment.whole(piece)) for n, piece in enumerate(pieces)]
+    reader = Reader(tmp_path, write(tmp_path, {WEIGHT: logical}, stored))
     assert torch.equal(reader.whole(NAME, WEIGHT), logical)
-    wanted = Fragment(0, (5, 1), (21, 5), 7, 90)
-    assert torch.equal(reader.read(NAME, WEIGHT, wanted, (31, 7)), values_of(wanted, logical))
+    wanted = Fragment(Piece(NAME, (31, 7), (5, 1), (21, 5)), 7, 90)
+    assert torch.equal(reader.read(wanted, WEIGHT), values_of(wanted, logical))
 
 
 def test_a_tensor_that_is_not_as_announced_is_not_written(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel
 from trainer.data import PreparedData, prepare
 from trainer.data.labelled import in_order
-from trainer.data.loader import EvalData, TrainData
+from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.targets import targets_of
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import DataError, RecipeError
@@ -26,10 +26,10 @@ from trainer.model import heads, measures
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig
 from trainer.model.heads import ClassHead
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
 from trainer.model.measures import ClassMeasures, EvalResult
-from trainer.model.network import ModelFiles
+from trainer.model.model_files import ModelFiles
 from trainer.model.transformer import Stage
 from trainer.recipe import load
 from trainer.schema import Data
@@ -59,7 +59,7 @@ def test_the_label_is_where_the_network_has_seen_all_of_the_text(causal: bool, r
     found = prepared(data, tmp_path)
     assert found.classes == ("bad", "good", "odd")
     targets = targets_of(data, found.tokenizer, causal=causal, seed=0, part="training")
-    keys: dict[str, Any] = {"seq_len": S, "isolate_documents": True}
+    keys: dict[str, Any] = {"row_tokens": S, "isolate_documents": True}
     loader = TrainData(found.train, found.weights, seed=0, global_sequences=1, targets=targets, **keys)
     seen = []
     for step in range(loader.num_samples):
@@ -68,7 +68,7 @@ def test_the_label_is_where_the_network_has_seen_all_of_the_text(causal: bool, r
         )
         assert torch.equal(read.labels_BS, unread.labels_BS), "ranks that read no tokens count the same targets"
         begin = 0
-        for length in read.documents[0]:
+        for length in read.documents.lengths[0]:
             tokens, labels = (part[0, begin : begin + length] for part in (read.tokens_BS, read.labels_BS))
             (at,) = np.nonzero((labels != IGNORE).numpy())
             if len(at):
@@ -85,7 +85,7 @@ def test_evaluation_counts_each_text_once(rows: Path, tmp_path: Path) -> None:
     data = data_of(rows, eval_sources=[{"path": str(rows)}])
     found = prepared(data, tmp_path)
     targets = targets_of(data, found.tokenizer, causal=True, seed=0, part="evaluation")
-    held_out = EvalData(found.evaluation, seq_len=S, isolate_documents=True, sequences=99, targets=targets)
+    held_out = EvalData(found.evaluation, row_tokens=S, isolate_documents=True, sequences=99, targets=targets)
     batches = [batch for dp_rank in range(2) for batch in held_out.micro_batches(dp_rank=dp_rank, dp=2, micro_sequences=2)]
     assert sum(batch.num_targets for batch in batches) == len(ROWS)
 
@@ -168,7 +168,7 @@ def test_scores_against_their_definitions() -> None:
 def test_many_classes_are_measured_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same texts counted by pairs, and class by class as where pairs would take too much memory."""
     stream = torch.Generator().manual_seed(0)
-    config = translate("llama", {**SIZES["llama"], "vocab_size": 300, "id2label": {str(i): str(i) for i in range(7)}})
+    config = from_hf("llama", {**SIZES["llama"], "vocab_size": 300, "id2label": {str(i): str(i) for i in range(7)}})
     head = ClassHead(replace(config, classes=tuple("abcdefg")), tp=TensorParallel.alone())
     initialise(head, 0)
     x_ND, labels_BS = torch.randn(400, 24, generator=stream), torch.randint(-1, 7, (1, 400), generator=stream)
@@ -177,7 +177,7 @@ def test_many_classes_are_measured_as_few_are(monkeypatch: pytest.MonkeyPatch) -
     for most in (1000, 6):
         monkeypatch.setattr(measures, "PAIRED_CLASSES", most)
         monkeypatch.setattr(heads, "PAIRED_CLASSES", most)
-        sums = head(x_ND, Documents.whole_rows(1, 400), labels_BS, None, measured=True)
+        sums = head.sums(x_ND, MicroBatch(labels_BS, Documents.whole_rows(1, 400), labels_BS))
         found = ClassMeasures(7)
         assert len(sums) == found.num_sums == (50 if most == 1000 else 22)
         result = EvalResult(tuple(sums.tolist()), int((labels_BS != IGNORE).sum()))
@@ -218,7 +218,7 @@ CLASSES = ("bad", "good", "odd")
 
 
 def network(family: str) -> TransformerConfig:
-    return replace(translate(family, {**SIZES[family], "vocab_size": 257}), classes=CLASSES)
+    return replace(from_hf(family, {**SIZES[family], "vocab_size": 257}), classes=CLASSES)
 
 
 def stage_of(config: TransformerConfig, fill: Any) -> Stage:
@@ -264,10 +264,12 @@ def test_an_export_is_the_same_classifier_in_transformers(family: str, rows: Pat
     labels_BS[0, at] = classes
     packed = Documents((tuple(lengths),))
     # fp32 in another order of sums: seen 2e-7.
-    torch.testing.assert_close(ours(tokens_BS, packed)[0, at], out.logits, rtol=0, atol=2e-6)
-    loss = ours(tokens_BS, packed, labels_BS)
+    torch.testing.assert_close(
+        ours(tokens_BS, batch=MicroBatch(tokens_BS, packed), output="logits")[0, at], out.logits, rtol=0, atol=2e-6
+    )
+    loss = ours(tokens_BS, batch=MicroBatch(tokens_BS, packed, labels_BS))
     torch.testing.assert_close(loss, 3 * out.loss, rtol=2e-6, atol=0)
-    sums = ours(tokens_BS, packed, labels_BS, measured=True)
+    sums = ours(tokens_BS, batch=MicroBatch(tokens_BS, packed, labels_BS), output="sums")
     named = out.logits.argmax(-1)
     assert sums[1:].reshape(3, 3).nonzero().tolist() == sorted([int(c), int(n)] for c, n in zip(classes, named, strict=True))
 
@@ -282,9 +284,12 @@ def test_an_export_is_the_same_classifier_in_transformers(family: str, rows: Pat
             if piece.shape[0] == 257:
                 got[END] = box[END] = 0.0  # their embedding never learns the token that pads, which here opens texts
             torch.testing.assert_close(got, box, rtol=1e-4, atol=2e-6, msg=lambda said, name=piece.name: f"{name}: {said}")
-    again = stage_of(translate(family, read_config(tmp_path / "out")), PretrainedWeights(tmp_path / "out").fill)
+    again = stage_of(from_hf(family, read_config(tmp_path / "out")), PretrainedWeights(tmp_path / "out").fill)
     assert again.config.classes == CLASSES
-    assert torch.equal(again(tokens_BS, packed), ours(tokens_BS, packed))
+    assert torch.equal(
+        again(tokens_BS, batch=MicroBatch(tokens_BS, packed), output="logits"),
+        ours(tokens_BS, batch=MicroBatch(tokens_BS, packed), output="logits"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -299,7 +304,7 @@ def test_the_heads_dropout_is_its_own_where_it_has_one(family: str, of_head: flo
 def test_a_head_without_a_document_of_its_own_gives_no_loss() -> None:
     ours = stage_of(network("llama"), lambda block: initialise(block, seed=3))
     tokens_BS = torch.zeros(1, 4, dtype=torch.int64)
-    loss = ours(tokens_BS, Documents(((4,),)), torch.full_like(tokens_BS, IGNORE))
+    loss = ours(tokens_BS, batch=MicroBatch(tokens_BS, Documents(((4,),)), torch.full_like(tokens_BS, IGNORE)))
     loss.backward()
     assert loss == 0.0
     assert not ours.head.classifier.weight.grad.any()

@@ -18,8 +18,7 @@ from trainer.data.digests import Digests
 from trainer.data.fault import Fault
 from trainer.data.sources import Corpus, look_at
 from trainer.errors import DataError, RecipeError
-from trainer.recipe.rows import NAMES
-from trainer.recipe.translations import SIDES
+from trainer.tasks import TASKS
 
 ASKED, ANSWERED = Message("user", "why?", False), Message("assistant", "so.", True)
 SYSTEM = Message("system", "be brief", False)
@@ -82,7 +81,7 @@ def test_what_a_prompt_says_is_not_learned() -> None:
             {},
             r"no conversation: it has 'text', 'id', and needs 'messages' \(messages\) or "
             r"'conversations' \(sharegpt\) or 'prompt' \+ 'completion' \(prompt\) or 'instruction' \+ 'output' \(alpaca\); "
-            "mend the row, or name",
+            "fix the row, or name",
         ),
         ({}, {}, "it has no field"),
         (
@@ -207,11 +206,11 @@ def test_earlier_turns_of_alpaca_are_learned_too() -> None:
         ({"messages": TURNS, "tools": {"name": "x"}}, "'tools' is an object, not a list of objects"),
         ({"messages": TURNS, "chat_template_kwargs": "x"}, "'chat_template_kwargs' is text, not an object"),
         ({"messages": [{"role": "function_call", "content": "weather()"}]}, r"messages\[0\]: content is text that is not JSON"),
-        ({"messages": [{"role": "assistant", "function_call": {"arguments": {}}}]}, "function_call is no call"),
-        ({"messages": [{**TURNS[1], "train": "yes"}]}, r"train is 'yes'; legal: 1 \(learned\) and 0 \(not\); mend"),
+        ({"messages": [{"role": "assistant", "function_call": {"arguments": {}}}]}, "function_call is not a call"),
+        ({"messages": [{**TURNS[1], "train": "yes"}]}, r"train is 'yes'; legal: 1 \(learned\) and 0 \(not\); fix"),
         ({"messages": [{**TURNS[1], "mask": 2}]}, "or the other way round: it masks"),
         ({"instruction": "a", "output": "b", "history": "x"}, "'history' is text, not a list of pairs"),
-        ({"instruction": "a", "output": "b", "history": [["x"]]}, r"history\[0\] is no pair"),
+        ({"instruction": "a", "output": "b", "history": [["x"]]}, r"history\[0\] is not a pair"),
         ({"messages": [{**TURNS[1], "tool_calls": [{"name": "a\ufdd0"}]}]}, r"tool_calls\.name holds U\+FDD0"),
     ],
 )
@@ -230,10 +229,10 @@ def test_keys_that_nothing_reads_are_known() -> None:
 
 def test_the_door_knows_the_same_names() -> None:
     assert {name: {*shape.needs, *shape.may, "tools"} for name, shape in SHAPES.items()} == {
-        name: {*names} for name, names in NAMES["sft"].items()
+        name: {*names} for name, names in TASKS["sft"].shapes.items()
     }
-    ours = {name for shapes in NAMES.values() for names in shapes.values() for name in names}
-    assert ours | {*SIDES} == set(schema.Fields.model_fields)
+    ours = {name for task in TASKS.values() for names in task.shapes.values() for name in names}
+    assert ours == set(schema.Fields.model_fields)
 
 
 # ---------------------------------------------------------------------------------------------------------- kinds of files

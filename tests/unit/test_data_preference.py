@@ -59,8 +59,8 @@ def test_what_was_said_before_is_no_answer() -> None:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"prompt": "2?", "chosen": "4"}, "no pair: it has 'prompt', 'chosen', and no 'rejected'; mend the row, or name its"),
-        ({"chosen": "4", "rejected": "5"}, "'chosen' is text beside which no 'prompt' is"),
+        ({"prompt": "2?", "chosen": "4"}, "no pair: it has 'prompt', 'chosen', and no 'rejected'; fix the row, or name its"),
+        ({"chosen": "4", "rejected": "5"}, "'chosen' is text without a 'prompt' beside it"),
         ({"prompt": "2?", "chosen": 4, "rejected": "5"}, "'chosen' is "),
         ({"chosen": [{"role": "user"}], "rejected": "5"}, "chosen[0] has 'role'; a turn is"),
     ],
@@ -80,7 +80,7 @@ def prepared(folder: Path, rows: list[dict[str, Any]], **keys: Any) -> PreparedD
 
 
 def epoch(found: PreparedData) -> list[MicroBatch]:
-    data = TrainData(found.train, found.weights, seq_len=S, seed=0, isolate_documents=True, global_sequences=1)
+    data = TrainData(found.train, found.weights, row_tokens=S, seed=0, isolate_documents=True, global_sequences=1)
     return [batch for step in range(data.num_samples) for batch in data.micro_batches(step, dp_rank=0, dp=1, micro_sequences=1)]
 
 
@@ -88,9 +88,9 @@ def test_an_epoch_has_every_pair_once_with_only_its_answers_as_targets(tmp_path:
     found = prepared(tmp_path, ROWS)
     seen = []
     for batch in epoch(found):
-        ends = np.cumsum([0, *batch.documents[0]]).tolist()
+        ends = np.cumsum([0, *batch.documents.lengths[0]]).tolist()
         answers = []
-        for begin, end in list(pairwise(ends))[: len(batch.documents[0]) // 2 * 2]:
+        for begin, end in list(pairwise(ends))[: len(batch.documents.lengths[0]) // 2 * 2]:
             tokens, labels = batch.tokens_BS[0, begin:end], batch.labels_BS[0, begin:end]
             answer = found.tokenizer.decode(labels[labels != IGNORE].tolist())
             prompt = found.tokenizer.decode(tokens[: int((labels != IGNORE).nonzero()[0])].tolist())
@@ -110,7 +110,7 @@ def test_pairs_that_are_not_learned_whole_are_told(tmp_path: Path) -> None:
         {"prompt": "d", "chosen": "yes", "rejected": "yes"},
     ]
     found = prepared(tmp_path, rows)
-    answers = [length for batch in epoch(found) for length in batch.documents[0][:2]]
+    answers = [length for batch in epoch(found) for length in batch.documents.lengths[0][:2]]
     assert sorted(answers) == [20, 20, 21, S // 2], "the long answer is cut at half a row"
     told = "\n".join(found.notes)
     cut = 17 + 61 - S // 2

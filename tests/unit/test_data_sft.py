@@ -42,7 +42,7 @@ def prepared(path: Path, progress: Callable[[int, int, str], None] = silent, **k
 
 
 def train_data(found: PreparedData, *, seq_len: int = S, isolate: bool = True, seed: int = 0) -> TrainData:
-    return TrainData(found.train, found.weights, seq_len=seq_len, seed=seed, isolate_documents=isolate, global_sequences=4)
+    return TrainData(found.train, found.weights, row_tokens=seq_len, seed=seed, isolate_documents=isolate, global_sequences=4)
 
 
 def answers_of(found: PreparedData, batches: Iterator[MicroBatch] | list[MicroBatch]) -> list[str]:
@@ -72,7 +72,7 @@ def test_an_epoch_learns_every_answer_once_with_its_question_before_it(isolate: 
     assert sorted(answers_of(found, batches)) == sorted(row["completion"] for row in ROWS)
     for batch in batches:
         tokens, labels = batch.tokens_BS[0], batch.labels_BS[0]
-        documents = batch.documents[0] if isolate else tuple(np.diff([0, *starts(found, tokens), S]).tolist())
+        documents = batch.documents.lengths[0] if isolate else tuple(np.diff([0, *starts(found, tokens), S]).tolist())
         for begin, size in zip(np.cumsum([0, *documents]), documents, strict=False):
             inside = tokens[begin : begin + size].tolist()
             if set(inside) == {found.tokenizer.end_of_document}:  # what is left of the row
@@ -106,13 +106,13 @@ def test_the_summary_and_the_baseline_count_targets(tmp_path: Path) -> None:
     counts = np.ones(257)
     for batch in epoch(found):
         np.add.at(counts, batch.labels_BS[batch.labels_BS != IGNORE].numpy(), 1)
-    data = EvalData(found.evaluation, seq_len=S, isolate_documents=True, sequences=99)
+    data = EvalData(found.evaluation, row_tokens=S, isolate_documents=True, sequences=99)
     held = np.concatenate(
         [batch.labels_BS[batch.labels_BS != IGNORE].numpy() for batch in data.micro_batches(dp_rank=0, dp=1, micro_sequences=1)]
     )
     assert len(held) == found.evaluation[0].packing.targets
     expected = np.exp(-np.log(counts / counts.sum())[held].mean())
-    keys = {"seq_len": S, "isolate_documents": True, "sequences": 99}
+    keys = {"row_tokens": S, "isolate_documents": True, "sequences": 99}
     assert unigram_perplexity(found.train, found.evaluation, 257, **keys) == pytest.approx(expected, rel=1e-9)
 
 

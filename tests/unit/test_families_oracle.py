@@ -38,12 +38,13 @@ from tests.unit.oracle import (
 )
 from tests.unit.shapes import B, S, V
 from tests.unit.stages import stage_from
+from trainer.data.loader import MicroBatch
 from trainer.model import transformer
 from trainer.model.blocks import blocks_of
 from trainer.model.families import FAMILIES
-from trainer.model.hf_config import to_hf_config, translate
+from trainer.model.hf_config import from_hf, to_hf
 from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
-from trainer.model.names import WEIGHT_NAMES
+from trainer.model.names import names_of
 from trainer.model.transformer import Stage, _frequency_scale, logical_specs
 
 LLAMA3_ROPE = {
@@ -162,8 +163,10 @@ def test_logits_loss_and_gradients_equal_transformers(name: str, tmp_path: Path)
     labels = targets(ours.config.family, tokens, documents.lengths)
     # Takes the mean itself, and with a causal model it shifts the labels.
     expected = theirs(input_ids=tokens, labels=tokens if ours.config.causal else labels)
-    assert_close(ours(tokens, documents).detach(), expected.logits.detach(), 1e-5, "logits")
-    loss = ours(tokens, documents, labels) / (labels != IGNORE).sum()
+    assert_close(
+        ours(tokens, batch=MicroBatch(tokens, documents), output="logits").detach(), expected.logits.detach(), 1e-5, "logits"
+    )
+    loss = ours(tokens, batch=MicroBatch(tokens, documents, labels)) / (labels != IGNORE).sum()
     assert abs(loss.item() - expected.loss.item()) < 1e-5
     expected.loss.backward()
     loss.backward()
@@ -175,8 +178,8 @@ def test_a_packed_row_equals_each_document_alone(name: str, tmp_path: Path) -> N
     theirs, ours = twins(name, tmp_path)
     tokens = random_tokens()
     labels = targets(ours.config.family, tokens, PACKED)
-    logits = ours(tokens, Documents(PACKED))
-    loss_sum = ours(tokens, Documents(PACKED), labels)
+    logits = ours(tokens, batch=MicroBatch(tokens, Documents(PACKED)), output="logits")
+    loss_sum = ours(tokens, batch=MicroBatch(tokens, Documents(PACKED), labels))
     expected_sum = torch.zeros(())
     for row, lengths in enumerate(PACKED):
         for start, end in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
@@ -200,9 +203,9 @@ def test_bert_in_float64_equals_transformers(tmp_path: Path) -> None:
     tokens, documents = random_tokens(), Documents.whole_rows(B, S)
     labels = targets("bert", tokens, documents.lengths)
     expected = theirs(input_ids=tokens, labels=labels)
-    assert_close(ours(tokens, documents), expected.logits, 1e-12, "logits")
+    assert_close(ours(tokens, batch=MicroBatch(tokens, documents), output="logits"), expected.logits, 1e-12, "logits")
     expected.loss.backward()
-    (ours(tokens, documents, labels) / (labels != IGNORE).sum()).backward()
+    (ours(tokens, batch=MicroBatch(tokens, documents, labels)) / (labels != IGNORE).sum()).backward()
     assert_same_gradients(ours, theirs, 1e-12)
 
 
@@ -212,7 +215,7 @@ def test_both_sides_of_a_token_count_and_no_other_document_does(tmp_path: Path) 
     other = tokens.clone()
     other[1, first + 3] = (other[1, first + 3] + 7) % V
     with torch.no_grad():
-        before, after = (ours(x, Documents(PACKED)) for x in (tokens, other))
+        before, after = (ours(x, batch=MicroBatch(x, Documents(PACKED)), output="logits") for x in (tokens, other))
     changed = (before != after).any(-1)
     assert changed[1, first:].all(), "a token before or after the changed one did not see it"
     assert changed.sum() == second, "a token of another document saw it"
@@ -221,7 +224,7 @@ def test_both_sides_of_a_token_count_and_no_other_document_does(tmp_path: Path) 
 def test_without_pairs_only_the_first_token_type_learns(tmp_path: Path) -> None:
     _, ours = twins("bert-types", tmp_path)
     tokens = random_tokens()
-    ours(tokens, Documents(PACKED), targets("bert", tokens, PACKED)).backward()
+    ours(tokens, batch=MicroBatch(tokens, Documents(PACKED), targets("bert", tokens, PACKED))).backward()
     gradient = logical_gradients(ours)["bert.embeddings.token_type_embeddings.weight"]
     assert gradient.any(1).tolist() == [True, False, False, False, False]
 
@@ -234,7 +237,7 @@ def test_bert_drops_where_transformers_drops(tmp_path: Path, monkeypatch: pytest
     theirs.train().save_pretrained(tmp_path)
     ours = stage_from(tmp_path)
     streams, cpu = Streams((5, 6, 7)), torch.device("cpu")
-    names = WEIGHT_NAMES["bert"]
+    names = names_of(ours.config)
     in_a_layer = (f"{names.attention_out}.weights", names.attention_out, names.mlp_out)
     sites = iter([names.embedding, *(site.format(layer=layer) for layer in range(2) for site in in_a_layer)])
 
@@ -253,7 +256,7 @@ def test_bert_drops_where_transformers_drops(tmp_path: Path, monkeypatch: pytest
     expected = theirs(input_ids=tokens, labels=labels)
     assert next(sites, None) is None, "transformers drops in fewer places"
     expected.loss.backward()
-    (ours(tokens, documents, labels, streams) / (labels != IGNORE).sum()).backward()
+    (ours(tokens, batch=MicroBatch(tokens, documents, labels, streams=streams)) / (labels != IGNORE).sum()).backward()
     assert_same_gradients(ours, theirs, 1e-5)
 
 
@@ -264,7 +267,7 @@ def test_recompute_changes_no_bit(name: str, tmp_path: Path) -> None:
     seen = []
     for recompute in ("none", "full"):
         ours = stage_from(tmp_path, recompute=recompute)
-        loss = ours(tokens, Documents(PACKED), targets(ours.config.family, tokens, PACKED))
+        loss = ours(tokens, batch=MicroBatch(tokens, Documents(PACKED), targets(ours.config.family, tokens, PACKED)))
         loss.backward()
         seen.append((loss.detach(), logical_gradients(ours)))
     assert torch.equal(seen[0][0], seen[1][0])
@@ -276,7 +279,7 @@ def test_recompute_changes_no_bit(name: str, tmp_path: Path) -> None:
 def test_out_and_in_again(name: str, tmp_path: Path) -> None:
     """What we write is what transformers wrote: the same tensors bit by bit, and a config that means the same."""
     theirs, ours = twins(name, tmp_path / "theirs")
-    config = to_hf_config(ours.config, dtype="float32", eos_token_id=None)
+    config = to_hf(ours.config, dtype="float32", eos_token_id=None)
     tensors = ((spec, parameter.detach()) for _, parameter, spec in owned_specs(ours))
     write_folder(tensors, tmp_path / "ours", dtype=torch.float32, config=config, save_beside=lambda folder: None)
 
@@ -290,9 +293,9 @@ def test_out_and_in_again(name: str, tmp_path: Path) -> None:
         assert torch.equal(loaded.eval()(input_ids=tokens).logits, theirs(input_ids=tokens).logits)
     for side in ("ours", "theirs"):
         hf_config = read_config(tmp_path / side)
-        assert translate(hf_config["model_type"], hf_config) == ours.config
+        assert from_hf(hf_config["model_type"], hf_config) == ours.config
     specs = logical_specs(ours.config)
-    PretrainedWeights(tmp_path / "ours").check_names(specs, ties=WEIGHT_NAMES[ours.config.family].ties(specs))
+    PretrainedWeights(tmp_path / "ours").check_names(specs, ties=names_of(ours.config).ties(specs))
 
 
 @pytest.mark.parametrize("original_positions", [16, 512, 8192])
@@ -311,7 +314,7 @@ def test_rotary_angles_are_those_of_transformers_to_the_bit(
         "max_position_embeddings": 2 * original_positions,
         "rope_parameters": {**rope, "rope_theta": theta},
     }
-    config = translate("llama", shape)
+    config = from_hf("llama", shape)
     positions = torch.arange(0, 2 * original_positions, max(1, original_positions // 61)).unsqueeze(0)
     expected = LlamaRotaryEmbedding(LlamaConfig(**shape))(torch.zeros(()), positions)
     scale = _frequency_scale(config.rope_scaling)
@@ -398,11 +401,11 @@ def test_cross_entropy_has_the_gradients_of_its_formula(
     logits = logits if softcap is None else soft_cap(logits, softcap)
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
     inputs = (hidden, *head.parameters())
-    got = head(hidden.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(head(hidden.flatten(0, 1)), logits.flatten(0, 1), rtol=1e-12, atol=1e-12)
+    got = head.loss_sum(hidden.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(head.logits(hidden.flatten(0, 1)), logits.flatten(0, 1), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     expected_N = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    got_N = head(hidden.flatten(0, 1), labels.flatten(), by_token=True)
+    got_N = head.token_losses(hidden.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(got_N, expected_N, rtol=1e-12, atol=1e-12)
     of_each = torch.randn(21, dtype=torch.float64)
     for ours, theirs in (
@@ -422,17 +425,17 @@ def test_an_evaluation_counts_labels_with_the_highest_logit(monkeypatch: pytest.
         head.weight[20] = head.weight[5]
     hidden = torch.randn(15, 12, dtype=torch.float64)
     hidden[0] = 4 * head.weight[5].detach() / head.weight[5].norm()
-    guesses = head(hidden).argmax(-1)
+    guesses = head.logits(hidden).argmax(-1)
     labels = guesses.clone()
     labels[1::3] = (labels[1::3] + 1) % 37
     labels[2::3] = IGNORE
-    losses_N, hits_N = head(hidden, labels, measured=True)
+    losses_N, hits_N = head.losses_and_hits(hidden, labels)
     assert torch.equal(hits_N, (guesses == labels).double())
     assert losses_N[2::3].abs().max() == 0
-    assert losses_N.sum().item() == pytest.approx(head(hidden, labels).item(), rel=1e-12)
+    assert losses_N.sum().item() == pytest.approx(head.loss_sum(hidden, labels).item(), rel=1e-12)
     assert guesses[0] == 5, "the two rows must tie for the highest"
     for label, right in ((5, 1), (20, 0)):
-        assert head(hidden[:1], torch.tensor([label]), measured=True)[1] == right
+        assert head.losses_and_hits(hidden[:1], torch.tensor([label]))[1] == right
 
 
 def test_an_offset_norm_in_bf16_keeps_small_weights() -> None:
@@ -447,7 +450,7 @@ def test_an_offset_norm_in_bf16_keeps_small_weights() -> None:
 
 @pytest.mark.parametrize("family", ["gemma2", "qwen3"])
 def test_norms_start_at_the_factor_one(family: str) -> None:
-    config = translate(family, {**GROUPED, "head_dim": 6})
+    config = from_hf(family, {**GROUPED, "head_dim": 6})
     stage = Stage(
         config,
         blocks_of(config),
@@ -498,7 +501,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def shard_from(folder: Path, tp: TensorParallel, dtype: torch.dtype) -> Stage:
     """This rank's part of the model, read from the folder by slices."""
     hf_config = read_config(folder)
-    config = translate(hf_config["model_type"], hf_config)
+    config = from_hf(hf_config["model_type"], hf_config)
     stage = Stage(
         config,
         blocks_of(config),
@@ -518,7 +521,7 @@ def differences(mesh: Mesh, folder: Path, dtype: torch.dtype, *, sequence: bool 
     labels = targets(read_config(folder)["model_type"], tokens, documents.lengths)
     ways = (TensorParallel.alone(), TensorParallel(mesh.tp, sequence=sequence))
     stages = [shard_from(folder, tp, dtype) for tp in ways]
-    losses = [stage(tokens, documents, labels) for stage in stages]
+    losses = [stage(tokens, batch=MicroBatch(tokens, documents, labels)) for stage in stages]
     for loss in losses:
         (loss / loss.detach()).backward()
     logical = logical_gradients(stages[0])
@@ -545,7 +548,7 @@ def test_padding_of_the_vocabulary_is_0_and_not_what_lay_in_memory(
     stage = shard_from(folders["gemma2-untied"], TensorParallel(group, sequence=False), torch.float32)
     assert stage.head is not None
     bert = shard_from(folders["bert"], TensorParallel(group, sequence=False), torch.float32)
-    for weight in (stage.embedding.tokens.weight, stage.head.logits.weight, bert.head.logits.bias):
+    for weight in (stage.embedding.tokens.weight, stage.head.output.weight, bert.head.output.bias):
         assert torch.isfinite(weight).all()
         assert bool(weight[-1].any()) == (rank < 3)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,81 +168,98 @@ def test_what_comes_first_in_the_flow_of_the_data_is_the_first_suspect() -> None
 # --------------------------------------------------------------------------------------------------------------- counting
 
 
-class FakeRun:
-    """As much of a session as the guard asks for; nothing is replayed."""
+class Healthy:
+    """An inspector that finds nothing wrong."""
 
-    def __init__(self, folder: Path, *, first: bool = True, memory: dict[str, Any] | None = None, **sections: Any) -> None:
-        self.recipe = Recipe.model_validate({"model": {"family": "llama"}, **sections})
-        self.notes: list[str] = []
-        self.place = SimpleNamespace(is_first=first)
-        self.folder = SimpleNamespace(path=folder)
-        self.tracker = SimpleNamespace(note=self.notes.append)
-        self.checkpoints = SimpleNamespace(
-            memory={"guard": memory} if memory else {}, start_step=0, wait=list, saved_step=None, rewinds=0
-        )
-        self.engine = SimpleNamespace(scaler=LossScaler.from_recipe(self.recipe.precision), zero_stage=0)
-        self.plan = BatchPlan(global_sequences=8, micro_sequences=2, dp=2, num_micro_batches=2, seq_len=16)
-        self.mesh = SimpleNamespace(layout=Layout(dp=2))
-        self.skipped_data = 0
+    def culprit(self, *_: Any, **__: Any) -> None:
+        return None
 
-    def say(self, lines: list[str]) -> None:
-        self.notes.extend(lines)
+    def disagreements(self, step: int, lr: float) -> list[str]:
+        return []
+
+    def loss(self, step: int) -> float:
+        return 1.0
+
+
+@dataclass
+class Run:
+    """A guard, what it said, and what it reads between steps."""
+
+    guard: Guard
+    notes: list[str]
+    checkpoints: Any
+    scaler: LossScaler
+
+
+def run_of(folder: Path, *, first: bool = True, memory: dict[str, Any] | None = None, skipped: int = 0, **sections: Any) -> Run:
+    recipe = Recipe.model_validate({"model": {"family": "llama"}, **sections})
+    plan = BatchPlan(global_sequences=8, micro_sequences=2, dp=2, num_micro_batches=2, row_tokens=16)
+    checkpoints: Any = SimpleNamespace(
+        memory={"guard": memory} if memory else {}, start_step=0, wait=list, saved_step=None, rewinds=0
+    )
+    notes: list[str] = []
+    scaler = LossScaler.from_recipe(recipe.precision)
+    guard = Guard(
+        recipe,
+        plan,
+        Layout(dp=2),
+        Healthy(),  # type: ignore[arg-type]
+        scaler=scaler,
+        checkpoints=checkpoints,
+        first_sequence=lambda step: (step + skipped) * plan.global_sequences,
+        folder=folder / "guard",
+        is_first=first,
+        note=notes.append,
+    )
+    return Run(guard, notes, checkpoints, scaler)
 
 
 def result(*, loss: float = 1.0, norm: float = 1.0, scale: float = 1.0, skipped: bool = False) -> StepResult:
     return StepResult(loss, 10, norm, scale, skipped)
 
 
-def guard_of(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> Guard:
-    run.engine.watch = lambda name: nullcontext()
-    run.ranks = Messages.alone()
-    monkeypatch.setattr("trainer.guard.guard.find_culprit", lambda *args, **keys: None)
-    monkeypatch.setattr("trainer.guard.guard.replicas", lambda *args: [])
-    return Guard(run)  # type: ignore[arg-type]
-
-
 SKIP = result(norm=math.inf, skipped=True)
 
 
-def test_the_run_ends_after_so_many_skipped_steps_in_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = FakeRun(tmp_path, guard={"max_skipped": 3, "check_every": 0}, precision={"dtype": "bf16"})
-    guard = guard_of(run, monkeypatch)
+def test_the_run_ends_after_so_many_skipped_steps_in_a_row(tmp_path: Path) -> None:
+    run = run_of(tmp_path, guard={"max_skipped": 3, "check_every": 0}, precision={"dtype": "bf16"})
+    guard = run.guard
     for step, outcome in enumerate([SKIP, SKIP, result(), SKIP, SKIP]):
         guard.judge(step, 0.1, outcome, [])
     with pytest.raises(NoProgress, match=r"3 steps in a row were skipped.*optimizer\.lr") as caught:
         guard.judge(5, 0.1, SKIP, [])
     assert caught.value.exit_code == EXIT_NO_PROGRESS == 93
     assert len(caught.value.lines) == 1
-    other = guard_of(FakeRun(tmp_path, first=False, guard={"max_skipped": 1}), monkeypatch)
+    other = run_of(tmp_path, first=False, guard={"max_skipped": 1}).guard
     with pytest.raises(PeerFailed) as silent:
         other.judge(0, 0.1, SKIP, [])
     assert (silent.value.exit_code, silent.value.lines) == (93, [])
 
 
-def test_a_dynamic_loss_scale_may_search_and_only_its_floor_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dynamic_loss_scale_may_search_and_only_its_floor_counts(tmp_path: Path) -> None:
     precision = {"dtype": "fp16", "loss_scale": {"initial_power": 8, "hysteresis": 1, "minimum": 4}}
-    run = FakeRun(tmp_path, guard={"max_skipped": 5}, precision=precision)
-    guard = guard_of(run, monkeypatch)
+    run = run_of(tmp_path, guard={"max_skipped": 5}, precision=precision)
+    guard = run.guard
     for step, scale in enumerate((256.0, 128.0, 64.0, 32.0, 16.0, 8.0, *[4.0] * 4)):
-        assert run.engine.scaler.scale == scale
-        run.engine.scaler.update(overflow=True)
+        assert run.scaler.scale == scale
+        run.scaler.update(overflow=True)
         guard.judge(step, 0.1, result(norm=math.inf, scale=scale, skipped=True), [])
     with pytest.raises(NoProgress, match=r"smallest loss scale 4: set precision\.dtype to bf16"):
         guard.judge(10, 0.1, result(norm=math.inf, scale=4.0, skipped=True), [])
-    static = FakeRun(tmp_path, guard={"max_skipped": 1}, precision={"dtype": "fp16", "loss_scale": {"static": 64.0}})
+    static = run_of(tmp_path, guard={"max_skipped": 1}, precision={"dtype": "fp16", "loss_scale": {"static": 64.0}})
     with pytest.raises(NoProgress, match=r"loss_scale\.static 64"):
-        guard_of(static, monkeypatch).judge(0, 0.1, SKIP, [])
+        static.guard.judge(0, 0.1, SKIP, [])
 
 
-def test_zero_means_never(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    guard = guard_of(FakeRun(tmp_path, guard={"max_skipped": 0, "check_every": 0}), monkeypatch)
+def test_zero_means_never(tmp_path: Path) -> None:
+    guard = run_of(tmp_path, guard={"max_skipped": 0, "check_every": 0}).guard
     for step in range(100):
         guard.judge(step, 0.1, SKIP, [])
     assert guard.state() == {"skipped_in_a_row": 100}
 
 
-def test_only_the_newest_records_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    guard = guard_of(FakeRun(tmp_path, guard={"max_skipped": 0, "check_every": 0}), monkeypatch)
+def test_only_the_newest_records_stay(tmp_path: Path) -> None:
+    guard = run_of(tmp_path, guard={"max_skipped": 0, "check_every": 0}).guard
     for step in range(REPLAY_FILES + 7):
         guard.judge(step, 0.1, SKIP, [])
     files = sorted((tmp_path / "guard").iterdir())
@@ -255,14 +272,14 @@ def test_only_the_newest_records_stay(tmp_path: Path, monkeypatch: pytest.Monkey
 SPIKES = {"max_skipped": 0, "check_every": 0, "spike_window": 8, "spike_threshold": 10.0}
 
 
-def test_decisions_are_the_same_after_resuming_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decisions_are_the_same_after_resuming_anywhere(tmp_path: Path) -> None:
     stream = random.Random(0)
     sections = {"guard": {**SPIKES, "on_spike": "skip", "max_skipped": 4}}
-    whole = FakeRun(tmp_path / "whole", **sections)
-    guard, spikes = guard_of(whole, monkeypatch), 0
+    whole = run_of(tmp_path / "whole", **sections)
+    guard, spikes = whole.guard, 0
     for step in range(200):
-        resumed = FakeRun(tmp_path / "resumed", memory=json.loads(json.dumps(guard.state())), **sections)
-        again = guard_of(resumed, monkeypatch)
+        resumed = run_of(tmp_path / "resumed", memory=json.loads(json.dumps(guard.state())), **sections)
+        again = resumed.guard
         assert (again.norm_limit, again.state()) == (guard.norm_limit, guard.state())
         norm = stream.gauss(1.0, 0.1) * (20.0 if stream.random() < 0.05 else 1.0)
         loss = stream.gauss(3.0, 0.1) * (4.0 if stream.random() < 0.05 else 1.0)
@@ -276,35 +293,35 @@ def test_decisions_are_the_same_after_resuming_anywhere(tmp_path: Path, monkeypa
     assert spikes > 10
 
 
-def test_a_spike_is_told_and_off_keeps_no_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    warning = FakeRun(tmp_path, guard={**SPIKES, "on_spike": "warn"})
-    guard = guard_of(warning, monkeypatch)
+def test_a_spike_is_told_and_off_keeps_no_history(tmp_path: Path) -> None:
+    warning = run_of(tmp_path, guard={**SPIKES, "on_spike": "warn"})
+    guard = warning.guard
     for step in range(8):
         guard.judge(step, 0.1, result(loss=2.0 + step / 100, norm=1.0 + step / 100), [])
     assert guard.norm_limit == math.inf, "warn applies every gradient"
     guard.judge(8, 0.1, result(loss=9.0, norm=1.0), [])
     assert len(warning.notes) == 1
     assert warning.notes[0].startswith("step 9: spike: loss 9 is above ")
-    silent = FakeRun(tmp_path, guard={"check_every": 0})
-    guard = guard_of(silent, monkeypatch)
+    silent = run_of(tmp_path, guard={"check_every": 0})
+    guard = silent.guard
     for step in range(9):
         guard.judge(step, 0.1, result(loss=9.0 if step == 8 else 2.0), [])
     assert silent.notes == []
     assert guard.state() == {"skipped_in_a_row": 0}
 
 
-def test_a_spike_before_the_first_checkpoint_is_told_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = FakeRun(tmp_path, guard={**SPIKES, "on_spike": "rewind"})
-    guard = guard_of(run, monkeypatch)
+def test_a_spike_before_the_first_checkpoint_is_told_and_stays(tmp_path: Path) -> None:
+    run = run_of(tmp_path, guard={**SPIKES, "on_spike": "rewind"})
+    guard = run.guard
     for step in range(9):
         guard.judge(step, 0.1, result(loss=90.0 if step == 8 else 2.0), [])
     assert run.notes[-1] == "there is no checkpoint to go back to yet: training goes on"
     assert not guard.must_rewind
 
 
-def test_spikes_after_one_checkpoint_whatever_the_data_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = FakeRun(tmp_path, guard={**SPIKES, "on_spike": "rewind"})
-    guard = guard_of(run, monkeypatch)
+def test_spikes_after_one_checkpoint_whatever_the_data_end_the_run(tmp_path: Path) -> None:
+    run = run_of(tmp_path, guard={**SPIKES, "on_spike": "rewind"})
+    guard = run.guard
     for step in range(8):
         guard.judge(step, 0.1, result(loss=2.0), [])
     run.checkpoints.saved_step = run.checkpoints.start_step = 4
@@ -318,15 +335,13 @@ def test_spikes_after_one_checkpoint_whatever_the_data_end_the_run(tmp_path: Pat
         guard.judge(9, 0.1, result(loss=90.0), [])
 
 
-def test_the_sequences_of_a_micro_batch_are_those_of_its_place_in_the_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sequences_of_a_micro_batch_are_those_of_its_place_in_the_step(tmp_path: Path) -> None:
     from trainer.guard.culprit import Culprit
 
-    guard = guard_of(FakeRun(tmp_path), monkeypatch)
+    guard = run_of(tmp_path).guard
     assert guard._sequences(3, Culprit("loss", (1,), 1)) == [30, 31]  # 3 · 8 + 1 · 4 + 1 · 2
     assert guard._sequences(3, Culprit("loss", (0, 1), 0)) == [24, 25, 28, 29]
-    guard._run.skipped_data = 2  # type: ignore[misc]
+    guard = run_of(tmp_path, skipped=2).guard
     assert guard._sequences(1, Culprit("loss", (0, 1), 0)) == [24, 25, 28, 29], "of the data, not of the step"
     assert guard._sequences(3, Culprit("weight x", (0,), None)) == []
 

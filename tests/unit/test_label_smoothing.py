@@ -15,7 +15,8 @@ from parallel.params import Init, initialise
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.spawn import spawn
-from trainer.model.objective import loss_of
+from trainer.data.loader import MicroBatch
+from trainer.model.objective import objective_of
 from trainer.schema import Recipe
 
 N, D, V = 21, 6, 11  # no degree divides V: of three ranks the last has a row of padding
@@ -38,7 +39,7 @@ def smoothed(tp: TensorParallel, softcap: float | None) -> list[Tensor]:
     """Loss, gradient of the input, and this rank's gradients of weight and bias."""
     (h, labels), head = drawn(), head_of(tp, softcap)
     h.requires_grad_()
-    value = head(h, labels, smoothing=SMOOTHING)
+    value = head.loss_sum(h, labels, smoothing=SMOOTHING)
     (value / 7).backward()
     assert h.grad is not None
     return [value.detach(), h.grad, *(parameter.grad for parameter in head.parameters() if parameter.grad is not None)]
@@ -50,7 +51,7 @@ def test_it_is_torchs(softcap: float | None, monkeypatch: pytest.MonkeyPatch) ->
     got = smoothed(TensorParallel.alone(), softcap)
     (h, labels), head = drawn(), head_of(TensorParallel.alone(), softcap)
     h.requires_grad_()
-    value = functional.cross_entropy(head(h), labels, ignore_index=IGNORE, label_smoothing=SMOOTHING, reduction="sum")
+    value = functional.cross_entropy(head.logits(h), labels, ignore_index=IGNORE, label_smoothing=SMOOTHING, reduction="sum")
     (value / 7).backward()
     for one, other in zip(got, [value.detach(), h.grad, *(p.grad for p in head.parameters())], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
@@ -59,17 +60,17 @@ def test_it_is_torchs(softcap: float | None, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_measured_is_not_smoothed() -> None:
     (h, labels), head = drawn(), head_of(TensorParallel.alone(), None)
     with torch.no_grad():
-        plain = functional.cross_entropy(head(h), labels, ignore_index=IGNORE, reduction="sum")
-        torch.testing.assert_close(head(h, labels, measured=True)[0].sum(), plain)
+        plain = functional.cross_entropy(head.logits(h), labels, ignore_index=IGNORE, reduction="sum")
+        torch.testing.assert_close(head.losses_and_hits(h, labels)[0].sum(), plain)
 
 
 def test_a_recipe_smooths_what_is_minimised_and_not_what_is_measured() -> None:
-    minimised = loss_of(Recipe.model_validate({"train": {"label_smoothing": SMOOTHING}}))
+    minimised = objective_of(Recipe.model_validate({"train": {"label_smoothing": SMOOTHING}}))
     (h, labels), head = drawn(), head_of(TensorParallel.alone(), None)
-    rows = head, h, labels.view(3, 7), Documents.whole_rows(3, 7), None
+    batch = MicroBatch(labels, Documents.whole_rows(3, 7), labels.view(3, 7))
     with torch.no_grad():
-        assert minimised(*rows, measured=False) == head(h, labels, smoothing=SMOOTHING)
-        torch.testing.assert_close(minimised(*rows, measured=True)[0], head(h, labels))
+        assert minimised.loss(head, h, batch) == head.loss_sum(h, labels, smoothing=SMOOTHING)
+        torch.testing.assert_close(minimised.sums(head, h, batch)[0], head.loss_sum(h, labels))
 
 
 def on_ranks(mesh: Mesh) -> list[Tensor]:

@@ -66,9 +66,7 @@ def test_a_tokenizer_that_fails_on_a_text_is_the_recipes_fault(name: str, tmp_pa
         lambda: tokenizer.encode_with_offsets(TEXT + "!", special=True),
         lambda: tokenizer.encode_sequence(TEXT + "!", max_tokens=9),
     ):
-        with pytest.raises(
-            RecipeError, match=r"^data\.tokenizer: encoding 'aaa.* fails: .*; mend its tokenizer\.json, or give"
-        ):
+        with pytest.raises(RecipeError, match=r"^data\.tokenizer: encoding 'aaa.* fails: .*; fix its tokenizer\.json, or give"):
             ask()
 
 
@@ -146,7 +144,7 @@ def test_a_pipe_in_the_place_of_a_file(name: str, tmp_path: Path) -> None:
     folder = put(tmp_path / "it", state())
     (tmp_path / "it" / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / "it" / name)
-    with pytest.raises(RecipeError, match=rf"data\.tokenizer: .*{name} is no regular file"):
+    with pytest.raises(RecipeError, match=rf"data\.tokenizer: .*{name} is not a regular file"):
         load_tokenizer(folder)
 
 

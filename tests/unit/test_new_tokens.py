@@ -22,11 +22,12 @@ from tests.unit.stages import whole_model
 from trainer.checkpoint.facts import recipe_facts, refusals
 from trainer.data.chat import Chat
 from trainer.data.conversations import Conversation, Message
+from trainer.data.loader import MicroBatch
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, train_bpe
-from trainer.engine.parameter_counts import Census
+from trainer.engine.parameter_counts import ParameterCounts
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
-from trainer.model.hf_config import to_hf_config, translate
+from trainer.model.hf_config import from_hf, to_hf
 from trainer.model.hugging_face import PretrainedWeights, assembled
 from trainer.model.new_tokens import grown, growth_findings, new_token_findings, number_at_the_end, require_rows, stand_ins
 from trainer.schema import Recipe, Tuning
@@ -236,7 +237,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def network_of(name: str, vocab_size: int = SIZE) -> TransformerConfig:
     family, sizes = FAMILIES[name]
-    return translate(family, {**sizes, "vocab_size": vocab_size})
+    return from_hf(family, {**sizes, "vocab_size": vocab_size})
 
 
 def transformers_model(name: str, folder: Path | None = None) -> Any:
@@ -247,7 +248,7 @@ def transformers_model(name: str, folder: Path | None = None) -> Any:
     if folder is not None:
         return kind.from_pretrained(folder, attn_implementation="eager").eval()
     torch.manual_seed(0)
-    config = to_hf_config(network_of(name, ROWS), dtype="float32", eos_token_id=0)
+    config = to_hf(network_of(name, ROWS), dtype="float32", eos_token_id=0)
     model = kind.from_config(transformers.AutoConfig.for_model(**config))
     with torch.no_grad():  # biases of heads start at 0, whose mean would say nothing
         for parameter in model.parameters():
@@ -284,7 +285,7 @@ def test_a_bias_that_lies_down_grows_too(tmp_path: Path) -> None:
     """Marian's, [1, V]."""
     from safetensors.torch import save_file
 
-    from parallel.params import Piece
+    from parallel.pieces import Piece
 
     bias = torch.randn(1, ROWS)
     save_file({"final_logits_bias": bias}, tmp_path / "model.safetensors")
@@ -330,12 +331,12 @@ def test_embedding_and_head_compute_what_plain_matrices_would(tied: bool, softca
         return logits, cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
 
     logits, losses = plain()
-    torch.testing.assert_close(head(embedding(ids)), logits)
-    torch.testing.assert_close(head(embedding(ids), labels, measured=True)[0], losses)
+    torch.testing.assert_close(head.logits(embedding(ids)), logits)
+    torch.testing.assert_close(head.losses_and_hits(embedding(ids), labels)[0], losses)
     of_tokens = torch.randn(40, generator=stream, dtype=torch.float64)
     for ours, theirs in (
-        (head(embedding(ids), labels), losses.sum()),
-        ((head(embedding(ids), labels, by_token=True) * of_tokens).sum(), (losses * of_tokens).sum()),
+        (head.loss_sum(embedding(ids), labels), losses.sum()),
+        ((head.token_losses(embedding(ids), labels) * of_tokens).sum(), (losses * of_tokens).sum()),
     ):
         torch.testing.assert_close(ours, theirs)
         expected = [grad[list(tokens)] for grad in torch.autograd.grad(theirs, weights, retain_graph=True)]
@@ -374,7 +375,7 @@ def test_an_adapter_with_rows_leaves_and_merges(name: str, method: str, tmp_path
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=stream) * 0.1)
     tokens = torch.arange(SIZE)[None, -12:]
-    expected = stage(tokens, Documents(((12,),))).detach()
+    expected = stage(tokens, batch=MicroBatch(tokens, Documents(((12,),))), output="logits").detach()
 
     tensors = dict(assembled((spec, parameter.detach()) for _, parameter, spec in owned_specs(stage)))
     assert set(token_rows(recipe.tuning, network).values()) <= {key for key in tensors if is_added(key)}
@@ -384,7 +385,9 @@ def test_an_adapter_with_rows_leaves_and_merges(name: str, method: str, tmp_path
         assert torch.equal(whole[key][list(TOKENS)], tensors[rows])
     if method != "adapter":
         plain = whole_model(network, Tuning(), "cpu", lambda block: set_all(block, whole)).eval()
-        torch.testing.assert_close(plain(tokens, Documents(((12,),))), expected, rtol=1e-4, atol=1e-5)  # fp32, other sums
+        torch.testing.assert_close(
+            plain(tokens, batch=MicroBatch(tokens, Documents(((12,),))), output="logits"), expected, rtol=1e-4, atol=1e-5
+        )  # fp32, other sums
     if method == "bitfit":
         return
     (tmp_path / "adapter").mkdir()
@@ -425,9 +428,9 @@ def test_rows_are_counted_as_trained() -> None:
         whole_model(each, Tuning(method="lora"), "cpu", lambda block: initialise(block, seed=0))
         for each in (network_of("untied"), network)
     )
-    census = [
-        Census.take([(p, spec) for _, p, spec in owned_specs(stage)], TensorParallel.alone().group, torch.device("cpu"))
+    counts = [
+        ParameterCounts.of([(p, spec) for _, p, spec in owned_specs(stage)], TensorParallel.alone().group, torch.device("cpu"))
         for stage in (plain, with_rows)
     ]
-    assert census[1].trained - census[0].trained == 2 * len(TOKENS) * 32
-    assert census[1].frozen == census[0].frozen
+    assert counts[1].trained - counts[0].trained == 2 * len(TOKENS) * 32
+    assert counts[1].frozen == counts[0].frozen

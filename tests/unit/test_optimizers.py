@@ -1,3 +1,5 @@
+from typing import get_args
+
 import pytest
 import torch
 from deepspeed.git_version_info import installed_ops
@@ -5,12 +7,13 @@ from torch import nn
 
 from parallel.mesh import Group
 from parallel.params import Init, Role, ShardSpec, whole
-from trainer.engine.optimizers import Tiling, make_optimizer
+from trainer.engine.optimizers import MAKERS, Tiling, make_optimizer
 from trainer.errors import RecipeError
 from trainer.model.families import FAMILIES
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.transformer import logical_specs
 from trainer.schema import Optimizer, Recipe
+from trainer.update_rules import RULES, RuleName, Shape, StepCount, rule_of, states_of, states_per_element
 
 CPU = torch.device("cpu")
 
@@ -45,7 +48,7 @@ def test_only_matrices_decay(name: str) -> None:
 def test_the_roles_of_a_real_model(family: str) -> None:
     """Exactly the weights of linear layers and an untied head decay; a tied head is an embedding."""
     for tied in (True, False) if "tie_word_embeddings" in FAMILIES[family].keys else (True,):
-        config = translate(family, {"tie_word_embeddings": tied})
+        config = from_hf(family, {"tie_word_embeddings": tied})
         decaying = {p.name for spec in logical_specs(config) if spec.role is Role.MATRIX for p in spec.pieces}
         others = {p.name for spec in logical_specs(config) if spec.role is not Role.MATRIX for p in spec.pieces}
         linear = ("proj.weight", "c_attn.weight", "c_fc.weight", "lm_head.weight", "dense.weight", "fc1.weight", "fc2.weight")
@@ -122,3 +125,48 @@ def test_the_recipe_s_numbers_reach_the_update_rule() -> None:
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.1, (0.8, 0.9), 1e-6, 0.5)
     assert make_optimizer(recipe(name="sgd", momentum=0.9), parameters(), CPU).param_groups[0]["momentum"] == 0.9
     assert isinstance(make_optimizer(recipe(name="adafactor"), parameters(), CPU), torch.optim.Adafactor)
+
+
+def test_every_rule_has_a_row_and_a_maker() -> None:
+    assert set(get_args(RuleName)) == set(RULES) == set(MAKERS)
+
+
+KEYS = [*[{"name": name} for name in RULES if name != "lion"], {"name": "sgd", "momentum": 0.9}]
+
+
+@pytest.mark.parametrize("keys", KEYS, ids=str)
+def test_a_row_says_what_the_class_keeps(keys: dict[str, object]) -> None:
+    """Names in their order, shapes and the count, as torch has them after a step of a matrix and of a vector."""
+    keys_of_recipe = recipe(**keys).optimizer
+    rule, rows = rule_of(keys_of_recipe), states_of(keys_of_recipe)
+    matrix, vector = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(5))
+    specs = [(p, whole(n, tuple(p.shape), role=r, init=Init(), copies=Group.alone())) for n, r, p in (
+        ("matrix", Role.MATRIX, matrix), ("vector", Role.BIAS, vector)
+    )]  # fmt: skip
+    optimizer = make_optimizer(recipe(**keys), specs, CPU)
+    matrix.grad, vector.grad = torch.ones_like(matrix), torch.ones_like(vector)
+    optimizer.step()
+    for parameter in (matrix, vector):
+        kept = {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
+        count = kept.pop("step", None)
+        assert (count is not None) == (rule.count is StepCount.TENSOR)
+        if count is not None:
+            assert (count.shape, count.dtype, float(count)) == ((), torch.float32, 1.0)
+        dims = parameter.dim()
+        expected = [row for row in rows if (dims == 1 if row.of_vectors else dims == 2 or row.shape is Shape.WEIGHT)]
+        assert list(kept) == [row.name for row in expected]
+        assert [list(value.shape) for value in kept.values()] == [row.shape.beside(parameter.shape) for row in expected]
+    whole_ones = [value for value in optimizer.state[matrix].values() if getattr(value, "shape", None) == matrix.shape]
+    assert states_per_element(keys_of_recipe) == len(whole_ones)
+
+
+def test_a_row_of_lion_says_what_the_class_keeps() -> None:
+    if not installed_ops.get("cpu_lion"):
+        pytest.skip("DeepSpeed's cpu_lion is not built here, and compiling it takes minutes")
+    parameter, spec = parameters()[0]
+    optimizer = make_optimizer(recipe(name="lion"), [(parameter, spec)], CPU)
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert RULES["lion"].count is StepCount.NUMBER
+    assert optimizer.state[parameter]["step"] == 1
+    assert [name for name in optimizer.state[parameter] if name != "step"] == [row.name for row in RULES["lion"].states]

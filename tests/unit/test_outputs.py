@@ -41,7 +41,7 @@ def triaxis(words: str, folder: Path, redirected: str = "", **environment: str) 
 @pytest.mark.parametrize(
     ("words", "redirected", "code", "says"),
     [
-        ("check recipe.json", ">/dev/full", 65, "stdout: No space left on device: what was to be shown there is lost"),
+        ("check recipe.json", ">/dev/full", 65, "stdout: No space left on device: output is lost"),
         ("schema", ">&-", 65, "stdout: Bad file descriptor"),
         ("check recipe.json", "2>/dev/full", 0, ""),
         ("check nothing.json", "2>/dev/full", 78, ""),
@@ -75,7 +75,7 @@ def test_a_terminal_of_another_alphabet_shows_what_it_has(folder: Path) -> None:
 def test_a_run_whose_output_nobody_can_show_reaches_its_end(folder: Path) -> None:
     done = triaxis("train recipe.json", folder, ">/dev/full")
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "triaxis: error: stdout: No space left on device: what was to be shown there is lost\n"
+    assert done.stderr == "triaxis: error: stdout: No space left on device: output is lost\n"
     assert len((folder / "runs" / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 

@@ -20,7 +20,7 @@ NO_PATH = [
     ("HTTPS://host/x", r"an address \(HTTPS://\)"),
     ("file:///tmp/x", "write the path alone"),
     ("a\0b", "a NUL character"),
-    ("~nobody-of-that-name/x", "the home of nobody here"),
+    ("~nobody-of-that-name/x", "the home of no user here"),
     ("a" * 256, "too long"),
     ("é" * 128, "too long"),
     ("a/" * 2000, "too long"),

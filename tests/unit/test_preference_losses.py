@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from parallel.attention import Documents
 from parallel.loss import IGNORE
-from trainer.model.preference_losses import LOSSES, Answers, preference_loss, sums_over_pairs
+from trainer.data.loader import MicroBatch
+from trainer.model.preference_losses import LOSSES, Answers, Pairs, sums_over_pairs
 from trainer.schema import Preference
 
 CHOSEN, REJECTED = (-12.5, -3.0, -40.0), (-11.0, -9.5, -40.5)  # log-probabilities of three pairs' answers
@@ -103,7 +106,7 @@ def test_a_long_answers_log_probability_keeps_what_each_token_adds() -> None:
     losses = torch.tensor([4096.0, 1e-4, 4096.0, 0.0])
     documents, labels = Documents(((2, 2),)), torch.ones(1, 4, dtype=torch.int64)
     reference = torch.full((2,), -4096.0, dtype=torch.float64)
-    _, chosen, rejected, _ = preference_loss(
-        lambda *_, **__: losses, torch.empty(4, 1), labels, documents, reference, measured=True, keys=Preference(beta=1.0)
-    ).tolist()
+    head: Any = SimpleNamespace(token_losses=lambda *_: losses)
+    batch = MicroBatch(labels, documents, labels, reference)
+    _, chosen, rejected, _ = Pairs(Preference(beta=1.0)).loss(head, torch.empty(4, 1), batch).tolist()
     assert (chosen, rejected) == (pytest.approx(-1e-4, rel=1e-6), 0.0)

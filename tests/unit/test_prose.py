@@ -18,9 +18,25 @@ PACKAGES = ("parallel", "trainer", "tools")
 LONGEST = 100  # characters of a line that holds prose; the formatter allows code a little more
 
 # Folders and files whose prose is still to be rewritten. It only shrinks, and goes when it is empty.
-NOT_YET = (
-    *("parallel/linear.py", "parallel/loss.py", "parallel/mesh.py", "parallel/params.py"),
-    *("trainer/", "tools/"),
+NOT_YET: tuple[str, ...] = (
+    "trainer/engine/",
+    "trainer/inference/evaluation.py",
+    "trainer/inference/open_model.py",
+    "trainer/model/",
+    "trainer/recipe/auto.py",
+    "trainer/recipe/batch_plan.py",
+    "trainer/recipe/deepspeed_keys.py",
+    "trainer/recipe/network.py",
+    "trainer/recipe/only.py",
+    "trainer/recipe/resolve.py",
+    "trainer/recipe/rules.py",
+    "trainer/recipe/tasks.py",
+    "trainer/recipe/tensor.py",
+    "trainer/recipe/tuning.py",
+    "trainer/recipe/zero.py",
+    "trainer/run/",
+    "trainer/schema.py",
+    "trainer/tuning/",
 )
 
 
@@ -39,7 +55,12 @@ ARTICLES = words("a an the")
 
 # The docstring of a function or method begins with one of these verbs, or with an article.
 VERBS = words("""
-    add attend build declare do drop enter gather leave lower move open replace return run start use yield
+    add append apply attach attend begin bind build call change check close compare complete configure connect
+    continue count create cut damage declare describe disturb divide do draw drop edit end enter escape exclude
+    export fill find gather give go hang have hide hold ignore join judge keep kill lay leave let load lower make
+    mark measure move open parse play poison postpone prepare print raise read rebuild record redirect refuse
+    register release remove rename repeat replace replay report restore return run save say seek send set show start
+    submit switch take tell train translate use wait wrap write yield
 """)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from parallel.mesh import Group
-from parallel.params import Init, Piece, Role, ShardSpec
+from parallel.params import Init, Role, ShardSpec
+from parallel.pieces import Piece
 from parallel.quantized import BLOCK, NF4, QuantizedWeight, dequantize, quantize
 from trainer.tuning.targets import QUANTIZED_TOGETHER
 
@@ -82,5 +83,5 @@ def test_a_weight_made_whole_is_rounded_once(form: str) -> None:
 
 def test_a_row_must_be_made_of_whole_blocks() -> None:
     assert BLOCK == QUANTIZED_TOGETHER
-    with pytest.raises(ValueError, match="100 input features are no multiple of 64"):
+    with pytest.raises(ValueError, match="100 input features are not a multiple of 64"):
         quantize(torch.zeros(2, 100), "nf4")

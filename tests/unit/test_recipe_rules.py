@@ -335,7 +335,7 @@ RULES: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
      {"data": {"tokenizer": "bpe:256"}}, "legal: bpe:257",
      [{"data": {"tokenizer": "bpe:257"}}]),
     ("an adapter is of no projection of its own",
-     {"tuning": {"method": "adapter", "targets": ["mlp", "o"]}}, 'behind a whole attention or MLP, not beside "o"; legal: att',
+     {"tuning": {"method": "adapter", "targets": ["mlp", "o"]}}, 'behind a whole attention or mlp, not beside "o"; legal: att',
      [{"tuning": {"method": "adapter", "targets": ["mlp"]}}, {"tuning": {"method": "adapter", "targets": ["attention"]}}]),
     ("no weight takes up an adapter",
      {"tuning": {"method": "adapter", "merge": True}}, 'tuning.merge is used only with tuning.method',

@@ -18,7 +18,7 @@ def rank_and_pid(mesh: Mesh) -> tuple[int, int]:
 
 def sum_of_ranks(mesh: Mesh) -> float:
     total = torch.tensor(float(mesh.rank))
-    dist.all_reduce(total, group=mesh.dp.handle)
+    dist.all_reduce(total, group=mesh.reduction.handle)
     return float(total)
 
 

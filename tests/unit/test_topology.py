@@ -64,7 +64,7 @@ def test_tensor_ranks_are_neighbours() -> None:
 
 
 @given(layouts)
-def test_the_data_parallel_degree_fills_the_world(layout: Layout) -> None:
+def test_the_layout_of_fills_the_world(layout: Layout) -> None:
     assert Layout.from_world_size(layout.world_size, pp=layout.pp, cp=layout.cp, tp=layout.tp) == layout
 
 

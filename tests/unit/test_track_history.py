@@ -71,7 +71,7 @@ def test_a_torn_last_line_is_left_out_and_cut_by_the_next_start(tmp_path: Path, 
     [
         ("{", "not a JSON record"),
         ("[1]", "expected one JSON object"),
-        ('{"step": 2, "loss": "low"}', "loss is .low., no number"),
+        ('{"step": 2, "loss": "low"}', "loss is .low., not a number"),
     ],
 )
 def test_other_damage_is_refused_by_line(tmp_path: Path, line: str, told: str) -> None:

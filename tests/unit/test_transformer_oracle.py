@@ -27,8 +27,9 @@ from tests.unit.oracle import (
 )
 from tests.unit.shapes import LLAMA, MODELS, ONE_OF_EACH, B, S, V
 from tests.unit.stages import stage_from
+from trainer.data.loader import MicroBatch
 from trainer.model.blocks import blocks_of
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.transformer import Stage
 
 
@@ -38,8 +39,8 @@ def test_logits_loss_and_gradients_equal_transformers(name: str, tmp_path: Path)
     tokens = random_tokens()
     documents = Documents.whole_rows(B, S)
     expected = theirs(input_ids=tokens, labels=tokens)  # shifts the labels and takes the mean itself
-    assert_close(ours(tokens, documents), expected.logits, 1e-5, "logits")
-    loss_sum = ours(tokens, documents, next_labels(tokens, documents.lengths))
+    assert_close(ours(tokens, batch=MicroBatch(tokens, documents), output="logits"), expected.logits, 1e-5, "logits")
+    loss_sum = ours(tokens, batch=MicroBatch(tokens, documents, next_labels(tokens, documents.lengths)))
     loss = loss_sum / (B * (S - 1))
     assert abs(loss.item() - expected.loss.item()) < 1e-5
     expected.loss.backward()
@@ -59,9 +60,9 @@ def test_in_float64_the_difference_vanishes(model: tuple[str, dict[str, Any]], t
     documents = Documents.whole_rows(B, S)
     labels = next_labels(tokens, documents.lengths)
     expected = theirs(input_ids=tokens).logits  # its own loss would round the logits to fp32
-    assert_close(ours(tokens, documents), expected, tolerance, "logits")
+    assert_close(ours(tokens, batch=MicroBatch(tokens, documents), output="logits"), expected, tolerance, "logits")
     nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten(), ignore_index=IGNORE).backward()
-    (ours(tokens, documents, labels) / (B * (S - 1))).backward()
+    (ours(tokens, batch=MicroBatch(tokens, documents, labels)) / (B * (S - 1))).backward()
     assert_same_gradients(ours, theirs, tolerance)
 
 
@@ -69,8 +70,8 @@ def test_in_float64_the_difference_vanishes(model: tuple[str, dict[str, Any]], t
 def test_a_packed_row_equals_each_document_alone(family: str, shape: dict[str, Any], tmp_path: Path) -> None:
     theirs, ours = twins(family, shape, tmp_path)
     tokens, lengths = random_tokens(), ((13,), (4, 9), (1, 7, 5))
-    logits = ours(tokens, Documents(lengths))
-    loss_sum = ours(tokens, Documents(lengths), next_labels(tokens, lengths))
+    logits = ours(tokens, batch=MicroBatch(tokens, Documents(lengths)), output="logits")
+    loss_sum = ours(tokens, batch=MicroBatch(tokens, Documents(lengths), next_labels(tokens, lengths)))
     expected_sum = torch.zeros(())
     for row, row_lengths in enumerate(lengths):
         end = 0
@@ -110,10 +111,10 @@ def test_a_document_does_not_change_one_bit_of_another(
     def run(tokens_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         ours.zero_grad()
         labels = next_labels(tokens_BS, PACKED).masked_fill(~others, IGNORE)
-        loss = ours(tokens_BS, Documents(PACKED), labels)
+        loss = ours(tokens_BS, batch=MicroBatch(tokens_BS, Documents(PACKED), labels))
         loss.backward()
         with torch.no_grad():
-            logits = ours(tokens_BS, Documents(PACKED))
+            logits = ours(tokens_BS, batch=MicroBatch(tokens_BS, Documents(PACKED)), output="logits")
         return logits, loss.detach(), logical_gradients(ours)
 
     logits, loss, gradients = run(tokens)
@@ -135,7 +136,10 @@ def test_without_boundaries_a_document_does_change_the_next(tmp_path: Path) -> N
     other = tokens.clone()
     other[:, 0] = (other[:, 0] + 7) % V
     documents = Documents.whole_rows(B, S)
-    assert not torch.equal(ours(tokens, documents)[:, -1], ours(other, documents)[:, -1])
+    assert not torch.equal(
+        ours(tokens, batch=MicroBatch(tokens, documents), output="logits")[:, -1],
+        ours(other, batch=MicroBatch(other, documents), output="logits")[:, -1],
+    )
 
 
 @pytest.mark.parametrize(("family", "shape"), ONE_OF_EACH)
@@ -145,7 +149,7 @@ def test_recompute_changes_no_bit(family: str, shape: dict[str, Any], tmp_path: 
     seen = []
     for recompute in ("none", "full"):
         ours = stage_from(tmp_path, recompute=recompute)
-        loss = ours(tokens, Documents(PACKED), next_labels(tokens, PACKED))
+        loss = ours(tokens, batch=MicroBatch(tokens, Documents(PACKED), next_labels(tokens, PACKED)))
         loss.backward()
         seen.append((loss.detach(), logical_gradients(ours)))
     assert torch.equal(seen[0][0], seen[1][0])
@@ -157,7 +161,7 @@ def test_recompute_keeps_less() -> None:
     """Activations kept for backward, counted by autograd's own hook: `full` keeps a layer's input, not its inside."""
     kept_bytes = {}
     for recompute in ("none", "full"):
-        config = translate("llama", {**LLAMA, "num_hidden_layers": 6})
+        config = from_hf("llama", {**LLAMA, "num_hidden_layers": 6})
         stage = Stage(
             config,
             blocks_of(config),
@@ -175,7 +179,9 @@ def test_recompute_keeps_less() -> None:
 
         weights = {p.untyped_storage().data_ptr() for p in stage.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = stage(random_tokens(), Documents(PACKED), next_labels(random_tokens(), PACKED))
+            loss = stage(
+                random_tokens(), batch=MicroBatch(random_tokens(), Documents(PACKED), next_labels(random_tokens(), PACKED))
+            )
         kept_bytes[recompute] = sum(size for place, size in kept.items() if place not in weights)
         del loss
     assert kept_bytes["full"] < kept_bytes["none"] / 3

@@ -27,9 +27,10 @@ from parallel.tensor import TensorParallel
 from tests.unit.oracle import assert_close, assert_same_gradients, logical_gradients, random_translator, their_class
 from tests.unit.shapes import MARIAN, T5, TRANSLATIONS, V
 from tests.unit.stages import stage_from
+from trainer.data.loader import MicroBatch
 from trainer.model.blocks import blocks_of
 from trainer.model.heads import Head
-from trainer.model.hf_config import to_hf_config, translate
+from trainer.model.hf_config import from_hf, to_hf
 from trainer.model.hugging_face import PretrainedWeights, assembled, read_config, write_folder
 from trainer.model.names import names_of
 from trainer.model.transformer import Stage, logical_specs
@@ -98,7 +99,7 @@ def their_norm(norm: Any, x: Tensor) -> Tensor:
 
 def test_short_pairs_share_a_call_and_others_do_not() -> None:
     for pairs, shares in ((PAIRS, False), (SHORT, True)):
-        assert {_share_a_call(half) for half in rows_of(pairs)[2].halves} == {shares}
+        assert {_share_a_call(half) for half in rows_of(pairs)[2].sides} == {shares}
 
 
 @pytest.mark.parametrize(("name", "pairs"), [*((name, PAIRS) for name in TRANSLATIONS), ("marian", SHORT), ("t5", SHORT)])
@@ -116,7 +117,10 @@ def test_rows_of_pairs_equal_transformers_on_each(
     theirs.named_parameters = lambda: weights
     tokens, labels, documents = rows_of(pairs)
 
-    logits, loss_sum = ours(tokens, documents), ours(tokens, documents, labels)
+    logits, loss_sum = (
+        ours(tokens, batch=MicroBatch(tokens, documents), output="logits"),
+        ours(tokens, batch=MicroBatch(tokens, documents, labels)),
+    )
     expected_sum = torch.zeros((), dtype=torch.float64)
     for row, source, target in each_pair(pairs):
         expected = their_logits(theirs, tokens, row, source, target)
@@ -155,7 +159,10 @@ def test_the_oracle_catches(mutation: Callable[[], Any], tmp_path: Path, monkeyp
     monkeypatch.setattr(*mutation(), raising=False)
     theirs, ours = twins("t5", tmp_path)
     tokens, _, documents = rows_of(PAIRS[:1])
-    expected, got = their_logits(theirs, tokens, 0, slice(0, HALF), slice(HALF, 2 * HALF)), ours(tokens, documents)[0]
+    expected, got = (
+        their_logits(theirs, tokens, 0, slice(0, HALF), slice(HALF, 2 * HALF)),
+        ours(tokens, batch=MicroBatch(tokens, documents), output="logits")[0],
+    )
     with pytest.raises(AssertionError, match="logits"):
         assert_close(got, expected, 1e-3, "logits")
 
@@ -169,7 +176,10 @@ def test_a_pair_sees_no_other(name: str, pairs: list[list[tuple[int, int]]], tmp
         other = tokens.clone()
         other[row, source.start] = other[row, source.start] % (V - 1) + 1
         with torch.no_grad():
-            changed = (ours(other, documents) != ours(tokens, documents)).any(-1)
+            changed = (
+                ours(other, batch=MicroBatch(other, documents), output="logits")
+                != ours(tokens, batch=MicroBatch(tokens, documents), output="logits")
+            ).any(-1)
         assert changed[row, target.start - HALF : target.stop - HALF].all(), "a target did not see all of its source"
         changed[row, target.start - HALF : target.stop - HALF] = False
         assert not changed.any(), "another target saw it"
@@ -198,7 +208,7 @@ def test_recompute_changes_no_bit(recompute: Any, family: str, tmp_path: Path) -
     seen = []
     for how in ("none", recompute):
         ours = stage_from(tmp_path, recompute=how)
-        loss = ours(tokens, documents, labels, Streams((5, 6, 7, 8)))
+        loss = ours(tokens, batch=MicroBatch(tokens, documents, labels, streams=Streams((5, 6, 7, 8))))
         loss.backward()
         seen.append((loss.detach(), logical_gradients(ours)))
     assert torch.equal(seen[0][0], seen[1][0])
@@ -223,7 +233,7 @@ def test_dropout_is_wherever_transformers_has_it(family: str, tmp_path: Path, mo
     sites: set[str] = set()
     streams = Streams((5,))
     monkeypatch.setattr(Streams, "_keeps", lambda self, site, rate, row, shape, device: _noted(site, shape, sites))
-    stage_from(tmp_path)(tokens, documents, labels, streams)
+    stage_from(tmp_path)(tokens, batch=MicroBatch(tokens, documents, labels, streams=streams))
     assert calls.count(0.2) == len(sites)
 
 
@@ -236,7 +246,7 @@ def _noted(site: Any, shape: tuple[int, int], sites: set[str]) -> Tensor:
 def test_out_and_in_again(name: str, tmp_path: Path) -> None:
     """What we write is what transformers wrote: the same tensors bit by bit, and a config that means the same."""
     theirs, ours = twins(name, tmp_path / "theirs")
-    config = to_hf_config(ours.config, dtype="float32", eos_token_id=0, start_of_target=0)
+    config = to_hf(ours.config, dtype="float32", eos_token_id=0, start_of_target=0)
     tensors = ((spec, parameter.detach()) for _, parameter, spec in owned_specs(ours))
     write_folder(tensors, tmp_path / "ours", dtype=torch.float32, config=config, save_beside=lambda folder: None)
 
@@ -252,7 +262,7 @@ def test_out_and_in_again(name: str, tmp_path: Path) -> None:
             assert torch.equal(got, expected)
     for side in ("ours", "theirs"):
         hf_config = read_config(tmp_path / side)
-        assert translate(hf_config["model_type"], hf_config) == ours.config
+        assert from_hf(hf_config["model_type"], hf_config) == ours.config
     specs = logical_specs(ours.config)
     PretrainedWeights(tmp_path / "ours").check_names(specs, ties=names_of(ours.config).ties(specs))
 
@@ -264,7 +274,7 @@ def test_what_the_first_folders_of_t5_hold_beside_it(tmp_path: Path) -> None:
     weights |= {f"{side}.embed_tokens.weight": weights["shared.weight"].clone() for side in ("encoder", "decoder")}
     weights["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.ones(11, 6)
     save_file(weights, tmp_path / "model.safetensors")
-    config = translate("t5", {**read_config(tmp_path), "n_positions": 512, "output_past": True})
+    config = from_hf("t5", {**read_config(tmp_path), "n_positions": 512, "output_past": True})
     specs, names = logical_specs(config), names_of(config)
     is_unused = partial(names.is_for_other_heads, config)
     PretrainedWeights(tmp_path).check_names(specs, ties=names.ties(specs), is_unused=is_unused)
@@ -281,14 +291,14 @@ def test_what_the_first_folders_of_t5_hold_beside_it(tmp_path: Path) -> None:
     ],
 )
 def test_how_folders_of_t5_say_whether_the_head_is_tied(said: dict[str, bool], scaled: bool) -> None:
-    config = translate("t5", said)
+    config = from_hf("t5", said)
     assert (config.tied_head, config.scaled_head) == (scaled, scaled)
 
 
 def test_the_first_weights_of_t5_are_as_large_as_in_transformers() -> None:
     """Standard deviations: with nothing that divides the logits of attention, those of queries are smaller."""
     shape = {**T5, "vocab_size": 300, "d_model": 64, "d_kv": 16, "d_ff": 200, "initializer_factor": 0.5}
-    config = translate("t5", shape)
+    config = from_hf("t5", shape)
     stage = Stage(
         config,
         blocks_of(config),

@@ -18,7 +18,7 @@ from trainer.data.translations import Translation
 from trainer.errors import RecipeError
 from trainer.inference.translator import Search, Translator, scores
 from trainer.model.hugging_face import write_folder
-from trainer.model.network import ModelFiles
+from trainer.model.model_files import ModelFiles
 
 TEXTS = ["a dog", "two dogs in the snow run", "", "b"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -17,23 +18,25 @@ from parallel.tensor import TensorParallel
 from tests.unit.stages import whole_model
 from trainer.checkpoint.facts import recipe_facts, refusals
 from trainer.costs.flops import matmul_weights, training_flops
-from trainer.engine.parameter_counts import Census
+from trainer.data.loader import MicroBatch
+from trainer.engine.parameter_counts import ParameterCounts
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import assembled
 from trainer.model.transformer import Stage
 from trainer.schema import RankBudget, Recipe, Tuning
-from trainer.tuning.adapt import scale_of
+from trainer.tuning.builders import BUILDERS, lora_scale
 from trainer.tuning.merge import merged
-from trainer.tuning.peft_format import adapter_config, target_modules
+from trainer.tuning.methods import METHODS
+from trainer.tuning.peft_format import adapter_config
 from trainer.tuning.rank_budget import budget_after
-from trainer.tuning.targets import is_added, targeted_modules
+from trainer.tuning.targets import is_added, parts_of, target_modules, targeted_modules
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
-LLAMA = translate("llama", {"vocab_size": 67, **SIZES})
-PHI3 = translate("phi3", {"vocab_size": 67, **SIZES})
-GPT2 = translate("gpt2", {"vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16})
+LLAMA = from_hf("llama", {"vocab_size": 67, **SIZES})
+PHI3 = from_hf("phi3", {"vocab_size": 67, **SIZES})
+GPT2 = from_hf("gpt2", {"vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16})
 
 
 @pytest.mark.parametrize(
@@ -98,7 +101,12 @@ def test_a_merged_model_is_the_adapted_one(method: str, network: TransformerConf
     plain = whole_model(network, Tuning(), "cpu", fill)
     tokens, documents = torch.arange(12).view(1, 12), Documents(((12,),))
     # fp32, two orders of sums.
-    torch.testing.assert_close(plain(tokens, documents), adapted(tokens, documents), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        plain(tokens, batch=MicroBatch(tokens, documents), output="logits"),
+        adapted(tokens, batch=MicroBatch(tokens, documents), output="logits"),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_every_layer_is_adapted_in_the_order_of_the_model() -> None:
@@ -107,8 +115,8 @@ def test_every_layer_is_adapted_in_the_order_of_the_model() -> None:
 
 
 def test_scaling_is_that_of_the_papers() -> None:
-    assert scale_of(Tuning(method="lora", rank=64, alpha=32.0)) == 0.5
-    assert scale_of(Tuning(method="lora", rank=64, alpha=32.0, rank_stabilized=True)) == 4.0
+    assert lora_scale(Tuning(method="lora", rank=64, alpha=32.0)) == 0.5
+    assert lora_scale(Tuning(method="lora", rank=64, alpha=32.0, rank_stabilized=True)) == 4.0
 
 
 def test_the_first_factor_starts_as_kaiming_uniform_makes_it() -> None:
@@ -136,12 +144,18 @@ def test_only_what_the_factors_see_is_dropped(method: str) -> None:
     tuning = Tuning(method=method, targets=["attention", "mlp"], dropout=0.5)
     stage = whole_model(LLAMA, tuning, "cpu", lambda block: initialise(block, seed=0))
     tokens, documents = torch.arange(12).view(1, 12), Documents(((12,),))
-    assert torch.equal(stage(tokens, documents, None, Streams((1,))), stage(tokens, documents))
+    assert torch.equal(
+        stage(tokens, batch=MicroBatch(tokens, documents, streams=Streams((1,))), output="logits"),
+        stage(tokens, batch=MicroBatch(tokens, documents), output="logits"),
+    )
     with torch.no_grad():
         for _, parameter, spec in owned_specs(stage):
             if spec.added:
                 parameter.add_(0.1)
-    assert not torch.equal(stage(tokens, documents, None, Streams((1,))), stage(tokens, documents))
+    assert not torch.equal(
+        stage(tokens, batch=MicroBatch(tokens, documents, streams=Streams((1,))), output="logits"),
+        stage(tokens, batch=MicroBatch(tokens, documents), output="logits"),
+    )
 
 
 @pytest.mark.parametrize(("warmup", "final", "every"), [(0, 1, 1), (3, 5, 1), (2, 4, 3), (0, 9, 5)])
@@ -168,14 +182,14 @@ def test_ranks_come_down_as_peft_lets_them(warmup: int, final: int, every: int) 
 def test_what_is_trained_is_counted_apart() -> None:
     tuning = Tuning(method="lora", targets=["q", "down"], rank=4)
     stage = whole_model(LLAMA, tuning, "meta", lambda block: None)
-    census = Census.take([(p, spec) for _, p, spec in owned_specs(stage)], Group.alone(), torch.device("cpu"))
+    counts = ParameterCounts.of([(p, spec) for _, p, spec in owned_specs(stage)], Group.alone(), torch.device("cpu"))
     of_layer = 4 * (32 + 32) + 4 * (48 + 32)
-    assert census.trained == census.trained_beside == 2 * of_layer
-    assert census.frozen_bytes == 4 * census.frozen
+    assert counts.trained == counts.trained_beside == 2 * of_layer
+    assert counts.frozen_bytes == 4 * counts.frozen
     # A frozen weight costs its forward and its input's gradient, one beside it its own gradient too.
-    frozen = training_flops(LLAMA, [10], trained_beside=census.trained)
+    frozen = training_flops(LLAMA, [10], trained_beside=counts.trained)
     whole = training_flops(LLAMA, [10])
-    assert frozen - whole == 10 * (6 * census.trained - 2 * matmul_weights(LLAMA))
+    assert frozen - whole == 10 * (6 * counts.trained - 2 * matmul_weights(LLAMA))
 
 
 def test_a_run_without_tuning_has_no_census_of_frozen_weights() -> None:
@@ -188,8 +202,8 @@ def test_a_run_without_tuning_has_no_census_of_frozen_weights() -> None:
         device=torch.device("meta"),
         fill=lambda block: None,
     )
-    census = Census.take([(p, spec) for _, p, spec in owned_specs(stage)], Group.alone(), torch.device("cpu"))
-    assert (census.frozen, census.trained_beside) == (0, None)
+    counts = ParameterCounts.of([(p, spec) for _, p, spec in owned_specs(stage)], Group.alone(), torch.device("cpu"))
+    assert (counts.frozen, counts.trained_beside) == (0, None)
 
 
 @pytest.mark.parametrize(
@@ -207,3 +221,33 @@ def test_a_checkpoint_of_all_weights_does_not_go_on_as_an_adapter() -> None:
     saved, given = recipe_facts(Recipe()), recipe_facts(Recipe.model_validate({"tuning": {"method": "lora"}}))
     (line,) = refusals("c", 1, saved, given, ())
     assert line.startswith('tuning.method: c was saved with null, this run has "lora": it is another model')
+
+
+def test_every_method_has_its_rows() -> None:
+    """A name of the recipe is a row without torch and, where something is put beside a layer, one with it."""
+    (names,) = (get_args(option) for option in get_args(Tuning.model_fields["method"].annotation) if get_args(option))
+    assert list(names) == list(METHODS)
+    assert set(BUILDERS) == {name for name, method in METHODS.items() if method.parts}
+    for name, builder in BUILDERS.items():
+        layers = [layer for layer in (builder.column, builder.row) if layer is not None]
+        assert layers
+        assert all((layer.merged is not None) == METHODS[name].merges for layer in layers)
+
+
+@pytest.mark.parametrize("method", BUILDERS)
+@pytest.mark.parametrize("network", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_what_is_beside_a_module_is_what_its_row_says(method: str, network: TransformerConfig) -> None:
+    tuning = Tuning(method=method, targets=["attention", "mlp"])
+    stage = whole_model(network, tuning, "meta", lambda block: None)
+    added = {piece.name for _, _, spec in owned_specs(stage) if spec.added for piece in spec.pieces}
+    assert added == {part for module in targeted_modules(tuning, network) for part in parts_of(tuning, module)}
+
+
+def only_with(key: str) -> list[str]:
+    """The methods with which the schema lets a key of tuning be written."""
+    return Tuning.model_json_schema()["properties"][key]["only"]["tuning.method"]
+
+
+def test_the_schema_says_what_the_rows_say() -> None:
+    assert only_with("merge") == [name for name, method in METHODS.items() if method.merges]
+    assert only_with("targets") == [name for name, method in METHODS.items() if method.words]

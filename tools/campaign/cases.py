@@ -1,4 +1,5 @@
-"""What the campaigns train, in which layouts, and what of a run must be the same to the bit."""
+"""The recipes and layouts of the campaigns, and the facts of a run that must be the same to the
+bit."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ NUMBERS = ("step", "loss", "grad_norm", "lr", "loss_scale", "num_targets", "skip
 
 @dataclass(frozen=True)
 class Way:
-    """A layout: the recipe's keys that make it, and how many processes it has."""
+    """A layout: the recipe's keys that make it, and its number of processes."""
 
     name: str
     processes: int
@@ -28,7 +29,7 @@ class Way:
 
 
 def _zero(stage: int) -> Way:
-    # Else ZeRO-3 would leave so small a model undivided.
+    # Otherwise ZeRO-3 would leave so small a model undivided.
     small = ("zero.stage3_param_persistence_threshold=100",) if stage == 3 else ()
     return Way(f"dp2-zero{stage}", 2, (f"zero.stage={stage}", *small))
 
@@ -43,7 +44,8 @@ WAYS = (
 
 
 def write_recipe(folder: Path, *, steps: int, every: int, keep: int, hidden: int = 32, **more: Any) -> Path:
-    """A GPT-2 of 4 layers with tied embeddings and dropout on a text of its own; a step takes some milliseconds."""
+    """Write the recipe of a GPT-2 of 4 layers with tied embeddings and dropout, and its text; a
+    step takes some milliseconds."""
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "text.txt"
     text.write_text("".join(f"{n} times {n} is {n * n}; the remainder of {n} by 7 is {n % 7}.\n\n" for n in range(2000)))
@@ -72,13 +74,13 @@ def write_recipe(folder: Path, *, steps: int, every: int, keep: int, hidden: int
 
 
 def arguments(recipe: Path, run_dir: Path, way: Way, *keys: str, resume: str = "auto") -> list[str]:
-    """Of `triaxis train`."""
+    """Return the arguments of `triaxis train`."""
     settings = [word for key in (*way.keys, *keys) for word in ("--set", key)]
     return [str(recipe), "--run-dir", str(run_dir), "--resume", resume, *settings]
 
 
 def numbers(run_dir: Path, *, after: int = 0) -> list[tuple[Any, ...]]:
-    """What a run logged of each step, but times and rates, floats to the bit."""
+    """Return what a run logged of each step, except times and rates, with floats to the bit."""
     records: Iterable[dict[str, Any]] = read_metrics(run_dir / "metrics.jsonl")
     return [
         tuple(value.hex() if isinstance(value, float) else value for value in (record[key] for key in NUMBERS))
@@ -88,7 +90,8 @@ def numbers(run_dir: Path, *, after: int = 0) -> list[tuple[Any, ...]]:
 
 
 def digests(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of every logical tensor in each of its states, put together from the fragments of a verified checkpoint."""
+    """Return the SHA-256 of every logical tensor in each of its states, from the fragments of a
+    verified checkpoint."""
     manifest = read_sound(checkpoint)
     check_files(checkpoint, manifest.files)
     reader = Reader(checkpoint, manifest)
@@ -102,17 +105,17 @@ def digests(checkpoint: Path) -> dict[str, str]:
 
 
 def remembered(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says beside its tensors and the layout."""
+    """Return what a checkpoint records besides its tensors and the layout."""
     manifest = read_sound(checkpoint)
     return {"step": manifest.step, "sequences": manifest.sequences, **manifest.state}
 
 
 def first_difference(got: Sequence[Any], expected: Sequence[Any]) -> Any:
-    """The first item that is not the same, or None."""
+    """Return the first item that is not the same, or None."""
     pairs = zip(got, expected, strict=False)
     return next((theirs for mine, theirs in pairs if mine != theirs), None if len(got) == len(expected) else "length")
 
 
 def report(**case: Any) -> None:
-    """One JSON line for each case."""
+    """Print one JSON line for a case."""
     print(json.dumps(case), flush=True)

@@ -3,13 +3,15 @@
     python -m tools.campaign.damage --cases 10000 --runs 30
     python -m tools.campaign.damage --control
 
-A run of four ranks is made once. A case does one thing to the newest of its two checkpoints, and asks what a run asks that is
-started again: `newest_whole`. It passes when the damaged one is set aside with a reason that names what was damaged, and the
-older one is returned. The first `--runs` cases are also gone on with by `train --resume auto`: it must end with the numbers
-and the tensors of the run that nobody disturbed. `--control` does the same to the plain safetensors file of the run's export,
-read with safetensors' own `load_file`.
+A run of four ranks is made once. A case does one thing to the newest of its two checkpoints, and
+asks what a restarted run asks: `newest_whole`. It passes if the damaged one is set aside with a
+reason that names what was damaged, and the older one is returned. The first `--runs` cases are also
+continued by `train --resume auto`, which must end with the numbers and the tensors of the
+undisturbed run. `--control` does the same to the plain safetensors file of the run's export, read
+with safetensors' own `load_file`.
 
-A damage is drawn again when it has changed nothing. Files are drawn alike, small ones as often as large ones.
+A damage that has changed nothing is drawn again. All files are equally likely, small ones as often
+as large ones.
 """
 
 from __future__ import annotations
@@ -42,15 +44,18 @@ from trainer.checkpoint.folder import REASON, CheckpointFolder, files_in
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.checkpoint.resume import newest_whole
 
-STEPS, EVERY = 9, 3  # checkpoints of steps 3, 6 and 9; the damaged one is that of 6, so that a run has three steps to go
+# Checkpoints of steps 3, 6 and 9; the damaged one is that of 6, so that a run has three steps to
+# go.
+STEPS, EVERY = 9, 3
 BLOCK_BYTES = 4096
-LIMIT_S = 5.0  # to judge some 150 kB, which takes 2 ms where the disk is not busy with others
+LIMIT_S = 5.0  # for checking some 150 kB, which takes 2 ms if the disk is not busy
 Random = random.Random
 
 
 @dataclass(frozen=True)
 class Victim:
-    """The checkpoint of a case. Its files are hard links until they are written, so the originals stay as they are."""
+    """The checkpoint of a case. Its files are hard links until they are written, so the originals
+    stay as they are."""
 
     path: Path
     older: Path  # of the same run
@@ -71,13 +76,13 @@ class Victim:
         (self.path / name).unlink()
 
     def change(self, stream: Random, change: Callable[[Random, bytes], bytes]) -> set[str]:
-        """Change the content of some file; its name."""
+        """Change the content of some file, and return its name."""
         name = stream.choice([name for name in self.names() if self.read(name)])
         self.put(name, change(stream, self.read(name)))
         return {name}
 
 
-# ----------------------------------------------------------------------------------------- what can happen to a file's bytes
+# ---------------------------------------------------------------- what can happen to a file's bytes
 
 
 def flipped(stream: Random, data: bytes) -> bytes:
@@ -100,9 +105,9 @@ def lengthened(stream: Random, data: bytes) -> bytes:
     return data + stream.choice([bytes(size), stream.randbytes(size)])
 
 
-# -------------------------------------------------------------------------------------------- what can happen to a checkpoint
+# ------------------------------------------------------------------ what can happen to a checkpoint
 
-# What is wrong with the victim then: names of files, of which the reason must have one, or THE_STEP.
+# Damages the victim, and returns names of files, one of which the reason must give, or THE_STEP.
 Damage = Callable[[Random, Victim], set[str]]
 THE_STEP = ""  # the manifest is sound, and of another step than the folder
 
@@ -122,7 +127,8 @@ def lose_a_file(stream: Random, victim: Victim) -> set[str]:
 
 
 def add_a_file(stream: Random, victim: Victim) -> set[str]:
-    """A file, a link or a pipe; some have the name under which the reason is about to be written."""
+    """Add a file, a link or a pipe; some have the name under which the reason is about to be
+    written."""
     folder = stream.choice(["", "", "hugging_face/", "new/"])
     names = ("rank-00099.safetensors", ".metadata", "optimizer.pt", "manifest.json.bak", REASON, REASON, "extra", "é", "a\nb")
     name = folder + stream.choice(names)
@@ -133,11 +139,11 @@ def add_a_file(stream: Random, victim: Victim) -> set[str]:
         os.mkfifo,
     )
     stream.choice(makers)(victim.path / name)
-    return {" ".join(name.split())}  # as a reason is written: on one line
+    return {" ".join(name.split())}  # a reason is written on one line
 
 
 def put_in(source: Callable[[Victim], Path]) -> Damage:
-    """One file becomes that of the same name in another checkpoint."""
+    """Return a damage that replaces one file by that of the same name in another checkpoint."""
 
     def damage(stream: Random, victim: Victim) -> set[str]:
         name = stream.choice(victim.names())
@@ -165,7 +171,7 @@ def become_a_link(stream: Random, victim: Victim) -> set[str]:
 
 
 def become_a_pipe(stream: Random, victim: Victim) -> set[str]:
-    """Whoever opens it to read waits for a writer that never comes."""
+    """Replace a file by a pipe: whoever opens it to read waits for a writer that never comes."""
     name = stream.choice(victim.names())
     victim.remove(name)
     os.mkfifo(victim.path / name)
@@ -184,7 +190,7 @@ def lose_the_manifest_s_content(stream: Random, victim: Victim) -> set[str]:
     return {MANIFEST}
 
 
-# ---------------------------------------------------------------------------------------------- edited manifests
+# --------------------------------------------------------------------------------- edited manifests
 
 Body = dict[str, Any]
 
@@ -194,7 +200,7 @@ def canonical(body: Body) -> bytes:
 
 
 def sealed(body: Body) -> bytes:
-    """A manifest as its author writes it: the checksum is right, whatever it says."""
+    """Return a manifest as its author writes it: the checksum is right, whatever it says."""
     content = {key: value for key, value in body.items() if key != "sha256"}
     return canonical({**content, "sha256": hashlib.sha256(canonical(content)).hexdigest()})
 
@@ -253,7 +259,7 @@ OUTSIDE = (
 
 
 def edit_the_manifest(stream: Random, victim: Victim) -> set[str]:
-    """By hand, or by a program that does not know of the checksum."""
+    """Edit the manifest as by hand, or by a program that does not know of the checksum."""
     body = json.loads(victim.read(MANIFEST))
     stream.choice(EDITS)(stream, body)
     victim.put(MANIFEST, canonical(body))
@@ -261,13 +267,13 @@ def edit_the_manifest(stream: Random, victim: Victim) -> set[str]:
 
 
 def respell_the_manifest(stream: Random, victim: Victim) -> set[str]:
-    """The same content in other bytes."""
+    """Write the manifest's content in other bytes."""
     victim.put(MANIFEST, stream.choice(SPELLINGS)(json.loads(victim.read(MANIFEST))))
     return {MANIFEST}
 
 
 def forge_the_manifest(stream: Random, victim: Victim) -> set[str]:
-    """With a right checksum, about files and steps that are not so."""
+    """Write a manifest with a right checksum but wrong files or steps."""
     body = json.loads(victim.read(MANIFEST))
     file = stream.choice(body["files"])
     part, named = stream.randrange(6), {file[0]}
@@ -311,7 +317,8 @@ DAMAGES: dict[str, Damage] = {
 
 
 def do_damage(kind: str, stream: Random, victim: Victim, original: Path) -> set[str]:
-    """Damage the victim, a copy of `original`, until something has changed; names of which the reason must have one."""
+    """Damage the victim, a copy of `original`, until something has changed, and return names of
+    which the reason must give one."""
     before = _picture(original)
     while True:
         names = DAMAGES[kind](stream, victim)
@@ -320,7 +327,7 @@ def do_damage(kind: str, stream: Random, victim: Victim, original: Path) -> set[
 
 
 def _picture(folder: Path) -> dict[str, bytes | str]:
-    """All that is in a folder: the content of files, the kind of everything else."""
+    """Return all that is in a folder: the content of files, the kind of everything else."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     return {name: _content(path) for name, path in paths.items()}
 
@@ -330,16 +337,17 @@ def _content(path: Path) -> bytes | str:
     return path.read_bytes() if stat.S_ISREG(mode) else f"{stat.S_IFMT(mode):o}"
 
 
-# ---------------------------------------------------------------------------------------------------------- the judge
+# ---------------------------------------------------------------------------------------- the judge
 
 
 class Hung(Exception):
-    """Not an OSError, which the judged code may take for a file's."""
+    """The error that there was no answer. It is not an OSError, which the judged code may take for
+    a file's."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`said`: what went wrong, "" where nothing did."""
+    """The result of a case. `said`: what went wrong, "" if nothing did."""
 
     detected: bool
     silent: bool
@@ -352,11 +360,11 @@ class Verdict:
 
 
 def judge(victim: Victim, names: set[str]) -> Verdict:
-    """What `newest_whole` makes of a folder with the damaged checkpoint and an older one."""
+    """Judge what `newest_whole` does with a folder of the damaged checkpoint and an older one."""
     try:
         with at_most(LIMIT_S):
             found, _ = newest_whole(CheckpointFolder(victim.path.parent), Messages.alone())
-    except (Exception, Hung) as error:  # whatever it is, a run would have stopped
+    except (Exception, Hung) as error:  # any of these would have stopped a run
         return Verdict(detected=False, silent=False, fell_back=False, said=f"{type(error).__name__}: {error}"[:300])
     fell_back = found is not None and found.path.name == victim.older.name
     silent = found is not None and found.path == victim.path
@@ -371,14 +379,14 @@ def names_one_of(reason: str, checkpoint: Path, names: set[str]) -> bool:
 
 
 def reason_of(checkpoint: Path) -> str:
-    """Why it was set aside, "" where it was not."""
+    """Return why a checkpoint was set aside, "" if it was not."""
     path = checkpoint.with_name(f"{checkpoint.name}.damaged") / REASON
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Hung after so long."""
+    """Raise Hung inside the context after so many seconds."""
 
     def ring(number: int, frame: object) -> None:
         raise Hung(f"no answer after {seconds} s")
@@ -407,7 +415,7 @@ class Originals:
         return cls(newest, older, later, other / "checkpoints" / newest.name)
 
     def copied(self, checkpoints: Path) -> Victim:
-        """A folder of checkpoints with the older and the newest one."""
+        """Make a folder of checkpoints with the older and the newest one."""
         checkpoints.mkdir(parents=True, exist_ok=True)
         for original in (self.older, self.newest):
             _link_tree(original, checkpoints / original.name)
@@ -435,11 +443,12 @@ def judge_case(seed: int, case: int, originals: Originals, folder: Path) -> Verd
         shutil.rmtree(folder)
 
 
-# ------------------------------------------------------------------------------------------------------ real runs
+# ---------------------------------------------------------------------------------------- real runs
 
 
 def make_run(recipe: Path, run: Path, way: Way, *keys: str) -> Path:
-    from tools.campaign.ranks import run_ranks, train  # here: it sets up a fork server, and tests have another
+    # Imported here, because it sets up a fork server, and tests have another.
+    from tools.campaign.ranks import run_ranks, train
 
     ended = run_ranks(train, arguments(recipe, run, way, *keys), world_size=way.processes, log=run.parent / "log")
     if any(ended.codes):
@@ -455,8 +464,10 @@ def write_small_recipe(folder: Path) -> Path:
 
 
 def go_on(seed: int, case: int, originals: Originals, recipe: Path, way: Way, whole: Path) -> str:
-    """Why a run that was ended before its last checkpoint, and whose newest one is damaged, did not go on as it should; "" when
-    it did, to the bit."""
+    """Continue a run that was ended before its last checkpoint, and whose newest one is damaged.
+
+    Returns why it did not go on as it should; "" if it did, to the bit.
+    """
     run = whole.with_name(f"case-{case}")
     shutil.copytree(whole, run, ignore=shutil.ignore_patterns("checkpoints", "export", "summary.json"))
     victim = originals.copied(run / "checkpoints")
@@ -482,11 +493,11 @@ def _difference(run: Path, last: Path, whole: Path, whole_last: Path) -> str:
     return "" if difference is None else f"not as undisturbed: {difference}"
 
 
-# ------------------------------------------------------------------------------------------------------ the campaign
+# ------------------------------------------------------------------------------------- the campaign
 
 
 def campaign(cases: int, runs: int, seed: int, way: Way, folder: Path) -> int:
-    """How many cases did not pass."""
+    """Return how many cases did not pass."""
     recipe = write_small_recipe(folder)
     whole = make_run(recipe, folder / "whole", way)
     other = make_run(recipe, folder / "other", way, "run.seed=1")
@@ -505,7 +516,7 @@ def campaign(cases: int, runs: int, seed: int, way: Way, folder: Path) -> int:
         report(campaign="damage", seed=seed, kind=kind, **count)
     total = sum(counts.values(), Counter[str]())
     report(campaign="damage", seed=seed, layout=way.name, **{key: total[key] for key in counts["bit flipped"]}, wall_s=wall_s)
-    for original in (originals.newest, originals.older):  # no case may have written through a link
+    for original in (originals.newest, originals.older):  # no case must have written through a link
         check_files(original, read_sound(original).files)
     return total["n"] - total["passed"] + _runs(runs, seed, originals, recipe, way, whole)
 
@@ -524,7 +535,8 @@ CONTROL = {"bit flipped": flipped, "block zeroed": zeroed, "truncated": truncate
 
 
 def control(cases: int, seed: int, folder: Path) -> None:
-    """What safetensors makes of such files: `silent` ones load, `wrong` ones with other values or names."""
+    """Report what safetensors does with such files: `silent` ones load, `wrong` ones with other
+    values or names."""
     run = make_run(write_small_recipe(folder), folder / "whole", WAYS[0])
     whole, path = (run / "export" / "model.safetensors").read_bytes(), folder / "damaged.safetensors"
     expected = load_file(run / "export" / "model.safetensors")

@@ -1,7 +1,9 @@
-"""A disk that fills while a checkpoint is saved: training goes on, and what was saved before stays good.
+"""A disk that fills while a checkpoint is saved: training goes on, and earlier saves stay good.
 
     python -m tools.campaign.disk_full
-    python -m tools.campaign.disk_full --scenes one:sync --kinds errors --ranks 0 --only fsync:1/EIO     (one case again)
+    python -m tools.campaign.disk_full --scenes one:sync --kinds errors --ranks 0 --only fsync:1/EIO
+
+The second command runs one case again.
 
 A case is a layout and how the third of four saves fails:
 
@@ -9,16 +11,18 @@ A case is a layout and how the third of four saves fails:
 |---|---|
 | `short` | a disk with a share of the bytes that the save needs, which it sees before it writes |
 | `filling` | a disk that fills after it has looked: that share of the save fits, or all of it but some pages |
-| `files` | a disk on which only some more files can be made |
+| `files` | a disk on which only a few more files can be made |
 | `stays` | as `filling`, and the disk stays full to the end of the run |
 | `run-folder` | as `filling`, and all of the run's folder is on that disk |
 | `errors` | ENOSPC, EDQUOT or EIO from one of its system calls on the checkpoints, from each in turn |
 
-For all but `errors` the run's folder of checkpoints is a small tmpfs in a private mount namespace, which needs no privilege;
-where none can be made, only `errors`, which strace injects, are run. A case passes when the run ends with exit code 0 after
-one line that names the path and the reason, the checkpoint before is whole and has the undisturbed run's tensors, no draft is
-left after the next good save, and a run that goes on from that older checkpoint ends to the bit like the undisturbed one. An
-error that costs no checkpoint may pass without a word; where there is a word, there must be no checkpoint.
+For all but `errors` the run's folder of checkpoints is a small tmpfs in a private mount namespace,
+which needs no privilege; if none can be made, only `errors`, which strace injects, are run. A case
+passes if the run ends with exit code 0 after one line that names the path and the reason, the
+checkpoint before is whole and has the undisturbed run's tensors, no draft is left after the next
+good save, and a run that goes on from that older checkpoint ends to the bit like the undisturbed
+one. An error that costs no checkpoint may pass without a message; if there is a message, there must
+be no checkpoint.
 """
 
 from __future__ import annotations
@@ -46,14 +50,16 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.save import Saver
 from trainer.errors import DataError
 
-STEPS, HIT, KEPT = 4, 3, 2  # the third save fails; two are there by then, and the fourth is to be good again
+# The third save fails, after two good ones; the fourth must be good again.
+STEPS, HIT, KEPT = 4, 3, 2
 DISK_BYTES, INODES = 4 << 20, 300  # room for ten checkpoints
-PAGE_BYTES = 4096  # what a tmpfs gives out at a time
+PAGE_BYTES = 4096  # a tmpfs allocates whole pages
 SHARES = (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)  # of the save, in percent
-LAST_PAGES = (1, 2, 3, 4, 5, 6, 7)  # the small files, which are written last, are a page or three each
+LAST_PAGES = (1, 2, 3, 4, 5, 6, 7)  # the small files, written last, have one to three pages each
 KINDS = ("short", "filling", "files", "stays", "run-folder", "errors")
 SCENES = ("one:sync", "one:async", "dp2-zero1:sync")
-# In which system calls an error can come up, and how it is told. What only asks for a file's kind or place cannot fail so.
+# The system calls in which an error can occur, and its message. Calls that only ask for a file's
+# kind or place cannot fail in this way.
 ERRORS = {
     "ENOSPC": ("No space left on device", ("mkdir", "openat", "write", "fsync", "rename")),
     "EDQUOT": ("Disk quota exceeded", ("mkdir", "write")),
@@ -67,15 +73,15 @@ NO_SPACE = ERRORS["ENOSPC"][0]
 SEEN_BEFORE = r"the disk is full: [\d,]+ bytes are needed, [\d,]+ are free"
 
 
-# ------------------------------------------------------------------------------------------------- the disk that fills
+# ------------------------------------------------------------------------------ the disk that fills
 
 
 @dataclass(frozen=True)
 class Filling:
-    """What is left of the disk around the third save: bytes, or files that can still be made.
+    """The space left on the disk around the third save: bytes, or files that can still be made.
 
-    `after_look`: it fills once the save has seen that there is room. `stays`: nothing is given back. `run_folder`: it is the
-    disk of all of the run, not of the checkpoints alone.
+    `after_look`: it fills once the save has seen that there is room. `stays`: nothing is given
+    back. `run_folder`: it is the disk of the whole run, not of the checkpoints alone.
     """
 
     num_bytes: int = 0
@@ -89,7 +95,7 @@ class Filling:
 
 
 def train_on_filling_disk(command: Sequence[str], filling: Filling) -> int:
-    """On this rank: a run whose first rank fills the disk around the third save."""
+    """Train on this rank, in a run whose first rank fills the disk around the third save."""
     if os.environ["RANK"] != "0":
         return train(command)
     look, write = Saver._begin, Saver._write
@@ -142,7 +148,7 @@ def small_disk(at: Path) -> Iterator[None]:
 
 
 def can_mount() -> bool:
-    """Whether a tmpfs can be mounted in a private namespace here."""
+    """Return whether a tmpfs can be mounted in a private namespace here."""
     if shutil.which("unshare") is None:
         return False
     with tempfile.TemporaryDirectory() as folder:
@@ -150,22 +156,23 @@ def can_mount() -> bool:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-# ------------------------------------------------------------------------------------------------------ the campaign
+# ------------------------------------------------------------------------------------- the campaign
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Of the undisturbed run: its end, the tensors of its checkpoints by step, and what one takes of a tmpfs."""
+    """The facts of the undisturbed run: its end, the tensors of its checkpoints by step, and the
+    space that one takes on a tmpfs."""
 
     end: Undisturbed
     tensors: dict[int, dict[str, str]]
     need: int  # bytes that the save asks for
-    num_bytes: int  # that it takes
+    num_bytes: int  # bytes that it takes
     num_files: int
 
     @classmethod
     def of(cls, scene: Scene) -> Expected:
-        """Runs it, keeping all its checkpoints."""
+        """Run the scene undisturbed, keeping all its checkpoints."""
         end = scene.prepare(f"checkpoint.keep={STEPS}")
         found = dict(CheckpointFolder(scene.whole / "checkpoints").steps())
         entries = list(found[STEPS].rglob("*"))
@@ -175,7 +182,7 @@ class Expected:
         return cls(end, tensors, need, pages * PAGE_BYTES, len(entries))
 
     def fillings(self, kind: str) -> dict[str, Filling]:
-        """The cases of a kind, by name."""
+        """Return the cases of a kind, by name."""
         if kind == "files":
             return {f"{n}-files": Filling(num_files=n) for n in range(self.num_files)}
         after_look = kind != "short"
@@ -188,8 +195,12 @@ class Expected:
 
 @dataclass
 class Tally:
-    """Of `n` cases: in how many the fault struck; how many ended with exit code 0, told in one line which path and why, kept
-    the checkpoint before, were clean of drafts, and went on from that checkpoint to the same bits; `passed`: all of it."""
+    """The counts over `n` cases.
+
+    In `struck` the fault occurred; `ended` with exit code 0; `told` in one line which path and why;
+    `kept` the checkpoint before; were `clean` of drafts; went on from that checkpoint to
+    `identical` bits; `passed` all of it.
+    """
 
     n: int = 0
     struck: int = 0
@@ -213,8 +224,10 @@ class Tally:
 
 
 def judged(scene: Scene, ended: Ended, expected: Expected, reason: str, *, must_fail: bool) -> dict[str, Any]:
-    """What came of a run in whose third save something failed for that reason; see `Tally`. `must_fail`: so that there can be
-    no checkpoint of it."""
+    """Return what came of a run in whose third save something failed for that reason; see `Tally`.
+
+    `must_fail`: the failure leaves no checkpoint of that save.
+    """
     steps, damage = whole_ones(scene, expected)
     before = max((step for step in steps if step < STEPS), default=0)
     lines = warnings(ended)
@@ -240,7 +253,8 @@ def judged(scene: Scene, ended: Ended, expected: Expected, reason: str, *, must_
 
 
 def judged_when_full_to_the_end(scene: Scene, ended: Ended, expected: Expected) -> dict[str, Any]:
-    """The same where the fourth save failed too; the run goes on in its own folder once there is room."""
+    """Return the same if the fourth save failed too; the run goes on in its own folder once there
+    is room."""
     give_back(scene.checkpoints)
     steps, damage = whole_ones(scene, expected)
     lines = warnings(ended)
@@ -264,8 +278,11 @@ def warnings(ended: Ended) -> list[str]:
 
 
 def told_of(saved: bool, lines: Sequence[str]) -> bool:
-    """Whether what is said fits what is there: a missing checkpoint is told once; of one that is there, at most that an older
-    one stayed."""
+    """Return whether the messages fit what is there.
+
+    A missing checkpoint is reported once. About one that is there, the only message may be that an
+    older one stayed.
+    """
     return (
         len(lines) <= 1 and all(line.startswith(NOT_REMOVED) for line in lines)
         if saved
@@ -274,12 +291,13 @@ def told_of(saved: bool, lines: Sequence[str]) -> bool:
 
 
 def well_told(scene: Scene, lines: Sequence[str], reason: str) -> bool:
-    """Whether each names a path and the reason."""
+    """Return whether each line names a path and the reason."""
     return all(str(scene.checkpoints) in line and re.search(reason, line) for line in lines)
 
 
 def whole_ones(scene: Scene, expected: Expected) -> tuple[list[int], str]:
-    """Steps of the checkpoints that are there, and which of them is damaged or has not the undisturbed run's tensors, or ""."""
+    """Return the steps of the checkpoints that are there, and which is damaged or has other tensors
+    than the undisturbed run, or ""."""
     try:
         steps = whole_steps(scene.checkpoints)
     except DataError as error:
@@ -304,7 +322,8 @@ def full_disks(scene: Scene, expected: Expected, kind: str) -> dict[str, Case]:
 
 
 def failing_calls(scene: Scene, expected: Expected, victim: int, errors: Sequence[str]) -> dict[str, Case]:
-    """Each system call of a rank's save on the checkpoints, with each error that it can give."""
+    """Return a case for each system call of a rank's save on the checkpoints, with each error that
+    it can give."""
     watched = scene.held(HIT, victim).watched()
 
     def case(point: Point, error: str) -> dict[str, Any]:
@@ -329,7 +348,8 @@ def run(
     stride: int = 1,
     only: Sequence[str] = (),
 ) -> Tally:
-    """All cases of a scene. `ranks`: in which system calls fail in turn, all by default; `only`: the cases of these names."""
+    """Run all cases of a scene. `ranks`: whose system calls fail in turn, all by default. `only`:
+    the cases of these names."""
     scene, total = Scene.named(name, folder, steps=STEPS, keep=KEPT), Tally()
     expected = Expected.of(scene)
     for kind in kinds:
@@ -362,7 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--errors", nargs="+", default=list(ERRORS), choices=list(ERRORS))
     parser.add_argument("--stride", type=int, default=1, help="every STRIDE-th case")
     parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="only these, as in 50%% or fsync:3/EIO")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the private namespace
+    # Set in the private namespace.
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not options.inside:
         if can_mount():

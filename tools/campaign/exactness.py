@@ -1,9 +1,10 @@
-"""Save at each step, resume from each, run to the end: is it, to the bit, the run that nobody disturbed?
+"""Save at each step, resume from each, run to the end: is it, to the bit, the undisturbed run?
 
     python -m tools.campaign.exactness --steps 60 --dtypes fp32 bf16
 
-Dropout is on. A case is a layout, a format and the step resumed from; it passes when every later step's loss, gradient norm,
-learning rate, loss scale and number of targets, and at the end every weight and moment, are the same bits.
+Dropout is on. A case is a layout, a format and the step resumed from. It passes if every later
+step's loss, gradient norm, learning rate, loss scale and number of targets, and at the end every
+weight and moment, are the same bits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Body = Callable[[Sequence[str]], int]
 
 
 def run(way: Way, dtype: str, steps: int, stride: int, folder: Path, *, resumed: Body = train, **more: Any) -> tuple[int, int]:
-    """(exact, all) cases. `resumed`: what the ranks that go on run; `more`: sections of the recipe."""
+    """Return (exact, all) cases. `resumed`: what the ranks that go on run. `more`: sections of the
+    recipe."""
     keys = (f"precision.dtype={dtype}",)
     recipe = write_recipe(folder, steps=steps, every=1, keep=steps + 1, **more)
     whole = folder / "whole"

@@ -1,17 +1,20 @@
-"""One rank stops getting on: is that seen in time, is the right rank named, do all ranks end?
+"""A rank makes no more progress: is that seen in time, is the right rank named, do all ranks end?
 
     python -m tools.campaign.hangs --cases 200
-    python -m tools.campaign.hangs --calm 50000      (false alarms: slow evaluations, slow saves, nobody hangs)
-    python -m tools.campaign.hangs --slow 20         (one rank is slow in its data or its computation; or the slowness wanders)
+    python -m tools.campaign.hangs --calm 50000   (false alarms: slow evaluations and saves)
+    python -m tools.campaign.hangs --slow 20      (one rank is slow in its data or its computation,
+                                                   or the slowness wanders)
 
 Faults, on a rank and in a step drawn by the case's seed:
-    stop   SIGSTOP                                    gil    C code that keeps the interpreter to itself
-    loop   Python that never ends, in the data        file   a read from a pipe that nobody writes to
-    skip   one collective left out                    extra  one collective too many
+
+    stop   SIGSTOP                               gil    C code that never releases the GIL
+    loop   Python that never ends, in the data   file   a read from a pipe without a writer
+    skip   one collective left out               extra  one collective too many
     kill   SIGKILL
 
-A case passes when every rank has ended within the limit and 5 s (a kill: within 5 s; another may end the rank at fault),
-the line names the rank at fault and no other, and the page is in the run folder.
+A case passes if every rank has ended within the limit and 5 s (a kill: within 5 s; another rank may
+end the one at fault), the line names the rank at fault and no other, and the page is in the run
+folder.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from tools.campaign.cases import WAYS, arguments, report, write_recipe
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.engine.engine import Engine
 from trainer.errors import EXIT_HANG, EXIT_OK, EXIT_REQUEUE
-from trainer.run.session import Session
+from trainer.run.session import StepData
 
 LIMIT_S = 4
 STEPS = 1_000_000
@@ -47,7 +50,7 @@ LAYOUTS = ("dp2-zero1", "dp2-zero3", "tp2", "pp2", "tp2xpp2")
 
 
 def fall_silent(fault: str, pipe: str) -> None:
-    """On the rank at fault; does not come back."""
+    """Hang on the rank at fault; never returns."""
     match fault:
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -63,7 +66,7 @@ def fall_silent(fault: str, pipe: str) -> None:
 
 
 def leave_one_out(of: dist.ProcessGroup) -> None:
-    """The next all-reduce of that group does nothing on this rank."""
+    """Make the next all-reduce of that group do nothing on this rank."""
     real = dist.all_reduce
 
     def once(tensor: torch.Tensor, *args: Any, group: dist.ProcessGroup | None = None, **named: Any) -> Any:
@@ -76,7 +79,7 @@ def leave_one_out(of: dist.ProcessGroup) -> None:
 
 
 def train_with_a_fault(words: Sequence[str], fault: str, at_fault: int, step: int, place: str, mark: str) -> int:
-    """`train`, with a fault on one rank: in its data or in its forward pass."""
+    """Run `train` with a fault on one rank: in its data or in its forward pass."""
     if int(os.environ["RANK"]) == at_fault:
         _plant(fault, step, place, mark)
     return train(words)
@@ -86,7 +89,9 @@ def _plant(fault: str, step: int, place: str, mark: str) -> None:
     def strike(run: Engine) -> None:
         Path(mark).write_text(repr(time.time()))
         if fault in ("skip", "extra"):
-            group = next(g.handle for g in (run.mesh.dp, run.mesh.tp, run.mesh.replica) if g.handle is not None and g.size > 1)
+            group = next(
+                g.handle for g in (run.mesh.reduction, run.mesh.tp, run.mesh.replica) if g.handle is not None and g.size > 1
+            )
             if fault == "skip":
                 leave_one_out(group)
             else:
@@ -94,20 +99,23 @@ def _plant(fault: str, step: int, place: str, mark: str) -> None:
         else:
             fall_silent(fault, f"{mark}.pipe")
 
-    real_step, real_data = Engine.step, Session.micro_batches
+    real_step, real_data = Engine.step, StepData.micro_batches
+
+    engines: list[Engine] = []
 
     def step_with(self: Engine, micro_batches: Any, *, step: int, **named: Any) -> Any:
+        engines[:] = [self]
         if step == planned and place == "step":
             strike(self)
         return real_step(self, micro_batches, step=step, **named)
 
-    def data_with(self: Session, number: int) -> Any:
+    def data_with(self: StepData, number: int) -> Any:
         if number == planned and place == "data":
-            strike(self.engine)
+            strike(*engines)
         return real_data(self, number)
 
     planned = step
-    Engine.step, Session.micro_batches = step_with, data_with  # type: ignore[method-assign]
+    Engine.step, StepData.micro_batches = step_with, data_with  # type: ignore[method-assign]
 
 
 def one_case(case: int, seed: int, names: Sequence[str], faults: Sequence[str], scratch: Path) -> dict[str, Any]:
@@ -143,7 +151,7 @@ def judged(ended: Ended, fault: str, at_fault: int, folder: Path) -> dict[str, A
     allowed = {EXIT_HANG, EXIT_REQUEUE, -signal.SIGKILL}
     if fault in ("skip", "extra"):
         allowed.add(-signal.SIGABRT)  # gloo ends a process that receives more than it expects
-    # From the fault to the end of the last rank; the ranks' processes are joined as they end.
+    # Measured from the fault to the end of the last rank; the processes are joined as they end.
     took_s = time.time() - struck
     detected_s = took_s - (0 if fault == "kill" else LIMIT_S)
     good = {
@@ -177,19 +185,20 @@ def _figures(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"n": len(outcomes), **counts, "late_p50_s": statistics.median(late) if late else None, "late_p99_s": p99}
 
 
-# ----------------------------------------------------------------------------------------------------------- slow ranks
+# --------------------------------------------------------------------------------------- slow ranks
 
 SLOW_RUN_STEPS, SLOW_WINDOW_S = 200, 2.0
-DELAY_S = 0.04  # a step takes about as long
+DELAY_S = 0.04  # about the time of a step
 
 
 def train_with_a_slow_rank(words: Sequence[str], at_fault: int, cause: str) -> int:
-    """Rank `at_fault` takes longer in each step; with the cause "wandering", another one in each step."""
+    """Run `train` with rank `at_fault` slower in each step, or, with the cause "wandering", another
+    one in each step."""
     import trainer.watchdog.slow as slow
 
     slow.WINDOW_S = SLOW_WINDOW_S
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    real_step, real_data = Engine.step, Session.micro_batches
+    real_step, real_data = Engine.step, StepData.micro_batches
 
     def is_slow(step: int) -> bool:
         return rank == (step % ranks if cause == "wandering" else at_fault)
@@ -200,17 +209,18 @@ def train_with_a_slow_rank(words: Sequence[str], at_fault: int, cause: str) -> i
                 time.sleep(DELAY_S)
         return real_step(self, micro_batches, step=step, **named)
 
-    def data_with(self: Session, number: int) -> Any:
+    def data_with(self: StepData, number: int) -> Any:
         if cause == "data" and is_slow(number):
             time.sleep(DELAY_S)
         return real_data(self, number)
 
-    Engine.step, Session.micro_batches = step_with, data_with  # type: ignore[method-assign]
+    Engine.step, StepData.micro_batches = step_with, data_with  # type: ignore[method-assign]
     return train(words)
 
 
 def slow_case(case: int, layout: str, cause: str, scratch: Path) -> dict[str, Any]:
-    """Is the slow rank named, with the cause, and nobody else? Nobody at all when it wanders."""
+    """Return whether the slow rank is named, with the cause, and no other; no rank at all if the
+    slowness wanders."""
     way = next(way for way in WAYS if way.name == layout)
     at_fault = case % way.processes
     folder = scratch / f"slow-{case}"
@@ -244,9 +254,10 @@ def slow_ranks(cases: int, names: Sequence[str]) -> bool:
     return all(outcome["passed"] for outcome in outcomes)
 
 
-# --------------------------------------------------------------------------------------------------------- false alarms
+# ------------------------------------------------------------------------------------- false alarms
 
-SLOW_EVERY, SLOW_S = 500, 2.5  # an evaluation and a save that take twice the limit of a step, on one rank after the other
+# An evaluation and a save that take twice the limit of a step, on one rank after another.
+SLOW_EVERY, SLOW_S = 500, 2.5
 CALM_LIMIT_S = 1
 
 
@@ -268,7 +279,7 @@ def train_slowly_at_times(words: Sequence[str]) -> int:
 
 
 def calm(steps: int, names: Sequence[str]) -> bool:
-    """`steps` steps in each layout in which nobody hangs, with a limit of 1 s."""
+    """Run `steps` steps in each layout in which nobody hangs, with a limit of 1 s."""
     quiet = True
     with tempfile.TemporaryDirectory(prefix="triaxis-calm-") as scratch:
         for way in (way for way in WAYS if way.name in names):

@@ -1,12 +1,14 @@
-"""Thousands of recipes, files, folders, environments, limits and signals that are wrong: each ends in one clear line.
+"""Thousands of recipes, files, folders, environments, limits and signals that are wrong: each ends
+in one clear line.
 
     python -m tools.campaign.hostile --cases 5000
     python -m tools.campaign.hostile --only "run folder" --cases 200 --seed 3
-    python -m tools.campaign.hostile --number 1234                                   (one case again, with all that it said)
+    python -m tools.campaign.hostile --number 1234             (one case again, with all its output)
 
-A case passes when its ranks end by themselves within a minute, with none of Python's tracebacks, an exit code of the README's
-table but 70, a line that says what is wrong where it is not 0, and at most 4 GB of memory. What is drawn depends on the seed
-and the number of the case alone. The table at the end counts cases, real starts and exit codes by kind.
+A case passes if its ranks end by themselves within a minute, without a Python traceback, with an
+exit code of the README's table other than 70, a line that says what is wrong if it is not 0, and at
+most 4 GB of memory. What is drawn depends only on the seed and the number of the case. The table at
+the end counts cases, real starts and exit codes by kind.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from tools.campaign.hostile_cases import Case, Draw, Originals
 from tools.campaign.ranks import Ended, run_ranks, train
 
 LIMIT_S = 60.0
-MOST_KIB = 4 << 20  # of memory, of a rank and what it started
+MOST_KIB = 4 << 20  # memory of a rank and what it started
 CODES = (0, 1, 65, 75, 78, 93, 124, 130)
 TRACEBACKS = (
     "Traceback (most recent call last)",
@@ -43,7 +45,7 @@ TRACEBACKS = (
 )
 MEMORY = "memory.txt"
 ROOT = Path(__file__).parents[2]
-# Kind → how it is drawn, and its share of the cases.
+# Kind → the function that draws it, and its share of the cases.
 KINDS: dict[str, tuple[Draw, int]] = {
     "recipe": (hostile_recipes.recipe, 30),
     "chain": (hostile_recipes.chain, 2),
@@ -62,7 +64,7 @@ KINDS: dict[str, tuple[Draw, int]] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a case ended. `fault`: "" where it passed."""
+    """The end of a case. `fault`: "" if it passed."""
 
     number: int
     kind: str
@@ -79,7 +81,7 @@ def judged(number: int, seed: int, kinds: Sequence[str], originals: Originals) -
         folder = Path(name, "case")
         folder.mkdir()
         case = KINDS[kind][0](stream, originals, folder)
-        case.environment.setdefault("HOME", str(folder))  # what a case reaches for is its own
+        case.environment.setdefault("HOME", str(folder))  # a case only reaches its own files
         log = Path(name, "log")
         ended = _in_a_process_of_its_own(case) if case.is_alone else _forked(case, log)
         fault = _fault(case, ended, log / MEMORY)
@@ -91,7 +93,7 @@ def _forked(case: Case, log: Path) -> Ended:
 
 
 def _triaxis(case: Case, log: str) -> int:
-    """The command on this rank."""
+    """Run the command on this rank."""
     for name, value in case.environment.items():
         os.environ.pop(name, None)
         if value is not None:
@@ -122,7 +124,8 @@ def _sending(case: Case) -> Callable[[list[int]], None]:
 
 
 def _in_a_process_of_its_own(case: Case) -> Ended:
-    """`python -m trainer`, with limits, outputs and surroundings that a fork would share with us."""
+    """Run `python -m trainer` with limits, outputs and surroundings that a fork would share with
+    us."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **case.environment}
     started = time.monotonic()
     process = subprocess.Popen(
@@ -142,7 +145,8 @@ def _in_a_process_of_its_own(case: Case) -> Ended:
 
 
 def _on_a_small_disk(case: Case) -> list[str]:
-    """The words before a command that has a folder on a disk of its own, in a private mount namespace."""
+    """Return the words before a command that has a folder on a disk of its own, in a private mount
+    namespace."""
     if case.disk is None:
         return []
     mount = 'mount -t tmpfs -o size="$0"k,nr_inodes=200 campaign "$1" && shift && exec "$@"'
@@ -150,7 +154,7 @@ def _on_a_small_disk(case: Case) -> list[str]:
 
 
 def _surround(case: Case) -> None:
-    """Between fork and exec."""
+    """Set the surroundings between fork and exec."""
     if case.in_a_folder_that_is_gone:
         os.mkdir("gone")
         os.chdir("gone")
@@ -165,7 +169,7 @@ def _surround(case: Case) -> None:
 
 
 def _fault(case: Case, ended: Ended, memory: Path) -> str:
-    """Why the case does not pass."""
+    """Return why the case does not pass."""
     codes = set(ended.codes)
     if -signal.SIGKILL in codes and ended.wall_s >= LIMIT_S:
         return "hang"
@@ -186,12 +190,13 @@ def _fault(case: Case, ended: Ended, memory: Path) -> str:
 
 
 def _before_python_listens(case: Case) -> bool:
-    """Whether the first signal may have come while the interpreter was starting, which nobody can hear."""
+    """Return whether the first signal may have come while the interpreter was starting and could
+    not handle it."""
     return bool(case.signals) and case.signals[0][0] < 0.3
 
 
 def verdicts(cases: int, seed: int, kinds: Sequence[str], *, first: int = 0) -> Iterator[Verdict]:
-    """Run so many cases, one after the other."""
+    """Run `cases` cases, one after another."""
     with tempfile.TemporaryDirectory(prefix="hostile-originals-") as name:
         originals = Originals.make(Path(name))
         for number in range(first, first + cases):
@@ -199,7 +204,7 @@ def verdicts(cases: int, seed: int, kinds: Sequence[str], *, first: int = 0) -> 
 
 
 def table(found: Sequence[Verdict]) -> str:
-    """How many cases, real starts, and ends of each kind."""
+    """Return a table of the number of cases, real starts, and ends of each kind."""
     rows: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for verdict in found:
         row = rows[verdict.kind]

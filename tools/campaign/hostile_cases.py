@@ -1,4 +1,5 @@
-"""What `hostile` tries, by kind: each draws a command, what it finds, and under which limits it runs."""
+"""The material of `hostile`, by kind: each function draws a command, the files it finds, and the
+limits it runs under."""
 
 from __future__ import annotations
 
@@ -52,9 +53,12 @@ ODD_VALUES: tuple[Any, ...] = (None, True, [], {}, [[]], [None], {"": 1}, *ODD_N
 
 @dataclass
 class Case:
-    """`command`: of triaxis, which runs in `folder` on `ranks` processes. `environment`: variables to set, or to remove (None).
-    `limits`: names of RLIMIT_*. `outputs`: where stdout and stderr go instead of a file. `signals`: (after so many seconds,
-    which). `what`: in words."""
+    """A hostile case.
+
+    `command`: of triaxis, which runs in `folder` on `ranks` processes. `environment`: variables to
+    set, or to remove (None). `limits`: names of RLIMIT_*. `outputs`: where stdout and stderr go
+    instead of a file. `signals`: (after so many seconds, which). `what`: in words.
+    """
 
     what: str
     command: list[str]
@@ -65,24 +69,25 @@ class Case:
     outputs: dict[int, str] = field(default_factory=dict)
     signals: tuple[tuple[float, int], ...] = ()
     in_a_folder_that_is_gone: bool = False
-    is_alone: bool = False  # in a process of its own, as limits and outputs would be ours too
-    disk: tuple[Path, int] | None = None  # a folder that is a disk of so many KiB
+    is_alone: bool = False  # in a process of its own, because limits and outputs would be ours too
+    disk: tuple[Path, int] | None = None  # a folder that is a disk, and its size [KiB]
 
     @property
     def starts(self) -> bool:
-        """Whether a run is really started."""
+        """Return whether a run is really started."""
         return self.command[0] in ("train", "eval", "export", "generate") or self.command[:2] == ["data", "prepare"]
 
 
 @dataclass(frozen=True)
 class Originals:
-    """What is copied and then spoilt: `recipe`, of a run of three steps in `run`, and files of data by name."""
+    """The files that are copied and then spoilt: `recipe`, of a run of three steps in `run`, and
+    files of data by name."""
 
     folder: Path
 
     @classmethod
     def make(cls, folder: Path) -> Originals:
-        """RuntimeError when the undisturbed run fails."""
+        """Make the files. RuntimeError if the undisturbed run fails."""
         recipe = write_recipe(
             folder,
             steps=3,
@@ -127,7 +132,7 @@ def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 def spoilt(stream: Random, value: Any) -> Any:
-    """A JSON value with one to three parts of it replaced."""
+    """Return a JSON value with one to three parts of it replaced."""
     for _ in range(stream.choice([1, 1, 1, 2, 3])):
         place = stream.choice([path for path in places(value) if path] or [()])
         value = put(value, place, stream.choice(ODD_VALUES))

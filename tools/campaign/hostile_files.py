@@ -20,7 +20,7 @@ from tools.campaign.hostile_cases import (
 )
 from trainer.checkpoint.manifest import MANIFEST
 
-# ------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "pretrain": [{"text": f"row {n} of some" * 3} for n in range(20)],
@@ -36,7 +36,8 @@ def _table(rows: list[dict[str, Any]], delimiter: str) -> str:
 
 
 def data(stream: Random, originals: Originals, folder: Path) -> Case:
-    """A file of data that is damaged, of another kind than its name says, or no file; it is tokenized."""
+    """Draw a file of data that is damaged, of another kind than its name says, or no file; it is
+    tokenized."""
     task = stream.choice(list(ROWS))
     rows = ROWS[task] if stream.random() < 0.5 else [spoilt(stream, row) for row in ROWS[task]]
     forms = {
@@ -102,7 +103,8 @@ BOMBS = (
 
 
 def tokenizer(stream: Random, originals: Originals, folder: Path) -> Case:
-    """A tokenizer's folder with a hostile template, a regular expression that explodes, or spoilt files."""
+    """Draw a tokenizer's folder with a hostile template, a regular expression that explodes, or
+    spoilt files."""
     named = folder / "tokenizer"
     shutil.copytree(originals.folder / "run" / "export", named)
     config_file, backend_file = named / "tokenizer_config.json", named / "tokenizer.json"
@@ -136,7 +138,7 @@ def _long_turn(stream: Random) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
 
 
-# ----------------------------------------------------------------------------------------------------- run folders
+# -------------------------------------------------------------------------------------- run folders
 
 
 def _other_bytes(stream: Random, path: Path) -> None:
@@ -165,13 +167,15 @@ def _another_thing(stream: Random, path: Path) -> None:
         lambda: path.symlink_to("/dev/zero"),
         lambda: path.symlink_to(path.name),
         lambda: path.symlink_to("nowhere"),
-        lambda: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 1 << 40),  # a hole: it claims a terabyte
+        # A hole that claims a terabyte.
+        lambda: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 1 << 40),
     )
     stream.choice(ways)()
 
 
 def run_folder(stream: Random, originals: Originals, folder: Path) -> Case:
-    """A run of which one file, or what tokenized data it has, was edited, sealed again, or replaced; what reads it next."""
+    """Draw a run of which one file, or its tokenized data, was edited, sealed again, or replaced,
+    and a command that reads it."""
     run = folder / "run"
     shutil.copytree(originals.folder / "run", run, symlinks=True)
     shutil.copytree(originals.folder / "data", folder / "data")

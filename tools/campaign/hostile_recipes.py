@@ -22,7 +22,7 @@ from trainer.schema import Recipe
 
 
 def recipe(stream: Random, originals: Originals, folder: Path) -> Case:
-    """A recipe whose values, or whose bytes, are spoilt; checked, or also started."""
+    """Draw a recipe whose values or bytes are spoilt; it is checked, or also started."""
     path = folder / "recipe.json"
     if stream.random() < 0.7:
         given = _whole_recipe(originals) if stream.random() < 0.5 else originals.recipe
@@ -37,13 +37,13 @@ SUBMIT = ["submit", "--nodes", "1", "--ranks-per-node", "2", "--dry-run"]
 
 
 def _whole_recipe(originals: Originals) -> dict[str, Any]:
-    """Every key with its default, beside what the recipe says."""
+    """Return every key with its default, or with what the recipe says."""
     found: dict[str, Any] = Recipe.model_validate(originals.recipe).model_dump()
     return found
 
 
 def chain(stream: Random, originals: Originals, folder: Path) -> Case:
-    """Recipes that extend others: long chains, circles, pipes, devices, what is not there."""
+    """Draw recipes that extend others: long chains, circles, pipes, devices, missing files."""
     last = stream.choice(["0.json", "nothing.json", "/dev/zero", "pipe", ".", "gone/../../x.json", "\0", "a" * 300])
     os.mkfifo(folder / "pipe")
     length = stream.choice([1, 2, 33, 400])
@@ -56,13 +56,13 @@ def chain(stream: Random, originals: Originals, folder: Path) -> Case:
 
 
 def setting(stream: Random, originals: Originals, folder: Path) -> Case:
-    """An odd --set."""
+    """Draw an odd --set."""
     keys = [".".join(map(str, path)) for path in places(_whole_recipe(originals)) if path]
     key = stream.choice(
         [*keys, "data.sources[0].path", "data.sources[99].path", "", "a..b", "model.config.x", "[0]", "é", "a\udcff"]
     )
     value = stream.choice([*map(json.dumps, ODD_VALUES), *ODD_TEXTS, "\udcff\udcfe", "[" * 3000, '{"a":' * 3000])
-    if "\0" in value or "\0" in key:  # the system takes no such argument
+    if "\0" in value or "\0" in key:  # the system accepts no such argument
         value = value.replace("\0", "")
     return Case(f"--set {key[:40]}", ["check", str(originals.folder / "recipe.json"), "--set", f"{key}={value}"], folder)
 
@@ -82,7 +82,7 @@ NUMBERS = _numbers()
 
 
 def number(stream: Random, originals: Originals, folder: Path) -> Case:
-    """A number at the edge of what the schema allows, or beyond; the run is started."""
+    """Draw a number at the edge of what the schema allows, or beyond; the run is started."""
     key, value = stream.choice(NUMBERS), stream.choice(ODD_NUMBERS)
     command = ["train", str(originals.folder / "recipe.json"), "--run-dir", str(folder / "run"), "--set", "train.steps=1"]
     if stream.random() < 0.4:
@@ -90,7 +90,7 @@ def number(stream: Random, originals: Originals, folder: Path) -> Case:
     return Case(f"{key} = {value}", [*command, "--set", f"{key}={json.dumps(value)}"], folder, ranks=stream.choice([1, 1, 2]))
 
 
-# ------------------------------------------------------------------------------------------------------------ paths
+# -------------------------------------------------------------------------------------------- paths
 
 
 def _odd_places(stream: Random, folder: Path) -> str:
@@ -107,7 +107,7 @@ def _odd_places(stream: Random, folder: Path) -> str:
 
 
 def path(stream: Random, originals: Originals, folder: Path) -> Case:
-    """A path of the recipe or of the command line that leads to something odd."""
+    """Draw a path of the recipe or of the command line that leads to something odd."""
     odd = _odd_places(stream, folder).replace("\0", "" if stream.random() < 0.5 else "\\u0000")
     recipe_file, run = str(originals.folder / "recipe.json"), ["--run-dir", str(folder / "run")]
     keys = ("run.dir", "data.cache_dir", "data.sources[0].path", "data.tokenizer", "model.from_pretrained", "parallel.schedule")

@@ -12,11 +12,11 @@ from tools.campaign.hostile_cases import (
     Random,
 )
 
-# ------------------------------------------------------------------------------------- environment, limits, signals
+# --------------------------------------------------------------------- environment, limits, signals
 
 
 def environment(stream: Random, originals: Originals, folder: Path) -> Case:
-    """Variables of launchers and libraries that contradict each other or are none."""
+    """Draw variables of launchers and libraries that contradict each other or are invalid."""
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
     slurm = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_RESTART_COUNT")
     others = (
@@ -44,14 +44,16 @@ def environment(stream: Random, originals: Originals, folder: Path) -> Case:
     for name in stream.sample([*launcher, *slurm, *others], stream.choice([1, 2, 3])):
         wanted[name] = stream.choice([None, *odd])
     if wanted.get("WORLD_SIZE") not in (None, "1") or "MASTER_ADDR" in wanted:
-        wanted["RANK"] = stream.choice(["", "abc", "5", "-1"])  # else it waits for ranks that never come, as it must
+        # With a valid rank it would rightly wait for ranks that never come.
+        wanted["RANK"] = stream.choice(["", "abc", "5", "-1"])
     command = ["train", str(originals.folder / "recipe.json"), "--run-dir", str(folder / "run"), "--set", "train.steps=1"]
     command += ["--set", "guard.timeout_s=20", "--set", "guard.long_timeout_s=20"]
     return Case(f"environment {wanted}", command, folder, environment=wanted)
 
 
 def limits(stream: Random, originals: Originals, folder: Path) -> Case:
-    """Few open files, small files, outputs that are full, closed or of another alphabet."""
+    """Draw limits on open files or file sizes, or outputs that are full, closed or of another
+    encoding."""
     drawn = stream.choice(["files", "size", "full", "full", "closed", "ascii", "gone"])
     train_it = ["train", str(originals.folder / "recipe.json"), "--run-dir", str(folder / "run")]
     readers = [
@@ -79,7 +81,7 @@ def limits(stream: Random, originals: Originals, folder: Path) -> Case:
 
 
 def disk(stream: Random, originals: Originals, folder: Path) -> Case:
-    """A run whose folder, data or export lies on a disk that is too small for it."""
+    """Draw a run whose folder, data or export lies on a disk that is too small for it."""
     small = folder / "disk"
     small.mkdir()
     command = ["train", str(originals.folder / "recipe.json"), "--run-dir", str(small / "run"), "--set", "train.steps=4"]
@@ -92,7 +94,7 @@ def disk(stream: Random, originals: Originals, folder: Path) -> Case:
 
 
 def signals(stream: Random, originals: Originals, folder: Path) -> Case:
-    """One or two signals at any moment of a start."""
+    """Draw one or two signals at any moment of a start."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     first = stream.uniform(0.0, 2.5)
     sent = [(first, stream.choice(numbers))]

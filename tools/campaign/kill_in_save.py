@@ -1,15 +1,19 @@
-"""kill -9 at every system call of a save: does the run go on, to the bit as if nobody had disturbed it?
+"""kill -9 at every system call of a save: does the run go on, to the bit as if undisturbed?
 
     python -m tools.campaign.kill_in_save
-    python -m tools.campaign.kill_in_save --scenes one:sync --saves 2 --ranks 0 --points fsync:3     (one case again)
+    python -m tools.campaign.kill_in_save --scenes one:sync --saves 2 --ranks 0 --points fsync:3
     python -m tools.campaign.kill_in_save --control
 
-A case is a layout, a save (the run's first, or its second, which also removes an older checkpoint), the rank that dies and the
-system call that it dies before. strace counts the calls and kills; the rank waits for it at the beginning of the save, so no
-case depends on time. A case passes when no folder with a checkpoint's name is damaged, and the same command, given again,
-ends with the numbers of every step, the tensors and the memory of the undisturbed run, and with no draft left.
+The second command runs one case again.
 
-`--control`: the same deaths for two savers that write under the final name and rewrite a pointer file.
+A case is a layout, a save (the run's first, or its second, which also removes an older checkpoint),
+the rank that dies and the system call before which it dies. strace counts the calls and kills. The
+rank waits for it at the beginning of the save, so no case depends on time. A case passes if no
+folder with a checkpoint's name is damaged, and the same command, given again, ends with the numbers
+of every step, the tensors and the memory of the undisturbed run, and with no draft left.
+
+`--control`: the same deaths for two savers that write under the final name and rewrite a pointer
+file.
 """
 
 from __future__ import annotations
@@ -48,17 +52,17 @@ from trainer.checkpoint.tensor_file import Slot, header_bytes
 from trainer.errors import DataError
 
 STEPS = 3  # a checkpoint after each; one is kept
-PATIENCE_S = 60.0  # for a rank to come to the save, and to go through it; both take under a second
+PATIENCE_S = 60.0  # for a rank to come to the save, and through it; each takes under a second
 SCENES = ("one:sync", "one:async", "dp2-zero1:sync", "dp2-zero1:async", "tp2xpp2:sync")
 KILLED = -signal.SIGKILL
 
 
-# --------------------------------------------------------------------------------------- a rank in the hands of strace
+# -------------------------------------------------------------------- a rank in the hands of strace
 
 
 @dataclass(frozen=True)
 class Point:
-    """The `nth` system call of that name, counted from 1, that has to do with the checkpoints."""
+    """The `nth` system call of that name, counted from 1, that concerns the checkpoints."""
 
     call: str
     nth: int
@@ -69,10 +73,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Held:
-    """A run of which one rank waits at the beginning of a save, so that strace can take hold of it.
+    """A run of which one rank waits at the beginning of a save, so that strace can attach to it.
 
-    `body`: called on each rank with `arguments`, the victim's rank and its end of the gate. `folder`: what the run makes; it
-    always begins without it. `inside`: the folder whose system calls count.
+    `body`: called on each rank with `arguments`, the victim's rank and its end of the gate.
+    `folder`: what the run makes; it always begins without it. `inside`: the folder whose system
+    calls count.
     """
 
     body: Callable[..., int]
@@ -84,7 +89,8 @@ class Held:
     log: Path
 
     def watched(self) -> Watched:
-        """strace injects by exact paths, so they are looked up in one run, and the calls on them are counted in another."""
+        """Return the system calls of the save. strace injects by exact paths, so one run finds the
+        paths, and another counts the calls."""
         seen = [line for line in self.run("-y", "-s", "0")[1].splitlines() if str(self.inside) in line]
         paths = sorted(set(re.findall(rf'(?<=["<]){re.escape(str(self.inside))}[^">]*', "\n".join(seen))))
         watched = Watched(self, tuple(word for path in paths for word in ("-P", path)), _points("\n".join(seen)))
@@ -93,8 +99,12 @@ class Held:
         return watched
 
     def run(self, *how: str, to_the_end: bool = False) -> tuple[Ended, str]:
-        """The run, with strace on the victim during the save, and what strace wrote. All ranks are ended after the save, or
-        with the victim, unless the run is to come `to_the_end`."""
+        """Run with strace on the victim during the save, and return the end of the run and strace's
+        output.
+
+        All ranks are ended after the save, or with the victim, unless the run is to come
+        `to_the_end`.
+        """
         trace, ended = self.log / "trace.txt", on_a_free_port(lambda: self._once(how, to_the_end))
         if not trace.exists():
             raise RuntimeError(f"rank {self.victim} did not come to the save: {ended.codes}\n{ended.said}")
@@ -127,31 +137,35 @@ class Held:
 
 @dataclass(frozen=True)
 class Watched:
-    """A held run, strace's words for the paths that its save touches, and the system calls on them in their order."""
+    """A held run, strace's arguments for the paths that its save touches, and the system calls on
+    them in order."""
 
     held: Held
     paths: tuple[str, ...]
     points: list[Point]
 
     def killed_at(self, point: Point) -> bool:
-        """End the victim just before it enters that system call, then the other ranks; whether it came to that."""
+        """Kill the victim just before it enters that system call, then the other ranks; return
+        whether it came to that."""
         ended, trace = self.held.run(*self.paths, *_inject(point, "signal=KILL"))
         return ended.codes[self.held.victim] == KILLED and "+++ killed by SIGKILL +++" in trace
 
     def failing_at(self, point: Point, error: str) -> tuple[Ended, bool]:
-        """Let that system call fail, and the run go on to its end; whether it came to that."""
+        """Let that system call fail, and the run go on to its end; return the end, and whether it
+        came to that."""
         ended, trace = self.held.run(*self.paths, *_inject(point, f"error={error}"), to_the_end=True)
         return ended, "(INJECTED)" in trace
 
 
 def wait_at(gate: Connection) -> None:
-    """On a rank: say that it is here, and wait until it may go on."""
+    """Report, on a rank, that it is here, and wait until it may go on."""
     gate.send_bytes(b"here")
     gate.recv_bytes()
 
 
 def on_a_free_port(attempt: Callable[[], Ended]) -> Ended:
-    """Again when another program took the port between its choice and its use; the ranks end before they touch anything."""
+    """Repeat the attempt if another program took the port between its choice and its use; ranks
+    then end before they touch anything."""
     for _ in range(3):
         ended = attempt()
         if "EADDRINUSE" not in ended.said:
@@ -166,7 +180,7 @@ def _end(pids: Sequence[int]) -> None:
 
 
 def _heard_from(gate: Connection, pid: int) -> bool:
-    """Whether the rank has come to the gate; False when it has died."""
+    """Return whether the rank has come to the gate; False if it has died."""
     try:
         death = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -185,7 +199,7 @@ def _heard_from(gate: Connection, pid: int) -> bool:
 
 @contextmanager
 def _attached(pid: int, trace: Path, how: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    """strace on a process and all its threads; it counts from here on."""
+    """Attach strace to a process and all its threads; it counts from here on."""
     command = ["strace", "-f", "-p", str(pid), "-o", str(trace), *how]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as tracer:
         assert tracer.stderr is not None
@@ -199,7 +213,7 @@ def _attached(pid: int, trace: Path, how: Sequence[str]) -> Iterator[subprocess.
         try:
             yield tracer
         finally:
-            tracer.terminate()  # it lets go of the process
+            tracer.terminate()  # it detaches from the process
 
 
 def _inject(point: Point, what: str) -> tuple[str, str]:
@@ -218,21 +232,23 @@ def _points(trace: str) -> list[Point]:
     return points
 
 
-# ------------------------------------------------------------------------------------------------------- what is run
+# -------------------------------------------------------------------------------------- what is run
 
 
 def train_held(command: Sequence[str], step: int, victim: int, gate: Connection) -> int:
-    """`train`; the victim stops at the gate before and after it has written the checkpoint of that step."""
+    """Run `train`; the victim stops at the gate before and after it has written the checkpoint of
+    that step."""
     if int(os.environ["RANK"]) != victim:
         return train(command)
-    write = Saver._write  # in the background it is what the thread does
+    write = Saver._write  # in the background the thread runs this
 
     def held(saver: Saver, manifest: Any, *rest: Any) -> Any:
         if manifest.step != step:
             return write(saver, manifest, *rest)
         wait_at(gate)
         try:
-            with patch("uuid.uuid4", return_value=uuid.UUID(int=0)):  # strace must be told the names of passing files too
+            # strace needs the names of temporary files too.
+            with patch("uuid.uuid4", return_value=uuid.UUID(int=0)):
                 return write(saver, manifest, *rest)
         finally:
             wait_at(gate)
@@ -242,7 +258,8 @@ def train_held(command: Sequence[str], step: int, victim: int, gate: Connection)
 
 
 def write_small_recipe(folder: Path, *, steps: int, keep: int) -> Path:
-    """A checkpoint after each step, of 100 kB: a save of it is some 200 system calls, two thirds of the larger one's."""
+    """Write a recipe with a checkpoint of 100 kB after each step. A save takes some 200 system
+    calls, two thirds of the larger one's."""
     config = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1)
     return write_recipe(
@@ -257,7 +274,7 @@ def write_small_recipe(folder: Path, *, steps: int, keep: int) -> Path:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What a run must come to."""
+    """The result that a run must come to."""
 
     numbers: list[tuple[Any, ...]]
     digests: dict[str, str]
@@ -265,12 +282,13 @@ class Undisturbed:
 
     @classmethod
     def of(cls, run_dir: Path, step: int) -> Undisturbed:
-        """The numbers of its steps, and its checkpoint of that step."""
+        """Read the numbers of a run's steps, and its checkpoint of that step."""
         last = run_dir / "checkpoints" / f"step-{step:08d}"
         return cls(numbers(run_dir), digests(last), remembered(last))
 
     def difference(self, run_dir: Path, step: int, *, after: int = 0) -> Any:
-        """The first thing in which another run differs from this one, or None. `after`: it began after that step."""
+        """Return the first thing in which another run differs from this one, or None. `after`: it
+        began after that step."""
         try:
             other = Undisturbed.of(run_dir, step)
         except DataError as error:
@@ -283,20 +301,24 @@ class Undisturbed:
 
 
 def whole_steps(checkpoints: Path) -> list[int]:
-    """Steps of the checkpoints that have their final name, the newest first. DataError when one is damaged."""
+    """Return the steps of the checkpoints that have their final name, the newest first. DataError
+    if one is damaged."""
     found = CheckpointFolder(checkpoints).steps()
     for _, path in found:
         check_files(path, read_sound(path).files)
     return [step for step, _ in found]
 
 
-# ------------------------------------------------------------------------------------------------------ the campaign
+# ------------------------------------------------------------------------------------- the campaign
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A layout and a way to save, of which `keep` are kept. All its runs are in one folder; the disturbed one is always
-    `folder/run`, whose paths strace is told. `keys`: of the recipe, as `--set` takes them."""
+    """A layout and a way to save, of which `keep` are kept.
+
+    All its runs are in one folder; the disturbed one is always `folder/run`, whose paths strace is
+    given. `keys`: of the recipe, as `--set` takes them.
+    """
 
     way: Way
     asynchronous: bool
@@ -307,7 +329,7 @@ class Scene:
 
     @classmethod
     def named(cls, name: str, folder: Path, *, steps: int, keep: int, keys: Sequence[str] = ()) -> Scene:
-        """`name`: LAYOUT:sync or LAYOUT:async."""
+        """Return the scene of a name, LAYOUT:sync or LAYOUT:async."""
         layout, _, mode = name.partition(":")
         way = next(way for way in WAYS if way.name == layout)
         return cls(way, mode == "async", folder / name.replace(":", "-"), steps, keep, tuple(keys))
@@ -340,7 +362,7 @@ class Scene:
         return on_a_free_port(lambda: run_ranks(body, *parts, world_size=self.way.processes, log=log, around=around))
 
     def held(self, step: int, victim: int) -> Held:
-        """The disturbed run, in which a rank waits before it saves that step."""
+        """Return the disturbed run, in which a rank waits before it saves that step."""
         return Held(
             train_held,
             (self.command("run"), step),
@@ -352,7 +374,7 @@ class Scene:
         )
 
     def go_on(self, expected: Undisturbed) -> dict[str, Any]:
-        """What is there after the death, and what the same command makes of it."""
+        """Return what is there after the death, and what comes of running the same command."""
         try:
             there: Any = whole_steps(self.checkpoints)
         except DataError as error:
@@ -377,8 +399,11 @@ class Scene:
 
 @dataclass
 class Tally:
-    """Of the cases: how many crash points there are, at how many the rank was killed, after how many the run came to its end,
-    and to the same bits; `passed`: all that a case must be."""
+    """The counts over all cases.
+
+    There are so many crash `points`; the rank was `killed` at so many; the run came to its end
+    (`resumed`) and to the same bits (`identical`) after so many; `passed`: all that a case must be.
+    """
 
     points: int = 0
     killed: int = 0
@@ -406,7 +431,8 @@ class Tally:
 def run(
     name: str, folder: Path, *, saves: Sequence[int], ranks: Sequence[int] = (), stride: int = 1, only: Sequence[str] = ()
 ) -> Tally:
-    """All cases of a scene. `ranks`: those that die in turn, all by default; `only`: these points."""
+    """Run all cases of a scene. `ranks`: those that die in turn, all by default. `only`: these
+    points."""
     scene, total = Scene.named(name, folder, steps=STEPS, keep=1), Tally()
     expected = scene.prepare()
     for save in saves:
@@ -435,11 +461,12 @@ def _deaths(
     return tally
 
 
-# ------------------------------------------------------------------------------------------------------- the control
+# -------------------------------------------------------------------------------------- the control
 
 
 def save_in_place(folder: Path, step: int, *, file_name: str) -> None:
-    """As trainers save that know nothing of crashes: the weights under their final name, then a pointer to them."""
+    """Save as trainers do that know nothing of crashes: the weights under their final name, then a
+    pointer to them."""
     tensors = {f"layer-{n}.weight": torch.full((64, 64), float(step)) for n in range(12)}
     slots = {name: Slot("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
     with (folder / file_name).open("wb") as file:
@@ -450,7 +477,7 @@ def save_in_place(folder: Path, step: int, *, file_name: str) -> None:
 
 
 def step_in_place(folder: Path) -> int | None:
-    """The step that such a folder can be read back as, None when it cannot."""
+    """Return the step that such a folder can be read back as, None if it cannot."""
     try:
         latest = json.loads((folder / "latest").read_text())
         values = {value for tensor in load_file(folder / latest["file"]).values() for value in tensor.unique().tolist()}
@@ -463,7 +490,7 @@ CONTROLS = {"one file": "model.safetensors", "a file for each step": "model-{ste
 
 
 def save_twice(folder: str, pattern: str, victim: int, gate: Connection) -> int:
-    """Two saves, the second between the gates."""
+    """Save twice, the second time between the gates."""
     Path(folder).mkdir()
     for step in (1, 2):
         if step == 2:
@@ -474,7 +501,8 @@ def save_twice(folder: str, pattern: str, victim: int, gate: Connection) -> int:
 
 
 def control(folder: Path) -> None:
-    """The same deaths in a saver that writes in place: how many leave nothing to go on from."""
+    """Report how many of the same deaths leave nothing to go on from, in a saver that writes in
+    place."""
     for name, pattern in CONTROLS.items():
         inside = folder / name.replace(" ", "-")
         watched = Held(save_twice, (str(inside), pattern), 1, 0, inside, inside, log=folder / "log").watched()

@@ -1,19 +1,22 @@
-"""kill -9 in every phase of a run: do the other ranks end by themselves, and does the same command come to the same bits?
+"""kill -9 in every phase of a run: do the other ranks end by themselves, and does the same command
+come to the same bits?
 
     python -m tools.campaign.kills --cases 1000 --record kills.jsonl
-    python -m tools.campaign.kills --cases 1000 --record kills.jsonl     (again: only what is missing there)
-    python -m tools.campaign.kills --cases 1 --first 417                 (one case again)
+    python -m tools.campaign.kills --cases 1000 --record kills.jsonl   (again: only what is missing)
+    python -m tools.campaign.kills --cases 1 --first 417               (one case again)
     python -m tools.campaign.kills --seconds 600 --seed 7
 
-A case is a layout and a way to save, a story (a run that starts anew, one that goes on from a checkpoint, one that is asked by
-a signal to end, one that rewinds after a spike), a rank, and a moment of it: a phase by name, the how manieth time it comes to
-it, the how manieth call it makes there. The rank counts, and kills itself, so that no case depends on time. An undisturbed run
+A case is a layout and a way to save, a story (a run that starts anew, one that goes on from a
+checkpoint, one that is asked by a signal to end, one that rewinds after a spike), a rank, and a
+moment of it: a phase by name, the number of the rank's visit to it, and the number of the call it
+makes there. The rank counts, and kills itself, so that no case depends on time. An undisturbed run
 of each story is counted first; phases, moments and ranks are drawn from what it did.
 
-A case passes when the rank died; the others ended within 15 s with the code that starts the run again (75), or 0 when it was
-trained to its end, or, before the group is joined, when their launcher would end them; no folder with a checkpoint's name is
-damaged; and the same command, given again, ends with the numbers of every step, the tensors, the memory and the files of the
-undisturbed run, with no draft, process or shared memory left.
+A case passes if the rank died; the others ended within 15 s with the code that starts the run again
+(75), or 0 if it was trained to its end, or, before the group is joined, when their launcher would
+end them; no folder with a checkpoint's name is damaged; and the same command, given again, ends
+with the numbers of every step, the tensors, the memory and the files of the undisturbed run, with
+no draft, process or shared memory left.
 """
 
 from __future__ import annotations
@@ -54,23 +57,24 @@ KEYS = (
     *("checkpoint.every=2", "train.eval_every=3", "train.eval_sequences=4", "data.eval_fraction=0.05"),
 )
 WARNED_AT = 4  # the step before which the signal comes
-SPIKE_AT = 9  # the first one that is judged is later than the guard's smallest window
-BOUND_S = 15.0  # until all other ranks have ended: the watchdog's promise is 5 s, on a machine that is not shared
-LAUNCHER_S = 1.0  # a launcher ends its other ranks; before they know each other nobody else can
+SPIKE_AT = 9  # steps are judged only after the guard's smallest window
+# Until all other ranks have ended. The watchdog promises 5 s, on a machine that is not shared.
+BOUND_S = 15.0
+LAUNCHER_S = 1.0  # a launcher ends its other ranks; before they are joined nobody else can
 PATIENCE_S = 90.0
 MEMORY = Path("/dev/shm")
 BEFORE_THE_GROUP = ("joining the group",)
 
 
-# ----------------------------------------------------------------------------------------------------------- stories
+# ------------------------------------------------------------------------------------------ stories
 
 
 def nothing() -> None:
-    """A run as it is."""
+    """Leave a run as it is."""
 
 
 def ask_to_end() -> None:
-    """The last rank gets a signal between two steps."""
+    """Send the last rank a signal between two steps."""
     begin_step = Stopwatch.begin_step
 
     def with_a_signal(watch: Stopwatch, step: int) -> None:
@@ -87,8 +91,11 @@ def spike() -> None:
 
 @dataclass(frozen=True)
 class Story:
-    """What the first start of a run goes through. `plant`: on each of its ranks, before it trains; `again`: the same for the
-    starts after it. `goes_on`: it begins with what the story of that name leaves."""
+    """The events in the first start of a run.
+
+    `plant`: runs on each of its ranks, before it trains; `again`: the same for the starts after it.
+    `goes_on`: it begins with what the story of that name leaves.
+    """
 
     steps: int = 6
     keys: tuple[str, ...] = ()
@@ -111,7 +118,7 @@ def train_in_a_story(words: Sequence[str], story: str) -> int:
 
 
 def train_and_count(words: Sequence[str], story: str, counted: str) -> int:
-    """The calls of each visit to each phase are in the folder `counted` then."""
+    """Train, and write the calls of each visit to each phase into the folder `counted`."""
     STORIES[story].plant()
     phases = Phases()
     phases.plant()
@@ -128,12 +135,13 @@ def train_and_die(words: Sequence[str], story: str, victim: int, phase: str, ent
     return train(words)
 
 
-# ------------------------------------------------------------------------------------------------------------ scenes
+# ------------------------------------------------------------------------------------------- scenes
 
 
 @dataclass(frozen=True)
 class Told:
-    """A story that nobody disturbed: `calls` by rank, phase and visit; what the run came to, and the names of its files."""
+    """An undisturbed story: `calls` by rank, phase and visit; what the run came to, and the names
+    of its files."""
 
     story: str
     calls: list[dict[str, list[int]]]
@@ -142,12 +150,14 @@ class Told:
 
 
 class Stage:
-    """A scene, in which every story is told once, when it is first asked for."""
+    """A scene, in which every story is run undisturbed once, when it is first needed."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.scene = Scene.named(name, folder, steps=STORIES["anew"].steps, keep=1, keys=KEYS)
         write_small_recipe(self.scene.folder, steps=self.scene.steps, keep=1)
-        time.sleep(RACY_S)  # the hash of a file that has just been written is not remembered, and then there is no file of it
+        # The hash of a file that has just been written is not remembered, and then its file is
+        # missing.
+        time.sleep(RACY_S)
         self._told: dict[str, Told] = {}
 
     @property
@@ -164,7 +174,7 @@ class Stage:
         return self._told[story]
 
     def set_up(self, story: str) -> list[str]:
-        """The run folder as the story finds it; its command."""
+        """Prepare the run folder as the story finds it, and return its command."""
         before = STORIES[story].goes_on
         if before:
             self.told(before)
@@ -201,12 +211,13 @@ class Stage:
 
 
 def files_of(run_dir: Path) -> frozenset[str]:
-    """Names of all that a run leaves, but for what tells of lost ranks: pages, and the stacks of ranks that were killed."""
+    """Return the names of all that a run leaves, except what reports lost ranks: pages, and the
+    stacks of killed ranks."""
     names = (path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*"))
     return frozenset(name for name in names if not re.fullmatch(r"logs/(autopsy-.*|.*\.stack)", name))
 
 
-# ------------------------------------------------------------------------------------------------------------- cases
+# -------------------------------------------------------------------------------------------- cases
 
 
 @dataclass(frozen=True)
@@ -217,7 +228,8 @@ class Case:
 
     @classmethod
     def drawn(cls, stage: Stage, phase: str, stream: random.Random) -> Case:
-        """Each story and rank that comes to the phase is as likely, each visit to it, and each call there."""
+        """Draw a case: each story and rank that comes to the phase is equally likely, and so is
+        each visit to it and each call there."""
         places = [(told, rank) for told in map(stage.told, STORIES) for rank, calls in enumerate(told.calls) if phase in calls]
         told, victim = stream.choice(places)
         visits = told.calls[victim][phase]
@@ -227,7 +239,7 @@ class Case:
 
 @dataclass
 class Death:
-    """What the campaign sees from outside of the ranks while one of them dies."""
+    """The observations of the campaign from outside the ranks while one of them dies."""
 
     case: Case
     pids: list[int] = field(default_factory=list)
@@ -235,7 +247,8 @@ class Death:
     ended_s: float = 0.0
 
     def watch(self, pids: list[int]) -> None:
-        """Until the victim has died; then the others have so long to end."""
+        """Wait until the victim has died, and then until the others have ended, for a bounded
+        time."""
         self.pids = pids
         running_after([pids[self.case.victim]], PATIENCE_S)
         died = time.monotonic()
@@ -249,7 +262,7 @@ class Death:
 
 
 def running_after(pids: Sequence[int], patience_s: float) -> list[int]:
-    """Those of the processes that have not ended by then."""
+    """Return those of the processes that have not ended by then."""
     deaths: dict[int, int] = {}  # by descriptor
     for pid in pids:
         with suppress(ProcessLookupError):
@@ -266,7 +279,7 @@ def running_after(pids: Sequence[int], patience_s: float) -> list[int]:
 
 
 def judged(stage: Stage, case: Case) -> dict[str, Any]:
-    """Play a case; what came of it."""
+    """Play a case, and return what came of it."""
     told, death = stage.told(case.story), Death(case)
     moment = (case.moment.phase, case.moment.entry, case.moment.call)
     ended = stage.scene.on_ranks(train_and_die, stage.set_up(case.story), case.story, case.victim, *moment, around=death.watch)
@@ -296,8 +309,11 @@ def judged(stage: Stage, case: Case) -> dict[str, Any]:
 
 
 def left_over(run_dir: Path, files: frozenset[str], pids: Sequence[int]) -> Iterator[str]:
-    """Files that are too many or missing, processes that have one of them open, shared memory of the ranks. (What listens on a
-    port is a process.)"""
+    """Yield files that are too many or missing, processes that have one of them open, and shared
+    memory of the ranks.
+
+    Whatever listens on a port is a process.
+    """
     yield from files ^ files_of(run_dir)
     for process in (path for path in Path("/proc").iterdir() if path.name.isdecimal()):
         with suppress(OSError):
@@ -307,13 +323,13 @@ def left_over(run_dir: Path, files: frozenset[str], pids: Sequence[int]) -> Iter
         yield from (path.name for path in MEMORY.iterdir() if any(str(pid) in re.split(r"\D+", path.name) for pid in pids))
 
 
-# ---------------------------------------------------------------------------------------------------------- campaign
+# ----------------------------------------------------------------------------------------- campaign
 
 
 def one_case(
     number: int, seed: int, names: Sequence[str], stage_of: Callable[[str], Stage], phases: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Scenes take turns, and in each scene the phases."""
+    """Run one case. Scenes take turns, and in each scene the phases."""
     started, name = time.monotonic(), names[number % len(names)]
     stage = stage_of(name)
     named = [phase for phase in stage.phases if not phases or phase in phases]
@@ -324,10 +340,11 @@ def one_case(
 
 
 def kills(chosen: argparse.Namespace) -> bool:
-    """The chosen cases that the record lacks; the table is about all that are there then."""
+    """Run the chosen cases that the record lacks, and print a table of all that are there then."""
     outcomes = recorded(chosen.record, chosen.seed, chosen.scenes) if chosen.record else {}
     deadline = time.monotonic() + chosen.seconds
-    fast = MEMORY if os.access(MEMORY, os.W_OK) else None  # what a process wrote outlives its kill also in memory
+    # Files in memory survive the kill of the process that wrote them, too.
+    fast = MEMORY if os.access(MEMORY, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="triaxis-kills-", dir=fast) as folder:
         stage_of = cache(lambda name: Stage(name, Path(folder)))
         for number in range(chosen.first, chosen.first + chosen.cases):
@@ -353,9 +370,10 @@ VERDICTS = ("passed", "killed", "others", "whole", "resumed", "identical", "clea
 
 
 def recorded(record: Path, seed: int, scenes: Sequence[str]) -> dict[int, dict[str, Any]]:
-    """Outcomes by number, of cases that these words would draw alike."""
+    """Return the recorded outcomes, by number, of cases that these arguments would draw alike."""
     lines = record.read_text().splitlines() if record.exists() else []
-    cases = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last one
+    # A kill may have cut the last line.
+    cases = [json.loads(line) for line in lines if line.endswith("}")]
     return {case["case"]: case for case in cases if (case["seed"], case["scenes"]) == (seed, list(scenes))}
 
 

@@ -1,10 +1,13 @@
-"""NaN and infinity put into runs of the trainer: every rank skips the same steps, no weight or moment changes by a bit, and
-what was poisoned is named, with its rank and its sequences.
+"""NaN and infinity injected into runs: skipped on every rank, nothing changed, the cause named.
 
     python -m tools.campaign.nan_injection --injections 500
 
-One run takes many injections, at steps drawn beforehand: into the loss, one element of a gradient, or a row of a module's
-output, on one rank and in one micro-batch. fp16 is computed by the CPU itself, not emulated.
+Every rank must skip the same steps, no weight or moment may change by a bit, and what was poisoned
+must be named, with its rank and its sequences.
+
+One run takes many injections, at steps drawn beforehand: into the loss, one element of a gradient,
+or a row of a module's output, on one rank and in one micro-batch. fp16 is computed by the CPU
+itself, not emulated.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ GLOBAL_SEQUENCES, MICRO_SEQUENCES = 8, 2  # of `write_recipe`
 
 
 def draw(way: Way, steps: int, count: int, stream: random.Random) -> dict[int, dict[str, Any]]:
-    """Step → what is put where."""
+    """Return, for each chosen step, what is put where."""
     return {
         step: {
             "kind": stream.choice(KINDS),
@@ -48,16 +51,18 @@ def draw(way: Way, steps: int, count: int, stream: random.Random) -> dict[int, d
 
 
 def train_poisoned(plan: Mapping[int, Mapping[str, Any]], log: str, command: Sequence[str]) -> int:
-    """`train` on this rank, with the injections; what happened goes to a file of this rank."""
+    """Run `train` on this rank with the injections, and write what happened to a file of this
+    rank."""
     import trainer.guard.guard
+    import trainer.guard.inspector
     from trainer.engine.engine import Engine
 
     told: dict[int, dict[str, Any]] = {}
-    gradients, judge, find = Engine._gradients, trainer.guard.guard.Guard.judge, trainer.guard.guard.find_culprit
+    gradients, judge, find = Engine._gradients, trainer.guard.guard.Guard.judge, trainer.guard.inspector.find_culprit
     before: dict[int, str] = {}
 
     def poisoned(engine: Engine, micro_batches: Sequence[Any], step: int, scale: float) -> Any:
-        if step not in before:  # else it is the replay
+        if step not in before:  # otherwise this is the replay
             before[step] = state_of(engine)
         injection = plan.get(step)
         if injection is None:
@@ -69,7 +74,7 @@ def train_poisoned(plan: Mapping[int, Mapping[str, Any]], log: str, command: Seq
 
     def judged(guard: Any, step: int, lr: float, result: Any, micro_batches: Any) -> None:
         judge(guard, step, lr, result, micro_batches)
-        unchanged = before[step] == state_of(guard._run.engine)
+        unchanged = before[step] == state_of(guard._inspector._engine)
         told.setdefault(step, {}).update(skipped=result.skipped, unchanged=unchanged)
 
     def found(*args: Any, **keys: Any) -> Any:
@@ -81,14 +86,14 @@ def train_poisoned(plan: Mapping[int, Mapping[str, Any]], log: str, command: Seq
 
     Engine._gradients = poisoned
     trainer.guard.guard.Guard.judge = judged
-    trainer.guard.guard.find_culprit = found
+    trainer.guard.inspector.find_culprit = found
     code = train(command)
     Path(log, f"told-{os.environ['RANK']}.json").write_text(json.dumps(told))
     return code
 
 
 def state_of(engine: Any) -> str:
-    """SHA-256 of this rank's held weights, fp32 weights and moments."""
+    """Return the SHA-256 of this rank's held weights, fp32 weights and moments."""
     digest = hashlib.sha256()
     held = (getattr(parameter, "ds_tensor", parameter).detach() for parameter, _ in engine.specs)
     for tensor in (*held, *engine.state.tensors()):
@@ -98,7 +103,8 @@ def state_of(engine: Any) -> str:
 
 @contextmanager
 def put(engine: Any, injection: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Poison a step on the injection's rank; what must be named is put into the yielded dict of that rank."""
+    """Poison a step on the injection's rank, and put what must be named into the yielded dict of
+    that rank."""
     from trainer.guard.culprit import before_other_hooks, culprit_piece
 
     target: dict[str, Any] = {}
@@ -143,13 +149,13 @@ def put(engine: Any, injection: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 forwards[0] += 1
 
             def poison(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-                # What is recomputed in backward is poisoned again.
+                # A recomputation in backward is poisoned again.
                 factor = torch.ones_like(output)
                 if forwards[0] - 1 == micro_batch:  # a row: dropout may take a single element away
                     (factor[0] if factor.dim() else factor).fill_(math.nan)
                 return output * factor
 
-            chosen = heads[0].head.logits if kind == "loss" else stream.choice(_with_outputs(stages))
+            chosen = heads[0].head.output if kind == "loss" else stream.choice(_with_outputs(stages))
             path, stage = next((path, s) for s in stages for path, module in s.named_modules() if module is chosen)
             target.update(what="loss" if kind == "loss" else f"({path})")
             hooks.callback(stage.register_forward_pre_hook(count).remove)
@@ -160,19 +166,20 @@ def put(engine: Any, injection: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _with_outputs(stages: Sequence[nn.Module]) -> list[nn.Module]:
-    """Modules with weights of their own, called once for each micro-batch; not the head, whose output is the loss."""
+    """Return the modules with weights of their own, called once for each micro-batch; not the head,
+    whose output is the loss."""
     from parallel.params import Sharded
 
     return [
         module
         for stage in stages
         for path, module in stage.named_modules()
-        if isinstance(module, Sharded) and module.specs and path != "head.logits"
+        if isinstance(module, Sharded) and module.specs and path != "head.output"
     ]
 
 
 def verdict(told: Sequence[Mapping[str, Any]], plan: Mapping[int, Any], steps: int, skipped: int) -> dict[int, str]:
-    """Step → why it fails."""
+    """Return why each failing step fails."""
     failures: dict[int, str] = {}
     if skipped != len(plan):
         failures[-1] = f"metrics count {skipped} skipped steps, {len(plan)} were poisoned"
@@ -193,7 +200,7 @@ def verdict(told: Sequence[Mapping[str, Any]], plan: Mapping[int, Any], steps: i
 
 
 def run(way: Way, dtype: str, steps: int, count: int, seed: int, folder: Path, **more: Any) -> tuple[int, dict[int, str]]:
-    """(injections, failures by step) of one run."""
+    """Return (injections, failures by step) of one run."""
     stream = random.Random(f"{seed} {way.name} {dtype}")
     precision = {"dtype": dtype, **({"loss_scale": {"initial_power": 4}} if dtype == "fp16" else {})}
     recipe = write_recipe(folder, steps=steps, every=0, keep=1, precision=precision, guard={"max_skipped": 0}, **more)
@@ -209,7 +216,7 @@ def run(way: Way, dtype: str, steps: int, count: int, seed: int, folder: Path, *
 
 
 def campaign(injections: int, per_run: int, seed: int, names: Sequence[str], dtypes: Sequence[str]) -> tuple[int, int]:
-    """(passed, all)."""
+    """Return (passed, all)."""
     combinations = [(way, dtype) for way in WAYS if way.name in names for dtype in dtypes]
     passed = total = runs = 0
     with tempfile.TemporaryDirectory(prefix="triaxis-nan-") as scratch:

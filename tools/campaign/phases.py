@@ -1,7 +1,9 @@
-"""Which phase of a run a rank is in, by name, and how many calls it has made there: moments that are the same in every run.
+"""The phase of a run that a rank is in, by name, and the number of calls it has made there: moments
+that recur in every run.
 
-The names are those of the trainer's stopwatch, and of the functions in `PARTS` for what it does not tell apart. A moment is a
-phase, the how manieth time that the rank comes to it, and the how manieth call, Python's or C's, that its thread makes there.
+The names are those of the trainer's stopwatch, and of the functions in `PARTS` for finer parts. A
+moment is a phase, the number of the rank's visit to it, and the number of the call, Python's or
+C's, that its thread makes there.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from typing import Any
 
 from trainer.stopwatch import Stopwatch
 
-# Innermost first: what `renaming a save` takes is not `committing a save`.
+# Innermost first: the time of `renaming a save` does not belong to `committing a save`.
 PARTS = {
     "joining the group": "trainer.launch.ranks.join",
-    "making the groups": "trainer.run.session.Mesh.build",
-    "claiming the folder": "trainer.run.session.claim",
+    "making the groups": "trainer.engine.group.Mesh.build",
+    "claiming the folder": "trainer.run.opening.claim",
     "clearing the way": "trainer.run.session._clear_the_way",
     "ending for a signal": "trainer.loop.interrupt",
     "copying for a save": "trainer.checkpoint.save.Saver.save",
@@ -37,8 +39,8 @@ PARTS = {
     "renaming a save": "trainer.checkpoint.folder.CheckpointFolder.commit",
     "reading a save back": "trainer.checkpoint.save.Saver._make_room",
     "removing an older save": "trainer.checkpoint.folder.CheckpointFolder.prune",
-    "closing": "trainer.loop.finish",
-    "writing the report": "trainer.run.closing.write_report",
+    "closing": "trainer.run.session.Session.finish",
+    "writing the report": "trainer.run.session.write_report",
     "closing the engine": "trainer.engine.engine.Engine.close",
     "leaving the group": "trainer.launch.ranks.leave",
 }
@@ -46,7 +48,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Moment:
-    """`entry` counts from 1; `call` 0 is before the first."""
+    """A moment of a run. `entry` counts from 1; `call` 0 is before the first."""
 
     phase: str
     entry: int
@@ -63,9 +65,11 @@ class _Visit:
 
 
 class Phases:
-    """On one rank, planted into its trainer: counts the calls of each visit, or kills the process at a moment.
+    """A counter, planted into the trainer on one rank: it counts the calls of each visit, or kills
+    the process at a moment.
 
-    A visit that ends before its moment, because fewer calls were made than in the run that was counted, ends with it.
+    If a visit ends before its moment, because fewer calls were made than in the counted run, the
+    process dies with its end.
     """
 
     def __init__(self, moment: Moment | None = None) -> None:
@@ -96,7 +100,7 @@ class Phases:
 
     @property
     def calls(self) -> dict[str, list[int]]:
-        """Of each visit, by phase."""
+        """The calls of each visit, by phase."""
         return {phase: [visit.calls for visit in visits] for phase, visits in self.visits.items()}
 
     def _within(self, phase: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +113,8 @@ class Phases:
 
     @property
     def _stack(self) -> list[_Visit]:
-        """Of this thread; the first is what lasts until the next one begins."""
+        """The open visits of this thread; the first is the one that lasts until the next one
+        begins."""
         stack: list[_Visit] = self._of_thread.__dict__.setdefault("stack", [])
         return stack
 
@@ -145,7 +150,7 @@ class Phases:
         return self._moment is not None and (visit.phase, visit.entry) == (self._moment.phase, self._moment.entry)
 
     def _listen(self) -> None:
-        """Python tells a thread of each of its calls while it is in a visit that counts."""
+        """Have Python report each of this thread's calls while it is in a visit that counts."""
         wanted = self._stack and (self._moment is None or self._is_it(self._stack[-1]))
         sys.setprofile(self._hear if wanted else None)
 

@@ -1,18 +1,20 @@
-"""Runs in a real SLURM that are warned, preempted, requeued, killed, out of time and lose nodes, with nobody's help.
+"""Runs in a real SLURM that are warned, preempted, requeued, killed, out of time and lose nodes,
+with nobody's help.
 
     python -m tools.campaign.preemption --cases 54
 
-Runs of 2 nodes × 1 rank are disturbed --each times in their middle, at a random step, and must come to their end with the same
-record, to the byte, as a run that nobody disturbed. Every kind comes up once before any comes up again, in an order that the
-seed draws. A JSON line for each case and a summary on stdout, a table on stderr; exit 1 if one differs. Where something is not
-done in time the cases of that run have failed, and the next run begins.
+Runs of 2 nodes × 1 rank are disturbed --each times in their middle, at a random step, and must come
+to their end with the same record, to the byte, as an undisturbed run. Every kind occurs once before
+any occurs again, in an order that the seed draws. A JSON line for each case and a summary go to
+stdout, a table to stderr; exit 1 if one differs. If something is not done in time, the cases of
+that run have failed, and the next run begins.
 
 | kind | what happens |
 |---|---|
 | warned | USR1 to the script, as `--signal` sends it |
 | time over | the time limit comes near: SLURM itself sends that signal |
 | requeued | `scontrol requeue` |
-| preempted, … with grace | a job of more weight takes the nodes, at once or after a GraceTime |
+| preempted, … with grace | a job of higher priority takes the nodes, at once or after a GraceTime |
 | killed | `kill -9` for both ranks |
 | node lost, batch node lost | a power cut of the second node, or of the one with the script |
 | daemon lost | slurmd of one node ends: the node is DOWN, its rank lives on |
@@ -44,9 +46,9 @@ KINDS = (
 )
 TWO = Way("dp2", 2)
 NO_END = 1_000_000
-TO_GO = 200  # steps after the last disturbance: more than a rank does that has not heard of it
+TO_GO = 200  # steps after the last disturbance: more than a rank takes before it hears of it
 PATIENCE_S = 240.0
-GRACE_S = 30  # to save in, before the time is over or after the word of a preemption
+GRACE_S = 30  # to save in, before the time is over or after the notice of a preemption
 PARTITION = "low"
 
 
@@ -57,7 +59,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after so long")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the lab's daemons would stay
+    # The lab's daemons would stay.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started, cases = time.monotonic(), []
     kinds = mixed(chosen.cases, random.Random(chosen.seed))
     with tempfile.TemporaryDirectory(prefix="triaxis-preemption-") as folder:
@@ -88,7 +91,7 @@ def main() -> int:
 
 
 def mixed(cases: int, draw: random.Random) -> list[str]:
-    """Rounds of all kinds, each in an order of its own."""
+    """Return rounds of all kinds, each in an order of its own."""
     kinds: list[str] = []
     while len(kinds) < cases:
         kinds += draw.sample(KINDS, len(KINDS))
@@ -112,7 +115,8 @@ def table(cases: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def unattended(lab: Lab, folder: Path, kinds: list[str], seed: str) -> Iterator[dict[str, Any]]:
-    """`one_run`; when the lab does not do what it must, all cases of the run have failed, and the lab is made ready again."""
+    """Run `one_run`. If the lab does not do what it must, all cases of the run have failed, and the
+    lab is made ready again."""
     try:
         yield from one_run(lab, folder, kinds, seed)
     except LabError as error:
@@ -137,10 +141,10 @@ def one_run(lab: Lab, folder: Path, kinds: list[str], seed: str) -> Iterator[dic
         lost = disturb(lab, kind, job, draw)
         queued_again(lab, job, restarts, f"{kind}: queued again\n{said(run_dir)}")
         if number == len(kinds) - 1:
-            set_end(recipe, steps_logged(run_dir) + TO_GO)  # SLURM starts it some seconds from now
+            set_end(recipe, steps_logged(run_dir) + TO_GO)  # SLURM will start it in some seconds
         mend(lab, kind, job, lost)
         lab.until(lambda: lab.job(job).state == "RUNNING", PATIENCE_S, f"{kind}: runs again\n{said(run_dir)}")
-        went_on = newest_step(RunFolder(run_dir))  # its ranks have not come so far as to save
+        went_on = newest_step(RunFolder(run_dir))  # its ranks have not saved yet
         trains(lab, run_dir, job)
         cases.append(
             {
@@ -165,7 +169,8 @@ def queued_again(lab: Lab, job: str, restarts: int, what: str) -> None:
 
 
 def trains(lab: Lab, run_dir: Path, job: str | None = None) -> None:
-    """Until the history grows (a run that goes on first cuts it), or the job has ended already."""
+    """Wait until the history grows (a run that goes on first cuts it), or the job has ended
+    already."""
     last = NO_END
 
     def grows() -> bool:
@@ -183,7 +188,7 @@ def set_end(recipe: Path, steps: int) -> None:
 
 
 def disturb(lab: Lab, kind: str, job: str, draw: random.Random) -> str:
-    """The node that is lost, or ""."""
+    """Disturb the job, and return the node that is lost, or ""."""
     match kind:
         case "warned":
             lab.run("scancel", "--signal=USR1", "--batch", job)
@@ -209,7 +214,7 @@ def disturb(lab: Lab, kind: str, job: str, draw: random.Random) -> str:
 
 
 def mend(lab: Lab, kind: str, job: str, lost: str) -> None:
-    """As it was before, but for the run."""
+    """Restore everything except the run."""
     if lost:
         lab.bring_back(lost)
     if kind == "time over":
@@ -219,16 +224,16 @@ def mend(lab: Lab, kind: str, job: str, lost: str) -> None:
 
 
 def step_of(lab: Lab, job: str) -> str:
-    """The number of the step that srun started."""
+    """Return the number of the step that srun started."""
     steps = lab.run("squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i").split()
     return next(step.partition(".")[2] for step in steps if step.partition(".")[2].isdecimal())
 
 
 def differs(recipe: Path, disturbed: Path, undisturbed: Path) -> Any:
-    """The first number or weight that is not the same, or None."""
+    """Return the first number or weight that is not the same, or None."""
     steps = json.loads(recipe.read_text())["train"]["steps"]
     words, log = arguments(recipe, undisturbed, TWO), undisturbed.with_name("log")
-    # A step takes milliseconds, but how many there are is decided by how long the disturbed run lived.
+    # A step takes milliseconds, but the disturbed run's life decides how many there are.
     ended = run_ranks(train, words, world_size=2, log=log, timeout_s=120.0 + 0.5 * steps)
     if ended.codes != (0, 0):
         return ended.said

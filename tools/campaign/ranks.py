@@ -1,5 +1,8 @@
-"""Real runs of the trainer by the thousand: ranks forked from one process that has imported everything, as many as a layout
-has, each with a launcher's environment of its own. A run that takes six seconds to start takes a fraction of one.
+"""Real runs of the trainer by the thousand: ranks forked from one process that has imported
+everything.
+
+There are as many as a layout has, each with a launcher's environment of its own. A run that takes
+six seconds to start takes a fraction of one.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ _context.set_forkserver_preload(["tools.campaign.preload"])
 
 @dataclass(frozen=True)
 class Ended:
-    """How the ranks of a run ended: exit codes (negative: the signal), what they said, and after how long."""
+    """The end of a run's ranks: exit codes (negative: the signal), their output, and the time it
+    took."""
 
     codes: tuple[int, ...]
     said: str
@@ -31,8 +35,11 @@ class Ended:
 
 
 def train(arguments: Sequence[str]) -> int:
-    """`python -m trainer train …` on this rank, without what it measures and draws for people: 1.8 of the 2.3 s of a run of
-    six steps. Its report is an empty page."""
+    """Run `python -m trainer train …` on this rank, without what it measures and draws for people,
+    and with an empty report.
+
+    These take 1.8 of the 2.3 s of a run of six steps.
+    """
     import trainer.run.session
     import trainer.track.report
     from trainer.cli import main
@@ -50,7 +57,8 @@ def run_ranks(
     timeout_s: float = 120.0,
     around: Callable[[list[int]], None] | None = None,
 ) -> Ended:
-    """body(*arguments) on that many ranks. `around`: called with the started ranks' process ids."""
+    """Run body(*arguments) on that many ranks. `around`: called with the started ranks' process
+    ids."""
     started = time.monotonic()
     ranks = start_ranks(body, world_size, log, *arguments)
     try:

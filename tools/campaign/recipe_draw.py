@@ -1,8 +1,10 @@
-"""Recipes drawn at random from the schema itself: a key that joins `trainer.schema` is drawn without a change here.
+"""Recipes drawn at random from the schema itself: a key that joins `trainer.schema` is drawn
+without a change here.
 
-A recipe begins with what none can do without (a task, its data, a small network) and grows section by section: some of a
-section's keys are drawn from their types and ranges, the ends of the range among them, and what `check` refuses is left out
-again, first together, then key by key. So every recipe is one that `check` accepts, and all of it was drawn.
+A recipe begins with what every one needs (a task, its data, a small network) and grows section by
+section: some of a section's keys are drawn from their types and ranges, often at the ends of the
+range, and what `check` refuses is removed again, first together, then key by key. So every recipe
+is one that `check` accepts, and all of it was drawn.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from trainer.model.hf_keys import ACTIVATIONS, GATED, LAYER_TYPES, Key
 from trainer.recipe import ResolvedRecipe, json_schema, load
 
 WORLD_SIZES = (1, 2, 4)
-NO_LIMIT = 2**62  # drawn as the largest of a number without one
+NO_LIMIT = 2**62  # drawn as the largest value of a number without a limit
 WORDS = ("a", "is odd", "<new>", "Zahl größer", "times")
 
-# How a run stays small: of these keys only such values are drawn.
+# To keep runs small, only these values of these keys are drawn.
 SMALL: Mapping[str, Sequence[Any]] = {
     "run.name": ("a", "run-1", "x" * 100),
     "run.dir": ("runs", "deep/er"),
@@ -52,29 +54,31 @@ SMALL: Mapping[str, Sequence[Any]] = {
     "batch.micro_sequences": (1, 2, 3),
     "zero.offload_optimizer.nvme_path": ("nvme",),
     "zero.offload_param.nvme_path": ("nvme", "nvme2"),
-    # Buffers are taken as large as they are asked for.
+    # Buffers are allocated as large as the recipe says.
     "zero.offload_param.buffer_size": (4096, 20_000, 100_000),
     "zero.offload_optimizer.buffer_count": (4, 8, 9),
     "zero.offload_param.buffer_count": (1, 5, 20, 50),
-    "optimizer.name": ("adamw", "adam", "sgd", "adafactor"),  # lion is compiled at its first start, which takes minutes
-    "deepspeed.memory_breakdown": (False,),  # it collects garbage twice in each forward: a minute for a sample
+    # lion is compiled at its first start, which takes minutes.
+    "optimizer.name": ("adamw", "adam", "sgd", "adafactor"),
+    # It collects garbage twice in each forward: a minute for a sample.
+    "deepspeed.memory_breakdown": (False,),
     "train.steps": (1, 2),
     "train.eval_translations": (0, 1, 3),
     "train.beams": (1, 2, 4),
     "tuning.rank": (1, 2, 8, 40),
     "tuning.bottleneck": (1, 8, 64),
     "preference.beta": (1e-6, 0.1, 10.0),
-    "guard.timeout_s": (60, 1_000_000),  # a shorter one may end a run of a machine that does something else
+    "guard.timeout_s": (60, 1_000_000),  # a shorter one may end a run on a busy machine
     "guard.long_timeout_s": (60, 1_000_000),
     "tracking.wandb.mode": (*["disabled"] * 20, "offline"),
 }
-# Keys that are often written, because much hangs on them.
+# Keys that are often written, because much depends on them.
 OFTEN = {
     **{"parallel.tensor": 0.4, "parallel.pipeline": 0.5, "parallel.schedule": 0.7, "parallel.virtual_stages": 0.4},
     **{"zero.stage": 0.8, "tuning.method": 0.5, "precision.dtype": 0.7, "optimizer.name": 0.7, "batch.global_sequences": 0.8},
     **{"zero.offload_optimizer.device": 0.6, "zero.offload_param.device": 0.6, "tuning.quantize": 0.3},
     **{"zero.offload_optimizer.nvme_path": 0.5, "zero.offload_param.nvme_path": 0.5, "data.seq_len": 0.05},
-    # What a source is was settled when it was chosen.
+    # A source's kind was decided when it was chosen.
     **dict.fromkeys(("data.task", "from_pretrained", "path", "target_path", "columns", "shape"), 0.0),
     **{
         "data.sources[].fields": 0.2,
@@ -83,10 +87,10 @@ OFTEN = {
         "zero.offload_param.buffer_size": 0.1,
     },
 }
-WRITTEN, WRITTEN_ENUM = 0.15, 0.35  # how often the others are
-AT_THE_END = 0.3  # how often a number is at an end of its range
+WRITTEN, WRITTEN_ENUM = 0.15, 0.35  # the probabilities of other keys
+AT_THE_END = 0.3  # the probability that a number is at an end of its range
 
-# Networks of transformers that no family here has, beside one that has.
+# Networks of transformers that no family here has, besides one that has.
 AUTO: tuple[Mapping[str, Any], ...] = (
     {"model_type": "bloom", "hidden_size": 16, "n_layer": 2, "n_head": 2},
     {"model_type": "gpt_neox", **dict.fromkeys(("hidden_size", "intermediate_size"), 16), "num_hidden_layers": 2,
@@ -105,7 +109,8 @@ OFFLOADS: tuple[Mapping[str, Any], ...] = (
     {"device": "nvme", "nvme_path": "nvme"},
 )
 
-# Of a family's own keys the sizes, by our names; of the others whatever of POOL its table reads.
+# A family's own keys are drawn by our names for sizes; for others any value of POOL that its table
+# accepts.
 LAYERS = (1, 2, 3, 4)
 POOL: tuple[Any, ...] = (
     *(None, True, False, 0, 1, 2, 4, 8, 32, 64, 0.0, 1e-12, 1e-5, 0.02, 0.1, 0.5, 1.0, 2.5, 30.0),
@@ -125,7 +130,8 @@ ROPES: tuple[Mapping[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """A recipe that `check` accepts, the world size that it is started on, and how many candidates `check` was asked about."""
+    """A recipe that `check` accepts, its world size, and how many candidates `check` was asked
+    about."""
 
     recipe: dict[str, Any]
     world_size: int
@@ -135,7 +141,7 @@ class Drawn:
 
 @dataclass
 class _Growing:
-    """A recipe on its way."""
+    """A recipe in the making."""
 
     stream: random.Random
     supplies: Supplies
@@ -144,7 +150,7 @@ class _Growing:
     accepted: int = 0
 
     def check(self, recipe: Mapping[str, Any]) -> ResolvedRecipe | None:
-        """The recipe as `check` has it, None where it refuses."""
+        """Return the recipe as `check` resolves it, None if it refuses."""
         path = self.supplies.folder / "candidate.json"
         path.write_text(json.dumps(recipe))
         self.asked += 1
@@ -156,7 +162,7 @@ class _Growing:
         return resolved
 
     def take(self, part: Mapping[str, Any]) -> bool:
-        """Lay a part over the recipe where `check` accepts the whole."""
+        """Lay a part over the recipe if `check` accepts the whole."""
         candidate = copy.deepcopy(self.recipe)
         _lay(candidate, part)
         if self.check(candidate) is None:
@@ -166,7 +172,8 @@ class _Growing:
 
 
 def draw(seed: int, number: int, supplies: Supplies) -> Drawn:
-    """Case `number` of a campaign; paths of what it writes are relative to the folder that it is started in."""
+    """Draw case `number` of a campaign. Paths that it writes to are relative to the folder in which
+    it is started."""
     growing = _Growing(random.Random(f"recipes {seed} {number}"), supplies)
     while True:
         growing.recipe = _beginning(growing)
@@ -178,7 +185,7 @@ def draw(seed: int, number: int, supplies: Supplies) -> Drawn:
 
 
 def _world_sizes(growing: _Growing) -> list[int]:
-    """Those that `check --world-size` accepts."""
+    """Return those world sizes that `check --world-size` accepts."""
     resolved = growing.check(growing.recipe)
     assert resolved is not None
     found = []
@@ -206,7 +213,7 @@ def _grow(growing: _Growing) -> None:
 
 
 def drawn_keys() -> set[str]:
-    """Every key that a recipe with one source of each kind may get, items of lists as []."""
+    """Return every key that a recipe with one source of each kind may get, items of lists as []."""
     one_of_each = {"data": {"sources": [{}], "eval_sources": [{}]}}
     return {
         dotted
@@ -216,11 +223,12 @@ def drawn_keys() -> set[str]:
     }
 
 
-# What every recipe begins with.
+# The beginning of every recipe.
 
 
 def _beginning(growing: _Growing) -> dict[str, Any]:
-    """A task and its data, a network that learns it, and mostly a layout, an offload or a way of tuning."""
+    """Return a task and its data, a network that learns it, and mostly a layout, an offload or a
+    way of tuning."""
     stream, supplies = growing.stream, growing.supplies
     task = stream.choice(("pretrain", "pretrain", "sft", "preference", "translate", "classify", "mlm"))
     sources = supplies.sources(task)
@@ -243,7 +251,7 @@ def _beginning(growing: _Growing) -> dict[str, Any]:
 
 
 def _features(stream: random.Random) -> Iterator[dict[str, Any]]:
-    """What hardly comes together key by key."""
+    """Yield combinations that key by key hardly ever come together."""
     tensor, pipeline = stream.choice(((1, 1), (1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2)))
     if tensor > 1:
         yield {"parallel": {"tensor": tensor}}
@@ -279,7 +287,7 @@ def _model(stream: random.Random, supplies: Supplies, task: str) -> dict[str, An
 
 def _config(stream: random.Random, family: Family) -> dict[str, Any]:
     heads, head_dim, layers = stream.choice((1, 2, 4)), stream.choice((2, 4, 8)), stream.choice(LAYERS)
-    wide = stream.random() < 0.2  # weights in few bits are held in blocks of 64
+    wide = stream.random() < 0.2  # quantized weights are held in blocks of 64
     if wide:
         heads, head_dim = 4, 16
     sizes: dict[str, Any] = {
@@ -312,11 +320,11 @@ def _reads(rule: Key, value: Any) -> bool:
     return True
 
 
-# Keys and their values, from the schema.
+# The keys and their values, from the schema.
 
 
 def _sections(schema: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], dict[str, Any]]]:
-    """Each section with its own keys; of lists of sections, those that the recipe has."""
+    """Yield each section with its own keys; of lists of sections, those that the recipe has."""
 
     def opened(path: tuple[str | int, ...], node: Mapping[str, Any], value: Any) -> Iterator[Any]:
         own = {}
@@ -339,7 +347,7 @@ def _sections(schema: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[
 
 
 def _resolved(schema: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, Any]:
-    """A node without references and without null."""
+    """Return a node without references and without null."""
     inner = next((n for n in node.get("anyOf", ()) if n.get("type") != "null"), node)
     if "$ref" in inner:
         inner = schema["$defs"][inner["$ref"].rpartition("/")[2]]
@@ -399,7 +407,7 @@ def _dotted(path: Sequence[str | int]) -> str:
 
 
 def _at(path: Sequence[str | int], part: Mapping[str, Any]) -> dict[Any, Any]:
-    """A part of a section as a part of the recipe; items of lists by their numbers."""
+    """Return a part of a section as a part of the recipe; items of lists by their numbers."""
     inside: dict[Any, Any] = dict(part)
     for step in reversed(path):
         inside = {step: inside}

@@ -1,4 +1,5 @@
-"""What drawn recipes name: small files of texts and rows for each task, and a Hugging Face folder of each family, made here."""
+"""The files that drawn recipes name: small files of texts and rows for each task, and a Hugging
+Face folder of each family."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ ROWS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "translations": lambda n: {"source": f"{n} times", "target": f"{n} mal", "en": f"{n} of", "de": f"{n} von"},
     "labelled": lambda n: {"text": f"{n} is odd or not", "label": n % 3, "question": f"{n}?"},
 }
-# Which of these files each task reads.
+# The files that each task reads.
 FILES: Mapping[str, tuple[str, ...]] = {
     "pretrain": ("text.txt", "text.txt.gz", "texts.jsonl", "texts.csv", "folder"),
     "mlm": ("text.txt", "texts.jsonl", "texts.csv", "folder"),
@@ -35,7 +36,7 @@ FILES: Mapping[str, tuple[str, ...]] = {
 }
 TEXT = "".join(f"{n} times {n} is {n * n}; the remainder of {n} by 7 is {n % 7}.\n\n" for n in NUMBERS)
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-# Of a folder's network, by the names that its config class may have.
+# The sizes of a folder's network, by the names that its config class may have.
 SIZES: Mapping[str, int] = {
     **{"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
     **{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
@@ -46,7 +47,7 @@ SIZES: Mapping[str, int] = {
 
 
 class Supplies:
-    """A folder with all of it; nothing is written there afterwards but what is asked of `check`."""
+    """A folder with all of it. Afterwards only candidates for `check` are written there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -64,7 +65,7 @@ class Supplies:
         self.pretrained = {family: _pretrained(family, folder / family) for family in FAMILIES}
 
     def sources(self, task: str) -> list[dict[str, Any]]:
-        """Each source that the task can learn from."""
+        """Return each source that the task can learn from."""
         found = [{"path": str(self.folder / name)} for name in FILES[task]]
         for source in found:
             if source["path"].endswith(".en"):
@@ -73,7 +74,7 @@ class Supplies:
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """As .jsonl, and as .csv where no field is a list."""
+    """Write rows as .jsonl, and as .csv if no field is a list."""
     path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if any(isinstance(value, list) for value in rows[0].values()):
         return
@@ -85,7 +86,8 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _pretrained(family: str, folder: Path) -> Path:
-    """A folder of the family with weights drawn at random and a tokenizer of bytes with a chat template."""
+    """Return a folder of the family with weights drawn at random and a tokenizer of bytes with a
+    chat template."""
     import torch
     import transformers
 

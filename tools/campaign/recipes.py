@@ -1,10 +1,11 @@
-"""What `check` accepts must start: recipes drawn at random from the schema, each started for its one or two steps.
+"""Recipes drawn at random from the schema: each that `check` accepts must start.
 
     python -m tools.campaign.recipes --cases 300 --seed 0
 
-A case passes when every rank ends with 0; with 93 where what it was told to compute is not finite; or with a line for what
-`check` cannot know (UNKNOWN_TO_CHECK). A traceback, and a rank that is killed, waits or is left behind, is a fault. All that a
-case writes is in a folder of its own.
+Each is started for its one or two steps. A case passes if every rank ends with 0; with 93 if what
+it was told to compute is not finite; or with a line for what `check` cannot know
+(UNKNOWN_TO_CHECK). A traceback, and a rank that is killed, waits or is left behind, is a fault. All
+that a case writes is in a folder of its own.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from trainer.errors import EXIT_DATA, EXIT_NO_PROGRESS, EXIT_OK, EXIT_RECIPE
 
 TIME_LIMIT_S = 60.0
 REPORTED_EVERY = 10  # cases draw their report, which takes longer than their steps
-# What only the data, the tokenizer or the device shows.
+# Faults that only the data, the tokenizer or the device shows.
 UNKNOWN_TO_CHECK: Sequence[str] = (
-    r"holds nothing to learn",  # seq_len is shorter than what stands before an answer
-    r"has no target: every label",  # the step's rows hold none: a row of one token, an answer that is cut off
-    r"no field '",  # of a file that was given names for another kind of rows
+    r"holds nothing to learn",  # seq_len is shorter than the text before an answer
+    # The step's rows hold no target: a row of one token, an answer that is cut off.
+    r"has no target: every label",
+    r"no field '",  # in a file that was given names for another kind of rows
     r"no (pair|conversation|label|'[^']*'): it has ",
     r"no '[^']*'",
     r"the sources are too small for bpe:",
@@ -43,14 +45,15 @@ SAYS = re.compile(r"^triaxis: error: (.*)$", re.MULTILINE)
 
 
 def train_in(folder: str, recipe: str, with_report: bool) -> int:
-    """`train` on this rank, in a folder of the case's own, to which the recipe's paths are relative."""
+    """Run `train` on this rank, in a folder of the case's own, to which the recipe's paths are
+    relative."""
     os.chdir(folder)
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     return main_of_trainer(["train", recipe]) if with_report else train([recipe])
 
 
 def start(drawn: Drawn, folder: Path, *, with_report: bool = False) -> Ended:
-    """Its steps on all ranks."""
+    """Run the recipe's steps on all ranks."""
     folder.mkdir(parents=True)
     recipe = folder / "recipe.json"
     recipe.write_text(json.dumps(drawn.recipe))
@@ -60,7 +63,7 @@ def start(drawn: Drawn, folder: Path, *, with_report: bool = False) -> Ended:
 
 
 def fault(ended: Ended) -> str:
-    """What is wrong with the end of a run; "" where nothing is."""
+    """Return what is wrong with the end of a run; "" if nothing is."""
     codes = set(ended.codes)
     if codes == {EXIT_OK} or codes == {EXIT_NO_PROGRESS}:
         return ""
@@ -72,13 +75,14 @@ def fault(ended: Ended) -> str:
 
 
 def _essence(said: str) -> str:
-    """Our lines and the last lines of tracebacks, each once; else the end of it."""
+    """Return our lines and the last lines of tracebacks, each once; if there are none, the end of
+    the output."""
     telling = [line[:400] for line in said.splitlines() if TELLING.match(line)]
     return "\n".join(dict.fromkeys(telling)) or said[-1500:]
 
 
 def one_case(seed: int, number: int, supplies: Supplies, folder: Path) -> dict[str, Any]:
-    """Draw and start one; what came of it."""
+    """Draw and start one recipe, and return what came of it."""
     drawn = draw(seed, number, supplies)
     try:
         ended = start(drawn, folder, with_report=number % REPORTED_EVERY == 0)

@@ -1,10 +1,11 @@
-"""Save in one layout, go on in another: every tensor the same bits after loading, and the same training from there.
+"""Save in one layout, go on in another: the same bits after loading, and the same training.
 
     python -m tools.campaign.reshard
 
-All ordered pairs of the eight layouts. A case passes when the checkpoint that the second run could write right after loading
-has, tensor for tensor and state for state, the bits of the one it loaded, and the losses of the following steps are those of
-the first layout's own within 2e-6 (fp32 sums in another order).
+All ordered pairs of the eight layouts are tried. A case passes if the checkpoint that the second
+run could write right after loading has, tensor for tensor and state for state, the bits of the one
+it loaded, and the losses of the following steps are those of the first layout's own within 2e-6
+(fp32 sums in another order).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ LOSS_TOLERANCE = 2e-6  # relative; sums over ranks are taken in another order
 
 
 def prepare(way: Way, recipe: Path, folder: Path, steps: int) -> Path:
-    """A run in this layout with a checkpoint at SAVED_AT, gone on with to the end."""
+    """Make a run in this layout with a checkpoint at SAVED_AT, continued to the end."""
     run = folder / way.name
     ended = run_ranks(train, arguments(recipe, run, way), world_size=way.processes, log=folder / "log")
     if any(ended.codes):
@@ -37,7 +38,7 @@ def prepare(way: Way, recipe: Path, folder: Path, steps: int) -> Path:
 
 
 def save_again(recipe: str, run_dir: str, keys: Sequence[str], checkpoint: str) -> int:
-    """On this rank: load a checkpoint and save it, without a step between."""
+    """Load a checkpoint on this rank and save it, without a step between."""
     with open_session(load(recipe, keys), run_dir, Resume(checkpoint)) as run:
         run.checkpoints.save(run.checkpoints.start_step, run.engine, {})
         run.checkpoints.wait()
@@ -45,12 +46,13 @@ def save_again(recipe: str, run_dir: str, keys: Sequence[str], checkpoint: str) 
 
 
 def load_and_save(way: Way, recipe: Path, run: Path, checkpoint: Path, *, log: Path) -> Ended:
-    """`save_again` on all ranks of a layout."""
+    """Run `save_again` on all ranks of a layout."""
     return run_ranks(save_again, str(recipe), str(run), way.keys, str(checkpoint), world_size=way.processes, log=log)
 
 
 def compare(source: Path, way: Way, recipe: Path, folder: Path, steps: int) -> dict[str, Any]:
-    """Go on from `source`'s checkpoint in another layout: tensors after loading, losses after that."""
+    """Go on from `source`'s checkpoint in another layout, and compare tensors after loading, and
+    losses after that."""
     checkpoint, again = source / "checkpoints" / f"step-{SAVED_AT:08d}", folder / f"{source.name}-to-{way.name}"
     ended = load_and_save(way, recipe, again, checkpoint, log=folder / "log")
     if any(ended.codes):
@@ -71,7 +73,7 @@ def compare(source: Path, way: Way, recipe: Path, folder: Path, steps: int) -> d
 
 
 def run(names: list[str], steps: int, folder: Path) -> tuple[int, int]:
-    """(passed, all) ordered pairs."""
+    """Return (passed, all) ordered pairs."""
     ways = [way for way in WAYS if way.name in names]
     recipe = write_recipe(folder, steps=steps, every=SAVED_AT, keep=steps)
     runs = {way.name: prepare(way, recipe, folder, steps) for way in ways}

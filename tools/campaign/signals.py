@@ -1,10 +1,10 @@
-"""A signal on one rank at any moment: all ranks save the same step, the exit code is 75, and the run that is started again
-is, to the bit, the one that nobody disturbed.
+"""A signal on one rank at any moment: all ranks save the same step, and the restarted run is exact.
 
     python -m tools.campaign.signals --cases 200
 
-Moments are drawn over the whole life of a run: before the process group exists, while weights are made, in a step, in an
-evaluation, in a save; a third of the cases sends the signal twice, to two ranks.
+The exit code must be 75, and the restarted run must be, to the bit, the undisturbed one. Moments
+are drawn over the whole life of a run: before the process group exists, while weights are made, in
+a step, in an evaluation, in a save; a third of the cases sends the signal twice, to two ranks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_STARTS = 4
 
 
 def whole_run(way: Way, folder: Path) -> tuple[Path, Path, float]:
-    """(recipe, undisturbed run, its duration [s])."""
+    """Return (recipe, undisturbed run, its duration [s])."""
     recipe = write_recipe(folder, steps=STEPS, every=7, keep=2, checkpoint={"async": way.processes > 1})
     ended = run_ranks(train, arguments(recipe, folder / "whole", way), world_size=way.processes, log=folder / "log")
     if any(ended.codes):
@@ -38,7 +38,8 @@ def whole_run(way: Way, folder: Path) -> tuple[Path, Path, float]:
 
 
 def disturbed(way: Way, recipe: Path, run: Path, duration_s: float, stream: random.Random) -> tuple[list[Ended], list[str]]:
-    """Start the run, send signals, start it again until it is done; how each start ended, and what was sent."""
+    """Start the run, send signals, start it again until it is done; return how each start ended,
+    and what was sent."""
     sent: list[str] = []
 
     def send(pids: Sequence[int]) -> None:
@@ -59,9 +60,9 @@ def disturbed(way: Way, recipe: Path, run: Path, duration_s: float, stream: rand
 
 
 def verdict(ends: Sequence[Ended], run: Path, whole: Path) -> str:
-    """Why the case fails, or ""."""
+    """Return why the case fails, or ""."""
     first, last = ends[0].codes, ends[-1].codes
-    by_signal = {-number for number in SIGNALS}  # it came before the process could listen
+    by_signal = {-number for number in SIGNALS}  # the signal came before the process could listen
     if set(first) not in ({EXIT_OK}, {EXIT_REQUEUE}) and not by_signal & set(first):
         return f"the first start ended with {first}"
     if any(last):
@@ -73,7 +74,7 @@ def verdict(ends: Sequence[Ended], run: Path, whole: Path) -> str:
 
 
 def campaign(cases: int, seed: int, names: Sequence[str]) -> tuple[int, int]:
-    """(passed, all)."""
+    """Return (passed, all)."""
     ways = [way for way in WAYS if way.name in names]
     passed = interrupted = 0
     with tempfile.TemporaryDirectory(prefix="triaxis-signals-") as scratch:

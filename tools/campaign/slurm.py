@@ -1,4 +1,5 @@
-"""The SLURM lab (`tools/slurm_lab.sh`) from Python: jobs by `triaxis submit`, their states, and what may happen to them."""
+"""The SLURM lab (`tools/slurm_lab.sh`) from Python: jobs by `triaxis submit`, their states, and
+disturbances."""
 
 from __future__ import annotations
 
@@ -22,12 +23,12 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 
 class LabError(Exception):
-    """The lab does not do what was asked."""
+    """The error that the lab does not do what was asked."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as `scontrol show job` tells of it."""
+    """A job as `scontrol show job` reports it."""
 
     state: str
     exit_code: int
@@ -49,7 +50,7 @@ class Lab:
         }
 
     def missing(self) -> list[str]:
-        """What has to be installed first."""
+        """Return what has to be installed first."""
         return [name for name in NEEDED if not shutil.which(name, path=self.environment["PATH"])]
 
     def start(self) -> None:
@@ -59,11 +60,11 @@ class Lab:
         self._lab("stop")
 
     def lose(self, node: str) -> None:
-        """A power cut of one node."""
+        """Cut the power of one node."""
         self._lab("lose", node)
 
     def silence(self, node: str) -> None:
-        """Its daemon ends; the processes of its jobs do not."""
+        """End a node's daemon, but not the processes of its jobs."""
         self._lab("silence", node)
 
     def bring_back(self, node: str) -> None:
@@ -71,7 +72,7 @@ class Lab:
 
     def _lab(self, action: str, *words: str) -> None:
         command = ["bash", str(SCRIPT), action, str(self.folder), *words]
-        # The daemons keep what they inherit: a pipe would never end.
+        # The daemons keep the files they inherit, so a pipe would never end.
         said = self.folder.with_name(f"{self.folder.name}.txt")
         with said.open("w") as file:
             done = subprocess.run(command, env=self.environment, stdout=file, stderr=file, check=False, timeout=120)
@@ -79,14 +80,14 @@ class Lab:
             raise LabError(said.read_text().strip())
 
     def run(self, *command: str) -> str:
-        """One of SLURM's commands; what it prints."""
+        """Run one of SLURM's commands, and return its output."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
         if done.returncode != 0:
             raise LabError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
         return done.stdout.strip()
 
     def submit(self, recipe: Path, run_dir: Path, *words: str, nodes: int = 2, ranks: int = 2, **site: object) -> str:
-        """By `triaxis submit`; the job's id."""
+        """Submit a job by `triaxis submit`, and return its id."""
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         file = run_dir.with_name(f"{run_dir.name}-site.json")
         file.write_text(json.dumps({"partition": "main", **site}))
@@ -97,26 +98,27 @@ class Lab:
         return said.removeprefix("job ").partition(":")[0]
 
     def give_grace(self, partition: str, seconds: int) -> None:
-        """How long the partition's jobs live on after the word that they are preempted."""
+        """Set how long the partition's jobs live on after the notice that they are preempted."""
         self.run("scontrol", "update", f"PartitionName={partition}", f"GraceTime={seconds}")
 
     def preempt(self) -> None:
-        """A job of more weight that takes all nodes for a second."""
+        """Submit a job of higher priority that takes all nodes for a second."""
         self.run("sbatch", "--partition=high", f"--nodes={self.nodes}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
 
     def limit(self, job: str, *, minutes: int) -> None:
         self.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
 
     def seconds_run(self, job: str) -> int:
-        """Since its latest start."""
+        """Return the seconds since the job's latest start."""
         return seconds(re.findall(r"RunTime=(\S+)", self.run("scontrol", "--oneliner", "show", "job", job))[0])
 
     def bring_the_end_near(self, job: str, grace_s: int) -> None:
-        """A limit that SLURM will warn of within a minute and a half: it does so grace_s before, or half a minute earlier."""
+        """Set a limit of which SLURM will warn within a minute and a half: it does so grace_s
+        before, or half a minute earlier."""
         self.limit(job, minutes=1 + (self.seconds_run(job) + grace_s + 15) // 60)
 
     def clear(self) -> None:
-        """No jobs, and all nodes there."""
+        """Remove all jobs, and bring all nodes back."""
         for job in self.run("squeue", "--noheader", "--format=%A").split():
             self.run("scancel", job)
         for node in range(1, self.nodes + 1):
@@ -124,7 +126,7 @@ class Lab:
         self.until(lambda: not self.run("squeue", "--noheader"), 120, "all jobs leave")
 
     def nodes_of(self, job: str) -> list[str]:
-        """The first one runs the job's script."""
+        """Return the nodes of a job; the first one runs its script."""
         return self.run("scontrol", "show", "hostnames", self.run("squeue", "-h", "-j", job, "-o", "%N")).split()
 
     def job(self, job: str) -> Job:
@@ -149,6 +151,6 @@ def steps_logged(run_dir: Path) -> int:
 
 
 def said(run_dir: Path) -> str:
-    """What the job's script and its ranks said."""
+    """Return the output of the job's script and of its ranks."""
     paths = [*sorted(run_dir.glob("slurm-*.out")), *sorted(run_dir.glob("logs/slurm-*.log"))]
     return "".join(path.read_text(errors="replace") for path in paths)

@@ -1,4 +1,4 @@
-"""Data that spikes: what a rewind is tried with."""
+"""Data that spikes, with which rewinds are tested."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from trainer.recipe.batch_plan import BatchPlan
 
 
 def plant_spikes(positions: Sequence[int], leave_out: tuple[int, int] = (0, 0)) -> None:
-    """On a rank, before it trains: the data of some steps gives gradients 100 times too large. `leave_out` (step, steps): from
-    that step on so many steps of data are left out, as a rewind would do it."""
+    """Make the data of some steps give gradients 100 times too large, on a rank before it trains.
+
+    `leave_out` (step, steps): from that step on so many steps of data are left out, as a rewind
+    would do.
+    """
     factor, read, under_way = BatchPlan.loss_factor, TrainData.micro_batches, [0]
     first, count = leave_out
 
@@ -19,7 +22,7 @@ def plant_spikes(positions: Sequence[int], leave_out: tuple[int, int] = (0, 0)) 
         under_way[0] = step + (count if step >= first else 0)
         return read(data, under_way[0], **named)
 
-    def spiking(plan: BatchPlan, num_targets: int) -> float:
-        return factor(plan, num_targets) * (100.0 if under_way[0] in positions else 1.0)
+    def spiking(plan: BatchPlan, num_targets: int, *, averaged_over: int) -> float:
+        return factor(plan, num_targets, averaged_over=averaged_over) * (100.0 if under_way[0] in positions else 1.0)
 
     BatchPlan.loss_factor, TrainData.micro_batches = spiking, reading  # type: ignore[method-assign]

@@ -1,15 +1,16 @@
-"""Checkpoints without a layout: saved once, read in any, atomic, hashed; nothing in one can run.
+"""Checkpoints without a layout: saved once, read in any layout, atomic, hashed. Nothing in one can
+run.
 
 | file | job |
 |---|---|
 | `manifest.py` | the format: logical tensors, fragments, files, and a seal over it all |
-| `geometry.py` | which elements two fragments share |
+| `geometry.py` | the elements that two fragments share |
 | `tensor_file.py` | one safetensors file, written as a stream and read by ranges |
 | `folder.py` | names, drafts, the rename that commits, what is kept and what is set aside |
-| `check.py` | is it, to the byte, what was written? |
-| `save.py` | the ranks write a checkpoint together, in the foreground or behind |
-| `reader.py`, `resume.py` | the newest whole one, and any range of its tensors |
-| `facts.py`, `resume_check.py` | may this run go on from it? |
-| `export.py` | a Hugging Face folder from any of them, in one process |
+| `check.py` | the proof that a checkpoint is, to the byte, what was written |
+| `save.py` | the ranks write a checkpoint together, in the foreground or background |
+| `reader.py`, `resume.py` | the newest whole checkpoint, and any range of its tensors |
+| `facts.py`, `resume_check.py` | whether this run may go on from a checkpoint |
+| `export.py` | a Hugging Face folder from any checkpoint, in one process |
 | `checkpoints.py` | all of it for one run |
 """

@@ -1,4 +1,4 @@
-"""Is a checkpoint what was written? Every byte of every file is read and hashed. No torch."""
+"""The proof that a checkpoint is what was written: every byte is read and hashed. No torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ CHUNK_BYTES = 4 << 20
 
 
 def read_sound(checkpoint: Path) -> Manifest:
-    """The manifest, when it is intact, lists just what is in the folder, and is of the step in the folder's name.
-    DataError that says what is wrong."""
+    """Return the manifest if it is intact, lists exactly the files in the folder, and is of the
+    step in the folder's name.
+
+    DataError says what is wrong.
+    """
     manifest = Manifest.read(checkpoint)
     named = STEP.fullmatch(checkpoint.name)
     if named and int(named.group(1)) != manifest.step:
         raise DataError(f"{checkpoint}: its manifest is of step {manifest.step}: put in from elsewhere")
     listed = {file.name for file in manifest.files} | {MANIFEST}
-    present = {name for name in files_in(checkpoint) if not name.startswith(".nfs")}  # a network file system's own
+    # A network file system has files of its own.
+    present = {name for name in files_in(checkpoint) if not name.startswith(".nfs")}
     if missing := sorted(listed - present):
         raise DataError(f"{checkpoint}/{missing[0]}: missing")
     if extra := sorted(present - listed):
@@ -33,9 +37,9 @@ def read_sound(checkpoint: Path) -> Manifest:
 
 
 def check_files(checkpoint: Path, files: Iterable[File], *, from_disk: bool = False) -> None:
-    """DataError naming the first file that is not, to the byte, what the manifest says of it.
+    """Raise DataError that names the first file that is not, to the byte, what the manifest says.
 
-    `from_disk`: let the system forget what it has of the files in memory first, so that the disk is read.
+    `from_disk`: let the system first drop what it caches of the files, so that the disk is read.
     """
     for file in files:
         path = checkpoint / file.name

@@ -1,4 +1,4 @@
-"""A run's checkpoints: what it goes on from, and what it leaves."""
+"""The checkpoints of a run: the one it goes on from, and those it writes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.resume import CheckpointSource, Found, newest_whole
 from trainer.checkpoint.save import Saved, Saver
 from trainer.engine.engine import Engine
-from trainer.engine.optimizer_state import state_names
 from trainer.errors import DataError, NotFinite
 from trainer.launch.ranks import PeerFailed
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.redaction import redact
 from trainer.schema import Recipe
+from trainer.update_rules import states_of
 
 PACKAGES = ("triaxis", "torch", "deepspeed", "transformers")
 
 
 @dataclass
 class Checkpoints:
-    """`facts`: see `facts.py`. `found`: what the run went on from last. Every rank must call it together."""
+    """The checkpoints of a run. Every rank must call its methods together.
+
+    `facts`: see `facts.py`. `found`: the checkpoint that the run last went on from.
+    """
 
     recipe: Recipe
     plan: BatchPlan
@@ -39,35 +42,36 @@ class Checkpoints:
     messages: Messages
     found: Found | None
     save_beside: Callable[[Path], None]  # puts config.json, tokenizer and code into a folder
-    rewinds: int = 0  # in a row to `found`
+    rewinds: int = 0  # rewinds to `found` in a row
 
     @property
     def start_step(self) -> int:
-        """Steps done before this start."""
+        """The number of steps done before this start."""
         return self.found.manifest.step if self.found else 0
 
     @property
     def saved_step(self) -> int | None:
-        """Of the newest checkpoint of this run, None while it has none."""
+        """The step of this run's newest checkpoint, None while it has none."""
         found = self.found.manifest.step if self.found else None
         return found if self._saver.saved_step is None else self._saver.saved_step
 
     @property
     def memory(self) -> Mapping[str, Any]:
-        """What the run remembered when it was saved; see `save`."""
+        """The values that the run asked to have back when it was saved; see `save`."""
         return self.found.manifest.state["memory"] if self.found else {}
 
     def restore(self, engine: Engine) -> None:
-        """Set the engine as it was saved; nothing where the run starts at step 0."""
+        """Restore the engine to its saved state; do nothing if the run starts at step 0."""
         if self.found is None:
             return
         state = self.found.manifest.state
-        source = CheckpointSource(self.found, states=state_names(self.recipe.optimizer))
+        source = CheckpointSource(self.found, states=[kept.name for kept in states_of(self.recipe.optimizer)])
         engine.state.restore(source, updates=state["updates"])
         engine.scaler.restore(state["loss_scale"])
 
     def rewind(self, engine: Engine) -> list[str]:
-        """Set the engine as the newest checkpoint has it; lines to show. DataError when none is whole."""
+        """Restore the engine from the newest checkpoint, and return lines to show. DataError if
+        none is whole."""
         lines = self.wait()
         found, remarks = newest_whole(self.folder, self.messages)
         if found is None:
@@ -82,7 +86,8 @@ class Checkpoints:
         return every > 0 and (steps_done % every == 0 or steps_done == self.recipe.train.steps)
 
     def save(self, steps_done: int, engine: Engine, memory: Mapping[str, Any]) -> list[str]:
-        """Save at a step's end; lines to show. `memory`: JSON that the run wants back when it goes on."""
+        """Save at the end of a step, and return lines to show. `memory`: JSON that the run gets
+        back when it goes on."""
         manifest = Manifest(
             step=steps_done,
             sequences=(steps_done + memory.get("data", {}).get("skipped_steps", 0)) * self.plan.global_sequences,
@@ -96,7 +101,7 @@ class Checkpoints:
         return self._told(self._saver.save(manifest, engine.state, save_beside=self.save_beside))
 
     def wait(self) -> list[str]:
-        """Until nothing is being written; lines to show."""
+        """Wait until nothing is being written, and return lines to show."""
         return self._told(self._saver.wait())
 
     @cached_property
@@ -105,7 +110,8 @@ class Checkpoints:
         return Saver(self.folder, self.messages, keep=keys.keep, asynchronous=keys.asynchronous)
 
     def _told(self, saves: list[Saved]) -> list[str]:
-        """Lines to show. NotFinite where the model is: what is there already stays the newest."""
+        """Return lines to show. NotFinite if the model is not: then the checkpoints already there
+        stay the newest."""
         for saved in saves:
             if saved.not_finite:
                 wrong = NotFinite(saved.not_finite, step=saved.step, began=saved.began)

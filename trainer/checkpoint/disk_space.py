@@ -1,17 +1,17 @@
-"""How large a run's checkpoints are, and whether the disk has room for them. No torch."""
+"""The size of a run's checkpoints, and whether the disk has room for them. No torch."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.engine.optimizer_state import states_per_element
 from trainer.schema import Recipe
+from trainer.update_rules import states_per_element
 
 FP32_BYTES = 4
 
 
-class Room(NamedTuple):
+class DiskSpace(NamedTuple):
     """A line to show, and whether all checkpoints that the run keeps will be there."""
 
     line: str
@@ -19,21 +19,23 @@ class Room(NamedTuple):
 
 
 def bytes_of_one(recipe: Recipe, *, trained: int, frozen_bytes: int = 0) -> int:
-    """Of one checkpoint: `trained` elements with their moments in fp32, and what is only held as it is held."""
+    """Return the bytes of one checkpoint: `trained` elements with their moments in fp32, and frozen
+    ones as they are held."""
     return frozen_bytes + trained * FP32_BYTES * (1 + states_per_element(recipe.optimizer))
 
 
-def room(recipe: Recipe, folder: CheckpointFolder, one: int) -> Room:
-    """How often the run saves, `one` checkpoint's bytes, and what is free."""
+def disk_space(recipe: Recipe, folder: CheckpointFolder, one: int) -> DiskSpace:
+    """Return how often the run saves, the size of `one` checkpoint [bytes], and the free space."""
     keys = recipe.checkpoint
     if not keys.every:
-        return Room("checkpoints: none (checkpoint.every = 0): the run cannot be resumed", False)
-    need = one * max(0, keys.keep + 1 - len(folder.steps()))  # a new one is written before the oldest goes
+        return DiskSpace("checkpoints: none (checkpoint.every = 0): the run cannot be resumed", False)
+    # A new one is written before the oldest goes.
+    need = one * max(0, keys.keep + 1 - len(folder.steps()))
     free = folder.free_bytes()
     line = f"checkpoints: every {keys.every} steps, {keys.keep} kept, {_size(one)} each"
     if need <= free:
-        return Room(f"{line}; {_size(free)} free", True)
-    return Room(
+        return DiskSpace(f"{line}; {_size(free)} free", True)
+    return DiskSpace(
         f"warning: {line}: {folder.path} needs {_size(need)} and has {_size(free)} free; make room, lower "
         "checkpoint.keep, or set run.dir to another disk: what does not fit is not saved",
         False,

@@ -1,4 +1,5 @@
-"""From a checkpoint, of whatever layout, to a Hugging Face folder: in one process, one tensor in memory at a time."""
+"""The export of a checkpoint, of whatever layout, to a Hugging Face folder, in one process, with
+one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -23,25 +24,24 @@ from trainer.errors import DataError, NotFinite, RecipeError
 from trainer.files.durable import replacing_folder, require_new
 from trainer.files.reading import told
 from trainer.model.finite import WIDER, is_finite, overflow
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import INDEX, SHARD_BYTES, file_name, read_config, write_index
 from trainer.tuning import bottleneck_format
 from trainer.tuning.adapter_folder import AdapterFormat
+from trainer.tuning.methods import method_of
 
-# Two implementations of one network sum in another order, relative to the largest logit: seen 1e-6 in fp32.
+# Relative to the largest logit: two implementations of one network sum in another order. 1e-6 was
+# seen in fp32.
 LOGITS_TOLERANCE = 1e-4
 
 
 def require_mergeable(checkpoint: Path) -> None:
-    """RecipeError where `--merge` asks for what cannot be."""
+    """Raise RecipeError if `--merge` is impossible for the checkpoint."""
     tuned = Tuned.of(checkpoint, read_sound(checkpoint))
     if tuned is None or not tuned.has_adapter:
-        raise RecipeError(f"--merge: {checkpoint} has no adapter (tuning.method none or bitfit): export it without")
-    if not tuned.merges:
-        raise RecipeError(
-            f"--merge: {checkpoint} has adapters with a nonlinearity between their projections, which no weight can take up: "
-            "export it without"
-        )
+        raise RecipeError(f"--merge: {checkpoint} has no adapter: export it without")
+    if why := method_of(tuned.recipe.tuning).not_merged:
+        raise RecipeError(f"--merge: {checkpoint}: {why}: export it without")
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,15 @@ class Exported:
 def export(
     checkpoint: Path, out: Path, *, dtype: str | None = None, whole: bool = False, shard_bytes: int = SHARD_BYTES
 ) -> Exported:
-    """Write `out`, a new folder, whole or not at all, and read it back. `dtype`: "fp32", "bf16", "fp16"; None: the format of
-    training. Of a tuned model an adapter is written, or, with `whole`, the model with what was learned added to its weights,
-    or, where they cannot take it up, in the adapter's files beside them.
+    """Write `out`, a new folder, whole or not at all, and read it back.
 
-    DataError when the checkpoint is damaged, when a value is infinite in `dtype`, when the folder does not hold what it should
-    when it is read back, or when transformers would tokenize otherwise there; NotFinite where a weight is not.
+    `dtype`: "fp32", "bf16", "fp16"; None: the format of training. For a tuned model an adapter is
+    written. With `whole` it is the model, with what was learned added to its weights, or in the
+    adapter's files beside them if the weights cannot take it up.
+
+    DataError if the checkpoint is damaged, if a value is infinite in `dtype`, if the folder reads
+    back different, or if transformers would tokenize differently there; NotFinite if a weight is
+    not finite.
     """
     try:
         require_new(out)
@@ -71,20 +74,20 @@ def export(
     check_files(checkpoint, manifest.files)
     chosen = dtype or str(manifest.recipe["precision"]["dtype"])
     tuned = Tuned.of(checkpoint, manifest)
-    parts = _parts(checkpoint, manifest, tuned, whole=whole)
-    for contents in parts.values():
+    model, beside = _contents(checkpoint, manifest, tuned, whole=whole)
+    for contents in filter(None, (model, beside)):
         _require_finite(contents, manifest, chosen)
     sizes: dict[str, int] = {}
     try:
         with replacing_folder(out) as draft:
             shutil.copytree(checkpoint / HUGGING_FACE, draft, dirs_exist_ok=True, copy_function=shutil.copyfile)
             _write_tokenizer(draft)
-            if "model" in parts:
-                sizes |= _write_model(parts["model"], draft, chosen, shard_bytes)
+            if model is not None:
+                sizes |= _write_model(model, draft, chosen, shard_bytes)
             else:
                 (draft / "config.json").unlink()  # an adapter's folder must not look like a model's
-            if "adapter" in parts and tuned is not None:
-                sizes |= _write_adapter(parts["adapter"], tuned.form, draft, chosen)
+            if beside is not None and tuned is not None:
+                sizes |= _write_adapter(beside, tuned.form, draft, chosen)
             for path in (draft, *draft.rglob("*")):  # a folder to hand on, unlike the checkpoint
                 path.chmod(0o755 if path.is_dir() else 0o644)
     except OSError as error:
@@ -92,14 +95,15 @@ def export(
     return Exported(out, manifest.step, len(sizes), sum(sizes.values()), chosen)
 
 
-def _parts(checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, whole: bool) -> dict[str, Contents]:
-    """Return the parts that are written: "model", "adapter" or both."""
-    found, whole = {}, whole or tuned is None or not tuned.has_adapter
-    if whole:
-        found["model"] = Contents(checkpoint, manifest, tuned, adapter=False)
-    if tuned is not None and tuned.has_adapter and not (whole and tuned.merges):
-        found["adapter"] = Contents(checkpoint, manifest, tuned, adapter=True)
-    return found
+def _contents(
+    checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, whole: bool
+) -> tuple[Contents | None, Contents | None]:
+    """Return what is written of the model, and of what was trained beside it; at least one of them
+    is not None."""
+    if tuned is None or not tuned.has_adapter:
+        return Contents(checkpoint, manifest, tuned, adapter=False), None
+    model = Contents(checkpoint, manifest, tuned, adapter=False) if whole else None
+    return model, None if whole and tuned.merges else Contents(checkpoint, manifest, tuned, adapter=True)
 
 
 def _require_finite(contents: Contents, manifest: Manifest, dtype: str) -> None:
@@ -112,14 +116,15 @@ def _require_finite(contents: Contents, manifest: Manifest, dtype: str) -> None:
 
 
 def _write_tokenizer(draft: Path) -> None:
-    """So that transformers makes of it, beside this config.json, what trained."""
+    """Save the tokenizer in a form that transformers loads, beside this config.json, as the one
+    that trained."""
     tokenizer = beside_model(reopen_tokenizer(draft), read_config(draft))
     tokenizer.save(draft)
     require_same(draft, tokenizer)
 
 
 def _write_model(contents: Contents, draft: Path, dtype: str, shard_bytes: int) -> dict[str, int]:
-    """A model's files of weights and its config; the bytes of each tensor."""
+    """Write a model's files of weights and its config, and return the bytes of each tensor."""
     slots = contents.slots(dtype)
     shards = list(_shards(slots, shard_bytes))
     files = {file_name(number, len(shards)): names for number, names in enumerate(shards)}
@@ -135,7 +140,7 @@ def _write_model(contents: Contents, draft: Path, dtype: str, shard_bytes: int) 
 
 
 def _write_adapter(contents: Contents, form: AdapterFormat, draft: Path, dtype: str) -> dict[str, int]:
-    """An adapter's files; the bytes of each tensor."""
+    """Write an adapter's files, and return the bytes of each tensor."""
     tensors = ((name, contents.whole(name)) for name in contents.tensors)
     written, path = form.write(tensors, draft, TORCH_DTYPES[FORMATS[dtype]]), draft / form.weights_file
     file = TensorFile(path)
@@ -148,7 +153,7 @@ def _write_adapter(contents: Contents, form: AdapterFormat, draft: Path, dtype: 
 
 
 def _shards(slots: Mapping[str, Slot], shard_bytes: int) -> Iterator[list[str]]:
-    """Names in the order of the model, for files of at most so many bytes (or one tensor)."""
+    """Yield names in the order of the model, for files of at most `shard_bytes` (or one tensor)."""
     names: list[str] = []
     size = 0
     for name, slot in slots.items():
@@ -161,7 +166,7 @@ def _shards(slots: Mapping[str, Slot], shard_bytes: int) -> Iterator[list[str]]:
 
 
 def _compare(path: Path, names: Sequence[str], contents: Contents) -> None:
-    """DataError unless the file, read back, has every value."""
+    """Raise DataError unless the file, read back, has every value."""
     file = TensorFile(path)
     for name in names:
         at = 0
@@ -174,9 +179,13 @@ def _compare(path: Path, names: Sequence[str], contents: Contents) -> None:
 
 
 def compare_logits(checkpoint: Path, out: Path, dtype: str) -> float:
-    """The largest difference, relative to the largest logit, between the training model with the checkpoint's weights and the
-    exported folder in transformers, on random tokens, both in fp32 from weights in the exported format. A tuned model is
-    compared with the adapter beside its weights on one side, and merged, without rounding, on the other."""
+    """Return the largest difference between two models' logits on random tokens, relative to the
+    largest logit.
+
+    One is the training model with the checkpoint's weights, the other the exported folder in
+    transformers, both in fp32 from weights in the exported format. A tuned model is compared with
+    the adapter beside its weights on one side, and merged, without rounding, on the other.
+    """
     tuned = Tuned.of(checkpoint, read_sound(checkpoint))
     if tuned and not (out / "config.json").exists():
         remedy = "add --merge --dtype fp32" if tuned.merges else "this adapter cannot be merged: leave --verify out"
@@ -203,7 +212,8 @@ def compare_logits(checkpoint: Path, out: Path, dtype: str) -> float:
 
 
 def _auto_class(folder: Path) -> Any:
-    """What loads the folder's network in transformers with the head that was trained."""
+    """Return the transformers class that loads the folder's network with the head that was
+    trained."""
     import transformers
 
     config = read_config(folder)
@@ -220,6 +230,7 @@ def _auto_class(folder: Path) -> Any:
 def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
     from parallel.attention import Documents
     from parallel.tensor import TensorParallel
+    from trainer.data.loader import MicroBatch
     from trainer.model.blocks import blocks_of
     from trainer.model.transformer import Stage
     from trainer.tuning.adapt import adaptation
@@ -231,7 +242,7 @@ def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dt
             "--verify compares with our own network; family auto is transformers' already, and is read back anyway"
         )
     tuned = Tuned.of(checkpoint, manifest)
-    network = tuned.network if tuned else translate(family, config)
+    network = tuned.network if tuned else from_hf(family, config)
     stage = Stage(
         network,
         blocks_of(network),
@@ -243,7 +254,8 @@ def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dt
         fill=Filling(checkpoint, manifest, through=dtype),
     ).eval()
     B, S = tokens_BS.shape
-    logits: Tensor = stage(tokens_BS, documents=Documents(((S,),) * B), labels_BS=None, streams=None)
+    batch = MicroBatch(tokens_BS, Documents.whole_rows(B, S))
+    logits: Tensor = stage(tokens_BS, batch=batch, output="logits")
     if network.classes:
         return logits[:, -1 if network.causal else 0]
     return logits[..., : network.vocab_size]

@@ -1,7 +1,9 @@
-"""What must be the same for a run to go on from a checkpoint, and what may be allowed to differ. No torch.
+"""The facts that must be the same for a run to go on from a checkpoint, and those that may be
+allowed to differ. No torch.
 
-Facts are JSON values by dotted key. Those of the recipe are known before anything is loaded, so a run that must not go on is
-refused within a second; the fingerprints of tokenizer and data follow when those are open.
+Facts are JSON values by dotted key. Those of the recipe are known before anything is loaded, so a
+run that must not go on is refused within a second. The fingerprints of tokenizer and data follow
+when those are open.
 """
 
 from __future__ import annotations
@@ -12,14 +14,15 @@ from typing import Any
 
 from trainer.schema import Recipe, Tuning
 
-# What `--allow-change WORD` lets differ, and what becomes of it.
+# For each `--allow-change WORD`: the fact that may differ, and the consequence.
 CHANGES = {
     "precision": ("precision.dtype", "the fp32 master weights go on in the new format"),
     "optimizer": ("optimizer.name", "states that both have go on, the others start at 0"),
     "tokenizer": ("data.tokenizer", "the same tokens may mean other text"),
     "data": ("data.samples", "the run goes on at the same place of another order"),
 }
-# Of config.json, what says who wrote it, or which symbols its tokenizer marks with, rather than what the model is.
+# The keys of config.json that tell who wrote it, or which symbols its tokenizer uses as marks,
+# rather than what the model is.
 NOT_OF_THE_MODEL = (
     "dtype",
     "torch_dtype",
@@ -51,7 +54,7 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
 
 
 def _tuning_facts(tuning: Tuning) -> dict[str, Any]:
-    """What decides which tensors there are and what they do; dropout may change."""
+    """Return the facts that decide which tensors there are and what they do; dropout may change."""
     keys = ("method", *TUNING_FACTS) if tuning.method else ("method",)
     return {f"tuning.{key}": getattr(tuning, key) for key in keys}
 
@@ -61,12 +64,13 @@ def model_facts(config_json: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def data_facts(*, tokenizer: str, samples: str) -> dict[str, Any]:
-    """Fingerprints: of the tokenizer, and of every training sample in its order."""
+    """Return the fingerprints of the tokenizer, and of every training sample in its order."""
     return {"data.tokenizer": tokenizer, "data.samples": samples}
 
 
 def refusals(where: str, step: int, saved: Mapping[str, Any], given: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
-    """One line for each fact of `given` that is not as it was saved; `allowed`: words of CHANGES."""
+    """Return one line for each fact of `given` that differs from the saved one. `allowed`: words of
+    CHANGES."""
     lines = []
     for key, value in given.items():
         if key not in saved or saved[key] == value:

@@ -1,11 +1,12 @@
-"""The folder of a run's checkpoints: names, drafts, the rename that commits, what is kept, what is set aside. No torch.
+"""The folder of a run's checkpoints: names, drafts, the rename that commits, what is kept, what is
+set aside. No torch.
 
-    step-00000100/                  a checkpoint: manifest.json, rank-00000.safetensors …, hugging_face/
-    step-00000090.damaged/          set aside, with the reason in reason.txt; never read again
-    .step-00000110.draft/           being written; one that a crash left is removed by the next save
+    step-00000100/             a checkpoint: manifest.json, rank-00000.safetensors …, hugging_face/
+    step-00000090.damaged/     set aside, with the reason in reason.txt; never read again
+    .step-00000110.draft/      being written; one left by a crash is removed by the next save
 
-A checkpoint is there from the rename of its draft, which has been written whole and is on the disk by then. No file points to
-the newest one, so none can be torn.
+A checkpoint exists from the rename of its draft, which is completely written and on disk by then.
+No file points to the newest one, so no such pointer can be torn.
 """
 
 from __future__ import annotations
@@ -21,19 +22,21 @@ from trainer.errors import DataError
 from trainer.files.durable import make_private, private_file, remove, sync_folder
 
 STEP = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
-HUGGING_FACE = "hugging_face"  # config.json, tokenizer and code: all that an export adds to the weights
+HUGGING_FACE = "hugging_face"  # config.json, tokenizer and code: what an export adds to the weights
 REASON = "reason.txt"
 
 
 class CheckpointFolder:
-    """Only one process may write here: the run's first rank."""
+    """A folder of checkpoints. Only one process may write in it: the run's first rank."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def steps(self) -> list[tuple[int, Path]]:
-        """(step, folder) of every checkpoint that has its final name, the newest first; a link to one on another disk is
-        followed. DataError for such a name that is no folder."""
+        """Return (step, folder) of every checkpoint that has its final name, the newest first.
+
+        A link to one on another disk is followed. DataError for such a name that is not a folder.
+        """
         found = [(int(match.group(1)), self.path / name) for name in self._names() if (match := STEP.fullmatch(name))]
         for _, path in found:
             if not path.is_dir():
@@ -42,7 +45,7 @@ class CheckpointFolder:
         return sorted(found, reverse=True)
 
     def foreign(self) -> list[Path]:
-        """Return what is there and none of ours by its name."""
+        """Return the entries whose names are not ours."""
         ours = re.compile(rf"{STEP.pattern}(\..*)?|\.step-.*", re.ASCII)
         return [self.path / name for name in self._names() if not ours.fullmatch(name)]
 
@@ -53,14 +56,14 @@ class CheckpointFolder:
             return []
 
     def set_aside_ones(self) -> list[Path]:
-        """Folders that once were checkpoints."""
+        """Return the folders that once were checkpoints."""
         return sorted(path for path in self.path.glob("step-*.*") if path.is_dir())
 
     def of_step(self, step: int) -> Path:
         return self.path / f"step-{step:08d}"
 
     def begin(self, step: int) -> Path:
-        """A new empty draft; what a crash left of earlier ones goes."""
+        """Create a new empty draft, and remove those that a crash left."""
         make_private(self.path)
         for left in self.path.glob(".step-*"):
             remove(left)
@@ -80,24 +83,28 @@ class CheckpointFolder:
         try:
             sync_folder(self.path)
         except OSError:
-            os.rename(final, draft)  # its name may not last, so it is none
+            os.rename(final, draft)  # the new name might not survive a crash, so take it back
             raise
         return final
 
     def set_aside(self, checkpoint: Path, word: str, reason: str) -> Path:
-        """Take a checkpoint out of the choice, for good: `step-00000090.WORD`, with the reason inside."""
+        """Exclude a checkpoint for good: rename it to `step-00000090.WORD`, with the reason
+        inside."""
         names = (f"{checkpoint.name}.{word}{f'-{n}' if n > 1 else ''}" for n in range(1, 10_000))
         aside = next(self.path / name for name in names if not os.path.lexists(self.path / name))
         os.rename(checkpoint, aside)
-        remove(aside / REASON)  # it may be a link, planted to be written through
+        remove(aside / REASON)  # it may be a planted link to some other file
         with private_file(aside / REASON, must_be_new=True) as file:
             file.write(f"{reason}\n".encode())
         sync_folder(self.path)
         return aside
 
     def prune(self, keep: int) -> list[Path]:
-        """Remove all but the newest `keep`, and what a crash left of removing others; the ones that went. Each is out of the
-        choice before its first file goes."""
+        """Remove all but the newest `keep`, and what a crash left of removing others; return the
+        removed ones.
+
+        Each is renamed before its first file goes, so that it no longer counts as a checkpoint.
+        """
         gone = []
         for left in self.path.glob(".step-*.removed"):
             remove(left)
@@ -110,13 +117,14 @@ class CheckpointFolder:
         return gone
 
     def free_bytes(self) -> int:
-        """Of the disk that the folder is, or will be, on."""
+        """Return the free bytes of the disk that the folder is on, or will be."""
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         return shutil.disk_usage(existing).free
 
 
 def files_in(checkpoint: Path) -> Iterator[str]:
-    """Names of everything in a checkpoint but folders, relative to it; links among them are not followed."""
+    """Yield the names of everything in a checkpoint except folders, relative to it. Links are not
+    followed."""
     for folder, folders, files in os.walk(checkpoint):
         links = [name for name in folders if (Path(folder) / name).is_symlink()]
         for name in (*files, *links):

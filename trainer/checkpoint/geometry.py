@@ -1,27 +1,30 @@
-"""Ranges of flattened boxes of one logical tensor: where they overlap. No torch.
+"""Rectangles, by which fragments of one logical tensor are compared. No torch.
 
-A box is flattened row by row; its row is what lies behind its first dimension (swapped, where it is transposed). A range of
-the flattening is at most three rectangles: the end of a row, whole rows, the beginning of a row. So the elements that two
-fragments share, however differently they were cut, are rectangles too.
+A piece is flattened row by row; its row is what lies behind its first dimension (swapped, if it is
+transposed). A range of the flattening is at most three rectangles: the end of a row, whole rows,
+the beginning of a row. So the elements that two fragments share, however differently they were cut,
+are rectangles too.
 
-Coordinates are (row, column) of the logical tensor seen as a matrix, transposed or not as its fragments are.
+Coordinates are (row, column) of the logical tensor seen as a matrix, transposed or not as its
+fragments are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from trainer.checkpoint.manifest import Fragment
+from parallel.pieces import Fragment, Piece
 
 
 class Rectangle(NamedTuple):
+    """Rows [top, bottom) and columns [left, right)."""
+
     top: int
-    bottom: int  # past the end
+    bottom: int
     left: int
-    right: int  # past the end
+    right: int
 
     def overlap(self, other: Rectangle) -> Rectangle | None:
         top, bottom = max(self.top, other.top), min(self.bottom, other.bottom)
@@ -29,64 +32,68 @@ class Rectangle(NamedTuple):
         return Rectangle(top, bottom, left, right) if top < bottom and left < right else None
 
     @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    @property
     def area(self) -> int:
-        return (self.bottom - self.top) * (self.right - self.left)
+        return self.height * self.width
 
 
-@dataclass(frozen=True)
-class Range:
-    """Elements [offset, offset + count) of the flattening of the matrix rows × columns at (top, left)."""
-
-    top: int
-    left: int
-    rows: int
-    columns: int
-    offset: int
-    count: int
-
-    @classmethod
-    def of(cls, fragment: Fragment) -> Range:
-        start, size = _as_matrix(fragment.start), _as_matrix(fragment.size, of_sizes=True)
-        if fragment.transposed:
-            start, size = start[::-1], size[::-1]
-        return cls(*start, *size, fragment.offset, fragment.count)
-
-    def rectangles(self) -> Iterator[Rectangle]:
-        """What the range covers, without overlap."""
-        if not self.count:
-            return
-        last = self.offset + self.count
-        first_row, first_column = divmod(self.offset, self.columns)
-        end_row, end_column = divmod(last, self.columns)
-        if first_row == end_row:
-            yield self._rectangle(first_row, end_row + 1, first_column, end_column)
-            return
-        if first_column:
-            yield self._rectangle(first_row, first_row + 1, first_column, self.columns)
-            first_row += 1
-        if first_row < end_row:
-            yield self._rectangle(first_row, end_row, 0, self.columns)
-        if end_column:
-            yield self._rectangle(end_row, end_row + 1, 0, end_column)
-
-    def _rectangle(self, first: int, end: int, left: int, right: int) -> Rectangle:
-        return Rectangle(self.top + first, self.top + end, self.left + left, self.left + right)
-
-    def index(self, row: int, column: int) -> int:
-        """Of an element of the tensor in this range; may lie outside [0, count)."""
-        return (row - self.top) * self.columns + (column - self.left) - self.offset
+def box_of(piece: Piece) -> Rectangle:
+    """Return a piece as it is flattened: its first dimension down, the others to the right."""
+    assert len(piece.start) <= 2 or not any(piece.start[1:]), f"a box that starts at {piece.start}"
+    (top, left, *_), (height, *widths) = (*piece.start, 0, 0), piece.size or (1,)
+    width = math.prod(widths)
+    if piece.transposed:
+        top, left, height, width = left, top, width, height
+    return Rectangle(top, top + height, left, left + width)
 
 
-def overlaps(a: Range, b: Range) -> Iterator[Rectangle]:
-    """The elements that are in both, each once."""
-    for mine in a.rectangles():
-        for theirs in b.rectangles():
+def rectangles(fragment: Fragment) -> Iterator[Rectangle]:
+    """Yield rectangles that cover a fragment without overlap."""
+    if not fragment.count:
+        return
+    box = box_of(fragment.piece)
+    first_row, first_column = divmod(fragment.offset, box.width)
+    end_row, end_column = divmod(fragment.offset + fragment.count, box.width)
+
+    def within(first: int, end: int, left: int, right: int) -> Rectangle:
+        return Rectangle(box.top + first, box.top + end, box.left + left, box.left + right)
+
+    if first_row == end_row:
+        yield within(first_row, end_row + 1, first_column, end_column)
+        return
+    if first_column:
+        yield within(first_row, first_row + 1, first_column, box.width)
+        first_row += 1
+    if first_row < end_row:
+        yield within(first_row, end_row, 0, box.width)
+    if end_column:
+        yield within(end_row, end_row + 1, 0, end_column)
+
+
+def index(fragment: Fragment, row: int, column: int) -> int:
+    """Return the place of a tensor's element in a fragment; outside [0, count) if it is
+    elsewhere."""
+    box = box_of(fragment.piece)
+    return (row - box.top) * box.width + (column - box.left) - fragment.offset
+
+
+def overlaps(a: Fragment, b: Fragment) -> Iterator[Rectangle]:
+    """Yield rectangles of the elements that are in both fragments, each element once."""
+    for mine in rectangles(a):
+        for theirs in rectangles(b):
             if shared := mine.overlap(theirs):
                 yield shared
 
 
 def disjoint(rectangles: Iterable[Rectangle]) -> bool:
-    """Whether no element is in two of them."""
+    """Return whether no element is in two of them."""
     open_ones: list[Rectangle] = []
     for rectangle in sorted(rectangles):
         open_ones = [other for other in open_ones if other.bottom > rectangle.top]
@@ -94,11 +101,3 @@ def disjoint(rectangles: Iterable[Rectangle]) -> bool:
             return False
         open_ones.append(rectangle)
     return True
-
-
-def _as_matrix(dims: tuple[int, ...], *, of_sizes: bool = False) -> tuple[int, int]:
-    """(first dimension, the others flattened). Only matrices are cut along their second dimension."""
-    if of_sizes:
-        return (dims[0], math.prod(dims[1:])) if dims else (1, 1)
-    assert len(dims) <= 2 or not any(dims[1:]), f"a box that starts at {dims}"
-    return (dims[0], dims[1] if len(dims) == 2 else 0) if dims else (0, 0)

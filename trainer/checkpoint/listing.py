@@ -1,4 +1,4 @@
-"""`triaxis checkpoints`: what a run has, and whether it is whole. No torch."""
+"""`triaxis checkpoints`: the checkpoints of a run, and whether they are whole. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from trainer.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Entry:
-    """A checkpoint, whole or not, or a folder that was set aside. `verdict`: "" where nothing was found wrong."""
+    """A checkpoint, whole or not, or a folder that was set aside. `verdict`: "" if nothing was
+    found wrong."""
 
     path: Path
     manifest: Manifest | None
@@ -29,7 +30,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """`verified`: every file was read and hashed, else only the manifests."""
+    """A list of a run's checkpoints. `verified`: every file was read and hashed, else only the
+    manifests."""
 
     entries: list[Entry]
     verified: bool
@@ -50,7 +52,8 @@ class Listing:
 
 
 def survey(run_dir: Path, *, verify: bool) -> Listing:
-    """Newest first, then what was set aside. RecipeError when there is nothing."""
+    """Return the checkpoints, newest first, then what was set aside. RecipeError if there are
+    none."""
     folder = _folder(run_dir)
     entries = [_look_at(path, verify=verify) for _, path in folder.steps()]
     entries += [_aside(path) for path in folder.set_aside_ones()]
@@ -60,7 +63,8 @@ def survey(run_dir: Path, *, verify: bool) -> Listing:
 
 
 def prune(run_dir: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep`, once the newest is found whole; DataError when it is not."""
+    """Remove all but the newest `keep`, after verifying the newest. DataError if it is not
+    whole."""
     folder = _folder(run_dir)
     for _, path in folder.steps()[:1]:
         manifest = read_sound(path)

@@ -1,10 +1,12 @@
-"""What a checkpoint says of itself: `manifest.json`. No torch.
+"""The manifest of a checkpoint, `manifest.json`. No torch.
 
-A checkpoint holds logical tensors under Hugging Face's names, as fragments that know no layout: a box of the logical tensor
-and a range of that box's flattening. Every element of every state of a tensor is in exactly one fragment.
+A checkpoint holds logical tensors under Hugging Face's names, as fragments that know no layout: a
+box of the logical tensor and a range of that box's flattening. Every element of every state of a
+tensor is in exactly one fragment.
 
-The manifest is one JSON object in one canonical form, and ends with the SHA-256 of that form without it. So every byte of it
-counts: a file that parses, but is not to the byte what its own content is written as, is damaged.
+The manifest is one JSON object in one canonical form, and ends with the SHA-256 of that form
+without the digest. So every byte of it counts: a file that parses, but differs in a byte from what
+its own content is written as, is damaged.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import (
     Annotated,
     Any,
     Literal,
+    NamedTuple,
     NotRequired,  # pydantic reads typing's own from Python 3.12 on
     Self,
 )
@@ -27,23 +30,29 @@ from typing import (
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
+from parallel.pieces import Fragment, Piece
 from trainer.errors import DataError
 from trainer.files.decoding import CLOSED, OPEN, decode
 from trainer.files.reading import read_bytes, told
 
 MANIFEST = "manifest.json"
-LONGEST = 1 << 30  # bytes of a manifest: some ten million fragments; a file with a hole may claim any length
+# Bytes of a manifest: some ten million fragments; a file with a hole may claim any length.
+LONGEST = 1 << 30
 FORMAT = "triaxis checkpoint 1"
-# Of a file in a checkpoint; no part begins with a point, so none leads out.
+# The name of a file in a checkpoint: no part begins with a point, so none leads out.
 FILE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,127}/){0,3}[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 # safetensors' names, with bytes per element.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
-# As it is written down. What is read of the dicts is declared, so that nobody who uses a manifest need ask again.
+# The manifest as it is written down. Keys that are read are declared, so that nobody who uses a
+# manifest needs to check them again.
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-FragmentJSON = tuple[Count, list[Count], list[Count], Count, Count, Annotated[int, Field(ge=0, le=1, strict=True)]]
+# A file's number; start and size of a box, offset and count of the range in it, and 1 if
+# transposed.
+StoredJSON = tuple[Count, list[Count], list[Count], Count, Count, Annotated[int, Field(ge=0, le=1, strict=True)]]
+TensorJSON = tuple[list[Count], dict[str, str], list[StoredJSON]]
 
 
 @with_config(OPEN)
@@ -109,52 +118,23 @@ class _Body(TypedDict):
     state: _State
     versions: dict[str, str]
     files: list[tuple[str, Count, str]]
-    tensors: dict[str, tuple[list[Count], dict[str, str], list[FragmentJSON]]]
+    tensors: dict[str, TensorJSON]
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """Elements [offset, offset + count) of a box's flattening; the box is [start, start + size) of the logical tensor.
-
-    `transposed`: the box was flattened with its two dimensions swapped. `file`: which file of the manifest's list holds it.
-    """
+class Stored(NamedTuple):
+    """A fragment and the number of the file, in the manifest's list, that holds it."""
 
     file: int
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-    offset: int
-    count: int
-    transposed: bool = False
-
-    def key(self, tensor: str, state: str) -> str:
-        """Its name inside the safetensors file."""
-        return f"{state}:{tensor}:{','.join(map(str, self.start))}:{self.offset}"
-
-    def lies_in(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of that shape can have been cut so: only matrices are cut along their second dimension."""
-        if not len(self.start) == len(self.size) == len(shape) or (self.transposed and len(shape) != 2):
-            return False
-        if any(start + size > dim for start, size, dim in zip(self.start, self.size, shape, strict=True)):
-            return False
-        is_cut_once = len(shape) <= 2 or (not any(self.start[1:]) and self.size[1:] == shape[1:])
-        return is_cut_once and self.offset + self.count <= math.prod(self.size)
-
-    def as_json(self) -> list[Any]:
-        return [self.file, list(self.start), list(self.size), self.offset, self.count, int(self.transposed)]
-
-    @classmethod
-    def from_json(cls, value: FragmentJSON) -> Self:
-        file, start, size, offset, count, transposed = value
-        return cls(file, tuple(start), tuple(size), offset, count, bool(transposed))
+    fragment: Fragment
 
 
 @dataclass(frozen=True)
 class LogicalTensor:
-    """`shape` of the logical tensor, the format of each of its states, and the fragments in which all of them lie."""
+    """The shape of a logical tensor, the format of each of its states, and its fragments."""
 
     shape: tuple[int, ...]
     dtypes: dict[str, str]
-    fragments: tuple[Fragment, ...]
+    fragments: tuple[Stored, ...]
 
     @property
     def numel(self) -> int:
@@ -163,6 +143,49 @@ class LogicalTensor:
     @property
     def num_bytes(self) -> int:
         return self.numel * sum(DTYPE_BYTES[dtype] for dtype in self.dtypes.values())
+
+    def as_json(self) -> list[Any]:
+        """Return the manifest's entry for the tensor, below its name."""
+        fragments = [[file, *fragment_as_json(fragment)] for file, fragment in self.fragments]
+        return [list(self.shape), self.dtypes, fragments]
+
+    @classmethod
+    def from_json(cls, name: str, value: TensorJSON) -> Self:
+        dims, dtypes, entries = value
+        shape = tuple(dims)
+        return cls(shape, dtypes, tuple(Stored(file, fragment_from_json(name, shape, entry)) for file, *entry in entries))
+
+
+def fragment_as_json(fragment: Fragment) -> list[Any]:
+    """Return the manifest's entry for a fragment, below the name and shape of its tensor."""
+    piece = fragment.piece
+    return [list(piece.start), list(piece.size), fragment.offset, fragment.count, int(piece.transposed)]
+
+
+def fragment_from_json(name: str, shape: tuple[int, ...], value: Sequence[Any]) -> Fragment:
+    """Return the fragment that the manifest describes by `value`."""
+    start, size, offset, count, transposed = value
+    return Fragment(Piece(name, shape, tuple(start), tuple(size), transposed=bool(transposed)), offset, count)
+
+
+def key_of(fragment: Fragment, state: str) -> str:
+    """Return the name of a fragment's state inside its safetensors file."""
+    piece = fragment.piece
+    return f"{state}:{piece.name}:{','.join(map(str, piece.start))}:{fragment.offset}"
+
+
+def _is_part(fragment: Fragment, shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor of that shape can have been cut into this fragment.
+
+    Only matrices are cut along their second dimension.
+    """
+    start, size, transposed = fragment.piece.start, fragment.piece.size, fragment.piece.transposed
+    if not len(start) == len(size) == len(shape) or (transposed and len(shape) != 2):
+        return False
+    if any(first + length > dim for first, length, dim in zip(start, size, shape, strict=True)):
+        return False
+    is_cut_once = len(shape) <= 2 or (not any(start[1:]) and size[1:] == shape[1:])
+    return is_cut_once and fragment.offset + fragment.count <= fragment.piece.numel
 
 
 @dataclass(frozen=True)
@@ -209,7 +232,7 @@ class Manifest:
 
     @property
     def not_finite_since(self) -> int | None:
-        """The first step since when no loss was finite; None where the last one was."""
+        """The first step since when no loss was finite; None if the last one was."""
         since: int | None = self.state.get("memory", {}).get("guard", {}).get("not_finite_since")
         return since
 
@@ -218,31 +241,32 @@ class Manifest:
             "format": FORMAT,
             **{key: value for key, value in vars(self).items() if key not in ("files", "tensors")},
             "files": [[file.name, file.num_bytes, file.sha256] for file in self.files],
-            "tensors": {
-                name: [list(tensor.shape), tensor.dtypes, [fragment.as_json() for fragment in tensor.fragments]]
-                for name, tensor in self.tensors.items()
-            },
+            "tensors": {name: tensor.as_json() for name, tensor in self.tensors.items()},
         }
         return _seal(body)
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        """ValueError that says what is wrong: its own checksum first, then whatever does not fit together."""
+        """Return the manifest that these bytes hold.
+
+        ValueError with what is wrong: first its own checksum, then anything that does not fit
+        together.
+        """
         unsealed = _unseal(data)
         if unsealed.pop("format", None) != FORMAT:
             raise ValueError(f"not in the format {FORMAT!r}")
         body: dict[str, Any] = {**decode(_Body, unsealed)}
         files = tuple(File(*entry) for entry in body.pop("files"))
-        tensors = {
-            name: LogicalTensor(tuple(shape), dtypes, tuple(map(Fragment.from_json, fragments)))
-            for name, (shape, dtypes, fragments) in body.pop("tensors").items()
-        }
+        tensors = {name: LogicalTensor.from_json(name, tensor) for name, tensor in body.pop("tensors").items()}
         manifest = cls(**body, files=files, tensors=tensors)
         manifest.require_sound()
         return manifest
 
     def require_sound(self) -> None:
-        """ValueError when it could not be read again: names that lead out, fragments that do not make their tensor."""
+        """Raise ValueError if the manifest could not be read again.
+
+        Its file names may not lead out of the folder, and its fragments must make up their tensors.
+        """
         for file in self.files:
             if not FILE_NAME.fullmatch(file.name):
                 raise ValueError(f"file name {file.name!r} leads out of the folder")
@@ -251,18 +275,19 @@ class Manifest:
         for name, tensor in self.tensors.items():
             if not tensor.dtypes or not DTYPE_BYTES.keys() >= set(tensor.dtypes.values()):
                 raise ValueError(f"tensor {name} has the formats {tensor.dtypes}")
-            if not all(0 <= fragment.file < len(self.files) for fragment in tensor.fragments):
+            if not all(0 <= stored.file < len(self.files) for stored in tensor.fragments):
                 raise ValueError(f"tensor {name} is in a file that is not listed")
-            if not all(fragment.lies_in(tensor.shape) for fragment in tensor.fragments):
+            if not all(_is_part(stored.fragment, tensor.shape) for stored in tensor.fragments):
                 raise ValueError(f"a fragment of tensor {name} is no part of its shape {list(tensor.shape)}")
-            if sum(fragment.count for fragment in tensor.fragments) != tensor.numel:
+            if sum(stored.fragment.count for stored in tensor.fragments) != tensor.numel:
                 raise ValueError(f"the fragments of tensor {name} do not make its shape {list(tensor.shape)}")
         if (needed := sum(tensor.num_bytes for tensor in self.tensors.values())) > self.num_bytes:
             raise ValueError(f"its tensors have {needed:,} bytes, its files {self.num_bytes:,}")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """DataError naming the file when it is missing, unreadable or damaged."""
+        """Return the manifest in a folder; DataError, with the file, if it is missing, unreadable
+        or damaged."""
         path = folder / MANIFEST
         try:
             return cls.decode(read_bytes(path, LONGEST, follow=False))

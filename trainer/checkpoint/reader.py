@@ -1,6 +1,7 @@
-"""Any range of any logical tensor, read from the fragments that hold it.
+"""Ranges of logical tensors, read from the fragments that hold them.
 
-Files are read, not mapped: pages of a mapping would count to this rank's memory until the whole file is in it.
+Files are read, not mapped: pages of a mapping would count as this rank's memory until the whole
+file is in it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.geometry import Range, Rectangle, disjoint, overlaps
-from trainer.checkpoint.manifest import Fragment, LogicalTensor, Manifest
+from parallel.pieces import Fragment, Piece
+from trainer.checkpoint.geometry import Rectangle, box_of, disjoint, index, overlaps
+from trainer.checkpoint.manifest import LogicalTensor, Manifest, Stored, key_of
 from trainer.checkpoint.tensor_file import TORCH_DTYPES, TensorFile
 from trainer.errors import DataError
 
@@ -24,23 +26,22 @@ class Reader:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder = folder
         self._manifest = manifest
-        self._ranges: dict[str, list[tuple[Fragment, Range]]] = {}
         self._files: dict[int, TensorFile] = {}
 
-    def read(self, name: str, state: str, wanted: Fragment, shape: tuple[int, ...]) -> Tensor:
-        """The elements of `wanted` (whose `file` says nothing), flat, in their stored format, on the CPU.
+    def read(self, wanted: Fragment, state: str) -> Tensor:
+        """Return the elements of `wanted` in this state, flat, in their stored format, on the CPU.
 
-        DataError when the checkpoint has no such tensor or state, or one of another shape.
+        DataError if the checkpoint has no such tensor or state, or has one of another shape.
         """
-        tensor = self._tensor(name, state, shape)
-        target = Range.of(wanted)
+        name = wanted.piece.name
+        tensor = self._tensor(wanted.piece, state)
         result = torch.empty(wanted.count, dtype=TORCH_DTYPES[tensor.dtypes[state]])
         parts: list[Rectangle] = []
-        for fragment, source in self._fragments(name, tensor):
-            for shared in overlaps(source, target):
-                if fragment.transposed != wanted.transposed:
+        for stored in tensor.fragments:
+            for shared in overlaps(stored.fragment, wanted):
+                if stored.fragment.piece.transposed != wanted.piece.transposed:
                     raise DataError(f"{self._folder}: tensor {name} is stored the other way round: not written by this version")
-                self._copy(name, state, fragment, (source, target), shared, result)
+                self._copy(stored, state, wanted, shared, result)
                 parts.append(shared)
         if missing := wanted.count - sum(part.area for part in parts):
             raise DataError(f"{self._folder}: tensor {name} ({state}): {missing} elements are in no fragment")
@@ -49,47 +50,43 @@ class Reader:
         return result
 
     def whole(self, name: str, state: str) -> Tensor:
-        """A logical tensor, put together."""
+        """Return a whole logical tensor."""
         tensor = self._manifest.tensors[name]
-        start, transposed = (0,) * len(tensor.shape), any(fragment.transposed for fragment in tensor.fragments)
-        flat = self.read(name, state, Fragment(0, start, tensor.shape, 0, tensor.numel, transposed), tensor.shape)
+        transposed = any(stored.fragment.piece.transposed for stored in tensor.fragments)
+        flat = self.read(Fragment.whole(Piece.whole(name, tensor.shape, transposed=transposed)), state)
         return flat.view(tensor.shape[::-1]).t() if transposed else flat.view(tensor.shape)
 
-    def _tensor(self, name: str, state: str, shape: tuple[int, ...]) -> LogicalTensor:
-        tensor = self._manifest.tensors.get(name)
+    def _tensor(self, piece: Piece, state: str) -> LogicalTensor:
+        """Return the tensor that a piece is of."""
+        tensor = self._manifest.tensors.get(piece.name)
         if tensor is None or state not in tensor.dtypes:
-            raise DataError(f"{self._folder}: no tensor {name} with the state {state}: another model or optimizer saved it")
-        if tensor.shape != shape:
-            raise DataError(f"{self._folder}: tensor {name} has shape {list(tensor.shape)}, the model's is {list(shape)}")
+            raise DataError(
+                f"{self._folder}: no tensor {piece.name} with the state {state}: another model or optimizer saved it"
+            )
+        if tensor.shape != piece.shape:
+            raise DataError(
+                f"{self._folder}: tensor {piece.name} has shape {list(tensor.shape)}, the model's is {list(piece.shape)}"
+            )
         return tensor
-
-    def _fragments(self, name: str, tensor: LogicalTensor) -> list[tuple[Fragment, Range]]:
-        if name not in self._ranges:
-            self._ranges[name] = [(fragment, Range.of(fragment)) for fragment in tensor.fragments if fragment.count]
-        return self._ranges[name]
 
     def _file(self, index: int) -> TensorFile:
         if index not in self._files:
             self._files[index] = TensorFile(self._folder / self._manifest.files[index].name)
         return self._files[index]
 
-    def _copy(
-        self, name: str, state: str, fragment: Fragment, ranges: tuple[Range, Range], shared: Rectangle, result: Tensor
-    ) -> None:
-        """Read the elements that a fragment and the result share. Where they are consecutive in both they are read in place,
-        else through a buffer for some rows."""
-        source, target = ranges
-        file, key = self._file(fragment.file), fragment.key(name, state)
-        rows, columns = shared.bottom - shared.top, shared.right - shared.left
-        if rows == 1 or columns == source.columns == target.columns:
-            at = target.index(shared.top, shared.left)
-            file.read(key, source.index(shared.top, shared.left), result[at : at + shared.area])
+    def _copy(self, stored: Stored, state: str, wanted: Fragment, shared: Rectangle, result: Tensor) -> None:
+        """Read the elements that a stored fragment and the wanted one share, in place if they are
+        consecutive in both, else through a buffer for some rows."""
+        source, file, key = stored.fragment, self._file(stored.file), key_of(stored.fragment, state)
+        stride, stride_wanted = box_of(source.piece).width, box_of(wanted.piece).width
+        if shared.height == 1 or shared.width == stride == stride_wanted:
+            at = index(wanted, shared.top, shared.left)
+            file.read(key, index(source, shared.top, shared.left), result[at : at + shared.area])
             return
-        step = max(1, BUFFER_BYTES // (source.columns * result.element_size()))
+        step = max(1, BUFFER_BYTES // (stride * result.element_size()))
         for top in range(shared.top, shared.bottom, step):
             part = shared._replace(top=top, bottom=min(top + step, shared.bottom))
-            height = part.bottom - part.top
-            buffer = torch.empty((height - 1) * source.columns + columns, dtype=result.dtype)
-            file.read(key, source.index(part.top, part.left), buffer)
-            into = result.as_strided((height, columns), (target.columns, 1), target.index(part.top, part.left))
-            into.copy_(buffer.as_strided((height, columns), (source.columns, 1)))
+            buffer = torch.empty((part.height - 1) * stride + part.width, dtype=result.dtype)
+            file.read(key, index(source, part.top, part.left), buffer)
+            into = result.as_strided((part.height, part.width), (stride_wanted, 1), index(wanted, part.top, part.left))
+            into.copy_(buffer.as_strided((part.height, part.width), (stride, 1)))

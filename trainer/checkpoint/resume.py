@@ -1,6 +1,7 @@
-"""Going on: which checkpoint, whether it is whole, whether this run may, and setting its tensors.
+"""The way from a checkpoint on disk back into a run.
 
-In two phases: all ranks read and hash all of it, and agree; only then is anything set.
+It has two phases. All ranks together read and hash all of the checkpoint, and agree that it is
+whole; only then is any tensor set.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from pathlib import Path
 from torch import Tensor
 
 from parallel.messages import Messages
+from parallel.pieces import Fragment
 from trainer.checkpoint.check import check_files, read_sound
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.manifest import Fragment, Manifest
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import Reader
-from trainer.engine.optimizer_state import WEIGHT
-from trainer.engine.zero_state import Stretch
 from trainer.errors import DataError
+from trainer.update_rules import WEIGHT
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,11 @@ class Found:
 
 
 def newest_whole(folder: CheckpointFolder, messages: Messages) -> tuple[Found | None, list[str]]:
-    """The newest checkpoint that every rank finds whole, None where there never was one, and what was set aside on the way.
+    """Return the newest checkpoint that every rank finds whole, and remarks on those set aside on
+    the way.
 
-    DataError when there were some and none is whole: a run never starts from scratch by itself. Collective.
+    None if there never was a checkpoint. DataError if there were some and none is whole, because a
+    run never starts from scratch by itself. Collective.
     """
     remarks: list[str] = []
     while True:
@@ -58,8 +61,10 @@ def newest_whole(folder: CheckpointFolder, messages: Messages) -> tuple[Found | 
 
 
 def examine(path: Path, messages: Messages) -> Manifest:
-    """The manifest of a checkpoint of which the ranks have hashed every file, each a share. DataError, the same on all ranks,
-    when anything is wrong. Collective."""
+    """Return the manifest of a checkpoint after the ranks have hashed every file, each a share.
+
+    DataError, the same on all ranks, if anything is wrong. Collective.
+    """
     failure, manifest = "", None
     try:
         manifest = read_sound(path)
@@ -73,21 +78,20 @@ def examine(path: Path, messages: Messages) -> Manifest:
 
 
 class CheckpointSource:
-    """A checkpoint as what a `ZeroState` is restored from."""
+    """The states of tensors from a checkpoint, for a `ZeroState` that is restored."""
 
     def __init__(self, found: Found, *, states: Sequence[str]) -> None:
-        """`states`: those that the optimizer has; others in the checkpoint are left alone."""
+        """Take the states that the optimizer has; others in the checkpoint are left alone."""
         self._reader = Reader(found.path, found.manifest)
         self._states: dict[str, list[str]] = {}
         for name, tensor in found.manifest.tensors.items():
-            weight, _, own = name.partition(":")  # a state with a shape of its own is a tensor of its own
+            # a state with a shape of its own is a tensor of its own
+            weight, _, own = name.partition(":")
             kept = [state for state in ([own] if own else tensor.dtypes) if state != WEIGHT and state in states]
             self._states.setdefault(weight, []).extend(kept)
 
     def states(self, name: str) -> Sequence[str]:
         return self._states.get(name, [])
 
-    def read(self, stretch: Stretch) -> Tensor:
-        piece = stretch.piece
-        wanted = Fragment(0, piece.start, piece.size, stretch.offset, stretch.count, piece.transposed)
-        return self._reader.read(piece.name, stretch.state, wanted, piece.shape)
+    def read(self, fragment: Fragment, state: str) -> Tensor:
+        return self._reader.read(fragment, state)

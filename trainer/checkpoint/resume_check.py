@@ -1,4 +1,5 @@
-"""What can be said of resuming before anything is loaded: in under a second, on every rank alike. No torch."""
+"""The answer to whether a run can resume, before anything is loaded: in under a second, the same on
+every rank. No torch."""
 
 from __future__ import annotations
 
@@ -18,8 +19,12 @@ from trainer.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Resume:
-    """`--resume`: "auto" (the newest whole checkpoint of the run, if it has any), "never" (a new run; an old one of the same
-    name moves aside) or a path; and what `--allow-change` lets differ."""
+    """The choice of what to go on from.
+
+    `how` is `--resume`: "auto" (the newest whole checkpoint of the run, if it has any), "never" (a
+    new run; an old one of the same name moves aside) or a path. `allowed`: what `--allow-change`
+    lets differ.
+    """
 
     how: str = "auto"
     allowed: tuple[str, ...] = ()
@@ -30,13 +35,14 @@ class Resume:
 
 
 def checkpoint_named(name: str, *, option: str = "--resume") -> Path:
-    """The checkpoint that a command line names: a folder with a manifest, or the newest of a run."""
+    """Return the checkpoint that a command line names: a folder with a manifest, or the newest of a
+    run."""
     path = Path(name)
     try:
         if (path / MANIFEST).exists():
             return path
         found = [checkpoint for folder in (path, path / "checkpoints") for _, checkpoint in CheckpointFolder(folder).steps()]
-    except (OSError, ValueError):  # no name of a file at all
+    except (OSError, ValueError):  # not a possible name of a file
         found = []
     if not found:
         words = "auto, never, " if option == "--resume" else ""
@@ -45,8 +51,10 @@ def checkpoint_named(name: str, *, option: str = "--resume") -> Path:
 
 
 def finished(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> str:
-    """The line to say when the run has reached its last step already, else "". RecipeError when the recipe shows that it must
-    not go on from its newest checkpoint."""
+    """Return the line to show if the run has reached its last step already, else "".
+
+    RecipeError if the recipe shows that it must not go on from its newest checkpoint.
+    """
     if resume.how == "never":
         return ""
     folder = RunFolder.of(resolved.recipe, run_dir)
@@ -59,7 +67,7 @@ def finished(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> s
     try:
         manifest = Manifest.read(newest)
     except DataError:
-        return ""  # another one will be found, or it will be said
+        return ""  # opening the run finds another one, or reports the damage
     given = as_json({**recipe_facts(resolved.recipe), **_model_facts(resolved)})
     if lines := refusals(str(newest), manifest.step, manifest.facts, given, resume.allowed):
         raise RecipeError(lines)
@@ -72,14 +80,15 @@ def finished(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> s
 
 
 def as_json(facts: dict[str, Any]) -> dict[str, Any]:
-    """As they read back: lists for tuples."""
+    """Return the facts as they read back: lists for tuples."""
     value: dict[str, Any] = json.loads(json.dumps(facts))
     return value
 
 
 def _model_facts(resolved: ResolvedRecipe) -> dict[str, Any]:
-    """Those of the network, as far as it is known without opening the tokenizer or the hub."""
-    from trainer.model.hf_config import to_hf_config
+    """Return the facts of the network, as far as it is known without opening the tokenizer or the
+    hub."""
+    from trainer.model.hf_config import to_hf
 
     if resolved.recipe.model.family == AUTO or resolved.hf_config is None:
         return {}
@@ -87,8 +96,8 @@ def _model_facts(resolved: ResolvedRecipe) -> dict[str, Any]:
     named = "vocab_size" in resolved.hf_config
     if vocab_size is None and not named:
         return {}
-    facts = model_facts(to_hf_config(resolved.network(vocab_size=vocab_size), dtype="float32", eos_token_id=None))
-    # A tokenizer that is trained on a small corpus may find fewer symbols than it was asked for.
+    facts = model_facts(to_hf(resolved.network(vocab_size=vocab_size), dtype="float32", eos_token_id=None))
+    # A tokenizer that is trained on a small corpus may find fewer symbols than requested.
     unknown = set() if named else {"model.config.vocab_size"}
     if not resolved.recipe.data.classes:
         unknown |= {"model.config.id2label", "model.config.label2id"}  # the data says them

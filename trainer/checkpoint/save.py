@@ -1,9 +1,10 @@
-"""Saving: every rank writes its own file of a draft, the first rank commits it.
+"""A saver of checkpoints: every rank writes its own file of a draft, and the first rank commits it.
 
-    draft made ─► each rank: file written, fsynced, hashed ─► what each wrote, gathered ─► manifest ─► rename ─► older ones go
+    draft made ─► each rank: file written, fsynced, hashed ─► reports gathered ─► manifest ─►
+    rename ─► older checkpoints removed
 
-All ranks always go through the same exchanges, whatever fails on one of them: a disk that is full, or a quota, costs this
-checkpoint, not the run, and not the checkpoints before it.
+All ranks always go through the same exchanges, whatever fails on one of them. A disk that is full,
+or a quota, costs this checkpoint, but neither the run nor the checkpoints before it.
 """
 
 from __future__ import annotations
@@ -22,20 +23,25 @@ from torch import Tensor
 from parallel.messages import Messages
 from trainer.checkpoint.check import check_files
 from trainer.checkpoint.folder import HUGGING_FACE, CheckpointFolder
-from trainer.checkpoint.manifest import File, Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.manifest import File, LogicalTensor, Manifest, Stored, fragment_as_json, fragment_from_json, key_of
 from trainer.checkpoint.tensor_file import DTYPES, Slot, header_bytes, write_tensor_file
-from trainer.engine.optimizer_state import WEIGHT
-from trainer.engine.zero_state import Stretch, ZeroState
+from trainer.engine.zero_state import StateFragment, ZeroState
 from trainer.errors import DataError
 from trainer.files.durable import FILE_MODE
 from trainer.model.finite import is_finite
+from trainer.update_rules import WEIGHT
 
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save went. `failure`: "" or why there is no checkpoint; `not_finite`: "", or the tensor that holds NaN or infinity,
-    for which there is none, and `began` as in NotFinite; `litter`: "" or why older ones are still there; `blocked_s`: how long
-    the ranks could not train."""
+    """The outcome of a save.
+
+    * `failure`: why there is no checkpoint, or "".
+    * `not_finite`: the tensor that holds NaN or infinity, for which there is none, or "".
+    * `began`: as in NotFinite.
+    * `litter`: why older checkpoints are still there, or "".
+    * `blocked_s`: how long the ranks could not train.
+    """
 
     step: int
     failure: str = ""
@@ -49,28 +55,34 @@ class Saved:
 
 @dataclass
 class Saver:
-    """Writes checkpoints, in the calling thread or behind it. Every rank must call it together.
+    """A writer of checkpoints, in the calling thread or behind it.
 
-    `keep`: how many stay. `asynchronous`: only the copy to host memory is waited for; a rank needs memory for it.
+    Every rank must call it together. `keep`: how many checkpoints stay. `asynchronous`: the caller
+    waits only for the copy to host memory, for which each rank needs room.
     """
 
     folder: CheckpointFolder
     messages: Messages
     keep: int
     asynchronous: bool
-    saved_step: int | None = field(default=None, init=False)  # of the last checkpoint that was written
+    # the step of the last checkpoint that was written
+    saved_step: int | None = field(default=None, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
     _outcome: Saved | BaseException | None = field(default=None, init=False)
 
     def save(self, manifest: Manifest, state: ZeroState, *, save_beside: Callable[[Path], None]) -> list[Saved]:
-        """Save at a step's end. `manifest` has no files and tensors yet; `save_beside` puts the Hugging Face config,
-        tokenizer and code into a folder. Returns what is known by now: of an earlier save behind, and of this one."""
+        """Save at a step's end, and return the outcomes that are known by now.
+
+        They are those of an earlier save behind the run, and of this one. `manifest` has no files
+        and tensors yet. `save_beside` puts the Hugging Face config, tokenizer and code into a
+        folder.
+        """
         earlier = self.wait()
         started = time.monotonic()
-        stretches = state.stretches()
+        fragments = state.fragments()
         tensors: Iterable[Tensor] = state.tensors()
         if not self.asynchronous:
-            saved = self._write(manifest, stretches, tensors, save_beside)
+            saved = self._write(manifest, fragments, tensors, save_beside)
             self._remember(saved)
             return [*earlier, replace(saved, blocked_s=time.monotonic() - started, total_s=time.monotonic() - started)]
         copied = [tensor.to("cpu", copy=True) for tensor in tensors]
@@ -78,17 +90,21 @@ class Saver:
 
         def behind() -> None:
             try:
-                saved = self._write(manifest, stretches, copied, save_beside)
+                saved = self._write(manifest, fragments, copied, save_beside)
                 self._outcome = replace(saved, blocked_s=blocked_s, total_s=time.monotonic() - started)
             except BaseException as error:
                 self._outcome = error
 
-        self._thread = threading.Thread(target=behind, name="checkpoint", daemon=True)  # a dying run does not wait for it
+        # a daemon: a dying run does not wait for it
+        self._thread = threading.Thread(target=behind, name="checkpoint", daemon=True)
         self._thread.start()
         return earlier
 
     def wait(self) -> list[Saved]:
-        """Until nothing is being written behind; what came of it. What was raised there is raised here."""
+        """Wait until nothing is being written behind, and return what came of it.
+
+        What was raised there is raised here.
+        """
         if self._thread is None:
             return []
         self._thread.join()
@@ -106,16 +122,20 @@ class Saver:
             self.saved_step = saved.step
 
     def _write(
-        self, manifest: Manifest, stretches: Sequence[Stretch], tensors: Iterable[Tensor], save_beside: Callable[[Path], None]
+        self,
+        manifest: Manifest,
+        fragments: Sequence[StateFragment],
+        tensors: Iterable[Tensor],
+        save_beside: Callable[[Path], None],
     ) -> Saved:
         messages, step = self.messages, manifest.step
-        slots = _slots(stretches)
+        slots = _slots(fragments)
         needs = messages.gather(len(header_bytes(slots)) + sum(slot.num_bytes for slot in slots.values()))
         draft = messages.broadcast(self._begin(step, sum(needs)) if needs is not None else None)
         if "failure" in draft:
             return Saved(step, draft["failure"])
         folder = Path(draft["folder"])
-        reports = messages.gather(_tried(lambda: self._write_own(folder, stretches, slots, tensors, save_beside), folder))
+        reports = messages.gather(_tried(lambda: self._write_own(folder, fragments, slots, tensors, save_beside), folder))
         verdict = messages.broadcast(self._commit(manifest, folder, reports) if reports is not None else None)
         if "failure" in verdict:
             began = manifest.not_finite_since
@@ -139,21 +159,21 @@ class Saver:
     def _write_own(
         self,
         draft: Path,
-        stretches: Sequence[Stretch],
+        fragments: Sequence[StateFragment],
         slots: dict[str, Slot],
         tensors: Iterable[Tensor],
         save_beside: Callable[[Path], None],
     ) -> dict[str, Any]:
         files: list[File] = []
         wrong: list[str] = []
-        if stretches:
-            checked = _noticing(stretches, tensors, wrong)
+        if fragments:
+            checked = _noticing(fragments, tensors, wrong)
             files.append(write_tensor_file(draft / _file_name(self.messages.rank), slots, checked))
         if wrong:
             return {"failure": f"{wrong[0]} holds NaN or infinity", "not_finite": wrong[0]}
         if self.messages.is_first:
             files += _write_beside(draft / HUGGING_FACE, save_beside)
-        return {"files": [[file.name, file.num_bytes, file.sha256] for file in files], "ranges": _ranges(stretches)}
+        return {"files": [[file.name, file.num_bytes, file.sha256] for file in files], "fragments": _described(fragments)}
 
     def _commit(self, manifest: Manifest, draft: Path, reports: list[dict[str, Any]]) -> dict[str, Any]:
         def commit() -> dict[str, Any]:
@@ -179,8 +199,11 @@ class Saver:
         return {"there": len(self.folder.steps())}
 
     def _make_room(self, newest: Path, files: Sequence[File]) -> dict[str, str]:
-        """Older checkpoints go only when the ranks have read back from the disk what they wrote of the newest, each its own.
-        {"failure": why the newest is none after all}, {"litter": why older ones stayed}, or {}."""
+        """Remove older checkpoints, once the ranks have read the newest back from disk.
+
+        Each rank reads its own file. Return {"failure": why the newest is not a checkpoint after
+        all}, {"litter": why older ones stayed}, or {}.
+        """
         counted = _tried(self._count, self.folder.path) if self.messages.is_first else None
         number = self.messages.broadcast(counted)
         if "failure" in number:
@@ -204,8 +227,11 @@ class Saver:
 
 
 def _tried(attempt: Callable[[], dict[str, Any] | None], about: Path) -> dict[str, Any]:
-    """What it returns, or {"failure": why}. A write that fails does not say of which file, and `rmtree` only its last name;
-    then `about` is named."""
+    """Return what `attempt` returns, or {"failure": why}.
+
+    A write that fails does not say of which file, and `rmtree` says only its last name; then the
+    message names `about`.
+    """
     try:
         return attempt() or {}
     except OSError as error:
@@ -214,12 +240,12 @@ def _tried(attempt: Callable[[], dict[str, Any] | None], about: Path) -> dict[st
         return {"failure": str(error)}
 
 
-def _noticing(stretches: Sequence[Stretch], tensors: Iterable[Tensor], wrong: list[str]) -> Iterator[Tensor]:
-    """The tensors; names of those that are not finite are added to `wrong`."""
-    for stretch, values in zip(stretches, tensors, strict=True):
+def _noticing(fragments: Sequence[StateFragment], tensors: Iterable[Tensor], wrong: list[str]) -> Iterator[Tensor]:
+    """Yield the tensors, and add the names of those that are not finite to `wrong`."""
+    for (fragment, name, _), values in zip(fragments, tensors, strict=True):
         if not is_finite(values):
-            state = "" if stretch.state == WEIGHT else f" ({stretch.state})"
-            wrong.append(f"tensor {stretch.piece.name}{state}")
+            state = "" if name == WEIGHT else f" ({name})"
+            wrong.append(f"tensor {fragment.piece.name}{state}")
         yield values
 
 
@@ -227,24 +253,23 @@ def _file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def _fragment(stretch: Stretch, file: int = 0) -> Fragment:
-    piece = stretch.piece
-    return Fragment(file, piece.start, piece.size, stretch.offset, stretch.count, piece.transposed)
-
-
-def _slots(stretches: Sequence[Stretch]) -> dict[str, Slot]:
-    slots = {_fragment(s).key(s.piece.name, s.state): Slot(DTYPES[s.dtype], (s.count,)) for s in stretches}
-    assert len(slots) == len(stretches), "two stretches of one name"
+def _slots(fragments: Sequence[StateFragment]) -> dict[str, Slot]:
+    slots = {key_of(f.fragment, f.state): Slot(DTYPES[f.dtype], (f.fragment.count,)) for f in fragments}
+    assert len(slots) == len(fragments), "two fragments of one name"
     return slots
 
 
-def _ranges(stretches: Sequence[Stretch]) -> list[list[Any]]:
-    """[tensor, shape, state, format, fragment without its file] of each."""
-    return [[s.piece.name, s.piece.shape, s.state, DTYPES[s.dtype], _fragment(s).as_json()] for s in stretches]
+def _described(fragments: Sequence[StateFragment]) -> list[list[Any]]:
+    """Return for each fragment the tensor's name and shape, the state, its format, and the
+    fragment."""
+    return [
+        [fragment.piece.name, fragment.piece.shape, state, DTYPES[dtype], fragment_as_json(fragment)]
+        for fragment, state, dtype in fragments
+    ]
 
 
 def _write_beside(folder: Path, save_beside: Callable[[Path], None]) -> list[File]:
-    """What others' code writes, made private and durable."""
+    """Let others' code write a folder, make its files private and durable, and return them."""
     folder.mkdir(mode=0o700)
     save_beside(folder)
     files = []
@@ -258,15 +283,17 @@ def _write_beside(folder: Path, save_beside: Callable[[Path], None]) -> list[Fil
 
 
 def _merged(manifest: Manifest, reports: Sequence[dict[str, Any]]) -> Manifest:
-    """The manifest with all ranks' files and tensors."""
+    """Return the manifest with all ranks' files and tensors."""
     files = [File(*entry) for report in reports for entry in report["files"]]
     number = {file.name: index for index, file in enumerate(files)}
     tensors: dict[str, LogicalTensor] = {}
-    fragments: dict[str, dict[Fragment, None]] = {}
+    # states lie in the same fragments, each of which is listed once
+    stored: dict[str, dict[Stored, None]] = {}
     for rank, report in enumerate(reports):
-        for name, shape, state, dtype, at in report["ranges"]:
+        for name, shape, state, dtype, described in report["fragments"]:
             tensor = tensors.setdefault(name, LogicalTensor(tuple(shape), {}, ()))
             tensor.dtypes[state] = dtype
-            fragments.setdefault(name, {})[replace(Fragment.from_json(at), file=number[_file_name(rank)])] = None
-    complete = {name: replace(tensor, fragments=tuple(fragments[name])) for name, tensor in tensors.items()}
+            fragment = fragment_from_json(name, tensor.shape, described)
+            stored.setdefault(name, {})[Stored(number[_file_name(rank)], fragment)] = None
+    complete = {name: replace(tensor, fragments=tuple(stored[name])) for name, tensor in tensors.items()}
     return replace(manifest, files=tuple(files), tensors=complete)

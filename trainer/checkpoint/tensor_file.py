@@ -1,8 +1,10 @@
-"""One safetensors file, written as a stream: its header first, then one tensor after another, hashed on the way.
+"""A safetensors file, written as a stream: its header first, then one tensor after another, hashed
+on the way.
 
-The safetensors package wants all tensors of a file in memory at once; a rank whose optimizer state is on NVMe cannot have
-that. The format (https://github.com/huggingface/safetensors#format) is 8 bytes of header length, the header as JSON, and the
-raw little-endian values in its order. For the same reason a file is read by ranges, not mapped.
+The safetensors package needs all tensors of a file in memory at once, which a rank whose optimizer
+state is on NVMe cannot have. The format (https://github.com/huggingface/safetensors#format) is 8
+bytes of header length, the header as JSON, and the raw little-endian values in its order. For the
+same reason a file is read by ranges, not mapped.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
-CHUNK_BYTES = 16 << 20  # copied to host memory, hashed and written at a time
+CHUNK_BYTES = 16 << 20  # bytes copied to host memory, hashed and written at a time
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,11 @@ class Slot:
 def write_tensor_file(
     path: Path, slots: Mapping[str, Slot], tensors: Iterable[Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> File:
-    """Write the tensors, which must come in the order of their slots and are converted to their formats, to a new private
-    file that is on the disk when this returns. OSError when it cannot be; ValueError for a tensor of another shape."""
+    """Write tensors to a new private file that is on disk when this returns.
+
+    They must come in the order of their slots, and are converted to the formats there. OSError if
+    the file cannot be written, ValueError for a tensor of another shape.
+    """
     digest, written = hashlib.sha256(), 0
     with private_file(path, must_be_new=True) as file:
         for part in _parts(slots, tensors, metadata):
@@ -95,7 +100,8 @@ def _parts(
 
 
 def chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """The flattened tensor in pieces of host memory, so that converting and hashing need memory for one at a time."""
+    """Yield the flattened tensor in pieces of host memory, so that converting and hashing need
+    memory for one at a time."""
     flat = tensor.detach().reshape(-1)
     step = max(1, CHUNK_BYTES // flat.element_size())
     for start in range(0, flat.numel(), step):
@@ -103,16 +109,18 @@ def chunks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def as_bytes(values: Tensor) -> memoryview:
-    """The values of a flat tensor; those of a contiguous one in place."""
-    flat = values.contiguous().as_strided((values.numel(),), (1,))  # one element may claim any stride
+    """Return the bytes of a flat tensor, in place if it is contiguous."""
+    # One element may claim any stride.
+    flat = values.contiguous().as_strided((values.numel(),), (1,))
     return flat.view(torch.uint8).numpy().data
 
 
 class TensorFile:
-    """A safetensors file to read ranges from. It is open only while one is read."""
+    """A safetensors file to read ranges from. It is open only during a read."""
 
     def __init__(self, path: Path) -> None:
-        """DataError when there is no such file, or its header does not describe it."""
+        """Read the header. DataError if there is no such file, or if its header does not describe
+        it."""
         self._path = path
         try:
             with open_regular(path, follow=False) as file:
@@ -129,7 +137,8 @@ class TensorFile:
             raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
 
     def _require_tiled(self, num_bytes: int) -> None:
-        """ValueError unless the tensors lie one after another, each as large as its shape says, and fill the file."""
+        """Raise ValueError unless the tensors lie one after another, each as large as its shape
+        says, and fill the file."""
         position = 0
         for name, slot in sorted(self._slots.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = slot["data_offsets"]
@@ -144,8 +153,11 @@ class TensorFile:
         return TORCH_DTYPES[self._slots[name]["dtype"]]
 
     def read(self, name: str, first: int, out: Tensor) -> None:
-        """Fill `out`, contiguous and of the stored format, with the elements from `first` on of a flat tensor; DataError when
-        they are not there."""
+        """Fill `out`, contiguous and of the stored format, with the elements from `first` on of a
+        flat tensor.
+
+        DataError if they are not there.
+        """
         try:
             begin, stop = self._slots[name]["data_offsets"]
             size, held = out.element_size(), (stop - begin) // out.element_size()
@@ -165,7 +177,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_into(file: BinaryIO, buffer: memoryview) -> None:
-    """Fill the buffer from the file; ValueError when it ends before."""
+    """Fill the buffer from the file. ValueError if the file ends before."""
     while buffer:
         count = file.readinto(buffer)  # type: ignore[attr-defined]
         if not count:

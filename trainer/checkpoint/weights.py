@@ -1,4 +1,5 @@
-"""The weights in a checkpoint: those of the model, or of what was trained beside it, tensor by tensor or into blocks."""
+"""The weights in a checkpoint, those of the model or of what was trained beside it, tensor by
+tensor or into blocks."""
 
 from __future__ import annotations
 
@@ -10,60 +11,64 @@ import torch
 from torch import Tensor, nn
 
 from parallel.params import owned_specs, zero_padding
+from parallel.pieces import Fragment
 from parallel.quantized import CODES_PER_BYTE, dequantize
 from trainer.checkpoint.folder import HUGGING_FACE
-from trainer.checkpoint.manifest import Fragment, LogicalTensor, Manifest
+from trainer.checkpoint.manifest import LogicalTensor, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import Slot
 from trainer.data.tokenizer import reopen_tokenizer
-from trainer.engine.optimizer_state import WEIGHT
 from trainer.model.config import TransformerConfig
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import read_config
-from trainer.model.names import WEIGHT_NAMES
+from trainer.model.names import names_of
 from trainer.recipe.earlier import recipe_of
 from trainer.schema import Recipe
 from trainer.tuning.adapter_folder import AdapterFormat
 from trainer.tuning.merge import merge as merged_weight
 from trainer.tuning.merge import merged_tensors
-from trainer.tuning.targets import MERGEABLE, PARTS, is_added
+from trainer.tuning.methods import method_of
+from trainer.tuning.targets import is_added
+from trainer.update_rules import WEIGHT
 
 FORMATS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-FLOATS = ("F64", "F32", "F16", "BF16")  # others, such as counters in buffers, keep their format
+# Other formats, such as those of counters in buffers, are kept.
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The recipe and the network of a checkpoint with something beside the model's own weights: an adapter, or the rows of new
-    tokens."""
+    """The recipe and the network of a checkpoint with more than the model's own weights: an
+    adapter, or the rows of new tokens."""
 
     recipe: Recipe
     network: TransformerConfig
 
     @classmethod
     def of(cls, checkpoint: Path, manifest: Manifest) -> Tuned | None:
-        """None where only the model's own weights were trained, all of them or the biases."""
+        """Return them, or None if only the model's own weights were trained, all of them or the
+        biases."""
         if not any(is_added(name) for name in manifest.tensors):
             return None
         recipe, folder = recipe_of(checkpoint, manifest.recipe), checkpoint / HUGGING_FACE
-        network = translate(str(recipe.model.family), read_config(folder))
+        network = from_hf(str(recipe.model.family), read_config(folder))
         if tokens := recipe.data.new_tokens:
             network = replace(network, new_tokens=tuple(sorted(reopen_tokenizer(folder).ids_of(tokens).values())))
         return cls(recipe, network)
 
     @property
     def has_adapter(self) -> bool:
-        return self.recipe.tuning.method in PARTS
+        return bool(method_of(self.recipe.tuning).parts)
 
     @property
     def merges(self) -> bool:
-        """Whether weights can take up what was learned."""
-        return self.recipe.tuning.method in MERGEABLE
+        """Return whether weights can take up what was learned."""
+        return method_of(self.recipe.tuning).merges
 
     @property
     def transposed(self) -> bool:
-        """Whether the family's files have weights [in, out]."""
-        return WEIGHT_NAMES[self.network.family].transposed
+        """Return whether the family's files have weights [in, out]."""
+        return names_of(self.network).transposed
 
     @property
     def form(self) -> AdapterFormat:
@@ -71,7 +76,8 @@ class Tuned:
 
 
 class Contents:
-    """The logical tensors to export: all of a checkpoint, or, of one with an adapter, those of the adapter or of the model."""
+    """The logical tensors to export: all of a checkpoint, or, if it has an adapter, those of the
+    adapter or of the model."""
 
     def __init__(self, checkpoint: Path, manifest: Manifest, tuned: Tuned | None, *, adapter: bool) -> None:
         self._reader, self._tuned = Reader(checkpoint, manifest), tuned
@@ -95,7 +101,7 @@ class Contents:
         return merged_weight(weight, parts, name=name, tuning=self._tuned.recipe.tuning, network=self._tuned.network)
 
     def unmerged(self, name: str) -> Tensor:
-        """The model's own, made whole where it was saved in few bits."""
+        """Return the model's own weight, dequantized if it was saved in few bits."""
         if not self.is_quantized(name):
             return self._reader.whole(name, WEIGHT)
         assert self._tuned is not None
@@ -108,7 +114,8 @@ class Contents:
 
 
 def _quantized(manifest: Manifest, tuned: Tuned) -> Iterator[tuple[str, LogicalTensor]]:
-    """The weights that a checkpoint holds in few bits, as they will be exported; without fragments, which hold other things."""
+    """Yield the weights that a checkpoint holds in few bits, as they will be exported, without
+    fragments, which hold other values."""
     per_byte = CODES_PER_BYTE.get(str(tuned.recipe.tuning.quantize), 1)
     for name, stored in manifest.tensors.items():
         weight, _, state = name.partition(":")
@@ -118,8 +125,11 @@ def _quantized(manifest: Manifest, tuned: Tuned) -> Iterator[tuple[str, LogicalT
 
 
 class Filling:
-    """What gives a block of the training network a checkpoint's weights: of a quantized one the values of its codes, an adapter
-    beside them. `through`: the format that they are rounded to on the way."""
+    """A filler that gives a block of the training network a checkpoint's weights, dequantized, with
+    the adapter beside them.
+
+    `through`: the format to which they are rounded on the way.
+    """
 
     def __init__(self, checkpoint: Path, manifest: Manifest, *, through: torch.dtype = torch.float32) -> None:
         self._reader, self._through = Reader(checkpoint, manifest), through
@@ -133,6 +143,5 @@ class Filling:
                 if self._model.is_quantized(piece.name):
                     target.copy_(piece.box_of(self._model.unmerged(piece.name)))
                     continue
-                wanted = Fragment(0, piece.start, piece.size, 0, target.numel(), piece.transposed)
-                values = self._reader.read(piece.name, WEIGHT, wanted, piece.shape).to(self._through)
+                values = self._reader.read(Fragment.whole(piece), WEIGHT).to(self._through)
                 target.copy_(values.view(target.shape))

@@ -1,14 +1,17 @@
-"""One start of a run at a time in its folder, and how it is handed over to the next start of the same SLURM job. No torch.
+"""The lock that allows one start of a run at a time in its folder, and its handover to the next
+start of the same SLURM job. No torch.
 
-A node whose daemon has ended is DOWN to SLURM, which starts its jobs anew elsewhere; the ranks there live on, and hold the
-folder. So the new start leaves word that it wants it, and waits; the old one looks before each step, saves, and ends.
+SLURM takes a node whose daemon has ended for DOWN and starts its jobs anew elsewhere, while the
+ranks there live on and hold the folder. So the new start writes that it wants the folder, and
+waits; the old one looks before each step, saves, and ends.
 
-    .lock          of the first rank's process; the system lets go of it when that ends, however it ends
-    .holder.json   whose it is
+    .lock          held by the first rank's process; the system releases it however the process ends
+    .holder.json   the start that holds the folder
     .wanted.json   the start that waits for it
 
-The lock says who may write: all that a start writes before it has it is that word. Where a file system's locks do not reach
-from node to node the new start would not wait; then `.holder.json` is no longer the old one's, and it writes nothing more.
+The lock decides who may write: before it has the lock, a start writes nothing but `.wanted.json`.
+Where a file system's locks do not work across nodes, the new start does not wait; then
+`.holder.json` is no longer the old one's, and it writes nothing more.
 """
 
 from __future__ import annotations
@@ -32,15 +35,17 @@ LOCK, HOLDER, WANTED = ".lock", ".holder.json", ".wanted.json"
 PATIENCE_S = 5.0  # an ended run's last rank may still be closing its files
 
 
-class StillHeld(UserError):
-    """An earlier start of this job does not let go of the run folder; the next one may find it gone."""
+class StillLeased(UserError):
+    """The error that an earlier start of this job does not release the run folder. The next start
+    may find it free."""
 
     exit_code = EXIT_REQUEUE
 
 
 @dataclass(frozen=True)
 class JobStart:
-    """`job` "" outside of SLURM. `restarts`: how often SLURM had queued it again by then."""
+    """A start of a SLURM job. `job`: "" outside of SLURM. `restarts`: how often SLURM had queued it
+    again by then."""
 
     job: str = ""
     restarts: int = 0
@@ -55,8 +60,8 @@ class JobStart:
 
 
 @dataclass(frozen=True)
-class Hold:
-    """A run folder that is this start's; `mark`: of `.holder.json` as it wrote it."""
+class Lease:
+    """A run folder that this start holds. `mark`: identifies `.holder.json` as it wrote it."""
 
     folder: Path
     start: JobStart
@@ -64,7 +69,7 @@ class Hold:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether a later start of this job waits for the folder."""
+        """Return whether a later start of this job waits for the folder."""
         if not self.start.job or not (self.folder / WANTED).exists():
             return False
         waiting = _start_in(_read(self.folder / WANTED))
@@ -72,7 +77,7 @@ class Hold:
 
     @property
     def is_lost(self) -> bool:
-        """Whether a later start has taken the folder over, lock or no lock."""
+        """Return whether a later start has taken the folder over, with or without the lock."""
         if not self.start.job:
             return False
         try:
@@ -85,20 +90,20 @@ class Hold:
 
 
 @contextmanager
-def held(
+def leased(
     folder: Path, start: JobStart, *, patience_s: float = 0.0, say: Callable[[str], object] | None = None
-) -> Iterator[Hold]:
-    """This process alone writes in the folder for the block. An earlier start of the same job is asked to give it up, and has
-    `patience_s` to.
+) -> Iterator[Lease]:
+    """Hold the folder inside the context, so that only this process writes in it.
 
-    RecipeError when another run has it: two runs in one folder would write over each other's history and checkpoints.
-    StillHeld when the earlier start does not give it up.
+    An earlier start of the same job is asked to release it, and has `patience_s` for that.
+    StillLeased if it does not. RecipeError if another run holds it: two runs in one folder would
+    overwrite each other's history and checkpoints.
     """
     lock = Lock(folder / LOCK)
     if not lock.acquired(PATIENCE_S):
         _ask_for(folder, start, patience_s, say or _on_stderr)
         if not lock.acquired(patience_s):
-            raise StillHeld(
+            raise StillLeased(
                 f"{_told(folder)} and have not ended {patience_s:.0f} s after they were asked to: end them there (scancel does "
                 "not reach them)"
             )
@@ -107,7 +112,7 @@ def held(
         write_json(
             folder / HOLDER, {"job": start.job, "restarts": start.restarts, "host": socket.gethostname(), "pid": os.getpid()}
         )
-        yield Hold(folder, start, _mark(folder / HOLDER))
+        yield Lease(folder, start, _mark(folder / HOLDER))
     finally:
         lock.release()
 
@@ -134,13 +139,14 @@ def _on_stderr(line: str) -> None:
 
 
 def _mark(path: Path) -> tuple[int, int]:
-    """Another one for each file that was put there: the number of one that is gone may come again, its time does not."""
+    """Return an identifier of the file at a path: the number of a deleted file may be used again,
+    its time not."""
     status = path.stat()
     return status.st_ino, status.st_mtime_ns
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """{} when it cannot be read."""
+    """Return the content, or {} if it cannot be read."""
     try:
         return read_json(path)
     except (OSError, ValueError):

@@ -1,12 +1,14 @@
-"""After the ranks of a SLURM job have ended: shall the job's script put it in the queue again? No torch.
+"""The decision, after the ranks of a SLURM job have ended, whether the job's script queues it
+again. No torch.
 
     python -m trainer.cluster.requeue --run-dir DIR --code CODE --since SECONDS
 
-It ends with 75 if so, and else with what the script must end with.
+It ends with 75 if so, and else with the code with which the script must end.
 
-Only a job that was interrupted goes on: its ranks ended with 75, or for a hang with 124, or a signal ended them. A job that
-SLURM itself is ending (cancelled, preempted, out of time, a lost node) is left to SLURM, or a requeue would bring a cancelled
-job back. And not for ever: three restarts in a row that left no later checkpoint end the job with 93.
+Only a job that was interrupted goes on: its ranks ended with 75, or with 124 for a hang, or a
+signal ended them. A job that SLURM itself is ending (cancelled, preempted, out of time, a lost
+node) is left to SLURM, because a requeue would bring a cancelled job back. And it does not go on
+for ever: three restarts in a row that left no later checkpoint end the job with 93.
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ from trainer.run_folder import RunFolder
 IDLE_RESTARTS = 3
 RECORD = "requeue.json"
 TORCHRUN_FAILED = 1  # whatever its ranks ended with
-LEFT_TO_SLURM = 128 + 15  # as a shell that SIGTERM ended
+LEFT_TO_SLURM = 128 + 15  # the code of a shell that SIGTERM ended
 SLURM_ANSWERS_S = 30
-ASK_SLURM = 5  # times, so many seconds apart: a controller may be restarting
+ASK_SLURM = 5  # times, and seconds between them: a controller may be restarting
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def verdict(folder: RunFolder, code: int, since: int, environment: Mapping[str, str]) -> tuple[int, str]:
-    """The script's exit code, 75 for a requeue, and the line that says why."""
+    """Return the script's exit code, 75 for a requeue, and the line that says why."""
     if not was_interrupted(folder, code, since):
         return code, f"the ranks ended with {code}: not queued again"
     state, restarts = job_state(environment)
@@ -66,15 +68,20 @@ def verdict(folder: RunFolder, code: int, since: int, environment: Mapping[str, 
 
 
 def was_interrupted(folder: RunFolder, code: int, since: int) -> bool:
-    """By the code of srun: the largest of the ranks', 128 + n where signal n ended one. torchrun ends with 1 instead, so the
-    run folder is asked: a rank that saved and ended for a signal says so there, and one that missed another left a page."""
+    """Return whether the job was interrupted, by the code of srun: the largest of the ranks' codes,
+    128 + n where signal n ended one.
+
+    torchrun ends with 1 instead, so then the run folder tells: a rank that saved and ended for a
+    signal records it there, and one that missed another rank left an autopsy.
+    """
     if code == TORCHRUN_FAILED:
         return ended_by_signal(folder, since) or ended_for_another_rank(folder, since)
     return code in (EXIT_REQUEUE, EXIT_HANG) or (128 < code <= 128 + 64 and code != EXIT_INTERRUPTED)
 
 
 def ended_by_signal(folder: RunFolder, since: int) -> bool:
-    """Whether the run's last word, written since then, is that a signal ended it and that it is saved."""
+    """Return whether the run's summary, written since then, says that a signal ended it and that it
+    is saved."""
     path = folder.path / "summary.json"
     try:
         summary, written = read_json(path), path.stat().st_mtime
@@ -86,7 +93,7 @@ def ended_by_signal(folder: RunFolder, since: int) -> bool:
 
 
 def ended_for_another_rank(folder: RunFolder, since: int) -> bool:
-    """Whether an autopsy was written since then: a rank was gone, or did not get on."""
+    """Return whether an autopsy was written since then: a rank was gone, or made no progress."""
     try:
         return any(page.stat().st_mtime >= since for page in (folder.path / "logs").glob("autopsy-*.txt"))
     except OSError:
@@ -99,7 +106,8 @@ def newest_step(folder: RunFolder) -> int:
 
 
 def count_restart(folder: RunFolder, job: str) -> tuple[int, int]:
-    """How many restarts of this job in a row have left no later checkpoint, and the newest checkpoint's step."""
+    """Return how many restarts of this job in a row have left no later checkpoint, and the newest
+    checkpoint's step."""
     step, last = newest_step(folder), _record(folder)
     idle = last["idle"] + 1 if last["job"] == job and step <= last["step"] else 0
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -108,7 +116,7 @@ def count_restart(folder: RunFolder, job: str) -> tuple[int, int]:
 
 
 def _record(folder: RunFolder) -> dict[str, Any]:
-    """What the last end of a job left, or that of no job."""
+    """Return what the last end of a job recorded, or an empty record."""
     try:
         record = read_json(folder.path / RECORD)
         return {"job": record["job"], "step": int(record["step"]), "idle": int(record["idle"])}
@@ -117,7 +125,8 @@ def _record(folder: RunFolder) -> dict[str, Any]:
 
 
 def job_state(environment: Mapping[str, str]) -> tuple[str, int]:
-    """As `squeue` tells of the job: RUNNING while nothing but the ranks has ended, and how often it has been queued again."""
+    """Return the job's state from `squeue`, RUNNING while only the ranks have ended, and how often
+    it has been queued again."""
     command = ["squeue", "--noheader", "--Format=State:|,RestartCnt:|", f"--jobs={job_name(environment)}"]
     for _ in range(ASK_SLURM):
         try:

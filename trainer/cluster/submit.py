@@ -1,8 +1,9 @@
-"""`triaxis submit`: an sbatch script from a recipe and a template of slurm/, checked, quoted and handed in. No torch.
+"""`triaxis submit`: an sbatch script from a recipe and a template of slurm/, checked, quoted and
+submitted. No torch.
 
-A value reaches the script only through `plain` (it must look like what it is) or `quoted` (bash reads back the same bytes), and
-none may hold a control character, "#SBATCH" or a secret. The job gets the variables of an allow-list: their names are in the
-script, their values are not.
+A value reaches the script only through `plain` (it must match a pattern) or `quoted` (bash reads
+back the same bytes), and none may hold a control character, "#SBATCH" or a secret. The job gets the
+variables of an allow-list: their names are in the script, their values are not.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ OURS = "# Written by `triaxis submit` "  # in each template of slurm/
 DEBUG_LIMIT_S = 30 * 60
 SBATCH_ANSWERS_S = 60
 
-# What a job needs of the submitting shell, and no secret is in. A site's `export` adds names.
+# The variables of the submitting shell that a job needs, none of them secret. A site's `export`
+# adds names.
 EXPORTED = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
     *("CUDA_HOME", "HF_HOME", "HF_HUB_OFFLINE", "DS_ACCELERATOR", "OMP_NUM_THREADS", "SLURM_CONF"),
@@ -61,7 +63,7 @@ class Container(Section):
 
 
 class Site(Section):
-    """What a cluster wants to hear, the same for every recipe."""
+    """The settings of a cluster, the same for every recipe."""
 
     partition: str | None = Field(None, description="#SBATCH --partition")
     account: str | None = Field(None, description="#SBATCH --account")
@@ -80,7 +82,8 @@ class Site(Section):
 
 @dataclass(frozen=True)
 class Order:
-    """What the command line asks for. `sweep`: the settings of each task of an array; a job without one has `sweep` ()."""
+    """The request of a command line. `sweep`: the settings of each task of an array; () for a job
+    without one."""
 
     recipe: Path
     run_dir: Path
@@ -99,7 +102,7 @@ def template_names() -> list[str]:
 
 
 def read_site(path: Path | None) -> Site:
-    """RecipeError with a line for each thing that is wrong."""
+    """Return the settings of a site. RecipeError with a line for each thing that is wrong."""
     if path is None:
         return Site()
     try:
@@ -117,11 +120,12 @@ def _explain(path: Path, detail: Mapping[str, Any]) -> str:
     if detail["type"] != "extra_forbidden":
         return f"--site {path}: {key}: {detail['msg']}"
     meant = nearest(key, Site.model_fields)
-    return f"--site {path}: {key} is no key of a site" + (f"; did you mean {meant}?" if meant else "")
+    return f"--site {path}: {key} is not a key of a site" + (f"; did you mean {meant}?" if meant else "")
 
 
 def read_sweep(path: Path) -> tuple[tuple[str, ...], ...]:
-    """A line for each task: a JSON list of what --set would get, as ["optimizer.lr=0.001", "run.seed=1"]."""
+    """Return the settings of each task: every line is a JSON list of values for --set, such as
+    ["optimizer.lr=0.001", "run.seed=1"]."""
     try:
         lines = [line for line in read_text(path, RECIPE_BYTES).splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -142,12 +146,12 @@ def _sweep_line(path: Path, number: int, line: str) -> tuple[str, ...]:
 
 
 def task_folder(order: Order, task: int) -> Path:
-    """Where a task of a sweep runs."""
+    """Return the run folder of one task of a sweep."""
     return order.run_dir / f"task-{task}"
 
 
 def render(order: Order, site: Site) -> str:
-    """The script. RecipeError when a value has no place in one."""
+    """Return the script. RecipeError if a value must not be in one."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     file = f"{order.template}{ENDING}"
@@ -240,7 +244,7 @@ def _check_times(order: Order) -> None:
 def seconds(time: str) -> int:
     match = DURATION.fullmatch(time)
     if not match or not any(int(part or 0) for part in match.groups()):
-        raise RecipeError(f"--time {time!r} is no duration: legal are HH:MM:SS and D-HH:MM:SS, more than 0")
+        raise RecipeError(f"--time {time!r} is not a duration: legal are HH:MM:SS and D-HH:MM:SS, more than 0")
     days, hours, minutes, rest = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
@@ -267,7 +271,7 @@ def _variable(name: str, value: str) -> tuple[str, str]:
 
 
 def _container(container: Container | None, order: Order) -> str:
-    """What stands between srun's own options and the command of a rank."""
+    """Return what stands between srun's own options and the command of a rank."""
     if container is None:
         return ""
     if container.image.startswith("-"):
@@ -281,11 +285,12 @@ def _container(container: Container | None, order: Order) -> str:
 
 
 def _pyxis(container: Container, order: Order) -> list[str]:
-    """Options of srun. What is not mounted may not be seen inside."""
+    """Return the options of srun for pyxis. Folders that are not mounted may be invisible
+    inside."""
     folders = dict.fromkeys((Path.cwd(), order.run_dir, order.recipe.parent))
     mounts = [*(f"{folder}:{folder}" for folder in folders), *container.bind]
     if parted := next((mount for mount in mounts if "," in mount), None):
-        raise RecipeError(f"container: {parted!r} has a comma, at which pyxis would part it: rename the folder")
+        raise RecipeError(f"container: {parted!r} has a comma, at which pyxis would split it: rename the folder")
     return [
         f"--container-image={container.image}",
         f"--container-mounts={','.join(mounts)}",
@@ -294,16 +299,17 @@ def _pyxis(container: Container, order: Order) -> list[str]:
 
 
 def _nameable(path: Path, log: str) -> Path:
-    """sbatch reads quotes, backslashes and % in the name of a log in its own way."""
+    """Return the path of a log if sbatch takes it literally; it interprets quotes, backslashes and
+    % in its own way."""
     if any(sign in str(path).removesuffix(log) for sign in "'\"\\%"):
         raise RecipeError(
-            f"run folder {path.parent}: SLURM cannot write a log there, for a quote, '\\' or '%' in it: rename it"
+            f"run folder {path.parent}: SLURM cannot write a log there, because of a quote, '\\' or '%' in it: rename it"
         )
     return path
 
 
 def plain(what: str, value: str, pattern: re.Pattern[str]) -> str:
-    """A value that needs no quotes."""
+    """Return a value that needs no quotes."""
     _sound(what, value)
     if not pattern.fullmatch(value):
         raise RecipeError(f"{what} {value!r} cannot be in a job's script: it must match {pattern.pattern}")
@@ -311,7 +317,7 @@ def plain(what: str, value: str, pattern: re.Pattern[str]) -> str:
 
 
 def quoted(what: str, value: str | Path) -> str:
-    """One word of a bash command."""
+    """Return a value as one word of a bash command."""
     return shlex.quote(_sound(what, str(value)))
 
 
@@ -333,12 +339,15 @@ def _secret(what: str) -> RecipeError:
 
 
 def write_script(order: Order, text: str) -> Path:
-    """Into the run folder, for its owner alone. RecipeError when it cannot be written, or stands where another script is."""
+    """Write the script into the run folder, readable by its owner alone.
+
+    RecipeError if it cannot be written, or if another file of that name is there.
+    """
     path = order.run_dir / SCRIPT
     draft = path.with_name(f".{SCRIPT}.tmp")
     try:
         if path.exists() and OURS not in read_text(path, RECIPE_BYTES):
-            raise RecipeError(f"{path}: `triaxis submit` did not write it, and does not write over it: rename it")
+            raise RecipeError(f"{path}: `triaxis submit` did not write it, and does not overwrite it: rename it")
         make_private(order.run_dir)
         with private_file(draft) as file:
             file.write(text.encode())
@@ -349,9 +358,11 @@ def write_script(order: Order, text: str) -> Path:
 
 
 def rehearse(script: Path, site: Site) -> str:
-    """A line in SLURM's words: when and where it would start the job, or a warning that it sees no place for it.
+    """Return a line from SLURM about when and where it would start the job, or a warning that it
+    sees no place for it.
 
-    That may pass (nodes that are down) or not: sbatch takes a job for more nodes than there are, and lets it wait for ever.
+    That may pass (nodes that are down) or not: sbatch accepts a job for more nodes than there are,
+    and lets it wait for ever.
     """
     done = _sbatch("--test-only", script, site)
     said = " ".join(done.stderr.split()).removeprefix("sbatch: ")
@@ -359,7 +370,7 @@ def rehearse(script: Path, site: Site) -> str:
 
 
 def hand_in(script: Path, site: Site) -> str:
-    """The job's id. RecipeError when sbatch refuses it."""
+    """Submit the script and return the job's id. RecipeError if sbatch refuses it."""
     done = _sbatch("--parsable", script, site)
     if done.returncode != 0:
         raise RecipeError(f"sbatch refused {script}: {done.stderr.strip() or done.returncode}")
@@ -367,7 +378,8 @@ def hand_in(script: Path, site: Site) -> str:
 
 
 def _sbatch(option: str, script: Path, site: Site) -> subprocess.CompletedProcess[str]:
-    """sbatch gets no more of the environment than the job: SBATCH_… would override the script."""
+    """Run sbatch with no more environment than the job gets, because SBATCH_… variables would
+    override the script."""
     environment = {name: os.environ[name] for name in (*EXPORTED, *site.export) if name in os.environ}
     command = ["sbatch", option, str(script)]
     try:

@@ -1,4 +1,5 @@
-"""The commands, a file each. Each imports what it needs when it runs, so that `check` starts in a fraction of a second."""
+"""The commands, one file each. Each imports what it needs when it runs, so that `check` starts in a
+fraction of a second."""
 
 from __future__ import annotations
 
@@ -22,14 +23,14 @@ from trainer.commands import (
 
 
 class Command(Protocol):
-    """What a file of a command has."""
+    """The interface of a command's file."""
 
     SUMMARY: str
 
     def add_arguments(self, parser: argparse.ArgumentParser, /) -> None: ...
 
     def run(self, arguments: argparse.Namespace, /) -> int:
-        """The exit code; UserError where the user must change something."""
+        """Run the command and return the exit code. UserError if the user must change something."""
 
 
 COMMANDS: dict[str, Command] = {

@@ -1,4 +1,4 @@
-"""Arguments that several commands take, and their types."""
+"""The arguments that several commands take, and their types."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def path_name(text: str) -> str:
-    """Return a path as it is used from here on, the home folder in place of ~."""
+    """Return a path as it is used from here on, with the home folder in place of ~."""
     if fault := wrong_with(text):
         raise argparse.ArgumentTypeError(f"{text!r} {fault}")
     return expanded(text)

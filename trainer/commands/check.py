@@ -1,4 +1,4 @@
-"""Validate a recipe."""
+"""`triaxis check`: validate a recipe."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ def _show_values(console: Console, resolved: ResolvedRecipe) -> None:
         table.add_column(title, overflow="fold")
     for key, entry in resolved.as_resolved_json()["values"].items():
         style = "dim" if entry["origin"] == "default" else ""
-        shown = json.dumps(entry["value"])  # escapes control characters, so that a recipe cannot drive the terminal
+        # Escapes control characters, so that a recipe cannot drive the terminal.
+        shown = json.dumps(entry["value"])
         table.add_row(*(Text(cell, style=style) for cell in (key, shown, entry["origin"])))
     console.print(table)

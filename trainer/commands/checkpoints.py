@@ -1,4 +1,4 @@
-"""A run's checkpoints."""
+"""`triaxis checkpoints`: list, verify and remove a run's checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenized data."""
+"""`triaxis data`: prepare and inspect tokenized data."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    """Every store below the folder, read in full; DataError (exit 65) at the first that is damaged."""
+    """Read every store below the folder in full. DataError (exit 65) at the first that is
+    damaged."""
     from trainer.data.store import TokenStore
 
     headers = sorted(arguments.folder.rglob("header.json"))

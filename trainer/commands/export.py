@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder."""
+"""`triaxis export`: write a checkpoint as a Hugging Face folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Continue or translate a text."""
+"""`triaxis generate`: continue or translate a text."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _continued(arguments: argparse.Namespace, scratch: Path) -> str:
-    """The text, from a Hugging Face folder, or from a checkpoint by way of one in `scratch`."""
+    """Return the text, from a Hugging Face folder, or from a checkpoint by way of such a folder in
+    `scratch`."""
     from trainer.checkpoint.manifest import MANIFEST
 
     folder = arguments.folder

@@ -1,4 +1,4 @@
-"""What a recipe says of its network before anything is opened."""
+"""The facts about a recipe's network that are known before anything is opened."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def known_network(resolved: ResolvedRecipe) -> TransformerConfig | None:
-    """The network, as far as it is known without opening the tokenizer, the hub or transformers."""
+    """Return the network if it is known without opening the tokenizer, the hub or transformers,
+    else None."""
     from trainer.model.auto_rules import AUTO
     from trainer.recipe import tokenizer_vocab_size
 

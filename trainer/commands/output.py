@@ -1,4 +1,4 @@
-"""What a command says on the terminal."""
+"""The console on which commands write."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.redaction import redact_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-DEFAULT_COLUMNS = 160  # of a pipe, where there is no terminal to ask
+DEFAULT_COLUMNS = 160  # the width of a pipe, which has no terminal to ask
 
 
 def open_console() -> Console:

@@ -1,4 +1,4 @@
-"""A recipe divided over so many ranks."""
+"""The division of a recipe over a number of ranks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def divide(recipe: Recipe, network: TransformerConfig | None, world_size: int, how: str) -> tuple[BatchPlan, dict[str, Any]]:
-    """Its batch and what DeepSpeed gets. RecipeError when `world_size` ranks, which come from `how`, cannot train it."""
+    """Return the recipe's batch plan and DeepSpeed config. RecipeError if `world_size` ranks, which
+    come from `how`, cannot train it."""
     from trainer.engine.deepspeed_config import deepspeed_config
-    from trainer.model.config import largest_weight
     from trainer.recipe.batch_plan import BatchPlan
     from trainer.recipe.pipeline import check_micro_batches
 
     plan = BatchPlan.from_recipe(recipe, world_size, how)
     check_micro_batches(recipe, plan)
-    return plan, deepspeed_config(recipe, plan, largest_weight=largest_weight(network) if network is not None else None)
+    return plan, deepspeed_config(recipe, plan, largest_weight=network.largest_weight if network is not None else None)

@@ -1,4 +1,4 @@
-"""Draw a recipe's pipeline."""
+"""`triaxis schedule`: draw a recipe's pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JSON Schema of a recipe."""
+"""`triaxis schema`: print the JSON Schema of a recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SUMMARY = "Print the JSON Schema of a recipe, for editors."
 
 
 def add_arguments(_: argparse.ArgumentParser) -> None:
-    """None."""
+    """Do nothing: the command has no arguments."""
 
 
 def run(_: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""A recipe as a SLURM job."""
+"""`triaxis submit`: submit a recipe as a SLURM job."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _look_before(resolved: ResolvedRecipe, order: Order, run_dir: Path) -> tuple[str, list[str]]:
-    """(the line to say when the run has ended already, else ""; remarks) of one task."""
+    """Return, for one task, a line if the run has ended already (else "") and remarks."""
     from trainer.checkpoint.resume_check import Resume, finished
     from trainer.cluster.preflight import remarks
 

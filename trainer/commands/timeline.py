@@ -1,4 +1,5 @@
-"""A pipeline, shown: its schedule as a line per rank in the terminal or a picture in a file, its figures, its stages."""
+"""The display of a pipeline: its schedule as a line per rank in the terminal or a picture in a
+file, its figures, its stages."""
 
 from __future__ import annotations
 
@@ -27,10 +28,11 @@ from trainer.track.text import percent, scaled
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_CELLS = 50_000  # stages × micro-batches: simulated in about 3 s on one core, and more than anybody looks at
+MAX_CELLS = 50_000  # stages × micro-batches: takes about 3 s on one core, and nobody looks at more
 IDLE = "·"
 
-# In the order of the legend. Light enough for black text, and different in lightness too, for those who see no colour.
+# In the order of the legend. Light enough for black text, and of different lightness for readers
+# without colour vision.
 COLOURS = {"F": "#8ecae6", "B": "#95d5b2", "I": "#d3f3c8", "W": "#ffd166", "&": "#cdb4db"}
 WORDS = {
     "F": "forward",
@@ -42,7 +44,7 @@ WORDS = {
 
 
 def check_size(num_stages: int, num_micro_batches: int) -> None:
-    """RecipeError when the schedule is too long to draw."""
+    """Raise RecipeError if the schedule is too long to draw."""
     if num_stages * num_micro_batches > MAX_CELLS:
         raise RecipeError(
             f"{num_stages} stages × {num_micro_batches} micro-batches are too many to draw; legal: at most {MAX_CELLS:,}; a "
@@ -51,7 +53,7 @@ def check_size(num_stages: int, num_micro_batches: int) -> None:
 
 
 def save(path: Path, table: ScheduleTable, timeline: Timeline, title: str) -> None:
-    """The picture, or the table as CSV, by the file's ending."""
+    """Write the picture, or the table as CSV, depending on the file's ending."""
     try:
         match path.suffix.lower():
             case ".csv":
@@ -65,7 +67,8 @@ def save(path: Path, table: ScheduleTable, timeline: Timeline, title: str) -> No
 
 
 def summary(timeline: Timeline, table: ScheduleTable) -> RenderableType:
-    """Bubble share and micro-batches in flight, per rank and together."""
+    """Return the bubble share and the micro-batches in flight, for each rank and for all
+    together."""
     rows = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("rank", "stages", "bubble", "in flight"):
         rows.add_column(heading, justify="left" if heading == "stages" else "right")
@@ -82,7 +85,8 @@ def summary(timeline: Timeline, table: ScheduleTable) -> RenderableType:
 
 
 def division(recipe: Recipe, network: TransformerConfig) -> Iterator[str]:
-    """What each stage holds and has to do, and each rank where it has several; and how far the busiest is above the mean."""
+    """Yield what each stage holds and has to do, the same for each rank if it has several stages,
+    and the busiest rank's excess over the mean."""
     stages, ranks = stages_of(recipe, network), rank_of_stage(recipe.parallel)
     cost = dict(zip(blocks_of(network), cost_of_blocks(recipe, network), strict=True))
     costs = [sum(cost[block] for block in blocks) for blocks in stages]
@@ -107,7 +111,7 @@ def division(recipe: Recipe, network: TransformerConfig) -> Iterator[str]:
 
 
 def _names(blocks: Sequence[Block]) -> str:
-    """embedding, layers 0–4"""
+    """Return the names of blocks, such as "embedding, layers 0–4"."""
     layers = [block.layer for block in blocks if block.kind == "layer"]
     span = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}–{layers[-1]}"
     return ", ".join(dict.fromkeys(span if block.kind == "layer" else block.kind for block in blocks))
@@ -117,14 +121,14 @@ def _above_mean(costs: Sequence[int]) -> float:
     return max(costs) * len(costs) / sum(costs) - 1
 
 
-# ----------------------------------------------------------------------------------------------------------- terminal
+# ----------------------------------------------------------------------------------------- terminal
 
 
 def draw(timeline: Timeline, table: ScheduleTable, width: int) -> list[Text]:
-    """A line per rank and the key, in at most `width` columns.
+    """Return a line per rank and the key, in at most `width` columns.
 
-    Each step carries its name where they all fit; else one letter fills it, at the scale of the shortest step; what is still
-    too wide is cut, and the last line says so.
+    Each step shows its name if all names fit; else one letter fills it, at the scale of the
+    shortest step. What is still too wide is cut, and the last line says so.
     """
     heads = [f"rank {rank} ".ljust(len(f"rank {table.num_ranks} ")) for rank in range(table.num_ranks)]
     room = max(width - len(heads[0]), 1)
@@ -147,7 +151,8 @@ def draw(timeline: Timeline, table: ScheduleTable, width: int) -> list[Text]:
 
 
 def _cells(spans: Iterable[Span], labels: dict[Span, str], scale: float, *, is_named: bool) -> Text:
-    """Names are set off by a blank, so that neighbours are told apart without colour; letters fill their cell."""
+    """Return the line of one rank. A blank separates names, so that neighbours differ without
+    colour; letters fill their cell."""
     line = Text()
     for span in spans:
         start, end = _column(span.start, scale), _column(span.end, scale)
@@ -163,7 +168,8 @@ def _cells(spans: Iterable[Span], labels: dict[Span, str], scale: float, *, is_n
 
 
 def _column(time: float, scale: float) -> int:
-    """Half a column rounds up, not to the even one: equal steps stay equally wide."""
+    """Return the column of a time. Half a column rounds up, not to the even one, so that equal
+    steps stay equally wide."""
     return floor(time * scale + 0.5)
 
 
@@ -177,7 +183,7 @@ def _key(labels: dict[Span, str]) -> Text:
 
 
 def _letters(steps: Iterable[Step]) -> list[str]:
-    """Those of the key, in its order."""
+    """Return the letters of the key, in its order."""
     found = {_letter(step) for step in steps}
     return [letter for letter in COLOURS if letter in found]
 
@@ -187,21 +193,23 @@ def _letter(step: Step) -> str:
 
 
 def _label(step: Step, table: ScheduleTable) -> str:
-    """As in the CSV where a rank has several stages (4F0); where it has one, the rank already says which (F0)."""
+    """Return a step's name: as in the CSV (4F0) if a rank has several stages; else without the
+    stage, which the rank tells (F0)."""
     one_each = table.num_stages == table.num_ranks
     names = [f"{action.kind}{action.micro_batch}" if one_each else str(action) for action in actions_of(step)]
     return "&".join(names)
 
 
-# ------------------------------------------------------------------------------------------------------------ picture
+# ------------------------------------------------------------------------------------------ picture
 
 INCHES_PER_LABEL = 0.3  # a micro-batch's number of two digits in 7 points
 MAX_INCHES = 60.0
-LIGHTEST = 0.55  # how far the last stage of a rank fades to white
+LIGHTEST = 0.55  # the share by which a rank's last stage fades to white
 
 
 def _picture(timeline: Timeline, table: ScheduleTable, title: str, path: Path) -> None:
-    """Micro-batch numbers in boxes; the later a rank's stage, the paler. The same table gives the same bytes."""
+    """Draw micro-batch numbers in boxes, paler for a rank's later stages. The same table gives the
+    same bytes."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -231,7 +239,7 @@ def _picture(timeline: Timeline, table: ScheduleTable, title: str, path: Path) -
 
 
 def _draw_rank(axes: Axes, rank: int, spans: Iterable[Span], stages: list[int], *, with_names: bool) -> None:
-    boxes = defaultdict(list)  # by colour: a call for each box would take minutes
+    boxes = defaultdict(list)  # by colour, because a call for each box would take minutes
     pairs = []
     for span in spans:
         parts = actions_of(span.step)
@@ -249,7 +257,8 @@ def _draw_rank(axes: Axes, rank: int, spans: Iterable[Span], stages: list[int], 
 
 
 def _picture_label(action: Action, step: Step) -> str:
-    """Two actions in one box share a colour, so there the letter is needed."""
+    """Return the label of an action. Two actions in one box share a colour, so they need their
+    letters."""
     return f"{action.kind}{action.micro_batch}" if isinstance(step, Overlap) else str(action.micro_batch)
 
 

@@ -1,4 +1,4 @@
-"""Train a recipe."""
+"""`triaxis train`: train a recipe."""
 
 from __future__ import annotations
 
@@ -46,13 +46,14 @@ def run(arguments: argparse.Namespace) -> int:
         done = finished(resolved, arguments.run_dir, resume)
     except UserError as error:
         if not speaks_first(os.environ):
-            return error.exit_code  # rank 0 reads the same files and says what is wrong with them
+            # Rank 0 reads the same files and reports what is wrong with them.
+            return error.exit_code
         raise
     if done:
         if speaks_first(os.environ):
             say(open_console(), done)
         return EXIT_OK
-    # Else torch's C++ writes 25 lines of frames to stderr when a peer is gone; we say it in one.
+    # Otherwise torch's C++ writes 25 lines of frames to stderr when a peer is gone; we write one.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from trainer.loop import train
 

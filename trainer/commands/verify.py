@@ -1,4 +1,4 @@
-"""Compare the layouts of a recipe with one process."""
+"""`triaxis verify`: compare the layouts of a recipe with one process."""
 
 from __future__ import annotations
 

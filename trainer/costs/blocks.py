@@ -1,9 +1,10 @@
-"""What each block of a model costs: its parameters, and its share of a step's time. No torch.
+"""The costs of each block of a model: its parameters, and its share of a step's time. No torch.
 
     time of a block, in FLOPs = its FLOPs + FLOPS_PER_BYTE · bytes that it moves without multiplying
 
-For one micro-batch, forward and backward. The bytes are those of each parameter's gradient, and for the embedding those of
-the looked-up rows, because it has no FLOPs at all. What matrix products move is in their FLOPs.
+This is for one micro-batch, forward and backward. The bytes are those of each parameter's gradient
+and, for the embedding, those of the looked-up rows, because it has no FLOPs at all. What matrix
+products move is included in their FLOPs.
 """
 
 from __future__ import annotations
@@ -21,17 +22,21 @@ from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import TransformerConfig
 from trainer.model.names import names_of, position_table
 
-# What a device computes while it moves a byte, when matrix products run at half of its peak: H100 989e12 / 3.35e12 / 2 = 148,
-# A100 312e12 / 2.04e12 / 2 = 76, V100 125e12 / 0.9e12 / 2 = 69 (dense 16-bit peaks and memory bandwidths of the data sheets).
+# The FLOPs that a device computes while it moves a byte, if matrix products run at half of its
+# peak: H100 989e12 / 3.35e12 / 2 = 148, A100 312e12 / 2.04e12 / 2 = 76, V100 125e12 / 0.9e12 / 2 =
+# 69 (dense 16-bit peaks and memory bandwidths from the data sheets).
 FLOPS_PER_BYTE = 100
-# Of a 16-bit gradient: written, read again, added to the fp32 sum of the micro-batches (read and written).
+# The bytes of a 16-bit gradient: written, read again, added to the fp32 sum of the micro-batches
+# (read and written).
 GRADIENT_BYTES = 2 + 2 + 4 + 4
-# Of an element of an embedded token: read and written forward; its gradient read, and added to the weight's, backward.
+# The bytes of an element of an embedded token: read and written forward; in backward its gradient
+# is read, and added to the weight's.
 LOOKUP_BYTES = 2 + 2 + 2 + 4
 
 
 def block_costs(config: TransformerConfig, *, seq_len: int, micro_sequences: int) -> list[int]:
-    """Time of each block for a micro-batch of sequences of one document each [FLOPs or what moves as long]."""
+    """Return the time of each block for a micro-batch of one-document sequences [FLOPs, or moves
+    that take as long]."""
     return [
         micro_sequences * block_flops(config, block, seq_len)
         + FLOPS_PER_BYTE * GRADIENT_BYTES * block_parameters(config, block)
@@ -41,12 +46,13 @@ def block_costs(config: TransformerConfig, *, seq_len: int, micro_sequences: int
 
 
 def _lookups(config: TransformerConfig, seq_len: int, block: Block) -> int:
-    """Tokens that are embedded: of a translation both texts."""
+    """Return the number of tokens that are embedded: both texts of a translation."""
     return seq_len * (2 if config.encoder_layers else 1) * (block.kind == "embedding")
 
 
 def block_flops(config: TransformerConfig, block: Block, seq_len: int) -> int:
-    """Of forward and backward over one document of `seq_len` tokens, or a source and a target of so many each."""
+    """Return the FLOPs of forward and backward over one document of `seq_len` tokens, or a source
+    and a target of that length each."""
     match block.kind:
         case "embedding":
             return 0
@@ -61,8 +67,11 @@ def block_flops(config: TransformerConfig, block: Block, seq_len: int) -> int:
 
 
 def block_parameters(config: TransformerConfig, block: Block) -> int:
-    """Elements of the weights that the block uses: a head has its own, also one tied to the embedding, and a layer its table of
-    positions, also where others have it too."""
+    """Return the number of elements in the weights that the block uses.
+
+    A head has its own, even one tied to the embedding, and a layer its table of positions, even
+    where layers share it.
+    """
     D, F = config.hidden_size, config.ffn_size
     norm = D * (1 + config.norm_bias)
     match block.kind:
@@ -93,7 +102,8 @@ def block_parameters(config: TransformerConfig, block: Block) -> int:
 
 
 def count_parameters(config: TransformerConfig, blocks: Sequence[Block] | None = None) -> int:
-    """Elements of the weights of these blocks, absent: of the whole model; what several of them share once."""
+    """Return the number of elements in the weights of these blocks, by default of the whole model;
+    shared weights count once."""
     chosen = blocks_of(config) if blocks is None else blocks
     tied = config.ties_head and {"embedding", "head"} <= {block.kind for block in chosen}
     tables = [position_table(config, block.layer) for block in chosen if block.kind == "layer"]

@@ -1,6 +1,7 @@
-"""Sources → documents → tokens → packed samples → micro-batches.
+"""The way from sources to documents, tokens, packed samples and micro-batches.
 
-Start at `prepared.py`. Nothing here imports torch but `loader.py`, so that tokenizing processes stay small.
+Start reading at `prepared.py`. Nothing here imports torch except `loader.py`, so that tokenizing
+processes stay small.
 """
 
 from trainer.data.baseline import unigram_perplexity

@@ -1,8 +1,10 @@
-"""Where in a rendered conversation its answers stand: from where generation would begin, to what ends the turn.
+"""The places of the answers in a rendered conversation: from where generation would begin to what
+ends the turn.
 
-Nothing is looked for by what a content says, which may stand in the question too. What a message wrote is known from the
-template's own loop (`ChatTemplate.trace`). Of that, the front that the generation prompt has too is not learned, and where the
-content ends is seen by rendering the conversation once more with another answer in that place: what stays is what ends a turn.
+Answers are not searched for by their content, because the same text may stand in the question too.
+The template's own loop tells what each message wrote (`ChatTemplate.trace`). The front of it that
+the generation prompt also has is not learned. Where the content ends is found by rendering the
+conversation again with another answer in its place: what stays the same is what ends the turn.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ from trainer.data.conversations import Conversation, Message, Turns
 from trainer.data.fault import Fault
 
 QUESTION = Message("user", "x", False)
-SOMETHING = "\ufdd6"  # an answer that no content has
+SOMETHING = "\ufdd6"  # a placeholder that no content contains
 REMEDY = "take another template, or mark the answers in it with {% generation %} … {% endgeneration %}"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Of a text: [begin, end) is a turn that is learned, and what is said in it ends at `said`; behind that is what ends it."""
+    """A turn that is learned, [begin, end) of a text. Its content ends at `said`; what follows, up
+    to `end`, ends the turn."""
 
     begin: int
     said: int
@@ -34,8 +37,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Written:
-    """A conversation as its template writes it. `cut`: turns to be learned of which the template leaves something out, `mute`:
-    others of which it writes nothing; a conversation's numbers, from 0."""
+    """A conversation as its template writes it.
+
+    `cut`: numbers, from 0, of turns to be learned of which the template omits something. `mute`:
+    numbers of other turns of which it writes nothing.
+    """
 
     text: str
     answers: list[Answer]
@@ -44,9 +50,10 @@ class Written:
 
 
 class Writer:
-    """Renders conversations by one template, and finds their answers.
+    """A renderer of conversations by one template that also finds their answers.
 
-    `tokens`: spellings of the added tokens of the tokenizer. `guard`: what is done to each text that a row gives.
+    `tokens`: the text forms of the tokenizer's added tokens. `guard`: a function applied to each
+    text from a row.
     """
 
     def __init__(self, template: ChatTemplate, tokens: Sequence[str], guard: Callable[[str], str]) -> None:
@@ -56,11 +63,12 @@ class Writer:
         self._pieces = re.compile(f"({spelt})|\n" if spelt else "\n")
 
     def prompt(self, turns: Turns) -> str:
-        """The text after which the assistant speaks; Fault as for `write`."""
+        """Return the text after which the assistant speaks. Raises Fault as `write` does."""
         return self.template.render(self.request(Conversation(turns)), add_generation_prompt=True)
 
     def write(self, conversation: Conversation) -> Written:
-        """Fault for a conversation that the template refuses, or of whose answers it writes nothing."""
+        """Return the conversation as written. Fault if the template refuses it or writes nothing of
+        its answers."""
         fault: Fault | None = None
         for variant in _variants(conversation):
             try:
@@ -74,7 +82,7 @@ class Writer:
 
     def _write(self, conversation: Conversation) -> Written:
         text, trace, turns = self.template.render(self.request(conversation)), self.trace(conversation), conversation.turns
-        if trace.text != text:  # what wrote which part of it cannot be told
+        if trace.text != text:  # the trace does not tell which message wrote which part
             trace = Trace(text, {}, [], len(text))
         learned = [number for number, turn in enumerate(turns) if turn.counts and turn.says_something]
         reading = _Reading(self, conversation, trace, learned)
@@ -87,14 +95,18 @@ class Writer:
         return Written(text, answers, cut, mute)
 
     def _is_whole(self, turn: Message, written: str) -> bool:
-        """Whether each part of a content stands in what was written, and its thought; the template may set apart what it looks
-        for in contents."""
+        """Return whether each part of a turn's content, and its thought, appears in what was
+        written.
+
+        A template may split a content at the marks it looks for.
+        """
         marks = "|".join(map(re.escape, sorted(self.template.looked_for, key=len, reverse=True)))
         parts = re.split(marks, turn.content) if marks else [turn.content]
         return all(self._guard(part).strip() in written for part in (*parts, turn.thought))
 
     def pieces(self, text: str) -> Iterator[str]:
-        """The text in pieces: added tokens, and lines between them with their ends."""
+        """Yield the text in pieces: the added tokens, and the lines between them with their line
+        ends."""
         at = 0
         for found in self._pieces.finditer(text):
             begin = found.start() if found[1] else found.end()
@@ -118,7 +130,8 @@ class Writer:
         return Request([self._given(turn) for turn in conversation.turns], tools, conversation.options)
 
     def _given(self, turn: Message) -> dict[str, Any]:
-        """One message as transformers hands it to the template: without empty keys, and a thought by each of its names."""
+        """Return a message as transformers hands it to the template: without empty keys, the
+        thought under both its names."""
         content: Any = self._guard(turn.content)
         if self._wants_parts if not turn.parts else self._takes_parts:
             content = [{"type": "text", "text": self._guard(text)} for text in turn.parts or (turn.content,)]
@@ -138,7 +151,8 @@ class Writer:
         return self._shows([{"type": "text", "text": SOMETHING}])
 
     def _shows(self, content: Any) -> bool:
-        """Return whether the template writes a content of this form in both roles, and not as Python would print it."""
+        """Return whether the template writes a content of this form in both roles, and not as
+        Python would print it."""
         exchange = [{"role": role, "content": content} for role in ("user", "assistant")]
         try:
             text = self.template.render(Request(exchange))
@@ -149,20 +163,21 @@ class Writer:
 
 @dataclass
 class _Reading:
-    """One conversation, what its template wrote, and the numbers of the turns to be learned."""
+    """A conversation with what its template wrote, and the numbers of the turns to be learned."""
 
     writer: Writer
     conversation: Conversation
     whole: Trace
     learned: Sequence[int]
-    prompts: dict[str, str] = field(default_factory=dict)  # by the role that speaks before, and by what QUESTION says
+    # Generation prompts by the role that speaks before, and by QUESTION's content.
+    prompts: dict[str, str] = field(default_factory=dict)
 
     def answer(self, number: int) -> Answer:
-        """Return where a turn's answer stands. Fault where it cannot be told."""
+        """Return the place of a turn's answer. Fault if it cannot be determined."""
         if number not in self.whole.turns:
             raise Fault(f"the chat template writes nothing of turn {number + 1}, or not in one piece; {REMEDY}")
         begin, end = self.whole.turns[number]
-        if self._is_last(number):  # what some templates write behind the last turn ends it too
+        if self._is_last(number):  # what a template writes behind the last turn also ends it
             end = len(self.whole.text)
         elif self._is_calling(number):
             end = begin + self._own(number, self.whole.text[begin:end])
@@ -186,19 +201,22 @@ class _Reading:
         return not self._is_last(number) and self.conversation.turns[number + 1].role == "tool"
 
     def _own(self, number: int, written: str) -> int:
-        """The characters of what a turn wrote that are its own: some templates write the answers of tools into the turn that
-        calls them."""
+        """Return how many characters of what a turn wrote are its own: some templates write the
+        answers of tools into the turn that calls them."""
         try:
             alone = self._trace(self.conversation.turns[: number + 1]).turn(number)
         except Fault:
             return len(written)
         return len(alone) if written.startswith(alone) else len(written)
 
-    # ------------------------------------------------------------------------------------------- where it ends
+    # -------------------------------------------------------------------------------- where it ends
 
     def _ending(self, number: int) -> str | None:
-        """What follows the content of a turn there, whatever it says; None where it cannot say anything else. Fault where the
-        template writes no content."""
+        """Return what follows the content of a turn whatever it says, or None if the turn cannot
+        say anything else.
+
+        Fault if the template writes no content.
+        """
         written = self._spoken(self._all_replaced, number)
         if SOMETHING not in written:
             written = self._spoken(self._replaced(number), number)
@@ -216,7 +234,8 @@ class _Reading:
 
     @cached_property
     def _all_replaced(self) -> Trace | None:
-        """Something else in the place of every answer at once; not of those that call tools, whose answers would follow."""
+        """The trace with every answer replaced at once, except those that call tools, whose results
+        would follow."""
         turns = list(self.conversation.turns)
         for number in self.learned:
             if not self._is_calling(number):
@@ -224,14 +243,17 @@ class _Reading:
         return self._traced(tuple(turns))
 
     def _replaced(self, number: int) -> Trace | None:
-        """Something else in the place of one turn."""
+        """Return the trace with the content of one turn replaced."""
         turns = self.conversation.turns
         following = () if self._is_calling(number) else turns[number + 1 :]
         return self._traced((*turns[:number], Message(turns[number].role, SOMETHING, True), *following))
 
     def _closed(self, written: str) -> tuple[int, int]:
-        """Of a turn that does not end as others do, such as one that calls a tool: the characters before the tokens at its end,
-        and with the first of these, which closes it. What follows opens something else, such as the answer of the tool."""
+        """Return (characters before the closing tokens, characters including the first of them).
+
+        For a turn that does not end as others do, such as one that calls a tool. The first token at
+        its end closes the turn; what follows opens something else, such as the tool's answer.
+        """
         pieces = list(self.writer.pieces(written))
         size = len(pieces)
         while size and (self.writer.is_token(pieces[size - 1]) or not pieces[size - 1].strip()):
@@ -239,11 +261,15 @@ class _Reading:
         closing = next((at for at in range(size, len(pieces)) if pieces[at].strip()), len(pieces) - 1)
         return len("".join(pieces[:size])), len("".join(pieces[: closing + 1]))
 
-    # ------------------------------------------------------------------------------------------- where it begins
+    # ------------------------------------------------------------------------------ where it begins
 
     def _opening(self, number: int, written: str) -> str:
-        """The front of a turn that is not the assistant's own: as much of the generation prompt as the turn begins with, by
-        whole tokens and lines. A thought that some prompts begin (<think>) is the assistant's all the same: others do not."""
+        """Return the front of a turn that is not the assistant's own: the part of the generation
+        prompt with which the turn begins, in whole tokens and lines.
+
+        A thought that some prompts begin (<think>) is nevertheless the assistant's, because other
+        prompts do not begin it.
+        """
         for prompt in self._generation_prompts(number, written):
             opening = ""
             for piece in self.writer.pieces(prompt):
@@ -255,8 +281,11 @@ class _Reading:
         return ""
 
     def _generation_prompts(self, number: int, written: str) -> Iterator[str]:
-        """What the template writes to have the assistant speak in the place of a turn, and, as some write nothing there behind
-        the answers of tools, after a question."""
+        """Yield what the template writes to make the assistant speak in the place of a turn, and
+        then what it writes after a question.
+
+        The second is needed because some templates write nothing behind the answers of tools.
+        """
         turns = self.conversation.turns
         before = turns[number - 1].role if number else ""
         if before not in self.prompts or not written.startswith(self.prompts[before]):
@@ -267,7 +296,8 @@ class _Reading:
         yield self.prompts[QUESTION.content]
 
     def _prompt_after(self, turns: Turns) -> str:
-        """What follows the last of some turns when the assistant is to speak: behind their loop, or at the end of it."""
+        """Return what follows the last of the turns when the assistant is to speak, behind the
+        template's loop or at the end of it."""
         trace = self._traced(turns, add_generation_prompt=True) if turns else None
         if trace is None:
             return ""
@@ -277,7 +307,7 @@ class _Reading:
         return trace.text[len(without.text) :] if without is not None and trace.text.startswith(without.text) else ""
 
     def _first_word(self, number: int, written: str) -> int:
-        """Return where the content of another role's turn begins in what it wrote."""
+        """Return the place where the content of another role's turn begins in what it wrote."""
         turns = list(self.conversation.turns)
         turns[number] = replace(turns[number], content=SOMETHING, parts=())
         front, found, _ = self._trace(tuple(turns)).turn(number).partition(SOMETHING)
@@ -289,7 +319,8 @@ class _Reading:
         return self.writer.trace(replace(self.conversation, turns=turns))
 
     def _traced(self, turns: Turns, *, add_generation_prompt: bool = False) -> Trace | None:
-        """None where the template refuses them: other turns may need what the replaced ones really say."""
+        """Return the trace, or None if the template refuses the turns: others may depend on what
+        the replaced ones really say."""
         try:
             return self.writer.trace(replace(self.conversation, turns=turns), add_generation_prompt=add_generation_prompt)
         except Fault:
@@ -297,7 +328,7 @@ class _Reading:
 
 
 def _guarded(value: Any, guard: Callable[[str], str]) -> Any:
-    """A JSON value, with each text in it guarded."""
+    """Return a JSON value with the guard applied to each text in it."""
     if isinstance(value, str):
         return guard(value)
     if isinstance(value, Mapping):
@@ -310,19 +341,24 @@ class _Escaped(Fault):
 
 
 def _require_calls(turn: Message, written: str, number: int) -> None:
-    """Fault unless what a turn calls was written; arguments that were given as text must not be quoted once more."""
+    """Raise Fault unless the turn's calls were written; arguments given as text must not be quoted
+    once more."""
     for call in turn.calls:
         called = call.get("function", call)
         name, arguments = called.get("name"), called.get("arguments")
         if isinstance(name, str) and name not in written:
             raise Fault(f"the chat template does not write the tool call of turn {number + 1}; take another template")
         if isinstance(arguments, str) and '"' in arguments and json.dumps(arguments, ensure_ascii=False) in written:
-            raise _Escaped(f"the chat template writes the arguments of the tool call of turn {number + 1} as a text in a text")
+            raise _Escaped(f"the chat template writes the arguments of the tool call of turn {number + 1} as a quoted text")
 
 
 def _variants(conversation: Conversation) -> Iterator[Conversation]:
-    """The conversation as it is; then with the arguments of its calls as objects, and as texts: data has both, and templates
-    take one or the other. Each of them also with "" for a content that is missing beside calls."""
+    """Yield the conversation as it is, then with the arguments of its calls as objects, then as
+    texts.
+
+    Data has both forms, and templates accept one or the other. Each form also comes with "" for a
+    content that is missing beside calls.
+    """
     calls = any(turn.calls for turn in conversation.turns)
     for change in (lambda given: given, _as_object, _as_text) if calls else (lambda given: given,):
         turns = [replace(turn, keys=_changed(turn.keys, change)) if turn.calls else turn for turn in conversation.turns]

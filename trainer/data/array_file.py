@@ -1,8 +1,8 @@
 """An array in a file, read by ranges.
 
-A mapping would do the same with less code, but a file that is cut short while it is mapped ends the process with SIGBUS: no
-line, no exit code of ours. A range that is not there any more is an error that names the file. Pages stay in the system's cache
-either way.
+A memory map would take less code, but a file that is truncated while it is mapped ends the process
+with SIGBUS: no message, no exit code of ours. Here a range that no longer exists is an error that
+names the file. Either way the pages stay in the system's cache.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ import numpy.typing as npt
 from trainer.errors import DataError
 from trainer.files.reading import open_regular, told
 
-SEARCHED = 4096  # values read at once where one is looked for: 32 KiB, some microseconds
+SEARCHED = 4096  # values read at once in a search: 32 KiB, some microseconds
 
 
 def damage(path: Path, fault: str) -> DataError:
-    """Return the line for a file of tokenized data."""
+    """Return the error for a damaged file of tokenized data."""
     return DataError(f"{path}: {fault}; delete {path.parent.parent} to tokenize again")
 
 
 class ArrayFile:
-    """One-dimensional; DataError that names the file where it cannot be read."""
+    """A one-dimensional array in a file. Raises DataError that names the file if it cannot be
+    read."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self._path, self.dtype = path, dtype
@@ -40,18 +41,19 @@ class ArrayFile:
             raise damage(path, f"cannot be read: {told(error)}") from None
         weakref.finalize(self, os.close, self._descriptor)
         self._length = os.fstat(self._descriptor).st_size // dtype.itemsize
-        self._firsts: dict[int, int] = {}  # of blocks that were looked at
+        self._firsts: dict[int, int] = {}  # first values of the blocks read so far
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, span: slice) -> npt.NDArray[Any]:
-        """Return the elements [begin, end) as an array of its own, which nobody may write to."""
+        """Return the elements [begin, end) as a read-only array of its own."""
         begin, end, _ = span.indices(self._length)
         return np.frombuffer(self._bytes(begin, max(begin, end)), self.dtype)
 
     def searchsorted(self, values: Sequence[int], side: Literal["left", "right"]) -> list[int]:
-        """Return where each value would be put into the array, which ascends, as numpy does."""
+        """Return the index at which each value would be inserted into the ascending array, as in
+        numpy."""
         return [self._place_of(value, side) for value in values]
 
     def _place_of(self, value: int, side: Literal["left", "right"]) -> int:

@@ -1,9 +1,11 @@
-"""Tokenizers as transformers' AutoTokenizer loads them: from a user's folder, and from one that is handed on.
+"""Tokenizers as transformers' AutoTokenizer loads them: from a user's folder, and from one that is
+handed on.
 
-Which class it takes hangs on three things (transformers 5.23, `tokenization_auto.py`): `tokenizer_class` in
-tokenizer_config.json, the `model_type` of the config.json beside it, and a list of model types whose class it always takes,
-whatever the folder says (qwen2 and qwen3_5 among them). Classes of that kind build a normalizer and a pre-tokenizer of their
-own and take only the vocabulary from tokenizer.json. So what is handed on is loaded again, and compared.
+Three things decide which class it takes (transformers 5.23, `tokenization_auto.py`):
+`tokenizer_class` in tokenizer_config.json, the `model_type` in the config.json beside it, and a
+list of model types whose class it always takes, whatever the folder says (qwen2 and qwen3_5 among
+them). Classes of that kind build a normalizer and a pre-tokenizer of their own and take only the
+vocabulary from tokenizer.json. So every tokenizer that is handed on is loaded again and compared.
 """
 
 from __future__ import annotations
@@ -23,16 +25,18 @@ from trainer.data.fault import first_line
 from trainer.data.native import FILES, bounded, decoded, encoded, is_of_library, require_numbers, silent_panics
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# What a user of a tokenizer sees of it, beside the tokens.
+# The properties of a tokenizer that its user sees, besides the tokens.
 SETTINGS = (
     *NAMED,
     *("extra_special_tokens", "chat_template", "model_max_length", "padding_side", "truncation_side", "model_input_names"),
     *("split_special_tokens", "clean_up_tokenization_spaces"),
 )
-# Paths on the machine that saved it, and code, which is never run here.
+# Paths on the machine that saved the tokenizer, and code, which is never run here.
 NOT_KEPT = ("auto_map", "name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")
-PLAIN_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is, in every version of transformers
-# Of a class that is not one of transformers' own it takes the one that we name beside it, unless it may run this file.
+# Takes tokenizer.json as it is, in every version of transformers.
+PLAIN_CLASS = "PreTrainedTokenizerFast"
+# transformers does not know this class. Unless it may run this file, it takes the class we name
+# beside it.
 CODE = "tokenizer_as_saved.py"
 AUTO_MAP = {"AutoTokenizer": [None, f"{CODE.removesuffix('.py')}.TokenizerAsSaved"]}
 SOURCE = '''"""This folder's tokenizer as its tokenizer.json has it.
@@ -53,20 +57,26 @@ TEXTS = (
     "UPPER lower CamelCase snake_case https://example.org/?a=1&b=2",
     "12345 67,890.12 ½ ² Ⅳ １２３",
     "naïve café Å ﬁ ﬀ ß İstanbul ǅ",
-    "nai\u0308ve cafe\u0301 A\u030a \u1100\u1161 \u0041\u030a\u0301",  # decomposed, which some normalize
+    # Decomposed, which some normalize.
+    "nai\u0308ve cafe\u0301 A\u030a \u1100\u1161 \u0041\u030a\u0301",
     "你好，世界。こんにちは 안녕하세요 สวัสดี नमस्ते Привет مرحبا שלום",
     "🙂 👩‍👩‍👧 🇩🇪 \u200b\u00a0\u3000\ufeff\u2028x\x07\x7f",
     "a" * 60 + " " * 20 + "\n" * 5 + "!?" * 8,
     "▁a Ġb ##c @@ <0x41> <unk>",
     "",
 )
-IMPORTS = 2_000_000  # twenty seconds more than for a text: disks that many ranks share are slow
-ADDED = 24  # of the added tokens, so many are spelt in a text each; all of them in one
+# Bytes: allows twenty seconds more, because disks that many ranks share are slow.
+IMPORTS = 2_000_000
+ADDED = 24  # added tokens that get texts of their own; one more text has all of them
 
 
 def load(name: str) -> tuple[dict[str, Any], Any]:
-    """The tokenizer_config.json of a folder or hub name, less what is never kept, and what transformers makes of it all.
-    Whatever transformers raises when it makes nothing of it, or nothing with a tokenizer.json."""
+    """Return the tokenizer_config.json of a folder or hub name, less what is never kept, and the
+    tokenizer transformers loads.
+
+    Raises whatever transformers raises if it cannot load a tokenizer, or if the tokenizer has no
+    form as tokenizer.json.
+    """
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -86,20 +96,22 @@ def load(name: str) -> tuple[dict[str, Any], Any]:
 
 
 def _size(folder: Path) -> int | None:
-    """What is to be read, in bytes, with the classes that transformers reads; None for a hub name, which its client reads
-    at its own pace."""
+    """Return the bytes to be read, with the classes that transformers reads; None for a hub name,
+    which its client reads at its own pace."""
     if not folder.is_dir():
         return None
     return IMPORTS + sum(path.stat().st_size for name in FILES if (path := folder / name).is_file())
 
 
 def backend_of(loaded: Any) -> Backend:
-    """Of what `load` gave, as it is read back from a file: scores of pieces may lose their last digit there."""
+    """Return the backend of what `load` returned as a file would give it back: scores of pieces may
+    lose their last digit there."""
     return Backend.from_str(loaded.backend_tokenizer.to_str())
 
 
 def reason(error: Exception, folder: Path | None = None) -> str:
-    """In one line. transformers takes a sentencepiece file for another one where that package is missing."""
+    """Return the error in one line. transformers takes a sentencepiece file for another kind if
+    that package is missing."""
     if folder is not None and (folder / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
         return "its tokenizer.model needs the package sentencepiece: pip install sentencepiece"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -110,15 +122,17 @@ def kept(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def templates_in_config(templates: Mapping[str, str]) -> str | list[dict[str, str]]:
-    """Chat templates by name, as tokenizer_config.json has them."""
+    """Return chat templates, given by name, in the form of tokenizer_config.json."""
     if list(templates) == ["default"]:
         return templates["default"]
     return [{"name": name, "template": template} for name, template in templates.items()]
 
 
 def named_by(loaded: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens that the config does not name, or names otherwise: they come from an older special_tokens_map.json, or
-    are those of the class."""
+    """Return special tokens that the config does not name, or names otherwise.
+
+    They come from an older special_tokens_map.json, or are those of the class.
+    """
     found: dict[str, Any] = {}
     for name in NAMED:
         token, said = getattr(loaded, name), config.get(name)
@@ -130,7 +144,7 @@ def named_by(loaded: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(loaded: Any) -> dict[str, Any]:
-    """Return what `loaded` does beside giving tokens, as JSON values."""
+    """Return the settings of `loaded` besides its tokens, as JSON values."""
     return {name: getattr(loaded, name) if name == "chat_template" else _plain(getattr(loaded, name)) for name in SETTINGS}
 
 
@@ -141,7 +155,8 @@ def _plain(value: Any) -> Any:
 
 
 def first_difference(ours: Backend, theirs: Backend) -> str | None:
-    """The first text that two tokenizers encode or decode otherwise, and how; None where they are the same on all."""
+    """Return the first text that two tokenizers encode or decode differently, and how; None if
+    there is none."""
 
     def compare() -> str | None:
         with _exact(ours), _exact(theirs):
@@ -153,7 +168,7 @@ def first_difference(ours: Backend, theirs: Backend) -> str | None:
 
 @contextmanager
 def _exact(backend: Backend) -> Iterator[None]:
-    """Nothing is cut, padded or left to chance meanwhile."""
+    """Switch off truncation, padding and dropout inside the context."""
     backend.no_truncation()
     backend.no_padding()
     dropout, split = getattr(backend.model, "dropout", None), backend.encode_special_tokens
@@ -177,7 +192,8 @@ def _battery(backend: Backend) -> Iterator[str]:
 
 
 def _difference(ours: Backend, theirs: Backend, text: str) -> str | None:
-    """Where both fail on a text, and in the same way, they are the same."""
+    """Return how two tokenizers differ on a text, or None. If both fail on it in the same way, they
+    do not differ."""
     for split in (False, True):
         ours.encode_special_tokens = theirs.encode_special_tokens = split
         for around in (True, False):
@@ -196,7 +212,7 @@ def _difference(ours: Backend, theirs: Backend, text: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Read:
-    """What a tokenizer makes of a text, or why it makes nothing of it."""
+    """A text as a tokenizer reads it, or the reason why it cannot."""
 
     tokens: Sequence[str] = ()
     ids: Sequence[int] = ()
@@ -217,15 +233,15 @@ class _Read:
 
 
 def _tried(work: Callable[[], Any]) -> Any:
-    """What `work` gives, or what the library says when it fails."""
+    """Return what `work` returns, or the library's message if it fails."""
     try:
         return work()
-    except BaseException as error:  # a panic is none of Exception
+    except BaseException as error:  # a panic of the library is not an Exception
         if not is_of_library(error):
             raise
         return first_line(error)
 
 
 def save_code(folder: Path) -> None:
-    """Put what `AUTO_MAP` names beside the tokenizer."""
+    """Write the file that `AUTO_MAP` names beside the tokenizer."""
     (folder / CODE).write_text(SOURCE, encoding="utf-8")

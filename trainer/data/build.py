@@ -1,12 +1,13 @@
-"""A corpus → its token stores: shards tokenized side by side, then laid end to end, or a task's examples in rows.
+"""The build of a corpus's token stores: shards are tokenized in parallel, then joined end to end,
+or a task's examples packed into rows.
 
 Inside the folder being built:
 
-    tokenizer/      what the workers load; stays with the stores
-    shards/00042/   one tokenized shard; appears whole, so a killed build redoes unfinished shards only
-    counts.json     of rows: how often keys are not read; of examples: how many were left out or cut
+    tokenizer/      the tokenizer that the workers load; stays with the stores
+    shards/00042/   one tokenized shard; appears whole, so a killed build redoes only the unfinished
+    counts.json     of rows: keys that were not read; of examples: how many were left out or cut
     main/           the store of the documents that are not held out
-    held_out/       the store of those that are; absent when there are none
+    held_out/       the store of the documents that are; absent if there are none
 """
 
 from __future__ import annotations
@@ -51,10 +52,12 @@ def build_stores(
     workers: int,
     progress: Progress,
 ) -> None:
-    """Fill `folder` with the stores of `corpus`, using the finished shards of an earlier build that was killed.
+    """Fill `folder` with the stores of `corpus`, using the finished shards of an earlier build that
+    was killed.
 
-    `written`: how `task` writes its texts or examples. `workers`: processes that tokenize; 0 = one per core this
-    process may use. DataError when the corpus is damaged, changes meanwhile, or holds nothing to learn.
+    `written`: the way in which `task` writes its texts or examples. `workers`: processes that
+    tokenize; 0 = one per core that this process may use. DataError if the corpus is damaged,
+    changes during the build, or holds nothing to learn.
     """
     tokenizer.save(folder / "tokenizer")
     shards = make_private(folder / "shards")
@@ -62,7 +65,7 @@ def build_stores(
     done = corpus.size - sum(shard.size for shard in todo.values())
     what = f"tokenizing {corpus.name}"
     progress(done, corpus.size, what)
-    crew = tokenize_shards(
+    pool = tokenize_shards(
         todo,
         tokenizer=folder / "tokenizer",
         into=shards,
@@ -70,7 +73,7 @@ def build_stores(
         task=task,
         settings=written.settings,
     )
-    for number in crew:
+    for number in pool:
         done += todo[number].size
         progress(done, corpus.size, what)
     _lay_out(folder, corpus, tokenizer, written if isinstance(written, Examples) else None, held_out_fraction)
@@ -78,16 +81,18 @@ def build_stores(
 
 
 def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux: what the job was given, not what the machine has
+    if hasattr(os, "sched_getaffinity"):  # Linux: the cores of the job, not of the machine
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def choose_held_out(hashes: npt.NDArray[np.uint64], fraction: float) -> npt.NDArray[np.bool_]:
-    """Which documents are held out: those whose content hash is in the lowest `fraction` of all hashes, bool [documents].
+    """Return which documents are held out, bool [documents]: those whose content hash is in the
+    lowest `fraction` of all hashes.
 
-    Neither order nor workers matter, and copies of a document fall on the same side. Of two documents or more, at least one
-    is held out and at least one is not: where chance leaves a side empty, the document nearest to the limit moves there.
+    Neither order nor workers matter, and copies of a document fall on the same side. Of two
+    documents or more, at least one is held out and at least one is not: where chance leaves a side
+    empty, the document nearest to the limit moves there.
     """
     if fraction == 0.0 or len(hashes) < 2:
         return np.zeros(len(hashes), dtype=bool)
@@ -151,7 +156,7 @@ def _lay_end_to_end(
 
 
 class _TokenizedDocuments:
-    """The documents of all shards, counted through."""
+    """The documents of all shards, numbered consecutively."""
 
     def __init__(self, shards: list[TokenizedShard]) -> None:
         self._shards = shards
@@ -162,7 +167,7 @@ class _TokenizedDocuments:
         self.labels: npt.NDArray[np.int32] = records["label"]
 
     def read(self, document: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Its tokens, and which of them are to be predicted."""
+        """Return a document's tokens, and which of them are to be predicted."""
         number = int(np.searchsorted(self._firsts, document, side="right")) - 1
         shard, begin = self._shards[number], int(self._begins[number][document - self._firsts[number]])
         span = slice(begin, begin + int(self.lengths[document]))
@@ -173,7 +178,7 @@ class _TokenizedDocuments:
 def _lay_in_rows(
     path: Path, documents: _TokenizedDocuments, chosen: npt.NDArray[np.int64], layout: RowLayout, contents: Contents
 ) -> None:
-    """The chosen examples, counted over all shards, as a store of rows."""
+    """Write the chosen examples, numbered over all shards, as a store of rows."""
     rows = pack(layout.room(documents.lengths)[chosen], layout.capacity)
     targets = filler = 0
     with StoreWriter(path, contents.vocab_size, with_targets=True, with_labels=layout.labelled) as writer:
@@ -181,7 +186,8 @@ def _lay_in_rows(
             parts = layout.documents_of(chosen[row])
             for part, inside in enumerate(parts):
                 is_end = number == len(rows) - 1 and part == len(parts) - 1
-                left = layout.part_tokens - int(documents.lengths[inside].sum()) + is_end  # and the one after the last row
+                # The last part has one token more, the one after the last row.
+                left = layout.part_tokens - int(documents.lengths[inside].sum()) + is_end
                 pieces, marks = zip(*map(documents.read, inside.tolist()), strict=True)
                 lengths, labels = documents.lengths[inside], documents.labels[inside]
                 if left:
@@ -200,7 +206,7 @@ def _lay_in_rows(
 def _runs(
     shards: list[TokenizedShard], held_out: npt.NDArray[np.bool_]
 ) -> Iterator[tuple[bool, npt.NDArray[Any], npt.NDArray[np.int64]]]:
-    """Documents that follow one another on the same side: (held out?, their tokens, their lengths)."""
+    """Yield (held out?, tokens, lengths) for each run of consecutive documents on the same side."""
     seen = 0
     for shard in shards:
         lengths = shard.documents["tokens"]

@@ -1,8 +1,9 @@
 """Folders made once by one process and opened by many: trained tokenizers, token stores.
 
-A folder is named by the fingerprint of all that decides its content, so an existing one is right by its name. The builder makes
-it under a lock, beside, and renames it into place. The other ranks wait for the name to appear, without a collective; what the
-builder leaves in its outcome file tells them when it never will.
+A folder is named by the fingerprint of all that decides its content, so one that exists is the
+right one. The builder makes it under a lock, next to its final place, and renames it. The other
+ranks wait for the name to appear, without a collective. The outcome file that the builder leaves
+tells them if it never will.
 """
 
 from __future__ import annotations
@@ -26,22 +27,28 @@ from trainer.launch.stop_request import Interrupted
 from trainer.redaction import redact
 
 POLL_S = 0.2
-REMIND_S = 30.0  # how often a waiter says that it still waits
-STALE_S = 120.0  # an earlier run's outcome is believed after this long: no builder came to take it away
-SETTLE_S = 60.0  # a network file system may show a new folder this much later than the builder made it
+REMIND_S = 30.0  # a waiting rank says this often that it still waits
+STALE_S = 120.0  # an earlier run's outcome counts after this time: no builder came to remove it
+SETTLE_S = 60.0  # a network file system may show a new folder this much later
 
 
 class Progress(Protocol):
-    """Called with what is done of what total, and a line saying what; 0 of 0 when there is nothing to count."""
+    """A callback that takes what is done, the total, and a line that says what; 0 of 0 if there is
+    nothing to count."""
 
     def __call__(self, done: int, total: int, what: str) -> None: ...
 
 
 class Cache:
-    """Folders under `root`, by fingerprint. `build`: this process makes what is missing; otherwise it waits."""
+    """A set of folders under `root`, by fingerprint. With `build` this process makes what is
+    missing; otherwise it waits."""
 
     def __init__(self, root: Path, *, request: str, build: bool, progress: Progress) -> None:
-        """`request`: fingerprint of what the recipe asks; builder and waiters of one recipe meet under it."""
+        """Create `root` and find the outcome file of `request`.
+
+        `request`: the fingerprint of what the recipe asks for; the builder and the waiting ranks of
+        one recipe meet under it.
+        """
         self.root = root
         self._build = build
         self._progress = progress
@@ -53,10 +60,10 @@ class Cache:
         self._outcome = _outcome_file(root, request)
 
     def folder(self, fingerprint: str, make: Callable[[Path], None], *, what: str) -> Path:
-        """The folder of that fingerprint, made by `make(staging)` where it is missing.
+        """Return the folder of a fingerprint, made by `make(staging)` if it is missing.
 
-        A killed build leaves its staging folder, and the next `make` may use what it finds there. UserError as `make` raises
-        it, here or on the building rank.
+        A killed build leaves its staging folder behind, and the next `make` may use what it finds
+        there. Raises the UserError that `make` raises, here or on the building rank.
         """
         final = self.root / fingerprint[:16]
         if final.is_dir():
@@ -76,10 +83,10 @@ class Cache:
 
     @contextmanager
     def reporting_outcome(self) -> Iterator[None]:
-        """Around all work with the cache: a builder leaves word for those who wait, of success or of failure.
+        """Report the outcome of the work inside, success or failure, to those who wait.
 
-        Faults in reading sources have names of their own by then; another OSError means that the cache cannot be written,
-        and becomes a DataError.
+        Errors in reading sources have types of their own by then. Any other OSError means that the
+        cache cannot be written, and becomes a DataError.
         """
         try:
             if self._build:
@@ -100,13 +107,14 @@ class Cache:
         lines, exit_code = [f"{type(failure).__name__}: {failure}"], UserError.exit_code
         if isinstance(failure, UserError | Interrupted):
             lines, exit_code = failure.lines, failure.exit_code
-        with suppress(OSError):  # a full disk has no room for word either; the launcher ends those who wait
+        # A full disk has no room for this either; the launcher ends those who wait.
+        with suppress(OSError):
             write_json(self._outcome, {"failed": redact(lines) if failure else [], "exit_code": exit_code})
 
     def _wait_for(self, final: Path, what: str) -> None:
         started_s = time.monotonic()
         reminded_s = float("-inf")
-        built_s: float | None = None  # when the builder was seen to have finished
+        built_s: float | None = None  # the time at which the builder was seen to have finished
         while not final.is_dir():
             now_s = time.monotonic()
             outcome = self._read_outcome()
@@ -131,7 +139,7 @@ class Cache:
 
 
 def was_built(root: Path, *, request: str) -> bool:
-    """Whether the last build of that request left word of success."""
+    """Return whether the last build of that request reported success."""
     try:
         return not read_as(_Word, _outcome_file(root, request))["failed"]
     except (OSError, ValueError):
@@ -149,8 +157,8 @@ class _Word(TypedDict):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a builder's work ended: the lines of what it raised, if anything, and when that was written by the file system's
-    clock [s]."""
+    """The end of a builder's work: the lines of what it raised, if anything, and when they were
+    written, by the file system's clock [s]."""
 
     failed: list[str]
     exit_code: int
@@ -166,6 +174,7 @@ class Outcome:
 
 
 def _file_system_time(folder: Path) -> float:
-    """Now, by the clock that stamps files in `folder`: that of another machine may differ from ours [s]."""
+    """Return the time now [s] by the clock that stamps files in `folder`. Another machine's clock
+    may differ from ours."""
     os.utime(folder)
     return folder.stat().st_mtime

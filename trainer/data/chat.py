@@ -1,4 +1,5 @@
-"""Conversations → tokens, and which of them are learned: the answers, each with the token that ends it."""
+"""The encoding of conversations into tokens, and which of them are learned: the answers, each with
+the token that ends it."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ from trainer.data.row_format import UNREAD
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import RecipeError
 
-VERSION = 2  # of all that decides the tokens and targets of a conversation
-# Around the spelling of a special token in a content: it is that text, not that token.
+VERSION = 2  # raise it when the tokens or targets of a conversation change
+# Marks around the spelling of a special token in a content: it means that text, not that token.
 SPELT, SPELT_END = "\ufdd2", "\ufdd3"
 GUARDED = re.compile(f"{SPELT}([^{SPELT}{SPELT_END}]*){SPELT_END}|[{SPELT}{SPELT_END}]")
 PROBE = Conversation((Message("user", "x", False), Message("assistant", "y", True)))
@@ -52,25 +53,25 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Encoded:
-    """At most seq_len tokens of a conversation; `lost`: targets beyond them."""
+    """A conversation's tokens, at most seq_len of them; `lost` counts the targets beyond them."""
 
     ids: list[int]
     is_target: npt.NDArray[np.bool_]  # bool [tokens]
     lost: int
 
     def cut(self, size: int) -> Encoded | None:
-        """At most `size` tokens of it; None when no target is left."""
+        """Return at most `size` tokens of it, or None if no target is left."""
         lost = self.lost + int(self.is_target[size:].sum())
         return Encoded(self.ids[:size], self.is_target[:size], lost) if self.is_target[:size].any() else None
 
 
 class Chat(Examples):
-    """A tokenizer and its chat template, or ours where it has none."""
+    """A tokenizer with its chat template, or with ours if it has none."""
 
     noun = "conversations"
 
     def __init__(self, tokenizer: Tokenizer, *, seq_len: int, learned: Learned) -> None:
-        """RecipeError when the template is not valid."""
+        """Prepare the template. RecipeError if it is not valid."""
         super().__init__(tokenizer.for_chat(), seq_len=seq_len, learned=learned)
         self.layout = RowLayout(seq_len)
         self._learned = learned
@@ -88,11 +89,15 @@ class Chat(Examples):
         return self._tool_writer if conversation.tools else self._writer
 
     def _guarded_tokens(self) -> Iterator[str]:
-        """Tokens that a content may spell but not write: special ones, and others that divide turns. But what the template has
-        contents written with, such as <think>, is that token there too, as it is in transformers."""
+        """Yield the tokens that a content may spell but not write: special ones, and others that
+        separate turns.
+
+        Tokens with which the template has contents written, such as <think>, stay tokens in
+        contents, as in transformers.
+        """
         try:
             structure = self._writer.prompt((*PROBE.turns, *PROBE.turns[:1]))
-        except Fault:  # it wants more than questions and answers
+        except Fault:  # the template requires more than questions and answers
             structure = ""
         named = self.tokenizer.special_tokens.values()
         for token, is_special in self.tokenizer.added_tokens.items():
@@ -132,7 +137,7 @@ class Chat(Examples):
         return Tokenized((Document(encoded.ids, encoded.is_target),) if encoded else (), content, counts)
 
     def left_out(self, rendered: Rendered) -> Iterator[str]:
-        """Return what of a conversation the template does not write, each once, for counts."""
+        """Yield what the template omits from a conversation, each kind once, for counts."""
         conversation, written = rendered.conversation, rendered.written
         mentioned = self._writer_of(conversation).template.mentioned
         known = TURN_KEYS | mentioned
@@ -165,11 +170,13 @@ class Chat(Examples):
         )
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Fault for a conversation that the template refuses, or of whose answers it writes nothing."""
+        """Return the conversation as written. Fault if the template refuses it or writes nothing of
+        its answers."""
         return Rendered(conversation, self._writer_of(conversation).write(conversation))
 
     def encode(self, rendered: Rendered) -> Encoded | None:
-        """None when no target is left: there is no answer, or all begin beyond seq_len tokens."""
+        """Return the tokens, or None if no target is left: there is no answer, or all answers begin
+        beyond seq_len tokens."""
         ids, begins, ends = self._tokens(rendered.text)
         is_target = np.zeros(len(ids), dtype=bool)
         answers = rendered.answers[-1:] if self._learned == "last" else rendered.answers
@@ -185,12 +192,15 @@ class Chat(Examples):
         if self._learned == "all":
             is_target[:] = True
         is_target[0] = False  # nothing comes before it
-        size = int(np.flatnonzero(is_target)[-1]) + 1  # what follows the last target teaches nothing
+        # What follows the last target teaches nothing.
+        size = int(np.flatnonzero(is_target)[-1]) + 1
         return Encoded(ids[:size], is_target[:size], lost=0).cut(self.layout.part_tokens)
 
     def prompt(self, text: str, *, key: str = "train.sample_prompt") -> list[int]:
-        """The tokens after which the assistant answers a user's message; RecipeError, which names `key`, when the template
-        refuses it."""
+        """Return the tokens after which the assistant answers a user's message.
+
+        RecipeError, which names `key`, if the template refuses the message.
+        """
         try:
             return self._tokens(self._writer.prompt((Message("user", text, False),)))[0]
         except Fault as fault:
@@ -198,19 +208,20 @@ class Chat(Examples):
 
     @property
     def end_of_turn(self) -> int:
-        """The token by which the assistant ends its turn."""
+        """The token with which the assistant ends its turn."""
         try:
             probe = self.encode(self.render(PROBE))
-        except Fault:  # it wants more than a question and an answer; the end of a document ends all
+        except Fault:  # the template requires more than a question and an answer
             probe = None
         return probe.ids[-1] if probe is not None else self.tokenizer.end_of_document
 
     def _guard(self, text: str) -> str:
-        """A text that a row gives, with marks around the special tokens that it spells."""
+        """Return a row's text with marks around the special tokens that it spells."""
         return self._spelt.sub(lambda found: f"{SPELT}{found[0]}{SPELT_END}", text)
 
     def _tokens(self, text: str) -> tuple[list[int], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Token ids, and for each the first character that it stands for and the one after its last."""
+        """Return the token ids, and for each the first character that it stands for and the one
+        after its last."""
         ids: list[int] = []
         offsets: list[Span] = []
         for begin, piece, is_spelt in _pieces(text):
@@ -223,13 +234,17 @@ class Chat(Examples):
     def _span(
         self, answer: Answer, text: str, ids: list[int], begins: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
     ) -> tuple[int, int, bool]:
-        """The tokens of an answer, [first, last), and whether the last one ends the turn: an added token behind what is said,
-        after which only white space follows, or the one with which what follows begins."""
+        """Return the tokens of an answer, [first, last), and whether the last one ends the turn.
+
+        The last one ends the turn if it is an added token behind the content, with only white space
+        after it, or the added token with which the following text begins.
+        """
         inside = np.flatnonzero((begins < answer.end) & (ends > answer.begin))
         if not len(inside):
             return 0, 0, False
         first, last = int(inside[0]), int(inside[-1]) + 1
-        behind = (ends > answer.said) & (ends <= answer.end)  # by their ends: some tokens begin with white space before them
+        # Compared by their ends, because some tokens begin with the white space before them.
+        behind = (ends > answer.said) & (ends <= answer.end)
         closing = [at for at in range(first, last) if behind[at] and ids[at] in self.tokenizer.added_ids]
         if closing and not text[ends[closing[-1]] : answer.end].strip():
             return first, closing[-1] + 1, True
@@ -239,7 +254,7 @@ class Chat(Examples):
 
 
 def unwritten(counts: Mapping[str, int], of_all: str) -> Iterator[str]:
-    """Remarks on what the template leaves out of rows."""
+    """Yield remarks on what the template omits from rows."""
     if counts["cut_answers"]:
         yield f"{counts['cut_answers']:,} {of_all}: the chat template leaves out a part of an answer, such as its thought"
     if counts["mute_turns"]:
@@ -249,8 +264,11 @@ def unwritten(counts: Mapping[str, int], of_all: str) -> Iterator[str]:
 
 
 def _pieces(text: str) -> Iterator[tuple[int, str, bool]]:
-    """Where each piece begins, the piece, and whether it spells a special token that it is not. A mark whose other one the
-    template cut off marks nothing."""
+    """Yield, for each piece, its first character's index, the piece, and whether it only spells a
+    special token.
+
+    A mark without its counterpart, which the template cut off, marks nothing.
+    """
     at = 0
     for found in GUARDED.finditer(text):
         if at < found.start():

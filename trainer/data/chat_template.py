@@ -1,8 +1,9 @@
-"""A tokenizer's chat template: conversations → text, and which part of the text each message wrote.
+"""A tokenizer's chat template: it renders conversations, and tells which part of the text each
+message wrote.
 
-Templates come with downloaded folders, so they are rendered in jinja2's immutable sandbox, as transformers renders them: no
-attribute that leads into Python, no change of what they are given. And what they do is counted (`template_sandbox.py`), so that
-none takes a day or a memory.
+Templates come with downloaded folders, so they are rendered in jinja2's immutable sandbox, as in
+transformers: no access to attributes that lead into Python, no change to their input. Their work is
+also counted (`template_sandbox.py`), so that none runs for a day or fills the memory.
 """
 
 from __future__ import annotations
@@ -26,36 +27,38 @@ from trainer.data.template_counting import Counting
 from trainer.data.template_sandbox import Called, Sandbox
 from trainer.errors import RecipeError
 
-# For tokenizers without one. A turn is its role, a newline, its content and the end-of-document token, which no text yields:
-# tokens divide into turns at that token, and a turn at its first newline, so there is one way only to read them.
+# The template of tokenizers without one. A turn is its role, a newline, its content and the
+# end-of-document token, which no text yields. Tokens therefore divide into turns at that token, and
+# a turn at its first newline, in one way only.
 DEFAULT_TEMPLATE = (
     "{%- if bos_token and bos_token != eos_token -%}{{- bos_token -}}{%- endif -%}"
     "{%- for message in messages -%}{{- message['role'] + '\\n' + message['content'] + eos_token -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'assistant\\n' -}}{%- endif -%}"
 )
-LARGEST_TEMPLATE = 1 << 18  # characters: ten times the longest that are published
-# What jinja2 and Python raise when they read a source: nested too deeply, numbers with too many digits, more loops in one
-# another than Python allows.
+LARGEST_TEMPLATE = 1 << 18  # characters: ten times the longest published templates
+# Errors that jinja2 and Python raise for a source they cannot read: nested too deeply, numbers with
+# too many digits, more nested loops than Python allows.
 UNREADABLE = (jinja2.TemplateError, SyntaxError, RecursionError, ValueError, OverflowError, MemoryError)
-# Marks in traced text, removed from it again; no content may hold them (NONCHARACTERS). ANSWER … ANSWER_END enclose what
-# {% generation %} does; VISIT "loop:message" VISIT_END stands where a loop begins with a message, VISIT "loop" VISIT_END where
-# it is done with it.
+# Marks in traced text, removed again afterwards; no content may hold them (NONCHARACTERS). ANSWER …
+# ANSWER_END enclose what {% generation %} encloses. VISIT "loop:message" VISIT_END stands where a
+# loop begins with a message, VISIT "loop" VISIT_END where it is done with it.
 ANSWER, ANSWER_END = "\ufdd0", "\ufdd1"
 VISIT, VISIT_END = "\ufdd4", "\ufdd5"
 MARK = re.compile(f"{ANSWER}|{ANSWER_END}|{VISIT}(\\d{{1,12}})(?::(\\d{{1,12}}))?{VISIT_END}")
-# What templates look for in a content with, beside `in`.
+# The methods with which templates search a content, besides `in`.
 STRING_METHODS = frozenset(
     {"split", "rsplit", "startswith", "endswith", "partition", "rpartition", "find", "rfind", "index", "replace"}
     | {"removeprefix", "removesuffix", "count"}
 )
-BRACKETED = re.compile(r"[^\w\s].*[^\w\s]", re.DOTALL)  # as <think>, [TOOL_CALLS], <|channel|>: no plain word, no white space
+BRACKETED = re.compile(r"[^\w\s].*[^\w\s]", re.DOTALL)  # such as <think>, [TOOL_CALLS], <|channel|>
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a template is given, as transformers gives it: messages, tools, and what else rows may set for it."""
+    """The input of a template, in the form transformers uses: messages, tools, and options that a
+    row sets for it."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Any] | None = None
@@ -64,10 +67,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Trace:
-    """A rendered text; spans are of its characters.
+    """A rendered text with the parts that its messages wrote; spans are of its characters.
 
-    `turns`: where each message stands that the template wrote in one piece, by its number. `marked`: what {% generation %}
-    enclosed. `end`: behind the last message, where only what belongs to none of them follows.
+    `turns`: by number, the span of each message that the template wrote in one piece. `marked`:
+    what {% generation %} enclosed. `end`: the end of the last message; what follows belongs to none
+    of them.
     """
 
     text: str
@@ -76,16 +80,17 @@ class Trace:
     end: int
 
     def turn(self, number: int) -> str:
-        """Return what one message wrote; "" for a message that wrote nothing, or not in one piece."""
+        """Return what one message wrote; "" for a message that wrote nothing, or not in one
+        piece."""
         begin, end = self.turns.get(number, (0, 0))
         return self.text[begin:end]
 
 
 class ChatTemplate:
-    """One template and the special tokens that it may write."""
+    """A template with the special tokens that it may write."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """RecipeError when it is no template."""
+        """Parse the template. RecipeError if it is not valid."""
         if len(source) > LARGEST_TEMPLATE:
             raise RecipeError(
                 f"data.tokenizer: its chat template has {len(source):,} characters, and at most {LARGEST_TEMPLATE:,} are read; "
@@ -107,27 +112,34 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
 
     def render(self, request: Request, *, add_generation_prompt: bool = False) -> str:
-        """The text. RecipeError for a template that reaches for what it must not have, Fault for a conversation that it
-        refuses."""
+        """Return the text.
+
+        RecipeError if the template reaches for what it must not have, Fault if it refuses the
+        conversation.
+        """
         text = self._run(self._template, request, add_generation_prompt=add_generation_prompt)
         return re.sub(f"[{ANSWER}{ANSWER_END}]", "", text)
 
     def trace(self, request: Request, *, add_generation_prompt: bool = False) -> Trace:
-        """Who wrote what of the text. Errors as for `render`, whose text it is unless the template measures or cuts its own
-        output, marks and all."""
+        """Return the text with the parts that its messages wrote. Raises what `render` raises.
+
+        The text is that of `render`, unless the template measures or cuts its own output, marks
+        included.
+        """
         more = {"add_generation_prompt": add_generation_prompt, TRACER: _Tracer(request.messages)}
         return _read_marks(self._run(self._traced, request, **more))
 
     @cached_property
     def mentioned(self) -> frozenset[str]:
-        """The words that the template's code names: keys that it may read are among them."""
+        """The words that the template's code names; the keys that it may read are among them."""
         constants = {node.value for node in self._syntax_tree.find_all(nodes.Const) if isinstance(node.value, str)}
         attributes = {node.attr for node in self._syntax_tree.find_all(nodes.Getattr)}
         return frozenset(constants | attributes | {node.name for node in self._syntax_tree.find_all(nodes.Name)})
 
     @cached_property
     def looked_for(self) -> frozenset[str]:
-        """What the template looks for in contents, such as </think>: there it is part of how contents are written."""
+        """The texts that the template looks for in contents, such as </think>, and that are
+        therefore part of how contents are written."""
         found = set()
         for compared in self._syntax_tree.find_all(nodes.Compare):
             if any(operand.op in ("in", "notin") for operand in compared.ops):
@@ -138,8 +150,8 @@ class ChatTemplate:
         return frozenset(text for text in found if BRACKETED.fullmatch(text))
 
     def has_in_contents(self, spelling: str) -> bool:
-        """Whether contents are written with it: the template looks for it there, or writes what closes it, as </think> does
-        <think>."""
+        """Return whether contents are written with this text: the template looks for it there, or
+        writes its closing counterpart, as </think> closes <think>."""
         closing = f"</{spelling[1:]}" if re.fullmatch(r"<\w+>", spelling) else spelling
         return (bool(self.looked_for) and any(one in self._all_looked_for for one in (spelling, closing))) or (
             closing != spelling and closing in self._all_mentioned
@@ -165,7 +177,7 @@ class ChatTemplate:
         except MemoryError:  # the machine's, not the conversation's
             raise
         except Exception as error:  # a template can fail in as many ways as a program
-            raise Fault(f"the chat template refuses this conversation: {first_line(error)}; mend or remove it") from None
+            raise Fault(f"the chat template refuses this conversation: {first_line(error)}; fix or remove it") from None
 
 
 def _unsafe(why: object) -> RecipeError:
@@ -177,24 +189,27 @@ def _strings(expression: nodes.Node) -> Iterator[str]:
         yield expression.value
 
 
-# ------------------------------------------------------------------------------------------------ who wrote what
+# ----------------------------------------------------------------------------------- who wrote what
 
 TRACER = "triaxis_tracer"
 
 
 class _Tracer(Called):
-    """What a traced template calls to have marks in its output. Loops over anything but messages leave none: templates measure
-    and trim what such loops write."""
+    """The object that a traced template calls to put marks in its output.
+
+    Only loops over messages leave marks, because templates measure and trim what other loops write.
+    """
 
     def __init__(self, messages: Sequence[Mapping[str, Any]]) -> None:
         self._messages = messages
         self._numbers = {id(message): number for number, message in reversed(list(enumerate(messages)))}
-        self._over_messages: set[int] = set()  # loops
-        self._by_number: set[int] = set()
-        self._has_taken: set[int] = set()  # loops over numbers, in this turn of theirs
+        self._over_messages: set[int] = set()  # loops over messages
+        self._by_number: set[int] = set()  # loops over their numbers
+        # Loops over numbers that took a message in this iteration.
+        self._has_taken: set[int] = set()
 
     def begin(self, loop: int, value: Any) -> str:
-        """A loop takes its next value."""
+        """Return the mark for a loop that takes its next value."""
         self._has_taken.discard(loop)
         number = self._number(value)
         if number is None:
@@ -203,7 +218,8 @@ class _Tracer(Called):
         return f"{VISIT}{loop}:{number}{VISIT_END}"
 
     def take(self, loop: int, value: Any) -> str:
-        """Inside a loop a name gets a value: of a loop over numbers, the first message is what it is about."""
+        """Return the mark for a name that gets a value inside a loop: a loop over numbers is about
+        the first message it takes."""
         number = self._number(value)
         if number is None or loop in self._over_messages | self._has_taken:
             return ""
@@ -219,8 +235,11 @@ class _Tracer(Called):
 
 
 class _Tracing(NodeTransformer):
-    """Has each loop of a template say with which value it begins, and when it is done with it: which of them are loops over
-    messages is seen by the values."""
+    """A transformer that has each loop of a template report the value with which it begins, and its
+    end.
+
+    Whether a loop is over messages is seen from the values.
+    """
 
     def __init__(self) -> None:
         self._loops = 0
@@ -235,7 +254,8 @@ class _Tracing(NodeTransformer):
         if isinstance(node.target, nodes.Name):
             node.body.insert(0, _said("begin", loop, nodes.Name(node.target.name, "load")))
         node.body.append(_said("end", loop))
-        return [node, _said("end", loop)]  # a body that was left by continue or break did not come to its end
+        # A body left by continue or break never reached its own end.
+        return [node, _said("end", loop)]
 
     def visit_Assign(self, node: nodes.Assign, *args: Any, **kwargs: Any) -> nodes.Node | list[nodes.Node]:
         if not self._inside or not isinstance(node.target, nodes.Name):
@@ -249,7 +269,7 @@ def _said(method: str, *arguments: nodes.Expr) -> nodes.Output:
 
 
 def _read_marks(marked: str) -> Trace:
-    """Take the marks out of a traced text, and read them."""
+    """Take the marks out of a traced text, and interpret them."""
     reading = _Reading()
     at = 0
     for mark in MARK.finditer(marked):
@@ -273,31 +293,33 @@ def _read_marks(marked: str) -> Trace:
 
 @dataclass
 class _Reading:
-    """A traced text, read up to a place. `written`: where its last letter that is no white space ends."""
+    """A traced text, read up to a place. `written`: the end of its last character that is not white
+    space."""
 
     pieces: list[str] = field(default_factory=list)
     size: int = 0
     written: int = 0
     answer_begin: int = 0
     answers: list[Span] = field(default_factory=list)
-    open_visits: list[tuple[str, int, int]] = field(default_factory=list)  # loop, message, where it begins
+    # (loop, message, where it begins) of each.
+    open_visits: list[tuple[str, int, int]] = field(default_factory=list)
     visits: list[tuple[int, Span]] = field(default_factory=list)
     open_loops: Counter[str] = field(default_factory=Counter)
 
     def text(self, piece: str) -> None:
-        """What stands between two marks."""
+        """Add the text between two marks."""
         self.pieces.append(piece)
         if stripped := piece.rstrip():
             self.written = self.size + len(stripped)
         self.size += len(piece)
 
     def open(self, loop: str, message: int) -> None:
-        """A visit of a message by a loop begins."""
+        """Begin a loop's visit to a message."""
         self.open_visits.append((loop, message, self.size))
         self.open_loops[loop] += 1
 
     def close(self, loop: str) -> None:
-        """The visit of that loop is over, with those inside it."""
+        """End the visit of that loop, with those inside it."""
         while self.open_loops[loop]:
             one, message, begin = self.open_visits.pop()
             self.open_loops[one] -= 1
@@ -305,11 +327,11 @@ class _Reading:
                 self.visits.append((message, (begin, self.size)))
 
 
-# ------------------------------------------------------------------------------------------------ the sandbox
+# -------------------------------------------------------------------------------------- the sandbox
 
 
 class _GenerationMarks(Extension):
-    """{% generation %} … {% endgeneration %}: what stands between them is what the assistant says."""
+    """The tag {% generation %} … {% endgeneration %}, which encloses what the assistant says."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
 

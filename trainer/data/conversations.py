@@ -1,12 +1,16 @@
-"""Rows of chat data → conversations. What a row must look like, and what is said of one that does not.
+"""The rows of chat data, read as conversations: the shapes a row may have, and the faults of one
+that has none.
 
-    messages     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+    messages     {"messages": [{"role": "user", "content": "…"},
+                               {"role": "assistant", "content": "…"}]}
     prompt       {"prompt": "…", "completion": "…"}, texts, or lists of messages
     sharegpt     {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}
-    alpaca       {"instruction": "…", "input": "…", "output": "…"}; input may be missing or empty, "history" has earlier turns
+    alpaca       {"instruction": "…", "input": "…", "output": "…"}; input may be missing or empty,
+                 "history" has earlier turns
 
-Each may have "system", a text, "tools", and "chat_template_kwargs". Files that name these otherwise are read through `fields`.
-A turn's further keys (thoughts, calls of tools, a name) go to the chat template as they are.
+Each may have "system", a text, "tools", and "chat_template_kwargs". Files that name these
+differently are read through `fields`. A turn's other keys (thoughts, calls of tools, a name) go to
+the chat template as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from trainer import schema
 from trainer.data.fault import Fault, kind_of, require_characters
 from trainer.data.row_format import RowFormat, renamed
 
-# Other words for the roles, as they are found in published data. CALLS: an assistant's turn whose content is what it calls.
+# Names of the roles that occur in published data. CALLS: an assistant's turn whose content is what
+# it calls.
 CALLS = "function_call"
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
@@ -33,14 +38,15 @@ REASONING = (
     "reasoning_content",
     "thinking",
     "reasoning",
-)  # names of what was thought before an answer, as transformers has them
-# Keys of a turn that say whether it is learned. Weights are 1 or 0; "mask" is true where a turn is not learned; the last three
-# may have another role's turn learned.
+)  # transformers' names of the thought before an answer
+# Keys of a turn that say whether it is learned. Weights are 1 or 0; "mask" is true where a turn is
+# not learned. With FLAGS_OF_ANY_ROLE turns of other roles can be learned too.
 WEIGHTS = ("weight", "loss_weight")
 FLAGS = ("loss", "train", "trainable", "do_train")
 FLAGS_OF_ANY_ROLE = ("train", "trainable", "do_train")
 MASK = "mask"
-OPTIONS = "chat_template_kwargs"  # what a row sets for its template, such as {"enable_thinking": false}
+# A row's options for its template, such as {"enable_thinking": false}.
+OPTIONS = "chat_template_kwargs"
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 # Unicode's 32 code points that are never characters, used as marks in rendered conversations.
 NONCHARACTERS = range(0xFDD0, 0xFDF0)
@@ -48,8 +54,11 @@ NONCHARACTERS = range(0xFDD0, 0xFDF0)
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `counts`: it is to be learned. `parts`: the texts that its content was given in, if in several. `keys`: what
-    else it has for the template; {"content": None} where it has none."""
+    """A turn of a conversation.
+
+    `counts`: it is to be learned. `parts`: the texts in which its content was given, if there are
+    several. `keys`: what else it has for the template; {"content": None} if it has no content.
+    """
 
     role: str
     content: str
@@ -64,12 +73,12 @@ class Message:
 
     @property
     def calls(self) -> list[Any]:
-        """Calls of tools."""
+        """The turn's calls of tools."""
         return list(self.keys.get("tool_calls") or ())
 
     @property
     def thought(self) -> str:
-        """Return what was thought before the answer, in a key of its own."""
+        """The thought before the answer, given in a key of its own; "" if there is none."""
         return next((str(self.keys[name]) for name in REASONING if self.keys.get(name) is not None), "")
 
 
@@ -78,7 +87,7 @@ Turns = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, the tools that they may call, and what the row sets for the template."""
+    """A sequence of turns, the tools that they may call, and the row's options for the template."""
 
     turns: Turns
     tools: tuple[Any, ...] = ()
@@ -86,7 +95,7 @@ class Conversation:
 
     @property
     def told(self) -> list[Any]:
-        """All that is said, as JSON values: equal for conversations that say the same."""
+        """The conversation's content as JSON values: equal for conversations that say the same."""
         told: list[Any] = [_told(turn) for turn in self.turns]
         return told if not self.tools else [*told, {"tools": self.tools}]
 
@@ -98,9 +107,10 @@ def _told(turn: Message) -> list[Any]:
 
 @dataclass(frozen=True)
 class ChatRows(RowFormat):
-    """How the rows of a source become conversations.
+    """The way in which the rows of a source become conversations.
 
-    `shape`: a key of SHAPES; "": by the fields that a row has. `fields`: our name of a field → the name in this source.
+    `shape`: a key of SHAPES, or "" to decide by the fields that a row has. `fields`: our name of a
+    field → its name in this source.
     """
 
     shape: str = ""
@@ -127,14 +137,14 @@ class ChatRows(RowFormat):
         has |= {name for name in row if name not in self.fields and row[name] is not None}
         candidates = [self.shape] if self.shape else list(SHAPES)
         named = self.fields.keys() - SURROUNDINGS
-        if named and not self.shape:  # what is renamed says which shape is meant
+        if named and not self.shape:  # the renamed fields say which shape is meant
             candidates = [name for name in candidates if named <= SHAPES[name].all_names]
         fitting = [name for name in candidates if has.issuperset(SHAPES[name].needs)]
         if fitting:
             return fitting[0]
         wanted = " or ".join(self._described(name) for name in candidates)
         raise Fault(
-            f"no conversation: it has {', '.join(map(repr, row)) or 'no field'}, and needs {wanted}; mend the row, or name its "
+            f"no conversation: it has {', '.join(map(repr, row)) or 'no field'}, and needs {wanted}; fix the row, or name its "
             'fields in data.sources[].fields, such as {"prompt": "question", "completion": "answer"}'
         )
 
@@ -171,19 +181,19 @@ def _read_alpaca(row: Mapping[str, Any]) -> Turns:
 
 
 def _history(value: Any) -> Iterator[Message]:
-    """Earlier turns, as pairs of what was asked and answered."""
+    """Yield the earlier turns, given as pairs of question and answer."""
     if not isinstance(value or [], list):
-        raise Fault(f'\'history\' is {kind_of(value)}, not a list of pairs ["question", "answer"]; mend the row')
+        raise Fault(f'\'history\' is {kind_of(value)}, not a list of pairs ["question", "answer"]; fix the row')
     for number, pair in enumerate(value or []):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise Fault(f'history[{number}] is no pair ["question", "answer"]; mend the row')
+            raise Fault(f'history[{number}] is not a pair ["question", "answer"]; fix the row')
         yield Message("user", _text(pair[0], f"history[{number}][0]"), False)
         yield Message("assistant", _text(pair[1], f"history[{number}][1]"), True)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """`needs`: fields that a row of this shape has; `may`: fields that it may have."""
+    """A form of rows. `needs`: fields that every such row has; `may`: fields that it may have."""
 
     needs: tuple[str, ...]
     may: tuple[str, ...]
@@ -194,32 +204,34 @@ class Shape:
         return {*self.needs, *self.may}
 
 
-# In the order in which a row is tried: data sets that give a conversation and its first prompt mean the conversation.
+# In the order in which they are tried on a row: a row with both a conversation and its first prompt
+# means the conversation.
 SHAPES = {
     "messages": Shape(("messages",), ("system",), _read_messages),
     "sharegpt": Shape(("conversations",), ("system",), _read_sharegpt),
     "prompt": Shape(("prompt", "completion"), ("system",), _read_prompt),
     "alpaca": Shape(("instruction", "output"), ("input", "history", "system"), _read_alpaca),
 }
-SURROUNDINGS = frozenset({"tools", "functions", OPTIONS, *MEDIA})  # what a row of any shape may have
+# Fields a row of any shape may have.
+SURROUNDINGS = frozenset({"tools", "functions", OPTIONS, *MEDIA})
 
 
 def with_surroundings(turns: Turns, row: Mapping[str, Any]) -> Conversation:
-    """The turns of a row with the tools and options that it has beside them. Fault for pictures and sounds."""
+    """Return the turns of a row with its tools and options. Fault for pictures and sounds."""
     if media := [name for name in MEDIA if row.get(name)]:
         raise Fault(f"it has {media[0]!r}, and texts alone are trained here; remove the row")
     options = row.get(OPTIONS)
     if options is not None and not isinstance(options, dict):
-        raise Fault(f"{OPTIONS!r} is {kind_of(options)}, not an object; mend or remove it")
+        raise Fault(f"{OPTIONS!r} is {kind_of(options)}, not an object; fix or remove it")
     functions = [{"type": "function", "function": function} for function in _listed(row, "functions")]
     return Conversation(turns, (*_listed(row, "tools"), *functions), options or {})
 
 
 def _listed(row: Mapping[str, Any], name: str) -> list[Any]:
-    """A list of objects, which may be given as a text of JSON, as tables have it."""
+    """Return a list of objects, which may be given as JSON text, as in tables."""
     value = _parsed(row.get(name) or [], repr(name))
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise Fault(f"{name!r} is {kind_of(value)}, not a list of objects; mend or remove it")
+        raise Fault(f"{name!r} is {kind_of(value)}, not a list of objects; fix or remove it")
     return value
 
 
@@ -229,17 +241,18 @@ def _parsed(value: Any, what: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise Fault(f"{what} is text that is not JSON ({error}); mend or remove it") from None
+        raise Fault(f"{what} is text that is not JSON ({error}); fix or remove it") from None
 
 
 def read_system(row: Mapping[str, Any]) -> Turns:
-    """What is said before the first turn."""
+    """Return what the system says before the first turn."""
     system = row.get("system")
     return (Message("system", _text(system, "'system'"), False),) if system else ()
 
 
 def read_side(value: Any, name: str, role: str) -> Turns:
-    """A prompt or a completion: a text, or a list of messages; what is in a prompt is not learned."""
+    """Return the turns of a prompt, which is not learned, or of a completion: a text, or a list of
+    messages."""
     if isinstance(value, list):
         turns = _messages(value, name, ("role", "content"))
         return turns if role == "assistant" else asked(turns)
@@ -247,13 +260,13 @@ def read_side(value: Any, name: str, role: str) -> Turns:
 
 
 def asked(turns: Iterable[Message]) -> Turns:
-    """The turns, none of which is to be learned."""
+    """Return the turns with none of them to be learned."""
     return tuple(replace(turn, counts=False) for turn in turns)
 
 
 def _messages(value: Any, name: str, keys: tuple[str, str]) -> Turns:
     if not isinstance(value, list):
-        raise Fault(f"{name!r} is {kind_of(value)}, not a list of turns {_turn(keys)}; mend the row")
+        raise Fault(f"{name!r} is {kind_of(value)}, not a list of turns {_turn(keys)}; fix the row")
     return tuple(_message(turn, f"{name}[{number}]", keys) for number, turn in enumerate(value))
 
 
@@ -262,12 +275,12 @@ def _message(turn: Any, place: str, keys: tuple[str, str]) -> Message:
     calls = isinstance(turn, dict) and any(turn.get(name) for name in ("tool_calls", "function_call", *REASONING))
     if not isinstance(turn, dict) or not turn.keys() >= ({role_key} if calls else set(keys)):
         has = f"has {', '.join(map(repr, turn)) or 'no field'}" if isinstance(turn, dict) else f"is {kind_of(turn)}"
-        raise Fault(f"{place} {has}; a turn is {_turn(keys)}; mend the row")
+        raise Fault(f"{place} {has}; a turn is {_turn(keys)}; fix the row")
     spelling = turn[role_key]
     role = ROLES.get(spelling) if isinstance(spelling, str) else None
     if role is None:
         legal = ", ".join(ROLES)
-        raise Fault(f"{place}: {role_key} is {str(spelling)[:40]!r}; legal: {legal}; mend the row")
+        raise Fault(f"{place}: {role_key} is {str(spelling)[:40]!r}; legal: {legal}; fix the row")
     told = {name: value for name, value in turn.items() if name not in (role_key, content_key) and value is not None}
     counts = _counts(told, role, place)
     more = {name: _checked(value, f"{place}: {name}") for name, value in told.items() if name not in LEARNING}
@@ -284,14 +297,15 @@ LEARNING = frozenset({*WEIGHTS, *FLAGS, MASK})
 
 
 def _counts(told: Mapping[str, Any], role: str, place: str) -> bool:
-    """Whether a turn is learned: an assistant's is, unless a key of it says that it is not."""
+    """Return whether a turn is learned: an assistant's is, unless one of its keys says
+    otherwise."""
     said: dict[str, bool] = {}
     for name in (*WEIGHTS, *FLAGS, MASK):
         if name in told:
-            if told[name] not in (0, 1):  # true and false are among them
+            if told[name] not in (0, 1):  # true and false equal 1 and 0
                 raise Fault(
                     f"{place}: {name} is {str(told[name])[:40]!r}; legal: 1 (learned) and 0 (not)"
-                    f"{', or the other way round: it masks' if name == MASK else ''}; mend the row"
+                    f"{', or the other way round: it masks' if name == MASK else ''}; fix the row"
                 )
             said[name] = bool(told[name]) != (name == MASK)
     if not all(said.values()):
@@ -300,7 +314,8 @@ def _counts(told: Mapping[str, Any], role: str, place: str) -> bool:
 
 
 def _calls(turn: Mapping[str, Any], role: str, content_key: str, place: str) -> list[Any]:
-    """An assistant's calls of tools, as chat templates take them, whichever way they were written."""
+    """Return an assistant's calls of tools as chat templates take them, however they were
+    written."""
     if role in CALLING_ROLES:
         called = _parsed(turn.get(content_key), f"{place}: {content_key}")
         return [_call(call, f"{place}: {content_key}") for call in (called if isinstance(called, list) else [called])]
@@ -308,18 +323,18 @@ def _calls(turn: Mapping[str, Any], role: str, content_key: str, place: str) -> 
         return [_call(_parsed(turn["function_call"], f"{place}: function_call"), f"{place}: function_call")]
     called = _parsed(turn.get("tool_calls") or [], f"{place}: tool_calls")
     if not isinstance(called, list) or not all(isinstance(call, dict) for call in called):
-        raise Fault(f"{place}: tool_calls is {kind_of(called)}, not a list of objects; mend the row")
+        raise Fault(f"{place}: tool_calls is {kind_of(called)}, not a list of objects; fix the row")
     return called
 
 
 def _call(call: Any, what: str) -> dict[str, Any]:
     if not isinstance(call, dict) or "name" not in call:
-        raise Fault(f'{what} is no call {{"name": "…", "arguments": {{…}}}}; mend the row')
+        raise Fault(f'{what} is not a call {{"name": "…", "arguments": {{…}}}}; fix the row')
     return {"type": "function", "function": call}
 
 
 def _parts(content: Any, what: str) -> tuple[str, ...]:
-    """A content given as one text or in parts, [{"type": "text", "text": "…"}]."""
+    """Return the texts of a content: one text, or parts [{"type": "text", "text": "…"}]."""
     if not isinstance(content, list):
         return (_text(content, what),)
     texts = []
@@ -337,7 +352,7 @@ def _turn(keys: tuple[str, str]) -> str:
 
 
 def _checked(value: Any, what: str) -> Any:
-    """A value for the template, each text in it as `_text` wants it."""
+    """Return a value for the template, after checking each text in it as `_text` does."""
     if isinstance(value, str):
         return _text(value, what)
     if isinstance(value, dict):
@@ -347,7 +362,7 @@ def _checked(value: Any, what: str) -> Any:
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise Fault(f"{what} is {kind_of(value)}, not text; mend or remove the row")
+        raise Fault(f"{what} is {kind_of(value)}, not text; fix or remove the row")
     for letter in value if not value.isascii() else "":
         if ord(letter) in NONCHARACTERS:
             raise Fault(f"{what} holds U+{ord(letter):04X}, which Unicode keeps for programs' own marks; remove it")

@@ -1,8 +1,9 @@
-"""Content hashes of files, remembered by what the file system says of the file.
+"""Content hashes of files, remembered together with the file system's record of the file.
 
-A second start must notice a changed file without reading terabytes again. The content is hashed once; afterwards a file whose
-size, modification time, change time and inode are the same is taken to have the same content. No program can set the
-change time, so a file rewritten with its old size and old modification time is noticed too.
+A second start must notice a changed file without reading terabytes again. The content is hashed
+once; afterwards a file with the same size, modification time, change time and inode is taken to
+have the same content. No program can set the change time, so a file rewritten with its old size and
+old modification time is noticed too.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from trainer.files.locks import Lock
 from trainer.files.reading import open_regular, read_json, require_regular
 
 CHUNK_BYTES = 1 << 20
-RACY_S = 2.0  # kernels stamp files by a coarse clock: a write this soon after another can leave the stamp as it was
+# Kernels stamp files by a coarse clock: a write this soon may leave the stamp unchanged.
+RACY_S = 2.0
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """What the file system says of a file; every write changes it."""
+    """The file system's record of a file, which every write changes."""
 
     size: int  # [bytes]
     mtime_ns: int
@@ -34,7 +36,7 @@ class Stamp:
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> Stamp:
-        """The stamp now; DataError when the file cannot be looked at."""
+        """Return the stamp of a file now. DataError if the file cannot be inspected."""
         try:
             require_regular(path)
             status = os.stat(path)
@@ -43,7 +45,7 @@ class Stamp:
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
     def require_unchanged(self, path: str | os.PathLike[str]) -> None:
-        """DataError when the file at `path` is no longer the one that was stamped."""
+        """Raise DataError if the file at `path` is no longer the one that was stamped."""
         now = Stamp.of(path)
         if now != self:
             raise DataError(
@@ -53,18 +55,20 @@ class Stamp:
 
 
 def unreadable(path: str | os.PathLike[str], error: OSError) -> DataError:
-    """The one line for a file that the operating system will not give us."""
-    return DataError(f"{path}: cannot be read: {error.strerror or error}; mend its permissions or remove it from the source")
+    """Return the error for a file that the operating system cannot read."""
+    return DataError(f"{path}: cannot be read: {error.strerror or error}; fix its permissions or remove it from the source")
 
 
 def fingerprint_of(facts: object) -> str:
-    """Fingerprint of JSON-able facts: 32 hexadecimal digits, equal wherever the facts are equal."""
+    """Return the fingerprint of JSON-able facts: 32 hexadecimal digits, the same for equal
+    facts."""
     canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 
 class Digests:
-    """Content hashes of files, remembered in one JSON file; a lost or damaged memory only costs reading again."""
+    """The content hashes of files, remembered in one JSON file. If it is lost or damaged, files are
+    read again."""
 
     def __init__(self, cache_dir: Path) -> None:
         make_private(cache_dir)
@@ -72,7 +76,8 @@ class Digests:
         self._lock = Lock(cache_dir / "digests.lock")
 
     def of(self, paths: list[str]) -> list[tuple[Stamp, str]]:
-        """Stamp and content hash of each file. One process hashes at a time, so ranks that start together read once."""
+        """Return the stamp and content hash of each file. One process hashes at a time, so ranks
+        that start together read each file once."""
         with self._lock.held():
             memory = self._recall()
             found = [self._digest(path, memory) for path in paths]
@@ -92,7 +97,8 @@ class Digests:
 
     @staticmethod
     def _settled(paths: list[str], found: list[tuple[Stamp, str]]) -> dict[str, list[object]]:
-        """What may be remembered: files last written long enough ago that their next write must show."""
+        """Return the entries that may be remembered: files last written so long ago that their next
+        write must change the stamp."""
         settled_ns = time.time_ns() - int(RACY_S * 1e9)
         return {
             path: [stamp.size, stamp.mtime_ns, stamp.ctime_ns, stamp.inode, digest]

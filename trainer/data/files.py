@@ -1,4 +1,4 @@
-"""Files → bytes → text: compression undone, damage and foreign encodings named.
+"""The way from files to bytes to text: decompresses, and names damage and foreign encodings.
 
 `zstandard` is imported only for a file that needs it.
 """
@@ -20,11 +20,12 @@ from trainer.files.reading import open_regular
 GZIP, ZSTD = ".gz", ".zst"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CHUNK_BYTES = 1 << 17
-LOOKED_AT = 4096  # bytes that tell an encoding
-# Of one document and one row: a few bytes in a compressed file may claim any length, and tokens take ten times as much memory.
+LOOKED_AT = 4096  # bytes inspected to recognise an encoding
+# Limits on one document and one row: a few bytes in a compressed file may claim any length, and
+# tokens take ten times as much memory.
 LARGEST_TEXT = 1 << 30  # bytes
 LONGEST_ROW = 256 << 20  # bytes, or characters
-# How files of other kinds begin, and the remedy.
+# The first bytes of files of other kinds, and the remedy.
 OTHER_KINDS = (
     (b"\x1f\x8b", f"it is a gzip file: let its name end in {GZIP}"),
     (b"\x28\xb5\x2f\xfd", f"it is a zstd file: let its name end in {ZSTD}"),
@@ -41,18 +42,19 @@ OTHER_KINDS = (
 
 
 def packing_of(name: str) -> str:
-    """Return what a name says of compression: ".gz", ".zst" or ""."""
+    """Return the compression that a name indicates: ".gz", ".zst" or ""."""
     return next((packing for packing in (GZIP, ZSTD) if name.lower().endswith(packing)), "")
 
 
 def unpacked_name(name: str) -> str:
-    """The name of what is in the file, in lower case: names of files are also written as NAME.CSV.GZ."""
+    """Return the name of the content, in lower case, since names such as NAME.CSV.GZ occur."""
     return name.lower().removesuffix(packing_of(name))
 
 
 @contextmanager
 def unpacked(path: str) -> Iterator[io.BufferedReader]:
-    """The bytes in a file, to be read once; DataError, also while they are read, where it is damaged or cannot be read."""
+    """Open the bytes in a file, to be read once. DataError, also during reading, if it is damaged
+    or cannot be read."""
     with ExitStack() as stack:
         try:
             yield stack.enter_context(_opened(path, stack))
@@ -74,12 +76,13 @@ def _opened(path: str, stack: ExitStack) -> io.BufferedReader:
 
 
 def opened(path: str) -> io.BufferedReader:
-    """Open a file as it is, compressed or not; OSError where it cannot be read."""
+    """Open a file as it is, compressed or not. OSError if it cannot be read."""
     return io.BufferedReader(open_regular(path), CHUNK_BYTES)
 
 
 class _Unzstd(io.RawIOBase):
-    """The bytes in the frames of a zstd file. zstandard's own reader takes a file that was cut for a whole one."""
+    """A stream of the bytes in the frames of a zstd file. zstandard's own reader accepts a
+    truncated file as complete."""
 
     def __init__(self, path: str, file: BinaryIO) -> None:
         try:
@@ -124,7 +127,8 @@ class _Unzstd(io.RawIOBase):
 
 
 def content_of(path: str) -> bytes:
-    """All bytes in a file; DataError where it cannot be read, or they are too many for one text."""
+    """Return all bytes in a file. DataError if it cannot be read, or if they are too many for one
+    text."""
     with unpacked(path) as file:
         content = file.read(LARGEST_TEXT + 1)
     if len(content) > LARGEST_TEXT:
@@ -136,7 +140,7 @@ def content_of(path: str) -> bytes:
 
 
 def lines_of(file: IO[AnyStr]) -> Iterator[AnyStr]:
-    """The lines of a file, none of them longer than a row may be: Fault."""
+    """Yield the lines of a file. Fault if one is longer than a row may be."""
     while line := file.readline(LONGEST_ROW + 1):
         if len(line) > LONGEST_ROW:
             raise Fault(f"a line of more than {LONGEST_ROW >> 20} MiB; is it one row? Divide or remove it")
@@ -144,7 +148,10 @@ def lines_of(file: IO[AnyStr]) -> Iterator[AnyStr]:
 
 
 def decoded(content: bytes, path: str, encoding: str = "utf-8-sig") -> str:
-    """The text in a file, without a byte order mark; DataError with line, byte and what it looks like where it is none."""
+    """Return the text in a file, without a byte order mark.
+
+    If it is not text, DataError gives the line, the byte and the encoding it looks like.
+    """
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -158,7 +165,8 @@ def decoded(content: bytes, path: str, encoding: str = "utf-8-sig") -> str:
 
 
 def require_no_wide_characters(content: bytes, path: str) -> None:
-    """DataError where UTF-16 without a byte order mark, whose every other byte is 0, would pass as UTF-8."""
+    """Raise DataError for UTF-16 without a byte order mark, which would pass as UTF-8 because every
+    other byte is 0."""
     if is_wide(content):
         raise DataError(f"{path}:1: {foreign(content)}")
 
@@ -169,8 +177,11 @@ def is_wide(content: bytes) -> bool:
 
 
 def foreign(content: bytes, bad: int = 0) -> str:
-    """What bytes that are no UTF-8 look like, and the remedy; "" where they look like nothing known. `bad`: the first that is
-    wrong."""
+    """Return what bytes that are not UTF-8 look like, with the remedy; "" if they look like nothing
+    known.
+
+    `bad`: the index of the first bad byte.
+    """
     for beginning, said in OTHER_KINDS:
         if content.startswith(beginning):
             return said

@@ -1,4 +1,5 @@
-"""Tokenizers as they are handed on: in a folder of which transformers' AutoTokenizer makes what trained."""
+"""Tokenizers in the form in which they are handed on: folders that AutoTokenizer loads as the
+tokenizer that trained."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ from trainer.errors import DataError
 
 
 def beside_model(tokenizer: Tokenizer, model_config: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer, saved so that AutoTokenizer makes of it what trained, beside that config.json.
+    """Return the tokenizer in a form that AutoTokenizer, beside this config.json, loads as the one
+    that trained.
 
-    Under its own class where that does; else under the plain one; else so that the class of its model_type is not taken.
-    DataError where nothing helps.
+    The form is its own class if that works; else the plain class; else one that makes AutoTokenizer
+    ignore its model_type's class. DataError if none works.
     """
     wrong = ""
     for candidate in _candidates(tokenizer):
@@ -29,8 +31,8 @@ def beside_model(tokenizer: Tokenizer, model_config: Mapping[str, Any]) -> Token
         if not wrong:
             return candidate
     raise DataError(
-        f"data.tokenizer: beside a model of type {model_config.get('model_type')!r} transformers would not make of it what "
-        f"trains: {wrong}; give another tokenizer"
+        f"data.tokenizer: beside a model of type {model_config.get('model_type')!r} transformers would not load the "
+        f"tokenizer that trains: {wrong}; give another tokenizer"
     )
 
 
@@ -45,21 +47,22 @@ def _candidates(tokenizer: Tokenizer) -> Iterator[Tokenizer]:
 
 
 def require_same(folder: Path, tokenizer: Tokenizer) -> None:
-    """DataError where AutoTokenizer does not make of the folder what trained."""
+    """Raise DataError if AutoTokenizer does not load the folder as the tokenizer that trained."""
     if wrong := _unlike(folder, tokenizer):
         raise DataError(
-            f"{folder.name}: transformers would not make of its tokenizer what trained: {wrong}; it is not written: install "
+            f"{folder.name}: transformers would not load the tokenizer that trained: {wrong}; it is not written: install "
             "the version of transformers that trained, and write the newest checkpoint with triaxis export"
         )
 
 
 def _unlike(folder: Path, tokenizer: Tokenizer) -> str:
-    """Return in what the tokenizer that AutoTokenizer loads from the folder is another one, "" where it is the same."""
+    """Return how the tokenizer that AutoTokenizer loads from the folder differs, or "" if it does
+    not."""
     try:
         _, loaded = load(str(folder))
     except TokenizerFails:
         raise
-    except Exception as error:  # of many kinds
+    except Exception as error:  # transformers raises many kinds
         return reason(error)
     expected = tokenizer.settings or {name: _content(tokenizer.config[name]) for name in NAMED if name in tokenizer.config}
     found = settings_of(loaded)

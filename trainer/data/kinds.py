@@ -1,7 +1,9 @@
-"""What a file is: text, or rows of some format; by its name, and where that is not enough by how it begins.
+"""The kind of a file, text or rows of some format, by its name, and where that is not enough by how
+it begins.
 
-JSON, .csv and .tsv files hold rows or are texts themselves, such as the settings in a folder of source code. They are rows
-where their first one has the text's field, or where the recipe says that it must.
+JSON, .csv and .tsv files hold rows or are texts themselves, such as the settings in a folder of
+source code. They count as rows if their first row has the text's field, or if the recipe says that
+it must.
 """
 
 from __future__ import annotations
@@ -30,18 +32,19 @@ TEXT_SUFFIXES = frozenset(
     )
 )
 ROW_SUFFIXES = (*JSONL_SUFFIXES, *MAYBE_ROWS, *TABLE_SUFFIXES)
-FIRST_BYTES = 1 << 16  # in which the first row is looked for; four times as many where it is longer
+FIRST_BYTES = 1 << 16  # searched for the first row; four times as many if that is longer
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`reader`: a key of `readers.READERS`. `delimiter`: of delimited values."""
+    """A kind of file. `reader`: a key of `readers.READERS`. `delimiter`: of delimited values."""
 
     reader: str
     delimiter: str = ""
 
     def is_plain(self, name: str, *, in_rows: bool) -> bool:
-        """Whether the name says this much; where it does not, the kind is a fact about the source of its own."""
+        """Return whether the name alone says as much. If not, the kind is one of the facts recorded
+        of the source."""
         by_name = {"jsonl": (".jsonl", ".jsonl.gz", ".ndjson"), "table": tuple(TABLE_SUFFIXES)}
         if in_rows and self.delimiter == ("\t" if name.endswith(".tsv") else ","):
             by_name["delimited"] = DELIMITED_SUFFIXES
@@ -53,8 +56,11 @@ TEXT = Kind("text")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is looked for in a source. `field`: of the text in rows; None: its rows are a task's. `must`: the recipe names the
-    field, so every file that may hold rows holds them. `alone`: the source is this file."""
+    """The rows that are looked for in a source.
+
+    `field`: the field of the text, or None if the rows are a task's. `must`: the recipe names the
+    field, so every file that may hold rows holds them. `alone`: the source is this file.
+    """
 
     field: str | None
     columns: Sequence[str]
@@ -71,7 +77,7 @@ def is_known(name: str) -> bool:
 
 
 def kind_of_file(path: str, wanted: Wanted) -> Kind:
-    """DataError where the file is needed to know, and cannot be read."""
+    """Return the kind of a file. DataError if the file must be read for that and cannot be."""
     suffix = suffix_of(path)
     if suffix in TABLE_SUFFIXES:
         return Kind("table")
@@ -97,7 +103,8 @@ def _kind_of_json(path: str, wanted: Wanted) -> Kind:
 
 @dataclass(frozen=True)
 class _First:
-    """The first row of a JSON file, UNREADABLE where it has none; `in_lines`: the file has one object to a line."""
+    """The first row of a JSON file, UNREADABLE if it has none. `in_lines`: the file has one object
+    per line."""
 
     row: Any
     in_lines: bool = False
@@ -105,7 +112,8 @@ class _First:
 
     @property
     def of_several(self) -> bool:
-        """An object that is alone in its file is rather a text, such as settings."""
+        """Return whether the row is one of several. An object alone in its file is more likely a
+        text, such as settings."""
         return isinstance(self.row, Mapping | str) and (self.in_lines or self.in_list)
 
     def has_text(self, field: str) -> bool:

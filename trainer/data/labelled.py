@@ -1,8 +1,8 @@
-"""Labelled texts: rows → a text and its class → tokens with a label.
+"""Labelled texts: rows are read as a text with its class, and encoded as tokens with a label.
 
-The tokens are those that the tokenizer's own folder gives in transformers, special tokens and truncation included, so that an
-exported classifier reads what was trained. The classes of a source are found before anything is tokenized, unless the recipe
-lists them.
+The tokens are those that the tokenizer's own folder gives in transformers, special tokens and
+truncation included, so that an exported classifier reads what was trained. The classes of a source
+are found before anything is tokenized, unless the recipe lists them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from trainer.data.row_format import RowFormat
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 
-VERSION = 1  # of all that decides the tokens and the label of a text
-MAX_CLASSES = 100_000  # found in the data; more are rather texts
+VERSION = 1  # raise it when the tokens or the label of a text change
+MAX_CLASSES = 100_000  # found in the data; a column with more is not one of labels
 
 
 @dataclass(frozen=True)
 class LabelledText:
-    """`spelt`: the label with the white space that is around it in the data."""
+    """A text with its class. `spelt`: the label as in the data, with white space around it."""
 
     text: str
     label: str
@@ -38,7 +38,8 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class LabelledRows(RowFormat):
-    """Rows with a text and the name of its class; `fields`: our name of a field → the name in this source."""
+    """A format of rows with a text and the name of its class. `fields`: our name of a field → its
+    name in this source."""
 
     fields: dict[str, str] = field(default_factory=dict)
 
@@ -49,7 +50,7 @@ class LabelledRows(RowFormat):
     def example_of(self, row: Mapping[str, Any]) -> LabelledText:
         text, label = (self._value(row, name) for name in ("text", "label"))
         if not isinstance(text, str):
-            raise Fault(f"{self._name('text')!r} is {kind_of(text)}, not text; mend or remove the row")
+            raise Fault(f"{self._name('text')!r} is {kind_of(text)}, not text; fix or remove the row")
         spelt = self._spelt(label)
         return LabelledText(require_characters(text, repr(self._name("text"))), class_name(spelt), spelt)
 
@@ -67,16 +68,17 @@ class LabelledRows(RowFormat):
         if row.get(name) is None:
             has = ", ".join(map(repr, row)) or "no field"
             raise Fault(
-                f"no {name!r}: it has {has}, and data.task classify needs a text and a label; mend the row, or name its fields "
+                f"no {name!r}: it has {has}, and data.task classify needs a text and a label; fix the row, or name its fields "
                 'in data.sources[].fields, such as {"text": "sentence", "label": "sentiment"}'
             )
         return row[name]
 
     def _spelt(self, label: Any) -> str:
-        if isinstance(label, float) and label.is_integer():  # as a table has whole numbers where some are missing
+        # A table's whole numbers where some are missing.
+        if isinstance(label, float) and label.is_integer():
             label = int(label)
         if isinstance(label, bool) or not isinstance(label, int | str) or (isinstance(label, str) and not class_name(label)):
-            raise Fault(f"{self._name('label')!r} is {label!r}: a label is a word or a whole number; mend or remove the row")
+            raise Fault(f"{self._name('label')!r} is {label!r}: a label is a word or a whole number; fix or remove the row")
         if label == -1:
             raise Fault(
                 f"{self._name('label')!r} is -1, by which published data hides the label of a test; leave this split out"
@@ -85,12 +87,13 @@ class LabelledRows(RowFormat):
 
 
 def class_name(label: str) -> str:
-    """A label without the white space around it, or a byte order mark: `pos` and `pos ` are one class."""
+    """Return a label without the white space or byte order mark around it: `pos` and `pos ` are one
+    class."""
     return label.strip().strip("\ufeff").strip()
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """The names of classes: by their value where all are numbers, else by their letters."""
+    """Return the names of classes in order: by value if all are numbers, else alphabetically."""
     found = set(names)
     if all(name.isascii() and name.isdecimal() for name in found):
         return sorted(found, key=lambda name: (int(name), name))
@@ -98,7 +101,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 class Labelled(Examples):
-    """Texts with a class, as one document each."""
+    """A writer of texts with a class, as one document each."""
 
     noun = "texts"
 
@@ -119,7 +122,7 @@ class Labelled(Examples):
     def tokenize(self, example: LabelledText) -> Tokenized:
         if example.label not in self._number:
             legal = ", ".join(map(repr, self.classes[:20]))
-            raise Fault(f"the label {example.label!r} is not in data.classes ({legal}); mend the row, or add the class")
+            raise Fault(f"the label {example.label!r} is not in data.classes ({legal}); fix the row, or add the class")
         ids, lost = self.tokenizer.encode_sequence(example.text, max_tokens=self.layout.part_tokens)
         counts = Counter(read=1, empty=int(not example.text.strip()), truncated=int(lost > 0), lost_tokens=lost)
         counts["stripped"] = int(example.spelt != example.label)
@@ -145,7 +148,7 @@ class Labelled(Examples):
 
 
 def require_classes(names: list[str], where: str) -> list[str]:
-    """DataError where they cannot be told apart, or are no classes at all."""
+    """Return the classes. DataError if there is only one, or there are too many to be classes."""
     if not names:
         raise DataError(f"{where}: it has no rows, so that no class is known; correct the path, or fill it")
     if len(names) < 2:

@@ -1,4 +1,5 @@
-"""Which conversations share a row: whole ones only, so that no answer is learned without its question."""
+"""The choice of examples that share a row: whole ones only, so that no answer is learned without
+its question."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ import numpy.typing as npt
 
 
 def pack(lengths: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
-    """Documents divided into rows of at most `capacity` tokens, each of `lengths` at most that: best fit, longest first.
+    """Return documents divided into rows of at most `capacity` tokens, by best fit, longest first.
+    No length exceeds `capacity`.
 
-    Best fit decreasing needs at most 11/9 of the fewest rows (Johnson 1973), and far fewer in practice. Rows come in the order
-    of the document that opened each, so that the first rows are no longer or shorter than others. The rooms of the open rows
-    are the bits of one whole number, so the tightest room that is large enough is found in one step.
+    Best fit decreasing needs at most 11/9 of the fewest possible rows (Johnson 1973), and far fewer
+    in practice. Rows come in the order of the document that opened each, so that the first rows are
+    no longer or shorter than others. The open rows' remaining tokens are the bits of one whole
+    number, so the fullest row with enough room is found in one step.
     """
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # tokens left → rows

@@ -1,12 +1,15 @@
-"""Rows of preference data → pairs of conversations. What a row must look like, and what is said of one that does not.
+"""The rows of preference data, read as pairs of conversations: the shapes a row may have, and the
+faults of one that has none.
 
     prompt     {"prompt": "…", "chosen": "…", "rejected": "…"}, texts, or lists of messages
-    messages   {"chosen": [message, …], "rejected": [message, …]}: whole conversations; beside them a prompt may repeat
-               how they begin
-    dialogue   {"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": "…"}: the same as texts, as in Anthropic's HH
+    messages   {"chosen": [message, …], "rejected": [message, …]}: whole conversations; a prompt
+               beside them may repeat their beginning
+    dialogue   {"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": "…"}: the same as texts,
+               as in Anthropic's HH
 
-Each may have "system", a text. What both conversations begin with is the prompt: only what follows is learned. Files that name
-these fields otherwise are read through `fields`.
+Each may have "system", a text. The prompt is what both conversations have in common at their
+beginning: only what follows is learned. Files that name these fields differently are read through
+`fields`.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True)
 class Pair:
-    """Two conversations that begin alike; what counts in each is the answer."""
+    """A pair of conversations that begin alike; the answer is what counts in each."""
 
     chosen: Conversation
     rejected: Conversation
@@ -45,7 +48,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairRows(RowFormat):
-    """How the rows of a source become pairs. `fields`: our name of a field → the name in this source."""
+    """The way in which the rows of a source become pairs. `fields`: our name of a field → its name
+    in this source."""
 
     fields: dict[str, str] = field(default_factory=dict)
 
@@ -58,7 +62,7 @@ class PairRows(RowFormat):
         if missing := [self.fields.get(name, name) for name in ANSWERS if named.get(name) is None]:
             raise Fault(
                 f"no pair: it has {', '.join(map(repr, row)) or 'no field'}, and no {' and no '.join(map(repr, missing))}; "
-                'mend the row, or name its fields in data.sources[].fields, such as {"chosen": "better", "rejected": "worse"}'
+                'fix the row, or name its fields in data.sources[].fields, such as {"chosen": "better", "rejected": "worse"}'
             )
         prompt = read_side(named["prompt"], "prompt", "user") if named.get("prompt") is not None else ()
         chosen, rejected = (_conversation(prompt, named[name], name) for name in ANSWERS)
@@ -75,7 +79,8 @@ class PairRows(RowFormat):
 
 
 def _conversation(prompt: Turns, answer: Any, name: str) -> Turns:
-    """A list of messages that begins before the assistant speaks has the prompt in it already."""
+    """Return prompt and answer as one conversation. A list of messages that begins before the
+    assistant speaks already contains the prompt."""
     if isinstance(answer, str) and not prompt:
         return _dialogue(answer, name)
     turns = read_side(answer, name, "assistant")
@@ -86,14 +91,14 @@ def _dialogue(text: str, name: str) -> Turns:
     before, *parts = DIALOGUE.split(text)
     if before.strip() or not parts:
         raise Fault(
-            f"{name!r} is {kind_of(text)} beside which no 'prompt' is, and none that begins with a blank line and Human:; "
-            "mend the row, or name its fields in data.sources[].fields"
+            f"{name!r} is {kind_of(text)} without a 'prompt' beside it, and does not begin with a blank line and Human:; "
+            "fix the row, or name its fields in data.sources[].fields"
         )
     roles = [SPEAKERS[speaker] for speaker in parts[::2]]
     return tuple(Message(role, content.strip(), role == "assistant") for role, content in zip(roles, parts[1::2], strict=True))
 
 
 def _begins_alike(chosen: Turns, rejected: Turns) -> int:
-    """Turns that both have at their beginning."""
+    """Return the number of turns that both have in common at their beginning."""
     told = [Conversation(turns).told for turns in (chosen, rejected)]
     return next((n for n, (one, other) in enumerate(zip(*told, strict=False)) if one != other), min(map(len, told)))

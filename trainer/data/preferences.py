@@ -1,4 +1,5 @@
-"""Pairs of answers → tokens: each answer with its prompt is a document, and the two of a pair lie in one row."""
+"""The encoding of pairs of answers: each answer with its prompt is a document, and the two of a
+pair lie in one row."""
 
 from __future__ import annotations
 
@@ -13,20 +14,20 @@ from trainer.data.examples import Document, Examples, RowLayout, Tokenized
 from trainer.data.pairs import Pair
 from trainer.data.tokenizer import Tokenizer
 
-VERSION = 2  # of all that decides the tokens and targets of a pair
+VERSION = 2  # raise it when the tokens or targets of a pair change
 
 
 class Preferences(Examples):
-    """A tokenizer and its chat template, by which both conversations of a pair are written.
+    """A tokenizer with the chat template in which both conversations of a pair are written.
 
-    A pair that is longer than a row is truncated: each of its conversations to half a row. One without an answer then, or
-    before, or with twice the same, is left out.
+    Each conversation of a pair longer than a row is truncated to half a row. A pair is left out if
+    an answer is missing, before or after truncation, or if both answers are the same.
     """
 
     noun = "pairs"
 
     def __init__(self, tokenizer: Tokenizer, *, seq_len: int) -> None:
-        """RecipeError when the template is not valid."""
+        """Prepare the chat template. RecipeError if it is not valid."""
         self._chat = Chat(tokenizer, seq_len=seq_len, learned="answers")
         super().__init__(self._chat.tokenizer, seq_len=seq_len)
         self.layout = RowLayout(seq_len, documents_each=2)
@@ -60,7 +61,7 @@ class Preferences(Examples):
         return Tokenized(tuple(Document(answer.ids, answer.is_target) for answer in answers), content, counts)
 
     def _that_fit(self, rendered: list[Rendered]) -> tuple[list[Encoded] | None, bool]:
-        """Both conversations in one row, and whether they had to be truncated."""
+        """Return both conversations, to fit in one row, and whether they had to be truncated."""
         encoded = [self._chat.encode(one) for one in rendered]
         whole = [one for one in encoded if one is not None]
         if len(whole) < len(encoded):

@@ -1,4 +1,5 @@
-"""What a recipe's data section asks for → tokenizer and token stores, made or found in the cache."""
+"""The preparation of what a recipe's data section asks for: tokenizer and token stores, made or
+found in the cache."""
 
 from __future__ import annotations
 
@@ -33,32 +34,34 @@ from trainer.files.reading import told
 from trainer.tasks import TASKS
 
 CLASSES = "classes.json"
-BPE_TRAINING_BYTES = 256 << 20  # of text: merges hardly change beyond, and counting words takes memory
+# Of text: more hardly changes the merges, and counting words takes memory.
+BPE_TRAINING_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Everything a run needs to know of its data."""
+    """The facts that a run needs to know about its data."""
 
     tokenizer: Tokenizer
-    examples: Examples | None  # how examples are written; None: documents are texts
-    texts: Texts | None  # how texts are written; None: documents are examples
+    examples: Examples | None  # the writer of examples; None: documents are texts
+    texts: Texts | None  # the writer of texts; None: documents are examples
     sources: tuple[str, ...]  # names, one per training store
     train: tuple[TokenStore, ...]
     weights: tuple[float, ...] | None  # one per training store; None: by size
     evaluation: tuple[TokenStore, ...]  # empty: nothing is held out
     eval_sources: tuple[str, ...]  # names, one per evaluation store
-    fingerprint: str  # equal when every training sample is; saved with checkpoints
+    fingerprint: str  # equal if every training sample is equal; saved with checkpoints
     notes: tuple[str, ...]  # one-line remarks for the console
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes that texts are sorted into; () where the task learns something else."""
+        """The names of the classes that texts are sorted into; () if the task learns something
+        else."""
         return self.examples.classes if isinstance(self.examples, Labelled) else ()
 
     @property
     def chat(self) -> Conversing | None:
-        """How conversations are written; None: the task learns from something else."""
+        """The writer of conversations; None if the task learns from something else."""
         return self.examples.chat if self.examples else None
 
 
@@ -89,8 +92,9 @@ class SourceRow:
 def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progress: Progress) -> PreparedData:
     """Find or make what `data` asks for, under `cache_dir`.
 
-    `build`: for one process of a run; it tokenizes what the cache lacks. The others wait for it, without a collective, and
-    open what it made; they raise what it raised. RecipeError or DataError, with the place in the recipe or in the data.
+    `build`: set for one process of a run, which tokenizes what the cache lacks. The others wait for
+    it, without a collective, and open what it made; they raise what it raised. RecipeError or
+    DataError, with the place in the recipe or in the data.
     """
     cache = Cache(cache_dir, request=_request(data), build=build, progress=progress)
     with cache.reporting_outcome():
@@ -165,7 +169,7 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
         fingerprint=order_fingerprint(
             train,
             weights,
-            seq_len=data.row_tokens,
+            row_tokens=data.row_tokens,
             seed=seed,
             isolate_documents=data.isolate_documents,
             tails=data.tails == "train",
@@ -175,14 +179,16 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
 
 
 def held_out_pairs(data: schema.Data, *, cache_dir: Path, limit: int) -> list[Translation]:
-    """The first pairs of `data.eval_sources` with two sides, at most `limit`, as they are written there."""
+    """Return the first pairs of `data.eval_sources` with two non-empty sides, at most `limit`, as
+    written there."""
     corpora = _look(data, "eval_sources", Digests(cache_dir))
     pairs = (pair for corpus in corpora for shard in corpus.shards for pair in shard.examples(lambda pair: pair) if all(pair))
     return list(islice(pairs, limit))
 
 
 def was_prepared(data: schema.Data, cache_dir: Path) -> bool:
-    """Whether `prepare` has made all of this under `cache_dir` before; the sources may have changed since."""
+    """Return whether `prepare` has made all of this under `cache_dir` before. The sources may have
+    changed since."""
     return was_built(cache_dir, request=_request(data))
 
 
@@ -191,7 +197,7 @@ def _request(data: schema.Data) -> str:
 
 
 def prepare_summary(prepared: PreparedData) -> list[SourceRow]:
-    """Rows for a table: each source's training part, then the held-out parts."""
+    """Return the rows of a table: each source's training part, then the held-out parts."""
     parts = [
         *((name, "train", store) for name, store in zip(prepared.sources, prepared.train, strict=True)),
         *((name, "held out", store) for name, store in zip(prepared.eval_sources, prepared.evaluation, strict=True)),
@@ -208,7 +214,7 @@ def _documents(store: TokenStore) -> int:
 
 
 def _look(data: schema.Data, group: str, digests: Digests) -> list[Corpus]:
-    """The sources in one of the lists of `data`."""
+    """Return the sources in one of the lists of `data`."""
     sources = getattr(data, group)
     return [
         look_at(source, where=f"data.{group}[{number}]", digests=digests, task=data.task)
@@ -221,7 +227,7 @@ class _Classes(TypedDict):
 
 
 def _classes(corpora: Sequence[Corpus], cache: Cache, progress: Progress) -> list[str]:
-    """The names of the classes that are found in the sources, in order."""
+    """Return the names of the classes found in the sources, in order."""
     what = "looking for the classes"
 
     def make(staging: Path) -> None:
@@ -249,7 +255,8 @@ def _labels(corpora: Sequence[Corpus], progress: Progress, what: str) -> Iterato
 
 
 def _tokenizer(spec: str, corpora: Sequence[Corpus], cache: Cache, progress: Progress) -> Tokenizer:
-    """The tokenizer that `spec` names; one that must be trained is kept in the cache, by sources and size."""
+    """Return the tokenizer that `spec` names. One that must be trained is kept in the cache, by
+    sources and size."""
     vocab_size = bpe_size(spec)
     if vocab_size is None:
         return make_tokenizer(spec)
@@ -270,7 +277,8 @@ def _new_token_notes(own: Tokenizer, tokenizer: Tokenizer, tokens: Sequence[str]
 
 
 def _sample(corpora: Sequence[Corpus], progress: Progress, what: str) -> Iterator[str]:
-    """Documents to train a tokenizer on: all, or evenly spaced shards of a corpus larger than needed."""
+    """Yield documents to train a tokenizer on: all, or those of evenly spaced shards if the corpus
+    is larger than needed."""
     shards = [shard for corpus in corpora for shard in corpus.shards]
     shards = shards[:: -(-sum(shard.size for shard in shards) // BPE_TRAINING_BYTES)]
     total = sum(shard.size for shard in shards)
@@ -283,7 +291,7 @@ def _sample(corpora: Sequence[Corpus], progress: Progress, what: str) -> Iterato
 
 
 def _open(folder: Path, corpus: Corpus, tokenizer: Tokenizer, verify: Verify) -> dict[str, TokenStore]:
-    """The stores in a cached folder, which must be of this corpus and this tokenizer."""
+    """Return the stores in a cached folder, which must be of this corpus and this tokenizer."""
     parts = [MAIN, HELD_OUT] if (folder / HELD_OUT).is_dir() else [MAIN]
     found = {part: TokenStore.open(folder / part, verify=verify) for part in parts}
     for store in found.values():
@@ -293,17 +301,18 @@ def _open(folder: Path, corpus: Corpus, tokenizer: Tokenizer, verify: Verify) ->
 
 
 def _counts(folder: Path) -> Counter[str]:
-    """What became of the rows of a source."""
+    """Return the counts of what became of the rows of a source."""
     try:
         return Counter(read_as(dict[str, int], folder / COUNTS))
-    except FileNotFoundError:  # of texts, before their rows were counted
+    except FileNotFoundError:  # of texts whose store was made before rows were counted
         return Counter()
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / COUNTS}: damaged: {told(error)}; delete {folder} to tokenize again") from None
 
 
 def _weights(sources: Sequence[schema.Source]) -> tuple[float, ...] | None:
-    """None: by size, which of a single source says nothing."""
+    """Return the weights of the sources, or None for by size, which means nothing for a single
+    one."""
     if len(sources) > 1 and all(source.weight is None for source in sources):
         return None
     return tuple(1.0 if source.weight is None else source.weight for source in sources)

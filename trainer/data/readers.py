@@ -1,4 +1,5 @@
-"""Shards of a source → its texts or rows, read by one process alone; damage is named with its place.
+"""The readers of a source's shards, one process each: they yield texts or rows, and name damage
+with its place.
 
 `datasets` is imported only when a source needs it.
 """
@@ -50,10 +51,10 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class LocalFile:
-    """One file of a source."""
+    """A file of a source."""
 
     path: str  # absolute
-    name: str  # relative to the source: the fingerprint must not change when a corpus moves
+    name: str  # relative to the source, so that the fingerprint stays when a corpus moves
     stamp: Stamp
     digest: str
 
@@ -64,9 +65,11 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class Shard:
-    """The documents that one worker reads alone: whole files, or the range [begin, end) of one.
+    """A set of documents that one worker reads alone: whole files, or the range [begin, end) of
+    one.
 
-    The range is in bytes for JSON lines, in rows for a saved data set, and "part begin of end" for a hub data set.
+    The range is in bytes for JSON lines, in rows for a saved data set, and "part begin of end" for
+    a hub data set.
     """
 
     kind: str  # a key of READERS
@@ -78,13 +81,13 @@ class Shard:
     path: str = ""
     field: str = ""
     split: str = ""
-    columns: tuple[str, ...] = ()  # names, where a delimited file has no header
+    columns: tuple[str, ...] = ()  # names of the columns of a delimited file without a header
     delimiter: str = ""  # of a delimited file
-    format: RowFormat | None = None  # how rows become examples; None: they are texts
+    format: RowFormat | None = None  # makes examples from rows; None: rows are texts
 
     @classmethod
     def from_json(cls, value: dict[str, Any], format: type[RowFormat] | None) -> Shard:
-        """Undo `dataclasses.asdict` and JSON."""
+        """Build a shard from the JSON of its `dataclasses.asdict`."""
         files = tuple(LocalFile(**{**file, "stamp": Stamp(**file["stamp"])}) for file in value["files"])
         return cls(
             **{
@@ -96,8 +99,11 @@ class Shard:
         )
 
     def documents(self, unread: Counter[str] | None = None) -> Iterator[str]:
-        """The texts in order, empty ones included; `unread` counts the keys of rows that nothing reads. DataError names the
-        file and place of damage, or a file that changed."""
+        """Yield the texts in order, empty ones included.
+
+        `unread` counts the keys of rows that nothing reads. DataError names the file and place of
+        damage, or a file that changed.
+        """
 
         def text_of(row: Any) -> str:
             if isinstance(row, str):  # an item of a JSON list
@@ -109,8 +115,11 @@ class Shard:
         yield from self._read(text_of)
 
     def examples(self, make: Callable[[Any], Record], unread: Counter[str] | None = None) -> Iterator[Record]:
-        """What `make` makes of each example, in order; errors as for `documents`, and `make` may raise Fault too. `unread`
-        counts the keys of rows that nothing reads."""
+        """Yield what `make` returns for each example, in order. Errors are those of `documents`,
+        and Faults of `make`.
+
+        `unread` counts the keys of rows that nothing reads.
+        """
         rows = self.format
         assert rows is not None
 
@@ -123,7 +132,7 @@ class Shard:
         yield from self._read(make_of)
 
     def texts(self) -> Iterator[str]:
-        """What a tokenizer is trained on: documents, or the texts in examples."""
+        """Yield what a tokenizer is trained on: documents, or the texts in examples."""
         if self.format is None:
             yield from self.documents()
         else:
@@ -136,9 +145,9 @@ class Shard:
             file.stamp.require_unchanged(file.path)
 
 
-# ---------------------------------------------------------------------------------------------- readers, one per kind
+# ---------------------------------------------------------------------------- readers, one per kind
 
-OfRow = Callable[[Any], Any]  # a record of a row; raises Fault
+OfRow = Callable[[Any], Any]  # makes a record of a row; raises Fault
 
 
 def _read_text(shard: Shard, of_row: OfRow) -> Iterator[str]:
@@ -147,7 +156,8 @@ def _read_text(shard: Shard, of_row: OfRow) -> Iterator[str]:
 
 
 def _read_python(shard: Shard, of_row: OfRow) -> Iterator[str]:
-    """Python sources as `tokenize.open` reads them: the encoding their first lines declare, newlines made one."""
+    """Yield Python sources as `tokenize.open` reads them, in the encoding that their first lines
+    declare, with uniform newlines."""
     for file in shard.files:
         content = content_of(file.path)
         try:
@@ -163,7 +173,8 @@ def _read_jsonl(shard: Shard, of_row: OfRow) -> Iterator[Any]:
 
 
 def _read_jsonl_range(shard: Shard, path: str, of_row: OfRow) -> Iterator[Any]:
-    """Documents of the lines that begin in [begin, end): every line belongs to one range, wherever the cuts fall."""
+    """Yield documents of the lines that begin in [begin, end): every line belongs to one range,
+    wherever the cuts fall."""
     try:
         with opened(path) as lines:
             offset = _seek_line(lines, shard.begin)
@@ -180,7 +191,7 @@ def _read_jsonl_range(shard: Shard, path: str, of_row: OfRow) -> Iterator[Any]:
 
 
 def _seek_line(lines: io.BufferedReader, begin: int) -> int:
-    """Stand at the first line that begins at or after `begin`; returns where that is."""
+    """Seek the first line that begins at or after `begin`, and return its offset."""
     if begin:
         lines.seek(begin - 1)
         while (part := lines.readline(CHUNK_BYTES)) and not part.endswith(b"\n"):
@@ -213,7 +224,7 @@ def _read_packed_jsonl(path: str, of_row: OfRow) -> Iterator[Any]:
 
 
 def _read_json(shard: Shard, of_row: OfRow) -> Iterator[Any]:
-    """Rows of a list, of the list "data" of an object, or one after the other."""
+    """Yield the rows of a list, of the list "data" of an object, or rows one after another."""
     path = shard.files[0].path
     text = decoded(content_of(path), path)
     at = 0
@@ -226,13 +237,14 @@ def _read_json(shard: Shard, of_row: OfRow) -> Iterator[Any]:
 
 
 def _read_lines(shard: Shard, of_row: OfRow) -> Iterator[Any]:
-    """Two text files: a line of the first and its translation in the second are a row."""
+    """Yield a row for each line of the first text file and its translation in the second."""
     sides = [file.path for file in shard.files]
     texts = [decoded(content_of(path), path).removesuffix("\n").split("\n") for path in sides]
     shorter = min(map(len, texts))
-    if any(line.strip() for lines in texts for line in lines[shorter:]):  # empty lines at an end belong to nothing
+    # Empty lines at the end do not count.
+    if any(line.strip() for lines in texts for line in lines[shorter:]):
         said = " but ".join(f"{path} has {len(lines):,} lines" for path, lines in zip(sides, texts, strict=True))
-        raise DataError(f"{said}: a line of one is the translation of that line of the other; correct the paths or the files")
+        raise DataError(f"{said}: each line must have its translation in the other; correct the paths or the files")
     for number, (source, target) in enumerate(zip(*texts, strict=False), start=1):
         try:
             yield of_row({"source": source, "target": target})
@@ -323,7 +335,7 @@ def open_saved(root: str, split: str, where: str) -> Any:
 
 
 def hub_revision(name: str) -> str:
-    """Another one when the data set changes."""
+    """Return the revision of a hub data set, which differs when the data set changes."""
     import datasets
 
     return str(datasets.load_dataset_builder(name).hash)
@@ -348,7 +360,7 @@ def _records_of_rows(open_rows: Callable[[], Rows], of_row: OfRow, name: str, fi
         raise DataError(f"{name}: cannot be read beyond row {number}: {first_line(error)}; fetch or write it again") from None
 
 
-# ---------------------------------------------------------------------------------------------------- damage, named
+# ------------------------------------------------------------------------------------ damage, named
 
 
 def _value_of_line(line: bytes) -> Any:
@@ -358,18 +370,18 @@ def _value_of_line(line: bytes) -> Any:
         said = foreign(line, error.start) or "convert the file or remove the line"
         raise Fault(f"byte {error.start} of the line is not utf-8; {said}") from None
     except (ValueError, RecursionError) as error:
-        said = foreign(line) if is_wide(line) else "mend or remove the line"
+        said = foreign(line) if is_wide(line) else "fix or remove the line"
         raise Fault(f"not JSON: {first_line(error)}; {said}") from None
     if not isinstance(value, dict):
-        raise Fault(f"a JSON object is needed, this is {kind_of(value)}; mend or remove the line")
+        raise Fault(f"a JSON object is needed, this is {kind_of(value)}; fix or remove the line")
     return value
 
 
 def _text_of_field(row: Row, field: str) -> str:
-    """row[field], which must be a string that UTF-8 can hold."""
+    """Return row[field], which must be a string that UTF-8 can hold."""
     if field not in row:
         raise Fault(f"no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}; set data.sources[].field")
     text = row[field]
     if not isinstance(text, str):
-        raise Fault(f"field {field!r} is {kind_of(text)}, not text; mend the data or set data.sources[].field")
+        raise Fault(f"field {field!r} is {kind_of(text)}, not text; fix the data or set data.sources[].field")
     return require_characters(text, f"field {field!r}")

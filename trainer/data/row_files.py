@@ -1,4 +1,5 @@
-"""Text with rows in it: JSON, as a list or one value after the other, and delimited values."""
+"""Readers of text with rows in it: JSON, a list or one value after another, and delimited
+values."""
 
 from __future__ import annotations
 
@@ -13,14 +14,17 @@ from trainer.data.fault import Fault, first_line, kind_of
 
 Row = dict[str, Any]
 SPACE = re.compile(r"[ \t\r\n]*")
-ROWS = "data"  # the key of an object that has the rows beside it, as in {"version": "1.1", "data": [{…}, …]}
+ROWS = "data"  # the key of the rows in an object such as {"version": "1.1", "data": [{…}, …]}
 DELIMITERS = ",;\t|"
 _decode = json.JSONDecoder().raw_decode
 
 
 def json_rows(text: str) -> Iterator[tuple[int, Any]]:
-    """Each row of a JSON text, and where it begins: the items of a list, the items of the list "data" of an object, else the
-    values themselves, which may follow one another. Fault where it is not JSON."""
+    """Yield each row of a JSON text, with the offset at which it begins.
+
+    Rows are the items of a list, the items of the list "data" of an object, or else the values
+    themselves, which may follow one another. Fault if the text is not JSON.
+    """
     at = _skip(text, 0)
     try:
         while at < len(text):
@@ -39,10 +43,10 @@ def json_rows(text: str) -> Iterator[tuple[int, Any]]:
 
 
 class JSONFault(Fault):
-    """`at`: where in the text reading stopped [characters]."""
+    """A fault in JSON. `at`: the offset at which reading stopped [characters]."""
 
     def __init__(self, error: Exception, at: int) -> None:
-        super().__init__(f"not JSON: {first_line(error)}; mend or remove it")
+        super().__init__(f"not JSON: {first_line(error)}; fix or remove it")
         self.at = getattr(error, "pos", at)
 
 
@@ -61,7 +65,8 @@ def _items(text: str, at: int) -> Generator[tuple[int, Any], None, int]:
 
 
 def _list_inside(text: str, at: int) -> int | None:
-    """Where the list of objects or texts under "data" begins, in the object that begins at `at`; None where it has none."""
+    """Return the offset of the list of objects or texts under "data" in the object that begins at
+    `at`; None if there is none."""
     at = _skip(text, at + 1)
     while text[at : at + 1] == '"':
         key, at = scanstring(text, at + 1, False)
@@ -80,15 +85,18 @@ def _skip(text: str, at: int) -> int:
 
 
 def row_of(value: Any) -> Row:
-    """A JSON value that must be an object."""
+    """Return a JSON value that must be an object."""
     if not isinstance(value, dict):
-        raise Fault(f"a JSON object is needed, this is {kind_of(value)}; mend or remove it")
+        raise Fault(f"a JSON object is needed, this is {kind_of(value)}; fix or remove it")
     return value
 
 
 def delimiter_of(name: str, line: str, columns: Sequence[str]) -> str:
-    """What divides the values of a file whose first line this is: comma in .csv and tab in .tsv, unless by it the line is one
-    value, and several by just one other. `columns`: names, where it has no header."""
+    """Return the delimiter of a file with this first line: comma in .csv and tab in .tsv.
+
+    Another delimiter is returned if it alone divides the line, and the usual one does not.
+    `columns`: the names, if there is no header.
+    """
     own = "\t" if name.endswith(".tsv") else ","
     values = {delimiter: len(next(csv.reader([line], delimiter=delimiter), [])) for delimiter in DELIMITERS}
     others = [d for d in DELIMITERS if values[d] > 1 and (not columns or values[d] == len(columns))]
@@ -96,14 +104,15 @@ def delimiter_of(name: str, line: str, columns: Sequence[str]) -> str:
 
 
 def delimited_values(name: str, lines: Iterator[str], delimiter: str) -> Any:
-    """Values of each line, quoted as RFC 4180 says; in tab-separated files a quotation mark is a letter like others."""
+    """Return the values of each line, quoted as in RFC 4180. In tab-separated files a quotation
+    mark is an ordinary letter."""
     if name.endswith(".tsv") and delimiter == "\t":
         return csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
     return csv.reader(lines, delimiter=delimiter, strict=True)
 
 
 def names_of_columns(values: Sequence[str]) -> list[str]:
-    """Of a header; Fault where a name stands twice, so that it would not say which values are meant."""
+    """Return the names in a header. Fault if a name occurs twice, because it would be ambiguous."""
     names = [name.strip() for name in values]
     if twice := sorted({name for name in names if name and names.count(name) > 1}):
         raise Fault(f"two columns are named {twice[0]!r}; rename one of them")
@@ -113,7 +122,7 @@ def names_of_columns(values: Sequence[str]) -> list[str]:
 def row_of_values(names: Sequence[str], values: Sequence[str]) -> Row:
     if len(values) != len(names):
         raise Fault(
-            f"{len(values)} values for the {len(names)} columns {', '.join(map(repr, names))}; mend the line, or name the "
+            f"{len(values)} values for the {len(names)} columns {', '.join(map(repr, names))}; fix the line, or name the "
             "columns of a file without a header in data.sources[].columns"
         )
     return dict(zip(names, values, strict=True))

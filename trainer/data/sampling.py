@@ -1,11 +1,13 @@
-"""Which tokens make which sample: pure arithmetic, O(1) in memory and time, the same however it is asked.
+"""The arithmetic of which tokens make which sample: O(1) in memory and time, and the same however
+it is asked.
 
     permute     a keyed bijection on range(size): a shuffled order that is computed, never stored
-    Order       global sample number → (source, sample of that source): `Blend` by weights, `Pool` by size
+    Order       global sample number → (source, sample of that source): `Blend` by weights, `Pool`
+                by size
     windows     a store's token stream cut to fixed length
 
-So the sample for (seed, step, index) needs no state, no layout and no history: resuming at step 10^6 of 10^8 samples is the
-evaluation of a formula.
+So the sample for (seed, step, index) needs no state, no layout and no history: resuming at step
+10^6 of 10^8 samples is the evaluation of a formula.
 """
 
 from __future__ import annotations
@@ -24,21 +26,24 @@ import numpy.typing as npt
 Int64s = npt.NDArray[np.int64]
 
 ROUNDS = 8
-BLOCK_SAMPLES = 1024  # weighted proportions hold within each block, to one sample
-PERIOD_BLOCKS = 1024  # and over this many blocks to one sample in 2^20; a power of two
+BLOCK_SAMPLES = 1024  # weighted proportions are exact to one sample within each block,
+PERIOD_BLOCKS = 1024  # and to one sample in 2^20 over this many blocks; a power of two
 
 
 def stream_key(seed: int, *names: str | int) -> int:
-    """Key, 64 bits, of the random stream that a seed and names select: other names, unrelated stream."""
+    """Return the 64-bit key of the random stream that a seed and names select. Streams of different
+    names are unrelated."""
     text = "\x1f".join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def permute(index: int | npt.ArrayLike, size: int, key: int) -> Int64s:
-    """Where a keyed bijection on range(size) sends each index; int64, shaped as `index`. Needs 1 <= size <= 2^62.
+    """Return where a keyed bijection on range(size) sends each index; int64, shaped like `index`.
+    Requires 1 <= size <= 2^62.
 
-    A Feistel network on pairs (left, right) below side = ceil(sqrt(size)), walked until it lands below size (Black and
-    Rogaway, "Ciphers with arbitrary finite domains", 2002). side^2 exceeds size by less than 2 side, so walks are short.
+    A Feistel network on pairs (left, right) below side = ceil(sqrt(size)), walked until it lands
+    below size (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). side^2 exceeds
+    size by less than 2 side, so walks are short.
     """
     result = np.array(index, dtype=np.uint64)
     walking = np.ones(result.shape, dtype=bool)
@@ -49,8 +54,9 @@ def permute(index: int | npt.ArrayLike, size: int, key: int) -> Int64s:
 
 
 def uniform(count: int, key: int) -> npt.NDArray[np.float64]:
-    """Numbers in [0, 1), float64 [count]; the i-th depends on the key and i alone."""
-    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's increment
+    """Return numbers in [0, 1), float64 [count]. The i-th depends on the key and i alone."""
+    # SplitMix64's increment.
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return (_mix(np.uint64(key) + steps) >> np.uint64(11)).astype(np.float64) * np.float64(2.0**-53)
 
 
@@ -68,14 +74,16 @@ def _round_keys(key: int) -> tuple[np.uint64, ...]:
 
 
 def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele, Lea and Flood, 2014): every input bit reaches every output bit."""
+    """Apply SplitMix64's finaliser (Steele, Lea and Flood, 2014): every input bit reaches every
+    output bit."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` things divided in proportion to the weights, by largest remainder: each within 1 of its ideal, sum exact."""
+    """Return `total` divided in proportion to the weights by largest remainder: each within 1 of
+    its ideal, with an exact sum."""
     shares = [Fraction(weight) for weight in weights]
     ideal = [total * share / sum(shares) for share in shares]
     counts = [int(share) for share in ideal]
@@ -86,26 +94,31 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
 
 
 class Order(Protocol):
-    """Which sample of which source is the n-th of a run, for ever."""
+    """An endless order of samples: which sample of which source is the n-th of a run."""
 
     sizes: tuple[int, ...]  # of the sources [samples]
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Return the share of all samples that each source has; they sum to 1."""
+        """The share of all samples that each source has; they sum to 1."""
 
     def locate(self, samples: npt.ArrayLike) -> tuple[Int64s, Int64s]:
-        """Source and sample in it, int64 [samples] each, of global samples [samples]."""
+        """Return the source and the sample in it, int64 [samples] each, of global samples
+        [samples]."""
 
 
 def order_of(weights: Sequence[float] | None, sizes: Sequence[int], seed: int) -> Order:
-    """`weights` None: by size. ValueError when a source has no sample or no positive weight."""
+    """Return the order of samples; by size if `weights` is None. ValueError if a source has no
+    sample or no positive weight."""
     return Pool(sizes, seed) if weights is None else Blend(weights, sizes, seed)
 
 
 class Pool:
-    """All samples of all sources in one shuffled order, then again in another: in an epoch each is taken once, so a source's
-    share of it is that of its samples, to the last one."""
+    """An order of all samples of all sources, shuffled together, then again in another order.
+
+    In an epoch each sample is taken once, so a source's share of the epoch is exactly that of its
+    samples.
+    """
 
     def __init__(self, sizes: Sequence[int], seed: int) -> None:
         if not sizes or min(sizes) < 1:
@@ -130,11 +143,13 @@ class Pool:
 
 
 class Blend:
-    """Global sample number → (source, sample of that source), for sources of given weights and sizes [samples].
+    """A map from global sample number to (source, sample of that source), for sources of given
+    weights and sizes [samples].
 
-    In every block of 1024 samples each source has its share, within one sample, in shuffled order; over 1024 blocks its share
-    holds to one sample in 2^20 (a smaller one is rounded up to that). Each source walks through its own epochs: its first
-    `size` samples are each of its samples once, in shuffled order, then again in another.
+    In every block of 1024 samples each source has its share, within one sample, in shuffled order.
+    Over 1024 blocks its share is exact to one sample in 2^20 (a smaller one is rounded up to that).
+    Each source walks through its own epochs: its first `size` samples are each of its samples once,
+    in shuffled order, then again in another.
     """
 
     def __init__(self, weights: Sequence[float], sizes: Sequence[int], seed: int) -> None:
@@ -160,7 +175,8 @@ class Blend:
         return sources, self._walk(sources, draws)
 
     def _block(self, block: int) -> tuple[Int64s, Int64s]:
-        """For each place in a block: its source, and how many samples of that source came before."""
+        """Return, for each place in a block, its source and the number of that source's samples
+        before it."""
         period, row = divmod(block, PERIOD_BLOCKS)
         in_order = np.repeat(np.arange(len(self.sizes)), self._counts[row])
         sources = in_order[permute(np.arange(BLOCK_SAMPLES), BLOCK_SAMPLES, stream_key(self._seed, "blend", block))]
@@ -171,7 +187,8 @@ class Blend:
         return sources, draws
 
     def _walk(self, sources: Int64s, draws: Int64s) -> Int64s:
-        """The sample that each draw of a source takes: the source's epochs one after the other, each permuted anew."""
+        """Return the sample that each draw of a source takes: the source's epochs one after
+        another, each permuted anew."""
         samples = np.empty_like(draws)
         for source, size in enumerate(self.sizes):
             epochs, places = np.divmod(draws, size)
@@ -182,11 +199,12 @@ class Blend:
 
 
 def _block_counts(weights: Sequence[float]) -> Int64s:
-    """Samples of each source in each block of a period, int64 [PERIOD_BLOCKS, sources]; rows sum to BLOCK_SAMPLES.
+    """Return the samples of each source in each block of a period, int64 [PERIOD_BLOCKS, sources].
+    Rows sum to BLOCK_SAMPLES.
 
-    The period is apportioned first, so that small weights are exact in the long run. What a source has beyond a whole number
-    per block is handed out one to a block, sources one after the other around the period; blocks are taken in bit-reversed
-    order, which spreads a source's extra samples evenly.
+    The period is apportioned first, so that small weights are exact in the long run. What a source
+    has beyond a whole number per block is handed out one to a block, source after source around the
+    period. Blocks are taken in bit-reversed order, which spreads a source's extra samples evenly.
     """
     totals = np.array(apportion(PERIOD_BLOCKS * BLOCK_SAMPLES, weights))
     totals[np.argmax(totals)] -= np.sum(totals == 0)
@@ -206,24 +224,29 @@ def _bit_reversed() -> Int64s:
 
 @dataclass(frozen=True)
 class Window:
-    """A sample: tokens [begin, begin + seq_len) predict tokens [begin + 1, begin + seq_len + 1), as far as the store goes."""
+    """A sample: tokens [begin, begin + row_tokens) predict those from begin + 1 on, as far as the
+    store goes."""
 
     store: int
     begin: int
 
 
-def num_windows(num_tokens: int, seq_len: int, *, tails: bool) -> int:
-    """Samples of a stream: sample j covers tokens [j seq_len, j seq_len + seq_len], so neighbours share one token. `tails`:
-    the last one, which the end of the stream may cut short, counts too."""
-    whole, rest = divmod(max(0, num_tokens - 1), seq_len)
+def num_windows(num_tokens: int, row_tokens: int, *, tails: bool) -> int:
+    """Return the number of samples in a stream.
+
+    Sample j covers tokens [j row_tokens, (j + 1) row_tokens], so neighbours share one token. With
+    `tails` the last sample counts too if the end of the stream cuts it short.
+    """
+    whole, rest = divmod(max(0, num_tokens - 1), row_tokens)
     return whole + (tails and rest > 0)
 
 
-def held_out_windows(num_tokens: Sequence[int], seq_len: int, limit: int) -> list[Window]:
-    """At most `limit` windows over held-out stores, the last of each store perhaps cut short.
+def held_out_windows(num_tokens: Sequence[int], row_tokens: int, limit: int) -> list[Window]:
+    """Return at most `limit` windows over held-out stores, the last of each store perhaps cut
+    short.
 
-    Every store in proportion to its tokens, from its beginning, in order.
+    Every store gives windows in proportion to its tokens, from its beginning, in order.
     """
-    available = [num_windows(count, seq_len, tails=True) for count in num_tokens]
+    available = [num_windows(count, row_tokens, tails=True) for count in num_tokens]
     taken = available if sum(available) <= limit else apportion(limit, available)
-    return [Window(store, j * seq_len) for store, count in enumerate(taken) for j in range(count)]
+    return [Window(store, j * row_tokens) for store, count in enumerate(taken) for j in range(count)]

@@ -1,9 +1,9 @@
-"""One tokenized shard on disk: what a worker leaves behind, whole or not at all.
+"""A tokenized shard on disk, which a worker leaves behind complete or not at all.
 
-tokens.bin      the tokens of the shard's documents: texts with what begins and ends each, or those of examples
-targets.bin     of examples: 1 for a token that is to be predicted, 0 for another; u1
+tokens.bin      the tokens of the documents: texts with the tokens around them, or examples
+targets.bin     of examples: u1, 1 for a token that is to be predicted, 0 for another
 documents.bin   one DOCUMENT record per document
-shard.json      the SHA-256 of each; of rows, how often keys are not read; of examples, what became of them
+shard.json      the SHA-256 of each; of rows, counts of unread keys; of examples, their outcomes
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from trainer.files.decoding import read_as
 from trainer.files.durable import appearing_folder, private_file, write_json
 from trainer.files.reading import open_regular, told
 
-# Tokens with those around a text, the hash that decides whether the document is held out, its length in UTF-8 (of an example's
-# documents the first has that of all), its label.
+# The number of tokens, those around a text included; the hash that decides whether the document is
+# held out; the length in UTF-8 (an example's first document has that of all of them); the label.
 DOCUMENT = np.dtype([("tokens", "<i8"), ("hash", "<u8"), ("text_bytes", "<i8"), ("label", "<i4")])
 HASH_KEY = b"triaxis held-out documents"
 Record = TypeVar("Record")
-BATCH_CHARACTERS = 1 << 20  # tokenized at a time: bounds the memory of a worker
+BATCH_CHARACTERS = 1 << 20  # tokenized at a time, which bounds the memory of a worker
 
 
 def shard_folder(shards: Path, number: int) -> Path:
@@ -44,14 +44,16 @@ def shard_folder(shards: Path, number: int) -> Path:
 
 
 def tokenize_shard(shard: Shard, tokenizer: Tokenizer, folder: Path, written: Texts | Examples) -> None:
-    """Write the shard's documents, less those without a token, to `folder`. `written`: how its texts or examples are."""
+    """Write the shard's documents, except those without a token, to `folder`. `written`: the writer
+    of its texts or examples."""
     if isinstance(written, Texts):
         _write(folder, ("tokens.bin", "documents.bin"), _encoded_texts(shard, tokenizer, written))
     else:
         _write(folder, ("tokens.bin", "targets.bin", "documents.bin"), _encoded_examples(shard, tokenizer, written))
 
 
-Batch = tuple[tuple[bytes, ...], Counter[str]]  # what is added to each file; and what became of the examples
+# The additions to each file; the counts of what became of the examples.
+Batch = tuple[tuple[bytes, ...], Counter[str]]
 
 
 def _write(folder: Path, names: tuple[str, ...], batches: Iterator[Batch]) -> None:
@@ -76,7 +78,8 @@ class _Stated(TypedDict):
 
 @dataclass(frozen=True)
 class TokenizedShard:
-    """A shard read back: tokens [tokens], records of DOCUMENT [documents], of examples targets [tokens]."""
+    """A shard read back: tokens [tokens], records of DOCUMENT [documents] and, for examples,
+    targets [tokens]."""
 
     tokens: ArrayFile
     documents: npt.NDArray[Any]
@@ -85,7 +88,7 @@ class TokenizedShard:
 
     @classmethod
     def open(cls, folder: Path, vocab_size: int) -> TokenizedShard:
-        """Open the shard; DataError when it is not what its worker wrote."""
+        """Open the shard. DataError if it is not what its worker wrote."""
         try:
             stated = read_as(_Stated, folder / "shard.json")
             for name, digest in stated["sha256"].items():

@@ -1,7 +1,7 @@
-"""Sources: what a recipe names → shards that worker processes read alone.
+"""The sources that a recipe names, divided into shards that worker processes read alone.
 
-A `Corpus` is one source looked at from outside: its shards, its fingerprint, and what was passed over. The documents or
-examples of a source are those of its shards in order, whoever reads them.
+A `Corpus` is one source looked at from outside: its shards, its fingerprint, and what was passed
+over. The documents or examples of a source are those of its shards in order, whoever reads them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.data.readers import LocalFile, Shard, hub_revision, open_hub, open_
 from trainer.data.tasks import ROW_TASKS
 from trainer.errors import DataError, RecipeError
 
-MIN_SHARD_BYTES = 2 << 20  # a few seconds of one core: what a killed build loses at most per worker
+MIN_SHARD_BYTES = 2 << 20  # a few seconds of one core: a killed build loses at most that per worker
 MAX_SHARDS = 1024  # per source, so that a huge source does not become a huge folder
 
 TEXT_KINDS = ("text", "python")
@@ -35,7 +35,8 @@ HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 @dataclass(frozen=True)
 class Corpus:
-    """One source, looked at but not read: enough to know whether it was tokenized before, and to divide the work."""
+    """A source, looked at but not read: enough to know whether it was tokenized before, and to
+    divide the work."""
 
     name: str
     where: str
@@ -48,7 +49,7 @@ class Corpus:
         return sum(shard.size for shard in self.shards)
 
     def documents(self) -> Iterator[str]:
-        """All texts in order."""
+        """Yield all texts in order."""
         for shard in self.shards:
             yield from shard.documents()
 
@@ -56,8 +57,9 @@ class Corpus:
 def look_at(source: schema.Source, *, where: str, digests: Digests, task: str = "pretrain") -> Corpus:
     """Find what `source` names and divide it into shards.
 
-    `where` is the recipe's name of the source for messages. RecipeError when there is nothing of that name, or nothing that
-    `task` can learn from, DataError when it holds no document or cannot be read.
+    `where` is the recipe's name of the source, for messages. RecipeError if nothing of that name
+    exists, or nothing that `task` can learn from. DataError if it holds no document or cannot be
+    read.
     """
     if task not in ROW_TASKS:
         return _found(source, where, digests, in_rows=False)
@@ -88,7 +90,7 @@ def _found(source: schema.Source, where: str, digests: Digests, *, in_rows: bool
 
 
 def _in_rows(corpus: Corpus, source: schema.Source, task: str) -> Corpus:
-    """The same source, its rows read as the examples of a task."""
+    """Return the same source with its rows read as the examples of a task."""
     format, examples = ROW_TASKS[task]
     texts = [file.name for shard in corpus.shards if shard.kind in TEXT_KINDS for file in shard.files]
     shards = [shard for shard in corpus.shards if shard.kind not in TEXT_KINDS]
@@ -113,7 +115,7 @@ def _looks_local(path: str) -> bool:
 
 
 def _corpus_of_folder(source: schema.Source, where: str, root: Path, digests: Digests, *, in_rows: bool) -> Corpus:
-    if not os.access(root, os.R_OK | os.X_OK):  # else it would be the first file that is looked for in it
+    if not os.access(root, os.R_OK | os.X_OK):  # else the message would name the first file in it
         raise unreadable(root, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
         return _corpus_of_saved(source, where, root, digests)
@@ -128,7 +130,8 @@ def _corpus_of_folder(source: schema.Source, where: str, root: Path, digests: Di
 
 
 def _walk(root: Path, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Files below root, sorted by relative path; hidden ones, and folders named in `skip`, are left out."""
+    """Return the files below root, sorted by relative path, without hidden ones and folders named
+    in `skip`."""
 
     def refuse(error: OSError) -> None:
         raise unreadable(error.filename, error) from None
@@ -151,7 +154,8 @@ def _corpus_of_files(
     alone: bool = False,
     python: bool = False,
 ) -> Corpus:
-    """`alone`: the source names this file. `python`: all are Python sources."""
+    """Return the corpus of some files. `alone`: the source names this file. `python`: all are
+    Python sources."""
     stamped = digests.of([str(path) for path in paths])
     files = [
         LocalFile(str(path), path.relative_to(root).as_posix(), stamp, digest)
@@ -185,7 +189,7 @@ def _corpus_of_files(
 
 
 def _remarks(files: list[LocalFile], kinds: list[Kind], where: str, source: schema.Source, *, in_rows: bool) -> Iterator[str]:
-    """How files are read whose names do not say it."""
+    """Yield remarks on how files are read whose names do not tell it."""
     maybe_rows = [kind for file, kind in zip(files, kinds, strict=True) if suffix_of(file.path) in MAYBE_ROWS]
     texts = sum(kind == TEXT for kind in maybe_rows)
     if maybe_rows and not in_rows:
@@ -202,7 +206,8 @@ def _remarks(files: list[LocalFile], kinds: list[Kind], where: str, source: sche
 
 
 def _divide(files: list[LocalFile], kinds: list[Kind], where: str, source: schema.Source) -> Iterator[Shard]:
-    """Shards of about equal size: small text files together, long JSON-lines files in ranges, other files one by one."""
+    """Yield shards of about equal size: small text files together, long JSON-lines files in ranges,
+    other files one by one."""
     shard_bytes = max(MIN_SHARD_BYTES, sum(file.size for file in files) // MAX_SHARDS)
     gathered: list[LocalFile] = []
     gathered_bytes = 0
@@ -236,7 +241,7 @@ def _divide(files: list[LocalFile], kinds: list[Kind], where: str, source: schem
 
 
 def _corpus_of_lines(source: schema.Source, where: str, paths: list[Path], digests: Digests) -> Corpus:
-    """Two text files whose lines belong together; one process reads both."""
+    """Return the corpus of two text files whose lines belong together; one process reads both."""
     for path, key in zip(paths, ("path", "target_path"), strict=True):
         if not path.is_file():
             raise RecipeError(f"{where}.{key}: no such file: {getattr(source, key)!r} (from {Path.cwd()}); correct the path")
@@ -272,11 +277,13 @@ def _corpus_of_saved(source: schema.Source, where: str, root: Path, digests: Dig
 
 
 def _corpus_of_hub(source: schema.Source, where: str) -> Corpus:
-    """A hub data set; its revision is part of the fingerprint, so that a changed data set is tokenized anew."""
+    """Return the corpus of a hub data set. Its revision is part of the fingerprint, so that a
+    changed one is tokenized anew."""
     try:
         revision = hub_revision(source.path)
         parts = open_hub(source.path, source.split).num_shards
-    except Exception as error:  # datasets, its hub client and its HTTP client each raise kinds of their own
+    except Exception as error:
+        # datasets, its hub client and its HTTP client each raise kinds of their own.
         raise RecipeError(
             f"{where}.path: no file or folder {source.path!r} here, and not to be had from the hub: {first_line(error)}; "
             "correct the path, or data.sources[].split, or bring the data here as a folder"

@@ -1,10 +1,16 @@
-"""Tokens on disk: a folder of raw arrays and a header, read through the page cache, checked by block.
+"""Tokens on disk: a folder of raw arrays and a header, read through the page cache and checked
+block by block.
 
-tokens.bin      every document's tokens, each document ended by the end-of-document token; little-endian u2 or u4
-documents.bin   where each document begins, and the number of tokens at last; little-endian i8, documents + 1 of them
-targets.bin     only where not every token is learned: 1 for a token that is to be predicted, 0 for another; u1, tokens of them
-labels.bin      only where documents have classes: that of each document, -1 for none; little-endian i4, documents of them
-header.json     format, dtype, counts, fingerprints, SHA-256 of each 16 MiB block of each file, and of itself; written last
+    tokens.bin      every document's tokens, each document ended by the end-of-document token;
+                    little-endian u2 or u4
+    documents.bin   documents + 1 numbers: where each document begins, then the number of tokens;
+                    little-endian i8
+    targets.bin     only if not every token is learned: one u1 per token, 1 if it is to be
+                    predicted, else 0
+    labels.bin      only if documents have classes: the class of each, -1 for none;
+                    little-endian i4
+    header.json     format, dtype, counts, fingerprints, SHA-256 of each 16 MiB block of each file,
+                    and of itself; written last
 """
 
 from __future__ import annotations
@@ -37,7 +43,7 @@ Verify = Literal["header", "sampled", "full"]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The narrowest dtype that holds every token id."""
+    """Return the narrowest dtype that holds every token id."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -46,7 +52,7 @@ Count = Annotated[int, Field(ge=0, lt=2**62, strict=True)]
 
 @dataclass(frozen=True)
 class Contents:
-    """What a store says of itself."""
+    """The facts that a store records about itself."""
 
     vocab_size: Count
     end_of_document: Count
@@ -57,10 +63,12 @@ class Contents:
 
 @dataclass(frozen=True)
 class Packing:
-    """Of a store with targets.bin: whole examples lie in rows of equal length, so that no row cuts one.
+    """The packing of a store with targets.bin: whole examples lie in rows of equal length, so that
+    no row cuts one.
 
-    What is left of a row, or of each of its parts, is a document of end-of-document tokens, none of them a target. One more
-    such token follows the last row, so that every token of a row has a next one.
+    What is left of a row, or of each of its parts, is a document of end-of-document tokens, none of
+    them a target. One more such token follows the last row, so that every token of a row has a next
+    one.
     """
 
     row_tokens: Annotated[int, Field(ge=1, strict=True)]
@@ -77,7 +85,7 @@ class _Blocks(TypedDict):
 
 @with_config(CLOSED)
 class _Header(TypedDict):
-    """Of a store; `sha256`: of the rest."""
+    """The header of a store. `sha256`: the hash of all the rest."""
 
     format: Literal["triaxis-tokens"]
     version: Literal[3]
@@ -91,7 +99,8 @@ class _Header(TypedDict):
 
 
 class TokenStore:
-    """One store, read only. Opening costs the header; the rest comes as it is asked for."""
+    """A read-only store. Opening it reads only the header; the rest is read when it is asked
+    for."""
 
     def __init__(self, path: Path, header: _Header) -> None:
         self.path = path
@@ -108,10 +117,11 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: Path, *, verify: Verify = "header") -> TokenStore:
-        """Open the store at `path`; DataError names the file, and the block, that is damaged.
+        """Open the store at `path`. DataError names the damaged file, and the block.
 
-        The header (by its own hash) and both sizes are always checked. "sampled" reads up to 64 blocks of each file, evenly
-        spread: all of a store below 1 GiB. "full" reads everything, and also that tokens and documents fit the header.
+        The header (by its own hash) and the sizes of the files are always checked. "sampled" reads
+        up to 64 blocks of each file, evenly spread: all of a store below 1 GiB. "full" reads
+        everything, and also checks that tokens and documents fit the header.
         """
         header = _read_header(path)
         _check_sizes(path, header)
@@ -127,50 +137,55 @@ class TokenStore:
 
     @property
     def labelled(self) -> bool:
-        """Whether documents have classes."""
+        """Return whether documents have classes."""
         return self._labels is not None
 
     def slice(self, begin: int, end: int) -> npt.NDArray[np.int64]:
-        """Tokens [begin, end) as a copy, int64 [end - begin]."""
+        """Return tokens [begin, end) as a copy, int64 [end - begin]."""
         return self.tokens[begin:end].astype(np.int64)
 
     def targets(self, begin: int, end: int) -> npt.NDArray[np.bool_]:
-        """Which of the tokens [begin, end) are to be predicted, bool [end - begin]: all, where the store does not say."""
+        """Return which of the tokens [begin, end) are to be predicted, bool [end - begin]. All are
+        if the store has no targets."""
         if self._targets is None:
             return np.ones(end - begin, dtype=bool)
         return self._targets[begin:end].astype(bool)
 
     def labels(self, begin: int, end: int) -> npt.NDArray[np.int64]:
-        """The classes of the documents that begin in [begin, end), -1 for none, int64 [documents beginning]."""
+        """Return the classes of the documents that begin in [begin, end), -1 for none, int64
+        [documents beginning]."""
         assert self._labels is not None
         first, last = self.documents.searchsorted([begin, end], "left")
         return self._labels[first:last].astype(np.int64)
 
     def with_reference(self, log_probs: npt.NDArray[np.float64]) -> TokenStore:
-        """The same store, and what a model gave the targets of its documents, float64 [documents]."""
+        """Return the same store with a model's log-probabilities of its documents' targets, float64
+        [documents]."""
         assert len(log_probs) == self.num_documents
         store = copy(self)
         store._reference = log_probs
         return store
 
     def reference(self, begin: int, end: int) -> npt.NDArray[np.float64] | None:
-        """Of the documents that begin in [begin, end), float64 [documents beginning]; None where nothing was given."""
+        """Return the log-probabilities of the documents that begin in [begin, end), float64
+        [documents beginning]; None if there are none."""
         if self._reference is None:
             return None
         first, last = self.documents.searchsorted([begin, end], "left")
         return self._reference[first:last]
 
     def document_ends(self, begin: int, end: int) -> npt.NDArray[np.int64]:
-        """Where documents end in (begin, end], counted from `begin`, one past their last token; int64 [documents ending]."""
+        """Return where documents end in (begin, end], relative to `begin`, one past their last
+        token; int64 [documents ending]."""
         first, last = self.documents.searchsorted([begin, end], "right")
         return self.documents[first:last] - begin
 
     def chunks(self, size_tokens: int = 1 << 22) -> Iterator[npt.NDArray[Any]]:
-        """All tokens in order, a few MiB at a time."""
+        """Yield all tokens in order, a few MiB at a time."""
         yield from _chunks(self.tokens, size_tokens)
 
     def target_chunks(self, size_tokens: int = 1 << 22) -> Iterator[npt.NDArray[Any]]:
-        """All tokens that are to be predicted, in order."""
+        """Yield all tokens that are to be predicted, in order."""
         for number, chunk in enumerate(self.chunks(size_tokens)):
             yield (
                 chunk if self._targets is None else chunk[self.targets(number * size_tokens, number * size_tokens + len(chunk))]
@@ -183,7 +198,7 @@ class TokenStore:
                 self.path / "tokens.bin", f"holds token {largest}, beyond the vocabulary of {self.contents.vocab_size}"
             )
         if self._targets is not None and any(int(chunk.max()) > 1 for chunk in _chunks(self._targets)):
-            raise damage(self.path / "targets.bin", "holds something else than 0 and 1")
+            raise damage(self.path / "targets.bin", "holds values other than 0 and 1")
         begins = self.documents[:]
         if begins[0] != 0 or begins[-1] != self.num_tokens or bool(np.any(begins[1:] <= begins[:-1])):
             raise damage(self.path / "documents.bin", f"does not divide {self.num_tokens} tokens into documents")
@@ -195,7 +210,8 @@ def _chunks(array: ArrayFile, size: int = 1 << 22) -> Iterator[npt.NDArray[Any]]
 
 
 class StoreWriter:
-    """Writes one store, document by document or many at once; nothing is a store before `finish`."""
+    """A writer of one store, document by document or many at once. Nothing is a store before
+    `finish`."""
 
     def __init__(self, path: Path, vocab_size: int, *, with_targets: bool = False, with_labels: bool = False) -> None:
         self._path = make_private(path)
@@ -222,8 +238,12 @@ class StoreWriter:
         targets: npt.NDArray[Any] | None = None,
         labels: npt.NDArray[Any] | None = None,
     ) -> None:
-        """Add documents: their tokens one after the other [sum of lengths], their lengths [documents], `with_targets` which
-        of the tokens are to be predicted [sum of lengths], and `with_labels` their classes [documents]."""
+        """Add documents.
+
+        `tokens` [sum of lengths] has them one after another, `lengths` is [documents]. With
+        `with_targets`, `targets` [sum of lengths] says which tokens are to be predicted; with
+        `with_labels`, `labels` is the classes [documents].
+        """
         if self._labels is not None:
             assert labels is not None
             assert len(labels) == len(lengths)
@@ -261,7 +281,7 @@ class StoreWriter:
 
 
 class BlockHasher:
-    """A file being written, with the SHA-256 of each block of it."""
+    """A file being written, with the SHA-256 of each of its blocks."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -315,7 +335,7 @@ def _read_header(path: Path) -> _Header:
 
 
 def _require_sizes(header: _Header) -> None:
-    """ValueError unless the files are as large as their counts make them."""
+    """Raise ValueError unless the files have the sizes that follow from the counts."""
     tokens, documents = header["tokens"], header["documents"]
     sizes = {"tokens.bin": tokens * np.dtype(header["dtype"]).itemsize, "documents.bin": (documents + 1) * 8}
     sizes |= {"targets.bin": tokens} if "packing" in header else {}

@@ -1,4 +1,5 @@
-"""What the positions of a row are to predict, beside the next token. Shape letter: S sequence length [tokens]."""
+"""The targets of a row's positions, where they are not the next token. Shape letter: S sequence
+length [tokens]."""
 
 from __future__ import annotations
 
@@ -18,10 +19,12 @@ Part = Literal["training", "evaluation"]
 
 
 class Targets(Protocol):
-    needs_tokens: ClassVar[bool]  # which positions count depends on the tokens, so every rank must read them
+    # Set if the tokens decide which positions count, so that every rank must read them.
+    needs_tokens: ClassVar[bool]
 
     def mark(self, row: Row, number: int) -> Row:
-        """The row with its tokens, labels and targets as the task has them; `number` counts rows from the run's first on."""
+        """Return the row with the task's tokens, labels and targets; `number` counts rows from the
+        run's first on."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class NextToken:
 
 @dataclass(frozen=True)
 class ClassOfDocument:
-    """Each labelled document's class, at its first or its last token: where a network has seen all of it."""
+    """Targets that are each labelled document's class, at its first or last token: where a network
+    has seen all of it."""
 
     at: Literal["first", "last"]
     needs_tokens: ClassVar[bool] = False
@@ -52,18 +56,21 @@ class ClassOfDocument:
 
 @dataclass(frozen=True)
 class MaskedTokens:
-    """Some tokens of a row, to be guessed from what stands around them (Devlin et al. 2018, arXiv:1810.04805, §3.1).
+    """Targets that are some tokens of a row, to be guessed from those around them (Devlin et al.
+    2018, arXiv:1810.04805, §3.1).
 
-    Of the chosen ones 80 % are masked, 10 % replaced by any ordinary token, and 10 % stay: the network does not know which, so
-    it must keep what it makes of every token. What is drawn for a position depends on `stream`, the row's number and the
-    position alone: it is the same in every layout and after a resume, and another one in every epoch.
+    Of the chosen tokens 80 % are masked, 10 % replaced by any ordinary token, and 10 % kept. The
+    network does not know which, so it must represent every token. What is drawn for a position
+    depends only on `stream`, the row's number and the position: it is the same in every layout and
+    after a resume, and differs between epochs.
     """
 
     fraction: float
     mask: int
     ordinary: Int64s  # tokens that stand for text: only these are chosen, and put in
     stream: int
-    never_none: bool  # of a row with a token that may be chosen: a short one might else have nothing to learn
+    # Choose at least one token if possible: a short row might otherwise have nothing to learn.
+    never_none: bool
     needs_tokens: ClassVar[bool] = True
 
     def mark(self, row: Row, number: int) -> Row:
@@ -79,7 +86,7 @@ class MaskedTokens:
 
 
 def targets_of(data: schema.Data, tokenizer: Tokenizer, *, causal: bool, seed: int, part: Part) -> Targets:
-    """`causal`: whether the network's tokens see only those before them."""
+    """Return the targets of a task. `causal`: the network's tokens see only those before them."""
     match TASKS[data.task].target:
         case "class":
             return ClassOfDocument("last" if causal else "first")

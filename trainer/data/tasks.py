@@ -1,4 +1,4 @@
-"""The tasks that learn from rows. All others learn from texts, laid end to end."""
+"""The tasks that learn from rows. All others learn from texts, joined end to end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from trainer.data.translations import TranslationRows, Translations
 
 
 class Task(NamedTuple):
-    """`format` reads rows, `examples` writes what was read; see `examples.py`."""
+    """A task that learns from rows. `format` reads them, `examples` writes what was read; see
+    `examples.py`."""
 
     format: type[RowFormat]
     examples: type[Examples]
@@ -34,11 +35,11 @@ ROW_TASKS: Mapping[str, Task] = {
 
 
 def examples_of(data: schema.Data, tokenizer: Tokenizer) -> Examples | None:
-    """None for a task that learns from texts."""
+    """Return the writer of the task's examples, or None for a task that learns from texts."""
     task = ROW_TASKS.get(data.task)
     return task.examples.from_recipe(data, tokenizer) if task else None
 
 
 def written_again(task: str, tokenizer: Tokenizer, settings: dict[str, Any]) -> Texts | Examples:
-    """How the task writes its texts or examples, as another process has it, from its settings."""
+    """Rebuild, in another process, the task's writer of texts or examples from its settings."""
     return ROW_TASKS[task].examples(tokenizer, **settings) if task in ROW_TASKS else Texts.from_settings(settings)

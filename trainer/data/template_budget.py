@@ -1,7 +1,8 @@
-"""What one rendering of a chat template may cost: steps and characters, counted, so that no machine decides what is too much.
+"""A budget for one rendering of a chat template: steps and characters are counted, so the limit
+does not depend on the machine.
 
-Every operation says what it will look at and write before it does so, and is refused when that is more than is left. What is
-left grows with what the template is given: a long conversation may take long.
+Every operation announces what it will read and write before it does so, and is refused if that is
+more than is left. The budget grows with the template's input: a long conversation may take long.
 """
 
 from __future__ import annotations
@@ -14,42 +15,47 @@ from jinja2.exceptions import SecurityError
 
 from trainer.data.fault import Fault
 
-# A step is what a node of a template's syntax tree takes, some 0.1 to 1 µs, so what these allow takes seconds. Published
-# templates take some 100 to 1,000 for a turn, and those that look at all turns from each turn 10 for each pair of them.
+# A step is the work of one node of a template's syntax tree, some 0.1 to 1 µs, so these limits
+# allow seconds. Published templates take some 100 to 1,000 steps per turn, and those that look at
+# all turns from each turn 10 per pair of turns.
 STEPS = 5_000_000
 STEPS_PER_CHARACTER = 200
-# Published templates write a content some five times over, with all its parts; one that gathers its text turn by turn writes
-# all of it once a turn. 4 bytes each at most: a gigabyte with what is given, twice that with the largest conversations.
+# Published templates write a content some five times, with all its parts; one that collects its
+# text turn by turn writes all of it once per turn. A character takes at most 4 bytes: a gigabyte
+# with the input, twice that for the largest conversations.
 CHARACTERS = 1 << 26
 CHARACTERS_PER_CHARACTER = 512
 MOST_CHARACTERS = 1 << 29
-SCAN = 5  # 2^5 characters are looked at or copied in a step
-FEW = 64  # of so few characters it does not matter what is done with them: what does it is counted
-ELEMENT = 32  # characters that an element of a list takes the room of
-LARGEST_REPETITION = 10_000  # how often something may be repeated, and how wide a field may be
-LARGEST_NUMBER = 1 << 14  # bits; Python itself reads and writes no number with more than 4,300 digits
-DEEPEST_ROW = 100  # lists and objects in one another; JSON schemas of tools have some 10
-DEEPEST_CALL = 100  # of macros, loops and blocks by themselves; Python's own limit is at some 150 of them
+SCAN = 5  # 2^5 characters are read or copied in a step
+FEW = 64  # work on so few characters is not counted, only the operation that does it
+ELEMENT = 32  # an element of a list takes as much memory as so many characters
+LARGEST_REPETITION = 10_000  # the most repetitions, and the widest field
+# Bits; Python itself reads and writes no number with more than 4,300 digits.
+LARGEST_NUMBER = 1 << 14
+DEEPEST_ROW = 100  # nested lists and objects; JSON schemas of tools have some 10 levels
+DEEPEST_CALL = 100  # nested calls of macros, loops and blocks; Python's own limit is some 150
 DEEPEST_LAZY = 20  # filters such as select, each of which takes from the one before
-LARGEST_SIZE = 1 << 62  # larger than any limit: what holds itself twice, and again, doubles each time
-OTHER = 64  # characters by which something is written that is neither text, number nor container
+LARGEST_SIZE = 1 << 62  # above any limit: what contains itself twice doubles with each level
+OTHER = 64  # characters written for what is neither text, number nor container
 
-Size = tuple[int, int]  # characters, and how many containers are in one another
+Size = tuple[int, int]  # characters, levels of nested containers
 
 
 class Budget:
-    """What is left of one rendering; `begin` starts another one. What is refused raises SecurityError."""
+    """The remaining budget of one rendering; `begin` starts another one. Exceeding it raises
+    SecurityError."""
 
     __slots__ = ("_characters", "_levels", "_most_characters", "_most_steps", "_sizes", "_steps")
 
     def __init__(self) -> None:
-        self._sizes: dict[int, tuple[Any, Size]] = {}  # by the identity of containers, which are kept so that it stays theirs
+        # Sizes by the id of containers, which are kept alive so that no other object gets their id.
+        self._sizes: dict[int, tuple[Any, Size]] = {}
         self._levels = 0
         self._steps = self._most_steps = STEPS
         self._characters = self._most_characters = CHARACTERS
 
     def begin(self, given: list[Any]) -> None:
-        """Fault where what is given is nested too deeply to be written."""
+        """Set the budget for an input. Fault if the input is nested too deeply to be written."""
         self._sizes.clear()
         self._levels = 0
         size = _characters_in(given)
@@ -59,42 +65,44 @@ class Budget:
         )
 
     def end(self) -> None:
-        """Let go of what was kept."""
+        """Release what was kept."""
         self._sizes.clear()
 
     @property
     def steps_taken(self) -> int:
-        """Return how many steps the rendering has taken so far."""
+        """The number of steps that the rendering has taken so far."""
         return self._most_steps - self._steps
 
-    # -------------------------------------------------------------------------------------------- what is counted
+    # ------------------------------------------------------------------------------ what is counted
 
     def spend(self, steps: int) -> None:
-        """So much is about to be done."""
+        """Count steps that are about to be taken."""
         self._steps -= steps
         if self._steps < 0 or steps < 0 or self._characters < 0:
             raise SecurityError(f"it takes more than {self._most_steps:,} steps for one conversation")
 
     def look(self, characters: int) -> None:
-        """So much is about to be looked through."""
+        """Count characters that are about to be read."""
         self.spend(1 + (characters >> SCAN))
 
     def write(self, characters: int) -> None:
-        """So much is about to be written, or was, by an operation that cannot write more than it is given."""
+        """Count characters that are about to be written, or were, by an operation that cannot write
+        more than its input."""
         self._characters -= characters
         self._steps -= characters >> SCAN
         if self._characters < 0 or self._steps < 0 or characters < 0:
             raise SecurityError(f"it writes more than {self._most_characters:,} characters for one conversation")
 
     def require(self, characters: int) -> None:
-        """Refuse what would write more than is left; how much it does is counted when it is there."""
+        """Refuse an operation that would write more than is left. The characters are counted when
+        they exist."""
         if characters > self._characters:
             raise SecurityError(f"it would write more than {self._most_characters:,} characters for one conversation")
 
-    # -------------------------------------------------------------------------------------------- operands and results
+    # ------------------------------------------------------------------------- operands and results
 
     def weighed(self, value: Any) -> Any:
-        """The value, which is about to be written as text."""
+        """Return the value, counted as about to be written as text."""
         size = len(value) if type(value) is str else self.size(value)
         if size < FEW:  # most are
             self._characters -= FEW
@@ -103,19 +111,21 @@ class Budget:
         return value
 
     def scanned(self, value: Any) -> Any:
-        """The value, which is about to be compared, hashed or searched."""
+        """Return the value, counted as about to be compared, hashed or searched."""
         if type(value) is not str or len(value) >= FEW:
             self.look(self.size(value))
         return value
 
     def searched(self, value: Any) -> Any:
-        """The value, in which another one is about to be looked for; a dictionary finds it at once."""
+        """Return the value, counted as about to be searched for another one; a dictionary is not
+        searched."""
         if type(value) is not dict and (type(value) is not str or len(value) >= FEW):
             self.look(self.size(value))
         return value
 
     def copied(self, value: Any, times: int = 1) -> Any:
-        """The value, to which another one is about to be added; `times`: additions in which it is copied."""
+        """Return the value, counted as about to be added to, and so copied in each of `times`
+        additions."""
         if isinstance(value, str):
             self.write(len(value) * times)
         else:
@@ -123,7 +133,7 @@ class Budget:
         return value
 
     def held(self, value: Any, times: int = 1) -> Any:
-        """The value, which an operation gave."""
+        """Return the value, counted as the result of an operation."""
         if isinstance(value, str | bytes):
             if len(value) >= FEW or times > 1:
                 self.write(len(value) * times)
@@ -131,23 +141,24 @@ class Budget:
                 self._characters -= FEW
         elif isinstance(value, int):
             if value.bit_length() > LARGEST_NUMBER:
-                raise SecurityError(f"it reckons with a number of more than {LARGEST_NUMBER:,} bits")
+                raise SecurityError(f"it computes with a number of more than {LARGEST_NUMBER:,} bits")
         elif isinstance(value, list | tuple | dict | Set):
             self.spend(len(value) * times)
             self.write(len(value) * times * ELEMENT)
         return value
 
     def passed(self, value: Any, steps: int) -> Any:
-        """The value, for which so many steps were taken."""
+        """Return the value after counting the steps taken for it."""
         self.spend(steps)
         return value
 
     def size(self, value: Any) -> int:
-        """How many characters a value has when it is written, all that is in it included."""
+        """Return the number of characters that a value takes when written, with all that is in
+        it."""
         return self._size(value)[0]
 
     def depth(self, value: Any) -> int:
-        """How many containers are in one another."""
+        """Return the number of nested levels of containers in a value."""
         return self._size(value)[1]
 
     def _size(self, value: Any) -> Size:
@@ -171,27 +182,27 @@ class Budget:
         self._sizes[id(value)] = value, size
         return size
 
-    # -------------------------------------------------------------------------------------------- calls by themselves
+    # -------------------------------------------------------------------------- calls by themselves
 
     def enter(self) -> None:
-        """A macro, loop or block begins. `leave` ends it."""
+        """Count the begin of a macro, loop or block; `leave` ends it."""
         self._levels += 1
         if self._levels > DEEPEST_CALL:
-            raise SecurityError(f"it calls itself more than {DEEPEST_CALL} times, one call in the other")
+            raise SecurityError(f"its calls of itself are nested more than {DEEPEST_CALL} deep")
 
     def leave(self) -> None:
         self._levels -= 1
 
 
 class Lazy:
-    """What a filter gives one by one, each counted when it is taken."""
+    """The values of a filter, one by one, each counted when it is taken."""
 
     def __init__(self, budget: Budget, values: Iterator[Any], steps: int, taken_from: Any) -> None:
-        """`steps`: for each value. `taken_from`: what the filter was given."""
+        """Wrap the values. `steps`: the cost of each. `taken_from`: the filter's input."""
         self._budget, self._values, self._steps = budget, values, steps
         self.depth: int = taken_from.depth + 1 if isinstance(taken_from, Lazy) else 1
         if self.depth > DEEPEST_LAZY:
-            raise SecurityError(f"it filters what was filtered more than {DEEPEST_LAZY} times")
+            raise SecurityError(f"its filters are nested more than {DEEPEST_LAZY} deep")
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -208,7 +219,7 @@ class Lazy:
 
 
 def _parts_of(value: Any) -> Iterable[Any] | None:
-    """What a container is written with; None for what is none."""
+    """Return the values with which a container is written; None for what is not a container."""
     if isinstance(value, dict):
         return (part for pair in value.items() for part in pair)
     return value if isinstance(value, list | tuple | Set | range) or type(value).__name__ in VIEWS else None
@@ -219,13 +230,13 @@ VIEWS = frozenset({"dict_keys", "dict_values", "dict_items"})
 
 
 def _characters_in(given: list[Any]) -> int:
-    """The size of what a template is given. Fault where it is nested deeper than DEEPEST_ROW."""
+    """Return the size of a template's input. Fault if it is nested deeper than DEEPEST_ROW."""
     characters = 0
-    waiting: list[tuple[Any, int]] = [(given, 0)]  # containers, and how deep they are
+    waiting: list[tuple[Any, int]] = [(given, 0)]  # containers, and their depth
     while waiting:
         container, depth = waiting.pop()
         if depth > DEEPEST_ROW:
-            raise Fault(f"it is nested more than {DEEPEST_ROW} deep, which no chat template writes; mend or remove it")
+            raise Fault(f"it is nested more than {DEEPEST_ROW} deep, which no chat template writes; fix or remove it")
         values = container
         if type(container) is dict:
             values = container.values()
@@ -241,28 +252,30 @@ def _characters_in(given: list[Any]) -> int:
 
 
 def require_width(number: Any) -> None:
-    """SecurityError for a number too large to repeat something, or to widen a field."""
+    """Raise SecurityError for a number too large to repeat something, or to widen a field."""
     if isinstance(number, int) and abs(number) > LARGEST_REPETITION:
         raise SecurityError(f"it repeats something {number} times" if number.bit_length() < 64 else "it repeats something")
 
 
 def formatted_size(budget: Budget, text: str, arguments: object) -> int:
-    """At most so many characters has a text with % in it when it is formatted with those arguments."""
+    """Return an upper bound on the characters of a text with % fields, formatted with those
+    arguments."""
     fields = text.count("%")
     _require_widths(text)
     if "*" in text:
         for number in arguments if isinstance(arguments, tuple) else (arguments,):
             require_width(number)
         fields += fields * LARGEST_REPETITION
-    return len(text) + _widths_in(text) + fields * (budget.size(arguments) + 320)  # 1e308 has 309 digits and six more
+    # 1e308 has 309 digits and six more.
+    return len(text) + _widths_in(text) + fields * (budget.size(arguments) + 320)
 
 
 def format_size(budget: Budget, text: str, arguments: object) -> int:
-    """As `formatted_size`, of a text with fields in braces."""
+    """Return an upper bound on the characters of a text with fields in braces."""
     fields = text.count("{")
     _require_widths(text)
     if any("{" in (spec or "") for _, _, spec, _ in string.Formatter().parse(text)):
-        raise SecurityError("it formats by widths that it reckons")
+        raise SecurityError("it formats with computed widths")
     return len(text) + _widths_in(text) + fields * (budget.size(arguments) + 320)
 
 
@@ -276,7 +289,8 @@ def _widths_in(text: str) -> int:
 
 
 def _numbers_in(text: str) -> Iterator[int]:
-    """The numbers that a text spells; of those with many digits the first, which make one that is too large."""
+    """Yield the numbers that a text spells. A number of many digits is cut to a prefix, which is
+    too large all the same."""
     digits = ""
     for letter in f"{text} ":
         if "0" <= letter <= "9":

@@ -1,7 +1,8 @@
-"""The syntax tree of a chat template, with what has it counted: each loop, macro and block says how much it is about to do, and
-each operator what it is about to read and write.
+"""Counting in the syntax tree of a chat template: each loop, macro and block announces how much it
+is about to do, and each operator what it is about to read and write.
 
-What is added are filters whose names no template can spell. They give back the value that they are given.
+The additions are filters whose names no template can spell. They return the value that they are
+given.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from trainer.data.template_budget import SCAN
 
 SPEND, PASS, WEIGH, SCANNED = "spend steps", "pass it", "weigh it", "scan it"
 SEARCH, COPY, HOLD = "search it", "copy it", "hold it"
-# Steps of a node beyond its own one, by what they take in jinja2's sandbox.
+# Extra steps of a node, measured in jinja2's sandbox.
 COSTS = {nodes.Call: 12, nodes.Filter: 6, nodes.Test: 2, nodes.Getattr: 3, nodes.Getitem: 3, nodes.CallBlock: 12}
 SHORT_VALUES, SHORT_TEXT = 4, 1000
 
 
 class Counting(NodeTransformer):
-    """Adds the counting. SecurityError for what takes in other templates."""
+    """A transformer that adds the counting. SecurityError for templates that include others."""
 
     def __init__(self) -> None:
-        self._steps = [0]  # of what is around, innermost last
+        self._steps = [0]  # of the surrounding bodies, innermost last
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
         self._steps[-1] += 1 + COSTS.get(type(node), 0)
         return super().visit(node, *args, **kwargs)
 
-    # -------------------------------------------------------------------------------------------- what runs again and again
+    # -------------------------------------------------------------------- what runs again and again
 
     def visit_Template(self, node: nodes.Template) -> nodes.Node:
         self._count_body(node)
@@ -74,13 +75,13 @@ class Counting(NodeTransformer):
 
     @contextmanager
     def _counted(self) -> Iterator[list[int]]:
-        """A list, which holds the steps of what was visited in the block when it is done."""
+        """Yield a list that holds, after the block, the steps of what was visited in it."""
         steps: list[int] = []
         self._steps.append(1)
         yield steps
         steps.append(self._steps.pop())
 
-    # -------------------------------------------------------------------------------------------- what writes
+    # ---------------------------------------------------------------------------------- what writes
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
         self._steps[-1] += len(node.data) >> SCAN
@@ -91,7 +92,8 @@ class Counting(NodeTransformer):
         return node
 
     def _written(self, node: Any) -> Any:
-        """An expression that is written; what an addition gives is counted here."""
+        """Return an expression that is written, counted. The result of an addition is counted
+        here."""
         if isinstance(node, nodes.Add) and _is_short(node):
             self._steps[-1] += 1
             return _filter(self._operands(node), WEIGH)
@@ -107,14 +109,15 @@ class Counting(NodeTransformer):
         return node
 
     def visit_Add(self, node: nodes.Add) -> Any:
-        """A short sum is some times as large as what there is already at most, so that it may be counted when it is there."""
+        """Count a sum. The result of a short sum is only a few times as large as its operands, so
+        it can be counted afterwards."""
         if not _is_short(node):
             return self._added(node, times=0)
         summed = self._operands(node)
         return summed if _has_number(node) else _filter(summed, HOLD)
 
     def _operands(self, node: Any) -> Any:
-        """The sum, with its operands visited."""
+        """Return the sum with its operands visited."""
         if not isinstance(node, nodes.Add):
             return self.visit(node)
         self._steps[-1] += 1
@@ -122,7 +125,7 @@ class Counting(NodeTransformer):
         return node
 
     def _added(self, node: Any, times: int) -> Any:
-        """An operand that is copied by so many additions around it."""
+        """Return an operand that is copied by `times` additions around it."""
         if isinstance(node, nodes.Add):
             self._steps[-1] += 1
             node.left, node.right = self._added(node.left, times + 1), self._added(node.right, times + 1)
@@ -132,13 +135,15 @@ class Counting(NodeTransformer):
             return node
         return _filter(self.visit(node), COPY, times)
 
-    # -------------------------------------------------------------------------------------------- what reads
+    # ----------------------------------------------------------------------------------- what reads
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        """What is compared with a constant is looked at no further than that is long; but it may be searched for it."""
+        """Count a comparison. A comparison with a constant reads no further than the constant,
+        except when it searches."""
         operands = [node.expr, *(operand.expr for operand in node.ops)]
         searched = [operand.expr for operand in node.ops if operand.op in ("in", "notin")]
-        has_keys = any(isinstance(operand, nodes.Dict) for operand in operands)  # which are hashed, and all that is in them
+        # Keys are hashed whole.
+        has_keys = any(isinstance(operand, nodes.Dict) for operand in operands)
         is_bounded = any(map(_is_constant, operands)) and len(operands) == 2 and not has_keys
         holders: list[Any] = [node, *node.ops]
         for holder in holders:
@@ -156,7 +161,7 @@ class Counting(NodeTransformer):
             node.arg = _filter(node.arg, SCANNED)
         return node
 
-    # -------------------------------------------------------------------------------------------- what is made
+    # --------------------------------------------------------------------------------- what is made
 
     def visit_List(self, node: nodes.List) -> nodes.Node:
         return self._made(node)
@@ -178,10 +183,10 @@ class Counting(NodeTransformer):
         self.generic_visit(node)
         return node if constant else _filter(node, HOLD)
 
-    # -------------------------------------------------------------------------------------------- what is refused
+    # ------------------------------------------------------------------------------ what is refused
 
     def visit_Include(self, node: nodes.Node) -> nodes.Node:
-        raise SecurityError("it takes in another template")
+        raise SecurityError("it includes another template")
 
     visit_Import = visit_FromImport = visit_Extends = visit_Include
 
@@ -191,7 +196,7 @@ def _filter(value: Any, name: str, *arguments: int) -> nodes.Filter:
 
 
 def _is_constant(node: nodes.Node) -> bool:
-    """Whether it is written in the template as it is, all of it."""
+    """Return whether an expression is written out in the template, all of it."""
     if isinstance(node, nodes.Const):
         return True
     if isinstance(node, nodes.List | nodes.Tuple):
@@ -200,7 +205,7 @@ def _is_constant(node: nodes.Node) -> bool:
 
 
 def _is_short(node: nodes.Add) -> bool:
-    """Whether a sum adds few values and little text."""
+    """Return whether a sum adds few values and little text."""
     waiting: list[nodes.Node] = [node]
     values = characters = 0
     while waiting:
@@ -215,5 +220,6 @@ def _is_short(node: nodes.Add) -> bool:
 
 
 def _has_number(node: nodes.Add) -> bool:
-    """Whether a number that the template spells is added: the sum is one, and grows no further than a count."""
+    """Return whether a sum adds a number written in the template. It is then a number, and grows no
+    further than a count."""
     return any(isinstance(side, nodes.Const) and isinstance(side.value, int) for side in (node.left, node.right))

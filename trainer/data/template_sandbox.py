@@ -1,7 +1,9 @@
-"""The sandbox in which chat templates run: jinja2's immutable one, in which all that a template can call is known and counted.
+"""The sandbox in which chat templates run: jinja2's immutable one, where all that a template can
+call is known and counted.
 
-What is not listed here is refused: methods, and filters and tests that a later jinja2 may bring. For each it is known what it
-looks at and how much it can write at most, so that it is refused before it does what cannot be left any longer.
+Methods that are not listed here are refused, and so are filters and tests that a later jinja2 may
+bring. For each listed one it is known what it reads and how much it can write at most, so that it
+is refused before it exceeds the budget.
 """
 
 from __future__ import annotations
@@ -34,20 +36,25 @@ from trainer.data.template_budget import (
     require_width,
 )
 
-TODAY = datetime.datetime(2024, 7, 26)  # what templates get for now: the same data must give the same tokens on any day
-CALL_STEPS = 4  # beyond those of the node
+# The current date for templates: tokens must not depend on the day.
+TODAY = datetime.datetime(2024, 7, 26)
+CALL_STEPS = 4  # besides those of the node
 SMALL = 1 << 62
-OURS = frozenset({"_loop_vars", "_block_vars"})  # what jinja2 hands over beside the arguments of a call
+# jinja2 passes these besides the arguments of a call.
+OURS = frozenset({"_loop_vars", "_block_vars"})
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses at once what it refuses, and counts in `budget` what templates do."""
+    """A sandbox that refuses at once what it refuses, and counts in `budget` what templates do."""
 
-    intercepted_binops = frozenset({"-", "*", "/", "//", "%", "**"})  # + is counted in the syntax tree
+    # + is counted in the syntax tree.
+    intercepted_binops = frozenset({"-", "*", "/", "//", "%", "**"})
 
     def __init__(self, *extensions: type[Extension]) -> None:
-        """As transformers sets it up, so that a template gives the same text; but the date is a fixed one."""
-        # Constants are not reckoned while a template is compiled: what is counted is counted when it runs.
+        """Configure jinja2 as transformers does, so that a template gives the same text; only the
+        date is a fixed one."""
+        # Constants are not folded when a template is compiled, because counting happens when it
+        # runs.
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[*extensions, loopcontrols])
         self.budget = budget = Budget()
         self.filters = {name: _counted(FILTERS[name], KNOWN_FILTERS[name], budget) for name in KNOWN_FILTERS}
@@ -69,7 +76,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._functions = (self.globals["range"], _dict, _Namespace, _refuse)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        """jinja2 would write nothing in its place, and go on."""
+        """Raise SecurityError, where jinja2 would write nothing and go on."""
         raise SecurityError(f"it reaches for {attribute!r} of {type(obj).__name__!r}")
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -91,7 +98,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 require_width(other)
                 self.budget.require(len(one) * other * (1 if isinstance(one, str | bytes) else ELEMENT))
         if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > LARGEST_NUMBER:
-            raise SecurityError(f"it reckons with a number of more than {LARGEST_NUMBER:,} bits")
+            raise SecurityError(f"it computes with a number of more than {LARGEST_NUMBER:,} bits")
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what a template may call."""
@@ -118,12 +125,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             budget.leave()
 
     def _require_known(self, called: Any, given: tuple[Any, ...]) -> None:
-        """SecurityError unless it is known what it does, and there is room for that."""
+        """Raise SecurityError unless the effect of the call is known and within the budget."""
         if any(called is function for function in self._functions):
             for value in given:
                 self.budget.scanned(value)
             return
-        if isinstance(called, FunctionType):  # what jinja2 makes of format and format_map, so that they are safe
+        if isinstance(called, FunctionType):  # jinja2's safe wrappers of format and format_map
             called = getattr(called, "__wrapped__", called)
         owner, name = getattr(called, "__self__", None), getattr(called, "__name__", "")
         if not callable(called) or isinstance(owner, LoopContext) or isinstance(called, Undefined):
@@ -139,14 +146,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class Called:
-    """What is ours and has methods that a template calls as it is traced: they look at nothing but what they are given."""
+    """An object of ours whose methods a traced template calls. They read only their arguments."""
 
 
 def _is_marking(called: Any) -> bool:
     return isinstance(getattr(called, "__self__", None), Extension)
 
 
-# ------------------------------------------------------------------------------------------------ functions
+# ---------------------------------------------------------------------------------------- functions
 
 
 def _dict(*given: Any, **named: Any) -> dict[Any, Any]:
@@ -154,7 +161,8 @@ def _dict(*given: Any, **named: Any) -> dict[Any, Any]:
 
 
 class _Namespace(Namespace):
-    """jinja2's, without names that lead into Python, and not written with all that it holds: it may hold itself."""
+    """jinja2's namespace, without names that lead into Python, and written without its contents,
+    which may include itself."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -169,24 +177,25 @@ def _refuse(message: object) -> None:
     raise jinja2.TemplateError(str(message))
 
 
-# ------------------------------------------------------------------------------------------------ methods
+# ------------------------------------------------------------------------------------------ methods
 
 Method = Callable[[Budget, Any, tuple[Any, ...]], None]
 
 
 def _method(owner: Any, name: str) -> Method | None:
-    """How a call of that method is counted; None for one that is not known."""
+    """Return the function that counts a call of that method; None for an unknown one."""
     return next((methods[name] for kind, methods in METHODS if isinstance(owner, kind) and name in methods), None)
 
 
 def _over_text(budget: Budget, text: Any, given: tuple[Any, ...]) -> None:
-    """It goes over the text once, and gives no more than a few times that."""
+    """Count a method that reads the text once and returns at most a few times its length."""
     budget.look(len(text))
     budget.require(3 * len(text))
 
 
 def _each_by_each(budget: Budget, text: Any, given: tuple[Any, ...]) -> None:
-    """It may look at all that is given for every letter, as searching from the end does, and stripping letters."""
+    """Count a method that may read all arguments for every letter, as searches from the end and
+    stripping do."""
     budget.look(len(text) * (1 + sum(len(one) for one in given if isinstance(one, str))))
 
 
@@ -214,10 +223,10 @@ def _replaced(budget: Budget, text: Any, given: tuple[Any, ...]) -> None:
 
 
 def _joined(budget: Budget, text: Any, given: tuple[Any, ...]) -> None:
-    """What is joined one by one may be the same text again and again."""
+    """Count a join, whose values may be the same text again and again."""
     for values in given:
         if isinstance(values, Lazy):
-            raise SecurityError("it joins by a method what a filter gives one by one")
+            raise SecurityError("it joins by a method the values that a filter yields one by one")
         budget.require(budget.size(values) + len(text) * (len(values) if hasattr(values, "__len__") else 0))
 
 
@@ -234,11 +243,11 @@ def _compared(budget: Budget, values: Any, given: tuple[Any, ...]) -> None:
 
 
 def _free(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
-    """It does the same whatever it is called of."""
+    """Do nothing: the cost does not depend on the value."""
 
 
 def _dated(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
-    """A format gives 256 letters for each of its own at most: so much Python makes room for."""
+    """Count a date format: Python reserves at most 256 letters for each letter of the format."""
     budget.require(256 * sum(len(one) for one in given if isinstance(one, str)))
 
 
@@ -256,7 +265,8 @@ TEXT_METHODS: Mapping[str, Method] = {
     "join": _joined,
     **dict.fromkeys(("format", "format_map"), _formatted),
 }
-# A number is bounded, and so is what its methods give; `to_bytes` gives as much as it is asked for.
+# Numbers are bounded, and so are the results of their methods, except `to_bytes`, which is not
+# listed.
 METHODS: tuple[tuple[Any, Mapping[str, Method]], ...] = (
     (str, TEXT_METHODS),
     (list | tuple, {"count": _compared, "index": _compared}),
@@ -266,7 +276,7 @@ METHODS: tuple[tuple[Any, Mapping[str, Method]], ...] = (
     (float, dict.fromkeys(("is_integer", "conjugate", "as_integer_ratio", "hex"), _free)),
     (datetime.date | datetime.time, dict.fromkeys(("isoformat", "strftime"), _dated)),
 )
-# By the type itself, which most values have.
+# The same by exact type, which serves most values.
 QUICK: dict[tuple[Any, str], Method] = {
     (kind, name): method
     for kind in (str, list, tuple, dict)
@@ -276,14 +286,15 @@ QUICK: dict[tuple[Any, str], Method] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ filters
+# ------------------------------------------------------------------------------------------ filters
 
-# What a filter is about to do with a value, further arguments and those by name.
+# Counts what a filter is about to do with a value and its arguments, positional and by name.
 Filtering = Callable[[Budget, Any, tuple[Any, ...]], None]
 
 
 def _counted(function: Callable[..., Any], about_to: Filtering, budget: Budget) -> Callable[..., Any]:
-    """A filter of jinja2, counted. What it gives one by one is counted when it is taken."""
+    """Return jinja2's filter with counting. Values that it yields one by one are counted when they
+    are taken."""
     if about_to is _value_only:
         return function
     before = 1 if hasattr(function, "jinja_pass_arg") else 0  # jinja2 hands over its context first
@@ -313,7 +324,7 @@ def _counted(function: Callable[..., Any], about_to: Filtering, budget: Budget) 
 
 
 def _value_only(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
-    """It gives the value, a part of it or another that it is given, or its length."""
+    """Do nothing: the filter returns its value, a part of it, another argument, or its length."""
 
 
 def _one_by_one(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
@@ -321,7 +332,7 @@ def _one_by_one(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
 
 
 def _rows(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
-    """Rows of a list, filled up."""
+    """Count filters that return the rows of a list, filled up."""
     for number in given:
         require_width(number)
     budget.held(value)
@@ -338,7 +349,7 @@ def _rounded(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
 
 
 def _text(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
-    """It goes over the text of a value, and gives some times that."""
+    """Count a filter that reads a value's text and returns at most a few times its length."""
     for number in given:
         require_width(number)
     budget.require(6 * budget.size(value))
@@ -357,8 +368,8 @@ def _trimmed(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
 
 
 def _searched(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
-    """It goes over a text by regular expressions, some of which look back over all of it, and may put something in again and
-    again."""
+    """Count a filter that applies regular expressions, some of which look back over the whole text,
+    and that may insert its arguments repeatedly."""
     for number in given:
         require_width(number)
     size = budget.size(value)
@@ -403,28 +414,31 @@ def _listed(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
 
 
 def _sorted(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
-    """Each is compared with some twenty others, and read by a path of attributes."""
+    """Count a filter that compares each element with some twenty others, each read by a path of
+    attributes."""
     budget.look(20 * budget.size(value))
     if hasattr(value, "__len__"):
         budget.spend(len(value) * (20 + sum(map(budget.size, given))))
 
 
 def _summed(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
-    """Lists are added one after another, each time to a new one."""
+    """Count a sum: lists are added one after another, each time into a new one."""
     _sorted(budget, value, given)
     lists = [one for one in value if isinstance(one, list | tuple)] if isinstance(value, list | tuple) else []
     budget.spend(len(lists) * sum(map(len, lists)))
 
 
 def _printed(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
-    """It writes each container once for every one that it is in, to see whether it fits a line."""
+    """Count pprint, which writes each container once for every container around it, to see whether
+    it fits in a line."""
     size = budget.size(value) * (1 + budget.depth(value)) * 16
     budget.spend(size)
     budget.require(size)
 
 
 def _json(budget: Budget, value: Any, given: tuple[Any, ...]) -> None:
-    """Letters may be escaped; after each element stands what separates it, and as many spaces as it is deep."""
+    """Count JSON: letters may be escaped, and each element has a separator and indentation by its
+    depth."""
     for number in given:
         require_width(number)
     size = budget.size(value)
@@ -439,7 +453,7 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-# All of jinja2's, but `random`: the same data must give the same tokens.
+# All of jinja2's except `random`: the same data must give the same tokens.
 KNOWN_FILTERS: Mapping[str, Filtering] = {
     **dict.fromkeys(("attr", "count", "d", "default", "first", "last", "length"), _value_only),
     **dict.fromkeys(("items", "map", "reject", "rejectattr", "select", "selectattr"), _one_by_one),
@@ -462,7 +476,7 @@ KNOWN_FILTERS: Mapping[str, Filtering] = {
     "tojson": _json,
 }
 REFUSED_FILTERS = frozenset({"random"})
-# Tests that look at all of what they are given; the others ask for its type, or whether it is there.
+# Tests that read all of their arguments. The others check only a type or the existence.
 SCANNING_TESTS = frozenset(
     {"in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le"}
     | {"lower", "upper", "divisibleby", "even", "odd"}
@@ -475,7 +489,7 @@ TAKING = frozenset({_rows, _listed, _sorted, _summed, _joining})  # they go over
 
 
 def _scanning(test: Any, budget: Budget) -> Callable[..., Any]:
-    """A test of jinja2, counted."""
+    """Return jinja2's test with counting."""
 
     @wraps(test)
     def counted(*args: Any) -> Any:

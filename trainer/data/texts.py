@@ -1,4 +1,5 @@
-"""A text → a document: what begins one, its tokens, and the token that ends documents."""
+"""The encoding of a text as a document: an opening, the text's tokens, and the token that ends
+documents."""
 
 from __future__ import annotations
 
@@ -13,15 +14,19 @@ from trainer.errors import RecipeError
 
 @dataclass(frozen=True)
 class Texts:
-    """How texts are written. `opening`: the tokens before each. `parse`: a special token that a text spells is that token;
-    else it is text."""
+    """A way to write texts.
+
+    `opening`: the tokens before each text. With `parse` a special token that a text spells is that
+    token; without it, text.
+    """
 
     opening: tuple[int, ...] = ()
     parse: bool = False
 
     @classmethod
     def from_recipe(cls, data: schema.Data, tokenizer: Tokenizer) -> Self:
-        """RecipeError where documents are to begin with a token that the tokenizer does not have."""
+        """Build it from the recipe. RecipeError if documents are to begin with a token that the
+        tokenizer does not have."""
         return cls(_opening(data, tokenizer), data.special_tokens == "parse")
 
     @classmethod
@@ -30,25 +35,27 @@ class Texts:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return what makes it again, as JSON values."""
+        """The values from which `from_settings` rebuilds it, as JSON."""
         return asdict(self)
 
     @property
     def facts(self) -> list[Any]:
-        """Return what distinguishes its documents from plain tokens, as JSON values; [] where nothing does."""
+        """The values that distinguish its documents from plain tokens, as JSON; [] if nothing
+        does."""
         return ["texts", self.settings] if self.opening or self.parse else []
 
     def documents(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text's document; [] for a text without a token."""
+        """Return the tokens of each text's document; [] for a text without a token."""
         end = tokenizer.end_of_document
         return [[*self._opened(ids), end] if ids else [] for ids in tokenizer.encode_batch(texts, special=self.parse)]
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """The tokens that a model continues; never none."""
+        """Return the tokens that a model continues, at least one."""
         return self._opened(tokenizer.encode(text, special=self.parse)) or [tokenizer.end_of_document]
 
     def _opened(self, ids: Sequence[int]) -> list[int]:
-        """The tokens behind the opening. A rendered conversation spells its own, and no model was trained on two."""
+        """Return the tokens behind the opening. A rendered conversation spells its own opening, and
+        no model was trained on two."""
         spells_it = self.parse and tuple(ids[: len(self.opening)]) == self.opening
         return list(ids) if spells_it else [*self.opening, *ids]
 

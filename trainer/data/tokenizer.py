@@ -1,8 +1,9 @@
-"""Texts ↔ tokens: byte-level, trained on the corpus, or from Hugging Face, all behind one class.
+"""The tokenizer: byte-level, trained on the corpus, or from Hugging Face, all behind one class.
 
-`tokenizers` does the work; `transformers` is asked how a folder from elsewhere is to be read (`auto_tokenizer.py`).
-A text never yields a special token, not even a text that spells it, unless the recipe says so (`data.special_tokens`) or names
-that token (`data.new_tokens`): we put them around documents, and a chat template around turns.
+`tokenizers` does the work; `transformers` decides how a folder from elsewhere is to be read
+(`auto_tokenizer.py`). A text never yields a special token, not even one that it spells, unless the
+recipe says so (`data.special_tokens`) or names that token (`data.new_tokens`): we put special
+tokens around documents, and a chat template around turns.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ from trainer.files.reading import read_json, read_text
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_BPE = 257  # 256 bytes and the end of document
 MASK = "<|mask|>"
-SPECIAL_TOKENS = ("bos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # and eos_token
-NEW_TOKENS = "new_tokens"  # our key of a saved config: those that a text spells where it means them
+# eos_token is another one.
+SPECIAL_TOKENS = ("bos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NEW_TOKENS = "new_tokens"  # our key of a saved config: special tokens that a text may spell
 
 
 class Tokenizer:
-    """Texts ↔ token ids in [0, vocab_size)."""
+    """A map between texts and token ids in [0, vocab_size)."""
 
     def __init__(
         self,
@@ -54,9 +56,13 @@ class Tokenizer:
         remarks: Sequence[str] = (),
         dropout: float | None = None,
     ) -> None:
-        """`config`: all that its tokenizer_config.json says; None: it is made here. `settings`: what transformers makes of
-        that, where it came from elsewhere; see `auto_tokenizer.settings_of`. `remarks`: what is to be said of how it was read.
-        `dropout`: of merges, which its tokenizer.json asks for; none is done here, so that a text always gives the same tokens.
+        """Wrap a backend.
+
+        `config`: the content of its tokenizer_config.json; None: it is made here. `settings`: what
+        transformers makes of the config, if it comes from elsewhere; see
+        `auto_tokenizer.settings_of`. `remarks`: lines about how it was read. `dropout`: the dropout
+        of merges that its tokenizer.json asks for; none is applied here, so that a text always
+        gives the same tokens.
         """
         require_numbers(backend)
         token_id = backend.token_to_id(end_of_document)
@@ -85,7 +91,8 @@ class Tokenizer:
         self._ids_are_bytes = self.vocab_size == SMALLEST_BPE and backend.to_str() == _bytes_backend().to_str()
 
     def changed(self, backend: Backend | None = None, **config: Any) -> Tokenizer:
-        """This tokenizer with some keys of its config changed, and perhaps another backend."""
+        """Return this tokenizer with some keys of its config changed, and perhaps another
+        backend."""
         settings = {**self.settings, **_settings_among(config)} if self.settings is not None else None
         return Tokenizer(
             backend or self._backend,
@@ -102,12 +109,12 @@ class Tokenizer:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """Return what its tokenizer_config.json says."""
+        """The content of its tokenizer_config.json."""
         return self._config
 
     @property
     def notes(self) -> Iterator[str]:
-        """Return what a run should say of it."""
+        """Yield what a run should say about it."""
         yield from self.remarks
         if self._dropout:
             yield (
@@ -120,16 +127,20 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for tokenizers that encode equally and end documents equally."""
+        """The fingerprint, equal for tokenizers that encode equally and end documents equally."""
         return fingerprint_of([self._reader.to_str(), self.end_of_document])
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self.encode_batch([text], special=special)[0]
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
-        """Tokens of each text, without any around them. `special`: a special token that a text spells is that token, as
-        transformers reads it by default; else it is text like any other."""
-        if self._ids_are_bytes and not special:  # the backend gives the same, at 2.6 MB/s on one core
+        """Return the tokens of each text, without tokens around them.
+
+        `special`: a special token that a text spells is that token, as transformers reads it by
+        default; else it is ordinary text.
+        """
+        # Faster than the backend, which reads 2.6 MB/s per core.
+        if self._ids_are_bytes and not special:
             return [list(text.encode()) for text in texts]
         return [encoding.ids for encoding in self._encoded(texts, special=special)]
 
@@ -142,7 +153,8 @@ class Tokenizer:
         places: bool = False,
         most: int | None = None,
     ) -> list[Any]:
-        """Encodings by the backend, each of `most` tokens or fewer. TokenizerFails where it does not give them."""
+        """Return the backend's encodings, each of at most `most` tokens. TokenizerFails if it
+        fails."""
         reader = self._reader
 
         def encode() -> list[Any]:
@@ -160,8 +172,8 @@ class Tokenizer:
 
     @cached_property
     def opening(self) -> tuple[int, ...]:
-        """What its post-processor writes before a text: the token that begins one in Llama 3 and Gemma, [CLS] in Bert; () in
-        most."""
+        """The tokens that its post-processor writes before a text: Llama 3's and Gemma's begin
+        token, Bert's [CLS]; mostly ()."""
         (whole,), (text,) = ([encoding.ids for encoding in self._encoded(["a"], around=around)] for around in (True, False))
         self._require_known(whole)
         for begin in range(len(whole) - len(text) + 1):
@@ -170,21 +182,23 @@ class Tokenizer:
         return ()
 
     def _require_known(self, ids: Sequence[int]) -> None:
-        """TokenizerFails for a token that is none of its own: a post-processor writes whatever number it has."""
+        """Raise TokenizerFails for a token that it does not have, because a post-processor writes
+        any number."""
         if max(ids, default=0) >= self.vocab_size:
             raise TokenizerFails(
                 f"data.tokenizer: its post_processor writes the token {max(ids)}, and its tokens are below {self.vocab_size}; "
-                "mend its tokenizer.json, or give another tokenizer"
+                "fix its tokenizer.json, or give another tokenizer"
             )
 
     @property
     def start_of_target(self) -> int:
-        """What comes before a translation: the token for padding, where there is one, as in Marian and T5; else the one that
-        ends documents."""
+        """The token before a translation: that for padding, if there is one, as in Marian and T5;
+        else the one that ends documents."""
         return self.end_of_document if self.padding is None else self.padding
 
     def ending_texts(self) -> Tokenizer:
-        """This tokenizer, which where transformers encodes a text ends it as a source is ended here, and pads it."""
+        """Return this tokenizer changed so that transformers ends a text as a source is ended here,
+        and pads with it."""
         backend = self._copied_backend()
         if backend.post_processor is None:
             end = (self._eos_token, self.end_of_document)
@@ -192,8 +206,11 @@ class Tokenizer:
         return self.changed(backend, **self._padded)
 
     def with_new_tokens(self, tokens: Sequence[str]) -> Tokenizer:
-        """This tokenizer with these special tokens, each of which a text that spells it means; those that it has already keep
-        their numbers. RecipeError where its numbers leave no room for them."""
+        """Return this tokenizer with these special tokens, which a text may spell. Tokens that it
+        has already keep their numbers.
+
+        RecipeError if its numbers leave no room for them.
+        """
         if not tokens:
             return self
         backend = self._copied_backend()
@@ -201,19 +218,20 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         if len(set(vocabulary.values())) < len(vocabulary):
             raise RecipeError(
-                "data.new_tokens: this tokenizer leaves numbers out, and would give a new token that of another symbol: add "
-                "the tokens to its folder, and name them here all the same"
+                "data.new_tokens: this tokenizer leaves numbers out, and would give a new token the number of another "
+                "symbol: add the tokens to its folder, and name them here all the same"
             )
         named = list(dict.fromkeys([*self.new_tokens, *tokens]))
         return self.changed(backend, **{NEW_TOKENS: named}, **self._reading_special)
 
     def ids_of(self, tokens: Iterable[str]) -> dict[str, int]:
-        """The numbers of those of these symbols that it has."""
+        """Return the numbers of those of these symbols that it has."""
         found = {token: self._backend.token_to_id(token) for token in tokens}
         return {token: number for token, number in found.items() if number is not None}
 
     def from_number(self, first: int) -> dict[str, bool]:
-        """The symbols with this number or a higher one, in order, and whether each is an added token."""
+        """Return the symbols with this number or a higher one, in order, and whether each is an
+        added token."""
         added = self._backend.get_added_tokens_decoder()
         numbers = self._backend.get_vocab(with_added_tokens=True)
         return {
@@ -221,17 +239,21 @@ class Tokenizer:
         }
 
     def for_chat(self) -> Tokenizer:
-        """This tokenizer with a chat template: its own, or ours where it has none."""
+        """Return this tokenizer with a chat template: its own, or ours if it has none."""
         backend = self._backend
-        if self._eos_token not in self.added_tokens:  # a template writes it as text, which must become that token
+        # A template writes it as text, which must become that token.
+        if self._eos_token not in self.added_tokens:
             backend = self._copied_backend()
             backend.add_special_tokens([AddedToken(self._eos_token, special=True, normalized=False)])
         template = {} if self.has_template else {"chat_template": self.chat_template}
         return self.changed(backend, **template, **self._reading_special)
 
     def for_classification(self) -> Tokenizer:
-        """This tokenizer with what begins and ends a text that is classified: its own special tokens, or, where it has none,
-        the end of document before it. None then ends it: transformers' decoders read the last token that does not pad."""
+        """Return this tokenizer with the tokens around a text that is classified.
+
+        They are its own special tokens or, if it has none, an end of document before the text and
+        nothing behind it: transformers' decoders read the last token that is not padding.
+        """
         backend = self._copied_backend()
         if not self._encoded([""], around=True)[0].ids:
             opening = processors.TemplateProcessing(
@@ -243,7 +265,7 @@ class Tokenizer:
         return self.changed(backend, **self._padded)
 
     def for_masking(self) -> Tokenizer:
-        """This tokenizer with a mask token: its own, or one more symbol."""
+        """Return this tokenizer with a mask token: its own, or one more symbol."""
         if self.mask is not None:
             return self.reading_special()
         backend = self._copied_backend()
@@ -251,7 +273,8 @@ class Tokenizer:
         return self.changed(backend, mask_token=MASK, **self._reading_special)
 
     def reading_special(self) -> Tokenizer:
-        """This tokenizer, which where transformers encodes a text takes a spelt special token for that token."""
+        """Return this tokenizer changed so that transformers reads a spelt special token as that
+        token."""
         return self.changed(**self._reading_special)
 
     @property
@@ -264,7 +287,7 @@ class Tokenizer:
 
     @property
     def mask(self) -> int | None:
-        """The token that stands for one which is to be guessed."""
+        """The token that stands for one to be guessed."""
         return self._id_of("mask_token")
 
     @property
@@ -273,7 +296,7 @@ class Tokenizer:
 
     @property
     def bos(self) -> int | None:
-        """The token that begins texts, where it names one."""
+        """The token that begins texts, if the config names one."""
         return self._id_of("bos_token")
 
     def _id_of(self, name: str) -> int | None:
@@ -289,8 +312,8 @@ class Tokenizer:
         return sorted(set(self._backend.get_vocab(with_added_tokens=True).values()) - special)
 
     def encode_sequence(self, text: str, *, max_tokens: int) -> tuple[list[int], int]:
-        """At most `max_tokens` tokens of a text with the special tokens around it, as transformers gives them, and how many
-        were cut off."""
+        """Return at most `max_tokens` tokens of a text with the special tokens around it, as in
+        transformers, and how many were cut off."""
         (encoding,) = self._encoded([text], around=True, places=True, most=max_tokens)
         self._require_known(encoding.ids)
         around = self._reader.num_special_tokens_to_add(is_pair=False)
@@ -298,7 +321,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str:
-        """Of several that a tokenizer brings, the one named "default"."""
+        """The chat template; of several the one named "default"."""
         template = self._templates.get("default")
         if template is None:
             raise RecipeError('data.tokenizer: none of its chat templates is named "default"; name one so')
@@ -306,13 +329,14 @@ class Tokenizer:
 
     @property
     def tool_template(self) -> str:
-        """What conversations with tools are written by: of several templates the one named "tool_use", as in transformers."""
+        """The template of conversations with tools: of several the one named "tool_use", as in
+        transformers."""
         return self._templates.get("tool_use") or self.chat_template
 
     @cached_property
     def _templates(self) -> dict[str, str]:
         given = self._config.get("chat_template") or DEFAULT_TEMPLATE
-        if isinstance(given, list):  # as tokenizer_config.json has several
+        if isinstance(given, list):  # the form of several templates in tokenizer_config.json
             given = {str(entry.get("name")): entry.get("template") for entry in given if isinstance(entry, dict)}
         named = given if isinstance(given, dict) else {"default": given}
         return {str(name): template for name, template in named.items() if isinstance(template, str)}
@@ -324,7 +348,8 @@ class Tokenizer:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """What a chat template may write by name, as transformers hands it over: tokens that a model names itself, too."""
+        """The tokens that a chat template may write by name, as in transformers, with those that a
+        model names itself."""
         named = self._config.get("extra_special_tokens")
         tokens = {**{name: self._config.get(name) for name in SPECIAL_TOKENS}, **(named if isinstance(named, dict) else {})}
         spelt = {name: _spelling(token) for name, token in tokens.items()}
@@ -332,7 +357,8 @@ class Tokenizer:
 
     @cached_property
     def added_tokens(self) -> dict[str, bool]:
-        """Spellings of the tokens that were added to those of the model; of each, whether it is a special one."""
+        """The spellings of the tokens added to those of the model, and whether each is a special
+        one."""
         return {token.content: token.special for token in self._backend.get_added_tokens_decoder().values()}
 
     @cached_property
@@ -340,7 +366,8 @@ class Tokenizer:
         return frozenset({self.end_of_document, *self._backend.get_added_tokens_decoder()})
 
     def encode_with_offsets(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokens, and where in the text each stands; `special`: a spelt special token is that token."""
+        """Return the tokens and the place of each in the text. With `special` a spelt special token
+        is that token."""
         (encoding,) = self._encoded([text], special=special, places=True)
         return encoding.ids, encoding.offsets
 
@@ -348,19 +375,24 @@ class Tokenizer:
         return str(self._backend.id_to_token(token))
 
     def spells_as(self, folder: Path, tokens: Sequence[int]) -> bool:
-        """Return whether a folder has a tokenizer too, in which these tokens are the same."""
+        """Return whether a folder also has a tokenizer, in which these tokens are the same."""
         if not (folder / "tokenizer.json").is_file():
             return False
         theirs = _read_backend(folder)
         return all(theirs.id_to_token(token) == self._backend.id_to_token(token) for token in tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the tokens, added tokens spelt out; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of the tokens, added tokens spelt out. Bytes that are not UTF-8 become
+        U+FFFD."""
         return bounded(lambda: decoded(self._backend, ids), "decoding tokens", size=len(ids))
 
     def save(self, folder: Path) -> None:
-        """Write a folder that `transformers.AutoTokenizer.from_pretrained` loads and that encodes and decodes the same: the
-        config of its source, less what the source needed of its own machine, and what was changed here."""
+        """Write a folder that `transformers.AutoTokenizer.from_pretrained` loads and that encodes
+        and decodes the same.
+
+        Its config is that of the source, without what only concerns the source's own machine, and
+        with what was changed here.
+        """
         make_private(folder)
         write_json(folder / "tokenizer_config.json", self._config)
         if "auto_map" in self._config:
@@ -369,7 +401,7 @@ class Tokenizer:
             file.write(self._with_dropout().encode())
 
     def _with_dropout(self) -> str:
-        """tokenizer.json, which asks for what its source asked for."""
+        """Return tokenizer.json, with the dropout that its source asks for."""
         text = self._backend.to_str()
         if not self._dropout:
             return text
@@ -379,19 +411,22 @@ class Tokenizer:
 
 
 def _own_config() -> dict[str, Any]:
-    """Of a tokenizer that is made here: what a text spells is text, as it was in training."""
+    """Return the config of a tokenizer made here: a spelt special token is text, as it was in
+    training."""
     return {"tokenizer_class": auto_tokenizer.PLAIN_CLASS, "split_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
 def make_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that a recipe's data.tokenizer names, unless it must be trained: "bytes", a folder or a hub name."""
+    """Return the tokenizer that a recipe's data.tokenizer names, unless it must be trained:
+    "bytes", a folder or a hub name."""
     if spec == "bytes":
         return Tokenizer(_bytes_backend(), end_of_document=END_OF_DOCUMENT)
     return load_tokenizer(spec)
 
 
 def bpe_size(spec: str) -> int | None:
-    """N of "bpe:N", None for another kind of tokenizer; RecipeError for an N that cannot be."""
+    """Return N of "bpe:N", or None for another kind of tokenizer. RecipeError for an impossible
+    N."""
     if not spec.startswith("bpe:"):
         return None
     digits = spec.removeprefix("bpe:")
@@ -404,7 +439,8 @@ def bpe_size(spec: str) -> int | None:
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of exactly `vocab_size` symbols; the same documents give the same merges."""
+    """Train a byte-level BPE of exactly `vocab_size` symbols. The same documents give the same
+    merges."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
@@ -426,8 +462,8 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder or hub name, as transformers' AutoTokenizer reads it. Its code, if it brings any,
-    is never run."""
+    """Load a Hugging Face folder or hub name as transformers' AutoTokenizer reads it. Code in it is
+    never run."""
     folder = Path(name)
     if folder.is_dir():
         require_files(folder)
@@ -439,7 +475,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         config, loaded = auto_tokenizer.load(name)
     except TokenizerFails:
         raise
-    except Exception as error:  # transformers, its hub client and its HTTP client each raise kinds of their own
+    except Exception as error:
+        # transformers, its hub client and its HTTP client each raise kinds of their own.
         raise RecipeError(
             f"data.tokenizer: {name!r} is not 'bytes' or 'bpe:N', and no tokenizer could be loaded from it: "
             f"{auto_tokenizer.reason(error, folder)}"
@@ -450,21 +487,25 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def reopen_tokenizer(folder: Path) -> Tokenizer:
-    """What was saved here: its tokenizer.json is all that counts, so transformers is not needed."""
+    """Load a tokenizer that was saved here. Its tokenizer.json is all that counts, so transformers
+    is not needed."""
     config = _read_config(folder)
     return Tokenizer(_read_backend(folder), end_of_document=_require_eos(config, str(folder)), config=config)
 
 
 def _load_folder(folder: Path) -> Tokenizer:
-    """For some classes transformers builds another tokenizer than tokenizer.json has. Who gets the export will have that one,
-    as had who trained the model, so it is taken."""
+    """Load a user's folder. If transformers builds another tokenizer than tokenizer.json has, as
+    for some classes, that one is taken.
+
+    Whoever trained the model had that one, and whoever gets the export will have it.
+    """
     config, backend = _read_config(folder), _read_backend(folder)
     settings, remarks = None, []
     try:
         _, loaded = auto_tokenizer.load(str(folder))
     except TokenizerFails:
         raise
-    except Exception as error:  # such as one that needs code of its own
+    except Exception as error:  # for example a class that needs code of its own
         remarks.append(
             f"data.tokenizer: transformers does not load {folder} ({auto_tokenizer.reason(error)}): its tokenizer.json is read "
             "as it is"
@@ -495,17 +536,20 @@ def _read_backend(folder: Path) -> Backend:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, {} where there is none, with the chat templates that have files of their own: those count."""
+    """Return tokenizer_config.json, or {} if there is none, with chat templates from files of their
+    own, which take precedence."""
     path = folder / "tokenizer_config.json"
     try:
         config = auto_tokenizer.kept(read_json(path)) if path.exists() else {}
-        json.dumps(config, ensure_ascii=False).encode()  # half of a surrogate pair, which JSON spells, is no character
+        # Fails on half a surrogate pair, legal in JSON.
+        json.dumps(config, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable JSON: {error}; mend the file") from None
+        raise DataError(f"{path}: not readable JSON: {error}; fix the file") from None
     named = config.get(NEW_TOKENS, [])
     if not isinstance(named, list) or not all(isinstance(token, str) for token in named):
-        raise DataError(f"{path}: {NEW_TOKENS} is {kind_of(named)}, not a list of texts; mend the file")
-    templates = {"default": folder / "chat_template.jinja"}  # where transformers saves them since version 4.53
+        raise DataError(f"{path}: {NEW_TOKENS} is {kind_of(named)}, not a list of texts; fix the file")
+    # Where transformers saves them since version 4.53.
+    templates = {"default": folder / "chat_template.jinja"}
     templates |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     found = {name: _read_text(path) for name, path in templates.items() if path.is_file()}
     return {**config, "chat_template": auto_tokenizer.templates_in_config(found)} if found else config
@@ -515,11 +559,11 @@ def _read_text(path: Path) -> str:
     try:
         return read_text(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 text: {error}; mend the file") from None
+        raise DataError(f"{path}: not readable as UTF-8 text: {error}; fix the file") from None
 
 
 def eos_of(config: Mapping[str, Any]) -> str | None:
-    """The token that ends documents."""
+    """Return the spelling of the token that ends documents."""
     return _spelling(config.get("eos_token")) or _spelling(config.get("sep_token"))
 
 
@@ -535,13 +579,15 @@ def _settings_among(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spelling(token: Any) -> str | None:
-    """A special token as tokenizer_config.json has it, a text or an object with the text."""
+    """Return the spelling of a special token in tokenizer_config.json: a text, or an object with
+    the text."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
 
 def _parsing(backend: Backend, tokens: Collection[str]) -> Backend:
-    """The backend with these added tokens not marked special: so it finds them in every text, whatever it does with others."""
+    """Return the backend with these added tokens not marked special, so that it finds them in every
+    text."""
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:
         token["special"] = token["special"] and token["content"] not in tokens
@@ -551,7 +597,7 @@ def _parsing(backend: Backend, tokens: Collection[str]) -> Backend:
 
 
 def _bytes_backend() -> Backend:
-    """Token id = byte value; 256 ends a document."""
+    """Build a backend whose token ids are byte values; 256 ends a document."""
     backend = Backend(models.BPE(vocab=_byte_vocabulary(), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -560,9 +606,11 @@ def _bytes_backend() -> Backend:
 
 
 def _byte_vocabulary() -> dict[str, int]:
-    """The printable character that byte-level tokenizers write for each byte (GPT-2's table) → the byte.
+    """Return the byte for each printable character that byte-level tokenizers write for it (GPT-2's
+    table).
 
-    Bytes that print as themselves in Latin-1 stand for themselves; the others follow from U+0100 on, in order.
+    Bytes that print as themselves in Latin-1 stand for themselves; the others follow from U+0100
+    on, in order.
     """
     printable = {byte for byte in range(256) if chr(byte).isprintable() and not chr(byte).isspace()}
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,7 +1,9 @@
-"""Sentences and their translations → tokens: the source, and the target with what begins and what ends it.
+"""The encoding of texts and their translations: the source, and the target with the tokens that
+begin and end it.
 
-Rows {"source": "…", "target": "…"}; files that name them otherwise are read through `fields`, also what lies in an object:
-{"source": "translation.en", "target": "translation.de"}. Two text files line by line are rows too (`target_path`).
+Rows are {"source": "…", "target": "…"}. Files that name these differently, or nest them in an
+object, are read through `fields`: {"source": "translation.en", "target": "translation.de"}. Two
+text files are read as rows line by line (`target_path`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from trainer.data.fault import Fault, kind_of, require_characters
 from trainer.data.row_format import RowFormat
 from trainer.data.tokenizer import Tokenizer
 
-VERSION = 1  # of all that decides the tokens and targets of a pair
+VERSION = 1  # raise it when the tokens or targets of a pair change
 
 
 class Translation(NamedTuple):
@@ -33,7 +35,7 @@ class Translation(NamedTuple):
 
 @dataclass(frozen=True)
 class TranslationRows(RowFormat):
-    """How the rows of a source become pairs: where each side is."""
+    """The way in which the rows of a source become pairs: the field of each side."""
 
     source: str = "source"
     target: str = "target"
@@ -55,23 +57,24 @@ class TranslationRows(RowFormat):
 
 
 def _text_at(row: Mapping[str, Any], place: str) -> str:
-    """row["a"]["b"] of "a.b", which must be a text."""
+    """Return row["a"]["b"] for the place "a.b"; it must be a text."""
     value: Any = row
     for name in [place] if place in row else place.split("."):
         if not isinstance(value, Mapping) or name not in value:
             has = ", ".join(map(repr, row)) or "no field"
             raise Fault(
-                f"no pair: it has {has}, and needs {place!r}; mend the row, or name its fields in data.sources[].fields, such "
+                f"no pair: it has {has}, and needs {place!r}; fix the row, or name its fields in data.sources[].fields, such "
                 'as {"source": "en", "target": "de"}'
             )
         value = value[name]
     if not isinstance(value, str):
-        raise Fault(f"{place!r} is {kind_of(value)}, not text; mend or remove the row")
+        raise Fault(f"{place!r} is {kind_of(value)}, not text; fix or remove the row")
     return require_characters(value, repr(place)).strip()
 
 
 class Translations(Examples):
-    """A row has its sources in the first half and their targets in the second, each `seq_len` tokens long."""
+    """A writer of pairs: a row has its sources in the first half and their targets in the second,
+    each `seq_len` tokens long."""
 
     noun = "pairs"
 
@@ -88,8 +91,11 @@ class Translations(Examples):
         return fingerprint_of(["pairs", VERSION, self.tokenizer.fingerprint, self.tokenizer.start_of_target, self.settings])
 
     def tokenize(self, example: Translation) -> Tokenized:
-        """A side that is too long loses its end: a source keeps its last token, which says that it ends, and a target does
-        not get it, so that nothing teaches to stop in the middle."""
+        """Return the pair as tokens. A side that is too long loses its end.
+
+        A source keeps its last token, which says that it ends. A target loses it, so that nothing
+        teaches to stop in the middle.
+        """
         content = json.dumps(example, ensure_ascii=False).encode()
         source, target = map(self.tokenizer.encode, example)
         if not source or not target:

@@ -1,8 +1,10 @@
-"""A tokenizing process: `python -m trainer.data.worker TOKENIZER SHARDS TASK SETTINGS`, started by workers.py. SETTINGS: how
-the task writes its texts or examples, as JSON.
+"""A tokenizing process: `python -m trainer.data.worker TOKENIZER SHARDS TASK SETTINGS`, started by
+workers.py.
 
-Reads one task per line, {"number", "shard"}, and answers each by one line: {"number"} when the shard is durable, or
-{"failed": lines, "exit_code"}. It ends at once when its input does: whoever started it has ended too.
+SETTINGS, in JSON, are those of the task's writer of texts or examples. The process reads one task
+per line, {"number", "shard"}, and answers each with one line: {"number"} when the shard is durable,
+or {"failed": lines, "exit_code"}. It ends at once when its input does, because then the process
+that started it has ended too.
 """
 
 from __future__ import annotations
@@ -43,13 +45,14 @@ def main() -> None:
             reply = {"failed": [f"{shard.where} ({files}): {line}" for line in error.lines], "exit_code": error.exit_code}
         except UserError as error:
             reply = {"failed": error.lines, "exit_code": error.exit_code}
-        except OSError as error:  # reading faults were told apart before: this is about writing
+        except OSError as error:
+            # Errors in reading have other types by now, so this one is about writing.
             line = f"{shards}: {error.strerror or error}; make room there, or set data.cache_dir"
             reply = {"failed": [line], "exit_code": DataError.exit_code}
         except MemoryError:
             line = "data: a tokenizing process has no memory left; lower data.workers and start again: finished shards are kept"
             reply = {"failed": [line], "exit_code": RecipeError.exit_code}
-        except Exception as error:  # a fault of ours, which must not look like a worker that was killed
+        except Exception as error:  # a bug of ours must not look like a killed worker
             sys.stderr.write(redact_text(traceback.format_exc()))
             line = (
                 f"data: a tokenizing process failed: {type(error).__name__}: {error}; its traceback is above: please report it"
@@ -60,7 +63,8 @@ def main() -> None:
 
 
 def _keep_stderr_from_native_code() -> None:
-    """What Python says goes where it went; what Rust says of each panic goes nowhere: the reply says it."""
+    """Keep stderr for Python and drop what native code writes there: Rust reports each panic, which
+    the reply reports already."""
     sys.stderr = open(os.dup(2), "w", buffering=1, errors="backslashreplace")  # noqa: SIM115 - to the end of the process
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

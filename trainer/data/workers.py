@@ -1,7 +1,8 @@
 """The processes that tokenize: plain subprocesses that speak JSON lines.
 
-They import neither torch nor the program that started them, nothing is pickled, and they end when their input does, so that
-they never outlive the process that started them. Their side is `worker.py`.
+They import neither torch nor the program that started them, nothing is pickled, and they end when
+their input does, so that they never outlive the process that started them. Their side is
+`worker.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from trainer.errors import DataError, RecipeError, UserError
 
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # one core per worker
-    "USE_TORCH": "0",  # read by datasets, which else imports torch to stream a file
+    "USE_TORCH": "0",  # for datasets, which otherwise imports torch to stream a file
 }
 KINDS = {kind.exit_code: kind for kind in (UserError, DataError, RecipeError)}
 
@@ -32,17 +33,18 @@ KINDS = {kind.exit_code: kind for kind in (UserError, DataError, RecipeError)}
 def tokenize_shards(
     shards: dict[int, Shard], *, tokenizer: Path, into: Path, workers: int, task: str, settings: dict[str, Any]
 ) -> Iterator[int]:
-    """Have numbered shards tokenized by the tokenizer saved in a folder; yields each number when its shard is durable.
+    """Have numbered shards tokenized by the tokenizer saved in a folder; yield each number when its
+    shard is durable.
 
-    `into` receives one folder per shard. `settings`: how the task writes its texts or examples. Raises the first UserError
-    that a worker meets, and ends the others.
+    `into` receives one folder per shard. `settings`: those of the task's writer of texts or
+    examples. Raises the first UserError that a worker meets, and ends the others.
     """
     waiting = iter(shards.items())
-    crew = [Worker(tokenizer, into, task, settings) for _ in range(min(workers, len(shards)))]
+    pool = [Worker(tokenizer, into, task, settings) for _ in range(min(workers, len(shards)))]
     try:
-        for worker in crew:
+        for worker in pool:
             worker.hand(*next(waiting))
-        busy = {worker.replies: worker for worker in crew}
+        busy = {worker.replies: worker for worker in pool}
         while busy:
             for replies in select.select(list(busy), [], [])[0]:
                 yield busy[replies].take_reply()
@@ -51,12 +53,13 @@ def tokenize_shards(
                 else:
                     busy[replies].hand(*shard)
     finally:
-        for worker in crew:
+        for worker in pool:
             worker.end()
 
 
 class Worker:
-    """One `python -m trainer.data.worker`, from outside. It sends one reply for each task."""
+    """A process `python -m trainer.data.worker`, seen from outside. It sends one reply for each
+    task."""
 
     def __init__(self, tokenizer: Path, into: Path, task: str, settings: dict[str, Any]) -> None:
         package_root = str(Path(trainer.__file__).parent.parent)
@@ -68,19 +71,19 @@ class Worker:
             env=os.environ
             | ENVIRONMENT
             | {"PYTHONPATH": os.pathsep.join([package_root, inherited] if inherited else [package_root])},
-            start_new_session=True,  # Ctrl-C reaches us only, and we end the workers
+            start_new_session=True,  # Ctrl-C reaches only us, and we end the workers
         )
         assert self._process.stdin
         assert self._process.stdout
         self._tasks, self.replies = self._process.stdin, self._process.stdout
 
     def hand(self, number: int, shard: Shard) -> None:
-        with suppress(BrokenPipeError):  # it died; its missing reply will say so
+        with suppress(BrokenPipeError):  # it died; the missing reply will show it
             self._tasks.write(json.dumps({"number": number, "shard": asdict(shard)}).encode() + b"\n")
             self._tasks.flush()
 
     def take_reply(self) -> int:
-        """The number of the shard that is done, or the UserError that was met."""
+        """Return the number of the finished shard, or raise the UserError that the worker met."""
         line = self.replies.readline()
         if not line:
             raise _ended(self._process.wait())
@@ -98,12 +101,14 @@ class Worker:
 
 
 def _ended(code: int) -> UserError:
-    """What is said of a tokenizing process that ended without a word. Rust aborts where there is no memory for what it asks
-    for; a system without memory kills."""
+    """Return the error for a tokenizing process that ended without a reply.
+
+    Rust aborts if it gets no memory; a system that runs out of memory kills.
+    """
     what = f"data: a tokenizing process ended with code {code}"
     if code == -signal.SIGABRT:
         return RecipeError(
-            f"{what} (native code gave up, mostly for want of memory): look for what grows texts in the tokenizer.json of "
+            f"{what} (native code gave up, mostly for lack of memory): look for what grows texts in the tokenizer.json of "
             "data.tokenizer, or lower data.workers, and start again: finished shards are kept"
         )
     lines = f"{what} (-9: killed, often for lack of memory); lower data.workers and start again: finished shards are kept"

@@ -109,7 +109,7 @@ class Units:
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._groups: dict[str, Group] = {"data_parallel": mesh.dp, "model_parallel": mesh.replica}
+        self._groups: dict[str, Group] = {"data_parallel": mesh.reduction, "model_parallel": mesh.replica}
 
     def __getattr__(self, name: str) -> Callable[[], Any]:
         for prefix, group in self._groups.items():

@@ -1,4 +1,4 @@
-"""The one adapter of DeepSpeed: a stage of the model in, steps out.
+"""The one place that speaks to DeepSpeed: a stage of the model in, steps out.
 
 Plain `deepspeed.initialize` (`deepspeed_start.py`) at every ZeRO stage. What is DeepSpeed's here: dividing optimizer state,
 gradients and weights, offload, reduction, the fp32 master weights at stages 1 to 3. What is ours: their first values, the
@@ -22,25 +22,25 @@ from torch import Tensor, nn
 from parallel.collectives import all_reduce
 from parallel.gather import gather_to_first
 from parallel.mesh import Group, Mesh
-from parallel.params import Companion, ShardSpec, owned_specs
+from parallel.params import AuxiliaryState, ShardSpec, owned_specs
 from parallel.rng import Streams
 from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_start import Units, partitioning, prepare, require_swap_buffers, start, whole
 from trainer.engine.evaluator import Evaluator
-from trainer.engine.execution import DTYPES, Batch, make_execution
+from trainer.engine.execution import DTYPES, make_execution
 from trainer.engine.loss_scale import LossScaler
 from trainer.engine.master_weights import MasterWeights
 from trainer.engine.optimizers import Tiling, make_optimizer
-from trainer.engine.zero_state import ZeroState
-from trainer.errors import DataError, RecipeError
-from trainer.model.auto_stage import AutoStage
+from trainer.engine.zero_state import BY_STAGE
+from trainer.errors import DataError
 from trainer.model.measures import measures_of
 from trainer.model.network import Network
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.tuning.adapt import quantized_weights, quantizing
-from trainer.tuning.rank_budget import RankBudget
+from trainer.tuning.builders import step_hooks
+from trainer.update_rules import rule_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Engine:
         self,
         recipe: Recipe,
         plan: BatchPlan,
-        config: Network,
+        network: Network,
         mesh: Mesh,
         device: torch.device,
         *,
@@ -74,21 +74,22 @@ class Engine:
         """`fill` gives each block its initial or loaded weights. `deepspeed_config` is passed on as it is."""
         self.recipe = recipe
         self.plan = plan
+        self.network = network
         self.mesh = mesh
         self.device = device
         self.watch = watch or Stopwatch(device)
         self.notes: list[str] = []  # remarks for the console
         self.scaler = LossScaler.from_recipe(recipe.precision)
         self.zero_stage = recipe.zero.stage
-        self.measures = measures_of(recipe.data.task, config)
+        self.measures = measures_of(recipe.data.task, network)
         dtype = DTYPES[recipe.precision.dtype]
         prepare(recipe, dtype, self.notes)
         units = Units(mesh)
-        masters = MasterWeights(mesh.dp, dtype, deepspeed_config)
+        masters = MasterWeights(mesh.reduction, dtype, deepspeed_config)
         self.execution = make_execution(
+            network,
             recipe,
             plan,
-            config,
             mesh,
             device,
             measures=self.measures,
@@ -96,9 +97,9 @@ class Engine:
             fill=masters.rounding(quantizing(fill, recipe.tuning)),
             partition=partitioning(deepspeed_config, units) if self.zero_stage == 3 else lambda block: None,
         )
-        self.evaluator = Evaluator(self.execution, self.measures, mesh, device, self.watch, vocab_size=config.vocab_size)
+        self.evaluator = Evaluator(self.execution, self.measures, mesh, device, self.watch, vocab_size=network.vocab_size)
         module = self.execution.module
-        self.constants = module.constants if isinstance(module, AutoStage) else []  # saved like weights, never trained
+        self.constants = self.execution.constants
         self.quantized = quantized_weights(module)  # frozen, and no parameters
         self.specs: list[tuple[nn.Parameter, ShardSpec]] = [(p, spec) for _, p, spec in owned_specs(module)]
         for parameter, spec in self.specs:
@@ -117,24 +118,23 @@ class Engine:
         if self.zero_stage in (1, 2):
             # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
             self.optimizer.check_grad_overflow = True
-        adalora = recipe.tuning.method == "adalora"
-        self.budget = (
-            RankBudget(recipe, config, self.specs, mesh, device, dtype, gathered=partial(whole, zero_stage=self.zero_stage))
-            if adalora
-            else None
+        gathered = partial(whole, zero_stage=self.zero_stage)
+        self.hooks = step_hooks(recipe, network, self.specs, mesh, device, dtype, gathered=gathered)
+        auxiliary = [state for hook in self.hooks for state in hook.auxiliary]
+        auxiliary += [
+            AuxiliaryState.of(*part, state=state) for weight in self.quantized for state, part in weight.stored.items()
+        ]
+        self.state = BY_STAGE[self.zero_stage](
+            self.optimizer,
+            self.specs,
+            self.constants,
+            auxiliary,
+            rule=rule_of(recipe.optimizer),
+            group=mesh.reduction,
         )
-        companions = self.budget.companions if self.budget else []
-        companions += [Companion.of(*part, state=state) for weight in self.quantized for state, part in weight.stored.items()]
-        self.state = ZeroState(
-            self.optimizer, self.specs, self.constants, companions, group=mesh.dp, zero_stage=self.zero_stage
-        )
-        if isinstance(module, AutoStage) and module.looks_ahead(device):
-            raise RecipeError(
-                f"{module.architecture}: its logits at a token depend on the next one, so predicting it would teach nothing; "
-                "legal: a model with causal attention"
-            )
-        if isinstance(module, AutoStage) and recipe.data.isolate_documents:
-            self.notes += module.settle_lengths(device, plan.seq_len, may_call_apart=self.zero_stage < 3)
+        self.execution.require_causal(device)
+        if recipe.data.isolate_documents:
+            self.notes += self.execution.settle_lengths(device, plan.row_tokens, may_call_apart=self.zero_stage < 3)
 
     def _tiling(self) -> Tiling:
         """As many groups as the rank of the replica with the most, or with the fewest parameters to put into them."""
@@ -154,17 +154,17 @@ class Engine:
     def step(self, micro_batches: Sequence[MicroBatch], *, step: int, lr: float, norm_limit: float = math.inf) -> StepResult:
         """One optimizer step; `step`, from 0, names the dropout stream. `norm_limit` (ZeRO-0): a larger norm skips it."""
         scale = self.scaler.scale
-        if self.budget is not None:
-            self.budget.begin(scale)
+        for hook in self.hooks:
+            hook.begin(scale)
         sums, num_targets = self._gradients(micro_batches, step, scale)
         with self.watch("optimizer"):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             grad_norm, skipped = self._update(scale, norm_limit)
-            if self.budget is not None:
-                self.state.clear(self.budget.end(step, scale=scale, grad_norm=grad_norm, skipped=skipped))
+            for hook in self.hooks:
+                self.state.clear(hook.end(step, scale=scale, grad_norm=grad_norm, skipped=skipped))
             self.scaler.update(overflow=skipped and math.isinf(grad_norm))
-        loss, *means = (all_reduce(sums, self.mesh.dp) / num_targets).tolist()
+        loss, *means = (all_reduce(sums, self.mesh.reduction) / num_targets).tolist()
         return StepResult(loss, num_targets, grad_norm, scale, skipped, self.measures.step_record(means))
 
     def replay(self, micro_batches: Sequence[MicroBatch], *, step: int, scale: float) -> None:
@@ -183,13 +183,13 @@ class Engine:
     def _gradients(self, micro_batches: Sequence[MicroBatch], step: int, scale: float) -> tuple[Tensor, int]:
         """Forward and backward: (this data-parallel rank's sums over its targets; the step's targets)."""
         self.deepspeed.train()
-        num_targets = self._total(sum(map(self.measures.num_targets, micro_batches)), self.mesh.dp)
+        num_targets = self._total(sum(map(self.measures.num_targets, micro_batches)), self.mesh.reduction)
         if num_targets == 0:
             raise DataError(f"step {step} has no target: every label of its {self.plan.global_sequences} sequences is masked")
-        factor = self.plan.loss_factor(num_targets)
+        factor = self.plan.loss_factor(num_targets, averaged_over=self.mesh.reduction.size)
         if self.zero_stage and self.recipe.precision.dtype == "fp16":
             self.optimizer.override_loss_scale(scale)
-        batches = [Batch.on(self.device, batch, self._streams(step, index)) for index, batch in enumerate(micro_batches)]
+        batches = [batch.on(self.device, self._streams(step, index)) for index, batch in enumerate(micro_batches)]
         return self.execution.step(batches, factor=factor, scale=scale), num_targets
 
     def local_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
@@ -206,7 +206,7 @@ class Engine:
     def gathered_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
         """On the first rank of the mesh the parameters of the whole model, elsewhere nothing; all ranks must iterate."""
         tensors = self.local_tensors()
-        if self.mesh.dp.rank == 0:
+        if self.mesh.reduction.rank == 0:
             yield from gather_to_first(tensors, self.mesh.replica, self.device)
         else:
             for _ in tensors:  # ZeRO-3 gathers them from these ranks too
@@ -239,7 +239,7 @@ class Engine:
     def _streams(self, step: int, micro_batch: int) -> Streams:
         """The random numbers of this rank's micro-batch: named after its sequences' places in the step, not after ranks."""
         size = self.plan.micro_sequences
-        first = self.mesh.dp.rank * self.plan.sequences_per_rank + micro_batch * size
+        first = self.mesh.data.rank * self.plan.sequences_per_rank + micro_batch * size
         return Streams.of_step(self.recipe.run.seed, step, range(first, first + size))
 
     def _total(self, count: int, group: Group) -> int:

@@ -11,7 +11,7 @@ from parallel.attention import Documents
 from parallel.collectives import all_gather, all_reduce
 from parallel.mesh import Mesh
 from trainer.data.loader import MicroBatch
-from trainer.engine.execution import Batch, Execution
+from trainer.engine.execution import Execution
 from trainer.errors import DataError
 from trainer.model.measures import EvalResult, Measures
 from trainer.stopwatch import Stopwatch
@@ -40,20 +40,20 @@ class Evaluator:
         sums = torch.zeros(self._measures.num_sums, dtype=torch.float64, device=self.device)
         targets = 0
         for batch in micro_batches:
-            sums += self._execution.sums(Batch.on(self.device, batch))
+            sums += self._execution.sums(batch.on(self.device))
             targets += self._measures.num_targets(batch)
             self._watch.tick()
-        num_targets = int(all_reduce(torch.tensor(targets, device=self.device), self.mesh.dp))
+        num_targets = int(all_reduce(torch.tensor(targets, device=self.device), self.mesh.reduction))
         if num_targets == 0:
             raise DataError("the evaluation has no target: every label is masked")
-        return EvalResult(tuple(all_reduce(sums, self.mesh.dp).tolist()), num_targets)
+        return EvalResult(tuple(all_reduce(sums, self.mesh.reduction).tolist()), num_targets)
 
     @torch.no_grad()
     def scores(self, batch: MicroBatch) -> Tensor:
         """Of each document of this rank's micro-batch the log-probability of its targets, and 1 where each of them was the
         likeliest, float64 [2, documents]."""
         self._execution.module.eval()
-        return self._execution.scores(Batch.on(self.device, batch))
+        return self._execution.scores(batch.on(self.device))
 
     @torch.no_grad()
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
@@ -62,5 +62,5 @@ class Evaluator:
         padding = -len(tokens) % self.mesh.tp.size  # a document of its own, so that the tokens divide over the ranks
         tokens_BS = torch.tensor([[*tokens, *[0] * padding]], device=self.device)
         documents = Documents(((len(tokens), padding),) if padding else ((len(tokens),),))
-        logits_SV = self._execution.logits(Batch(tokens_BS, None, documents))
+        logits_SV = self._execution.logits(MicroBatch(tokens_BS, documents))
         return all_gather(logits_SV[len(tokens) - 1], self.mesh.tp)[: self.vocab_size].float().cpu()

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
+from functools import partial, singledispatch
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from parallel.attention import Documents
 from parallel.collectives import all_reduce
 from parallel.deferred import WeightGradients
 from parallel.mesh import Group, Mesh
-from parallel.params import Role, owned_specs
+from parallel.params import Role, ShardSpec, owned_specs
 from parallel.pipeline import Pipeline
-from parallel.rng import Streams
 from parallel.schedule_table import ScheduleTable
 from parallel.tensor import TensorParallel
 from parallel.vocabulary import vocabulary_shard
@@ -26,9 +24,10 @@ from trainer.model.auto_network import AutoNetwork
 from trainer.model.auto_stage import AutoStage
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import TransformerConfig
+from trainer.model.heads import Output
 from trainer.model.measures import Measures
 from trainer.model.network import Network
-from trainer.model.objective import loss_of
+from trainer.model.objective import objective_of
 from trainer.model.position_tables import PositionTables, ranks_of_tables
 from trainer.model.transformer import Stage
 from trainer.recipe.batch_plan import BatchPlan
@@ -40,30 +39,6 @@ from trainer.tuning.adapt import adaptation
 
 # No recipe may ask for fp64: it is for `verify`, which tells rounding from mistakes with it, at stage 0.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch on the device. `streams` None: no dropout. `reference_R`: see `MicroBatch`."""
-
-    tokens_BS: Tensor
-    labels_BS: Tensor | None
-    documents: Documents
-    streams: Streams | None = None
-    reference_R: Tensor | None = None
-
-    @classmethod
-    def on(cls, device: torch.device, batch: MicroBatch, streams: Streams | None = None) -> Batch:
-        optional = (batch.labels_BS, batch.reference_R)
-        tokens_BS = batch.tokens_BS.to(device, non_blocking=True)
-        labels_BS, reference_R = (t if t is None else t.to(device, non_blocking=True) for t in optional)
-        return cls(tokens_BS, labels_BS, Documents(batch.documents), streams, reference_R)
-
-    @property
-    def context(self) -> dict[str, Any]:
-        """What each stage takes beside its input."""
-        reference = {} if self.reference_R is None else {"reference_R": self.reference_R}
-        return {"documents": self.documents, "labels_BS": self.labels_BS, "streams": self.streams, **reference}
 
 
 class BuildStage(Protocol):
@@ -81,26 +56,37 @@ class Execution(Protocol):
     @property
     def module(self) -> nn.Module: ...
 
+    @property
+    def constants(self) -> Sequence[tuple[ShardSpec, Tensor]]:
+        """Return the tensors that are saved like weights and never trained."""
+
+    def require_causal(self, device: torch.device) -> None:
+        """Raise RecipeError for a model in which a token sees the next one, as far as only running it shows that."""
+
+    def settle_lengths(self, device: torch.device, seq_len: int, *, may_call_apart: bool) -> list[str]:
+        """Return remarks on how documents of several lengths are computed: see `AutoStage.settle_lengths`."""
+
     def attach(self, engine: Any) -> None:
         """The DeepSpeed engine, once there is one."""
 
-    def step(self, batches: Sequence[Batch], *, factor: float, scale: float) -> Tensor:
+    def step(self, batches: Sequence[MicroBatch], *, factor: float, scale: float) -> Tensor:
         """Forward and backward of all micro-batches: gradients of loss · factor, times the loss scale. [num_step_sums]."""
 
-    def sums(self, batch: Batch) -> Tensor:
+    def sums(self, batch: MicroBatch) -> Tensor:
         """The task's statistics of a micro-batch, [num_sums]; no gradients."""
 
-    def scores(self, batch: Batch) -> Tensor:
+    def scores(self, batch: MicroBatch) -> Tensor:
         """Of each document of a model of tokens, see `document_scores`; no gradients."""
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: MicroBatch) -> Tensor:
         """Of the first row: this tensor rank's [S, V/p]; no gradients."""
 
 
+@singledispatch
 def make_execution(
+    network: Network,
     recipe: Recipe,
     plan: BatchPlan,
-    network: Network,
     mesh: Mesh,
     device: torch.device,
     *,
@@ -109,22 +95,51 @@ def make_execution(
     fill: Callable[[nn.Module], None],
     partition: Callable[[nn.Module], None] = lambda block: None,
 ) -> Execution:
-    """This rank's part of the model, built, and how it runs; `fill` and `partition`: see `Stage`."""
+    """Return this rank's part of the model, built, and how it runs; `fill` and `partition`: see `Stage`."""
+    raise TypeError(type(network))
+
+
+@make_execution.register
+def _(
+    network: AutoNetwork,
+    recipe: Recipe,
+    plan: BatchPlan,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    measures: Measures,
+    watch: Stopwatch,
+    fill: Callable[[nn.Module], None],
+    partition: Callable[[nn.Module], None] = lambda block: None,
+) -> Execution:
+    dtype, recompute = DTYPES[recipe.precision.dtype], recipe.train.recompute
+    return OneStage(AutoStage(network, dtype=dtype, recompute=recompute, device=device, fill=fill, partition=partition), watch)
+
+
+@make_execution.register
+def _(
+    network: TransformerConfig,
+    recipe: Recipe,
+    plan: BatchPlan,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    measures: Measures,
+    watch: Stopwatch,
+    fill: Callable[[nn.Module], None],
+    partition: Callable[[nn.Module], None] = lambda block: None,
+) -> Execution:
     dtype = DTYPES[recipe.precision.dtype]
-    recompute = recipe.train.recompute
-    if isinstance(network, AutoNetwork):
-        stage = AutoStage(network, dtype=dtype, recompute=recompute, device=device, fill=fill, partition=partition)
-        return OneStage(stage, watch)
     build = partial(
         Stage,
         network,
         dtype=dtype,
-        recompute=recompute,
+        recompute=recipe.train.recompute,
         device=device,
         fill=fill,
         adapt=adaptation(recipe.tuning, network),
         partition=partition,
-        loss=loss_of(recipe),
+        objective=objective_of(recipe),
     )
     tp = TensorParallel(mesh.tp, sequence=recipe.parallel.divides_tokens, overlap=recipe.parallel.overlap)
     if recipe.parallel.pipeline == 1:
@@ -149,34 +164,37 @@ class OneStage:
 
     reads_tokens = True
 
-    def __init__(self, module: nn.Module, watch: Stopwatch) -> None:
+    def __init__(self, module: Stage | AutoStage, watch: Stopwatch) -> None:
         self.module = module
+        self.constants = module.constants
+        self.require_causal = module.require_causal
+        self.settle_lengths = module.settle_lengths
         self._watch = watch
 
     def attach(self, engine: Any) -> None:
         self._engine = engine
 
-    def step(self, batches: Sequence[Batch], *, factor: float, scale: float) -> Tensor:
+    def step(self, batches: Sequence[MicroBatch], *, factor: float, scale: float) -> Tensor:
         total = torch.zeros(1, dtype=torch.float64, device=batches[0].tokens_BS.device)
         for index, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             with self._watch("forward"):
-                sums = self._engine(batch.tokens_BS, **batch.context).reshape(-1)
+                sums = self._engine(batch.tokens_BS, batch=batch).reshape(-1)
             with self._watch("backward"):
                 total = total + sums.detach().double()
                 self._backward(sums[0] * factor, scale)
         return total
 
-    def sums(self, batch: Batch) -> Tensor:
-        sums: Tensor = self.module(batch.tokens_BS, **batch.context, measured=True)
+    def sums(self, batch: MicroBatch) -> Tensor:
+        sums: Tensor = self.module(batch.tokens_BS, batch=batch, output="sums")
         return sums
 
-    def scores(self, batch: Batch) -> Tensor:
-        scores: Tensor = self.module(batch.tokens_BS, **batch.context, by_document=True)
+    def scores(self, batch: MicroBatch) -> Tensor:
+        scores: Tensor = self.module(batch.tokens_BS, batch=batch, output="scores")
         return scores
 
-    def logits(self, batch: Batch) -> Tensor:
-        logits: Tensor = self.module(batch.tokens_BS, **batch.context)[0]
+    def logits(self, batch: MicroBatch) -> Tensor:
+        logits: Tensor = self.module(batch.tokens_BS, batch=batch, output="logits")[0]
         return logits
 
     def _backward(self, loss: Tensor, scale: float) -> None:
@@ -187,6 +205,8 @@ class OneStage:
 
 class InPipeline:
     """This rank's stages of a pipeline, run by torch's runtime under DeepSpeed's optimizer."""
+
+    constants = ()
 
     def __init__(
         self,
@@ -231,8 +251,8 @@ class InPipeline:
             table,
             group=mesh.pp,
             device=device,
-            tokens=torch.empty((plan.micro_sequences, plan.seq_len), dtype=torch.int64, device="meta"),
-            hidden=self._hidden(plan.micro_sequences * plan.seq_len),
+            tokens=torch.empty((plan.micro_sequences, plan.row_tokens), dtype=torch.int64, device="meta"),
+            hidden=self._hidden(plan.micro_sequences * plan.row_tokens),
             num_sums=measures.num_step_sums,
             around=self._zero.around,
             deferred=deferred,
@@ -244,37 +264,43 @@ class InPipeline:
     def attach(self, engine: Any) -> None:
         self._zero.attach(engine)
 
-    def step(self, batches: Sequence[Batch], *, factor: float, scale: float) -> Tensor:
+    def require_causal(self, device: torch.device) -> None:
+        """Do nothing: the families that are built here say it."""
+
+    def settle_lengths(self, device: torch.device, seq_len: int, *, may_call_apart: bool) -> list[str]:
+        return []
+
+    def step(self, batches: Sequence[MicroBatch], *, factor: float, scale: float) -> Tensor:
         self._zero.start()
         with self._watch("forward"):
-            contexts = [self._context(batch) for batch in batches]
-            sums = self._pipeline.step([batch.tokens_BS for batch in batches], contexts, scale=factor * scale)
+            tokens_BS = [batch.tokens_BS for batch in batches]
+            sums = self._pipeline.step(tokens_BS, [{"batch": self._own(batch)} for batch in batches], scale=factor * scale)
         self._zero.finish(len(batches))
         return all_reduce(sums, self._mesh.pp)  # 0 on all ranks but the one with the last stage
 
-    def sums(self, batch: Batch) -> Tensor:
-        return self._of_last_stage(batch, (self._measures.num_sums,), measured=True)
+    def sums(self, batch: MicroBatch) -> Tensor:
+        return self._of_last_stage(batch, (self._measures.num_sums,), output="sums")
 
-    def scores(self, batch: Batch) -> Tensor:
-        return self._of_last_stage(batch, (2, sum(map(len, batch.documents.lengths))), by_document=True)
+    def scores(self, batch: MicroBatch) -> Tensor:
+        return self._of_last_stage(batch, (2, sum(map(len, batch.documents.lengths))), output="scores")
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: MicroBatch) -> Tensor:
         rows, seq_len = batch.tokens_BS.shape
-        logits_BSV = self._pipeline.forward(batch.tokens_BS, batch.context, self._hidden(rows * seq_len))
+        logits_BSV = self._pipeline.forward(batch.tokens_BS, {"batch": batch, "output": "logits"}, self._hidden(rows * seq_len))
         shape = (seq_len, self._vocabulary_rows)
         own = torch.empty(shape, dtype=self._dtype, device=batch.tokens_BS.device) if logits_BSV is None else logits_BSV[0]
         return self._pipeline.broadcast_from_last(own)
 
-    def _of_last_stage(self, batch: Batch, shape: tuple[int, ...], **wanted: bool) -> Tensor:
+    def _of_last_stage(self, batch: MicroBatch, shape: tuple[int, ...], *, output: Output) -> Tensor:
         """What the last stage gives, float64 of that shape, on all ranks of the pipeline."""
         hidden = self._hidden(batch.tokens_BS.numel())
-        output = self._pipeline.forward(batch.tokens_BS, {**self._context(batch), **wanted}, hidden)
+        given = self._pipeline.forward(batch.tokens_BS, {"batch": self._own(batch), "output": output}, hidden)
         nothing = torch.zeros(shape, dtype=torch.float64, device=batch.tokens_BS.device)
-        return all_reduce(nothing if output is None else output, self._mesh.pp)
+        return all_reduce(nothing if given is None else given, self._mesh.pp)
 
-    def _context(self, batch: Batch) -> dict[str, Any]:
-        """Labels, and what they are compared with, are for the last stage."""
-        return batch.context if self._pipeline.has_last else replace(batch, labels_BS=None, reference_R=None).context
+    def _own(self, batch: MicroBatch) -> MicroBatch:
+        """Return what this rank's stages need of it: labels, and what they are compared with, are for the last one."""
+        return batch if self._pipeline.has_last else batch.without_labels()
 
     def _hidden(self, num_tokens: int) -> Tensor:
         tokens = self._tp.tokens(num_tokens)

@@ -18,8 +18,11 @@ from torch.optim import Optimizer
 from parallel.params import Role, ShardSpec
 from trainer.errors import RecipeError
 from trainer.schema import Recipe
+from trainer.update_rules import RuleName, rule_of
 
 Specified = Sequence[tuple[nn.Parameter, ShardSpec]]
+Groups = list[dict[str, Any]]
+Maker = Callable[..., Optimizer]
 
 
 @dataclass(frozen=True)
@@ -74,30 +77,31 @@ def _elements_here(parameter: nn.Parameter) -> int:
 
 
 def make_optimizer(recipe: Recipe, parameters: Specified, device: torch.device, *, tiling: Tiling = Tiling()) -> Optimizer:
-    """The recipe's update rule. Weight decay goes by the parameter's role: matrices only."""
+    """Make the recipe's update rule. Weight decay goes by the parameter's role: matrices only."""
     keys = recipe.optimizer
     decays = {id(p) for p, spec in parameters if spec.role is Role.MATRIX}
-    groups: list[dict[str, Any]] = [
+    groups: Groups = [
         {"params": group, "weight_decay": keys.weight_decay if id(group[0]) in decays else 0.0}
         for group in tiling.groups(parameters)
     ]
-    betas = (keys.betas[0], keys.betas[1])
-    match keys.name:
-        case "adamw":
-            return torch.optim.AdamW(groups, lr=keys.lr, betas=betas, eps=keys.eps, fused=True)
-        case "adam":
-            return torch.optim.Adam(groups, lr=keys.lr, betas=betas, eps=keys.eps, fused=True)
-        case "sgd":
-            return torch.optim.SGD(groups, lr=keys.lr, momentum=keys.momentum, fused=True)
-        case "adafactor":
-            return torch.optim.Adafactor(groups, lr=keys.lr)
-        case "lion":
-            on_host = device.type == "cpu" or recipe.zero.offload_optimizer.device != "none"
-            return _lion("DeepSpeedCPULion" if on_host else "FusedLion")(groups, lr=keys.lr, betas=betas)
+    read = {key: getattr(keys, key) for key in rule_of(keys).reads}
+    read = {key: tuple(value) if isinstance(value, list) else value for key, value in read.items()}
+    on_host = device.type == "cpu" or recipe.zero.offload_optimizer.device != "none"
+    return MAKERS[keys.name](groups, on_host=on_host, lr=keys.lr, **read)
 
 
-def _lion(name: str) -> Callable[..., Optimizer]:
-    """DeepSpeed's class, after a try whether its extension is or can be compiled here."""
+def _torch(rule: Callable[..., Optimizer], **always: Any) -> Maker:
+    """Return the maker of one of torch's classes."""
+
+    def make(groups: Groups, *, on_host: bool, **keys: Any) -> Optimizer:
+        return rule(groups, **keys, **always)
+
+    return make
+
+
+def _lion(groups: Groups, *, on_host: bool, **keys: Any) -> Optimizer:
+    """Make DeepSpeed's, after a try whether its extension is or can be compiled here."""
+    name = "DeepSpeedCPULion" if on_host else "FusedLion"
     rule: Callable[..., Optimizer] = getattr(importlib.import_module("deepspeed.ops.lion"), name)
     try:
         rule([nn.Parameter(torch.zeros(1))])
@@ -107,4 +111,15 @@ def _lion(name: str) -> Callable[..., Optimizer]:
             f"optimizer.name = lion needs DeepSpeed's {name}, which could not be compiled here ({reason}): install a C++ "
             "compiler (and nvcc for GPUs), or use adamw"
         ) from error
-    return rule
+    return rule(groups, **keys)
+
+
+# How the class of each rule is made, of groups of parameters and the keys that its row in `update_rules.py` reads.
+# `on_host`: whether its states are in the memory of the host.
+MAKERS: dict[RuleName, Maker] = {
+    "adamw": _torch(torch.optim.AdamW, fused=True),
+    "adam": _torch(torch.optim.Adam, fused=True),
+    "sgd": _torch(torch.optim.SGD, fused=True),
+    "lion": _lion,
+    "adafactor": _torch(torch.optim.Adafactor),
+}

@@ -1,12 +1,13 @@
-"""This rank's fp32 weights and optimizer state, wherever DeepSpeed keeps them, as ranges of logical tensors.
+"""The fp32 weights and optimizer state of this rank, wherever DeepSpeed keeps them, as fragments.
 
-DeepSpeed's optimizers keep flat fp32 tensors, whose state lies in the optimizer of torch that they wrap:
+DeepSpeed's optimizers keep flat fp32 tensors, whose state lies in the optimizer of torch that they
+wrap. Each way of dividing them has a class:
 
-| ZeRO | a flat tensor is | this rank's part of a parameter |
-|---|---|---|
-| 0 | the parameter itself | all of it; the data-parallel ranks have it alike, and each saves its equal share |
-| 1, 2 | this rank's partition of a parameter group, concatenated | what of it lies in the partition (`_hp_mapping`) |
-| 3 | this rank's share of every parameter of a sub-group | the rank-th of equal shares, padded; on NVMe while unused |
+| ZeRO | class | a flat tensor is | this rank's part of a parameter |
+|---|---|---|---|
+| 0 | `ReplicatedState` | the parameter itself | all of it; each data-parallel rank saves an equal share |
+| 1, 2 | `PartitionedState` | this rank's partition of a parameter group | what lies in the partition |
+| 3 | `DividedState` | this rank's share of every parameter of a sub-group | one of equal shares, padded |
 
 The weights in the compute format are the fp32 ones, rounded, so they are not saved but made again.
 """
@@ -14,120 +15,136 @@ The weights in the compute format are the fp32 ones, rounded, so they are not sa
 from __future__ import annotations
 
 import itertools
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from parallel.mesh import Group
-from parallel.params import Companion, Piece, ShardSpec
-from trainer.engine.optimizer_state import WEIGHT
+from parallel.params import AuxiliaryState, ShardSpec
+from parallel.pieces import Fragment, Piece
 from trainer.engine.zero_parameter import divided
+from trainer.update_rules import WEIGHT, StepCount, UpdateRule
 
 STEP = "step"  # torch's name for the number of updates, the same for all parameters
 
 
+class StateFragment(NamedTuple):
+    """A fragment of one state of a weight, in this format: what a checkpoint has under one name."""
+
+    fragment: Fragment
+    state: str
+    dtype: torch.dtype
+
+
+class Source(Protocol):
+    """A checkpoint from which a state is restored."""
+
+    def states(self, name: str) -> Sequence[str]:
+        """Return the optimizer's states that there are of this weight, in their order."""
+
+    def read(self, fragment: Fragment, state: str) -> Tensor:
+        """Return its values, flat, in any format."""
+
+
 @dataclass(frozen=True)
-class Extent:
-    """Elements [start, start + count) of a flattened local parameter, at `offset` of a flat tensor."""
+class _Part:
+    """Elements [start, start + count) of a flattened parameter, at `offset` of a flat tensor."""
 
     spec: ShardSpec
     start: int
     count: int
     offset: int
 
-    def within(self, first: int, end: int) -> Extent:
-        """The part of it that lies in [first, end) of the parameter."""
+    def within(self, first: int, end: int) -> _Part:
+        """Return what of it lies in [first, end) of the parameter."""
         start, stop = max(self.start, first), min(self.start + self.count, end)
-        return Extent(self.spec, start, max(0, stop - start), self.offset + start - self.start)
+        return _Part(self.spec, start, max(0, stop - start), self.offset + start - self.start)
 
-
-@dataclass(frozen=True)
-class Stretch:
-    """Elements [offset, offset + count) of a flattened piece in one of its states: what a fragment holds.
-
-    A state that does not go element by element (Adafactor's row and column means) is a piece of its own.
-    """
-
-    piece: Piece
-    state: str
-    dtype: torch.dtype
-    offset: int
-    count: int
-
-
-class Source(Protocol):
-    """What a restored state is read from."""
-
-    def states(self, name: str) -> Sequence[str]:
-        """The optimizer's states that there are of this weight, in their order."""
-
-    def read(self, stretch: Stretch) -> Tensor:
-        """Its values, flat, in any format."""
+    def fragments(self) -> Iterator[tuple[Fragment, int]]:
+        """Yield what it has of each piece, with the place in the flat tensor."""
+        for piece in self.spec.pieces:
+            if not piece.numel:  # a rank that holds only padding of it
+                continue
+            first = piece.row * (piece.numel // piece.rows)
+            part = self.within(first, first + piece.numel)
+            if part.count:
+                yield Fragment(piece, part.start - first, part.count), part.offset
 
 
 @dataclass(frozen=True)
 class _Flat:
-    """`tensor`: as the optimizer knows it. `replicated`: all data-parallel ranks have it alike. `sub_group`: of ZeRO-3.
-    `trained`: it has optimizer state. `state`: what it is."""
+    """A tensor as the optimizer knows it, and the parts of parameters that it holds.
+
+    `replicated`: all data-parallel ranks have it alike. `sub_group`: its number at ZeRO-3.
+    `trained`: it has optimizer state. `state`: what its own values are.
+    """
 
     tensor: Tensor
-    extents: Sequence[Extent]
+    parts: Sequence[_Part]
     replicated: bool = False
     sub_group: int | None = None
     trained: bool = True
     state: str = WEIGHT
 
+    def fragments(self) -> Iterator[tuple[Fragment, int]]:
+        """Yield all fragments in it, each with its place."""
+        for part in self.parts:
+            yield from part.fragments()
 
-class ZeroState:
-    """Reads and sets it. Every rank of the data-parallel group must `restore` together."""
+
+class ZeroState(ABC):
+    """Reads and sets the state. Every rank of the data-parallel group must `restore` together.
+
+    `optimizer`: what `deepspeed.initialize` returned. `constants`: saved like weights, never
+    trained. `group`: the data-parallel ranks.
+    """
 
     def __init__(
         self,
         optimizer: Any,
         specs: Sequence[tuple[nn.Parameter, ShardSpec]],
         constants: Sequence[tuple[ShardSpec, Tensor]],
-        companions: Sequence[Companion] = (),
+        auxiliary: Sequence[AuxiliaryState] = (),
         *,
+        rule: UpdateRule,
         group: Group,
-        zero_stage: int,
     ) -> None:
-        """`optimizer`: what `deepspeed.initialize` returned. `constants`: saved like weights, never trained."""
         self._optimizer = optimizer
-        self._inner = optimizer.optimizer if zero_stage else optimizer
+        self._rule = rule
         self._specs = dict(specs)
         self._constants = constants
-        self._companions = companions
+        self._auxiliary = auxiliary
         self._group = group
-        self._zero = zero_stage
 
     @property
     def updates(self) -> int:
-        """Optimizer updates made, skipped steps left out."""
+        """The number of optimizer updates, skipped steps left out."""
         return max((int(state[STEP]) for state in self._inner.state.values() if STEP in state), default=0)
 
-    def stretches(self) -> list[Stretch]:
-        """What this rank saves, in the order in which `tensors` brings it; all ranks' together are the whole model."""
-        return [stretch for flat in self._flats() for stretch, _ in self._saved(flat)]
+    def fragments(self) -> list[StateFragment]:
+        """Return what this rank saves, in the order in which `tensors` brings it. All ranks'
+        together are the whole model."""
+        return [saved for flat in self._flats() for saved, _ in self._saved(flat)]
 
     def tensors(self) -> Iterator[Tensor]:
-        """The values of each stretch, flat; each is valid until the next is asked for."""
+        """Yield the values of each of the `fragments`, flat; valid until the next is asked for."""
         for flat in self._flats():
             with self._resident(flat):
-                for stretch, (state, at) in self._saved(flat):
+                for (fragment, state, _), at in self._saved(flat):
                     values = self._values(flat, state).detach().reshape(-1)
-                    yield values.narrow(0, at, stretch.count)
+                    yield values.narrow(0, at, fragment.count)
 
     @torch.no_grad()
     def restore(self, source: Source, *, updates: int) -> None:
-        """Set everything as `source` has it, after `updates` optimizer updates. Padding becomes 0."""
-        self._divide()
+        """Set everything as `source` has it, after `updates` optimizer updates. Padding is 0."""
+        self._free_weights()
         for flat in self._flats():
-            states = source.states(flat.extents[0].spec.pieces[0].name) if flat.extents and flat.trained else ()
+            states = source.states(flat.parts[0].spec.pieces[0].name) if flat.parts and flat.trained else ()
             with self._resident(flat, changed=True):
                 self._restore_one(flat, flat.state, source)
                 for state in states:
@@ -138,67 +155,175 @@ class ZeroState:
 
     @torch.no_grad()
     def clear(self, kept: Mapping[str, Tensor]) -> None:
-        """Set those elements of fp32 weights to 0 that `kept` (bool, of whole logical tensors by name) leaves out. Every
-        rank of the data-parallel group must call it with the same."""
+        """Set those elements of fp32 weights to 0 that `kept` (bool, of whole logical tensors by
+        name) leaves out. Every rank of the data-parallel group must call it with the same."""
         if not kept:
             return
-        self._divide()
+        self._free_weights()
         for flat in self._flats():
-            parts = [part for extent in flat.extents for part in _pieces(extent) if part[0].name in kept]
-            if parts:
+            changed = [(fragment, at) for fragment, at in flat.fragments() if fragment.piece.name in kept]
+            if changed:
                 with self._resident(flat, changed=True):
-                    for piece, offset, count, at in parts:
-                        stays = kept[piece.name].flatten()[offset : offset + count].to(flat.tensor.device)
-                        self._values(flat, WEIGHT).view(-1).narrow(0, at, count).masked_fill_(~stays, 0.0)
+                    for fragment, at in changed:
+                        end = fragment.offset + fragment.count
+                        stays = kept[fragment.piece.name].flatten()[fragment.offset : end].to(flat.tensor.device)
+                        self._values(flat, WEIGHT).view(-1).narrow(0, at, fragment.count).masked_fill_(~stays, 0.0)
         self._round()
+
+    @property
+    def _inner(self) -> Any:
+        """The optimizer of torch that DeepSpeed's wraps."""
+        return self._optimizer.optimizer
+
+    @abstractmethod
+    def _trained(self) -> Iterator[_Flat]:
+        """Yield what the optimizer updates."""
+
+    def _frozen(self, parameter: nn.Parameter, spec: ShardSpec) -> _Flat:
+        """Return a weight that is not trained, in the format in which it is held."""
+        return _replicated(parameter.detach(), spec, trained=False)
+
+    @abstractmethod
+    def _free_weights(self) -> None:
+        """Free the weights in the compute format that are held beside the fp32 ones."""
+
+    @abstractmethod
+    def _round(self) -> None:
+        """Make the weights in the compute format again."""
+
+    def _resident(self, flat: _Flat, *, changed: bool = False) -> AbstractContextManager[None]:
+        """Return a context in which a flat tensor is in memory, and after which it may have been
+        `changed`."""
+        return nullcontext()
 
     def _restore_one(self, flat: _Flat, state: str, source: Source) -> None:
         if state != flat.state and state not in self._inner.state[flat.tensor]:
             self._inner.state[flat.tensor][state] = self._empty_state(flat, state)
         values = self._values(flat, state)
         if values.shape != flat.tensor.shape:
-            values.copy_(source.read(_whole(flat, state, values)).view(values.shape))
+            values.copy_(source.read(_of_own_shape(flat, state, values), state).view(values.shape))
             return
         values = values.view(-1)
-        if self._zero:  # else the parameter's padding rows are 0 already
-            values.zero_()
-        for extent in flat.extents:
-            for piece, offset, count, at in _pieces(extent):
-                target = values.narrow(0, at, count)
-                target.copy_(source.read(Stretch(piece, state, values.dtype, offset, count)))
+        values.zero_()
+        for fragment, at in flat.fragments():
+            values.narrow(0, at, fragment.count).copy_(source.read(fragment, state))
 
     def _empty_state(self, flat: _Flat, state: str) -> Tensor:
-        shape = list(flat.tensor.shape)
-        for name, dim in (("row_var", -1), ("col_var", -2)):  # torch.optim.Adafactor's means over a row, a column
-            if state == name:
-                shape[dim] = 1
-        return torch.zeros(shape, dtype=flat.tensor.dtype, device=flat.tensor.device)
+        (shape,) = (kept.shape for kept in self._rule.states if kept.name == state)
+        return torch.zeros(shape.beside(flat.tensor.shape), dtype=flat.tensor.dtype, device=flat.tensor.device)
 
     def _set_updates(self, tensor: Tensor, updates: int) -> None:
-        """As the optimizers have it after so many updates; that of SGD does not count."""
-        if isinstance(self._inner, torch.optim.Adam | torch.optim.AdamW | torch.optim.Adafactor):
+        """Set the optimizer's own count of its updates of a weight."""
+        if self._rule.count is StepCount.TENSOR:
             fused = any(group.get("fused") for group in self._inner.param_groups)
             count = torch.tensor(float(updates), dtype=torch.float32, device=tensor.device if fused else "cpu")
             self._inner.state[tensor][STEP] = count
-        elif not isinstance(self._inner, torch.optim.SGD):  # DeepSpeed's Lion
+        elif self._rule.count is StepCount.NUMBER:
             self._inner.state[tensor][STEP] = updates
 
-    def _divide(self) -> None:
-        """Let go of the weights in the compute format that ZeRO-3 holds whole: `_round` gathers only what is not there."""
-        if self._zero == 3:
-            self._optimizer._partition_all_parameters()
+    def _values(self, flat: _Flat, state: str) -> Tensor:
+        values: Tensor = flat.tensor if state == flat.state else self._inner.state[flat.tensor][state]
+        return values
+
+    def _saved(self, flat: _Flat) -> Iterator[tuple[StateFragment, int]]:
+        """Yield what this rank saves of a flat tensor, each with its place in it."""
+        state = self._inner.state.get(flat.tensor, {}) if flat.trained else {}
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != STEP}
+        for name, values in {flat.state: flat.tensor, **tensors}.items():
+            if values.shape != flat.tensor.shape:
+                if flat.parts[0].spec.owned and self._group.rank == 0:
+                    yield StateFragment(_of_own_shape(flat, name, values), name, values.dtype), 0
+                continue
+            for part in flat.parts:
+                if part.spec.owned:
+                    for fragment, at in (self._share(part) if flat.replicated else part).fragments():
+                        yield StateFragment(fragment, name, values.dtype), at
+
+    def _share(self, part: _Part) -> _Part:
+        """Return what this rank saves of a part that all data-parallel ranks have alike."""
+        share = -(-part.count // self._group.size)
+        return part.within(self._group.rank * share, (self._group.rank + 1) * share)
+
+    def _flats(self) -> Iterator[_Flat]:
+        yield from self._trained()
+        yield from (self._frozen(p, spec) for p, spec in self._specs.items() if not p.requires_grad)
+        yield from (_replicated(tensor, spec, trained=False) for spec, tensor in self._constants)
+        yield from (replace(_replicated(a.tensor, a.spec, trained=False), state=a.state) for a in self._auxiliary)
+
+
+class ReplicatedState(ZeroState):
+    """The state at ZeRO-0: whole on every data-parallel rank, in torch's own optimizer."""
+
+    @property
+    def _inner(self) -> Any:
+        return self._optimizer
+
+    def _trained(self) -> Iterator[_Flat]:
+        yield from (_replicated(p, spec) for p, spec in self._specs.items() if p.requires_grad)
+
+    def _free_weights(self) -> None:
+        """Do nothing: there are no others."""
 
     def _round(self) -> None:
-        """Make the weights in the compute format again."""
-        if self._zero in (1, 2):
-            self._optimizer.update_lp_params()
-        elif self._zero == 3 and self._optimizer.persistent_parameters:
-            persistent = self._optimizer.persistent_parameters
+        """Do nothing: layers round weights where they use them."""
+
+
+class PartitionedState(ZeroState):
+    """The state at ZeRO-1 and 2: a partition of the concatenated parameters of each group."""
+
+    def _trained(self) -> Iterator[_Flat]:
+        zero = self._optimizer
+        if hasattr(zero, "bf16_groups"):  # stage 1 in bf16 has an optimizer of its own
+            partitions, groups = zero.fp32_groups_flat_partition, zero.bf16_groups
+        else:
+            partitions, groups = zero.single_partition_of_fp32_groups, zero.bit16_groups
+        for flat, parameters in zip(partitions, groups, strict=True):
+            yield _Flat(flat, [self._mapped(p) for p in parameters if p._hp_mapping is not None])
+
+    def _mapped(self, parameter: Any) -> _Part:
+        """Return the part of a parameter in this rank's partition, as DeepSpeed maps it."""
+        lies, held = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
+        return _Part(self._specs[parameter], lies.start, lies.numel, held.start)
+
+    def _free_weights(self) -> None:
+        """Do nothing: they are whole, and rounding overwrites them."""
+
+    def _round(self) -> None:
+        self._optimizer.update_lp_params()
+
+
+class DividedState(ZeroState):
+    """The state at ZeRO-3: a share of every parameter, many in one flat tensor, which is on NVMe
+    while it is not used where it is offloaded."""
+
+    def _trained(self) -> Iterator[_Flat]:
+        zero = self._optimizer
+        for index, (flat, parameters) in enumerate(zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)):
+            offsets = itertools.accumulate((parameter.partition_numel() for parameter in parameters), initial=0)
+            parts = [self._own(parameter, offset) for parameter, offset in zip(parameters, offsets, strict=False)]
+            yield _Flat(flat, parts, sub_group=index)
+
+    def _frozen(self, parameter: nn.Parameter, spec: ShardSpec) -> _Flat:
+        return _Flat(divided(parameter).ds_tensor, [self._own(parameter, 0)], trained=False)
+
+    def _own(self, parameter: nn.Parameter, offset: int) -> _Part:
+        """Return this rank's share of a parameter: the rank-th of equal ones, the last padded."""
+        share = divided(parameter).partition_numel()
+        start = self._group.rank * share
+        return _Part(self._specs[parameter], start, max(0, min(share, divided(parameter).ds_numel - start)), offset)
+
+    def _free_weights(self) -> None:
+        # `_round` gathers only what is not there.
+        self._optimizer._partition_all_parameters()
+
+    def _round(self) -> None:
+        if persistent := self._optimizer.persistent_parameters:
             persistent[0].all_gather(persistent)
 
     @contextmanager
     def _resident(self, flat: _Flat, *, changed: bool = False) -> Iterator[None]:
-        """Bring a sub-group from NVMe for the block; `changed`: write it back, and round its weights."""
+        """Bring a sub-group from NVMe for the block; `changed`: write it back and round its
+        weights."""
         zero, index = self._optimizer, flat.sub_group
         swapped = index is not None and zero._swappable_optimizer_subgroup(index)
         if swapped:
@@ -213,95 +338,16 @@ class ZeroState:
             if swapped and not changed:
                 zero._release_swap_buffers(index)
 
-    def _values(self, flat: _Flat, state: str) -> Tensor:
-        values: Tensor = flat.tensor if state == flat.state else self._inner.state[flat.tensor][state]
-        return values
 
-    def _saved(self, flat: _Flat) -> Iterator[tuple[Stretch, tuple[str, int]]]:
-        """Each stretch that this rank saves of it, with its state and its place in the flat tensor."""
-        state = self._inner.state.get(flat.tensor, {}) if flat.trained else {}
-        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != STEP}
-        for name, values in {flat.state: flat.tensor, **tensors}.items():
-            if values.shape != flat.tensor.shape:
-                if flat.extents[0].spec.owned and self._group.rank == 0:
-                    yield _whole(flat, name, values), (name, 0)
-                continue
-            for extent in flat.extents:
-                if extent.spec.owned:
-                    for piece, offset, count, at in _pieces(self._share(extent) if flat.replicated else extent):
-                        yield Stretch(piece, name, values.dtype, offset, count), (name, at)
-
-    def _share(self, extent: Extent) -> Extent:
-        """This rank's part of what all data-parallel ranks have alike."""
-        share = -(-extent.count // self._group.size)
-        return extent.within(self._group.rank * share, (self._group.rank + 1) * share)
-
-    def _flats(self) -> Iterator[_Flat]:
-        if self._zero == 0:
-            yield from (_replicated(p, spec) for p, spec in self._specs.items() if p.requires_grad)
-        elif self._zero < 3:
-            yield from self._partitions()
-        else:
-            yield from self._sub_groups()
-        yield from (self._frozen(p, spec) for p, spec in self._specs.items() if not p.requires_grad)
-        yield from (_replicated(tensor, spec, trained=False) for spec, tensor in self._constants)
-        yield from (replace(_replicated(c.tensor, c.spec, trained=False), state=c.state) for c in self._companions)
-
-    def _frozen(self, parameter: nn.Parameter, spec: ShardSpec) -> _Flat:
-        """A weight that is not trained, in the format in which it is held."""
-        if self._zero < 3:
-            return _replicated(parameter.detach(), spec, trained=False)
-        return _Flat(divided(parameter).ds_tensor, [self._extent(parameter, 0)], trained=False)
-
-    def _extent(self, parameter: nn.Parameter, offset: int) -> Extent:
-        """Of a parameter that ZeRO-3 divides: the rank-th of equal shares."""
-        share = divided(parameter).partition_numel()
-        start = self._group.rank * share
-        return Extent(self._specs[parameter], start, max(0, min(share, divided(parameter).ds_numel - start)), offset)
-
-    def _partitions(self) -> Iterator[_Flat]:
-        zero = self._optimizer
-        if hasattr(zero, "bf16_groups"):  # stage 1 in bf16 has an optimizer of its own
-            partitions, groups = zero.fp32_groups_flat_partition, zero.bf16_groups
-        else:
-            partitions, groups = zero.single_partition_of_fp32_groups, zero.bit16_groups
-        for flat, parameters in zip(partitions, groups, strict=True):
-            mapped = [(self._specs[p], p._hp_mapping) for p in parameters if p._hp_mapping is not None]
-            yield _Flat(
-                flat,
-                [
-                    Extent(spec, at.lp_fragment_address.start, at.lp_fragment_address.numel, at.hp_fragment_address.start)
-                    for spec, at in mapped
-                ],
-            )
-
-    def _sub_groups(self) -> Iterator[_Flat]:
-        zero = self._optimizer
-        for index, (flat, parameters) in enumerate(zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)):
-            offsets = itertools.accumulate((parameter.partition_numel() for parameter in parameters), initial=0)
-            extents = [self._extent(parameter, offset) for parameter, offset in zip(parameters, offsets, strict=False)]
-            yield _Flat(flat, extents, sub_group=index)
+BY_STAGE: tuple[type[ZeroState], ...] = (ReplicatedState, PartitionedState, PartitionedState, DividedState)
 
 
 def _replicated(tensor: Tensor, spec: ShardSpec, *, trained: bool = True) -> _Flat:
-    return _Flat(tensor, [Extent(spec, 0, tensor.numel(), 0)], replicated=True, trained=trained)
+    return _Flat(tensor, [_Part(spec, 0, tensor.numel(), 0)], replicated=True, trained=trained)
 
 
-def _pieces(extent: Extent) -> Iterator[tuple[Piece, int, int, int]]:
-    """(piece, offset in its flattening, count, place in the flat tensor) of all pieces of which the extent has a part."""
-    for piece in extent.spec.pieces:
-        numel = math.prod(piece.size)
-        if not numel:  # a rank that holds only padding of it
-            continue
-        first = piece.row * (numel // piece.rows)
-        part = extent.within(first, first + numel)
-        if part.count:
-            yield piece, part.start - first, part.count, part.offset
-
-
-def _whole(flat: _Flat, state: str, values: Tensor) -> Stretch:
-    """A state with a shape of its own, under the name of its parameter's first piece."""
-    (extent,) = flat.extents
-    shape = tuple(values.shape)
-    piece = Piece(f"{extent.spec.pieces[0].name}:{state}", shape, (0,) * len(shape), shape)
-    return Stretch(piece, state, values.dtype, 0, values.numel())
+def _of_own_shape(flat: _Flat, state: str, values: Tensor) -> Fragment:
+    """Return a state that does not go element by element (Adafactor's row and column means): a
+    piece of its own, named after its parameter's first."""
+    (part,) = flat.parts
+    return Fragment.whole(Piece.whole(f"{part.spec.pieces[0].name}:{state}", tuple(values.shape)))

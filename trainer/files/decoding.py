@@ -1,7 +1,9 @@
-"""Files of ours, read again: JSON of a declared type, or one line that says where it is another.
+"""The decoding of our own files: JSON of a declared type, or one line that says where it is of
+another.
 
-Anybody may have edited, replaced or sealed again what lies in a run folder. What a reader needs of such a file is declared as a
-dataclass or a TypedDict; pydantic holds the file to it, so that whoever uses the value need not ask again.
+Anybody may have edited or replaced what lies in a run folder, and sealed it again. A reader
+declares what it needs of such a file as a dataclass or a TypedDict, and pydantic checks it, so that
+no user of the value need check again.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from trainer.files.reading import RECORD_BYTES, read_bytes
 
 T = TypeVar("T")
 
-OPEN = ConfigDict(extra="allow", strict=True)  # of a TypedDict: other keys are kept as they are
-CLOSED = ConfigDict(extra="forbid")  # there are no other keys
+OPEN = ConfigDict(extra="allow", strict=True)  # for a TypedDict that keeps other keys as they are
+CLOSED = ConfigDict(extra="forbid")  # for a TypedDict without other keys
 
 
 def read_as(kind: type[T], path: Path, limit: int = RECORD_BYTES) -> T:
-    """Return the JSON in a file as `kind`; OSError where it cannot be read, ValueError that says where it is something else."""
+    """Return the JSON in a file as `kind`. OSError if it cannot be read; ValueError says where it
+    is something else."""
     content = read_bytes(path, limit)
     try:
         found: T = _adapter(kind).validate_json(content, strict=True)
@@ -30,7 +33,8 @@ def read_as(kind: type[T], path: Path, limit: int = RECORD_BYTES) -> T:
 
 
 def decode(kind: type[T], value: Any) -> T:
-    """Return a value that was read from JSON as `kind`; ValueError that says where it is something else."""
+    """Return a value that was read from JSON as `kind`. ValueError says where it is something
+    else."""
     try:
         found: T = _adapter(kind).validate_python(value)
     except ValidationError as error:

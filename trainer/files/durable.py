@@ -1,4 +1,4 @@
-"""Writing that survives a crash: private files, fsynced, that appear whole or not at all."""
+"""Writing that survives a crash: private, fsynced files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from typing import BinaryIO
 
 DIR_MODE = 0o700
 FILE_MODE = 0o600
-NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe in its place is an error, and not waited for
+# With O_NONBLOCK a pipe in its place is an error instead of a wait.
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def make_private(folder: Path) -> Path:
-    """Make the folder, and those above it, readable by the owner only; existing folders stay as they are."""
+    """Make the folder, and missing ones above it, readable by the owner only. Existing folders stay
+    as they are."""
     for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
         missing.mkdir(mode=DIR_MODE, exist_ok=True)
     return folder
@@ -28,9 +30,10 @@ def make_private(folder: Path) -> Path:
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[BinaryIO]:
-    """A new content for a file: on the disk and in its place when the block ends, and not there when it fails."""
+    """Open a new content for a file. It is on disk and in place when the block ends, and dropped if
+    the block fails."""
     draft = path.with_name(f".{path.name}.tmp")
-    draft.unlink(missing_ok=True)  # whatever a kill left, or somebody put there
+    draft.unlink(missing_ok=True)  # left by a kill, or put there by somebody
     try:
         with draft.open("xb") as file:
             yield file
@@ -44,8 +47,12 @@ def replacing_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def private_file(path: Path, *, must_be_new: bool = False) -> Iterator[BinaryIO]:
-    """A binary file of mode 0600, on the disk (not only in its cache) when the block ends. It replaces what is there;
-    `must_be_new`: OSError when anything is there, a symbolic link too."""
+    """Open a binary file of mode 0600, which is on disk (not only in its cache) when the block
+    ends.
+
+    It replaces what is there. With `must_be_new`, OSError if anything is there, even a symbolic
+    link.
+    """
     how = os.O_EXCL if must_be_new else os.O_TRUNC
     descriptor = os.open(path, NEW_FILE | how, FILE_MODE)
     with open(descriptor, "wb") as file:
@@ -55,7 +62,7 @@ def private_file(path: Path, *, must_be_new: bool = False) -> Iterator[BinaryIO]
 
 
 def remove(path: Path) -> None:
-    """Whatever is there, and all below it; a link, not what it leads to."""
+    """Remove whatever is there, and all below it; a link, not what it leads to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -73,9 +80,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def appearing_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill, renamed to `final` when the block ends; after a failure or a crash, `final` does not exist.
+    """Open a folder to fill, renamed to `final` when the block ends. After a failure or a crash,
+    `final` does not exist.
 
-    When `final` has appeared meanwhile (somebody else made the same), theirs stays and ours goes.
+    If another process has made the same `final` meanwhile, that one stays and this one goes.
     """
     staging = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.tmp")
     make_private(staging)
@@ -90,20 +98,26 @@ def appearing_folder(final: Path) -> Iterator[Path]:
 
 
 def require_new(folder: Path) -> None:
-    """FileExistsError where something is there, but for an empty folder: what a user has is never written over."""
+    """Raise FileExistsError if something other than an empty folder is there: a user's files are
+    never overwritten."""
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(errno.EEXIST, "something is there already, which is not written over", str(folder))
+        raise FileExistsError(errno.EEXIST, "something is there already, and is not overwritten", str(folder))
 
 
 @contextmanager
 def replacing_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill, made durable and put in the place of `final` when the block ends; after a failure `final` is as it
-    was. What is there goes, so it must be ours: a part of a run's folder, or `require_new`. Two renames instead of deleting the
-    older one first: it is gone only when the new one is there."""
+    """Open a folder to fill, made durable and put in the place of `final` when the block ends.
+    After a failure `final` is as before.
+
+    What was there is removed, so it must be ours: a part of a run's folder, or `require_new`. It is
+    renamed twice instead of deleted first, so that the old folder is gone only when the new one is
+    there.
+    """
     final = Path(os.path.abspath(final))
     ours = re.compile(rf"\.{re.escape(final.name)}\.[0-9a-f]{{8}}\.(tmp|old)")
     final.parent.mkdir(parents=True, exist_ok=True)
-    for left in (path for path in final.parent.iterdir() if ours.fullmatch(path.name)):  # by a kill
+    # Left by a kill.
+    for left in (path for path in final.parent.iterdir() if ours.fullmatch(path.name)):
         shutil.rmtree(left, ignore_errors=True)
     draft, aside = (final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.{word}") for word in ("tmp", "old"))
     draft.mkdir()
@@ -124,8 +138,11 @@ def replacing_folder(final: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace the JSON file at `path` in one durable step. Writers take turns at one draft beside it, so that one that is
-    killed leaves nothing but what the next one takes over."""
+    """Replace the JSON file at `path` in one durable step.
+
+    Writers take turns at one draft beside it, so that a killed one leaves nothing but the draft,
+    which the next one takes over.
+    """
     text = f"{json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)}\n"
     draft = path.with_name(f".{path.name}.tmp")
     with _turn_at(draft) as file:
@@ -138,7 +155,8 @@ def write_json(path: Path, value: object) -> None:
 
 @contextmanager
 def _turn_at(draft: Path) -> Iterator[BinaryIO]:
-    """The draft, empty and this writer's alone for the block; others wait for it, and then find that it has been renamed."""
+    """Open the draft, empty and for this writer alone. Others wait for it, and then find that it
+    has been renamed."""
     while True:
         with open(os.open(draft, NEW_FILE, FILE_MODE), "wb") as file:
             with suppress(OSError):  # a file system without locks: there two writers must not meet

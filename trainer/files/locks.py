@@ -1,4 +1,5 @@
-"""Locks between processes: files that the system locks, and lets go of when their holder ends, however it ends. No torch."""
+"""Locks between processes: files that the system locks, and releases when their holder ends in any
+way. No torch."""
 
 from __future__ import annotations
 
@@ -13,15 +14,17 @@ from trainer.files.reading import told
 
 
 class Lock:
-    """One lock; `path`: its file, which stays."""
+    """A lock. `path`: its file, which stays."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # Where a file system has no locks, a file that is there would stand for one, and stay when its holder is killed.
+        # On a file system without locks the fallback would be a file that exists, which a killed
+        # holder would leave behind.
         self._lock = FileLock(path, mode=0o600, fallback_to_soft=False)
 
     def acquired(self, patience_s: float) -> bool:
-        """Whether it is this process's, after waiting for at most so long. RecipeError where no lock can be made."""
+        """Return whether this process has the lock, after waiting for at most `patience_s`.
+        RecipeError if no lock can be made."""
         try:
             self._lock.acquire(timeout=patience_s)
         except Timeout:
@@ -38,7 +41,8 @@ class Lock:
 
     @contextmanager
     def held(self, waiting: Callable[[], object] = lambda: None, *, every_s: float = 30.0) -> Iterator[None]:
-        """Around what one process does at a time; while another does it, `waiting` is called now and then."""
+        """Hold the lock inside the context. While another process has it, `waiting` is called now
+        and then."""
         patience_s = 0.0
         while not self.acquired(patience_s):
             waiting()

@@ -1,4 +1,4 @@
-"""Paths as users write them: with ~, and sometimes what is none. No torch."""
+"""Paths as users write them: with ~, and sometimes impossible. No torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-LONGEST_NAME = 255  # bytes of one name, on all of Linux' file systems
-LONGEST = 4096 - 256  # bytes of a path, less what is written below a folder: Linux' PATH_MAX
+LONGEST_NAME = 255  # bytes of one name, on all of Linux's file systems
+LONGEST = 4096 - 256  # bytes of a path: Linux's PATH_MAX, less what is written below a folder
 
 
 def expanded(name: str) -> str:
@@ -17,14 +17,15 @@ def expanded(name: str) -> str:
 
 
 def wrong_with(name: str) -> str:
-    """Return why no file or folder of this machine can have that name, with the remedy; "" where one can."""
+    """Return why no file or folder of this machine can have that name, with the remedy; "" if one
+    can."""
     if "\0" in name:
         return "has a NUL character, which no path may have: remove it"
     if scheme := SCHEME.match(name):
         remedy = "write the path alone" if scheme[1].lower() == "file" else "mount or copy what is there, and name that"
         return f"is an address ({scheme[0]}), and only paths of this machine are read and written: {remedy}"
     if name.startswith("~") and expanded(name) == name:
-        return f"begins with {name.partition('/')[0]}, the home of nobody here: write the path out"
+        return f"begins with {name.partition('/')[0]}, the home of no user here: write out the path"
     encoded = os.fsencode(expanded(name))
     if len(encoded) > LONGEST or any(len(part) > LONGEST_NAME for part in encoded.split(b"/")):
         return f"is too long: a name has at most {LONGEST_NAME} bytes, a path {LONGEST:,}"
@@ -32,7 +33,7 @@ def wrong_with(name: str) -> str:
 
 
 def occupied(folder: str) -> str:
-    """Return the file that stands where the folder, or one that it lies in, has to be; "" where there is none."""
+    """Return the file in the place of the folder, or of one above it; "" if there is none."""
     for path in (Path(folder), *Path(folder).parents):
         if os.path.lexists(path):
             return "" if path.is_dir() else str(path)

@@ -1,8 +1,10 @@
-"""Reading what others may have put there: regular files only, and no more of one than can be meant. No torch.
+"""Reading files that others may have put there: regular files only, up to a sensible size. No
+torch.
 
-A name may lead to a pipe, for which a reader waits, or to a device, which never ends; and a library that waits for one may
-hold the interpreter meanwhile, so that no watchdog could say so. Every file that a user names, or that lies in a folder of
-theirs, is opened here, or looked at here before a library opens it.
+A name may lead to a pipe, on which a reader waits, or to a device, which never ends. A library that
+waits on one may also hold the interpreter, so that not even the watchdog can report it. Every file
+that a user names, or that lies in a user's folder, is therefore opened here, or checked here before
+a library opens it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 RECIPE_BYTES = 1 << 20  # a recipe, or a table that goes with it, is a page of text
-RECORD_BYTES = 64 << 20  # what programs write of a model or a run: more than a million labels
+RECORD_BYTES = 64 << 20  # a program's record of a model or a run: more than a million labels
 
 AnyPath = str | os.PathLike[str]
 
@@ -32,11 +34,12 @@ KINDS = {
 
 
 class NotAFile(OSError):
-    """A pipe, a device or a folder stands where a file was looked for."""
+    """The error that a pipe, a device or a folder was found in place of a file."""
 
 
 def open_regular(path: AnyPath, *, follow: bool = True) -> FileIO:
-    """Open a file to read, unbuffered. OSError for anything else; a pipe is not waited for. `follow`: links."""
+    """Open a file to read, unbuffered. OSError for anything else, without waiting on a pipe.
+    `follow`: follow links."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
     with _nameable(path):
         descriptor = os.open(path, flags)
@@ -49,27 +52,31 @@ def open_regular(path: AnyPath, *, follow: bool = True) -> FileIO:
 
 
 def open_to_append(path: AnyPath) -> FileIO:
-    """Open a regular file to write behind its end, unbuffered; it is made where it is missing. OSError for anything else."""
+    """Open a regular file to append to, unbuffered, and create it if it is missing. OSError for
+    anything else."""
     with suppress(FileNotFoundError):
         require_regular(path)
     return FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY, 0o666), "a")
 
 
 def require_regular(path: AnyPath) -> None:
-    """Look before a library opens it: OSError unless a regular file is there, perhaps behind links."""
+    """Raise OSError unless a regular file is there, perhaps behind links, before a library opens
+    it."""
     with _nameable(path):
         _require_regular(os.stat(path).st_mode, path)
 
 
 def require_regular_below(folder: Path) -> None:
-    """Look before a library opens what it likes of a folder: OSError for what is neither a file nor a folder."""
+    """Raise OSError if a folder has something other than files and folders, before a library opens
+    whatever it wants there."""
     for path in folder.iterdir():
         if path.exists() and not path.is_dir():
             require_regular(path)
 
 
 def read_bytes(path: AnyPath, limit: int = RECORD_BYTES, *, follow: bool = True) -> bytes:
-    """Return the content of a file; OSError where it cannot be read, or has more than `limit` bytes."""
+    """Return the content of a file. OSError if it cannot be read, or has more than `limit`
+    bytes."""
     content = bytearray()
     with open_regular(path, follow=follow) as file:
         if os.fstat(file.fileno()).st_size > limit:
@@ -82,12 +89,13 @@ def read_bytes(path: AnyPath, limit: int = RECORD_BYTES, *, follow: bool = True)
 
 
 def read_text(path: AnyPath, limit: int = RECORD_BYTES) -> str:
-    """Return the text in a file; OSError where it cannot be read, ValueError where it is not UTF-8."""
+    """Return the text in a file. OSError if it cannot be read, ValueError if it is not UTF-8."""
     return read_bytes(path, limit).decode("utf-8")
 
 
 def read_json(path: AnyPath, limit: int = RECORD_BYTES) -> dict[str, Any]:
-    """Return the JSON object in a file; OSError where it cannot be read, ValueError where it holds no JSON object."""
+    """Return the JSON object in a file. OSError if it cannot be read, ValueError if it holds no
+    JSON object."""
     try:
         value = json.loads(read_bytes(path, limit))
     except RecursionError:
@@ -100,7 +108,7 @@ def read_json(path: AnyPath, limit: int = RECORD_BYTES) -> dict[str, Any]:
 
 
 def told(error: Exception) -> str:
-    """Return what was wrong, for a line that names the file itself."""
+    """Return the description of an error, for a line that names the file itself."""
     return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
@@ -115,8 +123,8 @@ def _require_regular(mode: int, path: AnyPath) -> None:
 
 @contextmanager
 def _nameable(path: AnyPath) -> Iterator[None]:
-    """What no file system can have as a name is reported like what it does not have."""
+    """Report a name that no file system can have as an OSError, like a name that is not there."""
     try:
         yield
     except ValueError as error:  # a NUL, or half of a surrogate pair
-        raise OSError(errno.EINVAL, f"no name of a file ({error})", str(path)) from None
+        raise OSError(errno.EINVAL, f"not a possible file name ({error})", str(path)) from None

@@ -1,4 +1,4 @@
-"""Files that a run can do without: one that cannot be written costs a line, not the run. No torch."""
+"""The files that a run can do without: one that cannot be written costs a line. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from trainer.files.reading import told
 
 
 class Spare:
-    """One such file, written again and again. `without`: what is lost with it."""
+    """A file that the run can do without, written again and again. `without`: what its loss
+    means."""
 
     def __init__(self, path: Path, without: str) -> None:
         self._path, self._without = path, without
@@ -19,7 +20,7 @@ class Spare:
 
     @contextmanager
     def written(self) -> Iterator[None]:
-        """Around a write: it may fail, which is said once until one succeeds again."""
+        """Report a failed write inside instead of raising it, once until a write succeeds again."""
         try:
             yield
         except OSError as error:
@@ -28,7 +29,7 @@ class Spare:
             self._is_told = False
 
     def failed(self, error: OSError) -> None:
-        """Say so, unless it was said."""
+        """Report the error, unless one was reported already."""
         if not self._is_told:
             self._is_told = True
             sys.stderr.write(f"triaxis: warning: {self._path}: {told(error)}: {self._without}; the run goes on\n")

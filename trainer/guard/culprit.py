@@ -1,13 +1,16 @@
-"""Who made a step's gradient not finite: found by running its micro-batches once more and looking everywhere.
+"""The search for what made a step's gradient not finite: its micro-batches run once more, and every
+tensor is checked.
 
-A step that goes well pays nothing: nothing is watched until one was skipped. By then DeepSpeed has thrown the gradients away
-(ZeRO-1 to 3), so the step is replayed (`Engine.replay`), with hooks that look at the output of every module and, before
-anything sums or divides it, at the gradient of every parameter. That holds in each layout, because both exist in each: a
-hook on a tensor knows nothing of ZeRO, and micro-batches reach the modules of a pipeline stage one after another.
+Good steps pay nothing, because nothing is watched until one was skipped. By then DeepSpeed has
+dropped the gradients (ZeRO-1 to 3), so the step is replayed (`Engine.replay`), with hooks that
+check the output of every module and the gradient of every parameter, before anything sums or
+divides it. That works in each layout, because both exist in each: a hook on a tensor knows nothing
+of ZeRO, and micro-batches reach the modules of a pipeline stage one after another.
 
-A NaN spreads, so most of what is not finite is only infected. The culprit is what comes first in the flow of the data: a
-weight; then of the earliest micro-batch the first output, in the order of stages and modules; then the first gradient, in the
-reverse of that order. Ranks compare what they found, so also the rank is the one where it began.
+A NaN spreads, so most of what is not finite is only infected. The culprit is what comes first in
+the flow of the data: a weight; then, in the earliest micro-batch, the first output in the order of
+stages and modules; then the first gradient, in the reverse of that order. Ranks compare what they
+found, so that the rank is also the one where it began.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ WEIGHT, OUTPUT, GRADIENT = range(3)
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """Something that is not finite; the least is the first. `micro_batch` -1: not known; their number: after all of them."""
+    """A tensor that is not finite; the least is the first. `micro_batch`: -1 if not known; the
+    number of micro-batches: after all of them."""
 
     phase: int  # WEIGHT, OUTPUT or GRADIENT
     micro_batch: int
@@ -54,7 +58,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Culprit:
-    """`what`: such as "gradient of model.layers.3.mlp.up_proj.weight". `ranks`: where it began, at once on all of them."""
+    """The cause. `what`: such as "gradient of model.layers.3.mlp.up_proj.weight". `ranks`: where it
+    began, on all of them at once."""
 
     what: str
     ranks: tuple[int, ...]
@@ -64,12 +69,13 @@ class Culprit:
 def find_culprit(
     engine: Engine, ranks: Messages, micro_batches: Sequence[MicroBatch], *, step: int, scale: float, loss_is_finite: bool
 ) -> Culprit | None:
-    """Replay the step that was skipped; None when all is finite this time. Every rank must call it together."""
+    """Replay the step that was skipped, and return the culprit; None if all is finite this time.
+    Every rank must call it together."""
     search = _Search(engine, ranks.rank)
     with search.watching():
         engine.replay(micro_batches, step=step, scale=scale)
     findings = [Finding.from_json(found) for of_rank in ranks.all(search.first_of_each()) for found in of_rank]
-    # A finite loss may come from infinite outputs: scores that a mask has set so.
+    # With a finite loss, infinite outputs may be right: scores that a mask has set to −∞.
     suspects = [found for found in findings if found.phase != OUTPUT or found.has_nan or not loss_is_finite]
     if not suspects:
         return None
@@ -80,7 +86,7 @@ def find_culprit(
 
 
 class _Search:
-    """This rank's findings."""
+    """The findings of this rank."""
 
     def __init__(self, engine: Engine, rank: int) -> None:
         self._rank = rank
@@ -92,7 +98,7 @@ class _Search:
         )
 
     def first_of_each(self) -> list[dict[str, Any]]:
-        """The first finding of each phase, with and without NaN, as JSON."""
+        """Return the first finding of each phase, with and without NaN, as JSON."""
         firsts: dict[tuple[int, bool], Finding] = {}
         for found in sorted(self._found):
             firsts.setdefault((found.phase, found.has_nan), found)
@@ -109,7 +115,7 @@ class _Search:
                 handle.remove()
 
     def _look_at_weights(self) -> None:
-        """What this rank holds of them."""
+        """Check the weights that this rank holds."""
         for parameter, spec in self._specs:
             held = held_values(parameter)
             if not _is_finite(held):
@@ -135,7 +141,8 @@ class _Search:
             for output in tree_leaves(outputs):
                 if isinstance(output, Tensor) and output.is_floating_point() and not _is_finite(output):
                     what = f"output of {label}" if output.dim() else "loss"
-                    # What is recomputed in backward may be of an earlier micro-batch; its forward has told already.
+                    # A recomputation in backward may be of an earlier micro-batch, whose forward
+                    # has reported already.
                     self._add(OUTPUT, count["forward"] - 1, place, what, output)
 
         return look
@@ -143,12 +150,12 @@ class _Search:
     def _gradient_hook(
         self, place: tuple[int, int], name: str, spec: ShardSpec, count: Counter[str]
     ) -> Callable[[Tensor], None]:
-        # Two stages of one rank use it: which of their backwards this is cannot be told.
+        # Two stages of one rank use it, and nothing tells which of their backwards this is.
         twice = spec.tied and spec.copies.size == 1
 
         def look(grad: Tensor) -> None:
-            # A tied weight has one call more than there are micro-batches: the sum over the step and all its copies
-            # (`parallel.ties`), which is infected wherever one of them is, and comes after all.
+            # A tied weight has one call more than there are micro-batches: the sum over the step
+            # and all copies (`parallel.ties`), which comes last and is infected if one of them is.
             micro_batch = -1 if twice else count[name]
             count[name] += 1
             if not _is_finite(grad):
@@ -161,18 +168,21 @@ class _Search:
 
 
 def before_other_hooks(parameter: nn.Parameter, hook: Callable[[Tensor], Any]) -> Any:
-    """Register a gradient hook that sees what autograd gives, before hooks sum it over ranks."""
+    """Register a gradient hook that sees what autograd computes, before other hooks sum it over
+    ranks."""
     handle = parameter.register_hook(hook)
     hooks = parameter._backward_hooks
     assert hooks is not None, "there is one at least, ours"
     others = [(key, other) for key, other in hooks.items() if key != handle.id]
-    hooks.clear()  # autograd reads the plain dict below this ordered one, which `move_to_end` does not reorder
+    # Autograd reads the plain dict below this ordered one, and `move_to_end` does not reorder that.
+    hooks.clear()
     hooks.update([(handle.id, hook), *others])
     return handle
 
 
 def culprit_piece(spec: ShardSpec, values: Tensor) -> str:
-    """The logical tensor whose rows are not finite; padding counts as the first."""
+    """Return the name of the logical tensor whose rows are not finite; padding counts as the
+    first."""
     bad = (piece.name for piece in spec.pieces if not _is_finite(piece.in_parameter(values)))
     return next(bad, spec.pieces[0].name)
 
@@ -182,21 +192,22 @@ def _is_finite(values: Tensor) -> bool:
 
 
 def _in_order(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules in the order in which they finish: each after its children."""
+    """Yield modules in the order in which they finish: each after its children."""
     for name, child in module.named_children():
         yield from _in_order(child, f"{path}.{name}" if path else name)
     yield path, module
 
 
 def _home(name: str, modules: dict[str, int]) -> str:
-    """The path of the module that has this parameter; one that a module shares is that of its first path."""
+    """Return the path of the module that has this parameter; for a shared one the first path."""
     while name not in modules:
         name = name.rpartition(".")[0]
     return name
 
 
 def _logical_name(path: str, declared: Sequence[tuple[str, ShardSpec]]) -> str:
-    """What the logical names below a module have in common, and the path where that is not the module itself."""
+    """Return the common part of the logical names below a module, with the path if that is not the
+    module itself."""
     inside, names = path, _names_inside(path, declared)
     while inside and not names:
         inside = inside.rpartition(".")[0]

@@ -1,53 +1,81 @@
-"""What watches a run while it trains: steps that were skipped, spikes, weights that should be the same and are not.
+"""The guard of a run while it trains: skipped steps, spikes, and replicas that have drifted apart.
 
-Everything is decided from numbers that all ranks have alike, so they decide alike; what it remembers goes into checkpoints, so
-that a resumed run decides as the undisturbed one.
+It decides everything from numbers that all ranks have alike, so they decide alike. What it
+remembers goes into checkpoints, so that a resumed run decides as the undisturbed one would.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from parallel.topology import Layout
+from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.data.loader import MicroBatch
 from trainer.engine.engine import StepResult
+from trainer.engine.loss_scale import LossScaler
 from trainer.errors import EXIT_NO_PROGRESS, DataError, NotFinite, UserError
 from trainer.files.durable import make_private, write_json
-from trainer.guard.culprit import Culprit, find_culprit
-from trainer.guard.replicas import disagreements, replicas
+from trainer.guard.culprit import Culprit
+from trainer.guard.inspector import Inspector
 from trainer.guard.spike_window import SpikeWindow
 from trainer.launch.ranks import PeerFailed
-from trainer.run.session import Session
+from trainer.recipe.batch_plan import BatchPlan
+from trainer.schema import Recipe
 
-REWINDS = 3  # in a row to one checkpoint: what comes after it spikes whatever the data
+REWINDS = 3  # in a row to one checkpoint: after it, steps spike whatever the data
 REPLAY_FILES = 20  # a few hundred bytes each; the newest tell as much as all
 
 
 class NoProgress(UserError):
-    """Every step is skipped."""
+    """The end of a run in which every step is skipped."""
 
     exit_code = EXIT_NO_PROGRESS
 
 
 class Guard:
-    """Every rank calls `judge` together after each step, with the same result."""
+    """A judge of each step, which ends a run that cannot go on.
 
-    def __init__(self, run: Session) -> None:
-        self._run = run
-        self._keys = run.recipe.guard
-        memory = run.checkpoints.memory.get("guard", {})
+    Every rank calls `judge` together, with the same result.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: BatchPlan,
+        layout: Layout,
+        inspector: Inspector,
+        *,
+        scaler: LossScaler,
+        checkpoints: Checkpoints,
+        first_sequence: Callable[[int], int],
+        folder: Path,
+        is_first: bool,
+        note: Callable[[str], None],
+    ) -> None:
+        """Take what a run has.
+
+        `first_sequence` gives the global number of the first sequence of a step. The first rank
+        writes records of skipped steps into `folder`. `note` shows a line.
+        """
+        self._recipe, self._keys, self._plan, self._layout = recipe, recipe.guard, plan, layout
+        self._inspector, self._scaler, self._checkpoints = inspector, scaler, checkpoints
+        self._first_sequence, self._folder, self._is_first, self._note = first_sequence, folder, is_first, note
+        memory = checkpoints.memory.get("guard", {})
         self._in_a_row: int = memory.get("skipped_in_a_row", 0)
-        self.not_finite_since: int | None = memory.get("not_finite_since")  # the first step since when no loss was finite
+        # the first step since when no loss was finite
+        self.not_finite_since: int | None = memory.get("not_finite_since")
         self.must_rewind = False  # the last step's spike is to be undone
-        self._agreed: int = run.checkpoints.start_step  # after this step all replicas were the same
+        self._agreed: int = checkpoints.start_step  # all replicas were equal after this step
         self._windows = {
             name: SpikeWindow(self._keys.spike_window, self._keys.spike_threshold, memory.get(name, ()))
             for name in (("loss", "grad_norm") if self._keys.on_spike != "off" else ())
         }
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run must judge by."""
+        """Return what a resumed run needs to judge as this one would."""
         since = {} if self.not_finite_since is None else {"not_finite_since": self.not_finite_since}
         return {"skipped_in_a_row": self._in_a_row, **since, **{name: window.values for name, window in self._windows.items()}}
 
@@ -57,7 +85,7 @@ class Guard:
         return self._windows["grad_norm"].limit if self._keys.on_spike == "skip" else math.inf
 
     def judge(self, step: int, lr: float, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
-        """After step `step`, counted from 0. NoProgress or DataError when the run must end."""
+        """Judge step `step`, counted from 0; NoProgress or DataError if the run must end."""
         if math.isfinite(result.loss):
             self.not_finite_since = None
         elif self.not_finite_since is None:
@@ -70,32 +98,27 @@ class Guard:
             self._compare(step, lr)
 
     def require_finite(self, steps: int) -> None:
-        """NotFinite, after the last of `steps` steps, where the model gives no loss: what it gives is no result. A last step
-        that was skipped may have had another cause, so its loss is computed once more."""
+        """Raise NotFinite after the last of `steps` steps if the model gives no finite loss.
+
+        A last step that was skipped may have had another cause, so its loss is computed once more.
+        """
         if self.not_finite_since is None:
             return
-        again = self._run.engine.evaluator.evaluate(iter(self._run.micro_batches(steps - 1)))
-        if not math.isfinite(again.loss):
+        if not math.isfinite(self._inspector.loss(steps - 1)):
             self._end(NotFinite("the loss", step=steps, began=self.not_finite_since))
 
     def _explain(self, step: int, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
-        """One line that names the culprit, and a file with what a replay needs."""
+        """Show one line that names the culprit, and write a file with what a replay needs."""
         if math.isfinite(result.grad_norm):
             self._record(step, result, None, reason := f"the gradient norm {result.grad_norm:.4g} is a spike")
-            self._run.tracker.note(f"step {step + 1} skipped: {reason}")
+            self._note(f"step {step + 1} skipped: {reason}")
             return
-        with self._run.engine.watch("guard"):
-            culprit = find_culprit(
-                self._run.engine,
-                self._run.ranks,
-                micro_batches,
-                step=step,
-                scale=result.loss_scale,
-                loss_is_finite=math.isfinite(result.loss),
-            )
+        culprit = self._inspector.culprit(
+            micro_batches, step=step, scale=result.loss_scale, loss_is_finite=math.isfinite(result.loss)
+        )
         reason = self._told(step, culprit)
         self._record(step, result, culprit, reason)
-        self._run.tracker.note(
+        self._note(
             f"step {step + 1} skipped: the gradient is not finite (loss {result.loss:.4g}, loss scale {result.loss_scale:g}): "
             f"{reason}"
         )
@@ -111,24 +134,22 @@ class Guard:
         return f"{where}, sequences {', '.join(map(str, sequences))}" if sequences else where
 
     def _sequences(self, step: int, culprit: Culprit) -> list[int]:
-        """Global numbers of those in the culprit's micro-batch, on each of its data-parallel ranks; [] when not known."""
-        plan, layout = self._run.plan, self._run.mesh.layout
+        """Return the global numbers of the sequences in the culprit's micro-batch, on each of its
+        data-parallel ranks; [] if the micro-batch is not known."""
+        plan, layout = self._plan, self._layout
         if culprit.micro_batch is None:
             return []
-        places = {layout.peers(rank, "dp", "cp").index(rank) for rank in culprit.ranks}
+        places = {layout.peers(rank, "dp").index(rank) for rank in culprit.ranks}
         first = self._first_sequence(step)
         firsts = [
             first + place * plan.sequences_per_rank + culprit.micro_batch * plan.micro_sequences for place in sorted(places)
         ]
         return [first + n for first in firsts for n in range(plan.micro_sequences)]
 
-    def _first_sequence(self, step: int) -> int:
-        return (step + self._run.skipped_data) * self._run.plan.global_sequences
-
     def _record(self, step: int, result: StepResult, culprit: Culprit | None, reason: str) -> None:
-        if not self._run.place.is_first:
+        if not self._is_first:
             return
-        plan, recipe = self._run.plan, self._run.recipe
+        plan, recipe = self._plan, self._recipe
         first = self._first_sequence(step)
         record = {
             "step": step + 1,
@@ -147,19 +168,19 @@ class Guard:
             "seed": recipe.run.seed,
             "layout": {"pipeline": recipe.parallel.pipeline, "tensor": recipe.parallel.tensor, "zero": recipe.zero.stage},
         }
-        folder = self._run.folder.path / "guard"
+        folder = self._folder
         try:
             write_json(make_private(folder) / f"step-{step + 1:08d}.json", record)
             for old in sorted(folder.glob("step-*.json"))[:-REPLAY_FILES]:
                 old.unlink()
         except OSError as error:
-            self._run.tracker.note(f"warning: {folder}: {error.strerror}: no record of step {step + 1}; training goes on")
+            self._note(f"warning: {folder}: {error.strerror}: no record of step {step + 1}; training goes on")
 
     def _look_for_spikes(self, step: int, result: StepResult) -> None:
         for name, window in self._windows.items():
             value, limit = getattr(result, name), window.limit
             if math.isfinite(value) and value > limit and not (result.skipped and name == "grad_norm"):
-                self._run.tracker.note(
+                self._note(
                     f"step {step + 1}: spike: {name} {value:.4g} is above {limit:.4g}, {self._keys.spike_threshold:g} robust "
                     f"deviations over the median of the last {self._keys.spike_window} steps"
                 )
@@ -169,10 +190,10 @@ class Guard:
     def _may_rewind(self) -> bool:
         if self._keys.on_spike != "rewind":
             return False
-        saved, rewinds = self._run.checkpoints.saved_step, self._run.checkpoints.rewinds
+        saved, rewinds = self._checkpoints.saved_step, self._checkpoints.rewinds
         if saved is None:
-            self._run.tracker.note("there is no checkpoint to go back to yet: training goes on")
-        elif rewinds >= REWINDS and saved == self._run.checkpoints.start_step:
+            self._note("there is no checkpoint to go back to yet: training goes on")
+        elif rewinds >= REWINDS and saved == self._checkpoints.start_step:
             self._end(
                 NoProgress(
                     f"{rewinds} times in a row the loss or gradient norm spiked after step {saved}, each time on other data: "
@@ -182,20 +203,20 @@ class Guard:
         return saved is not None
 
     def _count(self, result: StepResult) -> None:
-        scaler = self._run.engine.scaler
+        scaler = self._scaler
         # A dynamic scale still has somewhere to go above its minimum: those skips are its search.
         searching = scaler.window > 0 and result.loss_scale > scaler.minimum
         self._in_a_row = self._in_a_row + (not searching) if result.skipped else 0
         if self._keys.max_skipped and self._in_a_row >= self._keys.max_skipped:
             self._end(
                 NoProgress(
-                    f"{self._in_a_row} steps in a row were skipped (guard.max_skipped): {self._advice()}; what each of "
-                    f"the last ones failed on is in {self._run.folder.path / 'guard'}"
+                    f"{self._in_a_row} steps in a row were skipped (guard.max_skipped): {self._advice()}; "
+                    f"{self._folder} has what each of the last ones failed on"
                 )
             )
 
     def _advice(self) -> str:
-        scaler, precision = self._run.engine.scaler, self._run.recipe.precision
+        scaler, precision = self._scaler, self._recipe.precision
         if precision.dtype != "fp16":
             return "lower optimizer.lr, lengthen schedule.warmup_steps, or go on from an earlier checkpoint (--resume PATH)"
         if scaler.window:
@@ -209,21 +230,20 @@ class Guard:
         )
 
     def _compare(self, step: int, lr: float) -> None:
-        engine, run = self._run.engine, self._run
-        with engine.watch("guard"):
-            held = list(replicas(engine.specs, run.mesh, engine.zero_stage))
-            wrong = disagreements(held, run.ranks, engine.device, step=step, lr=lr)
+        wrong = self._inspector.disagreements(step, lr)
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             self._end(
                 DataError(
                     f"after step {step + 1}: {wrong[0]}{more}; last compared equal after step {self._agreed}: a memory or "
-                    "device is wrong, check it, and go on from a checkpoint up to that step (--resume PATH)"
+                    "device is faulty; check it, and go on from a checkpoint up to that step (--resume PATH)"
                 )
             )
         self._agreed = step + 1
 
     def _end(self, error: UserError) -> None:
-        """Say it once, from the first rank, when what is being saved is on the disk."""
-        self._run.say(self._run.checkpoints.wait())
-        raise error if self._run.place.is_first else PeerFailed(error.exit_code)
+        """Raise the error on the first rank and PeerFailed on the others, once what is being saved
+        is on disk."""
+        for line in self._checkpoints.wait():
+            self._note(line)
+        raise error if self._is_first else PeerFailed(error.exit_code)

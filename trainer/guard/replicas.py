@@ -1,11 +1,14 @@
-"""Weights that several ranks hold alike, compared to the bit: data-parallel replicas, copies over tensor ranks, tied ends.
+"""The comparison, to the bit, of weights that several ranks hold: data-parallel replicas, copies
+over tensor ranks, tied ends.
 
-A memory or a device that goes wrong silently changes one of them, and training goes on with two models in one (Dixit et al.
-2021, arXiv:2102.11245). The sum of a tensor's raw bits as integers, each times an odd number that names its place, modulo
-2⁶⁴, changes whenever one element does: an odd factor can be divided out again, so no change of one element is lost.
+Faulty memory or a faulty device changes one of them silently, and training goes on with two models
+in one (Dixit et al. 2021, arXiv:2102.11245). The checksum of a tensor is the sum of its raw bits as
+integers, each times an odd number that depends on its place, modulo 2⁶⁴. It changes whenever a
+single element does: an odd factor can be divided out again, so no change of one element is lost.
 
-What has no second holder has nothing to be compared with: ZeRO-3's shares, and the fp32 master weights of ZeRO-1 and 2, from
-which DeepSpeed makes the held weights anew at every step. There a wrong bit is seen in the step in which it is compared.
+What has no second holder cannot be compared: ZeRO-3's shares, and the fp32 master weights of ZeRO-1
+and 2, from which DeepSpeed makes the held weights anew at every step. A wrong bit there is seen in
+the step in which it is compared.
 """
 
 from __future__ import annotations
@@ -25,12 +28,12 @@ from parallel.params import ShardSpec
 from trainer.engine.zero_parameter import Share, divided
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK = 2**20  # elements that are widened to int64 at a time: 24 MiB with their factors
+CHUNK = 2**20  # elements widened to int64 at a time: 24 MiB with their factors
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a rank holds of a parameter, and the ranks that must hold the same."""
+    """A parameter as far as a rank holds it, and the ranks that must hold the same."""
 
     name: str
     values: Tensor
@@ -38,7 +41,8 @@ class Held:
 
 
 def disagreements(held: Sequence[Held], ranks: Messages, device: torch.device, *, step: int, lr: float) -> list[str]:
-    """What differs between ranks, a phrase each, the same on every rank; [] when all agree. Collective over all ranks."""
+    """Return what differs between ranks, a phrase each, the same on every rank; [] if all agree.
+    Collective over all ranks."""
     mine = {f"{item.name} {list(item.group.ranks)}": sum_ for item, sum_ in _differing(held, device)}
     told = ranks.all({"step": step, "lr": lr.hex(), "sums": mine})
     phrases = [
@@ -54,19 +58,22 @@ def disagreements(held: Sequence[Held], ranks: Messages, device: torch.device, *
 
 
 def replicas(specs: Sequence[tuple[nn.Parameter, ShardSpec]], mesh: Mesh, zero_stage: int) -> Iterator[Held]:
-    """Everything of this rank that other ranks hold too."""
+    """Yield everything of this rank that other ranks hold too."""
     for parameter, spec in specs:
         name = spec.pieces[0].name if spec.pieces else "padding"
-        values = _without_padding(parameter, mesh.dp) if zero_stage == 3 else held_values(parameter)
-        if mesh.dp.size > 1 and zero_stage < 3:
-            yield Held(name, values, mesh.dp)
+        values = _without_padding(parameter, mesh.reduction) if zero_stage == 3 else held_values(parameter)
+        if mesh.reduction.size > 1 and zero_stage < 3:
+            yield Held(name, values, mesh.reduction)
         if spec.copies.size > 1:
             yield Held(name, values, spec.copies)
 
 
 def held_values(parameter: nn.Parameter) -> Tensor:
-    """What this rank holds of a parameter between steps: all of it, or under ZeRO-3 its share, flat; nothing of a share that
-    is on NVMe."""
+    """Return what this rank holds of a parameter between steps: all of it, or under ZeRO-3 its
+    share, flat.
+
+    Of a share that is on NVMe it returns nothing.
+    """
     share: Share | None = getattr(parameter, "ds_tensor", None)
     if share is None:
         return parameter.detach()
@@ -74,7 +81,7 @@ def held_values(parameter: nn.Parameter) -> Tensor:
 
 
 def checksum(values: Tensor) -> Tensor:
-    """An int64 that any change of one element changes."""
+    """Return an int64 that changes with any change of one element."""
     bits = values.contiguous().view(BITS[values.element_size()]).reshape(-1)
     total = torch.zeros((), dtype=torch.int64, device=values.device)
     factors = 2 * torch.arange(min(CHUNK, bits.numel()), dtype=torch.int64, device=values.device) + 1
@@ -85,7 +92,7 @@ def checksum(values: Tensor) -> Tensor:
 
 
 def odd_ones_out(values: Sequence[str], ranks: Sequence[int]) -> str:
-    """Whose value is not that of most of the ranks."""
+    """Return which ranks' value is not that of most ranks, in words."""
     (common, votes), *others = Counter(values).most_common()
     if others and others[0][1] == votes:
         return f"ranks {_listed(ranks)} differ"
@@ -95,8 +102,11 @@ def odd_ones_out(values: Sequence[str], ranks: Sequence[int]) -> str:
 
 
 def _differing(held: Sequence[Held], device: torch.device) -> Iterator[tuple[Held, str]]:
-    """What is not the same in its group, with this rank's checksum of it. One pair of reductions for each group, in an order
-    that all ranks share, so that none waits for one that waits for it."""
+    """Yield what is not the same in its group, with this rank's checksum of it.
+
+    There is one pair of reductions for each group, in an order that all ranks share, so that no two
+    ranks wait for each other.
+    """
     by_name = sorted(held, key=lambda item: item.name)
     for group in sorted({item.group.ranks: item.group for item in by_name}.values(), key=lambda group: group.ranks):
         items = [item for item in by_name if item.group.ranks == group.ranks]
@@ -107,7 +117,7 @@ def _differing(held: Sequence[Held], device: torch.device) -> Iterator[tuple[Hel
 
 
 def _without_padding(parameter: nn.Parameter, dp: Group) -> Tensor:
-    """A share of ZeRO-3 may end in padding, which nobody sets."""
+    """Return a share of ZeRO-3 without the padding at its end, which nobody sets."""
     start = dp.rank * divided(parameter).partition_numel()
     return held_values(parameter)[: max(0, divided(parameter).ds_numel - start)]
 

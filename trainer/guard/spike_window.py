@@ -1,8 +1,10 @@
-"""What is far above what came before, judged by median and median absolute deviation. No torch.
+"""The detection of spikes, values far above those before, by median and median absolute deviation.
+No torch.
 
-Both stay where they are while less than half of the window is wild (Hampel 1974, doi:10.1080/01621459.1974.10482962), where
-one NaN or one spike would carry a running mean and its deviation away. So spikes enter the window too: a level that has
-risen for good is the new normal after half a window.
+Both hardly move while less than half of the window is wild (Hampel 1974,
+doi:10.1080/01621459.1974.10482962), whereas one NaN or one spike would carry a running mean and its
+deviation away. So spikes enter the window too: a level that has risen for good is the new normal
+after half a window.
 """
 
 from __future__ import annotations
@@ -13,15 +15,18 @@ from collections import deque
 from collections.abc import Iterable
 
 NORMAL = 1.4826  # median absolute deviation → standard deviation, for normally distributed values
-# A series that hardly moves has a deviation of next to nothing; less than this of its median is no deviation.
+# A series that hardly moves has almost no deviation; it counts as at least this share of the
+# median.
 LEAST_DEVIATION = 0.01
 
 
 class SpikeWindow:
-    """The last `size` finite values, and what they say of a new one; nothing before there are so many."""
+    """The last `size` finite values, and the limit for a new one; there is no limit before there
+    are so many."""
 
     def __init__(self, size: int, threshold: float, values: Iterable[float] = ()) -> None:
-        """`threshold`: how many robust standard deviations above the median a spike begins."""
+        """Start with `values`. `threshold`: the robust standard deviations above the median at
+        which a spike begins."""
         self._threshold = threshold
         self._values = deque(values, maxlen=size)
 
@@ -31,7 +36,7 @@ class SpikeWindow:
 
     @property
     def limit(self) -> float:
-        """The largest value that is no spike; inf while the window is not full."""
+        """The largest value that is not a spike; inf while the window is not full."""
         if len(self._values) < (self._values.maxlen or 0):
             return math.inf
         middle = statistics.median(self._values)

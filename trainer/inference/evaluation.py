@@ -21,7 +21,6 @@ from trainer.errors import RecipeError
 from trainer.inference.open_model import OpenModel, Weights, open_model
 from trainer.inference.translator import Search, Translator, scores
 from trainer.launch.ranks import together
-from trainer.model.auto_network import AutoNetwork
 from trainer.model.measures import ClassMeasures, EvalResult
 from trainer.tasks import TASKS
 from trainer.track.progress import work_progress
@@ -58,7 +57,7 @@ def evaluate(request: Request) -> Found | None:
                 progress=progress,
             )
             rows = _rows(model, prepared, request)
-        dp = model.mesh.dp
+        dp = model.mesh.data
         micro_batches = rows.micro_batches(dp_rank=dp.rank, dp=dp.size, micro_sequences=model.plan.micro_sequences)
         result = model.evaluator.evaluate(micro_batches)
     if not model.place.is_first:
@@ -85,14 +84,13 @@ def _rows(model: OpenModel, prepared: PreparedData, request: Request) -> EvalDat
     data, network = model.recipe.data, model.network
     if not prepared.evaluation:
         raise RecipeError(f"{model.weights.folder}: its run held nothing out: name a FILE to evaluate on")
-    causal = isinstance(network, AutoNetwork) or network.causal
     everything = sum(store.num_tokens for store in prepared.evaluation) if request.files else model.recipe.train.eval_sequences
     return EvalData(
         prepared.evaluation,
-        seq_len=data.row_tokens,
+        row_tokens=data.row_tokens,
         isolate_documents=data.isolate_documents,
         sequences=request.sequences or everything,
-        targets=targets_of(data, prepared.tokenizer, causal=causal, seed=model.recipe.run.seed, part="evaluation"),
+        targets=targets_of(data, prepared.tokenizer, causal=network.causal, seed=model.recipe.run.seed, part="evaluation"),
     )
 
 

@@ -17,13 +17,13 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import DataError, RecipeError
 from trainer.files.reading import read_json, require_regular_below, told
 from trainer.model.hugging_face import read_config
-from trainer.model.network import TASK
+from trainer.model.model_files import TASK
 from trainer.model.origin import GENERATION_CONFIG, as_list
 from trainer.tasks import TASKS
 from trainer.tuning import bottleneck_format, peft_format
 
 TEMPERATURE, TOP_K = 0.8, 50
-ENDLESS = 1 << 30  # tokens of a conversation that is not cut
+ENDLESS = 1 << 30  # tokens: a conversation is never cut
 
 
 def sample(
@@ -39,8 +39,8 @@ def sample(
 ) -> list[int]:
     """Continue `prompt` by at most `new_tokens` tokens, up to `end`.
 
-    The model sees the last `context` tokens. Every rank that takes part draws the same tokens: the stream depends on
-    the seed only. temperature 0 takes the likeliest token.
+    The model sees the last `context` tokens. Every rank that takes part draws the same tokens,
+    because the random stream depends on the seed only. temperature 0 takes the likeliest token.
     """
     stream = torch.Generator().manual_seed(derive_seed(seed, "sample"))
     tokens = list(prompt)
@@ -62,7 +62,8 @@ Way = Literal["chat", "raw"]
 
 @dataclass(frozen=True)
 class Writing:
-    """How a text is written. `temperature`, `top_k`: None for what generation_config.json says, or else 0.8 and 50."""
+    """The way in which a text is written. `temperature`, `top_k`: None for those in
+    generation_config.json, or else 0.8 and 50."""
 
     new_tokens: int
     temperature: float | None
@@ -71,11 +72,14 @@ class Writing:
 
 
 def way_of(folder: Path, asked: Way | None) -> tuple[Way, str]:
-    """Whether the model in a folder is asked as by a user or continues a text, and why. `asked`: None to go by what it was
-    taught. RecipeError where it is to be asked and has no template.
+    """Return whether the model in a folder answers a user's message or continues a text, and why.
 
-    A template alone says little: base models often come with the tokenizer of those that were taught. Our own folders say the
-    task (`finetuning_task` in config.json); of others those were taught whose generation ends at the end of a turn.
+    `asked`: the way that is asked for, or None to go by what the model was taught. RecipeError if
+    it is to answer and has no template.
+
+    A template alone means little: base models often come with the tokenizer of taught ones. Our own
+    folders name the task (`finetuning_task` in config.json). Other models were taught if their
+    generation ends at the end of a turn.
     """
     _require_model(folder)
     config, tokenizer = read_config(folder), _ours(folder)
@@ -98,7 +102,8 @@ def way_of(folder: Path, asked: Way | None) -> tuple[Way, str]:
 
 
 def _ours(folder: Path) -> Tokenizer | None:
-    """The folder's tokenizer as it trains here; None where it names no end of a document, as no chat model's does."""
+    """Return the folder's tokenizer as it would train here; None if it names no end of a document,
+    which every chat model's does."""
     try:
         return load_tokenizer(str(folder))
     except RecipeError:
@@ -106,7 +111,8 @@ def _ours(folder: Path) -> Tokenizer | None:
 
 
 def _end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """None where the template does not write a question and its answer."""
+    """Return the token that ends a turn; None if the template does not write a question and its
+    answer."""
     try:
         return Chat(tokenizer, seq_len=ENDLESS, learned="answers").end_of_turn
     except RecipeError:
@@ -114,28 +120,29 @@ def _end_of_turn(tokenizer: Tokenizer) -> int | None:
 
 
 def ends_of(folder: Path) -> list[int]:
-    """The tokens at which generation by the model in a folder ends."""
+    """Return the tokens at which generation by the model in a folder ends."""
     path = folder / GENERATION_CONFIG
     try:
         generation = read_json(path) if path.is_file() else {}
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable JSON: {error}; mend or remove the file") from None
+        raise DataError(f"{path}: not readable JSON: {error}; fix or remove the file") from None
     return as_list(generation.get("eos_token_id", read_config(folder).get("eos_token_id")))
 
 
 def continue_from_folder(folder: Path, prompt: str, writing: Writing, *, way: Way = "raw") -> str:
-    """What the model in a Hugging Face folder writes, on a GPU when there is one: the answer to the prompt, or the prompt and
-    its continuation.
+    """Return what the model in a Hugging Face folder writes: the answer to the prompt, or the
+    prompt and its continuation.
 
-    At most `writing.new_tokens` tokens, up to where its generation ends or the model's last position. RecipeError for a prompt
-    that leaves no room, DataError for a folder that does not load whole.
+    It runs on a GPU if there is one, and writes at most `writing.new_tokens` tokens, up to where
+    its generation ends or the model's last position. RecipeError for a prompt that leaves no room,
+    DataError for a folder that does not load whole.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_folder(folder)
     if not prompt:
         raise RecipeError("--prompt is empty: give at least one character")
     tokens = _asked(folder, prompt) if way == "chat" else _begun(tokenizer, prompt)
-    # Slopes (ALiBi) and state spaces have no last position.
+    # Models with slopes (ALiBi) or state spaces have no last position.
     positions = getattr(model.config, "max_position_embeddings", sys.maxsize)
     if len(tokens) >= positions:
         raise RecipeError(f"--prompt has {len(tokens)} tokens, but the model has {positions} positions: give fewer than that")
@@ -154,12 +161,14 @@ def continue_from_folder(folder: Path, prompt: str, writing: Writing, *, way: Wa
 
 
 def _asked(folder: Path, prompt: str) -> list[int]:
-    """The tokens of a user's message, as the model was taught by conversations."""
+    """Return the tokens of a user's message, in the form in which the model was taught
+    conversations."""
     return Chat(load_tokenizer(str(folder)), seq_len=ENDLESS, learned="answers").prompt(prompt, key="--prompt")
 
 
 def _begun(tokenizer: Any, prompt: str) -> list[int]:
-    """The tokens of a text that goes on: with what the tokenizer writes before it, without what it writes after."""
+    """Return the tokens of a text that goes on: with what the tokenizer writes before it, without
+    what it writes after."""
     tokens: list[int] = tokenizer(prompt)["input_ids"]
     bare: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     after = next((n for n in range(len(tokens) - len(bare) + 1) if tokens[n : n + len(bare)] == bare), 0) + len(bare)
@@ -167,7 +176,8 @@ def _begun(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def _sampling(writing: Writing, said: Any) -> dict[str, Any]:
-    """As the command line asks, or the folder, or with the likeliest token where the temperature is 0."""
+    """Return the settings of generation: those of the command line, else of the folder; temperature
+    0 takes the likeliest token."""
     temperature = writing.temperature if writing.temperature is not None else said.temperature or TEMPERATURE
     if temperature == 0:
         return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
@@ -176,10 +186,10 @@ def _sampling(writing: Writing, said: Any) -> dict[str, Any]:
 
 
 def translates(folder: Path) -> bool:
-    """Whether the folder's model has an encoder and a decoder."""
+    """Return whether the folder's model has an encoder and a decoder."""
     try:
         config = read_json(folder / "config.json")
-    except (OSError, ValueError):  # whoever loads it says so
+    except (OSError, ValueError):  # loading it will report the error
         return False
     return config.get("is_encoder_decoder") is True
 
@@ -207,7 +217,8 @@ def _require_model(folder: Path) -> None:
 
 
 def load_folder(folder: Path) -> tuple[Any, Any]:
-    """Model and tokenizer; no code from the folder, no pickle, no tensor left to chance."""
+    """Return model and tokenizer: no code from the folder, no pickle, and no tensor drawn at
+    random."""
     _require_model(folder)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -216,12 +227,13 @@ def load_folder(folder: Path) -> tuple[Any, Any]:
         _require_next_tokens(network.architectures or (), folder)
         kind = AutoModelForSeq2SeqLM if network.is_encoder_decoder else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        # transformers' types know of no `output_loading_info`.
+        # The annotations of transformers lack `output_loading_info`.
         loaded = kind.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
         model, loading = cast(tuple[nn.Module, dict[str, Any]], loaded)
     except RecipeError:
         raise
-    except Exception as error:  # transformers, tokenizers and safetensors each raise kinds of their own
+    except Exception as error:
+        # transformers, tokenizers and safetensors each raise kinds of their own.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{folder}: cannot be loaded ({reason}): fetch or export it again") from error
     if loading["missing_keys"]:  # transformers would draw them at random

@@ -1,8 +1,10 @@
-"""A model in any layout as EleutherAI's lm-evaluation-harness wants one (the optional package lm-eval).
+"""A model in any layout, in the form of EleutherAI's lm-evaluation-harness (the optional package
+lm-eval).
 
-Every rank runs the harness on all its requests, which come in the same order everywhere; each data-parallel rank scores its
-share of them, and they tell each other. Generation computes the whole context again for each token: right in every layout,
-slow. For benchmarks of long answers, give an exported folder to the harness' own `--model hf`.
+Every rank runs the harness on all its requests, which come in the same order everywhere. Each
+data-parallel rank scores its share of them, and they exchange the results. Generation computes the
+whole context again for each token: right in every layout, but slow. For benchmarks of long answers,
+give an exported folder to the harness's own `--model hf`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
+from parallel.attention import Documents
 from parallel.collectives import all_reduce
 from parallel.loss import IGNORE
 from trainer.data.chat_template import ChatTemplate, Request
@@ -27,21 +30,20 @@ from trainer.errors import RecipeError
 from trainer.inference.generate import ends_of
 from trainer.inference.open_model import OpenModel, open_model
 from trainer.launch.ranks import together
-from trainer.model.auto_network import AutoNetwork
 
-NEW_TOKENS = 256  # of a generation whose task names no limit, as in the harness' own models
+NEW_TOKENS = 256  # for tasks that name no limit, as in the harness's own models
 Scored = list[tuple[float, bool]]
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """`model`, asked by all its ranks together. `chat`: questions come as conversations, whose special tokens are spelt."""
+    """A model asked by all its ranks together. `chat`: questions come as conversations, whose
+    special tokens are spelt."""
 
     def __init__(self, model: OpenModel, *, chat: bool) -> None:
         super().__init__()
         self._model, self._chat = model, chat
         self._ends = {model.tokenizer.end_of_document, *ends_of(model.weights.config)}
-        positions = None if isinstance(model.network, AutoNetwork) else model.network.max_positions
-        self.max_length: int = positions or model.recipe.data.seq_len
+        self.max_length: int = model.network.max_positions or model.recipe.data.seq_len
 
     @property
     def eot_token_id(self) -> int:
@@ -53,11 +55,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context: the token that begins texts, where one does."""
+        """The token before a text without a context: the one that begins texts, or else the end of
+        a document."""
         return self._opening[-1] if self._opening else self.eot_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **others: Any) -> list[int]:
-        """A text begins as in training, as it does in the harness' own models; a chat template writes its beginning itself."""
+        """Return the tokens of a text, which begins as in training and in the harness's own models.
+
+        A chat template writes its beginning itself.
+        """
         opening = () if self._chat or add_special_tokens is False else self._opening
         return [*opening, *self._model.tokenizer.encode_with_offsets(string, special=self._chat)[0]]
 
@@ -72,8 +78,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return self._score([(context, continuation) for _, context, continuation in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """A text's tokens, each predicted once: in windows, of which all but the first begin with what the one before ended
-        with."""
+        """Return the log-likelihood of each text, with each token predicted once.
+
+        A text is divided into windows, of which all but the first begin with the end of the one
+        before.
+        """
         windows, of_text = [], []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -87,7 +96,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @torch.no_grad()
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The likeliest tokens, one after another. RecipeError where a task wants them drawn."""
+        """Return the likeliest tokens, one after another. RecipeError if a task wants them
+        drawn."""
         return [self._generate(*request.args) for request in requests]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -113,9 +123,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return text
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Scored:
-        """Of each continuation its log-probability after its context, and whether it is what the likeliest tokens write. A
-        context too long for the model loses its beginning."""
-        dp, device = self._model.mesh.dp, self._model.evaluator.device
+        """Return, for each continuation, its log-probability after its context, and whether the
+        likeliest tokens would write it.
+
+        A context too long for the model loses its beginning.
+        """
+        dp, device = self._model.mesh.data, self._model.evaluator.device
         found_2R = torch.zeros((2, len(pairs)), dtype=torch.float64, device=device)
         longest_first = sorted(range(len(pairs)), key=lambda number: -sum(map(len, pairs[number])))
         mine, size = longest_first[dp.rank :: dp.size], self._model.plan.micro_sequences
@@ -125,7 +138,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return [(log_prob, bool(is_likeliest)) for log_prob, is_likeliest in found_2R.t().tolist()]
 
     def _of_batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
-        """[2, pairs]. Each pair is a row, filled up with a document without targets."""
+        """Return the scores [2, pairs]. Each pair is a row, filled up with a document without
+        targets."""
         rows = [(context + continuation)[-self.max_length - 1 :] for context, continuation in pairs]
         S = max(len(row) - 1 for row in rows)
         S += -S % self._model.mesh.tp.size
@@ -136,7 +150,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             tokens_BS[number, :length] = torch.tensor(row[:-1])
             labels_BS[number, length - targets : length] = torch.tensor(row[-targets:])
         documents = tuple((len(row) - 1, S - len(row) + 1) if len(row) - 1 < S else (S,) for row in rows)
-        scores_2R = self._model.evaluator.scores(MicroBatch(tokens_BS, labels_BS, documents))
+        scores_2R = self._model.evaluator.scores(MicroBatch(tokens_BS, Documents(documents), labels_BS))
         firsts = [0]
         for lengths in documents[:-1]:
             firsts.append(firsts[-1] + len(lengths))
@@ -144,7 +158,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
 
 def _windows(tokens: list[int], prefix: int, longest: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(context, continuation) of at most `longest` predictions each."""
+    """Yield (context, continuation) of at most `longest` predictions each."""
     for begin in range(0, len(tokens), longest):
         part = tokens[begin : begin + longest]
         known = [prefix, *tokens[:begin]]
@@ -161,15 +175,18 @@ def run_harness(
     limit: int | None,
     chat: bool,
 ) -> dict[str, Any] | None:
-    """What was asked, and the harness' results by task; None off the first rank. `folder`: where tasks of one's own are.
-    `limit`: examples of each task."""
+    """Return what was asked, and the harness's results by task; None on all ranks but the first.
+
+    `folder`: the user's own tasks. `limit`: examples of each task.
+    """
     with open_model(weights, settings) as model, ExitStack() as stack, together():
-        if not model.place.is_first:  # which says it for all
+        if not model.place.is_first:  # the first rank reports for all
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
         manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=False)
-        if not set(tasks) <= set(manager.all_tasks):  # the harness' own are thousands, and take seconds to list
+        # The harness has thousands of tasks of its own, which take seconds to list.
+        if not set(tasks) <= set(manager.all_tasks):
             manager = TaskManager(include_path=str(folder) if folder else None)
         if unknown := [task for task in tasks if task not in manager.all_tasks]:
             raise RecipeError(

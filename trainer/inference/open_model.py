@@ -18,9 +18,7 @@ import torch
 from torch import nn
 
 from parallel.mesh import Mesh
-from parallel.messages import Messages
 from parallel.params import owned_specs
-from parallel.topology import Layout
 from trainer.checkpoint.check import read_sound
 from trainer.checkpoint.folder import HUGGING_FACE
 from trainer.checkpoint.manifest import Manifest
@@ -31,24 +29,22 @@ from trainer.data.tokenizer import Tokenizer, make_tokenizer, reopen_tokenizer
 from trainer.engine.evaluator import Evaluator
 from trainer.engine.execution import DTYPES, make_execution
 from trainer.engine.first_weights import first_weights
+from trainer.engine.group import joined
 from trainer.engine.master_weights import require_in_range
 from trainer.errors import RecipeError
-from trainer.launch import ranks
 from trainer.launch.ranks import Place, together
 from trainer.model.auto_rules import AUTO
-from trainer.model.auto_stage import AutoStage
 from trainer.model.families import FAMILIES
 from trainer.model.hf_config import classes_of
 from trainer.model.hugging_face import read_config
 from trainer.model.measures import Measures, measures_of
-from trainer.model.network import CONFIG, Network
+from trainer.model.model_files import CONFIG
+from trainer.model.network import Network
 from trainer.recipe import ResolvedRecipe, load_given
-from trainer.recipe.batch_plan import BatchPlan, data_parallel_degree
+from trainer.recipe.batch_plan import BatchPlan, layout_of
 from trainer.recipe.earlier import recipe_of
 from trainer.schema import Guard, Recipe
-from trainer.stopwatch import Stopwatch
 from trainer.tuning.adapt import quantizing
-from trainer.watchdog.lost import among_strangers
 
 # Of a saved recipe, what says what the model is and what is asked of it. How it was divided, offloaded and optimized is gone.
 KEPT = ("run", "model", "data", "precision", "tuning", "preference")
@@ -150,14 +146,12 @@ def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[st
     place = Place.from_environment(os.environ)
     timeout = timedelta(seconds=Guard().long_timeout_s)
     with ExitStack() as stack:
-        stack.enter_context(among_strangers(place.rank))
-        stack.enter_context(ranks.joined(place, timeout))
+        group = stack.enter_context(joined(place, timeout))
         with together():
             weights = Weights.named(name)
             resolved = _in_layout(load_given(weights.given(files=files), weights.folder, settings), place)
-        recipe, degrees = resolved.recipe, resolved.recipe.parallel
-        layout = Layout.from_world_size(place.world_size, pp=degrees.pipeline, cp=degrees.context, tp=degrees.tensor)
-        mesh, messages = Mesh.build(layout, timeout), Messages.among_all(timeout)
+        recipe = resolved.recipe
+        mesh, messages = group.mesh(recipe.parallel), group.messages()
         with together():
             if weights.manifest is not None:
                 examine(weights.folder, messages)
@@ -166,20 +160,20 @@ def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[st
             if weights.manifest is not None:
                 fill = Filling(weights.folder, weights.manifest)
             plan = BatchPlan.from_recipe(recipe, place.world_size, place.how)
-        measures, watch = measures_of(recipe.data.task, network), Stopwatch(place.device)
+        measures, watch = measures_of(recipe.data.task, network), group.watch
         with together():
             execution = make_execution(
+                network,
                 recipe,
                 plan,
-                network,
                 mesh,
                 place.device,
                 measures=measures,
                 watch=watch,
                 fill=_rounding(quantizing(fill, recipe.tuning), DTYPES[recipe.precision.dtype]),
             )
-        if isinstance(execution.module, AutoStage) and recipe.data.isolate_documents:
-            execution.module.settle_lengths(place.device, plan.seq_len, may_call_apart=True)
+        if recipe.data.isolate_documents:
+            execution.settle_lengths(place.device, plan.row_tokens, may_call_apart=True)
         yield OpenModel(
             weights=weights,
             recipe=recipe,
@@ -208,7 +202,7 @@ def _rounding(fill: Callable[[nn.Module], None], dtype: torch.dtype) -> Callable
 def _in_layout(resolved: ResolvedRecipe, place: Place) -> ResolvedRecipe:
     """With a batch that the ranks can divide: nothing of it is ever trained."""
     recipe = resolved.recipe
-    dp = data_parallel_degree(recipe.parallel, place.world_size, place.how)
+    dp = layout_of(recipe.parallel, place.world_size, place.how).dp
     sequences = recipe.batch.micro_sequences * dp * recipe.parallel.pipeline * recipe.parallel.virtual_stages
     batch = recipe.batch.model_copy(update={"global_sequences": sequences})
     return replace(resolved, recipe=recipe.model_copy(update={"batch": batch}))

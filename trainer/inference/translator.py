@@ -1,6 +1,8 @@
-"""Translations by the model in a Hugging Face folder: beam search, BLEU and chrF, and where the decoder looks.
+"""Translations by the model in a Hugging Face folder: beam search, BLEU and chrF, and the decoder's
+attention.
 
-The search is transformers' own, with its key/value cache: an exported folder translates here as it does for whoever gets it.
+The search is transformers' own, with its key/value cache: an exported folder translates here as it
+does for those who get it.
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ from trainer.files.reading import told
 from trainer.inference.generate import load_folder
 
 BATCH = 32  # texts translated together, of about the same length
-ENDLESS = 2**30  # tokens; a tokenizer that knows no end says 10³⁰, which its own truncation cannot hold
+# Tokens. A tokenizer without a limit says 10³⁰, which its own truncation cannot represent.
+ENDLESS = 2**30
 
 
 @dataclass(frozen=True)
 class Search:
-    """`beams`: 1 takes the likeliest token each time. Finished beams are compared by log-probability / length **
-    `length_penalty`, the simpler form of Wu et al. 2016 (arXiv:1609.08144, §7) that transformers has."""
+    """The settings of the search.
+
+    `beams`: 1 takes the likeliest token each time. Finished beams are compared by log-probability /
+    length ** `length_penalty`, transformers' simpler form of Wu et al. 2016 (arXiv:1609.08144, §7).
+    """
 
     beams: int = 4
     length_penalty: float = 1.0
@@ -32,7 +38,8 @@ class Search:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of translations beside those of people, 0 to 100, and how sacrebleu counted (Post 2018, arXiv:1804.08771)."""
+    """The scores of translations against those of people, 0 to 100, and how sacrebleu counted (Post
+    2018, arXiv:1804.08771)."""
 
     bleu: float
     chrf: float
@@ -41,15 +48,19 @@ class Scores:
 
 @dataclass(frozen=True)
 class Attention:
-    """How much each target token looked at each source token: weights [target, source], means over the heads of the last
-    layer; rows sum to 1. A row is the token that is written next."""
+    """The attention of each target token to each source token: weights [target, source], means over
+    the heads of the last layer.
+
+    Rows sum to 1. A row is that of the token that is written next.
+    """
 
     source: list[str]
     target: list[str]
     weights: torch.Tensor
 
     def draw(self, file: Path) -> None:
-        """As a picture; the suffix says of which format. RecipeError where there is no such format, or no room for it."""
+        """Draw it as a picture in the format of the suffix. RecipeError if there is no such format,
+        or no room for it."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(2.0 + 0.4 * len(self.source), 1.5 + 0.35 * len(self.target)), layout="constrained")
@@ -64,15 +75,16 @@ class Attention:
         figure.colorbar(image, ax=axes, label="attention", shrink=0.8)
         try:
             figure.savefig(file, dpi=150)
-        except (OSError, ValueError) as error:  # matplotlib's for a format that it does not have
+        except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not have
             raise RecipeError(f"--attention {file}: {told(error)}") from None
 
 
 class Translator:
-    """A model with an encoder and a decoder, on a GPU when there is one."""
+    """A model with an encoder and a decoder, on a GPU if there is one."""
 
     def __init__(self, folder: Path) -> None:
-        """RecipeError for a model that continues texts, DataError for a folder that does not load whole."""
+        """Load the folder. RecipeError for a model that continues texts, DataError for a folder
+        that does not load whole."""
         self._model, self._tokenizer = load_folder(folder)
         if not self._model.config.is_encoder_decoder:
             raise RecipeError(f"{folder}: its model continues texts and has no encoder: give one that translates")
@@ -80,13 +92,14 @@ class Translator:
         self._model.to(self._device)
         positions: int = getattr(self._model.config, "max_position_embeddings", self._tokenizer.model_max_length)
         self._positions = min(positions, ENDLESS)
-        # transformers 5.23 makes a cache for as many layers as a T5 encoder has: too few for a deeper decoder.
+        # transformers 5.23 sizes the cache by T5's encoder layers: too few for a deeper decoder.
         deeper = getattr(self._model.config, "num_decoder_layers", 0) > self._model.config.num_hidden_layers
         self._how: dict[str, Any] = {"use_cache": False} if deeper else {}
 
     @torch.no_grad()
     def translate(self, texts: Sequence[str], search: Search, *, tick: Callable[[], None] = lambda: None) -> list[str]:
-        """`tick` is called after each batch. A text beyond the model's positions loses its end."""
+        """Return the translations. `tick` is called after each batch. A text beyond the model's
+        positions loses its end."""
         found = [""] * len(texts)
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         for begin in range(0, len(order), BATCH):
@@ -99,9 +112,10 @@ class Translator:
 
     @torch.no_grad()
     def attention(self, text: str, search: Search) -> Attention:
-        """Of a text and the translation that is found for it."""
+        """Return the attention between a text and the translation that is found for it."""
         found = self._search([text], search)
-        self._model.set_attn_implementation("eager")  # others do not keep the weights
+        # Other implementations do not keep the weights.
+        self._model.set_attn_implementation("eager")
         sources = self._encoded([text])
         weights = self._model(**sources, decoder_input_ids=found[:, :-1], output_attentions=True).cross_attentions[-1]
         return Attention(self._spelt(sources["input_ids"][0]), self._spelt(found[0, 1:]), weights[0].mean(0).cpu())
@@ -121,7 +135,7 @@ class Translator:
         ).to(self._device)
 
     def _search(self, texts: Sequence[str], search: Search) -> torch.Tensor:
-        """Token ids of the translations, int64 [texts, tokens]."""
+        """Return the token ids of the translations, int64 [texts, tokens]."""
         sources = self._encoded(texts)
         longest = min(self._positions - 1, 2 * sources["input_ids"].shape[1] + 20)
         how = {"length_penalty": search.length_penalty, **self._how} if search.beams > 1 else self._how
@@ -134,7 +148,7 @@ class Translator:
 def scores(
     translator: Translator, pairs: Sequence[Translation], search: Search, *, tick: Callable[[], None] = lambda: None
 ) -> Scores:
-    """BLEU and chrF of the sources' translations beside the pairs' targets."""
+    """Return BLEU and chrF of the sources' translations, measured against the pairs' targets."""
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 

@@ -1,4 +1,5 @@
-"""Which cores a rank runs on: those beside its GPU, or its share of the machine's memory nodes; and how it is told."""
+"""The choice of cores for a rank, those near its GPU or its share of the machine's memory nodes,
+and a line about it."""
 
 from __future__ import annotations
 
@@ -9,35 +10,41 @@ from pathlib import Path
 
 import torch
 
-from trainer.launch.environment import Seat
+from trainer.launch.environment import RankInfo
 
 SYS = Path("/sys")
 
 
-def bind(seat: Seat, pci_address: str | None, sys: Path = SYS) -> None:
-    """Keep this process on the cores of one memory node (NUMA), where the machine has several and no launcher has bound it:
-    memory of another node is half as fast. `pci_address`: of its GPU."""
+def bind(info: RankInfo, pci_address: str | None, sys: Path = SYS) -> None:
+    """Bind this process to the cores of one memory node (NUMA), because memory of another node is
+    half as fast.
+
+    Nothing is bound on a machine with one node, or if the launcher has bound the process already.
+    `pci_address`: that of its GPU.
+    """
     nodes = memory_nodes(sys)
     mine = os.sched_getaffinity(0)
-    if len(nodes) < 2 or mine < set().union(*nodes.values()):  # one node, or srun or numactl has chosen
+    # One node, or srun or numactl has chosen.
+    if len(nodes) < 2 or mine < set().union(*nodes.values()):
         return
-    cores = nodes[node_of(seat, pci_address, nodes, sys)] & mine
+    cores = nodes[node_of(info, pci_address, nodes, sys)] & mine
     if cores:
         os.sched_setaffinity(0, cores)
 
 
-def node_of(seat: Seat, pci_address: str | None, nodes: Mapping[int, set[int]], sys: Path = SYS) -> int:
-    """The node that the GPU is plugged into; without one, or where the system does not know, the ranks' equal share of them."""
+def node_of(info: RankInfo, pci_address: str | None, nodes: Mapping[int, set[int]], sys: Path = SYS) -> int:
+    """Return the memory node that the GPU is attached to; without a GPU, or if the system does not
+    tell, an equal share by rank."""
     numbers = sorted(nodes)
     if pci_address is not None:
         number = _number(sys / "bus" / "pci" / "devices" / pci_address.lower() / "numa_node")
         if number in nodes:
             return number
-    return numbers[seat.local_rank * len(numbers) // seat.local_world_size]
+    return numbers[info.local_rank * len(numbers) // info.local_world_size]
 
 
 def memory_nodes(sys: Path = SYS) -> dict[int, set[int]]:
-    """Cores of each memory node that has some; {} where the system does not tell."""
+    """Return the cores of each memory node that has some; {} if the system does not tell."""
     nodes = {}
     for folder in sorted((sys / "devices" / "system" / "node").glob("node[0-9]*")):
         try:
@@ -50,13 +57,13 @@ def memory_nodes(sys: Path = SYS) -> dict[int, set[int]]:
 
 
 def cores_of(text: str) -> set[int]:
-    """0-3,8 → {0, 1, 2, 3, 8}"""
+    """Return the cores in a list such as 0-3,8 → {0, 1, 2, 3, 8}."""
     spans = [span.partition("-") for span in text.strip().split(",") if span]
     return {core for first, _, last in spans for core in range(int(first), int(last or first) + 1)}
 
 
 def placed(rank: int, device: str) -> str:
-    """rank 3 on node7: cuda:1, 8 threads, cores 0–15"""
+    """Return a line such as "rank 3 on node7: cuda:1, 8 threads, cores 0–15"."""
     cores = sorted(os.sched_getaffinity(0))
     spans = (
         f"{cores[0]}–{cores[-1]}" if len(cores) > 1 and len(cores) == cores[-1] - cores[0] + 1 else ", ".join(map(str, cores))

@@ -1,7 +1,9 @@
-"""Which of how many processes this one is, as srun and mpirun say it: their variables, read strictly. No torch.
+"""The place of this process among all, from the variables that srun and mpirun set, read strictly.
+No torch.
 
-`srun` starts a step and gives each task SLURM_PROCID, SLURM_LOCALID and the step's counts. An sbatch script and an salloc shell
-have most of those names too, but are no rank: only SLURM_STEP_ID tells, which they lack or have a reserved number in.
+`srun` starts a step and gives each task SLURM_PROCID, SLURM_LOCALID and the step's counts. An
+sbatch script and an salloc shell have most of those names too but are no rank. Only SLURM_STEP_ID
+tells: there it is missing, or a reserved number.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from dataclasses import dataclass
 
 from trainer.errors import RecipeError
 
-FIRST_RESERVED_STEP = 0xFFFFFFF0  # batch scripts, interactive and external steps are numbered from here
-PORTS = range(20_000, 30_000)  # below Linux's ephemeral ports (32,768 and up), which anybody may be given
+# Batch scripts, interactive and external steps have numbers from here on.
+FIRST_RESERVED_STEP = 0xFFFFFFF0
+# Below Linux's ephemeral ports (32,768 and up), which any program may get.
+PORTS = range(20_000, 30_000)
 MOST_HOSTS = 65_536
 HOST_NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*")
 LIST_CHARACTERS = re.compile(r"[A-Za-z0-9._\-\[\],]+")
@@ -23,8 +27,9 @@ Environment = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Seat:
-    """This process among the others. `how` says where that is known from, for messages."""
+class RankInfo:
+    """The place of this process among the others. `how` says where it is known from, for
+    messages."""
 
     rank: int
     local_rank: int
@@ -36,14 +41,16 @@ class Seat:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks and writes for the run."""
+        """Return whether this process speaks and writes for the run."""
         return self.rank == 0
 
 
-def seat_of_srun_or_mpirun(environment: Environment) -> Seat | None:
-    """None when neither started this process. RecipeError when what they say cannot be.
+def rank_info_of_srun_or_mpirun(environment: Environment) -> RankInfo | None:
+    """Return the place, or None if neither started this process. RecipeError if the variables
+    contradict each other.
 
-    mpirun goes first: on other nodes it starts its own daemons by srun, whose variables its ranks inherit.
+    mpirun is checked first: on other nodes it starts its own daemons by srun, whose variables its
+    ranks inherit.
     """
     if environment.get("OMPI_COMM_WORLD_RANK") or environment.get("OMPI_COMM_WORLD_SIZE"):
         return _of_mpirun(environment, "OMPI_COMM_WORLD_", "RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
@@ -61,26 +68,29 @@ def seat_of_srun_or_mpirun(environment: Environment) -> Seat | None:
 
 
 def in_a_step(environment: Environment) -> bool:
-    """Whether srun started this process, or what started it."""
+    """Return whether srun started this process, or an ancestor of it."""
     if not environment.get("SLURM_STEP_ID"):
         return False
     return whole(environment, "SLURM_STEP_ID") < FIRST_RESERVED_STEP
 
 
 def speaks_first(environment: Environment) -> bool:
-    """Whether this process says what every rank finds wrong alike, before the ranks have met."""
+    """Return whether this process reports what every rank finds wrong alike before the ranks have
+    met."""
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", *(("SLURM_PROCID",) if in_a_step(environment) else ()))
     return next((environment[name] for name in names if environment.get(name)), "0") == "0"
 
 
 def job_name(environment: Environment) -> str:
-    """An array task has a job id of its own, but for one of them it is the whole array's."""
+    """Return the name of the job. An array task has a job id of its own, except that one of them
+    has that of the whole array."""
     array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID", "")
 
 
 def check_launcher_in_step(environment: Environment, world_size: int, what: str) -> None:
-    """torchrun or mpirun inside srun: one of them on each node, not one in each task. RecipeError otherwise."""
+    """Raise RecipeError unless torchrun or mpirun inside srun run once per node, instead of once in
+    each task."""
     if not in_a_step(environment):
         return
     tasks, here = _tasks(environment), _tasks_here(environment)
@@ -91,7 +101,7 @@ def check_launcher_in_step(environment: Environment, world_size: int, what: str)
         )
 
 
-def _of_srun(environment: Environment) -> Seat:
+def _of_srun(environment: Environment) -> RankInfo:
     world_size, rank, local_rank = _tasks(environment), whole(environment, "SLURM_PROCID"), whole(environment, "SLURM_LOCALID")
     here = _tasks_here(environment)
     if not rank < world_size:
@@ -110,25 +120,27 @@ def _of_srun(environment: Environment) -> Seat:
     step = whole(environment, "SLURM_STEP_ID")
     port = _port(environment) or step_port(whole(environment, "SLURM_JOB_ID"), step, restarts)
     how = f"SLURM_PROCID={rank} and SLURM_NTASKS={world_size} of srun"
-    return Seat(rank, local_rank, world_size, here, _first_host(environment, world_size), port, how)
+    return RankInfo(rank, local_rank, world_size, here, _first_host(environment, world_size), port, how)
 
 
 def _first_host(environment: Environment, world_size: int) -> str:
     if environment.get("MASTER_ADDR"):
         return environment["MASTER_ADDR"]
     if world_size == 1:
-        return "127.0.0.1"  # nobody else has to find it
+        return "127.0.0.1"  # no other process has to find it
     name = _first_set(environment, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
     return next(hosts(environment[name], name))
 
 
 def _tasks(environment: Environment) -> int:
-    """Of the step. A step may have fewer than the job: `srun -n 3` in a job of 4."""
+    """Return the tasks of the step, which may be fewer than the job's: `srun -n 3` in a job of
+    4."""
     return whole(environment, _first_set(environment, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"), least=1)
 
 
 def _tasks_here(environment: Environment) -> int:
-    """Of the step on this node: SLURM_STEP_TASKS_PER_NODE is as "2(x3),1", in the order of the nodes."""
+    """Return the step's tasks on this node. SLURM_STEP_TASKS_PER_NODE is like "2(x3),1", in the
+    order of the nodes."""
     name = "SLURM_STEP_TASKS_PER_NODE"
     if not environment.get(name):
         return whole(environment, _first_set(environment, "SLURM_NTASKS_PER_NODE", name), least=1)
@@ -145,17 +157,21 @@ def _counts(text: str, name: str) -> Iterator[int]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part, re.ASCII)
         if not match:
-            raise RecipeError(f"{name}={text!r} is no list of counts, such as 2(x3),1: srun must set it")
+            raise RecipeError(f"{name}={text!r} is not a list of counts, such as 2(x3),1: srun must set it")
         yield from [int(match[1])] * int(match[2] or 1)
 
 
 def step_port(job: int, step: int, restarts: int = 0) -> int:
-    """Ten ports for each job, so that jobs that share a node, the steps of one, and a step with what outlived its job's
-    earlier start there, do not meet: jobs do that are a multiple of 1,000 apart."""
+    """Return a port on which the ranks of a step meet.
+
+    Each job has ten, so that these do not collide: jobs that share a node (unless their numbers are
+    a multiple of 1,000 apart), the steps of a job, and a step with what is left of its job's
+    earlier start.
+    """
     return PORTS[(10 * job + (step + restarts) % 10) % len(PORTS)]
 
 
-def _of_mpirun(environment: Environment, prefix: str, *names: str) -> Seat:
+def _of_mpirun(environment: Environment, prefix: str, *names: str) -> RankInfo:
     rank_name, size_name, local_rank_name, local_size_name = (prefix + name for name in names)
     rank, world_size = whole(environment, rank_name), whole(environment, size_name, least=1)
     local_rank, here = whole(environment, local_rank_name), whole(environment, local_size_name, least=1)
@@ -172,15 +188,16 @@ def _of_mpirun(environment: Environment, prefix: str, *names: str) -> Seat:
             f"mpirun started {world_size} processes on several nodes, {here} here, and does not say where rank 0 is: give it "
             "`-x MASTER_ADDR=HOST -x MASTER_PORT=29500` (MPICH: `-genv MASTER_ADDR HOST -genv MASTER_PORT 29500`)"
         )
-    # What only this mpirun has, so that two on one machine do not meet.
+    # Something that only this mpirun has, so that two of them on one machine do not collide.
     namesake = environment.get("PMIX_NAMESPACE") or environment.get("PMI_PORT") or "mpirun"
     port = port or PORTS[zlib.crc32(namesake.encode()) % len(PORTS)]
     how = f"{rank_name}={rank} and {size_name}={world_size} of mpirun"
-    return Seat(rank, local_rank, world_size, here, address or "127.0.0.1", port, how)
+    return RankInfo(rank, local_rank, world_size, here, address or "127.0.0.1", port, how)
 
 
 def _refuse_many_tasks_without_srun(environment: Environment) -> None:
-    """An sbatch script or salloc shell of several tasks runs what is in it once; training would go on with one rank of them."""
+    """Raise RecipeError in an sbatch script or salloc shell of several tasks: it runs once, so only
+    one rank would train."""
     if not environment.get("SLURM_JOB_ID"):
         return
     name = next((name for name in ("SLURM_NTASKS", "SLURM_NPROCS") if environment.get(name)), None)
@@ -195,7 +212,7 @@ def _refuse_many_tasks_without_srun(environment: Environment) -> None:
 def _must_agree(environment: Environment, name: str, expected: int, what: str, change: str) -> None:
     if environment.get(name) and whole(environment, name) != expected:
         raise RecipeError(
-            f"{name}={environment[name]} contradicts {what}: unset {name}, or change `{change}`; one launcher must say it alone"
+            f"{name}={environment[name]} contradicts {what}: unset {name}, or change `{change}`; only one launcher may set it"
         )
 
 
@@ -207,7 +224,8 @@ def _first_set(environment: Environment, *names: str) -> str:
 
 
 def whole(environment: Environment, name: str, *, least: int = 0) -> int:
-    """RecipeError when the variable is missing, or no whole number of at least `least`."""
+    """Return a whole number of at least `least`. RecipeError if the variable is missing or has
+    another value."""
     text = environment.get(name, "")
     if not text:
         raise RecipeError(
@@ -223,13 +241,16 @@ def _port(environment: Environment) -> int | None:
         return None
     port = whole(environment, "MASTER_PORT")
     if not 0 < port < 65536:
-        raise RecipeError(f"MASTER_PORT={port} is no port: legal are 1 to 65535")
+        raise RecipeError(f"MASTER_PORT={port} is not a port: legal are 1 to 65535")
     return port
 
 
 def hosts(text: str, name: str = "node list") -> Iterator[str]:
-    """The hosts of a node list in SLURM's syntax, in its order: n1, n[1-3,7], a[01-03]b[1-2], lists of these. RecipeError when
-    it is none: a host's name goes to the network, and into scripts."""
+    """Yield the hosts of a node list in SLURM's syntax, in order: n1, n[1-3,7], a[01-03]b[1-2],
+    lists of these.
+
+    RecipeError if it is not one, because a host's name goes to the network and into scripts.
+    """
     if not LIST_CHARACTERS.fullmatch(text):
         raise _no_list(text, name, "characters other than letters, digits, '.', '_', '-', ',' and '[]'")
     found = 0
@@ -239,12 +260,12 @@ def hosts(text: str, name: str = "node list") -> Iterator[str]:
             if found > MOST_HOSTS:
                 raise _no_list(text, name, f"more than {MOST_HOSTS:,} hosts")
             if not HOST_NAME.fullmatch(host):
-                raise _no_list(text, name, f"{host!r} is no host name")
+                raise _no_list(text, name, f"{host!r} is not a host name")
             yield host
 
 
 def _parts(text: str, name: str) -> list[str]:
-    """Divided at the commas outside brackets."""
+    """Return the list divided at the commas outside brackets."""
     parts = re.findall(r"(?:[^\[\],]|\[[^\[\]]*\])+", text)
     if ",".join(parts) != text:
         raise _no_list(text, name, "brackets or commas are out of place")
@@ -252,7 +273,7 @@ def _parts(text: str, name: str) -> list[str]:
 
 
 def _expand(part: str, text: str, name: str) -> Iterator[str]:
-    """The first bracket turns slowest."""
+    """Yield the hosts of one part; the first bracket changes slowest."""
     head, bracket, rest = part.partition("[")
     if not bracket:
         yield part
@@ -271,4 +292,4 @@ def _expand(part: str, text: str, name: str) -> Iterator[str]:
 
 
 def _no_list(text: str, name: str, why: str) -> RecipeError:
-    return RecipeError(f"{name}={text[:200]!r} is no node list ({why}): legal as in n1,n[2-4]; or set MASTER_ADDR")
+    return RecipeError(f"{name}={text[:200]!r} is not a node list ({why}): legal as in n1,n[2-4]; or set MASTER_ADDR")

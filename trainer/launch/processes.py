@@ -1,4 +1,4 @@
-"""What the system says of a process: which one it is, and whether it still runs. No torch."""
+"""The system's knowledge of a process: its identity, and whether it still runs. No torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ ENDED = ("Z", "X")  # its parent has not asked for its exit code yet
 
 @dataclass(frozen=True)
 class Process:
-    """One process among those of all hosts. `table`: the kernel's table in which `pid` is its number: the host's boot, and the
-    namespace, since a container counts its processes itself. `started`: in clock ticks since the boot, so that another process
-    which got its number is not taken for it."""
+    """The identity of a process among those of all hosts.
+
+    `table`: the kernel's table in which `pid` is its number: the host's boot and the namespace,
+    since a container numbers its processes itself. `started`: in clock ticks since the boot, so
+    that it is not confused with a later process of the same number.
+    """
 
     host: str
     table: str
@@ -24,16 +27,17 @@ class Process:
 
     @classmethod
     def own(cls) -> Process:
-        """This process."""
+        """Return the identity of this process."""
         return cls(socket.gethostname(), _table(), os.getpid(), start_of(os.getpid()))
 
     def is_beside(self, other: Process) -> bool:
-        """Whether this process can be looked up where the other one can."""
+        """Return whether this process can be looked up where the other one can."""
         return (self.host, self.table) == (other.host, other.table)
 
     @property
     def state(self) -> str:
-        """The system's letter for what it does; "" when it is gone. Only beside this process."""
+        """The system's letter for what it does; "" when it is gone. Only on a host and in a
+        namespace beside it."""
         return state_of(self.pid, self.started)
 
 
@@ -47,7 +51,7 @@ def _table() -> str:
 
 
 def state_of(pid: int, started: int) -> str:
-    """The system's letter for what a process of this host does; "" when it is gone."""
+    """Return the system's letter for what a process of this host does; "" when it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -56,5 +60,5 @@ def state_of(pid: int, started: int) -> str:
 
 
 def start_of(pid: int) -> int:
-    """When a process of this host was started, in clock ticks since the boot."""
+    """Return when a process of this host was started, in clock ticks since the boot."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

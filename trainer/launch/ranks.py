@@ -1,7 +1,8 @@
-"""From the environment of a launcher to this process's place: rank, device, backend, threads.
+"""The way from a launcher's environment to this process's place: rank, device, backend, threads.
 
-The `deepspeed` launcher and `torchrun` set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; `srun` and `mpirun` have
-variables of their own (`environment.py`). Without any of them the run is one process.
+The `deepspeed` launcher and `torchrun` set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT; `srun` and `mpirun` have variables of their own (`environment.py`). Without any of them
+the run is one process.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from trainer.errors import RecipeError, UserError
 from trainer.exhausted import exhausted
 from trainer.launch.binding import bind
-from trainer.launch.environment import Seat, check_launcher_in_step, in_a_step, seat_of_srun_or_mpirun
+from trainer.launch.environment import RankInfo, check_launcher_in_step, in_a_step, rank_info_of_srun_or_mpirun
 from trainer.launch.processes import Process
 from trainer.launch.rendezvous import meet
 
@@ -29,14 +30,14 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
 
 
 @dataclass(frozen=True)
-class Place(Seat):
-    """A seat with a device."""
+class Place(RankInfo):
+    """A rank with its device."""
 
-    own_gpu: bool = False  # srun shows each task one GPU, and not all of the node's
+    own_gpu: bool = False  # srun shows each task only its own GPU
 
     @property
     def gpu(self) -> int:
-        """Its number among those that this process sees."""
+        """The number of its GPU among those that this process sees."""
         return 0 if self.own_gpu else self.local_rank
 
     @property
@@ -45,10 +46,11 @@ class Place(Seat):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Place:
-        """RecipeError when only some of the launcher's variables are set, or one is not what it must be."""
+        """Read the place. RecipeError if only some of the launcher's variables are set, or one has
+        an illegal value."""
         _check_accelerator(environment)
-        if not environment.get("RANK") and (seat := seat_of_srun_or_mpirun(environment)):
-            return cls(**vars(seat), own_gpu=_fits_the_gpus(seat, environment))
+        if not environment.get("RANK") and (info := rank_info_of_srun_or_mpirun(environment)):
+            return cls(**vars(info), own_gpu=_fits_the_gpus(info, environment))
         given = [name for name in LAUNCHER_VARIABLES if environment.get(name)]
         if not given:
             return cls(0, 0, 1, 1, "127.0.0.1", free_port(), "no launcher: one process")
@@ -64,7 +66,7 @@ class Place(Seat):
         if not 0 <= rank < world_size:
             raise RecipeError(f"RANK={rank} is outside WORLD_SIZE={world_size}: the launcher's variables contradict each other")
         if not 0 < port < 65536:
-            raise RecipeError(f"MASTER_PORT={port} is no port: legal are 1 to 65535")
+            raise RecipeError(f"MASTER_PORT={port} is not a port: legal are 1 to 65535")
         local_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if environment.get(name)), "WORLD_SIZE")
         local_world_size = _integer(environment, local_name)
         if not 0 <= local_rank < local_world_size <= world_size:
@@ -77,27 +79,28 @@ class Place(Seat):
         return cls(rank, local_rank, world_size, local_world_size, environment["MASTER_ADDR"], port, how)
 
 
-# What of srun's flags gives each task a GPU of its own, by the variable that tells of it.
+# Variables that are set if one of srun's flags gives each task a GPU of its own.
 GPU_BINDING = ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_TRES_PER_TASK")
 
 
-def _fits_the_gpus(seat: Seat, environment: Mapping[str, str]) -> bool:
-    """Whether this process sees one GPU, its own. RecipeError when a node has more ranks than GPUs."""
+def _fits_the_gpus(info: RankInfo, environment: Mapping[str, str]) -> bool:
+    """Return whether this process sees only its own GPU. RecipeError if a node has more ranks than
+    GPUs."""
     if not torch.cuda.is_available():
         return False
     visible = torch.cuda.device_count()
-    if visible == 1 and seat.local_world_size > 1 and any(environment.get(name) for name in GPU_BINDING):
+    if visible == 1 and info.local_world_size > 1 and any(environment.get(name) for name in GPU_BINDING):
         return True
-    if seat.local_world_size > visible:
+    if info.local_world_size > visible:
         change = "#SBATCH --ntasks-per-node or --gpus-per-node" if in_a_step(environment) else "mpirun's processes per node"
         raise RecipeError(
-            f"{seat.local_world_size} ranks on this node, but {visible} GPUs are visible: change {change}, one rank to a GPU"
+            f"{info.local_world_size} ranks on this node, but {visible} GPUs are visible: change {change}, one rank to a GPU"
         )
     return False
 
 
 def _check_accelerator(environment: Mapping[str, str]) -> None:
-    """RecipeError when DeepSpeed is told to compute elsewhere than torch will."""
+    """Raise RecipeError if DeepSpeed is told to compute elsewhere than torch will."""
     named, there = environment.get("DS_ACCELERATOR"), "cuda" if torch.cuda.is_available() else "cpu"
     if not named or named == there:
         return
@@ -132,15 +135,17 @@ class Neighbour(NamedTuple):
 
 
 def join(place: Place, timeout: timedelta) -> Neighbour | None:
-    """Bind the device, share the cores among this node's ranks, and join the process group, whose collectives wait for
-    `timeout` at most. What is known of the neighbour is known before anybody is in the group: a process that was never heard
-    of could not be missed."""
+    """Bind the device, share the cores among this node's ranks, and join the process group.
+
+    Its collectives wait for `timeout` at most. The neighbour is known before anybody is in the
+    group, because the loss of a process that was never heard of could not be noticed.
+    """
     for name, value in zip(
         LAUNCHER_VARIABLES,
         (place.rank, place.gpu, place.world_size, place.master_addr, place.master_port),
         strict=True,
     ):
-        os.environ[name] = str(value)  # DeepSpeed reads them too, LOCAL_RANK as the number of the GPU
+        os.environ[name] = str(value)  # DeepSpeed reads them, LOCAL_RANK as the number of the GPU
     _check_host(place)
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
@@ -151,7 +156,7 @@ def join(place: Place, timeout: timedelta) -> Neighbour | None:
     store.set_timeout(timeout)
     dist.init_process_group(
         "nccl" if place.device.type == "cuda" else "gloo",
-        store=PrefixStore("default_pg", store),  # as init_process_group itself would have it
+        store=PrefixStore("default_pg", store),  # the prefix that init_process_group itself uses
         rank=place.rank,
         world_size=place.world_size,
         timeout=timeout,
@@ -160,8 +165,11 @@ def join(place: Place, timeout: timedelta) -> Neighbour | None:
 
 
 def _neighbour(rank: int, processes: Sequence[Process]) -> Neighbour | None:
-    """The next rank, round about, among those whose processes this one can see; None where it is alone. A node's ranks need not
-    be consecutive."""
+    """Return the next rank, in a circle, among those whose processes this one can see; None if it
+    is alone.
+
+    A node's ranks need not be consecutive.
+    """
     beside = [other for other, process in enumerate(processes) if process.is_beside(processes[rank])]
     if len(beside) == 1:
         return None
@@ -170,7 +178,7 @@ def _neighbour(rank: int, processes: Sequence[Process]) -> Neighbour | None:
 
 
 def _pci_address(device: torch.device) -> str | None:
-    """Of a GPU, as /sys names it; None for a CPU."""
+    """Return a GPU's address as in /sys; None for a CPU."""
     if device.type != "cuda":
         return None
     card = torch.cuda.get_device_properties(device)
@@ -178,10 +186,11 @@ def _pci_address(device: torch.device) -> str | None:
 
 
 def _check_host(place: Place) -> None:
-    """RecipeError when the first rank's host has no address here: the store would try for `timeout`, without its name."""
+    """Raise RecipeError if the first rank's host has no address here: the store would try for
+    `timeout`, without naming it."""
     try:
         socket.getaddrinfo(place.master_addr, place.master_port, type=socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError) as error:  # the latter for a name that no host can have
+    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a name that no host can have
         raise RecipeError(
             f"MASTER_ADDR={place.master_addr} ({place.how}): this machine finds no such host ({error}): set MASTER_ADDR to a "
             "name or address of the first node that every node resolves"
@@ -195,7 +204,8 @@ def leave() -> None:
 
 @contextmanager
 def joined(place: Place, timeout: timedelta) -> Iterator[Neighbour | None]:
-    """`join`, and leave the group in the end; the environment is then as it was, for whatever this process does next."""
+    """Join the group, and leave it in the end. The environment is then as before, for whatever this
+    process does next."""
     before = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
     try:
         yield join(place, timeout)
@@ -209,7 +219,7 @@ def joined(place: Place, timeout: timedelta) -> Iterator[Neighbour | None]:
 
 
 class PeerFailed(UserError):
-    """Another rank stopped the run and says why; this one only ends."""
+    """The error of a rank that only ends, because another one stopped the run and reports why."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__()
@@ -218,11 +228,12 @@ class PeerFailed(UserError):
 
 @contextmanager
 def together(doing: Callable[[], str] = lambda: "the set-up") -> Iterator[None]:
-    """A part of the set-up that ends on all ranks or on none.
+    """Run a part of the set-up that ends on all ranks or on none.
 
-    A UserError on any rank ends the part everywhere: on the first such rank with its message, elsewhere with `PeerFailed`,
-    so it is said once. Without this the others would wait in their next collective until its timeout. A machine that has no
-    more to give ends it alike; `doing` says in what. A signal does not wait for what the others are at: they notice that this
+    A UserError on any rank ends the part everywhere: on the first such rank with its message,
+    elsewhere with `PeerFailed`, so that it is reported once. Without this the others would wait in
+    their next collective until its timeout. A machine that runs out of a resource ends it in the
+    same way; `doing` says in what. A signal does not wait for the others: they notice that this
     rank is gone.
     """
     failure: UserError | None = None

@@ -1,7 +1,9 @@
-"""How the ranks of a run meet: in a store at the first rank's address, where each says which process it is.
+"""The meeting of a run's ranks in a store at the first rank's address, where each records its
+process.
 
-torch's own rendezvous waits in C++ for all ranks, up to an hour, without a word, and hears no signal meanwhile. Here the main
-thread only looks whether a rank is there yet; what may block stands in a thread beside it.
+torch's own rendezvous waits in C++ for all ranks, up to an hour, without a message, and does not
+react to signals. Here the main thread only polls whether a rank is there yet, and what may block
+runs in a thread beside it.
 """
 
 from __future__ import annotations
@@ -19,45 +21,48 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from trainer.errors import EXIT_HANG, RecipeError, UserError
-from trainer.launch.environment import Seat
+from trainer.launch.environment import RankInfo
 from trainer.launch.processes import Process
 from trainer.launch.stop_request import Interrupted
 
 POLL_S = 0.1
-FIRST_WORD_S = 10.0  # before it is said for whom this rank waits, and after that at most every
-WORD_EVERY_S = 60.0
+FIRST_WORD_S = 10.0  # until this rank first says for whom it waits
+WORD_EVERY_S = 60.0  # and between its later messages
 NAMED_RANKS = 8
 
 
 class NeverCame(UserError):
-    """A rank that was waited for."""
+    """The error that a rank did not come."""
 
     exit_code = EXIT_HANG
 
 
-def meet(seat: Seat, timeout: timedelta) -> tuple[Store, list[Process]]:
-    """The store of the run, and the process of each rank. NeverCame when one does not come within `timeout`; RecipeError for a
-    port that is taken; a signal's Interrupted says for whom this rank waited."""
-    waiting = _Waiting(seat, timeout)
-    store = _connected(seat, timeout, waiting)
-    store.set(_key(seat.rank), json.dumps(asdict(Process.own())))
-    keys = [_key(rank) for rank in range(seat.world_size)]
+def meet(info: RankInfo, timeout: timedelta) -> tuple[Store, list[Process]]:
+    """Return the store of the run, and the process of each rank.
+
+    NeverCame if one does not come within `timeout`; RecipeError for a port that is taken. When a
+    signal interrupts, the error says for whom this rank waited.
+    """
+    waiting = _Waiting(info, timeout)
+    store = _connected(info, timeout, waiting)
+    store.set(_key(info.rank), json.dumps(asdict(Process.own())))
+    keys = [_key(rank) for rank in range(info.world_size)]
     while not store.check(keys):
-        waiting.go_on(lambda: _named([rank for rank, key in enumerate(keys) if not store.check([key])], seat.world_size))
+        waiting.go_on(lambda: _named([rank for rank, key in enumerate(keys) if not store.check([key])], info.world_size))
     return store, [Process(**json.loads(text)) for text in store.multi_get(keys)]
 
 
 class _Waiting:
-    """The patience of one rank."""
+    """A rank's wait for others, with its limit and its messages."""
 
-    def __init__(self, seat: Seat, timeout: timedelta) -> None:
-        self._seat = seat
+    def __init__(self, info: RankInfo, timeout: timedelta) -> None:
+        self._seat = info
         self._began = time.monotonic()
         self._limit_s = timeout.total_seconds()
         self._next_word_s = FIRST_WORD_S
 
     def go_on(self, for_whom: Callable[[], str]) -> None:
-        """Wait a little more; say for whom, now and then, on the first rank of each node."""
+        """Wait a little more. Now and then the first rank of each node says for whom."""
         waited_s, rank = time.monotonic() - self._began, self._seat.rank
         if waited_s > self._limit_s:
             raise NeverCame(f"rank {rank}: {for_whom()} did not come within {waited_s:.0f} s; start the run again")
@@ -71,8 +76,8 @@ class _Waiting:
             raise Interrupted(signal.name, f"while rank {rank} waited for {for_whom()}") from None
 
 
-def _connected(seat: Seat, timeout: timedelta, waiting: _Waiting) -> Store:
-    """The store, which the first rank holds, or under torchrun its agent."""
+def _connected(info: RankInfo, timeout: timedelta, waiting: _Waiting) -> Store:
+    """Return the store, which the first rank holds, or under torchrun its agent."""
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     answers: list[Store | Exception] = []
 
@@ -80,13 +85,13 @@ def _connected(seat: Seat, timeout: timedelta, waiting: _Waiting) -> Store:
         try:
             answers.append(
                 dist.TCPStore(  # type: ignore[attr-defined]
-                    seat.master_addr,
-                    seat.master_port,
-                    seat.world_size,
-                    is_master=seat.rank == 0 and not has_agent,
+                    info.master_addr,
+                    info.master_port,
+                    info.world_size,
+                    is_master=info.rank == 0 and not has_agent,
                     timeout=timeout,
                     wait_for_workers=False,
-                    multi_tenant=True,  # several runs after one another in a process, as in tests
+                    multi_tenant=True,  # a process may hold several runs in turn, as in tests
                 )
             )
         except Exception as error:
@@ -94,11 +99,11 @@ def _connected(seat: Seat, timeout: timedelta, waiting: _Waiting) -> Store:
 
     threading.Thread(target=connect, name="connecting to the store", daemon=True).start()
     while not answers:
-        waiting.go_on(lambda: f"the store of rank 0 at {seat.master_addr}:{seat.master_port}")
+        waiting.go_on(lambda: f"the store of rank 0 at {info.master_addr}:{info.master_port}")
     answer = answers[0]
     if isinstance(answer, dist.DistNetworkError) and "EADDRINUSE" in str(answer):
         raise RecipeError(
-            f"port {seat.master_port} of this machine, on which the ranks would meet ({seat.how}), is taken by another "
+            f"port {info.master_port} of this machine, on which the ranks would meet ({info.how}), is taken by another "
             "process: set MASTER_PORT to a free one, the same for all ranks"
         ) from answer
     if isinstance(answer, Exception):

@@ -32,6 +32,9 @@ class AutoNetwork:
     attention_width: int
     largest_weight: int
     code: Path | None
+    causal: bool = True  # which `AutoStage.require_causal` tries
+    writes: bool = True
+    max_positions: int | None = None  # not known here
 
     def config_json(self, dtype: str) -> dict[str, Any]:
         """The config.json of an exported folder, of weights in `dtype` ("float32", "bfloat16" or "float16")."""

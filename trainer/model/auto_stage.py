@@ -27,12 +27,14 @@ from torch.utils.checkpoint import checkpoint
 from parallel.attention import Documents
 from parallel.loss import CHUNK_BYTES, IGNORE
 from parallel.mesh import Group
-from parallel.params import Init, Piece, Role, Sharded, ShardSpec, whole
+from parallel.params import Init, Role, Sharded, ShardSpec, whole
+from parallel.pieces import Piece
 from parallel.rng import Streams
+from trainer.data.loader import MicroBatch
 from trainer.errors import RecipeError
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.auto_rotations import DocumentRotations
-from trainer.model.heads import document_scores, token_sums
+from trainer.model.heads import Output, document_scores, token_sums
 
 LAYER = re.compile(r".*?\.\d+\.")  # the part of a parameter's name that names its layer, as in "model.layers.7."
 
@@ -138,36 +140,34 @@ class AutoStage(Sharded):
         self.calls_apart = False  # documents of each length: see `settle_lengths`
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
 
-    def forward(
-        self,
-        tokens_BS: Tensor,
-        documents: Documents,
-        labels_BS: Tensor | None = None,
-        streams: Streams | None = None,
-        *,
-        measured: bool = False,
-        by_document: bool = False,
-    ) -> Tensor:
-        """The loss summed over the targets of `labels_BS`, without gradients `measured` what `TokenMeasures` reads, or
-        `by_document` `document_scores`; logits [B, S, V] without labels. `streams` None: no dropout.
+    def forward(self, tokens_BS: Tensor, *, batch: MicroBatch, output: Output = "loss") -> Tensor:
+        """Return `output` of a micro-batch: see `Outputs`.
 
         Dropout follows the micro-batch, by its first sequence's place in the step: layers of transformers draw for all rows
         at once, so other than in our own families a mask depends on `batch.micro_sequences`.
         """
-        if self.model.training != (streams is not None):
-            self.model.train(streams is not None)
-        rows = _Rows(documents, tokens_BS.device)
-        with _dropout_stream(streams, tokens_BS.device), self._autocast(tokens_BS.device):
+        trains = batch.streams is not None
+        if self.model.training != trains:
+            self.model.train(trains)
+        rows = _Rows(batch.documents, tokens_BS.device)
+        with _dropout_stream(batch.streams, tokens_BS.device), self._autocast(tokens_BS.device):
             logits_RLV = self._logits(rows, tokens_BS)
-        if labels_BS is None:
-            return rows.join(logits_RLV)
-        labels_RL = rows.split(labels_BS, IGNORE)
-        if not measured and not by_document:
-            return cross_entropy_sum(logits_RLV, labels_RL)
-        is_hit_RL = logits_RLV.argmax(-1) == labels_RL
-        losses_RL = token_losses(logits_RLV, labels_RL)
-        found = token_sums if measured else document_scores
-        return found(rows.join(losses_RL).flatten(), rows.join(is_hit_RL).flatten(), (labels_BS != IGNORE).flatten(), documents)
+        match output:
+            case "logits":
+                return rows.join(logits_RLV)
+            case "loss":
+                return cross_entropy_sum(logits_RLV, rows.split(batch.targets_BS, IGNORE))
+            case "sums":
+                return token_sums(*self._of_tokens(rows, logits_RLV, batch), batch.documents)
+            case "scores":
+                return document_scores(*self._of_tokens(rows, logits_RLV, batch), batch.documents)
+
+    def _of_tokens(self, rows: _Rows, logits_RLV: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each token's loss, whether its label is the likeliest, and whether it is a target, [N] each."""
+        labels_RL = rows.split(batch.targets_BS, IGNORE)
+        is_hit_RL, losses_RL = logits_RLV.argmax(-1) == labels_RL, token_losses(logits_RLV, labels_RL)
+        is_target_N = (batch.targets_BS != IGNORE).flatten()
+        return rows.join(losses_RL).flatten(), rows.join(is_hit_RL).flatten(), is_target_N
 
     def _logits(self, rows: _Rows, tokens_BS: Tensor) -> Tensor:
         if rows.padded and self.calls_apart:
@@ -212,10 +212,19 @@ class AutoStage(Sharded):
         if not short:
             return False
         tokens_BS = torch.arange(2 * seq_len, device=device).view(2, seq_len) % self.model.get_input_embeddings().num_embeddings
-        beside_SV = self(tokens_BS, Documents(((seq_len,), (short, seq_len - short))))[1, :short].float()
-        alone_SV = self(tokens_BS[1:, :short], Documents.whole_rows(1, short))[0].float()
+        packed = Documents(((seq_len,), (short, seq_len - short)))
+        beside_SV = self._logits_of(tokens_BS, packed)[1, :short]
+        alone_SV = self._logits_of(tokens_BS[1:, :short], Documents.whole_rows(1, short))[0]
         differences_S = (beside_SV - alone_SV).abs().amax(-1)
         return bool(differences_S.median() > max(1e-3, 25 * torch.finfo(self.dtype).eps) * alone_SV.std())
+
+    def require_causal(self, device: torch.device) -> None:
+        """Raise RecipeError where predicting the next token would teach nothing. Under ZeRO-3 every rank must ask together."""
+        if self.looks_ahead(device):
+            raise RecipeError(
+                f"{self.architecture}: its logits at a token depend on the next one, so predicting it would teach nothing; "
+                "legal: a model with causal attention"
+            )
 
     @torch.no_grad()
     def looks_ahead(self, device: torch.device) -> bool:
@@ -225,8 +234,12 @@ class AutoStage(Sharded):
         by a share of the logits themselves. Under ZeRO-3 every rank must ask together.
         """
         tokens_BS = torch.tensor([[1, 1], [1, 0]], device=device)
-        logits_BSV = self(tokens_BS, Documents.whole_rows(2, 2)).float()
+        logits_BSV = self._logits_of(tokens_BS, Documents.whole_rows(2, 2))
         return bool((logits_BSV[0] - logits_BSV[1])[:-1].abs().max() > 0.01 * logits_BSV.std())
+
+    def _logits_of(self, tokens_BS: Tensor, documents: Documents) -> Tensor:
+        logits_BSV: Tensor = self(tokens_BS, batch=MicroBatch(tokens_BS, documents), output="logits").float()
+        return logits_BSV
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, dtype=self.dtype, enabled=self.rounds_on_use)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 # Up to so many classes an evaluation counts all pairs of the true class and the one that was named (8 MB); of more, for each
@@ -112,12 +113,20 @@ class TransformerConfig:
         """Whether a head over the vocabulary shares the embedding's weight."""
         return self.tied_head and not self.classes
 
+    @property
+    def writes(self) -> bool:
+        """Return whether its model gives one token after another."""
+        return not self.classes and (self.causal or self.encoder_layers > 0)
 
-def largest_weight(config: TransformerConfig) -> int:
-    """Elements of the largest single weight, with queries, keys and values fused, and gate with up."""
-    D = config.hidden_size
-    fused_attention = D * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    fused_mlp = D * config.ffn_size * (2 if config.gated_mlp else 1)
-    positions = config.max_positions if config.positions == "learned" else 0
-    vocab_size = max(config.vocab_size, config.source_vocab_size or 0)
-    return max(D * max(vocab_size, positions, config.token_types), fused_attention, fused_mlp)
+    @property
+    def largest_weight(self) -> int:
+        """Return the elements of the largest single weight, with queries, keys and values fused, and gate with up."""
+        D = self.hidden_size
+        fused_attention = D * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        fused_mlp = D * self.ffn_size * (2 if self.gated_mlp else 1)
+        positions = self.max_positions if self.positions == "learned" else 0
+        vocab_size = max(self.vocab_size, self.source_vocab_size or 0)
+        return max(D * max(vocab_size, positions, self.token_types), fused_attention, fused_mlp)
+
+    def save_code(self, folder: Path) -> None:
+        """Do nothing: the code of these models is transformers' own."""

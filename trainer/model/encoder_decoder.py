@@ -9,7 +9,7 @@ Shape letters: B batch, S tokens of half a row, N = B · S (with sequence parall
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from parallel.attention import Documents, Rotation
 from parallel.embedding import VocabParallelEmbedding
 from parallel.rng import Streams
+from trainer.data.loader import MicroBatch
 from trainer.model.embedding import Embedding
+from trainer.model.heads import Head
 
 
-class EmbeddedHalves(nn.Module):
+class SourceAndTargetEmbedding(nn.Module):
     """tokens [B, 2S] → [2N, D]."""
 
     def __init__(self, source: Embedding, target: Embedding) -> None:
@@ -34,7 +36,7 @@ class EmbeddedHalves(nn.Module):
         return self.target.tokens
 
     def forward(self, tokens_BS: Tensor, documents: Documents, streams: Streams | None) -> Tensor:
-        halves = zip((self.source, self.target), tokens_BS.chunk(2, dim=1), documents.halves, strict=True)
+        halves = zip((self.source, self.target), tokens_BS.chunk(2, dim=1), documents.sides, strict=True)
         return torch.cat([embedding(tokens, of_half, streams) for embedding, tokens, of_half in halves])
 
 
@@ -49,9 +51,9 @@ class SourceLayer(nn.Module):
 
     def forward(self, x_ND: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None) -> Tensor:
         source_ND, target_ND = x_ND.chunk(2)
-        source_ND = self.final(self.layer(source_ND, documents.halves[0], rotation, streams))
+        source_ND = self.final(self.layer(source_ND, documents.sides[0], rotation, streams))
         if self.dropout is not None:
-            source_ND = self.dropout(source_ND, documents.halves[0], streams)
+            source_ND = self.dropout(source_ND, documents.sides[0], streams)
         return torch.cat([source_ND, target_ND])
 
 
@@ -64,18 +66,29 @@ class TargetLayer(nn.Module):
 
     def forward(self, x_ND: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None) -> Tensor:
         source_ND, target_ND = x_ND.chunk(2)
-        sources, targets = documents.halves
+        sources, targets = documents.sides
         return torch.cat([source_ND, self.layer(target_ND, targets, rotation, streams, (source_ND, sources))])
 
 
 class TargetHead(nn.Module):
-    """The head on the target: the loss over its labels, the second half of `labels_BS`, or its logits [B, S, V/p]."""
+    """The head on the target, whose labels are the second half of a row's; its logits are [B, S, V/p]."""
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: Head) -> None:
         super().__init__()
         self.head = head
 
-    def forward(self, x_ND: Tensor, documents: Documents, labels_BS: Tensor | None, *others: Any, **more: Any) -> Tensor:
-        labels_BS = None if labels_BS is None else labels_BS.chunk(2, dim=1)[1]
-        logits_or_loss: Tensor = self.head(x_ND.chunk(2)[1], documents.halves[1], labels_BS, *others, **more)
-        return logits_or_loss
+    def loss(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        return self.head.loss(*self._target(x_ND, batch))
+
+    def sums(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        return self.head.sums(*self._target(x_ND, batch))
+
+    def scores(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        return self.head.scores(*self._target(x_ND, batch))
+
+    def logits(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        return self.head.logits(*self._target(x_ND, batch))
+
+    def _target(self, x_ND: Tensor, batch: MicroBatch) -> tuple[Tensor, MicroBatch]:
+        labels_BS = None if batch.labels_BS is None else batch.labels_BS.chunk(2, dim=1)[1]
+        return x_ND.chunk(2)[1], replace(batch, labels_BS=labels_BS, documents=batch.documents.sides[1])

@@ -6,7 +6,8 @@ a label, D model, V vocabulary, C classes.
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from parallel.loss import IGNORE, VocabParallelHead
 from parallel.mesh import Group
 from parallel.mlp import ACTIVATIONS
 from parallel.params import Init
-from parallel.rng import Streams
 from parallel.tensor import TensorParallel
+from trainer.data.loader import MicroBatch
 from trainer.model.config import PAIRED_CLASSES, TransformerConfig
 from trainer.model.names import names_of
 from trainer.model.pieces import Dropout, final_dropout, make_norm, matrix_init
@@ -43,40 +44,51 @@ class HeadTransform(nn.Module):
         return transformed_ND
 
 
-class Loss(Protocol):
-    """What is made of the hidden states before the output layer, [N, D] or this rank's tokens of them."""
-
-    def __call__(
-        self,
-        output: VocabParallelHead,
-        x_ND: Tensor,
-        labels_BS: Tensor,
-        documents: Documents,
-        reference_R: Tensor | None,
-        *,
-        measured: bool,
-    ) -> Tensor:
-        """The loss summed over targets, with the statistics of a step behind it where the task's `Measures` has some;
-        `measured`, those of an evaluation, float64."""
+Output = Literal["loss", "sums", "scores", "logits"]  # the methods of `Outputs`
 
 
-def next_token_loss(
-    output: VocabParallelHead,
-    x_ND: Tensor,
-    labels_BS: Tensor,
-    documents: Documents,
-    reference_R: Tensor | None,
-    *,
-    measured: bool,
-    smoothing: float = 0.0,
-) -> Tensor:
-    """Cross entropy of every label; `smoothing`: the share of its weight that is divided evenly over the vocabulary.
-    `measured`: what `TokenMeasures` reads, without smoothing."""
-    labels_N = labels_BS.flatten()
-    if not measured:
-        return output(x_ND, labels_N, smoothing=smoothing)
-    losses_N, is_hit_N = output(x_ND, labels_N, measured=True)
-    return token_sums(losses_N, is_hit_N, labels_N != IGNORE, documents)
+class Outputs(Protocol):
+    """What the last block gives of a micro-batch, from hidden states [N, D] or this rank's tokens of them."""
+
+    def loss(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        """Return the loss summed over the targets, with the statistics of a step behind it where the task's `Measures` has
+        some."""
+
+    def sums(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        """Return what the task's `Measures` reads of an evaluation, float64, the loss first; no gradients."""
+
+    def scores(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        """Return `document_scores`, float64 [2, R]; no gradients."""
+
+    def logits(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        """Return this rank's logits [B, S, V/p]; of classes those of each token, [B, S, C]."""
+
+
+class Objective(Protocol):
+    """What a task makes of the hidden states before the output layer."""
+
+    def loss(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        """Return `Outputs.loss`."""
+
+    def sums(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        """Return `Outputs.sums`."""
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Cross entropy of every label; `smoothing`: the share of its weight that is divided evenly over the vocabulary while
+    training."""
+
+    smoothing: float = 0.0
+
+    def loss(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        return output.loss_sum(x_ND, batch.targets_BS.flatten(), smoothing=self.smoothing)
+
+    def sums(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        """Return what `TokenMeasures` reads."""
+        labels_N = batch.targets_BS.flatten()
+        losses_N, is_hit_N = output.losses_and_hits(x_ND, labels_N)
+        return token_sums(losses_N, is_hit_N, labels_N != IGNORE, batch.documents)
 
 
 def document_scores(losses_N: Tensor, is_hit_N: Tensor, is_target_N: Tensor, documents: Documents) -> Tensor:
@@ -105,18 +117,18 @@ class Head(nn.Module):
         tp: TensorParallel,
         tied_to: VocabParallelEmbedding | None,
         tied_over: Group | None,
-        loss: Loss,
+        objective: Objective,
     ) -> None:
         super().__init__()
         names = names_of(config)
-        self.loss = loss
+        self.objective = objective
         self.norm = make_norm(config, names.final_norm, tp)
         self.dropout = final_dropout(config, names, tp)
         self.scale = config.hidden_size**-0.5 if config.scaled_head else 1.0
         self.transform: nn.Module = nn.Identity()
         if names.head_transform is not None:
             self.transform = HeadTransform(config, names.head_transform, names.head_transform_norm, tp)
-        self.logits = VocabParallelHead(
+        self.output = VocabParallelHead(
             config.vocab_size,
             config.hidden_size,
             name=names.embedding if config.tied_head else names.head,
@@ -129,29 +141,24 @@ class Head(nn.Module):
             softcap=config.logit_softcap,
         )
 
-    def forward(
-        self,
-        x_ND: Tensor,
-        documents: Documents,
-        labels_BS: Tensor | None,
-        streams: Streams | None,
-        reference_R: Tensor | None = None,
-        *,
-        measured: bool = False,
-        by_document: bool = False,
-    ) -> Tensor:
-        """What the loss gives; `by_document`, without gradients, `document_scores`; without labels this rank's logits
-        [B, S, V/p]."""
-        x_ND = self.transform(self.dropout(self.norm(x_ND), documents, streams))
-        if self.scale != 1.0:
-            x_ND = x_ND * self.scale
-        if labels_BS is None:
-            logits_BSV: Tensor = self.logits(x_ND).unflatten(0, documents.shape)
-            return logits_BSV
-        if by_document:
-            losses_N, is_hit_N = self.logits(x_ND, labels_BS.flatten(), measured=True)
-            return document_scores(losses_N, is_hit_N, (labels_BS != IGNORE).flatten(), documents)
-        return self.loss(self.logits, x_ND, labels_BS, documents, reference_R, measured=measured)
+    def loss(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        return self.objective.loss(self.output, self._before_output(x_ND, batch), batch)
+
+    def sums(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        return self.objective.sums(self.output, self._before_output(x_ND, batch), batch)
+
+    def scores(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        labels_N = batch.targets_BS.flatten()
+        losses_N, is_hit_N = self.output.losses_and_hits(self._before_output(x_ND, batch), labels_N)
+        return document_scores(losses_N, is_hit_N, labels_N != IGNORE, batch.documents)
+
+    def logits(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        logits_BSV: Tensor = self.output.logits(self._before_output(x_ND, batch)).unflatten(0, batch.documents.shape)
+        return logits_BSV
+
+    def _before_output(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        x_ND = self.transform(self.dropout(self.norm(x_ND), batch.documents, batch.streams))
+        return x_ND * self.scale if self.scale != 1.0 else x_ND
 
 
 class ClassHead(nn.Module):
@@ -174,31 +181,36 @@ class ClassHead(nn.Module):
         self.dropout = Dropout(rate if pools else 0.0, names.classifier, tp)
         self.classifier = ReplicatedLinear(D, self.num_classes, name=names.classifier, init=init, tp=tp, bias=pools)
 
-    def forward(
-        self,
-        x_ND: Tensor,
-        documents: Documents,
-        labels_BS: Tensor | None,
-        streams: Streams | None,
-        reference_R: Tensor | None = None,
-        *,
-        measured: bool = False,
-    ) -> Tensor:
-        """The loss summed over documents; `measured`, that and what `ClassMeasures` reads, float64; without labels every
-        token's logits [B, S, C]."""
-        x_ND = self.norm(x_ND)
-        if labels_BS is None:
-            logits_NC = self.classifier(self._pooled(x_ND))
-            whole_NC = all_gather(logits_NC, self.tp.group) if self.tp.sequence else logits_NC
-            logits_BSC: Tensor = whole_NC.unflatten(0, documents.shape)
-            return logits_BSC
-        labels_N = labels_BS.flatten()[self.tp.tokens(labels_BS.numel())]
+    def loss(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        """Return the loss summed over the documents."""
+        loss, _, _ = self._of_documents(x_ND, batch)
+        return self._over_ranks(loss)
+
+    def sums(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        """Return the loss and what `ClassMeasures` reads."""
+        loss, named_L, labels_L = self._of_documents(x_ND, batch)
+        return self._over_ranks(torch.cat([loss.double()[None], self._counts(named_L, labels_L)]))
+
+    def scores(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        raise NotImplementedError("documents have classes here, and no tokens to be likely")
+
+    def logits(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        logits_NC = self.classifier(self._pooled(self.norm(x_ND)))
+        whole_NC = all_gather(logits_NC, self.tp.group) if self.tp.sequence else logits_NC
+        logits_BSC: Tensor = whole_NC.unflatten(0, batch.documents.shape)
+        return logits_BSC
+
+    def _of_documents(self, x_ND: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the summed loss of those whose token this rank has, the classes named and the labels, [L] each."""
+        labels_N = batch.targets_BS.flatten()[self.tp.tokens(batch.targets_BS.numel())]
         chosen = (labels_N != IGNORE).nonzero().squeeze(-1)
-        pooled_LD = self.dropout(self._pooled(x_ND[chosen]), documents, streams, chosen)
+        pooled_LD = self.dropout(self._pooled(self.norm(x_ND)[chosen]), batch.documents, batch.streams, chosen)
         logits_LC = self.classifier(pooled_LD)
         wide = torch.promote_types(logits_LC.dtype, torch.float32)
         loss = cross_entropy(logits_LC.to(wide), labels_N[chosen], reduction="sum")
-        sums = torch.cat([loss.double()[None], self._counts(logits_LC.argmax(-1), labels_N[chosen])]) if measured else loss
+        return loss, logits_LC.argmax(-1), labels_N[chosen]
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
         return reduce_from_group(sums, self.tp.group) if self.tp.sequence else sums
 
     def _pooled(self, x_ND: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from parallel.params import Piece, ShardSpec, owned_specs, zero_padding
+from parallel.params import ShardSpec, owned_specs, zero_padding
+from parallel.pieces import Piece
 from trainer.errors import DataError, RecipeError
 from trainer.files.durable import replacing_folder
 from trainer.files.reading import read_json, require_regular, require_regular_below, told

@@ -89,7 +89,7 @@ class PairMeasures:
     predicts_tokens: bool = False
 
     def num_targets(self, batch: MicroBatch) -> int:
-        return sum(len(row) // 2 for row in batch.documents)  # of an odd number the last one fills the row
+        return sum(len(row) // 2 for row in batch.documents.lengths)  # of an odd number the last one fills the row
 
     def step_record(self, means: Sequence[float]) -> dict[str, float]:
         chosen, rejected, accuracy = means

@@ -14,7 +14,8 @@ from parallel.outputs import Output
 from trainer.model.config import TransformerConfig
 
 if TYPE_CHECKING:
-    from parallel.params import Piece, ShardSpec
+    from parallel.params import ShardSpec
+    from parallel.pieces import Piece
 
 
 @dataclass(frozen=True)
@@ -237,10 +238,10 @@ T5 = replace(
     # The first checkpoints hold a table for attention to the source, which no model reads.
     other_heads=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.",),
 )
-T5_GATED = replace(_gated(T5), encoder=_gated(_t5_side("encoder", mlp=1)))
+_T5_GATED = replace(_gated(T5), encoder=_gated(_t5_side("encoder", mlp=1)))
 
 # An embedding for each side; the head has the target's.
-SEPARATE = {
+_SEPARATE = {
     "marian": replace(
         MARIAN,
         embedding="model.decoder.embed_tokens.weight",
@@ -249,7 +250,7 @@ SEPARATE = {
     ),
 }
 
-WEIGHT_NAMES = {
+_WEIGHT_NAMES = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -271,9 +272,10 @@ WEIGHT_NAMES = {
 
 
 def names_of(config: TransformerConfig) -> WeightNames:
+    """Return the names of a network's weights, which a family may choose by its options."""
     if config.family == "t5" and config.gated_mlp:
-        return T5_GATED
-    return WEIGHT_NAMES[config.family] if config.source_vocab_size is None else SEPARATE[config.family]
+        return _T5_GATED
+    return _WEIGHT_NAMES[config.family] if config.source_vocab_size is None else _SEPARATE[config.family]
 
 
 def position_table(config: TransformerConfig, layer: int) -> str | None:

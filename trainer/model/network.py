@@ -1,109 +1,36 @@
-"""What a run trains: a network of one of our families, or any model of transformers (family "auto")."""
+"""What a run trains: a network of one of our families, or any model of transformers (family "auto"). No torch."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from trainer.data.tokenizer import Tokenizer
-from trainer.model import config, hf_config
-from trainer.model.auto_network import AutoNetwork
-from trainer.model.config import TransformerConfig
-from trainer.model.origin import GENERATION_CONFIG, Origin, as_list
-
-CONFIG = "config.json"
-TASK = "finetuning_task"  # transformers' own key of config.json for what a model was trained to do last: our data.task
-Network = TransformerConfig | AutoNetwork
+from typing import Protocol
 
 
-def largest_weight(network: Network) -> int:
-    """Elements of the largest single weight."""
-    return network.largest_weight if isinstance(network, AutoNetwork) else config.largest_weight(network)
+class Network(Protocol):
+    """What a run trains, as far as every part of it asks: `TransformerConfig`, or `AutoNetwork`.
 
-
-def save_code(network: Network, folder: Path) -> None:
-    """Put Python files that are part of the model beside its exported weights."""
-    if isinstance(network, AutoNetwork):
-        network.save_code(folder)
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """What a Hugging Face folder has beside the weights. `dtype`: of the weights, "float32", "bfloat16" or "float16".
-
-    `task`: data.task. `end_of_turn`: the token that ends an assistant's turn, where conversations are learned. `origin`: of the
-    pretrained folder that the run started from.
+    What is computed of it otherwise for each kind is a generic function (`functools.singledispatch`) where it is computed:
+    `config_json` here, `training_flops` in costs/, `make_execution` in engine/.
     """
 
-    network: Network
-    tokenizer: Tokenizer
-    dtype: str
-    task: str = "pretrain"
-    end_of_turn: int | None = None
-    origin: Origin | None = None
+    @property
+    def vocab_size(self) -> int: ...
 
     @property
-    def config(self) -> dict[str, Any]:
-        return {**config_json(self.network, self.tokenizer, dtype=self.dtype, origin=self.origin), TASK: self.task}
+    def causal(self) -> bool:
+        """Return whether a token attends only to itself and those before it."""
 
     @property
-    def generation(self) -> dict[str, Any] | None:
-        """How transformers writes with the model: as the folder that it started from says, ended also by what ends a turn
-        where turns were learned; None where config.json says all."""
-        if not _writes(self.network):
-            return None
-        said = dict(self.origin.generation) if self.origin else {}
-        ends = as_list(said.get("eos_token_id"))
-        for token in (self.end_of_turn, self.tokenizer.end_of_document):
-            if token is not None and token not in ends:
-                ends.append(token)
-        if not said and ends == as_list(self.config.get("eos_token_id")):
-            return None
-        return {**said, "eos_token_id": ends if ends[1:] else ends[0]}
+    def max_positions(self) -> int | None:
+        """Return the longest sequence [tokens], None where it is not known."""
 
-    def save_others(self, folder: Path) -> None:
-        """The tokenizer, how the model writes, and Python files that are part of the model."""
-        self.tokenizer.save(folder)
-        if (generation := self.generation) is not None:
-            (folder / GENERATION_CONFIG).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-        save_code(self.network, folder)
+    @property
+    def writes(self) -> bool:
+        """Return whether its model gives one token after another."""
 
-    def save(self, folder: Path) -> None:
-        (folder / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-        self.save_others(folder)
+    @property
+    def largest_weight(self) -> int:
+        """Return the elements of the largest single weight."""
 
-
-def _writes(network: Network) -> bool:
-    """Whether its model gives one token after another."""
-    if isinstance(network, AutoNetwork):
-        return True
-    return not network.classes and (network.causal or network.encoder_layers > 0)
-
-
-def config_json(network: Network, tokenizer: Tokenizer, *, dtype: str, origin: Origin | None) -> dict[str, Any]:
-    """The config.json with which transformers loads exported weights. `dtype`: "float32", "bfloat16" or "float16".
-
-    Special tokens are those of the folder that the run started from, or else the tokenizer's.
-    """
-    ids = dict(origin.ids) if origin else {}
-    end = tokenizer.end_of_document
-    if isinstance(network, AutoNetwork):
-        written = network.config_json(dtype)
-        if origin is not None and not ids:  # another tokenizer
-            begin = end if tokenizer.bos is None else tokenizer.bos
-            ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": tokenizer.padding}
-        return {**written, **{name: token for name, token in ids.items() if name in written}}
-    start = tokenizer.start_of_target
-    written = hf_config.to_hf_config(
-        network,
-        dtype=dtype,
-        eos_token_id=end,
-        bos_token_id=tokenizer.bos,
-        pad_token_id=tokenizer.padding,
-        start_of_target=start,
-    )
-    if network.encoder_layers:  # each target was trained to follow it
-        ids |= {"decoder_start_token_id": start}
-    return {**written, **ids}
+    def save_code(self, folder: Path) -> None:
+        """Put Python files that are part of the model beside its exported weights."""

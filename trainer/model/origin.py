@@ -50,7 +50,7 @@ def _generation(folder: Path) -> dict[str, Any]:
     try:
         return read_json(path) if path.is_file() else {}
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable JSON: {error}; mend or remove the file") from None
+        raise DataError(f"{path}: not readable JSON: {error}; fix or remove the file") from None
 
 
 def _tokens(values: Any) -> Iterator[int]:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from parallel.attention import Documents
 from parallel.loss import IGNORE, VocabParallelHead
 from trainer import schema
+from trainer.data.loader import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -83,23 +84,21 @@ def orpo(answers: Answers, keys: schema.Preference) -> PairLosses:
 LOSSES: dict[str, Callable[[Answers, schema.Preference], PairLosses]] = {"dpo": dpo, "ipo": ipo, "orpo": orpo}
 
 
-def preference_loss(
-    output: VocabParallelHead,
-    x_ND: Tensor,
-    labels_BS: Tensor,
-    documents: Documents,
-    reference_R: Tensor | None,
-    *,
-    measured: bool,
-    keys: schema.Preference,
-) -> Tensor:
-    """What `PairMeasures` reads, in training as in an evaluation.
+@dataclass(frozen=True)
+class Pairs:
+    """The objective of pairs, whose statistics `PairMeasures` reads, in training as in an evaluation."""
 
-    Sums over hundreds of tokens are taken in float64: their differences are what is learned from.
-    """
-    losses_N = output(x_ND, labels_BS.flatten(), by_token=True)
-    log_probs_R = -documents.sums(losses_N.double())
-    return sums_over_pairs(Answers.of_documents(log_probs_R, labels_BS, documents, reference_R), keys)
+    keys: schema.Preference
+
+    def loss(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+        """Return `sums_over_pairs`. Sums over hundreds of tokens are taken in float64: their differences are what is learned
+        from."""
+        losses_N = output.token_losses(x_ND, batch.targets_BS.flatten())
+        log_probs_R = -batch.documents.sums(losses_N.double())
+        answers = Answers.of_documents(log_probs_R, batch.targets_BS, batch.documents, batch.reference_R)
+        return sums_over_pairs(answers, self.keys)
+
+    sums = loss
 
 
 def sums_over_pairs(answers: Answers, keys: schema.Preference) -> Tensor:

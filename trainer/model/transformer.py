@@ -22,13 +22,13 @@ from parallel.attention import Documents, Rotation
 from parallel.embedding import VocabParallelEmbedding, llama3_frequencies, rotary_tables
 from parallel.mesh import Group
 from parallel.params import ShardSpec, complete_partial_gradients, materialise, owned_specs
-from parallel.rng import Streams
 from parallel.tensor import TensorParallel
+from trainer.data.loader import MicroBatch
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import RopeScaling, TransformerConfig
 from trainer.model.embedding import Embedding
-from trainer.model.encoder_decoder import EmbeddedHalves, TargetHead
-from trainer.model.heads import ClassHead, Head, Loss, next_token_loss
+from trainer.model.encoder_decoder import SourceAndTargetEmbedding, TargetHead
+from trainer.model.heads import ClassHead, Head, NextToken, Objective, Output
 from trainer.model.layers import make_embedding, make_layer
 from trainer.model.position_tables import PositionTables
 
@@ -75,11 +75,11 @@ class Stage(nn.Module):
         tied_to: VocabParallelEmbedding | None = None,
         tied_over: Group | None = None,
         tables: PositionTables | None = None,
-        loss: Loss = next_token_loss,
+        objective: Objective | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.loss = loss
+        self.objective = objective or NextToken()
         self.dtype = dtype
         self.recompute = recompute
         self.tp = tp
@@ -87,7 +87,7 @@ class Stage(nn.Module):
         self.tied_over = tied_over if config.ties_head else None
         self.tied_to = (tied_to,)  # in a tuple: a module here would be listed as this one's child
         self.tables = PositionTables() if tables is None else tables
-        self.embedding: Embedding | EmbeddedHalves | None
+        self.embedding: Embedding | SourceAndTargetEmbedding | None
         self.head: Head | ClassHead | TargetHead | None
         self.register_module("embedding", None)  # so that parameters are listed in the order of the model
         self.layers = nn.ModuleDict()
@@ -120,23 +120,26 @@ class Stage(nn.Module):
             return self.head
         embedding = self.embedding.tokens if self.embedding is not None else self.tied_to[0]
         tied_to = embedding if self.config.ties_head else None
-        head = Head(self.config, tp=self.tp, tied_to=tied_to, tied_over=self.tied_over, loss=self.loss)
+        head = Head(self.config, tp=self.tp, tied_to=tied_to, tied_over=self.tied_over, objective=self.objective)
         self.head = TargetHead(head) if self.config.encoder_layers else head
         return self.head
 
-    def forward(
-        self,
-        x: Tensor,
-        documents: Documents,
-        labels_BS: Tensor | None = None,
-        streams: Streams | None = None,
-        reference_R: Tensor | None = None,
-        **wanted: bool,
-    ) -> Tensor:
-        """First stage: x = tokens [B, S]; others: hidden [N, D], with `halves` of both. Last stage: the loss summed over the
-        targets of `labels_BS`, or what is `wanted`, without gradients: `measured`, what the task's `Measures` reads, float64,
-        the loss first; `by_document`, `document_scores`. Without labels: this rank's logits [B, S, V/p]. Others: hidden.
-        `streams` None: no dropout. `reference_R`: what the loss compares the R documents with, where it does."""
+    constants: Sequence[tuple[ShardSpec, Tensor]] = ()  # saved like weights, never trained: it has none
+
+    def require_causal(self, device: torch.device) -> None:
+        """Do nothing: its config says which tokens one sees."""
+
+    def settle_lengths(self, device: torch.device, seq_len: int, *, may_call_apart: bool) -> list[str]:
+        """Return no remarks: documents do not depend on one another."""
+        return []
+
+    def forward(self, x: Tensor, *, batch: MicroBatch, output: Output = "loss") -> Tensor:
+        """Return hidden states [N, D], of both sides of a translation; of the last stage `output`: see `Outputs`.
+
+        `x`: tokens [B, S] of the first stage, hidden states of the others. There is one way in for all outputs, as ZeRO-3
+        gathers weights where the module itself is called.
+        """
+        documents, streams = batch.documents, batch.streams
         if self.embedding is not None:
             x = self.embedding(x, documents, streams)
         rotation = self._rotation(documents, x.device)
@@ -145,10 +148,7 @@ class Stage(nn.Module):
                 x = checkpoint(layer, x, documents, rotation, streams, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, documents, rotation, streams)
-        if self.head is None:
-            return x
-        output: Tensor = self.head(x, documents, labels_BS, streams, reference_R=reference_R, **wanted)
-        return output
+        return x if self.head is None else getattr(self.head, output)(x, batch)
 
     def _rotation(self, documents: Documents, device: torch.device) -> Rotation | None:
         if self.config.positions != "rope":

@@ -1,9 +1,12 @@
-"""The strict door: a JSON file becomes a validated recipe, or every thing wrong with it is said at once.
+"""The strict door: a JSON file becomes a validated recipe, or all that is wrong with it is reported
+at once.
 
-In order: read JSON with the place of each key (`json_reader.py`, `marks.py`), lay the files named by `extends` and `--set`
-over each other (`overlay.py`), check keys, types and ranges against `schema.py` (`keys.py`, `unknown_keys.py`), then what
-only the whole recipe shows: combinations (`rules.py`), names of files (`names.py`), the network (`network.py`), the pipeline
-(`pipeline.py`). `resume_check.py` runs them. No torch here: a recipe is checked on a login node in a fraction of a second.
+In order: read JSON with the place of each key (`json_reader.py`, `marks.py`), lay the files named
+by `extends` and `--set` over each other (`overlay.py`), check keys, types and ranges against
+`schema.py` (`keys.py`, `unknown_keys.py`), then what only the whole recipe shows: combinations
+(`rules.py`), names of files (`names.py`), the network (`network.py`), the pipeline (`pipeline.py`).
+`resolve.py` runs them. No torch here: a recipe is checked on a login node in a fraction of a
+second.
 """
 
 from trainer.recipe.keys import json_schema

@@ -21,12 +21,12 @@ class BatchPlan:
     micro_sequences: int
     dp: int
     num_micro_batches: int
-    seq_len: int
+    row_tokens: int
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, world_size: int, how: str) -> BatchPlan:
         """RecipeError with the whole equation when it does not hold. `how` says where the world size is known from."""
-        dp = data_parallel_degree(recipe.parallel, world_size, how)
+        dp = layout_of(recipe.parallel, world_size, how).dp
         batch = recipe.batch
         per_round = batch.micro_sequences * dp
         if batch.global_sequences % per_round:
@@ -36,7 +36,7 @@ class BatchPlan:
             micro_sequences=batch.micro_sequences,
             dp=dp,
             num_micro_batches=batch.global_sequences // per_round,
-            seq_len=recipe.data.row_tokens,
+            row_tokens=recipe.data.row_tokens,
         )
 
     @property
@@ -47,28 +47,29 @@ class BatchPlan:
     @property
     def tokens_per_step(self) -> int:
         """Over all ranks."""
-        return self.global_sequences * self.seq_len
+        return self.global_sequences * self.row_tokens
 
-    def loss_factor(self, num_targets: int) -> float:
+    def loss_factor(self, num_targets: int, *, averaged_over: int) -> float:
         """What each micro-batch's loss_sum is multiplied by before backward.
 
-        The step's loss is Σ token losses over all ranks and micro-batches / number of targets in the step. Gradients of
-        the micro-batches on a rank are summed, but DeepSpeed averages them over the dp ranks, so the factor is
-        dp / num_targets. It is the same for every micro-batch: a mean of micro-batch means would weigh tokens by how
-        many targets their neighbours have.
+        The step's loss is Σ token losses over all ranks and micro-batches / number of targets in the
+        step. Gradients of the micro-batches on a rank are summed, but DeepSpeed averages them over
+        the ranks that reduce gradients together, `averaged_over` of them, so the factor is
+        averaged_over / num_targets. It is the same for every micro-batch: a mean of micro-batch means
+        would weigh tokens by how many targets their neighbours have.
 
-        `num_targets`: targets of the whole step, over all ranks; a micro-batch may have none, the step may not
-        (ValueError).
+        `num_targets`: targets of the whole step, over all ranks; a micro-batch may have none, the
+        step may not (ValueError).
         """
         if num_targets < 1:
             raise ValueError(f"a step needs at least one target, not {num_targets}")
-        return self.dp / num_targets
+        return averaged_over / num_targets
 
 
-def data_parallel_degree(parallel: Parallel, world_size: int, how: str) -> int:
-    """World size / (tensor · pipeline · context); RecipeError with the factors when it does not divide."""
+def layout_of(parallel: Parallel, world_size: int, how: str) -> Layout:
+    """Return the layout of that many ranks, known from `how`. RecipeError with the factors if they do not divide."""
     try:
-        return Layout.from_world_size(world_size, pp=parallel.pipeline, cp=parallel.context, tp=parallel.tensor).dp
+        return Layout.from_world_size(world_size, pp=parallel.pipeline, cp=parallel.context, tp=parallel.tensor)
     except ValueError:
         replica = parallel.tensor * parallel.pipeline * parallel.context
         raise RecipeError(

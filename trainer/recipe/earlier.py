@@ -1,7 +1,8 @@
-"""Rules of the data that have changed: a run keeps those it began with, and a checkpoint those it was trained with.
+"""The rules of the data that have changed: a run keeps those it began with, and a checkpoint those
+it was trained with.
 
-Each is a key of the recipe, so what a run goes by is in its resolved.json and in its checkpoints' manifests. Those of a version
-that did not have the key lack it.
+Each is a key of the recipe, so the rule of a run is in its resolved.json and in its checkpoints'
+manifests. Files of a version that did not have the key lack it.
 """
 
 from __future__ import annotations
@@ -23,16 +24,20 @@ from trainer.run_folder import read_resolved
 from trainer.schema import Recipe
 
 ORIGIN = "earlier version"
-# What was done before there was the key.
+# The behaviour before there was the key.
 EARLIER = {"data.tails": "drop", "data.bos": False}
-# What else a run keeps where its recipe leaves it open: before, the default was 1 for each source.
+# A run also keeps the weights if its recipe leaves them open: the default was 1 for each source
+# before.
 KEPT = (*EARLIER, "data.sources[].weight")
 UNWRITTEN = ("default", ORIGIN)
 
 
 def rules_of_run(resolved_json: Path) -> dict[str, Any] | None:
-    """The rules by which the run with that resolved.json began, as far as its recipe left them open, by dotted key; None where
-    the file is not there, or damaged."""
+    """Return the rules by which the run with that resolved.json began, as far as its recipe left
+    them open, by dotted key.
+
+    None if the file is missing or damaged.
+    """
     try:
         values = read_resolved(resolved_json)["values"]
     except (RecipeError, DataError):
@@ -42,13 +47,15 @@ def rules_of_run(resolved_json: Path) -> dict[str, Any] | None:
 
 
 def rules_of_checkpoint(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The rules by which the data of a checkpoint were laid out; `recipe`: its manifest's."""
+    """Return the rules by which the data of a checkpoint were laid out. `recipe`: that of its
+    manifest."""
     values = {dotted(path): value for path, value in leaves(recipe)}
     return {key: value for key, value in values.items() if _is_kept(key)} | _lacking(values)
 
 
 def as_begun(resolved: ResolvedRecipe, rules: Mapping[str, Any], where: str) -> tuple[ResolvedRecipe, list[str]]:
-    """The recipe with the rules of what it goes on from, where it leaves them open; remarks. `where`: names that."""
+    """Return the recipe with the rules of what it goes on from, if it leaves them open, and
+    remarks. `where`: the name of that."""
     values = resolved.recipe.model_dump()
     changed = {
         path: rules[key]
@@ -69,26 +76,30 @@ def as_begun(resolved: ResolvedRecipe, rules: Mapping[str, Any], where: str) -> 
 
 
 def in_todays_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of a manifest, with the keys that were not there when it was saved, and without one that is gone, which could
-    only have its default."""
+    """Return the recipe of a manifest with the keys that did not exist when it was saved, and
+    without one that is gone.
+
+    The key that is gone could only have its default.
+    """
     found = copy.deepcopy(dict(recipe))
     found.get("zero", {}).get("offload_optimizer", {}).pop("ratio", None)
     data = found.get("data", {})
     lacking = _lacking({dotted(path): value for path, value in leaves(recipe)})
     if "data.tails" in lacking:
         for source in (*data.get("sources", ()), *data.get("eval_sources", ())):
-            if source.get("field") == "text":  # which was the default, whether a file has fields or not
+            if source.get("field") == "text":  # the default then, whether or not a file has fields
                 source["field"] = None
     data |= {key.removeprefix("data."): value for key, value in lacking.items()}
     return found
 
 
 def recipe_of(checkpoint: Path, recipe: Mapping[str, Any]) -> Recipe:
-    """Return the recipe of a checkpoint's manifest, by today's keys; DataError where it is none."""
+    """Return the recipe of a checkpoint's manifest, in today's keys. DataError if it is not a
+    recipe."""
     try:
         return _valid(in_todays_keys(recipe), f"{checkpoint / 'manifest.json'}")
     except (AttributeError, TypeError):  # a section that is no object
-        raise DataError(f"{checkpoint / 'manifest.json'}: damaged: its recipe is none") from None
+        raise DataError(f"{checkpoint / 'manifest.json'}: damaged: its recipe is not valid") from None
 
 
 def _valid(values: Mapping[str, Any], where: str) -> Recipe:

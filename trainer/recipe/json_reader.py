@@ -1,4 +1,5 @@
-"""JSON with the place of each value: `json.loads` says neither where a key stands nor that it stands there twice."""
+"""A JSON reader that keeps the place of each value: `json.loads` tells neither where a key stands
+nor that it occurs twice."""
 
 from __future__ import annotations
 
@@ -13,14 +14,15 @@ from trainer.recipe.marks import KeyPath
 MAX_DEPTH = 32
 MAX_VALUES = 20_000  # a thousand sources with every key
 
-NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)  # int() and float() read the digits of all scripts
+# ASCII, because int() and float() read the digits of all scripts.
+NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
 WORDS = {"true": True, "false": False, "null": None}
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null", "TRUE": "true", "FALSE": "false", "NULL": "null"}
 NOT_NUMBERS = ("NaN", "Infinity", "-Infinity", "nan", "inf", "-inf")
 
 
 class JSONSyntaxError(Exception):
-    """`position` [characters from the start of the text] is where reading stopped."""
+    """A syntax error. `position`: where reading stopped [characters from the start of the text]."""
 
     def __init__(self, position: int, message: str) -> None:
         super().__init__(message)
@@ -28,7 +30,8 @@ class JSONSyntaxError(Exception):
 
 
 class Reader:
-    """JSON as RFC 8259 has it, and stricter: no duplicate keys, no number outside float64, bounded depth.
+    """A reader of JSON as in RFC 8259, and stricter: no duplicate keys, no number outside float64,
+    bounded depth.
 
     `json.loads` keeps the last of two equal keys, accepts NaN, and forgets where anything stood.
     """
@@ -86,7 +89,8 @@ class Reader:
         return value
 
     def _items(self, end: str, what: str) -> Iterator[int]:
-        """The place of each item between brackets; the caller reads the item before asking for the next."""
+        """Yield the place of each item between brackets. The caller reads the item before asking
+        for the next."""
         self.at += 1
         self._skip()
         if self._peek() == end:

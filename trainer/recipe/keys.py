@@ -1,6 +1,7 @@
-"""Each key by itself: is it one of `schema.py`, and is its value of the type and in the range given there?
+"""The check of each key by itself: whether `schema.py` has it, and whether its value has the type
+and range given there.
 
-pydantic finds what is wrong; what is said about it is worded here, from the JSON Schema of the sections.
+pydantic finds the errors; the messages are worded here, from the JSON Schema of the sections.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from trainer.redaction import shown
 from trainer.schema import Recipe
 from trainer.spelling import nearest
 
-MAX_EXPLAINED = 500  # problems; who reads more than a hundred, and to look for what was meant takes time
+MAX_EXPLAINED = 500  # problems: nobody reads more, and finding what was meant takes time
 
 
 def validate(given: Mapping[str, Any], marks: Mapping[str, Mark]) -> tuple[Recipe, list[Problem], set[str]]:
-    """The recipe without its faulty keys, the problems, and the dotted names of keys that must not be judged further."""
+    """Return the recipe without its faulty keys, the problems, and the dotted names of keys that
+    must not be checked further."""
     value = copy.deepcopy(dict(given))
     problems: list[Problem] = []
     faulty: set[str] = set()
@@ -51,7 +53,7 @@ def _drop(value: Any, path: KeyPath) -> None:
 
 
 def _explain(detail: ErrorDetails) -> tuple[str, list[str]]:
-    """One line for one error of pydantic, and the keys that were probably meant."""
+    """Return one line for one error of pydantic, and the keys that were probably meant."""
     path: KeyPath = tuple(detail["loc"])
     if detail["type"] == "extra_forbidden":
         return unknown_key(path)
@@ -71,7 +73,7 @@ def _schema() -> dict[str, Any]:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of a recipe file, for editors: the sections and `extends`."""
+    """Return the JSON Schema of a recipe file, for editors: the sections and `extends`."""
     schema = copy.deepcopy(_schema())
     extends = {"type": "string", "description": "A recipe that this one changes; relative to this file."}
     schema["properties"] = {"extends": extends, **schema["properties"]}
@@ -79,7 +81,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _schema_at(path: KeyPath) -> dict[str, Any]:
-    """JSON Schema of one key: what it must be, in words that are already there."""
+    """Return the JSON Schema of one key, from which messages about it are worded."""
     node = _schema()
     for part in path:
         inherited = {"required key": part in node.get("required", ())}

@@ -1,4 +1,5 @@
-"""Where a value was written, and how a message names the place, the key and the value."""
+"""Marks of where a value was written, and the way in which messages name the place, the key and the
+value."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True, order=True)
 class Mark:
-    """Where a value was written; sorts in the order in which the user reads."""
+    """The place where a value was written. Marks sort in the order in which the user reads."""
 
     layer: int
     line: int
@@ -31,7 +32,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, and where."""
+    """An error in the recipe, with its place."""
 
     mark: Mark
     message: str
@@ -41,18 +42,19 @@ class Problem:
 
 
 def first_mark(keys: Sequence[str], marks: Mapping[str, Mark]) -> Mark:
-    """Where the first written one of these keys stands."""
+    """Return the mark of the first of these keys that is written."""
     return next(marks[key] for key in (*keys, "") if key in marks)
 
 
 def dotted(path: KeyPath) -> str:
-    """As a user writes it after --set: data.sources[0].path."""
+    """Return a path as a user writes it after --set: data.sources[0].path."""
     parts = [f"[{part}]" if isinstance(part, int) else f".{printable(part)}" for part in path]
     return "".join(parts).removeprefix(".")
 
 
 def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Every value with its path; objects and lists of objects are opened, other lists are values."""
+    """Yield every value with its path. Objects and lists of objects are entered, other lists are
+    values."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from leaves(inner, (*path, key))
@@ -69,13 +71,13 @@ def pattern(key: str) -> str:
 
 
 def put(value: Any, path: KeyPath, leaf: Any) -> None:
-    """Set what stands at a path."""
+    """Set the value at a path."""
     for part in path[:-1]:
         value = value[part]
     value[path[-1]] = leaf
 
 
 def kind(value: Any) -> str:
-    """The JSON type of a value, in words."""
+    """Return the JSON type of a value, in words."""
     kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
     return kinds.get(type(value), "null")

@@ -1,4 +1,5 @@
-"""Names of files, folders, tokenizers and the hub: which is meant, and whether it is there."""
+"""The names of files, folders, tokenizers and the hub in a recipe: which is meant, and whether it
+is there."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 DATA_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv", ".gz", ".zst")
 SMALLEST_BPE = 257  # 256 bytes and the end of a document
 LARGEST_BPE = 1 << 24
-WRITTEN_TO = ("run.dir", "data.cache_dir", "zero.offload_optimizer.nvme_path", "zero.offload_param.nvme_path")  # folders
+# The keys of folders that are written to.
+WRITTEN_TO = ("run.dir", "data.cache_dir", "zero.offload_optimizer.nvme_path", "zero.offload_param.nvme_path")
 PATHS = (
     *WRITTEN_TO,
     *(f"data.{sources}[].{key}" for sources in ("sources", "eval_sources") for key in ("path", "target_path")),
@@ -28,18 +30,21 @@ PATHS = (
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name can only be meant as a path: not of the form NAME or OWNER/NAME, or with a data file's ending."""
+    """Return whether a name can only be a path: not of the form NAME or OWNER/NAME, or with a data
+    file's ending."""
     return not HUB_NAME.fullmatch(name) or name.endswith(DATA_SUFFIXES)
 
 
 def tokenizer_vocab_size(data: Data) -> int | None:
-    """Symbols of a tokenizer that is named in full by the recipe; None for one that must be opened to know."""
+    """Return the number of symbols of a tokenizer that the recipe determines; None if it must be
+    opened to know."""
     size = _named_size(data.tokenizer)
-    return None if size is None else size + (TASKS[data.task].target == "masked") + len(data.new_tokens)  # and the mask
+    # A mask is one more symbol.
+    return None if size is None else size + (TASKS[data.task].target == "masked") + len(data.new_tokens)
 
 
 def tokenizer_is_ours(tokenizer: str) -> bool:
-    """Whether it is made here, of bytes, rather than taken from a folder or the hub."""
+    """Return whether the tokenizer is made here, instead of taken from a folder or the hub."""
     return _named_size(tokenizer) is not None
 
 
@@ -51,8 +56,11 @@ def _named_size(tokenizer: str) -> int | None:
 
 
 def with_paths(recipe: Recipe) -> tuple[Recipe, list[Finding]]:
-    """Return the recipe with each of its paths as the operating system takes it, and what is wrong with those that are none:
-    whoever reads a path of a recipe later finds it resolved."""
+    """Return the recipe with its paths in the form for the operating system, and what is wrong with
+    impossible ones.
+
+    All later readers of a recipe's path get it resolved.
+    """
     values, findings, is_changed = recipe.model_dump(), [], False
     for path, name in _paths(recipe):
         key = dotted(path)
@@ -65,7 +73,7 @@ def with_paths(recipe: Recipe) -> tuple[Recipe, list[Finding]]:
 
 
 def _paths(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    """Every value that names a file or a folder, or may do so."""
+    """Yield every value that names a file or a folder, or may do so."""
     for path, value in leaves(recipe.model_dump()):
         if isinstance(value, str) and pattern(dotted(path)) in PATHS:
             yield path, value
@@ -73,7 +81,7 @@ def _paths(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 def _stands_in_the_way(key: str, name: str) -> str:
     file = occupied(expanded(name)) if key in WRITTEN_TO else ""
-    return f"is to be a folder, but {file} is a file: name another one" if file else ""
+    return f"must be a folder, but {file} is a file: name another one" if file else ""
 
 
 def name_findings(recipe: Recipe) -> Iterator[Finding]:

@@ -1,4 +1,5 @@
-"""Numbers of a recipe that are computed with in fp32: what would become 0, 1 or infinite there is refused."""
+"""The numbers of a recipe that are used in fp32: one that would become 0, 1 or infinite there is
+refused."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import Any
 from trainer.model.single_precision import LARGEST, SMALLEST, in_range, rounded
 from trainer.schema import Finding, Recipe
 
-# Of all keys with a number those that a device computes with; the others are computed with here, in double precision.
+# The keys whose number a device computes with. The numbers of other keys are used here, in double
+# precision.
 KEYS = (
     *("optimizer.lr", "optimizer.eps", "optimizer.betas", "optimizer.momentum", "optimizer.weight_decay"),
     *("train.clip_norm", "train.label_smoothing", "precision.loss_scale.static"),
@@ -31,7 +33,7 @@ def number_findings(recipe: Recipe) -> Iterator[Finding]:
 def _told(number: float) -> str:
     if not in_range(number):
         becomes = "0" if number < SMALLEST else "infinite"
-        return f"is {becomes} in fp32, in which it is computed with; legal: {SMALLEST:.3g} to {LARGEST:.3g}"
+        return f"is {becomes} in fp32, in which it is used; legal: {SMALLEST:.3g} to {LARGEST:.3g}"
     if number < 1.0 <= rounded(number):
-        return f"is 1 in fp32, in which it is computed with; legal: up to {1 - 2.0**-24:.8f}"
+        return f"is 1 in fp32, in which it is used; legal: up to {1 - 2.0**-24:.8f}"
     return ""

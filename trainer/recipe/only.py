@@ -18,10 +18,14 @@ def only_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
         for value, said in _said_on_the_way(recipe, key):
             ((other, legal),) = _conditions(said).items()
             actual = _value_of(recipe, other)
-            if value is not None and value is not said.get("idle") and not _is_one_of(actual, legal):
+            if not _asks_for_nothing(value, said) and not _is_one_of(actual, legal):
                 instead = f"; {said['instead']}" if "instead" in said else ""
                 yield Finding((key, other), f"{key} is used only with {_condition(other, legal, actual)}{instead}")
                 break
+
+
+def _asks_for_nothing(value: Any, said: Mapping[str, Any]) -> bool:
+    return value is None or value is said.get("idle") or (isinstance(value, Section) and not value.model_fields_set)
 
 
 def keys_only_with(section: type[Section], other: str) -> set[str]:

@@ -1,4 +1,5 @@
-"""One recipe out of several texts: a file, the files that it `extends`, and `--set` over them."""
+"""A recipe put together from several texts: a file, the files that it `extends`, and `--set` over
+them."""
 
 from __future__ import annotations
 
@@ -19,12 +20,13 @@ from trainer.recipe.marks import KeyPath, Mark, Problem, dotted, kind
 from trainer.redaction import shown
 from trainer.schema import Recipe
 
-MAX_CHAIN = 32  # files; nobody could say where a value comes from
+MAX_CHAIN = 32  # files: in a longer chain nobody could tell where a value comes from
 
 
 @dataclass
 class Layer:
-    """What was written so far: the merged value, where each part of it stands, and what was wrong with the text."""
+    """The content read so far: the merged value, the place of each part of it, and what was wrong
+    with the text."""
 
     value: dict[str, Any]
     marks: dict[KeyPath, Mark]
@@ -32,14 +34,14 @@ class Layer:
     problems: list[Problem] = field(default_factory=list)
 
     def put_over(self, base: Layer) -> Layer:
-        """Objects are merged, lists and scalars replaced."""
+        """Return this layer over another one: objects are merged, lists and scalars replaced."""
         merged = copy.deepcopy(base.value)
         marks = dict(base.marks)
         _merge(merged, self.value, (), marks)
         return Layer(merged, marks | self.marks, [*base.sources, *self.sources], [*base.problems, *self.problems])
 
     def set(self, override: str, order: int) -> None:
-        """Apply one `a.b=value`; a value that is not JSON is taken as a string."""
+        """Apply one `a.b=value`. A value that is not JSON is taken as a string."""
         name, equals, text = override.partition("=")
         path, mark = _parse_path(name), Mark(order, 0, 0, f"--set {name}")
         if not equals or path is None:
@@ -60,7 +62,8 @@ class Layer:
         self.marks |= {path + inner: mark for inner in reader.places}
 
     def _container(self, path: KeyPath, mark: Mark) -> Any:
-        """The object or list that holds the last part of `path`, made where it is absent; None where it cannot be."""
+        """Return the object or list that holds the last part of `path`, created if absent; None if
+        it cannot be."""
         here: Any = self.value
         for depth, part in enumerate(path):
             if isinstance(part, int) != isinstance(here, list) or (isinstance(part, int) and part > len(here)):
@@ -77,17 +80,17 @@ class Layer:
         return here
 
     def named_marks(self) -> dict[str, Mark]:
-        """Marks by dotted key; "" is the recipe itself, for what is written nowhere."""
+        """Return the marks by dotted key; "" is the recipe itself, for what is written nowhere."""
         nowhere = Mark(len(self.sources), 0, 0, str(self.sources[-1]))
         return {"": nowhere} | {dotted(path): mark for path, mark in self.marks.items()}
 
 
 def read_chain(path: Path, below: list[Path]) -> Layer:
-    """The file over the files that it extends; `below` are the files that led here."""
+    """Return the file over the files that it extends. `below`: the files that led here."""
     if len(below) > MAX_CHAIN:
-        raise RecipeError(f"{below[0]}: more than {MAX_CHAIN} files that extend one another: put some together")
+        raise RecipeError(f"{below[0]}: more than {MAX_CHAIN} files that extend one another: merge some")
     if any(_same_file(path, other) for other in below):
-        raise RecipeError(f"{below[-1]}: extends makes a circle: {' → '.join(map(str, [*below, path]))}")
+        raise RecipeError(f"{below[-1]}: extends forms a circle: {' → '.join(map(str, [*below, path]))}")
     layer = read_file(path, below)
     if "extends" not in layer.value:
         return layer
@@ -117,7 +120,8 @@ def read_file(path: Path, below: list[Path]) -> Layer:
         before = data[: error.start].decode("utf-8")
         line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
         raise RecipeError(f"{path}:{line}:{column}: not UTF-8 ({error.reason}); save it as UTF-8") from error
-    # Layers count from the deepest base, so that problems are listed in the order in which values are laid over.
+    # Layers count from the deepest base, so that problems are listed in the order in which values
+    # are laid over.
     return _parse(text, str(path), path, layer=-len(below))
 
 
@@ -166,7 +170,7 @@ def _parse_path(name: str) -> KeyPath | None:
 
 
 def _default_list(path: KeyPath) -> list[Any]:
-    """The default of a list, to change one part of it."""
+    """Return the default of a list, to change one part of it."""
     here: Any = Recipe().model_dump()
     for part in path:
         here = here.get(part) if isinstance(here, dict) else None

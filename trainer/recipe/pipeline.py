@@ -40,7 +40,8 @@ def pipeline_findings(recipe: Recipe) -> Iterator[Finding]:
 
 
 def layer_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:
-    """Each stage has a layer, without which it would have nothing to pass on, and each layer a stage."""
+    """Yield a finding unless each stage has a layer, without which it would pass on nothing, and
+    each layer a stage."""
     parallel = recipe.parallel
     if parallel.pipeline == 1:
         return
@@ -62,7 +63,7 @@ def layer_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Findi
 
 
 def rank_of_stage(parallel: Parallel) -> list[int]:
-    """By the schedule of a recipe that passed the door."""
+    """Return the rank of each stage, by the schedule of a valid recipe."""
     if _is_file(parallel.schedule):
         ranks = _read(parallel.schedule).rank_of_stage
         return [ranks[stage] for stage in sorted(ranks)]
@@ -70,8 +71,11 @@ def rank_of_stage(parallel: Parallel) -> list[int]:
 
 
 def schedule_table(recipe: Recipe, plan: BatchPlan) -> ScheduleTable:
-    """What each rank of the pipeline runs, of a recipe that passed the door; RecipeError when the schedule does not have
-    the number of micro-batches that this world size gives."""
+    """Return what each rank of the pipeline runs, for a valid recipe.
+
+    RecipeError if the schedule does not support the number of micro-batches that this world size
+    gives.
+    """
     check_micro_batches(recipe, plan)
     parallel = recipe.parallel
     if _is_file(parallel.schedule):
@@ -85,7 +89,8 @@ def schedule_table(recipe: Recipe, plan: BatchPlan) -> ScheduleTable:
 
 
 def check_micro_batches(recipe: Recipe, plan: BatchPlan) -> None:
-    """RecipeError with the nearest legal numbers when the schedule does not have so many micro-batches."""
+    """Raise RecipeError with the nearest legal numbers if the schedule does not support this number
+    of micro-batches."""
     name, ranks = recipe.parallel.schedule, recipe.parallel.pipeline
     if ranks == 1:
         return
@@ -137,7 +142,8 @@ def _virtual_stage_findings(recipe: Recipe, schedule: Schedule) -> Iterator[Find
 
 
 def _most_micro_batches_findings(recipe: Recipe, schedule: Schedule) -> Iterator[Finding]:
-    """A step has its most micro-batches on the smallest world; when no world gives a legal number, none need be tried."""
+    """Yield a finding if no world size gives a legal number. The smallest world has the most
+    micro-batches in a step."""
     batch, ranks = recipe.batch, recipe.parallel.pipeline
     most, rest = divmod(batch.global_sequences, batch.micro_sequences)
     if rest or any(schedule.accepts(n, ranks) for n in divisors(most)):
@@ -164,8 +170,11 @@ def _balance_findings(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _nearest_division(division: Sequence[int], layers: int) -> list[int]:
-    """Missing layers go to the smallest stages, one by one; those too many are taken from the largest: in the end all that
-    changed are at one level, or the first of them a layer further."""
+    """Return the nearest division of `layers`.
+
+    Missing layers go to the smallest stages, one by one, and surplus layers are taken from the
+    largest. In the end all changed stages are at one level, or the first of them one layer further.
+    """
     nearest = [min(number, layers) for number in division]
     if sum(nearest) <= layers:
         level = _level(nearest, layers, max)
@@ -180,7 +189,11 @@ def _nearest_division(division: Sequence[int], layers: int) -> list[int]:
 
 
 def _level(numbers: Sequence[int], total: int, limited: Callable[[int, int], int]) -> int:
-    """Lifted to it (max) the numbers sum to at most `total`, and beyond it to more; lowered to it (min) to `total` at least."""
+    """Return the level of `_nearest_division`.
+
+    Lifted to it (max), the numbers sum to at most `total`, and to more one further. Lowered to it
+    (min), they sum to at least `total`.
+    """
     low, high = 0, total + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -193,7 +206,7 @@ def _level(numbers: Sequence[int], total: int, limited: Callable[[int, int], int
 
 
 def _zero_findings(recipe: Recipe, *, splits_backward: bool) -> Iterator[Finding]:
-    """What ZeRO and a schedule cannot do together."""
+    """Yield what ZeRO and a schedule cannot do together."""
     zero, parallel = recipe.zero, recipe.parallel
     if zero.stage == 3 and splits_backward:
         lower = "" if zero.offload_param.device != "none" else "zero.stage 2, or "

@@ -1,4 +1,4 @@
-"""How the blocks of the network are divided over the stages of the pipeline."""
+"""The division of the network's blocks over the stages of the pipeline."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from trainer.schema import Recipe
 
 
 def stages_of(recipe: Recipe, network: TransformerConfig) -> list[list[Block]]:
-    """The blocks of each stage in the order of the model, of a recipe that passed the door.
+    """Return the blocks of each stage in the order of the model, for a valid recipe.
 
-    The embedding goes with the first layer and the head with the last: a stage without a layer would have nothing to pass on.
+    The embedding goes with the first layer and the head with the last: a stage without a layer
+    would pass on nothing.
     """
     embedding, *layers, head = blocks_of(network)
     cuts = accumulate(recipe.parallel.balance or layers_by_cost(recipe, network), initial=0)
@@ -26,7 +27,8 @@ def stages_of(recipe: Recipe, network: TransformerConfig) -> list[list[Block]]:
 
 
 def layers_by_cost(recipe: Recipe, network: TransformerConfig) -> list[int]:
-    """Layers on each stage, so that no rank has much more to do than the others."""
+    """Return the number of layers on each stage, so that no rank has much more to do than the
+    others."""
     embedding, *layers, head = cost_of_blocks(recipe, network)
     layers[0] += embedding
     layers[-1] += head

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from trainer.model.auto_rules import AUTO
 from trainer.schema import Finding, Recipe
+from trainer.tuning.methods import method_of
 
 METHOD = "tuning.method"
 
@@ -14,8 +15,7 @@ def tuning_findings(recipe: Recipe) -> Iterator[Finding]:
     """Yield what tuning does not go with."""
     if recipe.tuning.method is None:
         return
-    if recipe.tuning.method == "adalora":
-        yield from _budget_findings(recipe)
+    yield from method_of(recipe.tuning).findings(recipe)
     if recipe.model.family == AUTO:
         yield Finding(
             (METHOD, "model.family"),
@@ -27,20 +27,4 @@ def tuning_findings(recipe: Recipe) -> Iterator[Finding]:
             ("zero.offload_param.device", METHOD),
             f'zero.offload_param.device = "nvme": DeepSpeed 0.19 runs out of swap buffers where weights are frozen ({METHOD}); '
             'legal: "cpu" or "none"',
-        )
-
-
-def _budget_findings(recipe: Recipe) -> Iterator[Finding]:
-    rank, budget, steps = recipe.tuning.rank, recipe.tuning.budget, recipe.train.steps
-    if budget.target_rank >= rank:
-        yield Finding(
-            ("tuning.budget.target_rank", "tuning.rank"),
-            f"tuning.budget.target_rank = {budget.target_rank} leaves nothing to share out of tuning.rank = {rank}: legal: "
-            f"below {rank}, or tuning.rank above {budget.target_rank}",
-        )
-    if (fixed := budget.warmup_steps + budget.final_steps) >= steps:
-        yield Finding(
-            ("tuning.budget.warmup_steps", "tuning.budget.final_steps", "train.steps"),
-            f"tuning.budget: warmup_steps {budget.warmup_steps} + final_steps {budget.final_steps} = {fixed} of train.steps = "
-            f"{steps} leave no step in which ranks are shared out: legal: fewer than {steps} together",
         )

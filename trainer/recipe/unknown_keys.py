@@ -1,4 +1,5 @@
-"""What to say of a key that no section has: where it belongs, or which key was probably meant."""
+"""The message about a key that no section has: where it belongs, or which key was probably
+meant."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from trainer.recipe.marks import KeyPath, dotted
 from trainer.schema import Recipe, Section
 from trainer.spelling import nearest
 
-# Names that other systems have for our keys.
+# The names that other systems use for our keys.
 ELSEWHERE = {
     "learning_rate": "optimizer.lr",
     "max_lr": "optimizer.lr",
@@ -43,7 +44,7 @@ ELSEWHERE = {
 
 @cache
 def known_keys() -> tuple[str, ...]:
-    """The dotted name of every key; items of a list of objects as [0]."""
+    """Return the dotted name of every key; items of a list of objects as [0]."""
     return ("extends", *_keys_of(Recipe, ()))
 
 
@@ -62,9 +63,11 @@ def _keys_of(section: type[Section], path: KeyPath) -> list[str]:
 
 
 def unknown_key(path: KeyPath) -> tuple[str, list[str]]:
-    """What to say of a key that is not in `schema.py`, and the keys that were probably meant.
+    """Return the message about a key that is not in `schema.py`, and the keys that were probably
+    meant.
 
-    A slip of one letter in this section comes first, then a key written into the wrong section, then wider guesses.
+    A slip of one letter in this section comes first, then a key written into the wrong section,
+    then wider guesses.
     """
     section, key = path[:-1], str(path[-1])
     generic = re.sub(r"\[\d+\]", "[0]", dotted(section))

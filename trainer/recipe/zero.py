@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from trainer.schema import Finding, Recipe
+from trainer.update_rules import RULES, RuleName, UpdateRule, rule_of
 
-STATES = 4  # of Adam: the weights, two moments, the gradient
+SWAPPED = 4  # tensors of a weight that DeepSpeed swaps together: itself, its gradient, Adam's two states
 
 
 def zero_findings(recipe: Recipe) -> Iterator[Finding]:
@@ -47,7 +48,7 @@ def _offload_findings(recipe: Recipe) -> Iterator[Finding]:
         if block.device == "nvme" and block.nvme_path is None:
             yield Finding(keys[::-1], f'{path}.device = "nvme" needs {path}.nvme_path, a folder on a local NVMe drive')
     offload = recipe.zero.offload_optimizer
-    if offload.device == "nvme" and (offload.pipeline_read or offload.pipeline_write) and offload.buffer_count < 2 * STATES:
+    if offload.device == "nvme" and (offload.pipeline_read or offload.pipeline_write) and offload.buffer_count < 2 * SWAPPED:
         yield Finding(
             (
                 "zero.offload_optimizer.buffer_count",
@@ -55,28 +56,35 @@ def _offload_findings(recipe: Recipe) -> Iterator[Finding]:
                 "zero.offload_optimizer.pipeline_write",
             ),
             f"zero.offload_optimizer.buffer_count = {offload.buffer_count}: with pipeline_read or pipeline_write two tiles of "
-            f"{STATES} buffers each are in memory at once; legal: {2 * STATES} or more, or both false",
+            f"{SWAPPED} buffers each are in memory at once; legal: {2 * SWAPPED} or more, or both false",
         )
 
 
 def _optimizer_findings(recipe: Recipe) -> Iterator[Finding]:
-    name, stage = recipe.optimizer.name, recipe.zero.stage
-    if name == "adafactor" and stage:
+    name, stage, degree = recipe.optimizer.name, recipe.zero.stage, recipe.parallel.tensor
+    rule = rule_of(recipe.optimizer)
+    if rule.not_divided and stage:
+        others = _names(lambda other: not other.not_divided)
         yield Finding(
             ("optimizer.name", "zero.stage"),
-            f"optimizer.name = adafactor keeps second moments per row and column, which zero.stage {stage} flattens away; "
-            "legal: zero.stage 0, or optimizer.name adamw, adam, sgd or lion",
+            f"optimizer.name = {name} {rule.not_divided.format(stage)}; legal: zero.stage 0, or optimizer.name {others}",
         )
-    if name == "adafactor" and recipe.parallel.tensor > 1:
+    if rule.not_sharded and degree > 1:
+        others = _names(lambda other: not other.not_sharded)
         yield Finding(
             ("optimizer.name", "parallel.tensor"),
-            "optimizer.name = adafactor averages second moments over whole rows and columns of a weight, of which "
-            f"parallel.tensor {recipe.parallel.tensor} gives each rank a part: not the same training; legal: "
-            "parallel.tensor 1, or optimizer.name adamw, adam, sgd or lion",
+            f"optimizer.name = {name} {rule.not_sharded.format(degree)}; legal: parallel.tensor 1, or optimizer.name {others}",
         )
-    if name in ("lion", "sgd", "adafactor") and recipe.zero.offload_optimizer.device == "nvme":
+    if not rule.on_nvme and recipe.zero.offload_optimizer.device == "nvme":
+        others = _names(lambda other: other.on_nvme)
         yield Finding(
             ("optimizer.name", "zero.offload_optimizer.device"),
             f'optimizer.name = {name} cannot be offloaded to "nvme": DeepSpeed swaps exactly the states of Adam; '
-            'legal: adamw or adam, or zero.offload_optimizer.device "cpu" or "none"',
+            f'legal: {others}, or zero.offload_optimizer.device "cpu" or "none"',
         )
+
+
+def _names(wanted: Callable[[UpdateRule], bool]) -> str:
+    """Return the rules that are `wanted`, as a message lists them: "adamw, adam or sgd"."""
+    names: list[RuleName] = [name for name, rule in RULES.items() if wanted(rule)]
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))

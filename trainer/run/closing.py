@@ -8,124 +8,130 @@ from pathlib import Path
 
 import torch
 
-from trainer.data import unigram_perplexity
+from trainer.data import PreparedData, unigram_perplexity
 from trainer.data.handed_on_tokenizer import require_same
 from trainer.data.prepared import held_out_pairs
+from trainer.data.targets import Targets
 from trainer.data.texts import Texts
+from trainer.engine.engine import Engine
+from trainer.engine.evaluator import Evaluator
 from trainer.engine.execution import DTYPES
 from trainer.errors import NotFinite
-from trainer.files.spare import Spare
 from trainer.inference.generate import sample
 from trainer.inference.translator import Search, Translator, scores
 from trainer.launch.ranks import together
 from trainer.model.hugging_face import assembled, write_folder
-from trainer.run.session import Session, targets_for
-from trainer.track.report import write_report
+from trainer.model.model_files import ModelFiles
+from trainer.run_folder import RunFolder
+from trainer.schema import Recipe
 from trainer.tuning.adapter_folder import AdapterFormat, leaves_adapter, write_adapter
 from trainer.tuning.merge import merged
-from trainer.tuning.targets import MERGEABLE, PARTS, is_added
+from trainer.tuning.methods import method_of
+from trainer.tuning.targets import is_added
 
 SAMPLE_TOKENS = 96
 
 
-def export(run: Session) -> None:
+def export(engine: Engine, files: ModelFiles, folder: RunFolder, *, is_first: bool, note: Callable[[str], None]) -> None:
     """Write the weights as a Hugging Face folder, or what was trained beside them as an adapter. NotFinite or DataError on all
     ranks, and no folder, where a weight is not finite or transformers would tokenize otherwise."""
-    with together(lambda: run.engine.watch.doing):
+    with together(lambda: engine.watch.doing):
         try:
-            _write_export(run)
+            what = _write_export(engine, files, folder.export if is_first else None)
         except NotFinite as error:
-            raise NotFinite(error.what, step=run.recipe.train.steps) from None
+            raise NotFinite(error.what, step=engine.recipe.train.steps) from None
+    note(f"{what}: {folder.export}")
 
 
-def _write_export(run: Session) -> None:
-    tensors, dtype = run.engine.gathered_tensors(), DTYPES[run.recipe.precision.dtype]
-    folder = run.folder.export if run.place.is_first else None
-    if leaves_adapter(run.recipe):
-        form = AdapterFormat.of(run.recipe, run.network)
-        write_adapter(assembled(tensors), folder, dtype=dtype, form=form, save_beside=_others(run))
-        run.tracker.note(f"adapter: {run.folder.export}")
-        return
+def _write_export(engine: Engine, files: ModelFiles, folder: Path | None) -> str:
+    """Return what was written; `folder` None on ranks that only take part in the gathering."""
+    recipe, network = engine.recipe, engine.network
+    tensors, dtype = engine.gathered_tensors(), DTYPES[recipe.precision.dtype]
+    if leaves_adapter(recipe):
+        form = AdapterFormat.of(recipe, network)
+        write_adapter(assembled(tensors), folder, dtype=dtype, form=form, save_beside=_others(files))
+        return "adapter"
     write_folder(
         tensors,
         folder,
         dtype=dtype,
-        config=run.files.config,
-        save_beside=_with_unmerged(run, dtype),
-        through=partial(merged, tuning=run.recipe.tuning, network=run.network),
+        config=files.config,
+        save_beside=_with_unmerged(engine, files, dtype),
+        through=partial(merged, tuning=recipe.tuning, network=network),
     )
-    run.tracker.note(f"weights: {run.folder.export}")
+    return "weights"
 
 
-def _others(run: Session) -> Callable[[Path], None]:
+def _others(files: ModelFiles) -> Callable[[Path], None]:
     """Return the function that puts the tokenizer, and what else belongs there, into a folder, and looks whether transformers
     reads it so."""
 
     def save(folder: Path) -> None:
-        run.files.save_others(folder)
-        require_same(folder, run.files.tokenizer)
+        files.save_others(folder)
+        require_same(folder, files.tokenizer)
 
     return save
 
 
-def _with_unmerged(run: Session, dtype: torch.dtype) -> Callable[[Path], None]:
-    """What goes into a whole model's folder beside its weights: the tokenizer, and an adapter that no weight can take up."""
-    if run.recipe.tuning.method not in PARTS or run.recipe.tuning.method in MERGEABLE:
-        return _others(run)
-    form = AdapterFormat.of(run.recipe, run.network)
-    adapter = [(name, tensor) for name, tensor in assembled(run.engine.gathered_tensors()) if is_added(name)]
+def _with_unmerged(engine: Engine, files: ModelFiles, dtype: torch.dtype) -> Callable[[Path], None]:
+    """Return the function that puts into a whole model's folder what is beside its weights: the tokenizer, and an adapter that
+    no weight can take up."""
+    method = method_of(engine.recipe.tuning)
+    if not method.parts or method.merges:
+        return _others(files)
+    form = AdapterFormat.of(engine.recipe, engine.network)
+    adapter = [(name, tensor) for name, tensor in assembled(engine.gathered_tensors()) if is_added(name)]
 
     def save(folder: Path) -> None:
-        _others(run)(folder)
+        _others(files)(folder)
         form.write(adapter, folder, dtype)
 
     return save
 
 
-def finish(run: Session, summary: dict[str, object]) -> None:
-    """What is worth knowing at the end: a sample, the baseline, the report."""
-    recipe, tokenizer = run.recipe, run.prepared.tokenizer
-    if run.eval_data is not None and run.place.is_first and run.engine.measures.predicts_tokens:
-        summary["unigram_perplexity"] = unigram_perplexity(
-            run.prepared.train,
-            run.prepared.evaluation,
-            tokenizer.vocab_size,
-            seq_len=recipe.data.row_tokens,
+def baseline(recipe: Recipe, prepared: PreparedData, targets: Targets) -> dict[str, float]:
+    """Return the perplexity of the held-out data by the frequency of its tokens, which any model should beat."""
+    return {
+        "unigram_perplexity": unigram_perplexity(
+            prepared.train,
+            prepared.evaluation,
+            prepared.tokenizer.vocab_size,
+            row_tokens=recipe.data.row_tokens,
             isolate_documents=recipe.data.isolate_documents,
             sequences=recipe.train.eval_sequences,
-            targets=targets_for(recipe, run.prepared, run.network, "evaluation"),
+            targets=targets,
         )
-    if recipe.train.sample_prompt is not None:
-        chat, texts = run.prepared.chat, run.prepared.texts or Texts()
-        asked = recipe.train.sample_prompt
-        prompt = chat.prompt(asked) if chat else texts.prompt(tokenizer, asked)
-        tokens = sample(
-            run.engine.evaluator.next_logits,
-            prompt,
-            new_tokens=SAMPLE_TOKENS,
-            context=recipe.data.seq_len,
-            end=chat.end_of_turn if chat else tokenizer.end_of_document,
-            temperature=0.8,
-            top_k=50,
-            seed=recipe.run.seed,
-        )
-        summary |= {"sample_prompt": recipe.train.sample_prompt, "sample": tokenizer.decode(tokens)}
-    if recipe.train.eval_translations and run.place.is_first:
-        summary |= _translation_scores(run)
-    summary |= run.goodput(recipe.train.steps)
-    summary |= {"num_params": run.engine.num_params, "world_size": run.place.world_size, "devices": run.devices}
-    run.tracker.finish(summary)
-    run.end_account(recipe.train.steps)
-    if run.place.is_first:
-        with Spare(run.folder.report, "triaxis report writes it again").written():
-            write_report(run.folder.path)
+    }
 
 
-def _translation_scores(run: Session) -> dict[str, object]:
-    """Of the exported weights; the other ranks need not take part."""
-    data, keys = run.recipe.data, run.recipe.train
+def sampled(recipe: Recipe, prepared: PreparedData, evaluator: Evaluator) -> dict[str, str]:
+    """Return how the model goes on from train.sample_prompt, or what it answers; {} without one. All ranks must call it
+    together."""
+    asked, tokenizer, chat = recipe.train.sample_prompt, prepared.tokenizer, prepared.chat
+    if asked is None:
+        return {}
+    tokens = sample(
+        evaluator.next_logits,
+        chat.prompt(asked) if chat else (prepared.texts or Texts()).prompt(tokenizer, asked),
+        new_tokens=SAMPLE_TOKENS,
+        context=recipe.data.seq_len,
+        end=chat.end_of_turn if chat else tokenizer.end_of_document,
+        temperature=0.8,
+        top_k=50,
+        seed=recipe.run.seed,
+    )
+    return {"sample_prompt": asked, "sample": tokenizer.decode(tokens)}
+
+
+def translated(
+    recipe: Recipe, export: Path, *, tick: Callable[[], None], note: Callable[[str], None]
+) -> dict[str, float | str]:
+    """Return BLEU and chrF of the exported weights on held-out pairs; {} if none are asked for. The other ranks need not take
+    part."""
+    data, keys = recipe.data, recipe.train
+    if not keys.eval_translations:
+        return {}
     pairs = held_out_pairs(data, cache_dir=Path(str(data.cache_dir)), limit=keys.eval_translations)
-    search = Search(keys.beams, keys.length_penalty)
-    found = scores(Translator(run.folder.export), pairs, search, tick=run.engine.watch.tick)
-    run.tracker.note(f"translation of {len(pairs):,} pairs: BLEU {found.bleu}, chrF {found.chrf} ({found.signature})")
+    found = scores(Translator(export), pairs, Search(keys.beams, keys.length_penalty), tick=tick)
+    note(f"translation of {len(pairs):,} pairs: BLEU {found.bleu}, chrF {found.chrf} ({found.signature})")
     return {"bleu": found.bleu, "chrf": found.chrf, "sacrebleu": found.signature}

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import singledispatch
 from pathlib import Path
 from typing import NamedTuple
 
 from trainer.costs.blocks import count_parameters
 from trainer.errors import RecipeError
 from trainer.model.auto_network import AutoNetwork
-from trainer.model.config import TransformerConfig, largest_weight
+from trainer.model.config import TransformerConfig
+from trainer.model.network import Network
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 
@@ -43,7 +45,7 @@ class Machine(NamedTuple):
     gpu_bytes: int | None
 
 
-def require_memory(recipe: Recipe, plan: BatchPlan, network: TransformerConfig | AutoNetwork, machine: Machine) -> None:
+def require_memory(recipe: Recipe, plan: BatchPlan, network: Network, machine: Machine) -> None:
     """RecipeError, with the largest demand, where a rank cannot have what it needs."""
     demands = list(least_demands(recipe, plan, network))
     in_host = [demand for demand in demands if demand.in_host or machine.gpu_bytes is None]
@@ -64,27 +66,23 @@ def _require(demands: list[Demand], there: int, said: str) -> None:
         )
 
 
-def least_demands(recipe: Recipe, plan: BatchPlan, network: TransformerConfig | AutoNetwork) -> Iterator[Demand]:
+def least_demands(recipe: Recipe, plan: BatchPlan, network: Network) -> Iterator[Demand]:
     """Of one rank."""
     batch, seq_len, parallel, zero = recipe.batch, recipe.data.seq_len, recipe.parallel, recipe.zero
-    step = plan.sequences_per_rank * (plan.seq_len * TOKEN_BYTES + ROW_BYTES) + plan.num_micro_batches * BATCH_BYTES
+    step = plan.sequences_per_rank * (plan.row_tokens * TOKEN_BYTES + ROW_BYTES) + plan.num_micro_batches * BATCH_BYTES
     yield Demand(f"the data of a step (batch.global_sequences {batch.global_sequences} × data.seq_len {seq_len})", step, True)
     if parallel.pipeline > 1:
         actions = 2 * plan.num_micro_batches * parallel.pipeline * parallel.virtual_stages
         what = f"the schedule of {plan.num_micro_batches} micro-batches (batch.global_sequences {batch.global_sequences})"
         yield Demand(what, actions * ACTION_BYTES, True)
     itemsize, divided = DTYPE_BYTES[recipe.precision.dtype], parallel.tensor * parallel.pipeline
-    if isinstance(network, TransformerConfig):
-        layers = network.num_layers if parallel.pipeline == 1 else parallel.virtual_stages
-        tokens = batch.micro_sequences * seq_len // (parallel.tensor if parallel.divides_tokens else 1)
-        yield Demand(
-            f"what the layers keep of a micro-batch (batch.micro_sequences {batch.micro_sequences} × data.seq_len {seq_len})",
-            tokens * network.hidden_size * layers * itemsize,
-            False,
-        )
-        elements, largest = count_parameters(network) // divided, largest_weight(network)
-    else:
-        elements, largest = network.matmul_weights, network.largest_weight
+    tokens = batch.micro_sequences * seq_len // (parallel.tensor if parallel.divides_tokens else 1)
+    yield Demand(
+        f"what the layers keep of a micro-batch (batch.micro_sequences {batch.micro_sequences} × data.seq_len {seq_len})",
+        tokens * _kept_features(network, recipe) * itemsize,
+        False,
+    )
+    elements, largest = _elements(network) // divided, network.largest_weight
     share = elements // (plan.dp if zero.stage == 3 else 1)
     if zero.offload_param.device != "nvme" and recipe.tuning.quantize is None:
         yield Demand("the weights (model.config)", share * itemsize, zero.offload_param.device == "cpu")
@@ -121,3 +119,30 @@ def _group_limits(total: int) -> list[int]:
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:,.3g} GiB" if num_bytes < 2**43 else f"{num_bytes / 2**40:,.0f} TiB"
+
+
+@singledispatch
+def _elements(network: Network) -> int:
+    raise TypeError(type(network))
+
+
+@_elements.register
+def _(network: TransformerConfig) -> int:
+    return count_parameters(network)
+
+
+@_elements.register
+def _(network: AutoNetwork) -> int:
+    return network.matmul_weights
+
+
+@singledispatch
+def _kept_features(network: Network, recipe: Recipe) -> int:
+    """Return how many features of a token a rank's layers keep; 0 where that is not known."""
+    return 0
+
+
+@_kept_features.register
+def _(network: TransformerConfig, recipe: Recipe) -> int:
+    parallel = recipe.parallel
+    return network.hidden_size * (network.num_layers if parallel.pipeline == 1 else parallel.virtual_stages)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from trainer.costs.flops import row_flops
 from trainer.data.loader import MicroBatch
-from trainer.engine.engine import StepResult
-from trainer.run.session import Session
-from trainer.track import read_metrics
+from trainer.engine.engine import Engine, StepResult
+from trainer.engine.parameter_counts import ParameterCounts
+from trainer.track import Tracker, read_metrics
 from trainer.track.history import History
 
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -22,9 +23,22 @@ PARTS = ("data", "forward", "backward", "optimizer")
 class Meter:
     """Logs a record every `train.log_every` steps and at the last; its times are means over the steps since the one before."""
 
-    def __init__(self, run: Session) -> None:
-        self._run = run
-        self._skipped: int = run.checkpoints.memory.get("meter", {}).get("skipped", 0)
+    def __init__(
+        self,
+        engine: Engine,
+        counts: ParameterCounts,
+        *,
+        peak_flops: float,
+        tracker: Tracker,
+        account: Callable[[int], None],
+        metrics: Path,
+        skipped: int,
+    ) -> None:
+        """`peak_flops`: of this rank's device, FLOP/s. `account` is called with the steps done after each record. `metrics`:
+        where the tracker's records are. `skipped`: steps that were skipped before."""
+        self._engine, self._counts, self._peak_flops = engine, counts, peak_flops
+        self._tracker, self._account, self._metrics = tracker, account, metrics
+        self._skipped = skipped
         self._last: dict[str, float | int] = {}
         self.restart()
 
@@ -36,19 +50,19 @@ class Meter:
         """Begin a new span, leaving out what happened since the last record (evaluation, saving)."""
         self._steps = 0
         self._flops = 0
-        self._run.engine.watch.lap()
+        self._engine.watch.lap()
         self._since = time.perf_counter()
 
     def record(self, steps_done: int, lr: float, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
-        run = self._run
+        engine, keys = self._engine, self._engine.recipe.train
         self._steps += 1
         # Of this rank's micro-batches; the ranks that hold one copy of the model together share the work.
-        rows = (row for batch in micro_batches for row in batch.documents)
-        self._flops += row_flops(run.network, rows, trained_beside=run.census.trained_beside)
+        rows = (row for batch in micro_batches for row in batch.documents.lengths)
+        self._flops += row_flops(engine.network, rows, trained_beside=self._counts.trained_beside)
         self._skipped += result.skipped
-        if steps_done % run.recipe.train.log_every and steps_done != run.recipe.train.steps:
+        if steps_done % keys.log_every and steps_done != keys.steps:
             return
-        spent = run.engine.watch.lap()
+        spent = engine.watch.lap()
         span_s = time.perf_counter() - self._since
         step_time_s = span_s / self._steps
         split = {f"time_{part}_s": spent.get(part, 0.0) / self._steps for part in PARTS}
@@ -59,19 +73,19 @@ class Meter:
             "grad_norm": result.grad_norm,
             "lr": lr,
             "loss_scale": result.loss_scale,
-            "tokens": steps_done * run.plan.tokens_per_step,
-            "tokens_per_s": run.plan.tokens_per_step / step_time_s,
+            "tokens": steps_done * engine.plan.tokens_per_step,
+            "tokens_per_s": engine.plan.tokens_per_step / step_time_s,
             "step_time_s": step_time_s,
             **split,
             "time_other_s": max(0.0, step_time_s - sum(split.values())),
-            "mfu": self._flops / run.mesh.replica.size / span_s / run.peak_flops,
-            "memory_gib": peak_memory_gib(run.place.device),
+            "mfu": self._flops / engine.mesh.replica.size / span_s / self._peak_flops,
+            "memory_gib": peak_memory_gib(engine.device),
             "skipped": self._skipped,
             "num_targets": result.num_targets,
             "time": time.time(),
         }
-        run.tracker.log(self._last)
-        run.account(steps_done)
+        self._tracker.log(self._last)
+        self._account(steps_done)
         self.restart()
 
     def summary(self) -> Mapping[str, float | int]:
@@ -79,7 +93,7 @@ class Meter:
         it; few when a resumed run had no step to do."""
         if not self._last:
             return self.state()
-        history = History.of(read_metrics(self._run.folder.metrics))
+        history = History.of(read_metrics(self._metrics))
         medians = {key: history.median(key) for key in ("tokens_per_s", "mfu")}
         rates = {key: self._last[key] if median is None else median for key, median in medians.items()}
         last = {key: self._last[key] for key in ("tokens", "memory_gib", "skipped")}

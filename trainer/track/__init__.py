@@ -1,4 +1,5 @@
-"""What a run tells: its history on disk, its mirrors (W&B, TensorBoard), its console, its report.
+"""The reports of a run: its history on disk, its mirrors (W&B, TensorBoard), its console, its
+report page.
 
     tracker = make_tracker(recipe.tracking, run, writing_rank=place.is_first)     # started
     tracker.log({"step": 1, "loss": 5.1, …})
@@ -6,7 +7,8 @@
     tracker.note("weights written to …")
     tracker.finish({"final_loss": 5.1, …})
 
-The history (`jsonl.py`) is ours and is the truth; everything else may fail without the run noticing.
+The history (`jsonl.py`) is ours and is the truth. Everything else may fail without the run
+noticing.
 """
 
 from trainer.track.jsonl import read_metrics, truncate_after

@@ -1,7 +1,7 @@
-"""What a person sees: a live bar on a terminal, plain lines in a log file.
+"""The console: a live bar on a terminal, plain lines in a log file.
 
-In a SLURM log a bar would be thousands of lines of control characters. There a record is one line, at most every two
-seconds, the first and the last always.
+In a SLURM log a bar would be thousands of lines of control characters. There each record is one
+line, at most one every two seconds, but always the first and the last.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Record = Mapping[str, float | int | None]
 
 
 class ConsoleTracker:
-    """Speaks for the run on stdout. `note` may be called from any thread, and before `start`."""
+    """The tracker that writes to stdout. `note` may be called from any thread, and before
+    `start`."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
@@ -53,7 +54,7 @@ class ConsoleTracker:
         self.note(f"step {record['step']}: {measured}")
 
     def rewind(self, step: int) -> None:
-        """The bar goes back with the next record."""
+        """Do nothing: the bar goes back with the next record."""
 
     def note(self, line: str) -> None:
         self._console.print(Text(printable(redact_text(line))), soft_wrap=True)
@@ -70,7 +71,8 @@ class ConsoleTracker:
             self.note(f"{summary.get('sample_prompt') or ''}{sample}")
 
     def _move_bar(self, record: Record) -> None:
-        if self._bar is None:  # not before the first step: what goes wrong until then finds the terminal as it was
+        # Not before the first step: earlier errors find the terminal unchanged.
+        if self._bar is None:
             self._bar = self._make_bar()
             self._bar.start()
         loss, rate = short(record.get("loss")), scaled(record.get("tokens_per_s"))
@@ -109,7 +111,8 @@ class ConsoleTracker:
 
 
 class _Pace:
-    """When the run will end, from a running mean of the step time: the first steps (compilation) must not count for long."""
+    """An estimate of when the run will end, from a running mean of the step time, so that slow
+    first steps (compilation) soon lose weight."""
 
     def __init__(self, run: RunInfo) -> None:
         self._total, self._step = run.total_steps, run.start_step
@@ -126,7 +129,8 @@ class _Pace:
 
 
 class _Remaining(ProgressColumn):
-    """Rich's own ETA forgets after 30 s and shows nothing for slower steps."""
+    """A column with our estimate: Rich's own forgets after 30 s and shows nothing for slower
+    steps."""
 
     def __init__(self, pace: _Pace) -> None:
         super().__init__()
@@ -136,7 +140,7 @@ class _Remaining(ProgressColumn):
         return Text(f"ETA {duration(self._pace.remaining_s())}")
 
 
-# What is said of an evaluation in a line.
+# Key of an evaluation → its name and format in a line.
 EVAL_WORDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "eval_loss": ("eval loss", short),
     "eval_perplexity": ("perplexity", short),
@@ -148,7 +152,8 @@ EVAL_WORDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "eval_rewards/accuracies": ("reward accuracy", percent),
 }
 
-# Key of the summary → how to say it; also the order of the table. Keys that are not here are for the report alone.
+# Key of the summary → its name and format, in the order of the table. Other keys are for the report
+# only.
 SUMMARY_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "steps": ("steps", scaled),
     "final_loss": ("final loss", short),
@@ -175,7 +180,7 @@ SUMMARY_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
-    """(what, how much) for each number of the summary that a person wants to see."""
+    """Return (name, formatted number) for each number of the summary that a person wants to see."""
     rows = []
     for key, (label, say) in SUMMARY_ROWS.items():
         value = summary.get(key)

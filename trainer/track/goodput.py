@@ -1,11 +1,14 @@
-"""Where the time that a run was given has gone, over all its starts: `goodput.json` in the run folder.
+"""An account of where the time given to a run has gone, over all its starts: `goodput.json` in the
+run folder.
 
     goodput = (data + compute + communication − lost) / allocated
 
-`allocated` is the sum over the starts of the time from the start of the first rank's process to its last sign of life; `lost`,
-what was trained after the checkpoint that the next start went on from: those steps were made twice. `init` is everything before
-the first step, imports included. Communication is compute during which the first rank was seen to wait in a collective, by
-samples ten times a second; on GPUs the host runs ahead of the device, so there it is part of compute. No torch.
+`allocated` is the sum over the starts of the time from the start of the first rank's process to its
+last record. `lost` is the time of steps after the checkpoint that the next start resumed from:
+those steps were trained twice. `init` is everything before the first step, imports included.
+Communication is compute during which the first rank was seen waiting in a collective, by samples
+ten times a second; on GPUs the host runs ahead of the device, so there it counts as compute. No
+torch.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from trainer.files.spare import Spare
 from trainer.launch.processes import start_of
 
 LEDGER = "goodput.json"
-WRITTEN_EVERY_S = 30.0  # a kill leaves at most this much of the last start untold
+WRITTEN_EVERY_S = 30.0  # a kill leaves at most this much of the last start unrecorded
 KINDS = ("init", "data", "compute", "communication", "save", "evaluation", "guard", "export", "other", "lost")
 TRAINING = ("data", "compute", "communication")
 STARTING = ("start", "reading the data", "looking for a checkpoint", "building the model", "restoring the checkpoint")
@@ -41,7 +44,7 @@ Seconds = Annotated[float, Field(ge=0.0, le=1e12, allow_inf_nan=False)]
 
 
 class Start(TypedDict):
-    """One start of a run; `seconds` by what they were for."""
+    """A start of a run, with its seconds by kind."""
 
     began: Seconds
     until: Seconds
@@ -56,12 +59,16 @@ class _Starts(TypedDict):
 
 
 class Ledger:
-    """Of this start, on the first rank; earlier starts are kept. `times`: when each step was logged before; what came after
-    `from_step` is made again."""
+    """The account of this start, on the first rank; those of earlier starts are kept."""
 
     def __init__(self, folder: Path, *, from_step: int, times: Mapping[int, float]) -> None:
+        """Read the earlier starts and close the last one.
+
+        `times`: when each step was logged before. What came after `from_step` will be trained
+        again.
+        """
         self._path = folder / LEDGER
-        self._spare = Spare(self._path, "what is not written there is missing in the account of the run's time")
+        self._spare = Spare(self._path, "what is not written is missing from the account of the run's time")
         self._starts = read_starts(folder)
         if self._starts:
             _close(self._starts[-1], from_step, times)
@@ -72,21 +79,27 @@ class Ledger:
         self._ended = False
 
     def write(self, step: int, totals: Mapping[str, float], waiting: Mapping[str, float], *, always: bool = False) -> None:
-        """`totals`: seconds by phase since the stopwatch began; `waiting`: of each, the share that waited for other ranks."""
+        """Write the account, at most every 30 s unless `always`.
+
+        `totals`: seconds by phase since the stopwatch began. `waiting`: for each phase the share
+        spent waiting for other ranks.
+        """
         if always or time.monotonic() - self._written >= WRITTEN_EVERY_S:
             self._written = time.monotonic()
             with self._spare.written():
                 write_json(self._path, {"starts": [*self._starts, self.of_now(step, totals, waiting)]})
 
     def end(self, step: int, totals: Mapping[str, float], waiting: Mapping[str, float]) -> None:
-        """The last word of this start; the first one counts, so that a report made of it stays true."""
+        """Write the final account of this start. Only the first call counts, so that a report made
+        from it stays true."""
         if not self._ended:
             self._ended = True
             self.write(step, totals, waiting, always=True)
 
     def of_now(self, step: int, totals: Mapping[str, float], waiting: Mapping[str, float]) -> Start:
         now, seconds = time.time(), dict.fromkeys(KINDS[:-1], 0.0)
-        seconds["init"] = max(0.0, now - self._began - sum(totals.values()))  # before the stopwatch was made: imports
+        # Imports came before the stopwatch began.
+        seconds["init"] = max(0.0, now - self._began - sum(totals.values()))
         for phase, spent in totals.items():
             kind = KIND_OF.get(phase, "other")
             waited = spent * waiting.get(phase, 0.0) if kind == "compute" else 0.0
@@ -102,7 +115,7 @@ class Ledger:
         }
 
     def lose(self, seconds: float) -> None:
-        """What was trained in them is undone."""
+        """Count seconds of training that were undone."""
         self._lost_s += seconds
 
     def shares(self, step: int, totals: Mapping[str, float], waiting: Mapping[str, float]) -> dict[str, float]:
@@ -110,7 +123,8 @@ class Ledger:
 
 
 def shares_of(starts: Sequence[Start]) -> dict[str, float]:
-    """{"allocated_s", "goodput", "explained", and the share of each kind}: `lost` is taken out of the training that it was."""
+    """Return {"allocated_s", "goodput", "explained"} and the share of each kind. `lost` is taken
+    out of the training it was part of."""
     allocated = sum(start["until"] - start["began"] for start in starts)
     if allocated <= 0:
         return {}
@@ -130,7 +144,8 @@ def shares_of(starts: Sequence[Start]) -> dict[str, float]:
 
 
 def read_starts(folder: Path) -> list[Start]:
-    """The starts of a run; [] when there is no ledger, or none that can be read: it is a report, not state."""
+    """Return the starts of a run; [] if there is no readable ledger, because it is a report and not
+    state."""
     try:
         return read_as(_Starts, folder / LEDGER)["starts"]
     except (OSError, ValueError):
@@ -138,20 +153,22 @@ def read_starts(folder: Path) -> list[Start]:
 
 
 def lost_s(times: Mapping[int, float], from_step: int) -> float:
-    """Of the records' times by step: from that of the checkpoint's step to the last."""
+    """Return the seconds from the checkpoint's step to the last one, by the times at which steps
+    were recorded."""
     later = [at for step, at in times.items() if step > from_step]
     before = [at for step, at in times.items() if step <= from_step]
     return max(later) - max(before) if later and before else 0.0
 
 
 def age_of_this_process() -> float:
-    """Seconds since it was started."""
+    """Return the seconds since this process was started."""
     started_s = start_of(os.getpid()) / os.sysconf("SC_CLK_TCK")
     return float(Path("/proc/uptime").read_text().split()[0]) - started_s
 
 
 def _close(start: Start, from_step: int, times: Mapping[int, float]) -> None:
-    """A kill keeps a start from telling its last seconds: up to the last step that it logged they were training."""
+    """Complete a start that a kill kept from its last record: the time up to its last logged step
+    was training."""
     untold = max(0.0, max(times.values(), default=0.0) - start["until"])
     start["until"] += untold
     start["seconds"]["compute"] += untold

@@ -1,4 +1,4 @@
-"""A run's records as columns, for its report."""
+"""The records of a run as columns, for its report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ Column = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class History:
-    """Records as columns: float64, one element per record, NaN where a record has no such number."""
+    """Records as columns: float64, one element per record, NaN where a record has no such
+    number."""
 
     columns: Mapping[str, Column]
     num_records: int
@@ -32,11 +33,11 @@ class History:
         return np.full(self.num_records, np.nan) if column is None else column
 
     def has(self, name: str) -> bool:
-        """Whether any record has a finite number there."""
+        """Return whether any record has a finite number there."""
         return bool(np.isfinite(self[name]).any())
 
     def last(self, name: str) -> float | None:
-        """The last record's number, NaN and infinity included; None when there is none."""
+        """Return the last record's number, NaN and infinity included; None if there is none."""
         return float(self[name][-1]) if self.num_records and name in self.columns else None
 
     def median(self, name: str) -> float | None:

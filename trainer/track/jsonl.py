@@ -1,11 +1,14 @@
-"""The history of a run, kept by us: `metrics.jsonl`, `evaluations.jsonl` and `summary.json` in the run folder.
+"""The history of a run, which we keep: `metrics.jsonl`, `evaluations.jsonl` and `summary.json` in
+the run folder.
 
-Training and evaluation records live in two files. `metrics.jsonl` promises one object per logged step with the same keys
-in each, so that one line of pandas or jq reads it; evaluations come at other steps, after the record of their step is on
-disk, with other keys. Merging them would mean holding records back (a kill loses them) or rewriting lines.
+Training and evaluation records are in two files. `metrics.jsonl` promises one object per logged
+step with the same keys in each, so that one line of pandas or jq reads it. Evaluations come at
+other steps, with other keys, after the record of their step is on disk. Merging them would mean
+holding records back (a kill loses them) or rewriting lines.
 
-Floats are written by `repr`, which reads back bit-equal. JSON has no NaN or infinity: they are the strings "nan", "inf"
-and "-inf", and `read_metrics` turns them back into floats. A record holds numbers only, so no other string can be meant.
+Floats are written by `repr`, which reads back bit-equal. JSON has no NaN or infinity: they are the
+strings "nan", "inf" and "-inf", and `read_metrics` turns them back into floats. A record holds
+numbers only, so no other string can be meant.
 """
 
 from __future__ import annotations
@@ -35,16 +38,16 @@ METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 
-SYNC_EVERY_S = 5.0  # a power cut loses at most this much history; a kill loses nothing, each line is flushed
+SYNC_EVERY_S = 5.0  # a power cut loses at most this much history; a kill nothing: lines are flushed
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 Number = float | int | None
-Shown = Annotated[int, Field(ge=-(2**63), le=2**63)] | float | None  # what can be written as a number for people
+Shown = Annotated[int, Field(ge=-(2**63), le=2**63)] | float | None  # a number that can be shown
 
 
 def to_json(value: Any) -> Any:
-    """`value` with every non-finite float replaced by its name, ready for strict JSON."""
+    """Return `value` with every non-finite float replaced by its name, ready for strict JSON."""
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     if isinstance(value, Mapping):
@@ -55,8 +58,11 @@ def to_json(value: Any) -> Any:
 
 
 class MetricsFile:
-    """Appends one JSON object per line. What a kill tore off at the end of the file is cut when it is opened again; what a full
-    disk does not take waits in memory for room."""
+    """A file to which one JSON object per line is appended.
+
+    A torn line at its end, left by a kill, is cut when it is opened again. Records that a full disk
+    does not take wait in memory.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,7 +73,7 @@ class MetricsFile:
         self._synced = time.monotonic()
 
     def append(self, record: Mapping[str, Number]) -> None:
-        """One line, in the hands of the operating system when this returns, if that takes it."""
+        """Append one line. When this returns, the operating system has it, if the disk has room."""
         self._waiting += json.dumps(to_json(record), allow_nan=False).encode() + b"\n"
         with self._spare.written():
             self._write()
@@ -79,13 +85,13 @@ class MetricsFile:
         self._synced = time.monotonic()
 
     def rewind(self, step: int) -> None:
-        """Without the records after `step`."""
+        """Remove the records after `step`."""
         self.close()
         truncate_after(self.path, step)
         self._open()
 
     def close(self) -> None:
-        """DataError when records are still waiting: they are lost."""
+        """Close the file. DataError if records are still waiting, because they are lost."""
         if self._file.closed:
             return
         try:
@@ -102,10 +108,10 @@ class MetricsFile:
 
     def _open(self) -> None:
         self._file = open_to_append(self.path)
-        self._end = os.fstat(self._file.fileno()).st_size  # of the last whole line
+        self._end = os.fstat(self._file.fileno()).st_size  # the end of the last whole line
 
     def _write(self) -> None:
-        """Whole lines, or none: a disk may take a part before it is full."""
+        """Write the waiting lines whole or not at all: a disk may take a part before it is full."""
         try:
             rest = memoryview(self._waiting)
             while rest:
@@ -118,15 +124,18 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Number]]:
-    """The records of `metrics.jsonl` or `evaluations.jsonl`, in order; of one without a file, none.
+    """Return the records of `metrics.jsonl` or `evaluations.jsonl`, in order; [] if there is no
+    file.
 
-    A last line without its newline was torn by a kill and is left out. Any other damage: DataError that names the line.
+    A last line without its newline was torn by a kill and is left out. DataError names the line of
+    any other damage.
     """
     return [record for _, record in _read(path)]
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Drop the records after `step`, whole or not at all: a resumed run writes them again, so that each step appears once.
+    """Drop the records after `step`, whole or not at all: a resumed run writes them again, so that
+    each step appears once.
 
     The lines that stay keep their bytes.
     """
@@ -158,14 +167,14 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Number]:
         if isinstance(value, str) and value in _NON_FINITE:
             record[name] = _NON_FINITE[value]
         elif not _is_number(value):
-            raise DataError(f"{path}:{number}: {name} is {json.dumps(value)[:60]}, no number: correct or delete the line")
+            raise DataError(f"{path}:{number}: {name} is {json.dumps(value)[:60]}, not a number: correct or delete the line")
     if not (type(record.get("step")) is int and record["step"] >= 0):
         raise DataError(f'{path}:{number}: a record without a whole number of steps under "step": delete the line')
     return record
 
 
 def _is_number(value: object) -> bool:
-    """Whether a report can draw it: no whole number that float64 has not."""
+    """Return whether a report can draw the value: float64 must be able to hold it."""
     return value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
@@ -187,7 +196,7 @@ def _cut_torn_line(path: Path) -> None:
 
 @with_config(OPEN)
 class Summary(TypedDict, total=False):
-    """What `summary.json` says for people, as far as more is done with it than to show it."""
+    """The entries of `summary.json` that are used for more than showing them."""
 
     ended_by: str
     devices: str
@@ -205,7 +214,7 @@ class Summary(TypedDict, total=False):
 
 
 def read_summary(folder: Path) -> Summary:
-    """`summary.json`, {} before the run has finished. DataError when it is damaged."""
+    """Return `summary.json`, or {} before the run has finished. DataError if it is damaged."""
     path = folder / SUMMARY
     if not path.exists():
         return {}
@@ -217,7 +226,8 @@ def read_summary(folder: Path) -> Summary:
 
 
 class JsonlTracker:
-    """The history on disk. A full disk is waited for, and what it did not take by the end is told, not swallowed."""
+    """The tracker that keeps the history on disk. It waits for a full disk, and reports what could
+    not be written by the end."""
 
     def start(self, run: RunInfo) -> None:
         self._folder = run.folder
@@ -231,15 +241,16 @@ class JsonlTracker:
         self._evaluations.append(record)
 
     def note(self, line: str) -> None:
-        """Notes are for people; the history holds numbers."""
+        """Do nothing: notes are for people, and the history holds numbers."""
 
     def rewind(self, step: int) -> None:
         self._metrics.rewind(step)
         self._evaluations.rewind(step)
 
     def finish(self, summary: Mapping[str, object]) -> None:
-        """DataError when records are lost, for which no disk had room to the end."""
-        with Spare(self._folder / SUMMARY, "the run's last word is missing").written():
+        """Write the summary and close the files. DataError if records are lost because the disk had
+        no room to the end."""
+        with Spare(self._folder / SUMMARY, "the run's summary is missing").written():
             write_json(self._folder / SUMMARY, redact(to_json(summary)))
         self._metrics.close()
         self._evaluations.close()

@@ -1,4 +1,5 @@
-"""Each rank's log file, `logs/rank-00000.log`: ours, DeepSpeed's, everybody's; the console stays for the run's own lines."""
+"""The log file of each rank, `logs/rank-00000.log`: ours, DeepSpeed's, everybody's. The console is
+left to the run's own lines."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from trainer.files.spare import Spare
 
 
 class RankLog:
-    """Where the records of this process go until `close`."""
+    """A log file that takes the records of this process until `close`."""
 
     def __init__(self, path: Path, rank: int) -> None:
         self.path = path
@@ -28,9 +29,11 @@ class RankLog:
         self.capture()
 
     def capture(self) -> None:
-        """Take the loggers that talk to the terminal into the file. Call again after importing a library that makes one.
+        """Redirect the loggers that write to the terminal into the file. Call again after importing
+        a library that makes one.
 
-        DeepSpeed and transformers give their logger a terminal handler of its own and stop it from propagating.
+        DeepSpeed and transformers give their logger a terminal handler of its own and stop it from
+        propagating.
         """
         loggers = [
             logging.root,
@@ -46,7 +49,7 @@ class RankLog:
             logger.propagate = True
 
     def close(self) -> None:
-        """Close the file and give the loggers back as they were."""
+        """Close the file and restore the loggers."""
         for logger, propagate, handlers in reversed(self._taken):
             for handler in handlers:
                 logger.addHandler(handler)
@@ -65,8 +68,8 @@ class RankLog:
 
 
 class _SpareHandler(logging.StreamHandler[TextIO]):
-    """Records go behind what is in a file; those that a full disk does not take cost one line, where logging would write a
-    traceback for each."""
+    """A handler that appends to the file. All records that a full disk does not take cost one line
+    together, where logging would write a traceback for each."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.TextIOWrapper(io.BufferedWriter(open_to_append(path)), encoding="utf-8"))
@@ -87,7 +90,8 @@ class _SpareHandler(logging.StreamHandler[TextIO]):
 
 
 def open_rank_log(folder: Path, rank: int) -> RankLog:
-    """Send every logger of this process to `folder/logs/rank-<rank>.log`, appending: a requeued run keeps its past."""
+    """Send every logger of this process to `folder/logs/rank-<rank>.log`. It appends, so a requeued
+    run keeps its past."""
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     return RankLog(logs / f"rank-{rank:05d}.log", rank)

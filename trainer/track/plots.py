@@ -1,7 +1,9 @@
-"""The report's plots: inline SVG by matplotlib's object interface, coloured by the page, the same bytes for the same run.
+"""The report's plots: inline SVG by matplotlib's object interface, coloured by the page, the same
+bytes for the same run.
 
-Matplotlib draws with stand-in colours, and each becomes a CSS variable of the page afterwards: one drawing serves light,
-dark and print. Text stays text: it takes the page's font, can be searched, and scales.
+Matplotlib draws with stand-in colours, each of which becomes a CSS variable of the page, so one
+drawing serves light, dark and print. Text stays text: it takes the page's font, can be searched,
+and scales.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from trainer.track.text import percent, scaled, short, tick
 
 MAX_POINTS = 2_000  # per curve: two for each pixel of a wide screen
 ROUND = [1, 2, 2.5, 5, 10]  # distances of axis ticks, up to a power of ten
-STACK_POINTS = 240  # of the step-time split: means, not extremes, so that the parts still add up
+STACK_POINTS = 240  # points of the step-time split: means, not extremes, so that the parts add up
 
-# Stand-in colours → CSS variables of report.html.j2. Any hex values do, as long as matplotlib uses them nowhere else.
+# Stand-in colours → CSS variables of report.html.j2. Any colours that matplotlib does not use
+# itself will do.
 COLOURS = {
     "#a00001": "ink",
     "#a00002": "faint",
@@ -58,7 +61,7 @@ NOISY_LEGEND = [("curve-thin", "each record"), ("curve", "running mean")]
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure of the page; `alt` says in words what the curve shows."""
+    """A figure of the page. `alt` says in words what the curve shows."""
 
     name: str
     title: str
@@ -71,7 +74,7 @@ class Plot:
 
 
 def figures(history: History, evaluations: History, clip_norm: float | None) -> list[Plot]:
-    """The plots of a run that has recorded anything, in reading order."""
+    """Return the plots of a run that has recorded anything, in reading order."""
     return [plot for plot in _figures(history, evaluations, clip_norm) if history.num_records]
 
 
@@ -102,7 +105,8 @@ def _figures(history: History, evaluations: History, clip_norm: float | None) ->
 
 def _loss(history: History, evaluations: History) -> Plot:
     step, loss, broken = history["step"], history["loss"], history["step"][~np.isfinite(history["loss"])]
-    wide, narrow = _axes(wide=True), _axes()  # a phone shows the narrow one, where the same text is readable
+    # A phone shows the narrow one, to keep the text readable.
+    wide, narrow = _axes(wide=True), _axes()
     for axes in (wide, narrow):
         _noisy_curve(axes, step, loss)
         kept = downsample(evaluations["step"], evaluations["eval_loss"])
@@ -148,7 +152,8 @@ def _grad_norm(history: History, clip_norm: float | None) -> Plot:
 
 
 def _minor_label(axes: Axes) -> Callable[[float, int], str]:
-    """Labels between the powers of ten only where less than two powers are in sight, and only at 2 and 5."""
+    """Return a formatter that labels 2 and 5 between the powers of ten, if less than two powers are
+    in view."""
 
     def label(value: float, _: int) -> str:
         low, high = axes.get_ylim()
@@ -204,11 +209,12 @@ def _single(
     return _plot(axes, name, title, alt, legend=NOISY_LEGEND if noisy else [], unit=unit)
 
 
-# ---------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 def downsample(x: Column, y: Column, limit: int = MAX_POINTS) -> tuple[Column, Column]:
-    """At most `limit` finite points of a curve: its ends, and the lowest and highest of each of equal runs of points.
+    """Return at most `limit` finite points of a curve: its ends, and the lowest and highest of each
+    of equal runs of points.
 
     A spike of one step stays visible, which neither striding nor means can promise.
     """
@@ -226,9 +232,11 @@ def downsample(x: Column, y: Column, limit: int = MAX_POINTS) -> tuple[Column, C
 
 
 def smoothed(y: Column) -> Column:
-    """Centred running mean over a fiftieth of the curve (at least 5 points); what is not finite is left out of it.
+    """Return the centred running mean over a fiftieth of the curve (at least 5 points), without
+    what is not finite.
 
-    The window shrinks at both ends instead of reaching beyond them, so the first loss and the last are not bent.
+    The window shrinks at both ends instead of reaching beyond them, so the first loss and the last
+    are not bent.
     """
     half = max(2, y.size // 100)
     finite = np.isfinite(y)
@@ -242,7 +250,8 @@ def smoothed(y: Column) -> Column:
 
 
 def bucket_means(x: Column, rows: NDArray[np.float64], limit: int = STACK_POINTS) -> tuple[Column, NDArray[np.float64]]:
-    """At most `limit` means over equal runs of points: x [points], rows [parts, points] → the same, shorter."""
+    """Return at most `limit` means over equal runs of points: x [points], rows [parts, points] →
+    the same, shorter."""
     if x.size <= limit:
         return x, rows
     starts = np.linspace(0, x.size, limit + 1).astype(int)[:-1]
@@ -251,7 +260,7 @@ def bucket_means(x: Column, rows: NDArray[np.float64], limit: int = STACK_POINTS
 
 
 def _in_words(what: str, step: Column, values: Column, say: Callable[[float | None], str]) -> str:
-    """The text alternative of a curve."""
+    """Return the text alternative of a curve."""
     finite = np.flatnonzero(np.isfinite(values))
     if not finite.size:
         return f"{what}: no finite value."
@@ -275,7 +284,7 @@ def _seconds(value: float, _: int) -> str:
     return f"{short(1000 * value, 3)} ms" if 0 < value < 1 else f"{short(value, 3)} s"
 
 
-# ---------------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 
 def _axes(*, wide: bool = False) -> Axes:
@@ -306,14 +315,15 @@ def _curve(axes: Axes, x: Column, y: Column, colour: str, width: float) -> None:
 
 
 def _noisy_curve(axes: Axes, x: Column, y: Column) -> None:
-    """Every record thin and behind, the running mean in front: on a long run the records alone are a solid band."""
+    """Draw every record thin, and the running mean in front: on a long run the records alone are a
+    solid band."""
     _curve(axes, x, y, "curve-thin", 0.8)
     _curve(axes, x, smoothed(y), "curve", 1.8)
 
 
 def _mark(axes: Axes, steps: Column) -> None:
-    """A tick on the lower edge for each step that has no finite value to draw."""
-    if not steps.size:  # an empty unclipped line has an extent at the origin, and the layout would make room for it
+    """Draw a tick on the lower edge for each step that has no finite value to draw."""
+    if not steps.size:  # the layout would make room at the origin for an empty unclipped line
         return
     if steps.size > MAX_POINTS:
         steps = steps[np.linspace(0, steps.size - 1, MAX_POINTS).astype(int)]
@@ -346,7 +356,8 @@ def _plot(
 
 
 def _svg(axes: Axes, name: str, alt: str) -> Markup:
-    """The drawing as an element to put into HTML: no prolog, no metadata, no fixed size, ids unlike any other plot's."""
+    """Return the drawing as an element for HTML: no prolog, no metadata, no fixed size, ids unlike
+    any other plot's."""
     text = io.StringIO()
     if axes.dataLim.width <= 1:  # a single step: no fractions of a step on the axis
         middle = (axes.dataLim.x0 + axes.dataLim.x1) / 2
@@ -365,4 +376,5 @@ def _svg(axes: Axes, name: str, alt: str) -> Markup:
     view_box = re.search(r'viewBox="[^"]*"', head)
     assert view_box is not None
     opening = Markup('<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{}" {}>')
-    return opening.format(alt, Markup(view_box[0])) + Markup(body)  # matplotlib escapes what it draws
+    # matplotlib escapes what it draws.
+    return opening.format(alt, Markup(view_box[0])) + Markup(body)

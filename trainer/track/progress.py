@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def work_progress(*, shown: bool) -> Iterator[Progress]:
-    """A callback (done, total, what); each new `what` gets a bar of its own. Not shown: it does nothing."""
+    """Yield a callback (done, total, what) that gives each new `what` a bar of its own; it does
+    nothing unless `shown`."""
     if not shown:
         yield lambda done, total, what: None
         return

@@ -1,7 +1,7 @@
-"""One page that says how a run went: self-contained HTML, read offline, printed, mailed.
+"""The report of how a run went, on one page: self-contained HTML, to read offline, print or mail.
 
-The numbers come from `metrics.jsonl`, `evaluations.jsonl`, `summary.json` and `resolved.json` of the run folder, so a run
-that still trains, or was killed, has a report too.
+The numbers come from `metrics.jsonl`, `evaluations.jsonl`, `summary.json` and `resolved.json` of
+the run folder, so a run that still trains, or was killed, has a report too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trainer.track.text import duration, percent, printable, scaled, short
 
 @dataclass(frozen=True)
 class Headline:
-    """One number of the page's head. `tone` is "", "good" or "bad"."""
+    """A number of the page's head. `tone` is "", "good" or "bad"."""
 
     label: str
     value: str
@@ -38,7 +38,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Setting:
-    """One value of the resolved recipe and where it came from."""
+    """A value of the resolved recipe, with its origin."""
 
     key: str
     value: str
@@ -52,7 +52,7 @@ class Setting:
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the run folder, whole or not at all, and return its path.
 
-    RecipeError when the folder is missing or holds no run, DataError when its files are damaged.
+    RecipeError if the folder is missing or holds no run, DataError if its files are damaged.
     """
     if not run_dir.is_dir():
         raise RecipeError(f"{run_dir}: no such folder: give the folder of a run (run.dir/run.name)")
@@ -99,7 +99,7 @@ def _render(run_dir: Path, resolved: Resolved, history: History, evaluations: Hi
 
 
 def _facts(history: History, summary: Summary) -> Iterator[str]:
-    """What the line under the title says."""
+    """Yield the facts in the line under the title."""
     if summary.get("num_params"):
         yield f"{scaled(summary['num_params'])} parameters"
     if summary.get("devices"):
@@ -149,22 +149,23 @@ def _headlines(
 
 
 def _date(time: float) -> str:
-    """Seconds since 1970 as a date."""
+    """Return seconds since 1970 as a date."""
     try:
         return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M} UTC"
-    except (OverflowError, ValueError, OSError):  # no year that a calendar has; a clock may say anything
+    except (OverflowError, ValueError, OSError):  # a clock may give a year that no calendar has
         return f"at {time:g}"
 
 
 def _elsewhere(shares: Mapping[str, float]) -> str:
-    """What the time that trained nothing was for: the three largest."""
+    """Return the three largest shares of the time in which nothing was trained."""
     others = {kind: shares[kind] for kind in ("init", "save", "evaluation", "guard", "export", "lost", "other")}
     largest = sorted(others, key=lambda kind: -others[kind])[:3]
     return "time that trained; " + ", ".join(f"{kind} {percent(others[kind])}" for kind in largest)
 
 
 def _wall_s(history: History) -> float | None:
-    """From the start of the first recorded step to the end of the last, pauses between attempts included."""
+    """Return the time from the start of the first recorded step to the end of the last [s], pauses
+    between attempts included."""
     if not history.has("time"):
         return None
     first_step = history["step_time_s"][0]
@@ -172,7 +173,7 @@ def _wall_s(history: History) -> float | None:
 
 
 def _of_the_task(evaluations: History, summary: Summary) -> Iterator[Headline]:
-    """What classes, pairs and translations are judged by."""
+    """Yield the measures of classes, pairs and translations."""
     accuracy, majority = evaluations.last("eval_accuracy"), evaluations.last("eval_majority")
     if accuracy is not None and majority is not None:
         tone = "good" if accuracy > majority else "bad"
@@ -184,7 +185,7 @@ def _of_the_task(evaluations: History, summary: Summary) -> Iterator[Headline]:
 
 
 def _evaluation_columns(evaluations: History) -> dict[str, tuple[str, Callable[[float], str]]]:
-    """Title of each column and how its values are said."""
+    """Return the title of each column and the format of its values."""
     measured = {key: (_capital(label.removeprefix("eval ")), say) for key, (label, say) in EVAL_WORDS.items()}
     columns = {"step": ("Step", lambda step: f"{step:.0f}"), **measured, "eval_targets": ("Targets", scaled)}
     return {key: words for key, words in columns.items() if evaluations.last(key) is not None}
@@ -195,7 +196,7 @@ def _capital(words: str) -> str:
 
 
 def _evaluation_rows(evaluations: History) -> Iterator[list[str]]:
-    """The last evaluations; the plot has them all."""
+    """Yield the last evaluations as rows; the plot has them all."""
     columns = _evaluation_columns(evaluations)
     for i in range(max(0, evaluations.num_records - 20), evaluations.num_records):
         values = {key: evaluations[key][i] for key in columns}

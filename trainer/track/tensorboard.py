@@ -1,7 +1,8 @@
-"""TensorBoard event files, by the `tensorboard` package alone: no TensorFlow, no torch.
+"""TensorBoard event files, written by the `tensorboard` package alone: no TensorFlow, no torch.
 
-Records are framed by TensorBoard's own `RecordWriter` on a plain file. Its `EventFileWriter` would import TensorFlow
-wherever that is installed (seconds, and GPU memory), and its worker thread dies loudly on a full disk.
+Records are framed by TensorBoard's own `RecordWriter` on a plain file. Its `EventFileWriter` would
+import TensorFlow wherever that is installed (seconds, and GPU memory), and its worker thread fails
+noisily on a full disk.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ FLUSH_EVERY_S = 5.0
 
 
 class TensorBoardTracker:
-    """Scalars `train/…` and `eval/…` by step, in `tensorboard/` of the run folder."""
+    """The tracker of scalars `train/…` and `eval/…` by step, in `tensorboard/` of the run
+    folder."""
 
     def start(self, run: RunInfo) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -27,7 +29,8 @@ class TensorBoardTracker:
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder = run.folder / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard finds files by "tfevents" and orders a run's files by this name, the time first.
+        # TensorBoard finds files by "tfevents" and orders a run's files by this name, the time
+        # first.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{run.start_step}"
         self._writer: Any = RecordWriter((folder / name).open("wb"))
         self._write(file_version="brain.Event:2")
@@ -43,10 +46,10 @@ class TensorBoardTracker:
         self._scalars("eval", record)
 
     def note(self, line: str) -> None:
-        """Notes are for the console."""
+        """Do nothing: notes are for the console."""
 
     def rewind(self, step: int) -> None:
-        """Tells TensorBoard to forget what was logged after that step."""
+        """Tell TensorBoard to forget what was logged after that step."""
         self._write(step=step + 1, session_log=self._restart)
 
     def finish(self, summary: Mapping[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""Numbers as people read them; console and report say them the same way."""
+"""The formats of numbers for people, the same on the console and in the report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def short(value: float | None, digits: int = 4) -> str:
-    """Significant digits without noise: 3.1416 → "3.142", 0.0003 → "0.0003", 1.2e-9 → "1.2e-09", None → "–"."""
+    """Return significant digits without noise: 3.1416 → "3.142", 0.0003 → "0.0003", 1.2e-9 →
+    "1.2e-09", None → "–"."""
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -22,7 +23,8 @@ def short(value: float | None, digits: int = 4) -> str:
 
 
 def scaled(value: float | None) -> str:
-    """Three digits and an SI prefix: 12345 → "12.3 k", 10_400_000 → "10.4 M"; small values as in `short`."""
+    """Return three digits and an SI prefix: 12345 → "12.3 k", 10_400_000 → "10.4 M"; small values
+    as in `short`."""
     if value is None or not math.isfinite(value) or abs(value) < 1000:
         return short(value, 3)
     for prefix in ("k", "M", "G", "T", "P", "E"):
@@ -33,7 +35,7 @@ def scaled(value: float | None) -> str:
 
 
 def tick(value: float) -> str:
-    """A round number on an axis: 40000 → "40 k", 1500 → "1.5 k", 0.25 → "0.25"."""
+    """Return a round number for an axis: 40000 → "40 k", 1500 → "1.5 k", 0.25 → "0.25"."""
     number, _, prefix = scaled(value).partition(" ")
     if "." in number and "e" not in number:
         number = number.rstrip("0").rstrip(".")
@@ -45,7 +47,7 @@ def percent(fraction: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Two units at most: 0.5 → "0.50 s", 75 → "1 min 15 s", 93784 → "1 d 2 h"."""
+    """Return a time in at most two units: 0.5 → "0.50 s", 75 → "1 min 15 s", 93784 → "1 d 2 h"."""
     if seconds is None or not math.isfinite(seconds):
         return "–"
     if seconds < 59.5:
@@ -57,5 +59,6 @@ def duration(seconds: float | None) -> str:
 
 
 def printable(text: str) -> str:
-    """Without control characters (a sample may hold any byte, and a log file is no terminal); newlines and tabs stay."""
+    """Return the text without control characters, except newlines and tabs: a sample may hold any
+    byte."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -1,4 +1,5 @@
-"""Who is told about a run: one small protocol, the nobody of the other ranks, and the choir of the writing rank."""
+"""The protocol of trackers, with one that does nothing for most ranks and one of several for the
+writing rank."""
 
 from __future__ import annotations
 
@@ -13,11 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Hears of a run, on the one rank that writes.
+    """A listener to a run, on the one rank that writes.
 
-    A training record has `step` (optimizer steps done) and the keys of design §2; an evaluation has `step` and what the
-    task measures (`measures.py`), `eval_loss` first. After `rewind` the steps after `step` come again, in place of those that
-    were told. `finish` is called once, also when the run ends early.
+    A training record has `step` (optimizer steps done) and the keys that `metrics.jsonl` promises;
+    an evaluation has `step` and what the task measures (`measures.py`), `eval_loss` first. After
+    `rewind` the steps after `step` come again and replace those logged before. `finish` is called
+    once, also when the run ends early.
     """
 
     def start(self, run: RunInfo) -> None: ...
@@ -50,7 +52,8 @@ class NullTracker:
 
 
 class BestEffort:
-    """A mirror that may fail: its first exception becomes one warning line, and it is asked nothing more."""
+    """A mirror that may fail: its first exception becomes one warning line, and it is not called
+    any more."""
 
     def __init__(self, name: str, mirror: Tracker, warn: Callable[[str], None]) -> None:
         self._name, self._mirror, self._warn = name, mirror, warn
@@ -87,7 +90,7 @@ class BestEffort:
 
 
 class CompositeTracker:
-    """Several as one. `finish` finishes all of them, then raises the first error."""
+    """A group of trackers as one. `finish` finishes all of them, then raises the first error."""
 
     def __init__(self, *trackers: Tracker) -> None:
         self._trackers = trackers
@@ -124,7 +127,8 @@ class CompositeTracker:
 
 
 def make_tracker(tracking: schema.Tracking, run: RunInfo, writing_rank: bool) -> Tracker:
-    """The tracker that this rank's loop talks to, already started. Only the writing rank touches disk, terminal and W&B."""
+    """Return the tracker of this rank's loop, already started. Only the writing rank touches disk,
+    terminal and W&B."""
     if not writing_rank:
         return NullTracker()
     from trainer.track.console import ConsoleTracker
@@ -140,6 +144,7 @@ def make_tracker(tracking: schema.Tracking, run: RunInfo, writing_rank: bool) ->
         from trainer.track.wandb import WandbTracker
 
         trackers.append(BestEffort("W&B", WandbTracker(tracking.wandb, console.note), console.note))
-    tracker = CompositeTracker(*trackers, console)  # the console last: its closing table ends the output
+    # The console last: its closing table ends the output.
+    tracker = CompositeTracker(*trackers, console)
     tracker.start(run)
     return tracker

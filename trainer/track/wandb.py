@@ -1,17 +1,19 @@
 """The mirror on Weights & Biases: a child process that the run never waits for.
 
-    loop ── log(): put in a bounded queue ──► thread ── pipe ──► child: `python -m trainer.track.wandb` ──► W&B
+    loop ── log() ──► bounded queue ──► thread ── pipe ──► child, which runs this module ──► W&B
 
-W&B lives in a child because inside the training process it cannot be bounded: with a server that does not answer,
-`wandb.init` in a thread keeps the interpreter from exiting for 30 s (wandb 0.31, its exit hooks), and an abandoned init
-makes its run id unusable ("run ID is in use") until the process ends. A child can be killed. It also keeps W&B's import
-(1 s), threads and hooks out of the ranks' process, and ends by itself, history uploaded, when the run is killed.
+W&B lives in a child because inside the training process its time cannot be bounded. With a server
+that does not answer, `wandb.init` in a thread keeps the interpreter from exiting for 30 s (wandb
+0.31, its exit hooks), and an abandoned init makes its run id unusable ("run ID is in use") until
+the process ends. A child can be killed. It also keeps W&B's import (1 s), threads and hooks out of
+the ranks' process, and when the run is killed it uploads the history and ends by itself.
 
-When W&B is not ready in time, a second child keeps the run offline: what was queued meanwhile is written to its folder, and
-`wandb sync` uploads it. Either way there is one W&B run, and its id is kept in `wandb-id.json` for a requeued run.
+If W&B is not ready in time, a second child keeps the run offline: what was queued meanwhile is
+written to its folder, and `wandb sync` uploads it. Either way there is one W&B run, and its id is
+kept in `wandb-id.json` for a requeued run.
 
-Records carry `step` as a field and as the x-axis of every plot. W&B's own step counter would drop what a resumed run logs
-again, "Step must only increase".
+Records carry `step` as a field and as the x-axis of every plot. W&B's own step counter would drop
+what a resumed run logs again: "Step must only increase".
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ _HISTORY = "metrics.jsonl has the whole history"
 
 
 class WandbTracker:
-    """Sends records to the child. No method waits for W&B, `finish` at most `FINISH_LIMIT_S`."""
+    """The tracker that sends records to the child. No method waits for W&B, except `finish`, for at
+    most `FINISH_LIMIT_S`."""
 
     def __init__(self, wandb: schema.Wandb, note: Callable[[str], None]) -> None:
         self._wandb, self._note = wandb, note
@@ -88,19 +91,21 @@ class WandbTracker:
         )
 
     def rewind(self, step: int) -> None:
-        """Every plot is over the field `step`: what comes again is drawn over what was there."""
+        """Do nothing: every plot is over the field `step`, so repeated steps are drawn over the
+        earlier ones."""
 
     def note(self, line: str) -> None:
-        """Notes are for the console."""
+        """Do nothing: notes are for the console."""
 
     def finish(self, summary: Mapping[str, object]) -> None:
-        """Let the child upload the rest; after `FINISH_LIMIT_S` give up and say how to upload it later."""
+        """Let the child upload the rest. After `FINISH_LIMIT_S` give up and say how to upload it
+        later."""
         self._put({"summary": {name: value for name, value in summary.items() if isinstance(value, int | float)}})
         self._finishing.set()
         self._thread.join(FINISH_LIMIT_S)
         if self._thread.is_alive() and self._child is not None:
             self._late = True
-            self._child.kill()  # wakes the thread, whatever it waits for; it says what happened
+            self._child.kill()  # wakes the thread from any wait; the thread reports what happened
             self._thread.join(1.0)
 
     def _put(self, record: Mapping[str, object]) -> None:
@@ -130,7 +135,7 @@ class WandbTracker:
                 self._child.end()
 
     def _next_line(self) -> bytes | None:
-        """The oldest record; None when the run has finished and everything was sent."""
+        """Return the oldest record, or None when the run has finished and everything was sent."""
         while True:
             try:
                 return self._lines.get(timeout=0.05)
@@ -139,7 +144,7 @@ class WandbTracker:
                     return None
 
     def _open(self) -> _Child:
-        """A child that has its run open: as the recipe says, else offline."""
+        """Return a child that has its run open: as the recipe says, else offline."""
         try:
             return self._launch(self._wandb.mode)
         except _Stopped as refusal:
@@ -158,11 +163,12 @@ class WandbTracker:
 
 
 class _Stopped(Exception):
-    """The child cannot go on, and why."""
+    """The reason why the child cannot go on."""
 
 
 class _Child:
-    """The process that holds the W&B run. It answers `ready <folder>` once the run is open, and at its end why it failed."""
+    """The process that holds the W&B run. It answers `ready <folder>` once the run is open; if it
+    fails it says why at its end."""
 
     def __init__(self, order: Mapping[str, Any], folder: Path) -> None:
         self.offline = order["mode"] == "offline"
@@ -184,13 +190,13 @@ class _Child:
         self.send(json.dumps(order).encode() + b"\n")
 
     def send(self, line: bytes) -> None:
-        """Waits while the pipe is full; BrokenPipeError when the child has ended."""
+        """Send a line, waiting while the pipe is full. BrokenPipeError if the child has ended."""
         rest = memoryview(line)
         while rest:
             rest = rest[_pipe(self._process.stdin).write(rest) :]
 
     def wait_ready(self, finishing: threading.Event) -> None:
-        """Return once the run is open; `_Stopped` when it cannot be, or takes too long."""
+        """Return once the run is open. `_Stopped` if it cannot be opened, or takes too long."""
         give_up = time.monotonic() + START_LIMIT_S
         hurried = self.offline  # a local file needs no hurry: FINISH_LIMIT_S bounds it
         while not select.select([_pipe(self._process.stdout)], [], [], 0.05)[0]:
@@ -205,7 +211,7 @@ class _Child:
         self._sync_folder = answer.removeprefix(READY)
 
     def close(self) -> None:
-        """Let it upload the rest and end; `_Stopped` when it says that it could not."""
+        """Let the child upload the rest and end. `_Stopped` if it reports that it could not."""
         _pipe(self._process.stdin).close()
         problem = self._answer()
         code = self._process.wait()
@@ -213,11 +219,11 @@ class _Child:
             raise _Stopped(problem or f"exit status {code}")
 
     def kill(self) -> None:
-        """End it now. Safe from any thread."""
+        """End the child now. Safe from any thread."""
         self._process.kill()
 
     def end(self) -> None:
-        """End it if it has not ended, and leave nothing behind."""
+        """End the child if it has not ended, and leave nothing behind."""
         self._process.kill()
         self._process.wait()
         for end in (self._process.stdin, self._process.stdout):
@@ -243,7 +249,8 @@ class _KeptId(TypedDict):
 
 
 def _kept_id(folder: Path) -> str:
-    """The W&B id of this run folder, made at its first start, so that a requeued run continues the same W&B run."""
+    """Return the W&B id of this run folder, made at its first start, so that a requeued run
+    continues the same W&B run."""
     path = folder / "wandb-id.json"
     try:
         return read_as(_KeptId, path)["id"]
@@ -253,21 +260,23 @@ def _kept_id(folder: Path) -> str:
         return made
 
 
-# ---------------------------------------------------------------------------------------------------- in the child
+# ------------------------------------------------------------------------------------- in the child
 
 
 def _serve() -> None:
     with tempfile.TemporaryDirectory(prefix="triaxis-wandb-", ignore_cleanup_errors=True) as folder:
-        os.environ["TMPDIR"] = tempfile.tempdir = folder  # W&B makes two more when it is imported; a hook at exit removes them
+        # W&B makes two more folders when it is imported, which its hook at exit would remove.
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
         code = _mirror()
-    os._exit(code)  # W&B's exit hooks wait for a server that was given its time already
+    os._exit(code)  # W&B's exit hooks would wait again for a server that has had its time
 
 
 def _mirror() -> int:
-    """Open the run that the first line of stdin orders, log the records of the others, and end with stdin; the exit code."""
+    """Open the run that the first line of stdin describes, log the records of the other lines, end
+    with stdin; return the exit code."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever W&B prints goes to the log
-    signal.alarm(int(START_LIMIT_S) + 15)  # an import or init that blocks outlives no parent
+    signal.alarm(int(START_LIMIT_S) + 15)  # a blocked import or init must not outlive the parent
     try:
         run = _open_run(json.loads(sys.stdin.readline()))
         signal.alarm(0)
@@ -280,7 +289,8 @@ def _mirror() -> int:
             else:
                 run.log(record)
         signal.alarm(int(FINISH_LIMIT_S))
-        run.finish(exit_code=0 if finished else 1)  # a run that was killed closes the pipe without a summary
+        # A run that was killed closes the pipe without a summary.
+        run.finish(exit_code=0 if finished else 1)
         code = 0
     except BaseException as error:
         answers.write(redact_text(" ".join(f"{type(error).__name__}: {error}".split()))[:300] + "\n")

@@ -2,6 +2,8 @@
 
 | file | job |
 |---|---|
+| `methods.py` | the table of methods, without torch: names of what is trained, targets, what cannot be |
+| `builders.py` | the table of methods, with torch: layers, merging, peft's keys, work between steps |
 | `targets.py` | which modules the recipe's words mean in a family; no torch |
 | `adapt.py` | freezes a block of the network and puts the trained parameters beside it |
 | `rank_budget.py` | AdaLoRA between steps: what is important, and who keeps which rank |

@@ -19,13 +19,17 @@ from trainer.model.hugging_face import NamedTensor
 from trainer.model.network import Network
 from trainer.schema import Recipe, Tuning
 from trainer.tuning import bottleneck_format, peft_format
+from trainer.tuning.builders import builder_of
 from trainer.tuning.merge import merge
-from trainer.tuning.targets import MERGEABLE, PARTS, TOKEN_ROWS, is_added, token_rows
+from trainer.tuning.methods import method_of
+from trainer.tuning.targets import TOKEN_ROWS, is_added, token_rows
 
 
 def leaves_adapter(recipe: Recipe) -> bool:
-    """Whether a run's export is an adapter: without a pretrained folder nobody else has the weights that it belongs to."""
-    return recipe.tuning.method in PARTS and not recipe.tuning.merge and recipe.model.from_pretrained is not None
+    """Return whether a run's export is an adapter: without a pretrained folder nobody else has the
+    weights that it belongs to."""
+    has_parts = bool(method_of(recipe.tuning).parts)
+    return has_parts and not recipe.tuning.merge and recipe.model.from_pretrained is not None
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,10 @@ class AdapterFormat:
 
     @classmethod
     def of(cls, recipe: Recipe, network: Network) -> AdapterFormat:
-        """peft's, of all methods that it has."""
+        """Return peft's, of all methods that it has."""
         assert isinstance(network, TransformerConfig), "family auto has no tuning"
         tuning = recipe.tuning
-        if tuning.method in MERGEABLE:
+        if builder_of(tuning).in_peft is not None:
             config, saved_whole = peft_format.adapter_config(recipe, network), peft_format.saved_whole(tuning, network)
             return cls(peft_format.CONFIG, peft_format.WEIGHTS, peft_format.PREFIX, config, tuning, network, saved_whole)
         config = bottleneck_format.bottleneck_config(recipe, network)
@@ -57,18 +61,20 @@ class AdapterFormat:
         return is_added(name) or name in self.saved_whole
 
     def write(self, tensors: Iterable[NamedTensor], folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Both files, of those tensors that were trained beside the model; what was written. NotFinite or DataError, when all
-        have come, for one that holds NaN or infinity, or would in `dtype`."""
+        """Write both files, of those tensors that were trained beside the model, and return what was
+        written. NotFinite or DataError, when all have come, for one that holds NaN or infinity, or
+        would in `dtype`."""
         rounding = Rounding(dtype)
-        found = {self.prefix + name: rounding(name, tensor).contiguous() for name, tensor in self._contents(tensors)}
+        found = {name: rounding(name, tensor).contiguous() for name, tensor in self._contents(tensors)}
         rounding.require_survivors()
-        config = self.config
-        if config.get("peft_type") == "ADALORA":
-            found, pattern = peft_format.trimmed(found)
-            config = {**config, "rank_pattern": pattern or None}
-        save_file(found, folder / self.weights_file, metadata={"format": "pt"})
-        (folder / self.config_file).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        return found
+        in_peft, more = builder_of(self.tuning).in_peft, dict[str, Any]()
+        if in_peft is not None:
+            found, more = in_peft.trimmed(found)
+        written = {self.prefix + name: tensor for name, tensor in found.items()}
+        save_file(written, folder / self.weights_file, metadata={"format": "pt"})
+        text = json.dumps({**self.config, **more}, indent=2) + "\n"
+        (folder / self.config_file).write_text(text, encoding="utf-8")
+        return written
 
     def _contents(self, tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
         """What the file has, by its names there."""

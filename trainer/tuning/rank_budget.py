@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from parallel.collectives import all_reduce
 from parallel.mesh import Mesh
-from parallel.params import Companion, Piece, ShardSpec
+from parallel.params import AuxiliaryState, ShardSpec
+from parallel.pieces import Piece
 from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
-from trainer.schema import RankBudget as Keys
-from trainer.schema import Recipe
+from trainer.schema import RankBudget, Recipe
 from trainer.tuning.targets import parts_of, targeted_modules
 
 SECOND, VALUES = 1, 2  # B and E, as `parts_of` lists them after A
@@ -58,7 +58,7 @@ class _Factor:
         return grad
 
 
-class RankBudget:
+class RankAllocator:
     """Between steps: `begin` before the first gradient, `end` after the update. Every rank must call them together."""
 
     def __init__(
@@ -103,10 +103,10 @@ class RankBudget:
             factor.parameter.register_hook(factor.hook)
 
     @property
-    def companions(self) -> list[Companion]:
-        """What a checkpoint has of it."""
+    def auxiliary(self) -> list[AuxiliaryState]:
+        """The tensors that a checkpoint has of it."""
         return [
-            Companion.of(factor.spec, getattr(factor, state), state=state)
+            AuxiliaryState.of(factor.spec, getattr(factor, state), state=state)
             for factor in self._factors
             for state in ("sensitivity", "uncertainty", *(["kept"] if self._kind(factor) == VALUES else []))
         ]
@@ -157,7 +157,7 @@ class RankBudget:
 
     def _observe(self, unscaling: float) -> None:
         """Take this step's sensitivities into the means."""
-        grads = all_reduce(self._grads, self._mesh.dp) * (unscaling / self._mesh.dp.size)
+        grads = all_reduce(self._grads, self._mesh.reduction) * (unscaling / self._mesh.reduction.size)
         decay, decay_of_uncertainty = self._keys.betas
         with self._whole():
             for factor, grad in zip(self._factors, grads.split([f.grad.numel() for f in self._factors]), strict=True):
@@ -202,7 +202,7 @@ class RankBudget:
         return self._gathered([factor.parameter for factor in self._factors])
 
 
-def budget_after(step: int, keys: Keys, steps: int, *, modules: int, rank: int) -> int | None:
+def budget_after(step: int, keys: RankBudget, steps: int, *, modules: int, rank: int) -> int | None:
     """How many triplets stay after a step (from 0) of so many; None where nothing is shared out after it. A cubic curve from
     all of them down to the target (Zhang et al. 2023, eq. 12)."""
     last = steps - keys.final_steps
@@ -211,3 +211,20 @@ def budget_after(step: int, keys: Keys, steps: int, *, modules: int, rank: int) 
     most, target = modules * rank, modules * keys.target_rank
     left = 1.0 - (step - keys.warmup_steps) / (last - keys.warmup_steps)
     return int((most - target) * left**3 + target)
+
+
+def trimmed(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the factors without the triplets whose value is 0, and peft's pattern of those that are
+    left of each module; all of them where nothing has been learned yet."""
+    values = {name: tensor.flatten() for name, tensor in tensors.items() if name.endswith(".lora_E")}
+    if not any(tensor.any() for tensor in values.values()):
+        return tensors, {"rank_pattern": None}
+    left = {name.removesuffix(".lora_E"): value != 0 for name, value in values.items()}
+    cut = {}
+    for name, tensor in tensors.items():
+        module, _, factor = name.rpartition(".")
+        if module not in left:  # rows of new tokens
+            cut[name] = tensor
+            continue
+        cut[name] = (tensor[:, left[module]] if factor == "lora_B" else tensor[left[module]]).contiguous()
+    return cut, {"rank_pattern": {f"{module}.lora_E": kept.tolist() for module, kept in left.items()} or None}

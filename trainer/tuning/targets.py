@@ -1,58 +1,37 @@
-"""Which modules of a network the recipe's words mean. No torch, so that `check` can say it."""
+"""The modules of a network that the recipe's words mean. No torch, so that `check` can name
+them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from trainer.model.config import TransformerConfig
-from trainer.model.names import WEIGHT_NAMES, names_of
+from trainer.model.names import names_of
 from trainer.schema import Finding, Recipe, Tuning
+from trainer.tuning.methods import METHODS, method_of, names_of_methods
 
-GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
-# Where a bottleneck adapter sits: behind the last projection of the attention, and of the MLP.
-ENDS = {"attention": ("o",), "mlp": ("down",)}
 TARGETS = "tuning.targets"
 QUANTIZED_TOGETHER = 64  # as parallel.quantized has it, which needs torch
-# What is adapted when the recipe does not say: all for low-rank factors (Dettmers et al. 2023, arXiv:2305.14314, §4), and
-# what the papers of (IA)³ and of bottleneck adapters adapt.
-DEFAULTS = {
-    "lora": ("attention", "mlp"),
-    "dora": ("attention", "mlp"),
-    "adalora": ("attention", "mlp"),
-    "ia3": ("k", "v", "down"),
-    "adapter": ("attention", "mlp"),
-}
-# What is trained beside an adapted module, as peft ends the names; it has no bottleneck adapters.
-PARTS = {
-    "lora": (".lora_A.weight", ".lora_B.weight"),
-    "dora": (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"),
-    "adalora": (".lora_A", ".lora_B", ".lora_E"),
-    "ia3": (".ia3_l",),
-    "adapter": (".adapter_down.weight", ".adapter_down.bias", ".adapter_up.weight", ".adapter_up.bias"),
-}
 
-
-# The rows of new tokens that are trained beside a frozen matrix over the vocabulary, as peft ends their names.
+# The rows of new tokens that are trained beside a frozen matrix over the vocabulary: peft's ending.
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
-
-# Methods that peft has; what they learn can be put into the weights that it was learned for.
-MERGEABLE = tuple(method for method in PARTS if method != "adapter")
 
 
 def targets_of(tuning: Tuning) -> tuple[str, ...]:
-    """Words of the recipe, or the method's own."""
-    return tuple(tuning.targets) if tuning.targets is not None else DEFAULTS.get(str(tuning.method), ())
+    """Return the words of the recipe, or the method's own."""
+    return method_of(tuning).targets if tuning.targets is None else tuple(tuning.targets)
 
 
 def roles_of(tuning: Tuning) -> set[str]:
-    """Single projections."""
-    groups = ENDS if tuning.method == "adapter" else GROUPS
-    return {role for target in targets_of(tuning) for role in groups.get(target, (target,))}
+    """Return the single projections that are adapted."""
+    words = method_of(tuning).words
+    return {role for target in targets_of(tuning) for role in words.get(target, ())}
 
 
 def modules_by_role(config: TransformerConfig, layer: int) -> dict[str, str]:
-    """The Hugging Face module of each linear projection of a layer; several have the same where the family fuses them."""
-    names = WEIGHT_NAMES[config.family]
+    """Return the Hugging Face module of each linear projection of a layer; several have the same
+    where the family fuses them."""
+    names = names_of(config)
     inputs = names.mlp_inputs(config, layer)
     return {
         **{role: output.name for role, output in zip("qkv", names.query_key_value(config, layer), strict=True)},
@@ -63,7 +42,7 @@ def modules_by_role(config: TransformerConfig, layer: int) -> dict[str, str]:
 
 
 def targeted_modules(tuning: Tuning, config: TransformerConfig) -> list[str]:
-    """Hugging Face's names of all modules that are adapted, in the order of the model."""
+    """Return Hugging Face's names of all modules that are adapted, in the order of the model."""
     wanted = roles_of(tuning)
     found = (
         module
@@ -74,18 +53,36 @@ def targeted_modules(tuning: Tuning, config: TransformerConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def target_modules(tuning: Tuning, config: TransformerConfig, *, among: Collection[str] | None = None) -> list[str]:
+    """Return endings of modules' names, as short as they say which is meant: "q_proj", but
+    "attn.c_proj" where the MLP has one too. `among`: only of these modules of the first layer."""
+    adapted = set(targeted_modules(tuning, config))
+    layer = dict.fromkeys(modules_by_role(config, 0).values())
+    chosen = adapted if among is None else adapted.intersection(among)
+    names = names_of(config)
+    of_head = filter(None, (names.head_transform, names.pooler))
+    others = {module.rpartition(".")[2] for module in (*layer, *of_head) if module not in chosen}
+
+    def ending(module: str) -> str:
+        last = module.rpartition(".")[2]
+        return ".".join(module.split(".")[-2:]) if last in others else last
+
+    return sorted({ending(module) for module in layer if module in chosen})
+
+
 def parts_of(tuning: Tuning, module: str) -> list[str]:
-    """Logical names of what is trained beside a module's weight."""
-    return [module + part for part in PARTS[str(tuning.method)]]
+    """Return the logical names of what is trained beside a module's weight."""
+    return [module + part for part in method_of(tuning).parts]
 
 
 def is_added(name: str) -> bool:
-    """Whether a logical tensor is none of the model's own."""
-    return name.endswith(TOKEN_ROWS) or any(name.endswith(parts) for parts in PARTS.values())
+    """Return whether a logical tensor is none of the model's own."""
+    return name.endswith((TOKEN_ROWS, *(part for method in METHODS.values() for part in method.parts)))
 
 
 def token_rows(tuning: Tuning, config: TransformerConfig) -> dict[str, str]:
-    """Each matrix over the vocabulary of which the rows of new tokens are trained beside it → the name of these rows."""
+    """Return the name of the rows of new tokens for each matrix over the vocabulary beside which
+    they are trained."""
     if tuning.method is None or not config.new_tokens:
         return {}
     names = names_of(config)
@@ -94,21 +91,23 @@ def token_rows(tuning: Tuning, config: TransformerConfig) -> dict[str, str]:
 
 
 def rows_name(weight: str) -> str:
+    """Return the name of the rows of new tokens of such a matrix."""
     return weight.removesuffix(".weight") + TOKEN_ROWS
 
 
 def target_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Finding]:
-    """Words for what the family does not have, or has only together with others."""
-    if tuning.method == "bitfit":
-        yield from _bias_findings(config)
-    elif tuning.method == "adapter":
-        yield from _end_findings(tuning)
-    elif tuning.method is not None:
-        yield from _projection_findings(tuning, config)
+    """Yield the words for what the method or the family does not have, or has only together with
+    others."""
+    method = method_of(tuning)
+    if method.trains_biases:
+        yield from _bias_findings(tuning, config)
+    if method.words:
+        yield from _word_findings(tuning, config)
+        yield from _fused_findings(tuning, config)
 
 
 def quantization_findings(recipe: Recipe, config: TransformerConfig) -> Iterator[Finding]:
-    """Where a block of neighbouring inputs would be cut, by a row's end or between tensor ranks."""
+    """Yield where a block of neighbouring inputs would be cut, by a row's end or between ranks."""
     if recipe.tuning.quantize is None:
         return
     degree = recipe.parallel.tensor
@@ -128,36 +127,40 @@ def quantization_findings(recipe: Recipe, config: TransformerConfig) -> Iterator
             return  # the first says what to do
 
 
-def _bias_findings(config: TransformerConfig) -> Iterator[Finding]:
+def _bias_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Finding]:
     if not (config.qkv_bias or config.attention_out_bias or config.mlp_bias or config.norm_bias):
+        others = ", ".join(names_of_methods(lambda method: not method.trains_biases))
         yield Finding(
             ("tuning.method", "model.family", "model.from_pretrained"),
-            f'tuning.method = "bitfit" trains biases, and this {config.family} has none; legal: {", ".join(PARTS)}',
+            f'tuning.method = "{tuning.method}" trains biases, and this {config.family} has none; legal: {others}',
         )
 
 
-def _end_findings(tuning: Tuning) -> Iterator[Finding]:
+def _word_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Finding]:
+    words, there = method_of(tuning).words, modules_by_role(config, 0).keys()
+    legal = [word for word, roles in words.items() if not there.isdisjoint(roles)]
     for target in targets_of(tuning):
-        if target not in ENDS:
+        if target not in words:
             yield Finding(
                 (TARGETS, "tuning.method"),
-                f'{TARGETS}: an adapter sits behind a whole attention or MLP, not beside "{target}"; legal: {", ".join(ENDS)}',
+                f'{TARGETS}: {tuning.method} is put behind a whole {" or ".join(legal)}, not beside "{target}"; '
+                f"legal: {', '.join(legal)}",
+            )
+        elif target not in legal:
+            yield Finding(
+                (TARGETS, "model.family", "model.from_pretrained", "tuning.method"),
+                f'{TARGETS}: family {config.family} has no projection "{target}"; legal: {", ".join(legal)}',
             )
 
 
-def _projection_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Finding]:
+def _fused_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Finding]:
     modules, wanted = modules_by_role(config, 0), roles_of(tuning)
-    keys = (TARGETS, "model.family", "model.from_pretrained", "tuning.method")
-    for target in targets_of(tuning):
-        if target not in GROUPS and target not in modules:
-            legal = ", ".join([*GROUPS, *modules])
-            yield Finding(keys, f'{TARGETS}: family {config.family} has no projection "{target}"; legal: {legal}')
     for module in dict.fromkeys(modules.values()):
         fused = [role for role, of in modules.items() if of == module]
         if not wanted.isdisjoint(fused) and not wanted.issuperset(fused):
             asked = ", ".join(role for role in fused if role in wanted)
             yield Finding(
-                keys,
+                (TARGETS, "model.family", "model.from_pretrained", "tuning.method"),
                 f"{TARGETS}: family {config.family} holds {', '.join(fused)} in one module ({module.rpartition('.')[2]}), and "
                 f"peft's format has one adapter for it, not one for {asked} alone; legal: all of {', '.join(fused)}, or none",
             )

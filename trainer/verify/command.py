@@ -26,13 +26,13 @@ from trainer.verify.processes import run_ranks
 from trainer.verify.twin import full_size, scaled_down
 
 STEPS = 3  # with the recipe's own optimizer
-DEFAULT_PROCESSES = (4, 8)  # the second where the machine has as many cores or GPUs
-MOST_PROCESSES = 16  # on CPUs: they may share cores
+DEFAULT_PROCESSES = (4, 8)  # the second if the machine has as many cores or GPUs
+MOST_PROCESSES = 16  # on CPUs, where they may share cores
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one layout: a comparison, or why it was not run."""
+    """The result for one layout: a comparison, or why it was not run."""
 
     name: str
     processes: int
@@ -46,7 +46,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """`changes`: how the recipe that was trained differs from the user's. `initial_hash`: of one process's weights."""
+    """The result for all layouts. `changes`: how the trained recipe differs from the user's.
+    `initial_hash`: of one process's weights."""
 
     changes: list[str]
     initial_hash: str
@@ -54,16 +55,17 @@ class Report:
 
     @property
     def agrees(self) -> bool:
-        """Every layout, also one that could not be run, is the same training."""
+        """Return whether every layout is the same training; one that could not be run is not."""
         return all(row.agrees for row in self.rows)
 
 
 def verify(
     resolved: ResolvedRecipe, names: Sequence[str], *, full: bool, timeout_s: float, say: Callable[[str], None]
 ) -> Report:
-    """Compare layouts with one process at ZeRO-0. Without `names`: all that fit this machine and divide the model.
+    """Compare layouts with one process at ZeRO-0. Without `names`: all layouts that fit this
+    machine and divide the model.
 
-    `say` hears which layout is running. LayoutFailed when a process dies or hangs.
+    `say` is told which layout is running. LayoutFailed if a process dies or hangs.
     """
     with tempfile.TemporaryDirectory(prefix="triaxis-verify-") as folder:
         gpus = torch.cuda.device_count()
@@ -89,8 +91,8 @@ def verify(
 
 @dataclass(frozen=True)
 class Bench:
-    """This machine, and a folder for the files of each layout. `gpus`: 0 where there are too few for two ranks, which then
-    share the CPUs."""
+    """A machine, with a folder for the files of each layout. `gpus`: 0 if there are too few for two
+    ranks, which then share the CPUs."""
 
     folder: Path
     gpus: int
@@ -104,8 +106,11 @@ class Bench:
         return up_to(processes, sequence=given.get("parallel", {}).get("sequence_parallel") is not False)
 
     def refusal(self, given: Mapping[str, Any], named: NamedLayout, *, batch: bool = False) -> str:
-        """Why this layout cannot be run: what the recipe's door says to it, or the machine; "" when it can. `batch`: judge
-        also how the batch divides."""
+        """Return why this layout cannot be run, because the recipe's checks or the machine refuse
+        it; "" if it can.
+
+        `batch`: also check how the batch divides.
+        """
         world_size = named.layout.world_size
         if world_size > (self.gpus or MOST_PROCESSES):
             have = f"has {self.gpus} GPUs" if self.gpus else f"runs up to {MOST_PROCESSES} on its CPUs"

@@ -1,4 +1,4 @@
-"""Two layouts' results held against each other, and the verdict."""
+"""The comparison of two layouts' results, and the verdict."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from safetensors.numpy import load_file
 
 from trainer.verify.job import GRADIENT, UPDATE, RankResult
 
-# Sums in another order differ in float64 by some 1e-16 of their largest term: seen 3e-15. A mistake changes an element by a
-# share of itself.
+# Sums in another order differ in float64 by some 1e-16 of their largest term; up to 3e-15 was seen.
+# A mistake changes an element by a share of itself.
 ROUNDING_FLOAT64 = 1e-10
-# In fp32 the same is some 6e-8, and steps of Adam magnify it: seen 3e-6. What is beyond this while float64 agrees is in what
-# only the fp32 steps do: ZeRO, its clipping, decay.
+# In fp32 the same is some 6e-8, which steps of Adam magnify; up to 3e-6 was seen. A larger
+# difference while float64 agrees comes from what only the fp32 steps do: ZeRO, its clipping, decay.
 ROUNDING_FP32 = 1e-3
-# Some gradients are 0 but for rounding (a key's bias shifts all logits of a query alike), so an element is compared with its
-# tensor's largest, or with this share of the model's largest where that is more.
+# Some gradients are 0 except for rounding (a key's bias shifts all logits of a query alike), so an
+# element is compared with its tensor's largest one, or with this share of the model's largest if
+# that is more.
 FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that a layout's ranks left."""
+    """The files that a layout's ranks left."""
 
     ranks: list[RankResult]
     update: Mapping[str, np.ndarray]
@@ -41,20 +42,23 @@ class Outcome:
 
     @property
     def names(self) -> list[str]:
-        """Logical tensors in the model's order."""
+        """The names of the logical tensors, in the model's order."""
         return list(self.ranks[0].initial)
 
     @property
     def initial_hash(self) -> str:
-        """Of the initial weights, in any order of the ranks."""
+        """The hash of the initial weights, whatever the order of the ranks."""
         text = "".join(f"{name} {digest}\n" for name, digest in sorted(self.ranks[0].initial.items()))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a layout differs from one process. Differences are the worst relative ones; `first` is the first parameter, in
-    the model's order, in which the mistake shows, `where` the part of the step that has it."""
+    """The differences of a layout from one process: the worst relative ones.
+
+    `first`: the first parameter, in the model's order, in which the mistake shows. `where`: the
+    part of the step that has it.
+    """
 
     initial_hash: str
     loss: float
@@ -114,7 +118,8 @@ def _in_float64(got: RankResult, expected: RankResult, gradient: Mapping[str, fl
     for name, difference in gradient.items():
         if not difference < ROUNDING_FLOAT64:
             yield name, "gradient"
-    start = slice(2)  # the first steps of SGD and of the recipe's optimizer, both from the initial weights
+    # The first steps of SGD and of the own optimizer, both from the initial weights.
+    start = slice(2)
     if not number_difference(got.losses64[start], expected.losses64[start]) < ROUNDING_FLOAT64:
         yield None, "loss"
     if not number_difference(got.norms64[start], expected.norms64[start]) < ROUNDING_FLOAT64:
@@ -144,8 +149,11 @@ def _between_ranks(got: Outcome) -> Iterator[Mistake]:
 
 
 def tensor_differences(got: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Largest difference in each tensor relative to its largest element (see FLOOR), in the order of `expected`; infinite
-    where one is missing or not finite."""
+    """Return the largest difference in each tensor relative to its largest element (see FLOOR), in
+    the order of `expected`.
+
+    It is infinite if a tensor is missing or not finite.
+    """
     largest = {name: float(np.abs(tensor).max(initial=0.0)) for name, tensor in expected.items()}
     floor = FLOOR * max(largest.values())
     return {
@@ -157,7 +165,7 @@ def tensor_differences(got: Mapping[str, np.ndarray], expected: Mapping[str, np.
 
 
 def number_difference(got: Sequence[float], expected: Sequence[float]) -> float:
-    """The largest relative difference."""
+    """Return the largest relative difference."""
     if len(got) != len(expected):
         return math.inf
     return max(_relative(abs(a - b), abs(b)) for a, b in zip(got, expected, strict=True))

@@ -1,13 +1,14 @@
-"""What the command and its ranks tell each other: JSON and safetensors in a folder of one layout. No torch.
+"""The messages between the command and its ranks: JSON and safetensors in a folder of one layout.
+No torch.
 
 | file | from | what |
 |---|---|---|
 | `recipe.json` | command | the recipe in this layout |
 | `job.json` | command | `Job` |
 | `rank-N.json` | every rank | `RankResult` |
-| `update.safetensors`, `gradient.safetensors` | rank 0 | of every logical tensor, by name |
+| `update.safetensors`, `gradient.safetensors` | rank 0 | every logical tensor's, by name |
 | `failure-N.json` | a rank that failed | `Failure` |
-| `rank-N.log` | every rank | what it and its libraries said |
+| `rank-N.log` | every rank | the output of the rank and its libraries |
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ UPDATE, GRADIENT = "update.safetensors", "gradient.safetensors"
 
 @dataclass(frozen=True)
 class _File:
-    """A dataclass of JSON values as a file."""
+    """A dataclass of JSON values that is kept in a file."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -34,7 +35,8 @@ class _File:
 
 @dataclass(frozen=True)
 class Job(_File):
-    """One layout's work. `degrees`: of the axes. `steps`: with the recipe's own optimizer."""
+    """The work on one layout. `degrees`: those of the axes. `steps`: with the recipe's own
+    optimizer."""
 
     degrees: dict[str, int]
     port: int
@@ -43,11 +45,11 @@ class Job(_File):
 
 @dataclass(frozen=True)
 class RankResult(_File):
-    """What one rank saw. Lists are over steps: the SGD step, then those of the recipe's own optimizer; in fp32
-    and again in float64.
+    """The results of one rank. Lists are over steps: the SGD step, then those of the recipe's own
+    optimizer; in fp32 and again in float64.
 
-    `boxes`: digest of every box of a logical tensor that the rank holds, after the
-    last step. `initial`: digest of every logical tensor at the start, in the model's order; rank 0 only.
+    `boxes`: digest of every box of a logical tensor that the rank holds, after the last step.
+    `initial`: digest of every logical tensor at the start, in the model's order; rank 0 only.
     """
 
     losses: list[float]
@@ -60,13 +62,14 @@ class RankResult(_File):
 
     @property
     def numbers(self) -> tuple[Any, ...]:
-        """What all ranks must have alike."""
+        """The numbers that must be the same on all ranks."""
         return (self.losses, self.norms, self.targets, self.losses64, self.norms64)
 
 
 @dataclass(frozen=True)
 class Failure(_File):
-    """Why a rank stopped, and when [s since the epoch]: the first is the cause of the others."""
+    """The reason why a rank stopped, and the time [s since the epoch]: the first failure is the
+    cause of the others."""
 
     time: float
     exit_code: int

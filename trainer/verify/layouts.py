@@ -1,6 +1,7 @@
 """Layouts by name, and a recipe in one of them. No torch.
 
-A name is degrees joined by x, and whether sequence parallelism is on where that is not as the recipe says:
+A name is degrees joined by x, and whether sequence parallelism is on if that differs from the
+recipe:
 
 >>> parse("dp2xtp4-sp")
 NamedLayout(layout=Layout(pp=1, dp=2, cp=1, tp=4), sequence=False)
@@ -22,7 +23,7 @@ from trainer.errors import RecipeError
 from trainer.recipe.only import keys_only_with
 from trainer.schema import Parallel
 
-# As they are written, with the recipe's key; dp has none.
+# The axes in the order of a name, with the recipe's key of each; dp has none.
 AXES = {"pp": "pipeline", "cp": "context", "tp": "tensor", "dp": None}
 DEGREES = {key for key in AXES.values() if key}
 TENSOR_ONLY = keys_only_with(Parallel, "parallel.tensor")
@@ -30,7 +31,7 @@ TENSOR_ONLY = keys_only_with(Parallel, "parallel.tensor")
 
 @dataclass(frozen=True)
 class NamedLayout:
-    """A layout, and sequence parallelism (None: as the recipe says)."""
+    """A layout with sequence parallelism on or off (None: as in the recipe)."""
 
     layout: Layout
     sequence: bool | None = None
@@ -44,7 +45,7 @@ ONE_PROCESS = NamedLayout(Layout())
 
 
 def parse(name: str) -> NamedLayout:
-    """RecipeError that says how a layout is written."""
+    """Return the layout of a name. RecipeError says how a layout is written."""
     wrong = RecipeError(
         f"--layouts {json.dumps(name)}: not a layout; write degrees of {', '.join(AXES)} joined by x, as in tp2, dp4 or "
         "tp2xdp2, and +sp or -sp behind them to have sequence parallelism on or off"
@@ -67,7 +68,8 @@ def parse(name: str) -> NamedLayout:
 
 
 def up_to(processes: int, *, sequence: bool) -> list[NamedLayout]:
-    """All layouts of powers of two, the small ones first; tp2 also with the opposite of the recipe's sequence parallelism."""
+    """Return all layouts of powers of two, small ones first; tp2 also with the opposite of the
+    recipe's sequence parallelism."""
     powers = [2**n for n in range(processes.bit_length())]
     layouts = [Layout(pp=pp, tp=tp, dp=dp) for pp, dp, tp in product(powers, repeat=3) if 1 < pp * dp * tp <= processes]
     named = [NamedLayout(layout) for layout in sorted(layouts, key=lambda layout: layout.world_size)]
@@ -77,7 +79,8 @@ def up_to(processes: int, *, sequence: bool) -> list[NamedLayout]:
 
 
 def recipe_in(given: Mapping[str, Any], named: NamedLayout) -> dict[str, Any]:
-    """A recipe as it is written, in another layout: without the keys that the door refuses there as unused."""
+    """Return the recipe's file content in another layout, without keys that would be refused there
+    as unused."""
     layout = named.layout
     parallel = {key: value for key, value in given.get("parallel", {}).items() if _is_used(key, layout)}
     parallel |= {key: getattr(layout, axis) for axis, key in AXES.items() if key}
@@ -89,4 +92,4 @@ def recipe_in(given: Mapping[str, Any], named: NamedLayout) -> dict[str, Any]:
 def _is_used(key: str, layout: Layout) -> bool:
     if key in TENSOR_ONLY:
         return layout.tp > 1
-    return key in DEGREES or layout.pp > 1  # what is left belongs to the pipeline
+    return key in DEGREES or layout.pp > 1  # the other keys belong to the pipeline

@@ -1,7 +1,9 @@
-"""The ranks of a layout as processes of this machine: started together, watched, and gone when the call returns.
+"""The ranks of a layout as processes of this machine: started together, watched, and gone when the
+call returns.
 
-They come from a fork server, which on CPUs has imported torch and DeepSpeed once for all of them (5 s each otherwise). Only
-the job's folder and the rank travel to them; everything else is in files.
+They come from a fork server, which on CPUs has imported torch and DeepSpeed once for all of them (5
+s each otherwise). Only the job's folder and the rank are passed to them; everything else is in
+files.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ from trainer.verify.job import Failure
 
 # DeepSpeed and torch's optimizers import the last two when they are first used, 5 s together.
 PRELOADED = ["trainer.verify.rank", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
-LAST_WORDS_S = 2.0  # for the other ranks to say why they failed: the first to fail is named
-STACK_S = 0.5  # for a rank to write its stack
+LAST_WORDS_S = 2.0  # the time for other ranks to report why they failed: the first to fail is named
+STACK_S = 0.5  # the time for a rank to write its stack
 PR_SET_PDEATHSIG = 1
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class LayoutFailed(UserError):
-    """A layout could not be trained."""
+    """The error that a layout could not be trained."""
 
     def __init__(self, line: str, exit_code: int) -> None:
         super().__init__(line)
@@ -41,9 +43,11 @@ class LayoutFailed(UserError):
 
 
 def run_ranks(name: str, folder: Path, world_size: int, *, gpus: bool, timeout_s: float) -> None:
-    """Run the job in `folder` on so many ranks; LayoutFailed naming layout and rank when one fails, or none comes back."""
+    """Run the job in `folder` on `world_size` ranks. LayoutFailed names layout and rank if one
+    fails, or none comes back."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([] if gpus else PRELOADED)  # CUDA may not be touched before a fork
+    # CUDA may not be touched before a fork.
+    context.set_forkserver_preload([] if gpus else PRELOADED)
     ranks = [context.Process(target=_rank_main, args=(str(folder), rank), daemon=True) for rank in range(world_size)]
     try:
         with nullcontext() if gpus else _without_gpus():
@@ -59,7 +63,7 @@ def run_ranks(name: str, folder: Path, world_size: int, *, gpus: bool, timeout_s
 
 @contextmanager
 def _without_gpus() -> Iterator[None]:
-    """Processes that start here see none."""
+    """Hide all GPUs from processes that start inside the context."""
     before = os.environ.get(VISIBLE_GPUS)
     os.environ[VISIBLE_GPUS] = ""
     try:
@@ -71,7 +75,7 @@ def _without_gpus() -> Iterator[None]:
 
 
 def _watch(name: str, folder: Path, ranks: Sequence[BaseProcess], timeout_s: float) -> None:
-    """Until all came back well."""
+    """Wait until all ranks came back well."""
     deadline = time.monotonic() + timeout_s
     running = list(ranks)
     while running:
@@ -88,7 +92,7 @@ def _watch(name: str, folder: Path, ranks: Sequence[BaseProcess], timeout_s: flo
 
 
 def _places(folder: Path, ranks: Sequence[BaseProcess]) -> dict[int, str]:
-    """Where in our code each rank that still runs is."""
+    """Return where in our code each rank is that still runs."""
     late = {rank: process.pid for rank, process in enumerate(ranks) if process.exitcode is None}
     for pid in late.values():
         if pid is not None:
@@ -105,7 +109,8 @@ def _places(folder: Path, ranks: Sequence[BaseProcess]) -> dict[int, str]:
 
 
 def _failure(name: str, folder: Path, ranks: Sequence[BaseProcess]) -> LayoutFailed:
-    """What the first rank to fail said; one that died without a word was before those that missed it."""
+    """Return the report of the first rank to fail. One that died without a report was before those
+    that missed it."""
     told = {}
     for rank, process in enumerate(ranks):
         path = folder / f"failure-{rank}.json"
@@ -144,6 +149,7 @@ def _explain(error: BaseException) -> Failure:
 
 
 def _die_with_parent() -> None:
-    """Should the command be killed, the fork server ends and the ranks with it."""
+    """Have the system kill this process with its parent: if the command is killed, the fork server
+    ends and the ranks with it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,13 +1,15 @@
-"""What one rank of one layout does: the same few steps that every other layout does, and a note of what came out.
+"""The work of one rank of one layout: the same few steps as in every other layout, and a record of
+the results.
 
 Four short trainings of the recipe's model, each with its own engine:
 
-1. one SGD step, at the recipe's ZeRO stage. SGD, because Adam divides by its own second moment and hides a gradient that is
-   scaled twice or not at all.
-2. some steps of the recipe's own optimizer.
-3. one SGD step in float64 at ZeRO-0, without clipping and decay, so that the update is the gradient: DeepSpeed's ZeRO would
-   keep fp32 master weights. A difference from rounding becomes 10⁹ times smaller, a mistake stays.
-4. the steps of 2 in float64, also at ZeRO-0.
+1. One SGD step, at the recipe's ZeRO stage. SGD, because Adam divides by its own second moment and
+   hides a gradient that is scaled twice or not at all.
+2. Some steps of the recipe's own optimizer.
+3. One SGD step in float64 at ZeRO-0, without clipping and decay, so that the update is the
+   gradient: DeepSpeed's ZeRO would keep fp32 master weights. A difference from rounding becomes 10⁹
+   times smaller, a mistake stays.
+4. The steps of 2 in float64, also at ZeRO-0.
 
 Shape letters: G sequences of a step, S sequence length, V vocabulary.
 """
@@ -26,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from parallel.attention import Documents
 from parallel.gather import logical_tensors
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
@@ -36,34 +39,36 @@ from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine, StepResult
 from trainer.engine.execution import DTYPES
-from trainer.launch import ranks
+from trainer.engine.group import joined
 from trainer.launch.ranks import Place
-from trainer.model.config import TransformerConfig, largest_weight
+from trainer.model.config import TransformerConfig
 from trainer.recipe import ResolvedRecipe, load
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Optimizer, Recipe, Zero
+from trainer.update_rules import rule_of
 from trainer.verify.job import GRADIENT, UPDATE, Job, RankResult
 
-# The learning rate of an SGD step: the update is then so much larger than the weights that subtracting it from them does not
-# round it. A power of two scales exactly.
+# The learning rate of an SGD step, so large that subtracting the update from the weights does not
+# round the update. A power of two scales exactly.
 SGD_LR = 2.0**20
 DOCUMENTS = 3  # packed into each sequence
 
 
 def run(folder: Path, rank: int) -> None:
-    """Do a job's part; `RankResult` and, on rank 0, the tensors are left in its folder."""
+    """Do a rank's part of a job, and leave `RankResult` and, on rank 0, the tensors in its
+    folder."""
     job = Job.read(folder / "job.json")
     resolved = load(folder / "recipe.json")
     layout = Layout(**job.degrees)
     world = layout.world_size
     place = Place(rank, rank, world, world, "127.0.0.1", job.port, "triaxis verify")
-    ranks.join(place, timedelta(seconds=resolved.recipe.guard.timeout_s))
-    if place.device.type == "cpu":
-        torch.set_num_threads(1)  # the same in every layout: threads change the order of sums
-    trial = Trial(resolved, Mesh.build(layout), place.device)
-    result = trial.measure(job.steps, folder)
-    result.write(folder / f"rank-{rank}.json")
-    ranks.leave()
+    with joined(place, timedelta(seconds=resolved.recipe.guard.timeout_s)) as group:
+        if place.device.type == "cpu":
+            # The same in every layout, because threads change the order of sums.
+            torch.set_num_threads(1)
+        trial = Trial(resolved, Mesh.build(layout, group.timeout), place.device)
+        result = trial.measure(job.steps, folder)
+        result.write(folder / f"rank-{rank}.json")
 
 
 @dataclass(frozen=True)
@@ -107,9 +112,11 @@ class Trial:
         )
 
     def own_steps_in_float64(self, steps: int) -> list[StepResult]:
-        """None of lion: DeepSpeed's extension has no float64."""
+        """Train steps of the recipe's optimizer in float64. None where its class has no float64."""
         recipe = self.resolved.recipe
-        return [] if recipe.optimizer.name == "lion" else self.train(in_float64(recipe), steps, recipe.optimizer.lr).steps
+        if not rule_of(recipe.optimizer).in_float64:
+            return []
+        return self.train(in_float64(recipe), steps, recipe.optimizer.lr).steps
 
     def train(self, recipe: Recipe, steps: int, lr: float) -> Trained:
         with self.engine(recipe) as engine:
@@ -126,7 +133,7 @@ class Trial:
             self.network,
             self.mesh,
             self.device,
-            deepspeed_config=deepspeed_config(recipe, self.plan, largest_weight=largest_weight(self.network)),
+            deepspeed_config=deepspeed_config(recipe, self.plan, largest_weight=self.network.largest_weight),
             fill=self.fill_in_float64 if DTYPES[recipe.precision.dtype] == torch.float64 else self.fill,
         )
         try:
@@ -138,61 +145,64 @@ class Trial:
         initialise(block, self.resolved.recipe.run.seed)
 
     def fill_in_float64(self, block: nn.Module) -> None:
-        """The same values as in fp32."""
+        """Set a block's weights to the same values as in fp32."""
         self.fill(block)
         block.double()
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """This rank's part of a step."""
+        """Return this rank's part of a step."""
         tokens, labels, documents = self.rows(step)
         plan = self.plan
-        first = self.mesh.dp.rank * plan.sequences_per_rank
+        first = self.mesh.data.rank * plan.sequences_per_rank
         starts = range(first, first + plan.sequences_per_rank, plan.micro_sequences)
         return [
-            MicroBatch(tokens[start:stop], labels[start:stop], documents[start:stop])
+            MicroBatch(tokens[start:stop], Documents(documents[start:stop]), labels[start:stop])
             for start in starts
             for stop in (start + plan.micro_sequences,)
         ]
 
     def rows(self, step: int) -> tuple[Tensor, Tensor, tuple[tuple[int, ...], ...]]:
-        """Random tokens and labels [G, S] and documents of a step, the same in every layout.
+        """Return random tokens and labels [G, S] and the documents of a step, the same in every
+        layout.
 
-        Row r has a share r / G of its labels masked: where a mean of micro-batch means were taken, it would show.
+        Row r has a share r / G of its labels masked, so that taking a mean of micro-batch means
+        would show.
         """
-        G, S, V = self.plan.global_sequences, self.plan.seq_len, self.network.vocab_size
+        G, S, V = self.plan.global_sequences, self.plan.row_tokens, self.network.vocab_size
         generator = stream(torch.device("cpu"), self.resolved.recipe.run.seed, "verify", step)
         tokens = torch.randint(0, V, (G, S + 1), generator=generator)
         masked = torch.rand(G, S, generator=generator) < torch.arange(G)[:, None] / G
         labels = (tokens[:, 1:] % (len(self.network.classes) or V)).masked_fill(masked, IGNORE)
         data = self.resolved.recipe.data
         parts = data.row_tokens // data.seq_len
-        labels[:, : S - S // parts] = IGNORE  # of a translation the second half is learned
+        labels[:, : S - S // parts] = IGNORE  # a translation learns only its second half
         drawn = [[_lengths(S // parts, generator) for _ in range(parts)] for _ in range(G)]
         documents = tuple(tuple(n for part in row for n in part) for row in drawn) if data.isolate_documents else ((S,),) * G
         return tokens[:, :-1].contiguous(), labels, documents
 
 
 def _lengths(num_tokens: int, generator: torch.Generator) -> list[int]:
-    """Of the documents in so many tokens."""
+    """Return the lengths of the documents in `num_tokens` tokens."""
     cuts = sorted((torch.randperm(num_tokens - 1, generator=generator)[: DOCUMENTS - 1] + 1).tolist())
     return [end - start for start, end in zip([0, *cuts], [*cuts, num_tokens], strict=True)]
 
 
 def with_sgd(recipe: Recipe) -> Recipe:
-    """Plain SGD; decay, clipping and ZeRO as they are."""
+    """Return the recipe with plain SGD; decay, clipping and ZeRO stay."""
     return recipe.model_copy(
         update={"optimizer": Optimizer(name="sgd", lr=SGD_LR, momentum=0.0, weight_decay=recipe.optimizer.weight_decay)}
     )
 
 
 def in_float64(recipe: Recipe) -> Recipe:
-    """In the engine's format that no recipe may ask for; ZeRO-0, where the parameters are the master weights."""
+    """Return the recipe in a format that no recipe may ask for, at ZeRO-0, where the parameters are
+    the master weights."""
     precision = recipe.precision.model_copy(update={"dtype": "fp64"})
     return recipe.model_copy(update={"precision": precision, "zero": Zero(stage=0)})
 
 
 def gradient_only(recipe: Recipe) -> Recipe:
-    """SGD whose update is the gradient, before anything is done to it."""
+    """Return the recipe with SGD whose update is the gradient, before anything is done to it."""
     return recipe.model_copy(
         update={
             "optimizer": Optimizer(name="sgd", lr=SGD_LR, momentum=0.0, weight_decay=0.0),
@@ -202,7 +212,7 @@ def gradient_only(recipe: Recipe) -> Recipe:
 
 
 def boxes(parameters: Iterable[tuple[ShardSpec, Tensor]]) -> dict[str, str]:
-    """Digests of the boxes that this rank holds, under their tensor's name and place in it."""
+    """Return digests of the boxes that this rank holds, by their tensor's name and place in it."""
     return {
         f"{piece.name} {json.dumps([piece.start, piece.size])}": _digest(piece.in_parameter(parameter))
         for spec, parameter in parameters

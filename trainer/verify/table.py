@@ -1,4 +1,4 @@
-"""What `triaxis verify` prints. No torch."""
+"""The output of `triaxis verify`. No torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLUMNS = {
 
 
 def table(report: Report) -> Table:
-    """One row a layout."""
+    """Return a table with one row per layout."""
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title, justify in COLUMNS.items():
         shown.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
@@ -35,7 +35,7 @@ def table(report: Report) -> Table:
 
 
 def legend(optimizer: str, zero_stage: int, steps: int) -> list[str]:
-    """What the columns say."""
+    """Return the meaning of the columns."""
     return [
         "weights: hash of the initial weights. The rest are the worst relative differences from one process at ZeRO-0.",
         f"loss, norm: one SGD step, then {steps} of {optimizer}; update: of the SGD step, because {optimizer} may hide a wrong "

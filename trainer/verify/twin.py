@@ -1,7 +1,9 @@
-"""The recipe that verify trains: the user's own, or a twin of the same family and options with smaller sizes. No torch.
+"""The recipe that verify trains: the user's own, or a twin of the same family and options with
+smaller sizes. No torch.
 
-What decides how a layer is divided stays: the ratio of query to key/value heads, whether tensor ranks share key/value heads,
-windows, ties, biases, dropout, ZeRO stage. What only costs time shrinks.
+Everything that decides how a layer is divided stays: the ratio of query to key/value heads, whether
+tensor ranks share key/value heads, windows, ties, biases, dropout, ZeRO stage. What only costs time
+shrinks.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from trainer.model.config import TransformerConfig
 from trainer.model.families import FAMILIES
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
 from trainer.recipe.names import SMALLEST_BPE
-from trainer.recipe.network import TWO_CLASSES, translate
+from trainer.recipe.network import TWO_CLASSES, network_from
 from trainer.schema import Recipe
 from trainer.tasks import TASKS
 from trainer.tuning.targets import QUANTIZED_TOGETHER
 
-VOCABULARY = 263  # a prime, so that no degree divides it; above the 257 symbols of the tokenizer "bytes"
+# A prime, so that no degree divides it; above the 257 symbols of the tokenizer "bytes".
+VOCABULARY = 263
 HEAD_DIM = 8
 LEAST_LAYERS = 2
 LEAST_TOKENS = 24
@@ -34,14 +37,14 @@ NOT_MODEL = ("dtype", "torch_dtype")  # number formats in a Hugging Face folder'
 
 @dataclass(frozen=True)
 class Twin:
-    """A recipe to write down, its network, and what differs from the user's, in words."""
+    """A recipe to write down, with the differences from the user's in words."""
 
     given: dict[str, Any]
     changes: list[str]
 
 
 def network_of(resolved: ResolvedRecipe) -> TransformerConfig:
-    """RecipeError when it is not known from the recipe alone."""
+    """Return the network. RecipeError if it is not known from the recipe alone."""
     vocab_size = tokenizer_vocab_size(resolved.recipe.data)
     if resolved.hf_config is None:
         raise RecipeError("model.from_pretrained is a hub name: to verify it, give the folder to which it was fetched")
@@ -53,7 +56,7 @@ def network_of(resolved: ResolvedRecipe) -> TransformerConfig:
 
 
 def full_size(resolved: ResolvedRecipe) -> Twin:
-    """The recipe's own sizes, without its data."""
+    """Return the recipe with its own sizes, without its data."""
     recipe, network = resolved.recipe, network_of(resolved)
     config = {**_own_config(resolved), "vocab_size": network.vocab_size}
     batch = recipe.batch.model_dump()
@@ -62,10 +65,11 @@ def full_size(resolved: ResolvedRecipe) -> Twin:
 
 
 def scaled_down(resolved: ResolvedRecipe, layouts: Sequence[Layout]) -> Twin:
-    """Sizes that all `layouts` divide; each of them must divide the recipe's own network."""
+    """Return a twin whose sizes all `layouts` divide; each of them must divide the recipe's own
+    network."""
     own = network_of(resolved)
     config = _scaled_config(resolved, own, layouts)
-    network, findings = translate(own.family, config, None)
+    network, findings = network_from(own.family, config, None)
     assert network is not None, findings
     seq_len, batch = _seq_len(layouts), _batch(resolved, layouts)
     given = _recipe(resolved, own.family, config, batch, seq_len)
@@ -85,7 +89,7 @@ def scaled_down(resolved: ResolvedRecipe, layouts: Sequence[Layout]) -> Twin:
 def _recipe(
     resolved: ResolvedRecipe, family: str, config: Mapping[str, Any], batch: dict[str, Any], seq_len: int
 ) -> dict[str, Any]:
-    """Everything that a layout could have to do with is kept as it was written."""
+    """Return a recipe that keeps everything that may matter in a layout as it was written."""
     recipe, given = resolved.recipe, resolved.given
     kept: dict[str, Any] = {section: given[section] for section in ("parallel", "optimizer", "tuning") if section in given}
     policy = {key: value for key, value in given.get("deepspeed", {}).items() if key != "aio"}
@@ -111,14 +115,16 @@ def _recipe(
 
 
 def _new_tokens(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
-    """Where they are trained beside what is frozen; as many as are left beyond the symbols of the tokenizer "bytes"."""
+    """Return the new tokens that are trained beside a frozen model, as many as fit beyond the
+    symbols of the tokenizer "bytes"."""
     room = vocab_size - SMALLEST_BPE - (TASKS[recipe.data.task].target == "masked")
     tokens = recipe.data.new_tokens[: max(0, room)] if recipe.tuning.method else []
     return {"new_tokens": tokens} if tokens else {}
 
 
 def _task(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What has a network or a head of its own; where its rows come from is kept though nothing of it is read."""
+    """Return the keys of a task with a network or head of its own. Its sources are kept although
+    nothing is read from them."""
     name, task = recipe.data.task, TASKS[recipe.data.task]
     if not task.has_own_network:
         return {}
@@ -131,7 +137,7 @@ def _task(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_memory(zero: Mapping[str, Any]) -> dict[str, Any]:
-    """NVMe offload as CPU offload: the same division, without a drive."""
+    """Return NVMe offload as CPU offload: the same division, without a drive."""
     on_nvme = {"pipeline_read", "pipeline_write", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu"}
     return {
         key: {**{k: v for k, v in value.items() if k not in on_nvme}, "device": "cpu"}
@@ -156,7 +162,7 @@ def _own_config(resolved: ResolvedRecipe) -> dict[str, Any]:
 
 
 def _scaled_config(resolved: ResolvedRecipe, own: TransformerConfig, layouts: Sequence[Layout]) -> dict[str, Any]:
-    """The family's config in Hugging Face's names with the twin's sizes."""
+    """Return the family's config in Hugging Face's names with the twin's sizes."""
     family = FAMILIES[own.family]
     sizes = _sizes(resolved, own, layouts)
     written = {name: sizes[rule.fields[0]] for name, rule in family.keys.items() if rule.fields[0] in sizes}
@@ -170,12 +176,13 @@ def _scaled_config(resolved: ResolvedRecipe, own: TransformerConfig, layouts: Se
 
 
 def _sizes(resolved: ResolvedRecipe, own: TransformerConfig, layouts: Sequence[Layout]) -> dict[str, Any]:
-    """The twin's sizes by our field; window keys by their Hugging Face names, which are their fields' names too."""
+    """Return the twin's sizes by our field; window keys by their Hugging Face names, which are
+    their fields' names too."""
     tensor = [layout.tp for layout in layouts]
     kv_heads = least_key_value_heads(own.num_heads, own.num_kv_heads, tensor)
     heads = own.num_heads // own.num_kv_heads * kv_heads
     tied_head_dim = own.head_dim == own.hidden_size // own.num_heads
-    # Each tensor rank must have whole blocks of what is quantized: then a head is one.
+    # Each tensor rank must have whole blocks of quantized weights, so a head is one block.
     head_dim, block, beside = (QUANTIZED_TOGETHER,) * 3 if resolved.recipe.tuning.quantize else (HEAD_DIM, 1, 4)
     hidden = heads * (head_dim if tied_head_dim else head_dim + beside)
     stages = max(layout.pp for layout in layouts) * resolved.recipe.parallel.virtual_stages
@@ -201,8 +208,11 @@ def _sizes(resolved: ResolvedRecipe, own: TransformerConfig, layouts: Sequence[L
 
 
 def least_key_value_heads(num_heads: int, num_kv_heads: int, tensor: Sequence[int]) -> int:
-    """The fewest that keep the ratio of query to key/value heads and are divided, or shared, over each tensor degree as
-    the network's own are. The network's own always fulfil this, so there is an answer."""
+    """Return the fewest key/value heads that keep the ratio of query to key/value heads, and that
+    each tensor degree divides or shares in the same way as the network's own.
+
+    The network's own number always qualifies, so there is an answer.
+    """
     ratio = num_heads // num_kv_heads
 
     def fits(kv_heads: int, degree: int) -> bool:
@@ -210,12 +220,14 @@ def least_key_value_heads(num_heads: int, num_kv_heads: int, tensor: Sequence[in
         divides = kv_heads % degree == 0 or (ratio > 1 and degree % kv_heads == 0)
         return same_way and divides and ratio * kv_heads % degree == 0
 
-    fewest = min(2, num_kv_heads)  # more than one where the network has more: they must not change places
+    # More than one if the network has more, to show if they change places.
+    fewest = min(2, num_kv_heads)
     return next(n for n in range(fewest, num_kv_heads + 1) if all(fits(n, degree) for degree in tensor))
 
 
 def _layer_types(windows: Sequence[int | None], layers: int) -> list[str]:
-    """Layers evenly taken, the first and the last among them; both kinds where there are both."""
+    """Return the types of evenly chosen layers, the first and the last among them; both types if
+    the network has both."""
     taken = [windows[round(i * (len(windows) - 1) / max(1, layers - 1))] is not None for i in range(layers)]
     slides = [window is not None for window in windows]
     if layers > 1 and len(set(taken)) < len(set(slides)):
@@ -224,12 +236,13 @@ def _layer_types(windows: Sequence[int | None], layers: int) -> list[str]:
 
 
 def _seq_len(layouts: Sequence[Layout]) -> int:
-    """Tokens of a row, which sequence parallelism divides."""
+    """Return the tokens of a row, which sequence parallelism divides."""
     return _multiple(math.lcm(*(layout.tp for layout in layouts)), LEAST_TOKENS)
 
 
 def _batch(resolved: ResolvedRecipe, layouts: Sequence[Layout]) -> dict[str, Any]:
-    """Several micro-batches in every layout, as many as a pipeline's schedule can want: twice its ranks."""
+    """Return a batch of several micro-batches in every layout, as many as a schedule may require:
+    twice the pipeline's ranks."""
     micro = min(2, resolved.recipe.batch.micro_sequences)
     replicas = math.lcm(*(layout.dp for layout in layouts))
     rounds = 2 * math.lcm(*(layout.pp for layout in layouts))

@@ -1,4 +1,5 @@
-"""Who brought a run to a stop, from what its ranks say, and the page that tells it. No torch beyond what a collective is."""
+"""The search for the rank that brought a run to a stop, from what its ranks report, and the page
+about it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,13 +13,16 @@ from trainer.watchdog.flight_recorder import Collective
 from trainer.watchdog.stacks import STATES, innermost_of_ours, is_waiting
 
 STACK_LINES = 8
-RANKS_SHOWN = 16  # one page; ranks that are at the same place share a row
+RANKS_SHOWN = 16  # fits one page; ranks at the same place share a row
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank says when it is asked: its last beat, its stack, its collectives, and what its host says of `neighbours`
-    that are silent (rank → letter of the state, "" when gone)."""
+    """The answer of one rank when it is asked.
+
+    It has its last beat, its stack, its collectives, and what its host knows of silent `neighbours`
+    (rank → letter of the state, "" when gone).
+    """
 
     beat: Beat
     stack: tuple[str, ...]
@@ -55,13 +59,17 @@ class Report:
         return innermost_of_ours(self.stack)
 
     def last(self, group: str) -> int:
-        """Number of the last collective that it came to; 0 for none."""
+        """Return the number of the last collective that the rank came to; 0 for none."""
         return max((collective.number for collective in self.collectives if collective.group == group), default=0)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that is known. `silent`: last beats of ranks that do not answer; `written`: stacks that their last resort left."""
+    """The state of a stopped run, as far as it is known.
+
+    `silent`: the last beats of ranks that do not answer. `written`: the stacks they left on disk
+    (`LastResort`).
+    """
 
     reports: Mapping[int, Report]
     silent: Mapping[int, Beat]
@@ -69,7 +77,8 @@ class Scene:
     idle_s: Mapping[int, float]
 
     def state(self, rank: int) -> str | None:
-        """The system's letter; None when nobody on its host could look."""
+        """Return the system's letter for the state of a rank's process; None if nobody on its host
+        could look."""
         return next((report.neighbours[rank] for report in self.reports.values() if rank in report.neighbours), None)
 
 
@@ -80,12 +89,13 @@ class Finding:
 
 
 def find(scene: Scene) -> Finding:
-    """The first ranks that are missing or different, and how they are."""
+    """Return the first ranks that are missing or different, and in what way."""
     if failed := {rank: beat for rank, beat in scene.silent.items() if beat.ended not in ("", DONE)}:
         last_beat = failed[min(failed)]
         return Finding(tuple(sorted(failed)), f"has ended: {last_beat.ended}, in {last_beat.at}")
     stuck = {rank for rank in scene.silent if scene.state(rank) not in (None, "")}
-    if not stuck and (found := _left_the_usual_order(scene.reports)):  # gloo ends a peer that receives what it does not expect
+    # gloo ends a peer that receives something unexpected, so a silent rank is not always the cause.
+    if not stuck and (found := _left_the_usual_order(scene.reports)):
         return found
     if scene.silent:
         return _silent(scene)
@@ -124,8 +134,9 @@ def _silent(scene: Scene) -> Finding:
 
 
 def _left_the_usual_order(reports: Mapping[int, Report]) -> Finding | None:
-    """A rank whose last collective is not what came there in the steps before."""
-    in_steps = [rank for rank, report in reports.items() if report.beat.phase in IN_A_STEP]  # elsewhere no order is usual
+    """Find a rank whose last collective differs from the one at that point in earlier steps."""
+    # Outside a step there is no usual order.
+    in_steps = [rank for rank, report in reports.items() if report.beat.phase in IN_A_STEP]
     odd = {rank: strange for rank in in_steps for strange in reports[rank].collectives[-1:] if strange.usual}
     if not odd or len(odd) == len(reports) > 1:
         return None
@@ -135,7 +146,7 @@ def _left_the_usual_order(reports: Mapping[int, Report]) -> Finding | None:
 
 
 def _differs_at_one_number(waiting: Mapping[int, Report]) -> Finding | None:
-    """Two collectives under one number of one group."""
+    """Find two different collectives under one number of one group."""
     by_number: dict[tuple[str, int], dict[int, Collective]] = defaultdict(dict)
     for rank, report in waiting.items():
         for collective in report.pending:
@@ -150,7 +161,8 @@ def _differs_at_one_number(waiting: Mapping[int, Report]) -> Finding | None:
 
 
 def _came_to_fewer(waiting: Mapping[int, Report]) -> Finding | None:
-    """A rank waits in a collective to which another has not come, and that one waits in another group's."""
+    """Find a rank that has not come to a collective in which another one waits, because it waits in
+    another group's."""
     for rank in sorted(waiting):
         for collective in waiting[rank].pending:
             members = [other for other in collective.ranks if other in waiting]
@@ -161,16 +173,16 @@ def _came_to_fewer(waiting: Mapping[int, Report]) -> Finding | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def page(title: str, verdict: str, scene: Scene, finding: Finding) -> str:
-    """Plain text, 60 to 100 lines, for the terminal and a file."""
+    """Return the page as plain text of 60 to 100 lines, for the terminal and a file."""
     return "\n".join([title, "", verdict, "", *_table(scene), "", *_collectives(scene, finding), *_stacks(scene, finding)])
 
 
 def _rows(scene: Scene) -> Iterator[tuple[int, str, str, str, float, str]]:
-    """(rank, host, process, phase, idle, doing)"""
+    """Yield (rank, host, process, phase, idle, doing)."""
     for rank in sorted({*scene.reports, *scene.silent}):
         report = scene.reports.get(rank)
         beat = report.beat if report else scene.silent[rank]
@@ -184,7 +196,8 @@ def _rows(scene: Scene) -> Iterator[tuple[int, str, str, str, float, str]]:
 
 
 def _table(scene: Scene) -> Iterator[str]:
-    """Ranks that are at one place share a row, so that a thousand of them still fit the page."""
+    """Yield the table of ranks. Those at one place share a row, so that a thousand of them still
+    fit on the page."""
     shared: dict[tuple[str, str], list[tuple[int, str, str, str, float, str]]] = defaultdict(list)
     for row in _rows(scene):
         shared[row[3], row[5]].append(row)
@@ -199,7 +212,7 @@ def _table(scene: Scene) -> Iterator[str]:
 
 
 def _span(ranks: Sequence[int]) -> str:
-    """0–3, 8"""
+    """Return ranks in the form "0–3, 8"."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][1] + 1:
@@ -210,7 +223,7 @@ def _span(ranks: Sequence[int]) -> str:
 
 
 def _collectives(scene: Scene, finding: Finding) -> Iterator[str]:
-    """The groups in which somebody waits: how far each member came."""
+    """Yield, for the groups in which somebody waits, how far each member came."""
     groups = {c.group: c for report in scene.reports.values() for c in report.pending}
     for group, example in list(groups.items())[:6]:
         members = [rank for rank in (example.ranks or sorted(scene.reports)) if rank in scene.reports]
@@ -225,7 +238,7 @@ def _collectives(scene: Scene, finding: Finding) -> Iterator[str]:
 
 
 def _stacks(scene: Scene, finding: Finding) -> Iterator[str]:
-    """Of the culprit, then of one rank for each other place."""
+    """Yield the stack of the culprit, then that of one rank for each other place."""
     shown: set[str] = set()
     stacks: dict[int, Sequence[str]] = {rank: report.stack for rank, report in scene.reports.items()}
     stacks |= {rank: stack for rank, stack in scene.written.items() if stack}

@@ -1,7 +1,8 @@
-"""What each rank says of itself a few times a second, and when their silence is a hang. No torch, no clock of another host.
+"""The beats: each rank's report of itself a few times a second, and when their silence is a hang.
+No torch, no other host's clock.
 
-A rank gets on when its phase, its step or its micro-batch changes. How long it has not is measured on its own clock; how long
-it has not been heard of, on the listener's.
+A rank makes progress when its phase, its step or its micro-batch changes. The time without progress
+is measured by its own clock, the time without a beat by the listener's.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ from dataclasses import asdict, dataclass, field
 from trainer.launch.processes import Process
 
 IN_A_STEP = ("boundary", "data", "forward", "backward", "optimizer")
-DONE = "done"  # how a rank ended that reached its end
-SILENT_S = 3.0  # a thread that tells something twice a second and has not for so long is not running
+DONE = "done"  # `ended` of a rank that reached its end
+SILENT_S = 3.0  # a thread that reports twice a second and has not for so long is not running
 
 
 @dataclass(frozen=True)
 class Beat:
-    """`idle_s`: how long this rank has not got on; `limit_s`: how long it may. `host`, `table`, `pid`, `started`: its process,
-    see `Process`. `data_s`, `compute_s`: spent since its start on its data and computing, without waiting; `answer_s`: what the
-    store took to answer. `ended`: "" or how."""
+    """A rank's report.
+
+    `idle_s`: the time without progress; `limit_s`: the most it may be. `host`, `table`, `pid`,
+    `started`: its process, see `Process`. `data_s`, `compute_s`: time since its start spent on its
+    data and on computing, without waiting. `answer_s`: the time the store took to answer. `ended`:
+    "", or how it ended.
+    """
 
     rank: int
     host: str
@@ -57,8 +62,10 @@ class Beat:
 
 @dataclass(frozen=True)
 class Limits:
-    """Longest times without getting on: within a step, once one is done; and everywhere else (start, first step, evaluation,
-    saving)."""
+    """The longest times without progress: within a step, once one is done, and everywhere else.
+
+    Elsewhere is the start, the first step, an evaluation, saving.
+    """
 
     step_s: float
     long_s: float
@@ -73,7 +80,7 @@ class Limits:
 
 @dataclass
 class Roll:
-    """The last beat of each rank, and when it came."""
+    """The last beat of each rank, and the time at which it came."""
 
     limits: Limits
     beats: dict[int, Beat] = field(default_factory=dict)
@@ -86,25 +93,28 @@ class Roll:
                 self.beats[beat.rank], self.heard[beat.rank] = beat, now
 
     def idle_s(self, rank: int, now: float) -> float:
-        """At least so long has it not got on, if it says nothing more."""
+        """Return the time for which the rank has made no progress, if it reports nothing more: a
+        lower bound."""
         return self.beats[rank].idle_s + now - self.heard[rank]
 
     def has_ended(self, rank: int) -> bool:
         return rank in self.beats and bool(self.beats[rank].ended)
 
     def silent(self, now: float) -> list[int]:
-        """Ranks that have neither ended nor been heard of."""
+        """Return the ranks that have not ended, but sent no beat for a while."""
         return [rank for rank, beat in self.beats.items() if not beat.ended and now - self.heard[rank] > SILENT_S]
 
     def longest_s(self, now: float) -> float:
         return max((self.idle_s(rank, now) for rank, beat in self.beats.items() if not beat.ended), default=0.0)
 
     def hang(self, now: float) -> bool:
-        """Nobody gets on though each should have; or one has not for longer than anything may take.
+        """Return whether no rank makes progress though each should, or one has made none for longer
+        than anything may take.
 
-        While one rank is within its limit the others may be waiting for it: for the first rank that saves, say. A silent
-        one has no longer limit than the others: what it said last may be half a second old, and it may since have come from
-        its first step, which may take long, to where they are.
+        While one rank is within its limit the others may be waiting for it, for example for the
+        first rank that saves. A silent rank gets the smallest limit of all: its last beat may be
+        half a second old, and it may since have come from its first step, which may take long, to
+        where the others are.
         """
         running = [rank for rank, beat in self.beats.items() if not beat.ended]
         limits = {rank: self.beats[rank].limit_s for rank in running}

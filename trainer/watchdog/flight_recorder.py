@@ -1,5 +1,8 @@
-"""The collectives that this rank came to, from torch's flight recorder: it keeps the last ones in memory, for gloo and NCCL,
-with number, group, shapes and whether they are over. Messages between two pipeline stages are recorded for NCCL only."""
+"""The collectives that this rank came to, from torch's flight recorder.
+
+It keeps the last ones in memory, for gloo and NCCL, with number, group, shapes and whether they are
+over. Messages between two pipeline stages are recorded for NCCL only.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,21 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d as bindings
 
 DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # torch for CPUs has only the second
-KEPT = 3  # of each group
-LEAST_CONTEXT = 3  # fewer collectives before one do not say which should come next
+KEPT = 3  # collectives of each group
+LEAST_CONTEXT = 3  # fewer preceding collectives do not tell which should come next
 
 
 @dataclass(frozen=True)
 class Collective:
-    """The `number`-th of its group; the same on all its ranks, if all came to the same ones. `usual`: what came at this place
-    the last time, where that was another one: steps repeat themselves, so a collective was left out, or is one too many."""
+    """The `number`-th collective of its group; the same on all its ranks, if all came to the same
+    ones.
+
+    `usual`: the collective that came at this point before, if it was another one. Steps repeat
+    themselves, so one was left out, or is one too many.
+    """
 
     group: str
-    axes: str  # what the group is for: "dp", "tp" …
+    axes: str  # the purpose of the group: "dp", "tp" …
     ranks: tuple[int, ...]
     number: int
     operation: str
@@ -51,7 +58,7 @@ class Collective:
 
 
 def collectives() -> list[Collective]:
-    """The last ones of each group, in the order in which this rank came to them."""
+    """Return the last collectives of each group, in the order in which this rank came to them."""
     now, members = time.time_ns(), _members()
     entries = list(_entries())
     found = [
@@ -70,7 +77,7 @@ def collectives() -> list[Collective]:
     ]
     if not found:
         return []
-    # A thread that saves behind the training has collectives of its own in between.
+    # A thread that saves in the background has collectives of its own in between.
     thread = entries[-1]["thread_id"]
     line = [f"{c.what} of {c.axes}" for c, entry in zip(found, entries, strict=True) if entry["thread_id"] == thread]
     found[-1] = replace(found[-1], usual=usual_instead(line))
@@ -84,8 +91,12 @@ def collectives() -> list[Collective]:
 
 
 def usual_instead(line: Sequence[str]) -> str:
-    """What came after the collectives before the last one when most of them came in this order before, if it was another; else
-    "". The longest match counts: layers are alike, and only what came before them tells the last from the others."""
+    """Return what usually follows the collectives before the last one, if it is another one than
+    the last; else "".
+
+    The longest match decides, because layers are alike, and only what came before them tells the
+    last layer from the others.
+    """
     if not line:
         return ""
     *history, last = line
@@ -106,6 +117,6 @@ def _entries() -> Iterator[dict[str, Any]]:
 
 
 def _members() -> dict[str, tuple[int, ...]]:
-    """Global ranks of each group, by its name."""
+    """Return the global ranks of each group, by its name."""
     world = dist.distributed_c10d._world
     return {name: tuple(sorted(world.pg_group_ranks.get(group, ()))) for group, name in world.pg_names.items()}

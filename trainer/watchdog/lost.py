@@ -1,4 +1,4 @@
-"""What a lost peer looks like from inside a collective."""
+"""The errors by which a lost peer shows itself inside a collective."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.errors import EXIT_HANG, EXIT_REQUEUE, UserError
 from trainer.exhausted import exhausted
 from trainer.watchdog.watchdog import PeerLost, Watchdog
 
-# How gloo and NCCL say so; torch raises both as RuntimeError.
+# The messages of gloo and NCCL; torch raises both as RuntimeError.
 GONE = re.compile(
     r"connection (closed|reset) by peer|connection was likely closed|broken pipe|remote process exited|connection refused",
     re.IGNORECASE,
@@ -20,8 +20,12 @@ SILENT = re.compile(r"timed out|timeout", re.IGNORECASE)
 
 @contextmanager
 def among_ranks(watchdog: Watchdog, doing: Callable[[], str]) -> Iterator[None]:
-    """Work that needs the other ranks: PeerLost, naming those that are missing, when one dies or nobody gets on; PeerFailed on
-    the ranks that need not say it too. `doing` says what this rank was at, such as "backward of step 12"."""
+    """Translate errors in work that needs the other ranks.
+
+    Raises PeerLost, naming those that are missing, when one dies or nobody makes progress, and
+    PeerFailed on the ranks that need not report it too. `doing` says what this rank was at, such as
+    "backward of step 12".
+    """
     try:
         yield
     except UserError:
@@ -40,7 +44,8 @@ def among_ranks(watchdog: Watchdog, doing: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def among_strangers(rank: int) -> Iterator[None]:
-    """The same from the beginning, while there is no watchdog that knows who is missing: each rank that notices says so."""
+    """Translate errors in work at the beginning, while no watchdog knows who is missing: each rank
+    that notices a lost peer says so."""
     try:
         yield
     except UserError:
@@ -57,7 +62,8 @@ def among_strangers(rank: int) -> Iterator[None]:
 
 
 def _lost_peer(error: BaseException | None) -> str:
-    """What says that a peer is lost, in an error or in those it was raised from."""
+    """Return the message of a lost peer in an error, or in those it was raised from; "" if there is
+    none."""
     while error is not None:
         text = str(error)
         if isinstance(error, RuntimeError) and (GONE.search(text) or SILENT.search(text)):

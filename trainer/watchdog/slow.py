@@ -1,9 +1,11 @@
-"""Which rank is slow, and at what, from what all ranks say of themselves. Nobody is stopped for it. No torch.
+"""The search for slow ranks, and at what they are slow, from what all ranks report. Nobody is
+stopped for it. No torch.
 
-Ranks that hold the same stage do the same work, so each is compared with the median of the others; a stage that one rank holds
-alone, with what it took itself before. Of a step a rank's own part is what it did not spend waiting for others (seen on CPUs; a
-GPU's host runs ahead of it, so there only the data counts). One window is no proof: who is named was slow in `WINDOWS` of them
-in a row, at the same thing; slowness that wanders from rank to rank is nobody's.
+Ranks that hold the same stage do the same work, so each is compared with the median of the others.
+A rank that holds a stage alone is compared with its own past. A rank's own part of a step is the
+time it did not spend waiting for others (seen on CPUs; a GPU's host runs ahead of it, so there only
+the data counts). One window is no proof: a rank that is named was slow at the same thing in
+`WINDOWS` of them in a row. Slowness that wanders from rank to rank is nobody's.
 """
 
 from __future__ import annotations
@@ -17,14 +19,15 @@ from trainer.watchdog.beats import Beat
 
 WINDOW_S, WINDOW_STEPS = 10.0, 5  # at least so long: 100 samples tell a share to 5 %
 WINDOWS = 3
-FACTOR = 1.4  # of the others' median
-LEAST_SHARE = 0.05  # of the step: below, a multiple of next to nothing is next to nothing
+FACTOR = 1.4  # times the others' median
+LEAST_SHARE = 0.05  # of the step: a multiple of almost nothing is still almost nothing
 SLOW_ANSWER_S = 0.02  # a message through the store takes 0.1 to 1 ms
 
 
 @dataclass(frozen=True)
 class Window:
-    """What a rank spent per step, in seconds: on its data, computing, in all; and how long the store took to answer."""
+    """The seconds that a rank spent per step on its data, on computing, and in all, and the time
+    that the store took to answer."""
 
     data_s: float
     compute_s: float
@@ -33,7 +36,7 @@ class Window:
 
 
 class SlowRanks:
-    """`peers`: ranks that do the same work, in groups."""
+    """A judge of slowness. `peers`: groups of ranks that do the same work."""
 
     def __init__(self, peers: Sequence[Sequence[int]]) -> None:
         self._peers = {rank: [other for other in group if other != rank] for group in peers for rank in group}
@@ -42,7 +45,7 @@ class SlowRanks:
         self._in_a_row: Counter[tuple[int, str]] = Counter()
 
     def hear(self, beats: Iterable[Beat], now: float) -> list[str]:
-        """A line for each rank that has just been found slow."""
+        """Return a line for each rank that has just been found slow."""
         last = {beat.rank: beat for beat in beats}
         if not self._since:
             self._begin(last, now)
@@ -56,7 +59,7 @@ class SlowRanks:
         self._since = {rank: (now, beat) for rank, beat in beats.items()}
 
     def _window(self, beat: Beat, now: float) -> Window | None:
-        """None while it is too short."""
+        """Return the window up to this beat, or None while it is too short."""
         since, first = self._since.get(beat.rank, (now, beat))
         steps = beat.step - first.step
         if now - since < WINDOW_S or steps < WINDOW_STEPS:

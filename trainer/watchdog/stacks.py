@@ -1,5 +1,5 @@
-"""Where in the code a rank is: its own stack, seen from another thread, and the stack that C writes when no Python runs. No
-torch."""
+"""The place in the code where a rank is: its stack seen from another thread, and the stack that C
+writes when no Python runs. No torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from types import FrameType
 from typing import IO
 
 OURS = ("trainer", "parallel", "tools", "tests")
-WAITING = os.path.join("torch", "distributed", "")  # code in which a rank does nothing but wait for others
+WAITING = os.path.join("torch", "distributed", "")  # code in which a rank only waits for others
 SITE = "site-packages" + os.sep
 FRAMES = 12
-NO_PYTHON_S = 4.0  # after so long without a beat the stack is written by a thread of C's, which needs no interpreter
+# After so long without a beat, a C thread writes the stack without the interpreter.
+NO_PYTHON_S = 4.0
 
 STATES = {
     "T": "is stopped (SIGSTOP; SIGCONT lets it go on)",
@@ -29,7 +30,8 @@ STATES = {
 
 
 def stack_of(thread_id: int) -> list[str]:
-    """`file:line function` of a thread, the innermost first; [] when it has ended."""
+    """Return the stack of a thread as lines `file:line function`, the innermost first; [] if it has
+    ended."""
     frame = sys._current_frames().get(thread_id)
     lines: list[str] = []
     while frame is not None and len(lines) < FRAMES:
@@ -39,7 +41,7 @@ def stack_of(thread_id: int) -> list[str]:
 
 
 def stack_of_error(error: BaseException) -> list[str]:
-    """Where an error came from, the innermost first."""
+    """Return where an error came from, the innermost first."""
     frames = list(traceback.walk_tb(error.__traceback__))[::-1]
     return [_place(frame, line) for frame, line in frames[:FRAMES]]
 
@@ -49,7 +51,7 @@ def _place(frame: FrameType, line: int) -> str:
 
 
 def _short(path: str) -> str:
-    """From the package on: the rest of the path is the same everywhere."""
+    """Return a path from the package on; what stands before it is the same everywhere."""
     if SITE in path:
         return path.partition(SITE)[2]
     parts = path.split(os.sep)
@@ -58,7 +60,8 @@ def _short(path: str) -> str:
 
 
 def innermost_of_ours(stack: Sequence[str]) -> str:
-    """What a reader looks for first: the last line of this project, else the last line of all."""
+    """Return the line that a reader looks for first: the last one of this project, or else the last
+    of all."""
     ours = [line for line in stack if line.startswith(tuple(f"{package}{os.sep}" for package in OURS))]
     return (ours or list(stack) or ["?"])[0]
 
@@ -68,15 +71,16 @@ def is_waiting(stack: Sequence[str]) -> bool:
 
 
 class LastResort:
-    """A file that holds this process's stacks when its interpreter has not run for a while, written without it."""
+    """A file that gets this process's stacks, without its interpreter, when that has not run for a
+    while."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.unlink(missing_ok=True)  # whatever is there, a pipe too
+        path.unlink(missing_ok=True)  # whatever is there, even a pipe
         self._file: IO[bytes] = path.open("xb")
 
     def put_off(self) -> None:
-        """I still run."""
+        """Postpone the writing: the interpreter still runs."""
         faulthandler.cancel_dump_traceback_later()
         if os.fstat(self._file.fileno()).st_size:
             self._file.seek(0)
@@ -90,7 +94,8 @@ class LastResort:
 
 
 def written_stack(path: Path) -> list[str]:
-    """What `LastResort` left of the main thread, the innermost first: the last thread in faulthandler's order."""
+    """Return the main thread's stack left by `LastResort`, the innermost first: that of the last
+    thread in faulthandler's order."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -101,7 +106,8 @@ def written_stack(path: Path) -> list[str]:
 
 
 def _from_faulthandler(line: str) -> str:
-    """File "/a/trainer/b.py", line 3 in f → trainer/b.py:3 f"""
+    """Return a frame such as `File "/a/trainer/b.py", line 3 in f` in the form `trainer/b.py:3
+    f`."""
     _, path, rest = line.split('"', 2)
     number, _, function = rest.removeprefix(", line ").partition(" in ")
     return f"{_short(path)}:{number} {function}"

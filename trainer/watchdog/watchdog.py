@@ -1,11 +1,14 @@
-"""Watches a run from a thread of each rank, and ends it on all ranks when it does not get on.
+"""The watchdog: threads in each rank that watch a run, and end it on all ranks when it makes no
+progress.
 
-    every half second: own beat ─► store; rank 0 reads all beats (the next ranks too, once they stand still themselves)
-    a hang, or a rank that noticed a lost peer ─► one verdict in the store ─► each rank: stack, collectives ─► store
-    ─► who gave the verdict writes the page ─► all ranks end: waiting ones are woken, those that cannot wake are killed
+    every half second: own beat ─► store; rank 0 reads all beats (so do the next ranks, once they
+    stand still themselves)
+    a hang, or a rank that noticed a lost peer ─► one verdict in the store
+    ─► each rank: stack, collectives ─► store ─► the rank that gave the verdict writes the page
+    ─► all ranks end: waiting ones are woken, those that cannot wake are killed
 
-The store lives in the process of rank 0, in a thread that needs no interpreter; when rank 0 is stopped the store is silent, and
-then each rank knows who is missing.
+The store lives in the process of rank 0, in a thread that needs no interpreter. When rank 0 is
+stopped the store is silent, and so each rank knows who is missing.
 """
 
 from __future__ import annotations
@@ -51,16 +54,16 @@ from trainer.watchdog.stacks import (
 logger = logging.getLogger(__name__)
 
 BEAT_S = 0.5
-SAMPLES_PER_BEAT = 5  # of where the training is: 20 µs each
-JUDGES = 4  # the first ranks; if all of them stand on a node that is gone, so does the store
-STORE_S = 5.0  # longest that the store may take for one exchange
-REPORTS_S = 2.0  # longest wait for what ranks that still beat have to say
-WAKING_S = 1.5  # longest wait for the training to wake
-LEAVING_S = 10.0  # longest wait until it has then given back what it holds
+SAMPLES_PER_BEAT = 5  # samples of the training's position, 20 µs each
+JUDGES = 4  # the first ranks; if the node of all of them is gone, so is the store
+STORE_S = 5.0  # the longest that the store may take for one exchange
+REPORTS_S = 2.0  # the longest wait for the reports of ranks that still beat
+WAKING_S = 1.5  # the longest wait for the training to wake
+LEAVING_S = 10.0  # the longest wait until it has then released its resources
 
 
 class PeerLost(UserError):
-    """Another rank died or does not answer."""
+    """The error that another rank died or does not answer."""
 
     def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(message)
@@ -69,7 +72,11 @@ class PeerLost(UserError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """`by`: the rank that gave it, hears the others and writes the page; `exit_code`: what all end with; `noticed`: by what."""
+    """The decision to end a run.
+
+    `by`: the rank that gave it, collects the reports and writes the page. `exit_code`: the exit
+    code of all ranks. `noticed`: what gave it away.
+    """
 
     by: int
     exit_code: int
@@ -77,8 +84,11 @@ class Verdict:
 
 
 def _own_connection(neighbour: Neighbour | None) -> Store:
-    """Another one to the store of the default group. torch tries for as long as a collective may take, and cannot be woken:
-    PeerLost as soon as the neighbour has ended, which is how a store comes to be gone."""
+    """Open another connection to the store of the default group.
+
+    torch tries for as long as a collective may take, and cannot be woken. PeerLost as soon as the
+    neighbour has ended, because that is how a store disappears.
+    """
     answers: SimpleQueue[Store | RuntimeError] = SimpleQueue()
 
     def connect() -> None:
@@ -100,8 +110,11 @@ def _own_connection(neighbour: Neighbour | None) -> Store:
 
 
 class Watchdog:
-    """Of one rank, while it is entered. `watch` says what the rank is at; `logs`: where pages and stacks go; `peers`: groups of
-    ranks that do the same work."""
+    """The watchdog of one rank, active inside its context.
+
+    `watch` tells what the rank is at. `logs`: the folder of pages and stacks. `peers`: groups of
+    ranks that do the same work.
+    """
 
     def __init__(
         self,
@@ -113,7 +126,8 @@ class Watchdog:
         *,
         neighbour: Neighbour | None = None,
     ) -> None:
-        """`neighbour`: whom this rank looks after."""
+        """Connect to the store and prepare the threads. `neighbour`: the rank that this one looks
+        after."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._watch, self._limits, self._logs, self._run_name = watch, limits, logs, run_name
         self._main, self._neighbour = threading.get_ident(), neighbour
@@ -128,11 +142,11 @@ class Watchdog:
         self._answer_s = 0.0
         self._roll = Roll(limits)
         self._store = _own_connection(neighbour)
-        self._answered = time.monotonic()  # when the store last did
+        self._answered = time.monotonic()  # the time of the store's last answer
         self._over, self._awake = threading.Event(), threading.Event()
-        self._lock = threading.Lock()  # the training and the two threads may all want to end the run
+        self._lock = threading.Lock()  # the training and both threads may want to end the run
         self._outcome: UserError | None = None
-        self._failed_at: list[str] = []  # where the training was when it noticed a lost peer
+        self._failed_at: list[str] = []  # the training's stack when it noticed a lost peer
         self._last_resort = LastResort(self._stack_file(self.rank))
         self._threads = [
             threading.Thread(target=self._beat_on, name="watchdog", daemon=True),
@@ -146,7 +160,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Others may still be at it, or wait for this rank: what ended it is said once more."""
+        """Report once more how this rank ended: others may still be at work, or wait for it."""
         self._over.set()
         self._threads[0].join(STORE_S)
         if not self._threads[0].is_alive() and self._outcome is None:
@@ -154,7 +168,7 @@ class Watchdog:
                 self._say(ended=DONE if kind is None else f"{kind.__name__}: {error}")
         self._last_resort.close()
 
-    # ------------------------------------------------------------------------------------------------------ every beat
+    # ----------------------------------------------------------------------------------- every beat
 
     def _beat_on(self) -> None:
         try:
@@ -162,7 +176,8 @@ class Watchdog:
                 self._sample()
                 if self._sampled.total() % SAMPLES_PER_BEAT == 0:
                     self._exchange()
-        except (RuntimeError, OSError) as error:  # the store went with rank 0; the training will notice
+        except (RuntimeError, OSError) as error:
+            # The store ended with rank 0; the training will notice.
             logger.info("the watchdog's store is gone: %s", error)
 
     def _sample(self) -> None:
@@ -174,7 +189,8 @@ class Watchdog:
         self._sampled_at = now
 
     def waiting(self) -> dict[str, float]:
-        """Of each phase, the share of its time in which this rank was seen to wait for others."""
+        """Return, for each phase, the share of its time in which this rank was seen waiting for
+        others."""
         return {phase: self._waited[phase] / count for phase, count in self._sampled.copy().items()}
 
     def _exchange(self) -> None:
@@ -188,7 +204,8 @@ class Watchdog:
         elif self.rank == 0 or (self.rank < JUDGES and beat.idle_s > beat.limit_s / 2):
             self._judge()
         else:
-            self._hear([0])  # its process holds the store: what it was at must be known when the store is silent
+            # Remember what rank 0, which holds the store, is at before the store goes silent.
+            self._hear([0])
 
     def _say(self, ended: str = "") -> Beat:
         beat = replace(self._beat(), ended=ended)
@@ -216,7 +233,7 @@ class Watchdog:
         return self._failed_at or stack_of(self._main)
 
     def _hear(self, ranks: Sequence[int]) -> bool:
-        """Read their last beats; False while one of them has not begun."""
+        """Read the last beats of these ranks; False while one of them has sent none."""
         keys = [self._key("beat", rank) for rank in ranks]
         if not self._store.check(keys):
             return False
@@ -233,12 +250,16 @@ class Watchdog:
             self._remarks.put(line)
 
     def remarks(self) -> Iterator[str]:
-        """Lines about slow ranks, on the first rank, each once."""
+        """Yield lines about slow ranks, on the first rank, each once."""
         while not self._remarks.empty():
             yield self._remarks.get()
 
     def _mind_the_store(self) -> None:
-        """A store that does not answer holds the other thread for ever; this one talks to it only when a process is gone."""
+        """End the run when the store does not answer, which blocks the other thread for ever, or
+        the neighbour's process is gone.
+
+        This thread talks to the store only when a process is gone.
+        """
         while not self._over.wait(BEAT_S):
             if self._neighbour_is_gone():
                 self._end(self._verdict(EXIT_REQUEUE, "its process has ended"))
@@ -249,14 +270,18 @@ class Watchdog:
                 return
 
     def _neighbour_is_gone(self) -> bool:
-        """Whether its process ended before the run did. Who waits for it in a collective notices at once, but who waits for a
-        file, or for a group to be made, would wait for hours."""
+        """Return whether the neighbour's process ended before the run did.
+
+        A rank that waits for it in a collective notices at once, but one that waits for a file, or
+        for a group to be made, would wait for hours.
+        """
         neighbour = self._neighbour
         if neighbour is None or neighbour.process.state:
             return False
         with contextlib.suppress(RuntimeError, OSError):
             self._hear([neighbour.rank])
-        # The store ends with rank 0; at the end of a run that may be before others have heard that it is done.
+        # The store ends with rank 0; at the end of a run perhaps before others know that it is
+        # done.
         return not self._roll.has_ended(neighbour.rank) and not (neighbour.rank == 0 and self._watch.phase == "export")
 
     @property
@@ -267,23 +292,24 @@ class Watchdog:
     def _limit_s(self) -> float:
         return self._limits.of(self._watch.phase, settled=self._watch.settled)
 
-    # -------------------------------------------------------------------------------------------------------- the end
+    # -------------------------------------------------------------------------------------- the end
 
     def peer_lost(self, exit_code: int, noticed: str, error: BaseException) -> UserError:
-        """From the training, when a collective failed with `error`: what this rank ends with, as all others do."""
+        """Return the error with which this rank ends, as all others do, after a collective failed
+        in the training with `error`."""
         self._awake.set()
         self._failed_at = stack_of_error(error)
         return self._verdict(exit_code, noticed)
 
     @property
     def outcome(self) -> UserError | None:
-        """What this rank ends with, once the run is over."""
+        """The error with which this rank ends, once the run is over; None before."""
         if self._outcome is not None:
             self._awake.set()
         return self._outcome
 
     def _verdict(self, exit_code: int, noticed: str) -> UserError:
-        """The first verdict counts; from here on all ranks go the same way."""
+        """Give a verdict. The first one counts, and from here on all ranks go the same way."""
         mine = json.dumps(asdict(Verdict(self.rank, exit_code, noticed)))
         try:
             self._store.compare_set(self._key("verdict"), "", mine)
@@ -309,7 +335,8 @@ class Watchdog:
         return self._outcome
 
     def _examine(self, verdict: Verdict) -> UserError:
-        """Each rank says what it is at; who gave the verdict hears them and writes the page, the others wait for it."""
+        """Report what this rank is at. The rank that gave the verdict collects the reports and
+        writes the page; the others wait for it."""
         silent = self._silent_ranks()
         self._store.set(self._key("report", self.rank), json.dumps(self._report(silent).as_json()))
         if verdict.by != self.rank:
@@ -327,12 +354,13 @@ class Watchdog:
         return PeerLost(verdict.exit_code, line)
 
     def _keep_the_store(self, silent: set[int]) -> None:
-        """On the rank that holds it: until the others know how they end."""
+        """Wait, on the rank that holds the store, until the others know how they end."""
         if self.rank == 0:
             self._wait_for([self._key("read", rank) for rank in range(self.size) if rank not in silent], REPORTS_S)
 
     def _alone(self, exit_code: int, noticed: str) -> UserError:
-        """The store, and so rank 0, does not answer: each rank knows as much, the next one writes the page."""
+        """Judge without the store, because rank 0 does not answer. Each rank knows the same, and
+        the next one writes the page."""
         beat = self._roll.beats.get(0)
         silent = {0: beat} if beat else {}
         scene = Scene({self.rank: self._report(silent)}, silent, {}, {})
@@ -341,7 +369,8 @@ class Watchdog:
         return PeerLost(exit_code, line)
 
     def _silent_ranks(self) -> dict[int, Beat]:
-        """Those that do not beat: listened to until a silent rank is told from a slow one, or its host knows better."""
+        """Return the last beats of silent ranks, after listening until a silent rank is told from a
+        slow one, or its host knows better."""
         began = time.monotonic()
         while True:
             self._say()
@@ -383,8 +412,11 @@ class Watchdog:
             time.sleep(BEAT_S / 5)
 
     def _publish(self, scene: Scene, noticed: str, *, everywhere: bool) -> str:
-        """The page, on the terminal and in a file beside the ranks' logs, or in this rank's log; its line. A full disk must not
-        keep the run from ending."""
+        """Write the page to the terminal and to a file beside the ranks' logs, or to this rank's
+        log, and return its line.
+
+        A full disk must not keep the run from ending.
+        """
         finding, now = find(scene), datetime.now(UTC)
         path = self._logs / f"autopsy-{now:%Y%m%dT%H%M%S}.txt"
         who = f"rank {', '.join(map(str, finding.ranks))} {finding.what}" if finding.ranks else finding.what
@@ -402,7 +434,8 @@ class Watchdog:
         return f"{line}; what each rank did: {path}"
 
     def _kill(self, silent: Mapping[int, Beat]) -> None:
-        """A process of this host that is stopped, or whose interpreter does not run, cannot end itself."""
+        """Kill silent processes on this host: one that is stopped, or whose interpreter does not
+        run, cannot end itself."""
         for beat in silent.values():
             process = beat.process
             if process.is_beside(self._process) and process.pid != self._process.pid and process.state:
@@ -410,12 +443,13 @@ class Watchdog:
                     os.kill(beat.pid, signal.SIGKILL)
 
     def _end(self, outcome: UserError) -> None:
-        """From a thread beside the training: wake it, or end without it. What a run leaves on the disk is whole at any time."""
+        """End the training from a thread beside it: wake it, or end without it. What a run leaves
+        on disk is whole at any time."""
         for group in list(dist.distributed_c10d._world.pg_names):
             with contextlib.suppress(RuntimeError):
                 group.abort()
         if self._awake.wait(WAKING_S) and not self._over.wait(LEAVING_S):
-            logger.error("the training does not leave")
+            logger.error("the training does not end")
         if not self._over.is_set():
             for line in outcome.lines:
                 sys.stderr.write(f"triaxis: error: {line}\n")

@@ -1,0 +1,156 @@
+"""The steps in which a run is opened, on every rank: its folder, its data, its engine. Joining the others comes first
+(`engine/group.py`)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from parallel.mesh import Mesh
+from parallel.messages import Messages
+from trainer.checkpoint.facts import data_facts, model_facts, recipe_facts
+from trainer.checkpoint.resume import Found
+from trainer.checkpoint.resume_check import Resume, as_json
+from trainer.cluster.lease import JobStart, Lease, leased
+from trainer.data import PreparedData, prepare
+from trainer.data.handed_on_tokenizer import beside_model
+from trainer.data.tokenizer import Tokenizer
+from trainer.engine.execution import DTYPES
+from trainer.engine.first_weights import first_weights
+from trainer.engine.group import Joined
+from trainer.launch.binding import placed
+from trainer.launch.ranks import together
+from trainer.model.hugging_face import local_folder, read_config, unread_weights
+from trainer.model.model_files import ModelFiles
+from trainer.model.network import Network
+from trainer.model.origin import Origin
+from trainer.recipe import ResolvedRecipe
+from trainer.run.start import agree, begin_again, claim, find, keep_rules
+from trainer.run_folder import RunFolder
+from trainer.schema import Recipe
+from trainer.track import open_rank_log
+from trainer.track.log import RankLog
+from trainer.track.progress import work_progress
+from trainer.watchdog.beats import Limits
+from trainer.watchdog.lost import among_ranks
+from trainer.watchdog.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class OpenFolder:
+    """A run folder that is this start's, with its log, and a watchdog over the ranks. `remarks` are shown once there is a
+    tracker; `resolved` is the recipe with the rules by which the run that is there began."""
+
+    folder: RunFolder
+    lease: Lease | None  # on the first rank
+    log: RankLog
+    watchdog: Watchdog
+    mesh: Mesh
+    messages: Messages
+    resolved: ResolvedRecipe
+    remarks: list[str]
+
+
+@contextmanager
+def opened_folder(
+    group: Joined, resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, limits: Limits
+) -> Iterator[OpenFolder]:
+    """Claim the run folder on the first rank, and begin to watch over the ranks; RecipeError or DataError on all of them
+    where the folder is not this run's to write in."""
+    recipe, folder = resolved.recipe, RunFolder.of(resolved.recipe, run_dir)
+    remarks: list[str] = []
+    lease = None
+    with ExitStack() as stack:
+        with together():
+            if group.is_first:
+                remarks += claim(folder, resume, resolved.sources)
+                lease = stack.enter_context(
+                    leased(folder.path, JobStart.from_environment(os.environ), patience_s=limits.step_s)
+                )
+                remarks += begin_again(folder, resume)
+        log = stack.enter_context(open_rank_log(folder.path, group.place.rank))
+        logger.info(placed(group.place.rank, str(group.device)))
+        alike = group.layout(recipe.parallel).groups("dp", "cp", "tp")
+        watchdog = stack.enter_context(
+            Watchdog(group.watch, limits, log.path.parent, recipe.run.name, alike, neighbour=group.neighbour)
+        )
+        stack.enter_context(among_ranks(watchdog, lambda: group.watch.doing))
+        mesh, messages = group.mesh(recipe.parallel), group.messages()
+        group.watch.begin("reading the data")
+        with together(lambda: group.watch.doing):
+            resolved, told = keep_rules(resolved, folder, resume, messages)
+        yield OpenFolder(folder, lease, log, watchdog, mesh, messages, resolved, [*remarks, *told])
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """The data of a run, the network and what fills it, and the checkpoint that it goes on from. `facts` must be the same to go
+    on from the run's checkpoints."""
+
+    prepared: PreparedData
+    found: Found | None
+    network: Network
+    fill: Callable[[nn.Module], None]
+    files: ModelFiles
+    facts: dict[str, Any]
+    remarks: list[str]
+
+
+def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
+    """Read what the run learns from, and where it goes on from. RecipeError or DataError, on all ranks, for what would be
+    refused later only, after hours."""
+    recipe = opened.resolved.recipe
+    with together(lambda: group.watch.doing), work_progress(shown=group.is_first) as progress:
+        cache_dir = Path(str(recipe.data.cache_dir))
+        prepared = prepare(recipe.data, seed=recipe.run.seed, cache_dir=cache_dir, build=group.is_first, progress=progress)
+    group.watch.begin("looking for a checkpoint")
+    with together(lambda: group.watch.doing):
+        found, remarks = find(opened.folder, resume, opened.messages)
+        network, fill = first_weights(opened.resolved, prepared.tokenizer, prepared.classes, resumed=found is not None)
+        if recipe.model.from_pretrained is not None and found is None:
+            remarks += unread_weights(local_folder(recipe.model.from_pretrained, recipe.model.revision))
+        if prepared.chat and recipe.train.sample_prompt is not None:
+            prepared.chat.prompt(recipe.train.sample_prompt)
+        files = _files(recipe, network, prepared)
+        if group.is_first:  # which writes them
+            files = replace(files, tokenizer=beside_model(prepared.tokenizer, files.config))
+        facts = _facts(recipe, files, prepared)
+        if found is not None:
+            agree(found, facts, resume)
+    return LoadedRun(prepared, found, network, fill, files, facts, remarks)
+
+
+def _files(recipe: Recipe, network: Network, prepared: PreparedData) -> ModelFiles:
+    return ModelFiles(
+        network,
+        prepared.tokenizer,
+        str(DTYPES[recipe.precision.dtype]).removeprefix("torch."),
+        task=recipe.data.task,
+        end_of_turn=prepared.chat.end_of_turn if prepared.chat else None,
+        origin=_origin(recipe, prepared.tokenizer),
+    )
+
+
+def _origin(recipe: Recipe, tokenizer: Tokenizer) -> Origin | None:
+    """Return what the folder that the run starts from says of special tokens and of writing."""
+    name = recipe.model.from_pretrained
+    if name is None:
+        return None
+    folder = local_folder(name, recipe.model.revision, code=recipe.model.trust_remote_code)
+    named = Path(recipe.data.tokenizer)
+    same = name == recipe.data.tokenizer or (named.is_dir() and named.samefile(folder))
+    return Origin.of(folder, read_config(folder), tokenizer, same_tokenizer=same)
+
+
+def _facts(recipe: Recipe, files: ModelFiles, prepared: PreparedData) -> dict[str, Any]:
+    data = data_facts(tokenizer=prepared.tokenizer.fingerprint, samples=prepared.fingerprint)
+    return as_json({**recipe_facts(recipe), **model_facts(files.config), **data})
