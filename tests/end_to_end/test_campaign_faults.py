@@ -7,10 +7,7 @@ All cases: `python -m tools.campaign.kills`, and the same with `kill_in_save`, `
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,22 +73,17 @@ def test_a_run_that_is_killed_in_its_first_save_begins_again(tmp_path: Path) -> 
 
 @needs_strace
 @needs_private_mounts
-def test_training_goes_on_when_the_disk_fills_and_says_so_in_one_line() -> None:
+def test_training_goes_on_when_the_disk_fills_and_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     # The save sees it beforehand; the disk fills in its tensors, in its last file; a system call fails in the middle.
     cases = ["60%", "all-but-1-pages", "write:9/ENOSPC"]
-    command = ["--scenes", "one:sync", "--kinds", "short", "filling", "errors", "--only", *cases]
-    ended = subprocess.run(
-        [sys.executable, "-m", "tools.campaign.disk_full", *command],
-        cwd=ROOT,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    said = ended.stdout + ended.stderr
-    total: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-    assert (total["n"], total["passed"], ended.returncode) == (4, 4, 0), said
+    monkeypatch.chdir(ROOT)  # where the process of its own finds the campaign
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    code = disk_full.main(["--scenes", "one:sync", "--kinds", "short", "filling", "errors", "--only", *cases])
+    said, complaints = capfd.readouterr()
+    total: dict[str, Any] = json.loads(said.splitlines()[-1])
+    assert (total["n"], total["passed"], code) == (4, 4, 0), said + complaints
 
 
 # Case numbers of the campaign's seed 0: which rank, in which step, in the data or in the step.
