@@ -33,7 +33,6 @@ NOT_YET: tuple[str, ...] = (
     "trainer/recipe/tensor.py",
     "trainer/recipe/tuning.py",
     "trainer/recipe/zero.py",
-    "trainer/run/",
     "trainer/schema.py",
     "trainer/tuning/",
 )
@@ -56,7 +55,7 @@ ARTICLES = words("a an the")
 VERBS = words("""
     add append apply attach attend begin bind bring build call change check close compare complete configure
     connect continue count create cut damage declare describe disturb divide do draw drop edit end enter escape
-    exclude export fill find free gather give go hang have hide hold ignore join judge keep kill lay leave let
+    exclude export fill find free gather get give go hang have hide hold ignore join judge keep kill lay leave let
     load lower make mark measure move open parse play poison postpone prepare print raise read rebuild record
     redirect refuse register release remove rename repeat replace replay report restore return run save say seek
     send set settle show start store submit switch take tell train translate use wait wrap write yield
