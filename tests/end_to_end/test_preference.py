@@ -118,7 +118,7 @@ def test_another_layout_goes_on_with_the_same_reference(way: str, begun: Path, t
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"), [("missing", "No such file"), ("flipped", "the SHA-256 of"), ("foreign", "nothing is known of")]
+    ("damage", "says"), [("missing", "No such file"), ("flipped", "the SHA-256 of"), ("foreign", "it has no entry for")]
 )
 def test_a_run_does_not_go_on_without_its_reference(damage: str, says: str, begun: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
@@ -136,5 +136,5 @@ def test_a_run_does_not_go_on_without_its_reference(damage: str, says: str, begu
         (reference / "header.json").write_text(json.dumps({**header, "sha256": {}}))
     ended = run(recipe, tmp_path / "run")
     assert ended.codes == (65,), ended.said
-    assert "reference: what the model gave the answers before training cannot be read: " in ended.said
+    assert "reference: the log-probabilities of the answers before training cannot be read: " in ended.said
     assert says in ended.said

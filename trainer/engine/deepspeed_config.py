@@ -16,10 +16,11 @@ def deepspeed_config(
     *,
     largest_weight: int | None = None,
 ) -> dict[str, Any]:
-    """Exactly what DeepSpeed gets. Optimizer, schedule, loss scale and checkpoints are not in it: they are ours.
+    """Return the dict that DeepSpeed gets, and nothing beside it.
 
-    `largest_weight` [elements] sizes the swap buffers of weights on NVMe where the recipe does not; RecipeError when the
-    recipe's own are too small.
+    It has no optimizer, schedule, loss scale or checkpoint section: those are ours.
+    `largest_weight` [elements] sizes the swap buffers of weights on NVMe where the recipe does not.
+    RecipeError when the recipe's own buffers are too small.
     """
     policy = recipe.deepspeed
     config: dict[str, Any] = {
@@ -30,7 +31,8 @@ def deepspeed_config(
         "gradient_clipping": recipe.train.clip_norm if recipe.zero.stage else 0.0,
         **_precision(recipe),
         "zero_optimization": _zero(recipe, plan, largest_weight),
-        # Our optimizer is built by us: DeepSpeed only tests its own, and would insist on its CPU Adam when offloading.
+        # We build the optimizer: DeepSpeed accepts only those it has tested, and would insist on
+        # its CPU Adam when offloading.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
@@ -48,9 +50,13 @@ def deepspeed_config(
 
 
 def _precision(recipe: Recipe) -> dict[str, Any]:
-    """At stage 0 DeepSpeed holds fp32 parameters, whatever the dtype: our layers cast weights to it, so master weights
-    and accumulation are fp32 there too. At stages 1 to 3 weights and one micro-batch's gradients are in the dtype, and
-    DeepSpeed keeps the fp32 master weights, whose first values `master_weights.py` sets."""
+    """Return the sections of the number format.
+
+    At stage 0 DeepSpeed holds fp32 parameters in every dtype: our layers cast weights to the dtype,
+    so master weights and accumulation are fp32 there too. At stages 1 to 3 the weights and the
+    gradients of one micro-batch are in the dtype, and DeepSpeed keeps the fp32 master weights,
+    whose first values `master_weights.py` sets.
+    """
     if recipe.zero.stage == 0:
         return {}
     blocks: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}}
@@ -58,7 +64,8 @@ def _precision(recipe: Recipe) -> dict[str, Any]:
         # Without the check a single non-finite gradient ruins master weights and moments for good.
         blocks["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if recipe.precision.dtype == "fp16":
-        # A static 1: the engine hands over the scale of every step (see `loss_scale.py` for why).
+        # The scale is a static 1: the engine hands over the scale of every step (see
+        # `loss_scale.py`).
         blocks["fp16"] = {"enabled": True, "loss_scale": 1.0}
     return blocks
 

@@ -1,4 +1,5 @@
-"""Starting DeepSpeed: what it is told about the ranks, and what is settled before it would decide by itself."""
+"""The start of DeepSpeed: the ranks it is told about, and the choices made before it makes its
+own."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for the compilers of other accelerators
+    # else DeepSpeed looks for the compilers of other accelerators
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from torch import nn
@@ -29,11 +31,16 @@ logger = logging.getLogger(__name__)
 def start(
     module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], units: Units, *, groups_are_tiles: bool = False
 ) -> tuple[Any, Any]:
-    """DeepSpeed's engine and its optimizer around ours. `groups_are_tiles`: it is to cut none of the groups further."""
+    """Return DeepSpeed's engine and its optimizer, which wrap ours.
+
+    `groups_are_tiles`: the parameter groups are cut to size already, and DeepSpeed must cut no
+    further.
+    """
     config = _with_full_buckets(config, optimizer)
     if groups_are_tiles:
         config = {**config, "zero_optimization": {**config["zero_optimization"], "sub_group_size": LARGEST}}
-    with contextlib.redirect_stdout(_LogLines()):  # DeepSpeed prints memory reports at ZeRO-1 in bf16, asked or not
+    # DeepSpeed prints memory reports at ZeRO-1 in bf16, asked or not
+    with contextlib.redirect_stdout(_LogLines()):
         engine, wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, mpu=units, dist_init_required=False
         )
@@ -41,27 +48,34 @@ def start(
 
 
 def _with_full_buckets(config: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The dict with no larger a bucket of gradients than there are gradients, which are reduced at the same moments as before.
-    DeepSpeed takes the memory of a whole bucket, at stages 1 and 2 anew in each backward, and torch fills it where kernels are
-    deterministic: of a small model's step most of the time, and of 2⁴⁰ elements more than there is."""
+    """Return the dict with a gradient bucket no larger than all gradients together.
+
+    Gradients are reduced at the same moments as with the larger bucket. DeepSpeed allocates a whole
+    bucket, at stages 1 and 2 anew in each backward, and torch fills it where kernels are
+    deterministic. That takes most of the time of a small model's step, and with a bucket of 2⁴⁰
+    elements more memory than there is.
+    """
     sizes = [getattr(p, "ds_numel", p.numel()) for group in optimizer.param_groups for p in group["params"]]
     zero = config["zero_optimization"]
     fitting = {**zero, "reduce_bucket_size": min(zero["reduce_bucket_size"], sum(sizes))}
     return {**config, "zero_optimization": fitting}
 
 
-SWAPPED_BYTES = 2**20  # a rank's part of a weight that is smaller stays in memory
+SWAPPED_BYTES = 2**20  # a smaller share of a weight stays in memory
 
 
 def require_swap_buffers(recipe: Recipe, parameters: Sequence[Any]) -> None:
-    """RecipeError where weights on NVMe have fewer buffers than are in memory at once: each keeps its buffer while it is live,
-    and DeepSpeed stops in the middle of a forward when there is none left."""
+    """Raise RecipeError where weights on NVMe have fewer buffers than may be in memory at once.
+
+    A weight keeps its buffer while it is live, and DeepSpeed stops in the middle of a forward when
+    no buffer is left.
+    """
     zero, keys = recipe.zero, recipe.zero.offload_param
     if keys.device != "nvme" or sum(p.partition_numel() for p in parameters) <= keys.max_in_cpu:
         return
     least = max(SWAPPED_BYTES, recipe.deepspeed.aio.block_size)
     swapped = [int(p.ds_numel) for p in parameters if not p.ds_persist and p.partition_numel() * p.element_size() >= least]
-    # What backward needs soon is kept however much is live.
+    # What backward needs soon is kept, whatever the number of live elements.
     limit = max(zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance) + zero.stage3_prefetch_bucket_size
     at_once = _most_live(swapped, limit)
     if keys.buffer_count < at_once:
@@ -74,8 +88,11 @@ def require_swap_buffers(recipe: Recipe, parameters: Sequence[Any]) -> None:
 
 
 def _most_live(sizes: Sequence[int], limit: int) -> int:
-    """Weights that follow each other and have no more elements than the limit together, the one that is fetched next, and the
-    one before, which is given back after that."""
+    """Return the largest number of weights that are in memory at once.
+
+    They are consecutive weights with at most `limit` elements together, the next one, which is
+    being fetched, and the one before, which is released after that.
+    """
     most = first = held = 0
     for last, size in enumerate(sizes):
         held += size
@@ -87,7 +104,10 @@ def _most_live(sizes: Sequence[int], limit: int) -> int:
 
 
 def whole(parameters: Sequence[nn.Parameter], *, zero_stage: int) -> contextlib.AbstractContextManager[Any]:
-    """A context in which they are whole: at stage 3 they are gathered from the data-parallel ranks, which must all enter."""
+    """Return a context in which the parameters are whole.
+
+    At stage 3 it gathers them from the data-parallel ranks, which must all enter it.
+    """
     return deepspeed.zero.GatheredParameters(list(parameters)) if zero_stage == 3 else contextlib.nullcontext()
 
 
@@ -101,11 +121,12 @@ class _LogLines(io.TextIOBase):
 
 
 class Units:
-    """The mesh in the words that DeepSpeed asks for (its `mpu`).
+    """The process groups of the mesh under the names that DeepSpeed asks for (its `mpu`).
 
-    Its "model parallel" ranks are those that hold one copy of the model together: gradient norms are summed over them, and
-    their first counts all of its parameters, marked or not. The tensor group is not told apart: DeepSpeed would then take
-    the first tensor rank of every pipeline stage for that first one.
+    Its "model parallel" ranks are those that have one copy of the model together: gradient norms
+    are summed over them, and the first of them counts all of its parameters, marked or not. The
+    tensor group is not given separately: DeepSpeed would then take the first tensor rank of every
+    pipeline stage for that first rank.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -124,17 +145,19 @@ class Units:
 
 
 def prepare(recipe: Recipe, dtype: torch.dtype, notes: list[str]) -> None:
-    """Settle before `initialize` what DeepSpeed would otherwise decide by itself."""
+    """Settle before `initialize` what DeepSpeed would decide by itself; add remarks to `notes`."""
     if not deepspeed.comm.is_initialized():
-        # Its shared-memory collectives serve inference only; without this they are compiled at first start.
+        # Its shared-memory collectives serve inference only; without this line they are compiled at
+        # the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     accelerator = get_accelerator()
     if dtype == torch.float16 and accelerator.device_name() == "cpu":
-        # The CPU accelerator denies fp16 without AVX512-FP16; torch computes it all the same, slower.
+        # The CPU accelerator denies fp16 without AVX512-FP16; torch computes it all the same,
+        # slower.
         accelerator.is_fp16_supported = lambda: True
     if dtype == torch.float64:
-        reducible = accelerator.supported_dtypes()  # without float64, which the backends do reduce
+        reducible = accelerator.supported_dtypes()  # lacks float64, which the backends do reduce
         accelerator.supported_dtypes = lambda: [*reducible, torch.float64]
     if "nvme" in (recipe.zero.offload_optimizer.device, recipe.zero.offload_param.device):
         remark = use_threads_where_async_io_is_missing()
@@ -144,7 +167,10 @@ def prepare(recipe: Recipe, dtype: torch.dtype, notes: list[str]) -> None:
 
 
 def partitioning(deepspeed_config: dict[str, Any], units: Units) -> Callable[[nn.Module], None]:
-    """Divide a block's weights over the data-parallel ranks as soon as it is built (ZeRO-3)."""
+    """Return a function that divides a block's weights over the data-parallel ranks (ZeRO-3).
+
+    It is called as soon as the block is built.
+    """
     swapper: list[Any] = []
 
     def partition(block: nn.Module) -> None:

@@ -1,9 +1,10 @@
-"""The one place that speaks to DeepSpeed: a stage of the model in, steps out.
+"""The one place that speaks to DeepSpeed: it takes a stage of the model and runs training steps.
 
-Plain `deepspeed.initialize` (`deepspeed_start.py`) at every ZeRO stage. What is DeepSpeed's here: dividing optimizer state,
-gradients and weights, offload, reduction, the fp32 master weights at stages 1 to 3. What is ours: their first values, the
-normalisation constant, the loss scale, the learning rate, and at stage 0 (where DeepSpeed has no fp32 accumulation for half
-precision) norm, clipping and skipping.
+`deepspeed.initialize` is called plainly (`deepspeed_start.py`) at every ZeRO stage. DeepSpeed
+divides optimizer state, gradients and weights, offloads, reduces, and keeps the fp32 master weights
+at stages 1 to 3. We set the first values of these, the normalisation constant, the loss scale and
+the learning rate. At stage 0, where DeepSpeed has no fp32 accumulation for half precision, we also
+compute the norm, clip and skip.
 """
 
 from __future__ import annotations
@@ -45,8 +46,11 @@ from trainer.update_rules import rule_of
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, the same on every rank. `grad_norm` is before clipping; inf when it was not finite, which skips the
-    step, as a norm above the caller's limit does. `statistics`: the task's, beside its loss."""
+    """The result of one optimizer step, the same on every rank.
+
+    `grad_norm` is before clipping; inf when it was not finite. Such a step is skipped, as is one
+    whose norm is above the caller's limit. `statistics`: the task's, beside its loss.
+    """
 
     loss: float
     num_targets: int
@@ -57,7 +61,7 @@ class StepResult:
 
 
 class Engine:
-    """Trains this rank's part of the model."""
+    """The training of this rank's part of the model."""
 
     def __init__(
         self,
@@ -71,7 +75,8 @@ class Engine:
         fill: Callable[[nn.Module], None],
         watch: Stopwatch | None = None,
     ) -> None:
-        """`fill` gives each block its initial or loaded weights. `deepspeed_config` is passed on as it is."""
+        """Build this rank's part. `fill` gives each block its initial or loaded weights;
+        `deepspeed_config` is passed on as it is."""
         self.recipe = recipe
         self.plan = plan
         self.network = network
@@ -100,10 +105,11 @@ class Engine:
         self.evaluator = Evaluator(self.execution, self.measures, mesh, device, self.watch, vocab_size=network.vocab_size)
         module = self.execution.module
         self.constants = self.execution.constants
-        self.quantized = quantized_weights(module)  # frozen, and no parameters
+        self.quantized = quantized_weights(module)  # frozen, and not parameters of torch
         self.specs: list[tuple[nn.Parameter, ShardSpec]] = [(p, spec) for _, p, spec in owned_specs(module)]
         for parameter, spec in self.specs:
-            # DeepSpeed's mark: off the first rank only these count in the norm.
+            # DeepSpeed's mark: on every rank but the first only marked parameters count in the
+            # norm.
             parameter.model_parallel = spec.owned  # type: ignore[attr-defined]
         require_swap_buffers(recipe, [parameter for parameter, _ in self.specs])
         tiling = self._tiling()
@@ -116,7 +122,7 @@ class Engine:
             self.deepspeed.communication_data_type = dtype  # DeepSpeed's dict has no name for it
         masters.restore(self.optimizer)
         if self.zero_stage in (1, 2):
-            # Also in fp32: a NaN that reaches master weights or moments cannot be taken back.
+            # In fp32 too: a NaN that reaches master weights or moments stays there.
             self.optimizer.check_grad_overflow = True
         gathered = partial(whole, zero_stage=self.zero_stage)
         self.hooks = step_hooks(recipe, network, self.specs, mesh, device, dtype, gathered=gathered)
@@ -137,7 +143,11 @@ class Engine:
             self.notes += self.execution.settle_lengths(device, plan.row_tokens, may_call_apart=self.zero_stage < 3)
 
     def _tiling(self) -> Tiling:
-        """As many groups as the rank of the replica with the most, or with the fewest parameters to put into them."""
+        """Return the way all ranks of the replica cut parameters into groups.
+
+        Each has as many groups as the rank with the most has alone, but no more than the rank with
+        the fewest trained parameters can fill.
+        """
         own = Tiling.of(self.recipe)
         trained = sum(parameter.requires_grad for parameter, _ in self.specs)
         numbers = torch.tensor([len(own.groups(self.specs)), -trained], device=self.device)
@@ -146,13 +156,15 @@ class Engine:
 
     @property
     def num_params(self) -> int:
-        """Elements of the whole logical model; tied ones once. Every rank must ask together."""
+        """The number of elements of the whole logical model, tied ones once. Every rank must ask
+        together."""
         specs = [*(spec for _, spec in self.specs), *(weight.spec for weight in self.quantized)]
         owned = sum(math.prod(piece.size) for spec in specs if spec.owned for piece in spec.pieces)
         return self._total(owned, self.mesh.replica)
 
     def step(self, micro_batches: Sequence[MicroBatch], *, step: int, lr: float, norm_limit: float = math.inf) -> StepResult:
-        """One optimizer step; `step`, from 0, names the dropout stream. `norm_limit` (ZeRO-0): a larger norm skips it."""
+        """Take one optimizer step. `step`, from 0, names the dropout streams; a gradient norm above
+        `norm_limit` skips the update (ZeRO-0 only)."""
         scale = self.scaler.scale
         for hook in self.hooks:
             hook.begin(scale)
@@ -168,9 +180,12 @@ class Engine:
         return StepResult(loss, num_targets, grad_norm, scale, skipped, self.measures.step_record(means))
 
     def replay(self, micro_batches: Sequence[MicroBatch], *, step: int, scale: float) -> None:
-        """Forward and backward of a step that was skipped, once more, for hooks to watch. It is the same to the bit: weights
-        stayed, dropout is named after the step. Every gradient is made NaN as it leaves autograd, so that this is skipped
-        too, at any ZeRO stage, also where the first NaN does not come again."""
+        """Run forward and backward of a step that was skipped once more, for hooks to watch.
+
+        The computation is the same to the bit: the weights have not changed, and dropout is drawn
+        by the number of the step. Every gradient is made NaN as it leaves autograd, so that this
+        update is skipped too, at any ZeRO stage, even where the first NaN does not come again.
+        """
         trained = [parameter for parameter, _ in self.specs if parameter.requires_grad]
         spoilers = [parameter.register_hook(lambda grad: torch.full_like(grad, math.nan)) for parameter in trained]
         try:
@@ -181,7 +196,8 @@ class Engine:
                 spoiler.remove()
 
     def _gradients(self, micro_batches: Sequence[MicroBatch], step: int, scale: float) -> tuple[Tensor, int]:
-        """Forward and backward: (this data-parallel rank's sums over its targets; the step's targets)."""
+        """Run forward and backward. Return this data-parallel rank's sums over its targets, and the
+        number of targets of the step."""
         self.deepspeed.train()
         num_targets = self._total(sum(map(self.measures.num_targets, micro_batches)), self.mesh.reduction)
         if num_targets == 0:
@@ -193,9 +209,10 @@ class Engine:
         return self.execution.step(batches, factor=factor, scale=scale), num_targets
 
     def local_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
-        """Each parameter that this rank owns, whole along the data-parallel axis, in the order of the model.
+        """Yield each parameter that this rank owns, in the order of the model, whole along the
+        data-parallel axis.
 
-        Under ZeRO-3 one parameter is gathered at a time, so every data-parallel rank must iterate together.
+        ZeRO-3 gathers one parameter at a time, so every data-parallel rank must iterate together.
         """
         for parameter, spec in self.specs:
             with whole([parameter], zero_stage=self.zero_stage):
@@ -204,7 +221,8 @@ class Engine:
         yield from ((weight.spec, weight.dequantized(DTYPES[self.recipe.precision.dtype])) for weight in self.quantized)
 
     def gathered_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
-        """On the first rank of the mesh the parameters of the whole model, elsewhere nothing; all ranks must iterate."""
+        """Yield the parameters of the whole model on the first rank of the mesh, nothing elsewhere.
+        All ranks must iterate."""
         tensors = self.local_tensors()
         if self.mesh.reduction.rank == 0:
             yield from gather_to_first(tensors, self.mesh.replica, self.device)
@@ -216,16 +234,19 @@ class Engine:
         self.deepspeed.destroy()
 
     def _update(self, scale: float, norm_limit: float) -> tuple[float, bool]:
-        """Apply the accumulated gradient, or skip when it is not finite or too large; (norm before clipping, skipped)."""
+        """Apply the accumulated gradient, or skip it when its norm is not finite or too large.
+        Return the norm before clipping, and whether the update was skipped."""
         if self.zero_stage:
             self.deepspeed.step()
             if self.optimizer.overflow and self.zero_stage < 3:
-                # With CPU offload DeepSpeed 0.19 keeps a half format's sums, NaN and all: no later step would be finite.
+                # With CPU offload DeepSpeed 0.19 keeps the gradient sums of a half format with
+                # their NaN, so that no later step would be finite.
                 vars(self.optimizer).get("averaged_gradients", {}).clear()
             return float(self.deepspeed.get_global_grad_norm()), bool(self.optimizer.overflow)
         owned = torch.nn.utils.get_total_norm([p.grad for p, spec in self.specs if p.grad is not None and spec.owned])
         norm = all_reduce(owned.square(), self.mesh.replica).sqrt() / scale
-        if not float(norm) <= min(norm_limit, sys.float_info.max):  # NaN is in no order
+        # NaN compares False with everything
+        if not float(norm) <= min(norm_limit, sys.float_info.max):
             self.deepspeed.zero_grad()
             return float(norm) if torch.isfinite(norm) else math.inf, True
         clip = self.recipe.train.clip_norm
@@ -237,7 +258,8 @@ class Engine:
         return float(norm), False
 
     def _streams(self, step: int, micro_batch: int) -> Streams:
-        """The random numbers of this rank's micro-batch: named after its sequences' places in the step, not after ranks."""
+        """Return the random streams of this rank's micro-batch. They are named after the numbers of
+        its sequences in the step, not after ranks."""
         size = self.plan.micro_sequences
         first = self.mesh.data.rank * self.plan.sequences_per_rank + micro_batch * size
         return Streams.of_step(self.recipe.run.seed, step, range(first, first + size))

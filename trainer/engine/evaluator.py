@@ -1,4 +1,4 @@
-"""What a model gives without learning, in any layout: a task's statistics, log-probabilities, logits."""
+"""The evaluation of a model in any layout: a task's statistics, log-probabilities and logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.stopwatch import Stopwatch
 
 
 class Evaluator:
-    """No dropout, no gradients. Every rank of the mesh must call it together."""
+    """A model run without dropout and gradients. Every rank of the mesh must call it together."""
 
     def __init__(
         self,
@@ -35,7 +35,8 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[MicroBatch]) -> EvalResult:
-        """The task's statistics over all ranks' micro-batches; each rank must bring the same number of them."""
+        """Return the task's statistics over all ranks' micro-batches. Each rank must bring the same
+        number of micro-batches."""
         self._execution.module.eval()
         sums = torch.zeros(self._measures.num_sums, dtype=torch.float64, device=self.device)
         targets = 0
@@ -50,16 +51,17 @@ class Evaluator:
 
     @torch.no_grad()
     def scores(self, batch: MicroBatch) -> Tensor:
-        """Of each document of this rank's micro-batch the log-probability of its targets, and 1 where each of them was the
-        likeliest, float64 [2, documents]."""
+        """Return two numbers for each document of this rank's micro-batch, float64 [2, documents]:
+        the log-probability of its targets, and 1 where each target was the likeliest token."""
         self._execution.module.eval()
         return self._execution.scores(batch.on(self.device))
 
     @torch.no_grad()
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Logits [V] of the token after `tokens`, fp32 on the CPU."""
+        """Return the logits [V] of the token after `tokens`, fp32 on the CPU."""
         self._execution.module.eval()
-        padding = -len(tokens) % self.mesh.tp.size  # a document of its own, so that the tokens divide over the ranks
+        # The padding is a document of its own, so that the tokens divide over the ranks.
+        padding = -len(tokens) % self.mesh.tp.size
         tokens_BS = torch.tensor([[*tokens, *[0] * padding]], device=self.device)
         documents = Documents(((len(tokens), padding),) if padding else ((len(tokens),),))
         logits_SV = self._execution.logits(MicroBatch(tokens_BS, documents))

@@ -1,4 +1,5 @@
-"""How a rank runs the micro-batches of a step: its one stage on each in turn, or its stages in a pipeline's order."""
+"""The execution of a step's micro-batches on one rank: one stage on each in turn, or several stages
+in the order of a pipeline schedule."""
 
 from __future__ import annotations
 
@@ -37,19 +38,23 @@ from trainer.schema import Recipe
 from trainer.stopwatch import Stopwatch
 from trainer.tuning.adapt import adaptation
 
-# No recipe may ask for fp64: it is for `verify`, which tells rounding from mistakes with it, at stage 0.
+# A recipe cannot ask for fp64: `verify` uses it, at stage 0, to tell rounding from mistakes.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 class BuildStage(Protocol):
-    """Makes a stage with all that does not depend on which one it is."""
+    """A function that builds a stage; it has everything that is the same for all stages."""
 
     def __call__(self, blocks: Sequence[Block], *, tp: TensorParallel, **ties: Any) -> Stage: ...
 
 
 class Execution(Protocol):
-    """`module` is what DeepSpeed gets; losses and statistics are sums over targets of this data-parallel rank, float64, the
-    loss first, the same on all its ranks. `reads_tokens`: this rank needs tokens or labels, not only where documents end."""
+    """The part of the model on this rank, and the way it runs.
+
+    `module` is given to DeepSpeed. Losses and statistics are sums over the targets of this
+    data-parallel rank, float64, the loss first, the same on all ranks that share them.
+    `reads_tokens`: this rank needs tokens or labels, and not only the lengths of the documents.
+    """
 
     reads_tokens: bool
 
@@ -61,25 +66,28 @@ class Execution(Protocol):
         """Return the tensors that are saved like weights and never trained."""
 
     def require_causal(self, device: torch.device) -> None:
-        """Raise RecipeError for a model in which a token sees the next one, as far as only running it shows that."""
+        """Raise RecipeError for a model in which a token sees the next one, as far as a trial run
+        shows."""
 
     def settle_lengths(self, device: torch.device, seq_len: int, *, may_call_apart: bool) -> list[str]:
-        """Return remarks on how documents of several lengths are computed: see `AutoStage.settle_lengths`."""
+        """Return remarks on how documents of different lengths are computed: see
+        `AutoStage.settle_lengths`."""
 
     def attach(self, engine: Any) -> None:
-        """The DeepSpeed engine, once there is one."""
+        """Take the DeepSpeed engine, which is built after this."""
 
     def step(self, batches: Sequence[MicroBatch], *, factor: float, scale: float) -> Tensor:
-        """Forward and backward of all micro-batches: gradients of loss · factor, times the loss scale. [num_step_sums]."""
+        """Run forward and backward of all micro-batches, and return their sums, [num_step_sums].
+        The gradients are those of loss · factor, times the loss scale."""
 
     def sums(self, batch: MicroBatch) -> Tensor:
-        """The task's statistics of a micro-batch, [num_sums]; no gradients."""
+        """Return the task's statistics of a micro-batch, [num_sums]. No gradients."""
 
     def scores(self, batch: MicroBatch) -> Tensor:
-        """Of each document of a model of tokens, see `document_scores`; no gradients."""
+        """Return the scores of each document, as `document_scores` does. No gradients."""
 
     def logits(self, batch: MicroBatch) -> Tensor:
-        """Of the first row: this tensor rank's [S, V/p]; no gradients."""
+        """Return this tensor rank's logits of the first row, [S, V/p]. No gradients."""
 
 
 @singledispatch
@@ -95,7 +103,8 @@ def make_execution(
     fill: Callable[[nn.Module], None],
     partition: Callable[[nn.Module], None] = lambda block: None,
 ) -> Execution:
-    """Return this rank's part of the model, built, and how it runs; `fill` and `partition`: see `Stage`."""
+    """Return this rank's part of the model, built, with the way it runs. `fill` and `partition`:
+    see `Stage`."""
     raise TypeError(type(network))
 
 
@@ -160,7 +169,7 @@ def _(
 
 
 class OneStage:
-    """The whole model on each rank of the data-parallel axis: DeepSpeed's own forward and backward."""
+    """The whole model on each data-parallel rank: DeepSpeed's own forward and backward."""
 
     reads_tokens = True
 
@@ -198,13 +207,14 @@ class OneStage:
         return logits
 
     def _backward(self, loss: Tensor, scale: float) -> None:
-        # At stage 0 DeepSpeed trains in fp32 and scales nothing; at stages 1 to 3 it multiplies by the scale we gave it.
+        # At stage 0 DeepSpeed trains in fp32 and scales nothing; at stages 1 to 3 it multiplies by
+        # the scale that we gave it.
         own_scale = scale if self._engine.zero_optimization_stage() == 0 else 1.0
         self._engine.backward(loss * own_scale, scale_wrt_gas=False)
 
 
 class InPipeline:
-    """This rank's stages of a pipeline, run by torch's runtime under DeepSpeed's optimizer."""
+    """A rank's stages of a pipeline, run by torch's runtime under DeepSpeed's optimizer."""
 
     constants = ()
 
@@ -231,7 +241,8 @@ class InPipeline:
         self.reads_tokens = bool({0, table.num_stages - 1} & set(mine))
         deferred = {index: WeightGradients() for index in mine} if table.splits_backward else {}
         last = table.num_stages - 1
-        # On one rank the last stage's head uses the first stage's embedding itself: two stages' backwards for one weight.
+        # If one rank has the first and the last stage, the head uses the embedding's own weight,
+        # which then takes part in two stages' backwards.
         tied_over = mesh.ends if table.rank_of_stage[0] != table.rank_of_stage[last] else Group.alone()
         tables = PositionTables(ranks_of_tables(config, stages, table.rank_of_stage, mesh))
         built: dict[int, Stage] = {}
@@ -265,7 +276,7 @@ class InPipeline:
         self._zero.attach(engine)
 
     def require_causal(self, device: torch.device) -> None:
-        """Do nothing: the families that are built here say it."""
+        """Do nothing: the families that are built here are declared causal or not."""
 
     def settle_lengths(self, device: torch.device, seq_len: int, *, may_call_apart: bool) -> list[str]:
         return []
@@ -292,14 +303,16 @@ class InPipeline:
         return self._pipeline.broadcast_from_last(own)
 
     def _of_last_stage(self, batch: MicroBatch, shape: tuple[int, ...], *, output: Output) -> Tensor:
-        """What the last stage gives, float64 of that shape, on all ranks of the pipeline."""
+        """Return what the last stage computes, float64 of the given shape, on all ranks of the
+        pipeline."""
         hidden = self._hidden(batch.tokens_BS.numel())
         given = self._pipeline.forward(batch.tokens_BS, {"batch": self._own(batch), "output": output}, hidden)
         nothing = torch.zeros(shape, dtype=torch.float64, device=batch.tokens_BS.device)
         return all_reduce(nothing if given is None else given, self._mesh.pp)
 
     def _own(self, batch: MicroBatch) -> MicroBatch:
-        """Return what this rank's stages need of it: labels, and what they are compared with, are for the last one."""
+        """Return what this rank's stages need of a micro-batch. Only the last stage needs the
+        labels and the values that they are compared with."""
         return batch if self._pipeline.has_last else batch.without_labels()
 
     def _hidden(self, num_tokens: int) -> Tensor:

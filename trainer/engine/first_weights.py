@@ -1,4 +1,4 @@
-"""The network that a run trains, and what gives its blocks their first weights."""
+"""The network that a run trains, and the source of its first weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from trainer.recipe import ResolvedRecipe
 def first_weights(
     resolved: ResolvedRecipe, tokenizer: Tokenizer, classes: Sequence[str], *, resumed: bool
 ) -> tuple[Network, Callable[[nn.Module], None]]:
-    """The network, and what fills its blocks: the seed, a Hugging Face folder, or, where a checkpoint will give them all,
-    nothing."""
+    """Return the network and a function that fills its blocks: from the seed or a Hugging Face
+    folder, or with zeros where a checkpoint will give all values."""
     recipe = resolved.recipe
     if recipe.model.family == AUTO:
         return open_auto(recipe, tokenizer)
@@ -59,8 +59,12 @@ def first_weights(
 def _drawn(
     weights: PretrainedWeights, folder: Path, network: TransformerConfig, specs: Sequence[ShardSpec]
 ) -> Callable[[ShardSpec], bool]:
-    """Which parameters a folder does not give: those put beside its own for tuning, and of a classifier the head, unless the
-    folder has one for the same classes."""
+    """Return a function that says whether a parameter must be drawn, because the folder does not
+    give it.
+
+    Drawn are the parameters added for tuning, and the head of a classifier unless the folder has
+    one for the same classes.
+    """
     names = names_of(network)
     head = [spec for spec in specs if any(names.is_of_classes(piece.name) for piece in spec.pieces)]
     has_head = weights.holds(head) and classes_of(FAMILIES[network.family], read_config(folder)) == network.classes

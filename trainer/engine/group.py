@@ -1,4 +1,5 @@
-"""A process that has joined the others of its run: the first step of training, of an evaluation and of `verify`."""
+"""A process that has joined the others of its run: the first step of training, of an evaluation and
+of `verify`."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from trainer.watchdog.lost import among_strangers
 
 @dataclass(frozen=True)
 class Joined:
-    """A rank that can speak with all others. `timeout`: how long a collective may take."""
+    """A rank that can communicate with all others. `timeout`: how long a collective may take."""
 
     place: Place
     timeout: timedelta
@@ -38,7 +39,7 @@ class Joined:
 
     @property
     def is_first(self) -> bool:
-        """Return whether this is the rank that writes and speaks."""
+        """Return whether this is the rank that writes the files and the console."""
         return self.place.is_first
 
     def layout(self, degrees: Parallel) -> Layout:
@@ -50,13 +51,13 @@ class Joined:
         return Mesh.build(self.layout(degrees), self.timeout)
 
     def messages(self) -> Messages:
-        """Return a new line to all ranks, which they open together."""
+        """Return a new channel for messages to all ranks, which they open together."""
         return Messages.among_all(self.timeout)
 
 
 @contextmanager
 def joined(place: Place, timeout: timedelta) -> Iterator[Joined]:
-    """Join the ranks, and leave them at the end, however that comes. While they meet, a rank that is
-    lost ends the others with its name."""
+    """Join the ranks, and leave them at the end of the block, also after an exception. If a rank is
+    lost while they meet, the others end with its name."""
     with among_strangers(place.rank), ranks.joined(place, timeout) as neighbour:
         yield Joined(place, timeout, neighbour)

@@ -1,7 +1,8 @@
-"""The loss scale of fp16: one owner for all ZeRO stages.
+"""The loss scale of fp16, owned here for all ZeRO stages.
 
-DeepSpeed 0.19 updates its own dynamic scale before it divides the gradients by it, so at every growth step the update
-is halved; handing it our scale each step avoids that and gives one behaviour at every stage.
+DeepSpeed 0.19 updates its own dynamic scale before it divides the gradients by it, so every step at
+which the scale grows has half its update. Handing over our scale each step avoids that, and gives
+one behaviour at every stage.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from trainer.schema import Precision
 
 @dataclass
 class LossScaler:
-    """Multiplies the loss by `scale`; after each step `update` adapts it (Micikevicius et al. 2018, arXiv:1710.03740).
+    """The factor of the loss, adapted by `update` after each step (Micikevicius et al. 2018,
+    arXiv:1710.03740).
 
-    Dynamic: an overflow beyond the tolerated `hysteresis - 1` halves the scale, not below `minimum`; `window` steps in a
-    row without overflow double it and restore the tolerance. Static (`window` = 0): the scale never changes.
+    Dynamic: an overflow beyond the tolerated `hysteresis - 1` halves the scale, not below
+    `minimum`; `window` steps in a row without overflow double it and restore the tolerance. Static
+    (`window` = 0): the scale never changes.
     """
 
     scale: float
@@ -32,7 +35,7 @@ class LossScaler:
 
     @classmethod
     def from_recipe(cls, precision: Precision) -> LossScaler:
-        """The scaler of a recipe; a constant 1 unless the format is fp16."""
+        """Return the scaler of a recipe: a constant 1 unless the format is fp16."""
         if precision.dtype != "fp16":
             return cls(scale=1.0)
         keys = precision.loss_scale
@@ -41,11 +44,11 @@ class LossScaler:
         return cls(2.0**keys.initial_power, keys.window, keys.hysteresis, keys.minimum)
 
     def state(self) -> dict[str, float]:
-        """What changes, for a checkpoint."""
+        """Return the values that change, for a checkpoint."""
         return {"scale": self.scale, "good_steps": self.good_steps, "overflows_left": self.overflows_left}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """As it was saved; a static scale, or the 1 of the other formats, stays what the recipe says."""
+        """Set the values that were saved. A static scale, or the 1 of the other formats, stays."""
         if self.window:
             self.scale = state["scale"]
             self.good_steps, self.overflows_left = int(state["good_steps"]), int(state["overflows_left"])

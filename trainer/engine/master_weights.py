@@ -1,9 +1,10 @@
-"""Master weights that start from the fp32 values, where DeepSpeed would start them from already rounded ones.
+"""Master weights with exact first values, where DeepSpeed would start from rounded ones.
 
-At stages 1 to 3 DeepSpeed copies its fp32 master weights from weights that are in bf16 or fp16 by then (DeepSpeed 0.19.8,
-`_cast_module_mixed_precision`), and `zero.Init(module=...)` leaves weights in whatever format they are. So a block is
-rounded here as soon as it is filled; each rank keeps its share of the fp32 values aside, and writes it to the master
-weights once those exist. Every stage then starts from what stage 0 trains.
+At stages 1 to 3 DeepSpeed copies its fp32 master weights from weights that are in bf16 or fp16 by
+then (DeepSpeed 0.19.8, `_cast_module_mixed_precision`), and `zero.Init(module=...)` leaves weights
+in the format they have. So a block is rounded here as soon as it is filled; each rank keeps its
+share of the fp32 values, and writes it to the master weights when those exist. So every stage
+starts from the values that stage 0 trains.
 """
 
 from __future__ import annotations
@@ -26,20 +27,22 @@ from trainer.model.finite import NAMES, WIDER, overflow
 
 
 def require_in_range(parameter: Tensor, spec: ShardSpec, dtype: torch.dtype) -> None:
-    """DataError for first values that are infinite in the compute format."""
+    """Raise DataError for first values that are infinite in the compute format."""
     if told := overflow(spec.pieces[0].name, parameter.detach(), dtype):
         raise DataError(f"{told}: set precision.dtype to {WIDER[NAMES[dtype]]}")
 
 
 class MasterWeights:
-    """This rank's equal share of every parameter in fp32, from when its block is filled until `restore`.
+    """An equal share of every parameter in fp32 on each rank, kept until `restore`.
 
-    A share lies where its master weight will: on the parameter's device, in CPU memory or on NVMe. It is gone before Adam
-    makes its moments (8 bytes per element at the first step), so 4 bytes per element raise no peak.
+    A share is stored where its master weight will be: on the parameter's device, in CPU memory or
+    on NVMe. It is freed before Adam allocates its moments (8 bytes per element at the first step),
+    so its 4 bytes per element raise no peak.
     """
 
     def __init__(self, group: Group, dtype: torch.dtype, deepspeed_config: dict[str, Any]) -> None:
-        """`group`: the data-parallel ranks. At stage 0 and in fp32 the parameters are the master weights: nothing to do."""
+        """Prepare the storage. `group`: the data-parallel ranks. At stage 0 and in fp32 nothing is
+        stored, since the parameters are the master weights."""
         zero = deepspeed_config["zero_optimization"]
         offload = zero.get("offload_optimizer", {"device": "none"})
         self._group = group
@@ -52,8 +55,9 @@ class MasterWeights:
         self._shares: dict[nn.Parameter, Callable[[], Tensor]] = {}
 
     def rounding(self, fill: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-        """A `fill` that leaves the block in the compute format, the fp32 values of what is trained kept aside. At stage 0 only
-        frozen weights are rounded: the layers would do it at every use."""
+        """Return a `fill` that leaves the block in the compute format, and stores the fp32 values
+        of trained weights. At stage 0 it rounds only frozen weights, which the layers would
+        otherwise round at every use."""
 
         def fill_and_round(block: nn.Module) -> None:
             fill(block)
@@ -68,21 +72,23 @@ class MasterWeights:
         return fill_and_round
 
     def restore(self, optimizer: Any) -> None:
-        """Write the values to the master weights of DeepSpeed's optimizer. Collective over the group at stages 1 and 2."""
+        """Write the values to the master weights of DeepSpeed's optimizer. At stages 1 and 2 all
+        ranks of the group must call it together."""
         if not self._needed:
             return
         if self._stage == 3:
             self._write_shares(optimizer)
         else:
             for parameter in list(self._shares):
-                # These stages divide the parameters' concatenation, so each rank's part of one is DeepSpeed's to choose.
+                # These stages divide the concatenated parameters, so only DeepSpeed knows each
+                # rank's part.
                 safe_set_full_fp32_param(parameter, self._gathered(parameter))
         if self._file is not None:
             self._file.close()
 
     def _share_of(self, values: Tensor) -> Tensor:
-        """Elements [rank · n, (rank + 1) · n) of the flattened values, n = ⌈size / ranks⌉, as ZeRO-3 divides them; zeros
-        past the end."""
+        """Return elements [rank · n, (rank + 1) · n) of the flattened values, n = ⌈size / ranks⌉,
+        as ZeRO-3 divides them; zeros past the end."""
         size = -(-values.numel() // self._group.size)
         share = values.new_zeros(size)
         mine = values.reshape(-1)[self._group.rank * size :][:size]
@@ -90,7 +96,7 @@ class MasterWeights:
         return share
 
     def _keep(self, share: Tensor) -> Callable[[], Tensor]:
-        """Put the share away; what is returned gets it back."""
+        """Store the share; return a function that reads it back."""
         if self._file is None:
             kept = share.cpu() if self._on_host else share
             return lambda: kept
@@ -105,8 +111,12 @@ class MasterWeights:
         return read
 
     def _write_shares(self, optimizer: Any) -> None:
-        """ZeRO-3's master weights are the same shares, many in one flat tensor. NVMe offload reads and writes that tensor
-        once here; `safe_set_local_fp32_param` would for every parameter, 4 GB each way at the default sub_group_size."""
+        """Write the shares at ZeRO-3, whose master weights are the same shares, many in one flat
+        tensor.
+
+        NVMe offload reads and writes that tensor once here. `safe_set_local_fp32_param` would do so
+        for every parameter, 4 GB each way at the default sub_group_size.
+        """
         for index, parameters in enumerate(optimizer.fp16_groups):
             swapped = optimizer._swappable_optimizer_subgroup(index)
             if swapped:
@@ -119,6 +129,6 @@ class MasterWeights:
                 optimizer._optimizer_states_and_gradient_swap_out(index)
 
     def _gathered(self, parameter: nn.Parameter) -> Tensor:
-        """The parameter's whole fp32 values, on its device."""
+        """Return the parameter's whole fp32 values, on its device."""
         share = self._shares.pop(parameter)().to(parameter.device)
         return all_gather(share, self._group)[: parameter.numel()].view(parameter.shape)

@@ -1,4 +1,4 @@
-"""The denominator of MFU on this machine: listed for known GPUs, else measured."""
+"""The denominator of MFU on this machine: a listed figure for known GPUs, else a measured one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.engine.execution import DTYPES
 
 
 def device_peak(device: torch.device, dtype: Dtype) -> tuple[float, str]:
-    """(FLOP/s of this rank's device, where that figure is from)."""
+    """Return the peak [FLOP/s] of this rank's device, and the source of the figure."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         listed = listed_peak(name, dtype)
@@ -24,7 +24,8 @@ def device_peak(device: torch.device, dtype: Dtype) -> tuple[float, str]:
 
 
 def slower_than_fp32(device: torch.device, dtype: Dtype, peak: float) -> str | None:
-    """A remark for a CPU without instructions for a half format, where fp32 is many times faster."""
+    """Return a remark for a CPU without instructions for a half format, where fp32 is many times
+    faster; None elsewhere."""
     if device.type != "cpu" or dtype == "fp32":
         return None
     fp32 = measured_peak(device, "fp32")
@@ -37,14 +38,16 @@ def slower_than_fp32(device: torch.device, dtype: Dtype, peak: float) -> str | N
 
 
 def measured_peak(device: torch.device, dtype: Dtype, size: int = 1024, repeats: int = 9, patience_s: float = 0.5) -> float:
-    """FLOP/s of square matrix products, median; about a tenth of a second on one CPU core.
+    """Return the median speed [FLOP/s] of square matrix products. It takes about a tenth of a
+    second on one CPU core.
 
-    Where products are slow (bf16 on a CPU without instructions for it: a hundredth of fp32) smaller ones are measured, so that
-    it takes `patience_s` or so.
+    Where products are slow (bf16 on a CPU without instructions for it runs at a hundredth of fp32),
+    smaller ones are measured, so that it takes about `patience_s`.
     """
     for attempt in (128, 256, 512, size):
         a, b = (torch.ones(attempt, attempt, dtype=DTYPES[dtype], device=device) for _ in range(2))
-        if min(_product_s(a, b) for _ in range(3)) * 8 > patience_s / repeats:  # the first call sets up, any may be disturbed
+        # The least of three: the first call sets up, and any may be disturbed.
+        if min(_product_s(a, b) for _ in range(3)) * 8 > patience_s / repeats:
             break
     return 2 * attempt**3 / statistics.median(_product_s(a, b) for _ in range(repeats))
 

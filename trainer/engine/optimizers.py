@@ -1,7 +1,8 @@
 """The update rules, from torch or DeepSpeed.
 
-torch's fused Adam and SGD serve GPU state and offloaded (CPU) state alike and need no compiler; DeepSpeed's CPU Adam, which
-does, was measured no faster (see `tools/bench_optimizers.py`).
+torch's fused Adam and SGD serve state on the GPU and offloaded state on the CPU, and need no
+compiler. DeepSpeed's CPU Adam needs one, and was measured no faster (see
+`tools/bench_optimizers.py`).
 """
 
 from __future__ import annotations
@@ -27,23 +28,31 @@ Maker = Callable[..., Optimizer]
 
 @dataclass(frozen=True)
 class Tiling:
-    """How trained parameters are cut into groups. ZeRO reduces a norm for each group, and at stage 3 for each of the tiles that
-    it cuts groups into, one after another over the ranks of the replica: those with fewer would be waited for. A stage of a
-    pipeline may have only matrices to train, where the ends have rows of new tokens, or fewer elements than another. So the
-    tiles of stage 3 are cut here, as DeepSpeed would, and then into the same number everywhere. `tile` [elements of this rank]:
-    a tile ends with the parameter that fills it; None: each kind of parameters is one group."""
+    """The way trained parameters are cut into groups.
+
+    ZeRO reduces a norm for each group, and at stage 3 for each of the tiles that it cuts groups
+    into, one after another over the ranks of the replica; a rank with fewer tiles would leave the
+    others waiting. Ranks differ: a stage of a pipeline may have only matrices to train where the
+    first and the last have rows of new tokens, or fewer elements than another. So the tiles of
+    stage 3 are cut here as DeepSpeed would cut them, and then merged or divided until their number
+    is the same everywhere.
+
+    `tile` [elements of this rank]: a tile ends with the parameter that fills it; None: each kind of
+    parameters is one group. `num_groups`: the number to reach; None: any.
+    """
 
     tile: int | None = None
     num_groups: int | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Tiling:
-        """That of this rank alone."""
+        """Return the tiling of this rank alone."""
         divided = recipe.zero.stage == 3 and recipe.parallel.pipeline > 1
         return cls(recipe.zero.sub_group_size if divided else None)
 
     def groups(self, parameters: Specified) -> list[list[nn.Parameter]]:
-        """Those that are trained: matrices, which alone decay, and the others, never in one group."""
+        """Return the trained parameters in groups. Matrices, which alone decay, and other
+        parameters are never in one group."""
         trained = [(p, spec.role is Role.MATRIX) for p, spec in parameters if p.requires_grad]
         kinds = [[p for p, is_matrix in trained if is_matrix], [p for p, is_matrix in trained if not is_matrix]]
         tile = self.tile
@@ -72,7 +81,7 @@ def _cut(kinds: Sequence[Sequence[nn.Parameter]], tile: int | None) -> list[list
 
 
 def _elements_here(parameter: nn.Parameter) -> int:
-    """ZeRO-3 holds a part of it."""
+    """Return the number of elements on this rank, which at ZeRO-3 has a part of the parameter."""
     return int(parameter.partition_numel()) if hasattr(parameter, "partition_numel") else parameter.numel()
 
 
@@ -91,7 +100,7 @@ def make_optimizer(recipe: Recipe, parameters: Specified, device: torch.device, 
 
 
 def _torch(rule: Callable[..., Optimizer], **always: Any) -> Maker:
-    """Return the maker of one of torch's classes."""
+    """Return a function that makes an optimizer of one of torch's classes."""
 
     def make(groups: Groups, *, on_host: bool, **keys: Any) -> Optimizer:
         return rule(groups, **keys, **always)
@@ -100,12 +109,13 @@ def _torch(rule: Callable[..., Optimizer], **always: Any) -> Maker:
 
 
 def _lion(groups: Groups, *, on_host: bool, **keys: Any) -> Optimizer:
-    """Make DeepSpeed's, after a try whether its extension is or can be compiled here."""
+    """Make DeepSpeed's Lion. RecipeError if its extension is not built and cannot be compiled
+    here."""
     name = "DeepSpeedCPULion" if on_host else "FusedLion"
     rule: Callable[..., Optimizer] = getattr(importlib.import_module("deepspeed.ops.lion"), name)
     try:
         rule([nn.Parameter(torch.zeros(1))])
-    except Exception as error:  # compilers fail in too many ways to name
+    except Exception as error:  # a compiler fails in too many ways to name them
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(
             f"optimizer.name = lion needs DeepSpeed's {name}, which could not be compiled here ({reason}): install a C++ "
@@ -114,8 +124,8 @@ def _lion(groups: Groups, *, on_host: bool, **keys: Any) -> Optimizer:
     return rule(groups, **keys)
 
 
-# How the class of each rule is made, of groups of parameters and the keys that its row in `update_rules.py` reads.
-# `on_host`: whether its states are in the memory of the host.
+# The class of each rule is called with groups of parameters and the keys that its row in
+# `update_rules.py` reads. `on_host`: whether its states are in the memory of the host.
 MAKERS: dict[RuleName, Maker] = {
     "adamw": _torch(torch.optim.AdamW, fused=True),
     "adam": _torch(torch.optim.Adam, fused=True),

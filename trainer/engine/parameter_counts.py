@@ -1,4 +1,4 @@
-"""How many parameters a run trains, and how many it only holds."""
+"""The numbers of parameters that a run trains and that it keeps frozen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from parallel.quantized import QuantizedWeight
 
 
 class ParameterCounts(NamedTuple):
-    """Elements of the whole logical model, tied ones once. `frozen_bytes`: in the format in which they are held."""
+    """Numbers of elements of the whole logical model, tied ones once. `frozen_bytes`: the size of
+    the frozen ones in the format in which they are stored."""
 
     trained: int
     frozen: int
@@ -29,7 +30,8 @@ class ParameterCounts(NamedTuple):
         device: torch.device,
         quantized: Iterable[QuantizedWeight] = (),
     ) -> ParameterCounts:
-        """`replica`: the ranks that hold one copy of the model together; each must ask."""
+        """Count the parameters. `replica`: the ranks that have one copy of the model together; all
+        must call it."""
         numbers = torch.zeros(3, dtype=torch.int64, device=device)
         for parameter, spec in specs:
             if not spec.owned:
@@ -44,5 +46,6 @@ class ParameterCounts(NamedTuple):
 
     @property
     def trained_beside(self) -> int | None:
-        """Elements trained beside a frozen network; None where the network itself is trained."""
+        """The number of elements trained beside a frozen network; None where the network itself is
+        trained."""
         return self.trained if self.frozen else None

@@ -1,7 +1,8 @@
-"""Where NVMe offload keeps its files: a folder of this run and rank alone, gone when the run ends.
+"""The folder where NVMe offload keeps its files: private to this run and rank, removed when the run
+ends.
 
-DeepSpeed names its swap files by stage and rank only, so two runs that share an `nvme_path` would overwrite each other's
-weights without an error.
+DeepSpeed names its swap files by stage and rank only, so two runs with the same `nvme_path` would
+overwrite each other's weights without an error.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ OFFLOADS = ("offload_optimizer", "offload_param")
 
 @contextmanager
 def private_swap_folders(deepspeed_config: dict[str, Any], run_folder: Path, rank: int) -> Iterator[dict[str, Any]]:
-    """The dict with each `nvme_path` led into a folder of this run's own, readable by its user only.
+    """Yield the dict with each `nvme_path` replaced by a folder of this run, readable by its user
+    only.
 
     A killed run leaves its folder behind; the same run's next start removes it.
     """

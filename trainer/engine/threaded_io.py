@@ -1,8 +1,10 @@
-"""NVMe transfers without libaio or a compiler: DeepSpeed's swap handle on a few threads of pread and pwrite.
+"""NVMe transfers without libaio or a compiler: DeepSpeed's swap handle, on threads that call pread
+and pwrite.
 
-DeepSpeed would compile its `async_io` extension at first use: minutes, a compiler and libaio's headers, and a build that
-was killed leaves a lock on which every later start waits for ever. So the extension is used where it is built already,
-and these threads everywhere else; reads and writes release the GIL, so both overlap with computation.
+DeepSpeed would compile its `async_io` extension at first use. That takes minutes, a compiler and
+libaio's headers, and a build that was killed leaves a lock on which every later start waits for
+ever. So the extension is used where it is already built, and these threads everywhere else. Reads
+and writes release the GIL, so both overlap with computation.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ BUILD_COMMAND = "DS_BUILD_AIO=1 pip install --no-build-isolation --force-reinsta
 
 
 class ThreadedHandle:
-    """What DeepSpeed's swappers ask of an `aio_handle`. Transfers start at once; `wait` returns when all are done."""
+    """The methods of an `aio_handle` that DeepSpeed's swappers call. Transfers start at once;
+    `wait` returns when all are done."""
 
     def __init__(
         self, block_size: int, queue_depth: int, single_submit: bool, overlap_events: bool, intra_op_parallelism: int
     ) -> None:
-        """`block_size` [bytes] cuts a transfer into requests, `queue_depth` of which run at a time on each of
-        `intra_op_parallelism` threads' worth of the disk; the other two are libaio's own."""
+        """Start the threads. `block_size` [bytes] cuts a transfer into requests, of which
+        `queue_depth` · `intra_op_parallelism`, at most 32, run at a time. The other two arguments
+        are libaio's own and have no effect here."""
         self._block_size = block_size
         self._threads = ThreadPoolExecutor(min(32, queue_depth * intra_op_parallelism), thread_name_prefix="nvme")
         self._transfers: list[_Transfer] = []
@@ -45,7 +49,8 @@ class ThreadedHandle:
         return len(self._buffers) < before
 
     def is_pinned(self, tensor: Tensor) -> bool:
-        """Whether the tensor lies in a buffer of ours, which is what DeepSpeed means by it."""
+        """Return whether the tensor is in one of our buffers, which is what DeepSpeed means by
+        pinned."""
         start = tensor.data_ptr()
         return any(own.data_ptr() <= start < own.data_ptr() + own.nbytes for own in self._buffers)
 
@@ -66,7 +71,8 @@ class ThreadedHandle:
         return 0
 
     def wait(self) -> int:
-        """Number of transfers since the last wait, all of them ended; OSError of the first that failed."""
+        """Wait for all transfers since the last call, and return their number. OSError for the
+        first that failed."""
         transfers, self._transfers = self._transfers, []
         for transfer in transfers:
             transfer.end()
@@ -117,7 +123,8 @@ def _write_block(file: int, memory: memoryview, offset: int) -> None:
 
 
 def use_threads_where_async_io_is_missing() -> str | None:
-    """Give DeepSpeed this handle unless its extension is built; a remark for the console when it is not."""
+    """Give DeepSpeed this handle unless its extension is built. Return a remark for the console
+    when it is not."""
     if installed_ops.get(AsyncIOBuilder.NAME):
         return None
     AsyncIOBuilder.load = lambda self, verbose=True: SimpleNamespace(aio_handle=ThreadedHandle)

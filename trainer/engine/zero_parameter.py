@@ -1,4 +1,5 @@
-"""What DeepSpeed's ZeRO-3 hangs on the parameters that it divides; torch's types know nothing of it."""
+"""The attributes that DeepSpeed's ZeRO-3 adds to the parameters it divides, which torch's types do
+not declare."""
 
 from __future__ import annotations
 

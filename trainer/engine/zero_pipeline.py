@@ -1,7 +1,8 @@
-"""What DeepSpeed's ZeRO must hear while a pipeline schedule runs, stage by stage of ZeRO.
+"""The calls that DeepSpeed's ZeRO needs while a pipeline schedule runs, for each stage of ZeRO.
 
-A schedule calls the backward of one pipeline stage at a time, so DeepSpeed's own `backward`, which takes a loss to the whole
-module's gradients, is never called. What it would have said to the optimizer is said here.
+A schedule runs the backward of one pipeline stage at a time, so DeepSpeed's own `backward`, which
+goes from a loss to the gradients of the whole module, is never called. This file makes the calls to
+the optimizer that `backward` would make.
 
 | ZeRO | during the schedule | after it |
 |---|---|---|
@@ -10,9 +11,10 @@ module's gradients, is never called. What it would have said to the optimizer is
 | 2 | after each backward the gradients are reduced and divided, and added to this rank's part | nothing |
 | 3 | the same | nothing |
 
-At stages 2 and 3 `micro_step_id` says whether a gradient starts a sum (0) or is added: DeepSpeed counts its own backwards,
-but each half of each pipeline stage has a count of its own. "Boundary" tells the optimizer that sums are complete: with
-offload per gradient, as they are copied to the host then; else once, since it takes all sums when it hears it.
+At stages 2 and 3 `micro_step_id` says whether a gradient starts a sum (0) or is added. DeepSpeed
+counts its own backwards; here each half of the backward of each pipeline stage has its own count.
+"Boundary" tells the optimizer that sums are complete. With offload it is set for each gradient,
+which is copied to the host then; else once, because the optimizer takes all sums when it is set.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from trainer.stopwatch import Stopwatch
 
 
 class ZeroInPipeline:
-    """Talks to DeepSpeed's engine for one pipelined step after another: `start`, then `around` each backward, then `finish`."""
+    """The calls to DeepSpeed's engine for one pipelined step after another: `start`, then `around`
+    each backward, then `finish`."""
 
     def __init__(self, module: nn.Module, watch: Stopwatch) -> None:
         self._ties = TiedGradients(module)
@@ -38,7 +41,7 @@ class ZeroInPipeline:
         self._engine: Any = None
 
     def attach(self, engine: Any) -> None:
-        """The DeepSpeed engine, once there is one."""
+        """Take the DeepSpeed engine, which is built after this."""
         self._engine = engine
         self._zero = engine.zero_optimization_stage()
         self._offloaded = bool(engine.zero_offload_optimizer() is not None) and self._zero > 0
@@ -54,7 +57,8 @@ class ZeroInPipeline:
             yield
 
     def finish(self, num_micro_batches: int) -> None:
-        """All backwards have run: complete what is shared with other pipeline stages, then what is left to reduce."""
+        """Complete, after all backwards, the gradients that are shared with other pipeline stages,
+        and reduce the others."""
         with self._watch("backward"):
             for weight, total in self._ties.totals():
                 with self._whole(weight), self._accumulating(num_micro_batches, True):
@@ -69,7 +73,8 @@ class ZeroInPipeline:
         if self._zero < 2:
             yield
             if self._zero == 1:
-                # Without the key (read by the bf16 optimizer only) what was taken over would be taken again next time.
+                # Without the argument, which only the bf16 optimizer reads, the same gradients
+                # would be added again next time.
                 optimizer.backward_epilogue(clear_lp_grads=True)
             return
         optimizer.set_gradient_accumulation_boundary(complete)
@@ -83,7 +88,8 @@ class ZeroInPipeline:
 
     def _reduce_once(self) -> None:
         optimizer = self._engine.optimizer
-        if not hasattr(optimizer, "setup_buckets"):  # no ZeRO, or its stage 1 in bf16, which has an optimizer of its own
+        # no ZeRO, or its stage 1 in bf16, which has an optimizer of its own
+        if not hasattr(optimizer, "setup_buckets"):
             self._engine.allreduce_gradients()
             return
         optimizer.set_gradient_accumulation_boundary(True)
@@ -95,7 +101,8 @@ class ZeroInPipeline:
         optimizer.overlapping_partition_gradients_reduce_epilogue()
 
     def _whole(self, weight: nn.Parameter) -> Any:
-        """At stage 3 a gradient can only be accumulated while the weight is whole."""
+        """Return a context in which the weight is whole: at stage 3 a gradient can only be
+        accumulated then."""
         if self._zero != 3:
             return nullcontext()
         import deepspeed

@@ -1,8 +1,10 @@
-"""What a rank needs at the very least, from the recipe alone, against what its machine has. No torch.
+"""The least memory that a rank needs, computed from the recipe, against the memory of its machine.
+No torch.
 
-Linux promises more memory than there is, and kills without a word whoever comes to use it; so what is clearly impossible is
-refused before it is tried. What is counted is there at one time whatever the layout: a step's data, what each layer keeps for
-backward (its input, of all that it keeps), the weights themselves, the buffers of a swap pool.
+Linux promises more memory than it has, and kills a process without a message when it uses it. So a
+recipe that cannot fit is refused before anything is allocated. The estimate counts only tensors
+that exist at the same time in every layout: a step's data, the input of each layer that is kept for
+backward, the weights themselves, and the buffers of a swap pool.
 """
 
 from __future__ import annotations
@@ -21,16 +23,18 @@ from trainer.model.network import Network
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 
-TOKEN_BYTES = 16  # a token and what it predicts, both int64
-ROW_BYTES = 56  # the lengths of the documents in a row, of which there is one
-BATCH_BYTES = 400  # the two tensors of a micro-batch, beside what they hold
-ACTION_BYTES = 64  # a forward or backward in the table of a schedule, which every rank of a pipeline has whole
+TOKEN_BYTES = 16  # a token and its label, both int64
+ROW_BYTES = 56  # the lengths of the documents in a row of one document
+BATCH_BYTES = 400  # the two tensor objects of a micro-batch, without their data
+# a forward or backward in the table of a schedule; every rank of a pipeline has the whole table
+ACTION_BYTES = 64
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32_BYTES = 4
 
 
 class Demand(NamedTuple):
-    """`what` needs memory, in the keys that decide it; in the host's also where the rank computes on a GPU."""
+    """A need for memory. `what` names the keys that decide it; `in_host`: it is host memory also
+    where the rank computes on a GPU."""
 
     what: str
     num_bytes: int
@@ -38,7 +42,8 @@ class Demand(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """Bytes of the host, shared by so many ranks, and of this rank's GPU; None: it computes on the host."""
+    """The memory of the host, shared by `local_ranks` ranks, and of this rank's GPU; None: the rank
+    computes on the host."""
 
     host_bytes: int
     local_ranks: int
@@ -46,7 +51,8 @@ class Machine(NamedTuple):
 
 
 def require_memory(recipe: Recipe, plan: BatchPlan, network: Network, machine: Machine) -> None:
-    """RecipeError, with the largest demand, where a rank cannot have what it needs."""
+    """Raise RecipeError, with the largest demand, where a rank needs more memory than it can
+    have."""
     demands = list(least_demands(recipe, plan, network))
     in_host = [demand for demand in demands if demand.in_host or machine.gpu_bytes is None]
     in_gpu = [demand for demand in demands if demand not in in_host]
@@ -67,7 +73,7 @@ def _require(demands: list[Demand], there: int, said: str) -> None:
 
 
 def least_demands(recipe: Recipe, plan: BatchPlan, network: Network) -> Iterator[Demand]:
-    """Of one rank."""
+    """Yield the demands of one rank."""
     batch, seq_len, parallel, zero = recipe.batch, recipe.data.seq_len, recipe.parallel, recipe.zero
     step = plan.sequences_per_rank * (plan.row_tokens * TOKEN_BYTES + ROW_BYTES) + plan.num_micro_batches * BATCH_BYTES
     yield Demand(f"the data of a step (batch.global_sequences {batch.global_sequences} × data.seq_len {seq_len})", step, True)
@@ -98,14 +104,16 @@ def least_demands(recipe: Recipe, plan: BatchPlan, network: Network) -> Iterator
 
 
 def host_bytes() -> int:
-    """Memory of this machine, or what its control group leaves this process of it, and the machine's swap."""
+    """Return the memory [bytes] of this machine, or the limit of this process's control group if it
+    is smaller, and the machine's swap."""
     found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total, swap = (int(found[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
     return min(total, *_group_limits(total)) + swap
 
 
 def _group_limits(total: int) -> list[int]:
-    """Of the group that this process is in and those above it; a group without one has all."""
+    """Return the limits [bytes] of this process's control group and of those above it; `total`
+    where there is none."""
     limits = [total]
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         hierarchy, _, name = line.split(":", 2)
@@ -138,7 +146,8 @@ def _(network: AutoNetwork) -> int:
 
 @singledispatch
 def _kept_features(network: Network, recipe: Recipe) -> int:
-    """Return how many features of a token a rank's layers keep; 0 where that is not known."""
+    """Return how many features of a token a rank's layers keep for backward; 0 where that is not
+    known."""
     return 0
 
 

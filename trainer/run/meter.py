@@ -1,4 +1,5 @@
-"""From step results to training records: rates, the time split, MFU, memory, skipped steps."""
+"""Training records from the results of steps: rates, the division of time, MFU, memory, skipped
+steps."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ PARTS = ("data", "forward", "backward", "optimizer")
 
 
 class Meter:
-    """Logs a record every `train.log_every` steps and at the last; its times are means over the steps since the one before."""
+    """A meter that logs a record every `train.log_every` steps and at the last. Its times are means
+    over the steps since the record before."""
 
     def __init__(
         self,
@@ -34,8 +36,9 @@ class Meter:
         metrics: Path,
         skipped: int,
     ) -> None:
-        """`peak_flops`: of this rank's device, FLOP/s. `account` is called with the steps done after each record. `metrics`:
-        where the tracker's records are. `skipped`: steps that were skipped before."""
+        """Prepare the meter. `peak_flops`: of this rank's device, FLOP/s. `account` is called with
+        the number of steps done after each record. `metrics`: the file of the tracker's records.
+        `skipped`: steps that were skipped before."""
         self._engine, self._counts, self._peak_flops = engine, counts, peak_flops
         self._tracker, self._account, self._metrics = tracker, account, metrics
         self._skipped = skipped
@@ -43,11 +46,12 @@ class Meter:
         self.restart()
 
     def state(self) -> dict[str, int]:
-        """What a resumed run must count on from."""
+        """Return the values from which a resumed run must continue counting."""
         return {"skipped": self._skipped}
 
     def restart(self) -> None:
-        """Begin a new span, leaving out what happened since the last record (evaluation, saving)."""
+        """Begin a new interval, which leaves out the time since the last record (evaluation,
+        saving)."""
         self._steps = 0
         self._flops = 0
         self._engine.watch.lap()
@@ -56,7 +60,8 @@ class Meter:
     def record(self, steps_done: int, lr: float, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
         engine, keys = self._engine, self._engine.recipe.train
         self._steps += 1
-        # Of this rank's micro-batches; the ranks that hold one copy of the model together share the work.
+        # The micro-batches are this rank's; the ranks that have one copy of the model together
+        # share their work.
         rows = (row for batch in micro_batches for row in batch.documents.lengths)
         self._flops += row_flops(engine.network, rows, trained_beside=self._counts.trained_beside)
         self._skipped += result.skipped
@@ -89,8 +94,11 @@ class Meter:
         self.restart()
 
     def summary(self) -> Mapping[str, float | int]:
-        """The closing figures: those of the last record, and of rates the median over all records of the run, as its report has
-        it; few when a resumed run had no step to do."""
+        """Return the closing figures.
+
+        They are those of the last record. Rates are medians over all records of the run, as in its
+        report. Few figures are there when a resumed run had no step to do.
+        """
         if not self._last:
             return self.state()
         history = History.of(read_metrics(self._metrics))
@@ -101,7 +109,8 @@ class Meter:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most that this rank has held: on the GPU, or resident in the process."""
+    """Return the most memory [GiB] that this rank has used: on the GPU, or resident in the
+    process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

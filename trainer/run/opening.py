@@ -1,5 +1,5 @@
-"""The steps in which a run is opened, on every rank: its folder, its data, its engine. Joining the others comes first
-(`engine/group.py`)."""
+"""The first steps of a run on every rank, after it has joined the others (`engine/group.py`): the
+folder, the data, the network."""
 
 from __future__ import annotations
 
@@ -47,8 +47,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class OpenFolder:
-    """A run folder that is this start's, with its log, and a watchdog over the ranks. `remarks` are shown once there is a
-    tracker; `resolved` is the recipe with the rules by which the run that is there began."""
+    """A run folder that this start owns, with its log, and a watchdog over the ranks.
+
+    `remarks` are shown when there is a tracker. `resolved` is the recipe with the data rules by
+    which the run in the folder began.
+    """
 
     folder: RunFolder
     lease: Lease | None  # on the first rank
@@ -64,8 +67,8 @@ class OpenFolder:
 def opened_folder(
     group: Joined, resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, limits: Limits
 ) -> Iterator[OpenFolder]:
-    """Claim the run folder on the first rank, and begin to watch over the ranks; RecipeError or DataError on all of them
-    where the folder is not this run's to write in."""
+    """Take the run folder on the first rank, and begin to watch over the ranks. RecipeError or
+    DataError on all of them where this run must not write in the folder."""
     recipe, folder = resolved.recipe, RunFolder.of(resolved.recipe, run_dir)
     remarks: list[str] = []
     lease = None
@@ -93,8 +96,8 @@ def opened_folder(
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """The data of a run, the network and what fills it, and the checkpoint that it goes on from. `facts` must be the same to go
-    on from the run's checkpoints."""
+    """The data of a run, the network with the function that fills it, and the checkpoint to
+    continue from. `facts` must be equal to those of that checkpoint."""
 
     prepared: PreparedData
     found: Found | None
@@ -106,8 +109,8 @@ class LoadedRun:
 
 
 def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
-    """Read what the run learns from, and where it goes on from. RecipeError or DataError, on all ranks, for what would be
-    refused later only, after hours."""
+    """Read the data and find the checkpoint to continue from. RecipeError or DataError, on all
+    ranks, for problems that would otherwise appear after hours."""
     recipe = opened.resolved.recipe
     with together(lambda: group.watch.doing), work_progress(shown=group.is_first) as progress:
         cache_dir = Path(str(recipe.data.cache_dir))
@@ -121,7 +124,7 @@ def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
         if prepared.chat and recipe.train.sample_prompt is not None:
             prepared.chat.prompt(recipe.train.sample_prompt)
         files = _files(recipe, network, prepared)
-        if group.is_first:  # which writes them
+        if group.is_first:  # only this rank writes them
             files = replace(files, tokenizer=beside_model(prepared.tokenizer, files.config))
         facts = _facts(recipe, files, prepared)
         if found is not None:
@@ -141,7 +144,7 @@ def _files(recipe: Recipe, network: Network, prepared: PreparedData) -> ModelFil
 
 
 def _origin(recipe: Recipe, tokenizer: Tokenizer) -> Origin | None:
-    """Return what the folder that the run starts from says of special tokens and of writing."""
+    """Return what the folder that the run starts from says about special tokens and generation."""
     name = recipe.model.from_pretrained
     if name is None:
         return None

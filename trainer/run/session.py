@@ -1,4 +1,5 @@
-"""A run that is ready to train: what `opening.py` made, and what is asked of it between steps."""
+"""A run that is ready to train: the objects that `opening.py` made, and the operations between
+steps."""
 
 from __future__ import annotations
 
@@ -55,13 +56,13 @@ from trainer.watchdog.beats import Limits
 from trainer.watchdog.lost import among_ranks
 from trainer.watchdog.watchdog import Watchdog
 
-BACKSTOP_S = 60  # after the watchdog torch ends the wait: should the threads of a rank not run
+BACKSTOP_S = 60  # after the watchdog, torch ends the wait, in case the threads of a rank do not run
 
 
 @dataclass
 class StepData:
-    """This rank's micro-batches of each step; after a rewind those behind the spike. `skipped`: steps of data that are left
-    out from here on."""
+    """The micro-batches of each step on this rank; after a rewind, the data after the spike.
+    `skipped`: the number of steps whose data are left out from here on."""
 
     data: TrainData
     group: Group  # the ranks that divide the sequences of a step
@@ -88,7 +89,7 @@ class StepData:
 
 @dataclass
 class Account:
-    """The account of the run's time, on the first rank; nothing on the others."""
+    """The account of the run's time, on the first rank; it does nothing on the others."""
 
     ledger: Ledger | None
     engine: Engine
@@ -103,7 +104,8 @@ class Account:
             self.ledger.end(step, self.engine.watch.totals(), self.watchdog.waiting())
 
     def goodput(self, step: int) -> dict[str, float]:
-        """Return {"goodput": the share of the run's time in which it trained}; {} off the first rank."""
+        """Return {"goodput": the share of the run's time in which it trained}; {} off the first
+        rank."""
         if self.ledger is None:
             return {}
         shares = self.ledger.shares(step, self.engine.watch.totals(), self.watchdog.waiting())
@@ -126,13 +128,13 @@ class Session:
     counts: ParameterCounts
     tracker: Tracker
     checkpoints: Checkpoints
-    messages: Messages  # for a word at the end of a step
+    messages: Messages  # for messages at the end of a step
     watchdog: Watchdog
     lease: Lease | None  # on the first rank
     account: Account
     devices: str
     peak_flops: float  # of this rank's device, FLOP/s
-    peak_source: str  # where that is known from
+    peak_source: str  # the source of that figure
 
     def say(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -140,13 +142,14 @@ class Session:
 
     @property
     def reason_to_end(self) -> int:
-        """Return why this rank would end the run, 0 for no reason; see `StopRequest.agreed`."""
+        """The reason for which this rank would end the run, 0 for none; see
+        `StopRequest.agreed`."""
         if self.lease is None:
             return 0
         return LOST if self.lease.is_lost else WANTED if self.lease.is_wanted else 0
 
     def leave_to_the_next(self, reason: str) -> NoReturn:
-        """End at once, and write nothing more: the run folder is another start's."""
+        """End at once, and write nothing more, because another start now owns the run folder."""
         if not self.place.is_first:
             raise PeerFailed(EXIT_REQUEUE)
         sys.stderr.write(f"triaxis: error: run folder {self.folder.path}: {reason}: this one ends, and writes nothing more\n")
@@ -154,7 +157,7 @@ class Session:
         os._exit(EXIT_REQUEUE)
 
     def meter(self) -> Meter:
-        """Return a meter that counts on from the checkpoint."""
+        """Return a meter that continues from the checkpoint."""
         return Meter(
             self.engine,
             self.counts,
@@ -166,7 +169,7 @@ class Session:
         )
 
     def guard(self) -> Guard:
-        """Return a guard that judges on from the checkpoint."""
+        """Return a guard that continues from the checkpoint."""
         return Guard(
             self.recipe,
             self.plan,
@@ -185,7 +188,8 @@ class Session:
         export(self.engine, self.files, self.folder, is_first=self.place.is_first, note=self.tracker.note)
 
     def finish(self, summary: dict[str, object]) -> None:
-        """Say what is worth knowing at the end: the baseline, a sample, translations; and write the report."""
+        """Add the closing results to the summary (the baseline, a sample, translations), and write
+        the report."""
         recipe, engine, steps = self.recipe, self.engine, self.recipe.train.steps
         if self.eval_data is not None and self.place.is_first and engine.measures.predicts_tokens:
             summary |= baseline(recipe, self.prepared, targets_for(recipe, self.prepared, engine.network, "evaluation"))
@@ -201,8 +205,8 @@ class Session:
                 write_report(self.folder.path)
 
     def rewind(self, steps_done: int) -> int:
-        """Go back to the newest checkpoint after a spike in the last of `steps_done` steps, but for the data, which goes on
-        after the spike. Return the number of steps done now."""
+        """Restore the newest checkpoint after a spike in the last of `steps_done` steps, but
+        continue with the data after the spike. Return the number of steps done now."""
         times = _times_of_steps(self.folder)
         lines = self.checkpoints.rewind(self.engine)
         step = self.checkpoints.start_step
@@ -217,7 +221,7 @@ class Session:
 
 @contextmanager
 def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> Iterator[Session]:
-    """Make everything on every rank, and give it back when the run ends, however it ends."""
+    """Open everything on every rank, and close it when the run ends, however it ends."""
     guard = resolved.recipe.guard
     limits = Limits(step_s=guard.timeout_s, long_s=guard.long_timeout_s)
     timeout = timedelta(seconds=limits.longest_s + BACKSTOP_S)
@@ -237,7 +241,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
 
 @contextmanager
 def _ready(group: Joined, opened: OpenFolder, loaded: LoadedRun, plan: BatchPlan, ledger: Ledger | None) -> Iterator[Session]:
-    """Build the engine and what is around it, on every rank."""
+    """Build the engine and the objects around it, on every rank."""
     recipe, folder, watch, is_first = opened.resolved.recipe, opened.folder, group.watch, group.is_first
     devices = _devices(group.place)
     with ExitStack() as stack:
@@ -274,8 +278,9 @@ def _ready(group: Joined, opened: OpenFolder, loaded: LoadedRun, plan: BatchPlan
         engine = stack.enter_context(_built_engine(group, opened, loaded, plan, dict_for_deepspeed, checkpoints))
         prepared = _with_reference(group, opened, loaded, engine)
         watch.begin("start")
-        opened.log.capture()  # DeepSpeed makes loggers of its own on the way
-        stack.enter_context(among_ranks(opened.watchdog, lambda: watch.doing))  # so that the tracker hears who was lost
+        opened.log.capture()  # DeepSpeed has made loggers of its own by now
+        # entered after the tracker, so that the tracker still records which rank was lost
+        stack.enter_context(among_ranks(opened.watchdog, lambda: watch.doing))
         session = _session(group, opened, loaded, prepared, engine, tracker, checkpoints, ledger, devices)
         _introduce(session, [*opened.remarks, *loaded.remarks])
         yield session
@@ -314,7 +319,8 @@ def _built_engine(
 
 
 def _with_reference(group: Joined, opened: OpenFolder, loaded: LoadedRun, engine: Engine) -> PreparedData:
-    """Return the data, with what the model gave it before training where the loss compares with that."""
+    """Return the data, with the log-probabilities before training where the loss compares with
+    them."""
     if not opened.resolved.recipe.needs_reference:
         return loaded.prepared
     folder = opened.folder.reference
@@ -363,11 +369,13 @@ def _session(
 
 
 def _closing(tracker: Tracker) -> Callable[..., None]:
-    """What ends the tracker when the run does not reach its end: the terminal is given back, W&B hears of it."""
+    """Return an exit function that finishes the tracker when the run fails: the terminal is
+    restored, and W&B records the reason."""
 
     def close(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            with suppress(UserError):  # a full disk: what ended the run is to be heard
+            # with a full disk too, the error that ended the run must be reported
+            with suppress(UserError):
                 tracker.finish({"ended_by": f"{type(error).__name__}: {error}" if str(error) else type(error).__name__})
 
     return close
@@ -379,12 +387,16 @@ def _open_ledger(folder: RunFolder, found: Found | None) -> Ledger:
 
 
 def _times_of_steps(folder: RunFolder) -> dict[int, float]:
-    """When each step was logged."""
+    """Return the time at which each step was logged."""
     return {int(record["step"] or 0): float(record["time"] or 0.0) for record in read_metrics(folder.metrics)}
 
 
 def _clear_the_way(folder: RunFolder, found: Found | None, resolved: ResolvedRecipe) -> list[str]:
-    """Only now is anything of an earlier start changed: its history ends where this start begins; remarks."""
+    """Remove what an earlier start left after the step from which this one continues; return
+    remarks.
+
+    Nothing of an earlier start is changed before this call.
+    """
     remarks = [*leave_behind(found, folder), *make_room(folder, resolved.recipe.checkpoint.keep)] if found else []
     for history in (folder.metrics, folder.evaluations):
         truncate_after(history, found.manifest.step if found else 0)
@@ -393,7 +405,7 @@ def _clear_the_way(folder: RunFolder, found: Found | None, resolved: ResolvedRec
 
 
 def targets_for(recipe: Recipe, prepared: PreparedData, network: Network, part: Part) -> Targets:
-    """What the positions of this run's rows are to predict."""
+    """Return the rule that gives the positions of this run's rows their labels."""
     return targets_of(recipe.data, prepared.tokenizer, causal=network.causal, seed=recipe.run.seed, part=part)
 
 
@@ -439,7 +451,7 @@ def _devices(place: Place) -> str:
 
 
 def _introduce(run: Session, remarks: Iterable[str]) -> None:
-    """Say what is about to be trained, on what, and what was found on the way."""
+    """Write to the console what will be trained, on which devices, and the remarks so far."""
     recipe, engine, counts, note = run.recipe, run.engine, run.counts, run.tracker.note
     if remark := slower_than_fp32(run.place.device, recipe.precision.dtype, run.peak_flops):
         note(remark)
