@@ -110,8 +110,8 @@ def read_reference(folder: Path, stores: Sequence[TokenStore]) -> dict[str, Numb
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"it has no entry for {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(
-            f"{folder}: the log-probabilities of the answers before training cannot be read: {reason}; bring the folder back, or "
-            "begin anew with --resume never"
+            f"{folder}: the log-probabilities of the answers before training cannot be read: {reason}; bring the folder "
+            "back, or begin anew with --resume never"
         ) from None
 
 
