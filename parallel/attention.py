@@ -84,7 +84,7 @@ class Documents:
         return torch.stack([part.sum() for part in values_N.split(lengths)])
 
     @cached_property
-    def halves(self) -> tuple[Documents, Documents]:
+    def sides(self) -> tuple[Documents, Documents]:
         """The documents of the first and of the second half of each row, where rows hold sources
         and then their targets."""
         middle = self.shape[1] // 2

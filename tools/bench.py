@@ -52,7 +52,7 @@ from trainer.engine.matmul_peak import measured_peak
 from trainer.errors import UserError
 from trainer.launch import ranks
 from trainer.model.config import TransformerConfig
-from trainer.model.hf_config import to_hf_config, translate
+from trainer.model.hf_config import from_hf, to_hf
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 
@@ -98,7 +98,7 @@ class Shape:
             "num_key_value_heads": self.heads,
             "max_position_embeddings": self.seq_len,
         }
-        return translate("llama", hugging_face)
+        return from_hf("llama", hugging_face)
 
     def batch(self, seed: int, *, documents: int) -> MicroBatch:
         """Return random tokens in rows of `documents` documents each, cut at random places; every
@@ -167,7 +167,7 @@ class PlainLoop:
         """Start from the engine's weights and optimizer settings."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        hugging_face = to_hf_config(network, dtype=str(DTYPES[dtype]).removeprefix("torch."), eos_token_id=None)
+        hugging_face = to_hf(network, dtype=str(DTYPES[dtype]).removeprefix("torch."), eos_token_id=None)
         config = LlamaConfig(**{**hugging_face, "use_cache": False}, attn_implementation="sdpa")
         self.model = LlamaForCausalLM(config)
         self.model.load_state_dict(logical_tensors(engine.local_tensors()))  # copied into fp32

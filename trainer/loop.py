@@ -26,7 +26,7 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
         step = run.checkpoints.start_step
         while step < steps:
             run.engine.watch.begin_step(step + 1)
-            if reason := stop.agreed(run.messages, run.word):
+            if reason := stop.agreed(run.messages, run.reason_to_end):
                 return interrupt(run, reason, meter, guard, steps_done=step)
             with run.engine.watch("data"):
                 micro_batches = run.data.micro_batches(step)

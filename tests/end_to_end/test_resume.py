@@ -19,7 +19,7 @@ from tools.campaign.cases import WAYS, Way, arguments, digests, numbers, write_r
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.cli import main
-from trainer.cluster.lease import HOLDER, WANTED, JobStart, held
+from trainer.cluster.lease import HOLDER, WANTED, JobStart, leased
 from trainer.launch.ranks import free_port
 from trainer.run.session import StepData
 from trainer.track.goodput import read_starts, shares_of
@@ -312,7 +312,7 @@ def test_a_run_ended_before_its_first_checkpoint_begins_again(done: tuple[Path, 
 
 def test_two_runs_do_not_share_a_folder(done: tuple[Path, Path], copy: Path) -> None:
     history = (copy / "metrics.jsonl").read_bytes()
-    with held(copy, JobStart()):
+    with leased(copy, JobStart()):
         ended = run(done[0], copy, "--set", "train.steps=8")
     assert ended.codes == (78,), ended.said
     assert "another process is training in it" in ended.said

@@ -144,7 +144,7 @@ def evaluated_by(model: torch.nn.Module, folder: Path) -> float:
 
     recipe = load(folder / "recipe.json").recipe
     prepared = prepare(recipe.data, seed=0, cache_dir=Path(str(recipe.data.cache_dir)), build=False, progress=lambda *_: None)
-    data = EvalData(prepared.evaluation, seq_len=64, isolate_documents=True, sequences=21)
+    data = EvalData(prepared.evaluation, row_tokens=64, isolate_documents=True, sequences=21)
     total, count = 0.0, 0
     with torch.no_grad():
         for batch in data.micro_batches(dp_rank=0, dp=1, micro_sequences=1):

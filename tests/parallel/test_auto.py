@@ -29,7 +29,7 @@ from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
 from trainer.model.auto import open_auto
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import PretrainedWeights
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
@@ -143,7 +143,7 @@ def run_case(mesh: Mesh, case: Case) -> Outcome:
     if case.family == "auto":
         network, fill = open_auto(recipe, TOKENIZER)
     else:
-        network, fill = translate(case.family, MODELS[case.model]), PretrainedWeights(case.folder).fill
+        network, fill = from_hf(case.family, MODELS[case.model]), PretrainedWeights(case.folder).fill
     config = deepspeed_config(recipe, plan, largest_weight=network.largest_weight)
     engine = Engine(recipe, plan, network, mesh, torch.device("cpu"), deepspeed_config=config, fill=fill)
     initial = whole_weights(engine)

@@ -147,17 +147,17 @@ def weights_not_rounded_again() -> None:
 
 
 def share_of_the_first_rank() -> None:
-    """Each rank restores what rank 0 has."""
+    """Each rank restores what rank 0 has; what it saves is its own."""
     from trainer.engine.zero_state import DividedState
 
-    own = DividedState._own
+    restore = DividedState.restore
 
-    def of_the_first(state: DividedState, parameter: Any, offset: int) -> Any:
+    def of_the_first(state: DividedState, *args: Any, **kwargs: Any) -> None:
         first = copy.copy(state)
         first._group = replace(state._group, rank=0)
-        return own(first, parameter, offset)
+        restore(first, *args, **kwargs)
 
-    DividedState._own = of_the_first
+    DividedState.restore = of_the_first
 
 
 def history_counted_from_zero() -> None:

@@ -24,7 +24,7 @@ from trainer.data.loader import EvalData, TrainData
 from trainer.data.targets import targets_of
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 
@@ -72,7 +72,7 @@ def train(mesh: Mesh, folder: Path, task: str, family: str, zero: int) -> dict[s
     found = prepare(
         recipe.data, seed=0, cache_dir=folder / "cache", build=mesh.rank == 0, progress=lambda done, total, what: None
     )
-    network = translate(family, {**SHAPES[family], "vocab_size": found.tokenizer.vocab_size})
+    network = from_hf(family, {**SHAPES[family], "vocab_size": found.tokenizer.vocab_size})
     network = replace(network, classes=found.classes)
     engine = Engine(
         recipe,
@@ -87,7 +87,7 @@ def train(mesh: Mesh, folder: Path, task: str, family: str, zero: int) -> dict[s
         part: targets_of(recipe.data, found.tokenizer, causal=network.causal, seed=0, part=part)
         for part in ("training", "evaluation")
     }
-    keys: dict[str, Any] = {"seq_len": S, "isolate_documents": True}
+    keys: dict[str, Any] = {"row_tokens": S, "isolate_documents": True}
     data = TrainData(found.train, found.weights, seed=0, global_sequences=8, targets=targets["training"], **keys)
     held_out = EvalData(found.evaluation, sequences=5, targets=targets["evaluation"], **keys)
     place = {"dp_rank": mesh.data.rank, "dp": mesh.data.size, "micro_sequences": 2}

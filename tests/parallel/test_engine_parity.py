@@ -23,7 +23,7 @@ from tests.spawn import spawn
 from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 
@@ -112,7 +112,7 @@ def accumulate_many(mesh: Mesh, stage: int) -> tuple[float, float]:
         recipe = case.recipe().model_copy(update={"batch": {"global_sequences": copies, "micro_sequences": 1}})
         recipe = Recipe.model_validate(recipe.model_dump())
         plan = BatchPlan.from_recipe(recipe, 1, "the test")
-        network = translate("llama", LLAMA)
+        network = from_hf("llama", LLAMA)
         engine = Engine(
             recipe,
             plan,

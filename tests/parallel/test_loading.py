@@ -14,7 +14,7 @@ from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.spawn import spawn
 from trainer.model.blocks import blocks_of
-from trainer.model.hf_config import to_hf_config, translate
+from trainer.model.hf_config import from_hf, to_hf
 from trainer.model.hugging_face import SINGLE, PretrainedWeights, read_config
 from trainer.model.names import names_of
 from trainer.model.transformer import Stage, logical_specs
@@ -44,7 +44,7 @@ def load(mesh: Mesh, folder: Path) -> tuple[int, int]:
     """Bytes of this rank's shard, and by how much loading it raised the peak."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident("VmRSS")
-    config = translate("llama", read_config(folder))
+    config = from_hf("llama", read_config(folder))
     weights = PretrainedWeights(folder)
     specs = logical_specs(config)
     weights.check_names(specs, ties=names_of(config).ties(specs))
@@ -61,10 +61,10 @@ def load(mesh: Mesh, folder: Path) -> tuple[int, int]:
 
 
 def test_a_rank_never_holds_more_than_its_shard_and_two_tensors(tmp_path: Path) -> None:
-    config = translate("llama", LLAMA)
+    config = from_hf("llama", LLAMA)
     pieces = [piece for spec in logical_specs(config) for piece in spec.pieces]
     save_file({piece.name: torch.full(piece.shape, 0.01) for piece in pieces}, tmp_path / SINGLE)
-    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(config, dtype="float32", eos_token_id=None)))
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(config, dtype="float32", eos_token_id=None)))
     for shard, peak in spawn(load, Layout(tp=2), tmp_path):
         assert 190 * MIB < shard < 200 * MIB
         # 100 MiB for the reader's code and the allocator's remains; seen 283 MiB in all. The whole model would be 390 more.

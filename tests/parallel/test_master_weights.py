@@ -25,7 +25,7 @@ from tests.spawn import spawn
 from trainer.engine.execution import DTYPES
 from trainer.engine.master_weights import MasterWeights
 from trainer.model.blocks import blocks_of
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.transformer import Stage
 
 
@@ -57,7 +57,7 @@ def run(mesh: Mesh, case: Case, global_sequences: int = 8, mutate: Callable[[], 
 
 def fp32_values(mesh: Mesh, case: Case) -> dict[str, np.ndarray]:
     """What `initialise` draws for this rank, with no engine around it."""
-    network = translate("llama", {**LLAMA, **case.config})
+    network = from_hf("llama", {**LLAMA, **case.config})
     stage = Stage(
         network,
         blocks_of(network),

@@ -26,7 +26,7 @@ from tools.campaign import exactness, reshard
 from tools.campaign.cases import WAYS, arguments, digests, write_recipe
 from tools.campaign.ranks import run_ranks, train
 from trainer.model import transformer
-from trainer.model.hf_config import to_hf_config, translate
+from trainer.model.hf_config import from_hf, to_hf
 from trainer.model.hugging_face import assembled, write_folder
 from trainer.tuning.adapter_folder import AdapterFormat, write_adapter
 from trainer.tuning.targets import TOKEN_ROWS, is_added
@@ -42,7 +42,7 @@ NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 
 
 def network_of(case: Case) -> Any:
-    return replace(translate(case.family, {**SHAPES[case.family], **case.config}), new_tokens=case.new_tokens)
+    return replace(from_hf(case.family, {**SHAPES[case.family], **case.config}), new_tokens=case.new_tokens)
 
 
 def start_folders(mesh: Mesh, case: Case, base: Path, adapter: Path) -> None:
@@ -50,7 +50,7 @@ def start_folders(mesh: Mesh, case: Case, base: Path, adapter: Path) -> None:
     engine = make_engine(mesh, case)
     tensors = dict(assembled(engine.gathered_tensors()))
     network = network_of(case)
-    config = to_hf_config(network, dtype="float32", eos_token_id=None)
+    config = to_hf(network, dtype="float32", eos_token_id=None)
     own = [(spec, tensor.clone()) for spec, tensor in engine.local_tensors() if not spec.added]
     write_folder(own, base, dtype=torch.float32, config=config, save_beside=lambda folder: None)
     form = AdapterFormat.of(engine.recipe, network)

@@ -29,7 +29,7 @@ from trainer.data import prepare
 from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
-from trainer.model.hf_config import to_hf_config, translate
+from trainer.model.hf_config import from_hf, to_hf
 from trainer.model.hugging_face import write_folder
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.run.reference import with_reference
@@ -91,7 +91,7 @@ class Outcome:
 def train(mesh: Mesh, case: Case, folder: Path) -> Outcome:
     recipe = case.recipe(folder)
     plan = BatchPlan.from_recipe(recipe, mesh.layout.world_size, "the test")
-    network = translate("llama", {**LLAMA, "vocab_size": 257, "max_position_embeddings": S, "num_hidden_layers": 4})
+    network = from_hf("llama", {**LLAMA, "vocab_size": 257, "max_position_embeddings": S, "num_hidden_layers": 4})
     engine = Engine(
         recipe,
         plan,
@@ -108,12 +108,12 @@ def train(mesh: Mesh, case: Case, folder: Path) -> Outcome:
     if recipe.needs_reference:
         found = with_reference(found, engine, folder=folder, origin=None, writes=False, progress=silent)
     if mesh.layout.world_size == 1 and not (folder / "base").exists() and not case.tuning:
-        config = to_hf_config(network, dtype="float32", eos_token_id=None)
+        config = to_hf(network, dtype="float32", eos_token_id=None)
         write_folder(
             engine.gathered_tensors(), folder / "base", dtype=torch.float32, config=config, save_beside=lambda folder: None
         )
-    data = TrainData(found.train, found.weights, seq_len=S, seed=0, isolate_documents=True, global_sequences=G)
-    held_out = EvalData(found.evaluation, seq_len=S, isolate_documents=True, sequences=5)
+    data = TrainData(found.train, found.weights, row_tokens=S, seed=0, isolate_documents=True, global_sequences=G)
+    held_out = EvalData(found.evaluation, row_tokens=S, isolate_documents=True, sequences=5)
     place = {"dp_rank": mesh.data.rank, "dp": mesh.data.size, "micro_sequences": plan.micro_sequences}
     results, batches = [], []
     for step in range(case.steps):

@@ -23,7 +23,7 @@ from trainer.data import prepare
 from trainer.data.loader import EvalData, TrainData
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 
@@ -54,7 +54,7 @@ def recipe_of(folder: Path, layout: Layout) -> Recipe:
 def train(mesh: Mesh, folder: Path) -> dict[str, Any]:
     recipe = recipe_of(folder, mesh.layout)
     plan = BatchPlan.from_recipe(recipe, mesh.layout.world_size, "the test")
-    network = translate("llama", {**LLAMA, "vocab_size": 257, "max_position_embeddings": S})
+    network = from_hf("llama", {**LLAMA, "vocab_size": 257, "max_position_embeddings": S})
     engine = Engine(
         recipe,
         plan,
@@ -67,8 +67,8 @@ def train(mesh: Mesh, folder: Path) -> dict[str, Any]:
     found = prepare(
         recipe.data, seed=0, cache_dir=folder / "cache", build=mesh.rank == 0, progress=lambda done, total, what: None
     )
-    data = TrainData(found.train, found.weights, seq_len=S, seed=0, isolate_documents=True, global_sequences=8)
-    held_out = EvalData(found.evaluation, seq_len=S, isolate_documents=True, sequences=5)
+    data = TrainData(found.train, found.weights, row_tokens=S, seed=0, isolate_documents=True, global_sequences=8)
+    held_out = EvalData(found.evaluation, row_tokens=S, isolate_documents=True, sequences=5)
     place = {"dp_rank": mesh.data.rank, "dp": mesh.data.size, "micro_sequences": 2}
     results, learned = [], []
     for step in range(STEPS):

@@ -32,7 +32,7 @@ from trainer.data.loader import EvalData, TrainData
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
 from trainer.guard.replicas import disagreements, replicas
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 
@@ -139,7 +139,7 @@ def recipe_of(folder: Path, case: Case, family: str) -> Recipe:
 def train(mesh: Mesh, folder: Path, case: Case, family: str, config: dict[str, Any]) -> dict[str, Any]:
     recipe = recipe_of(folder, case, family)
     plan = BatchPlan.from_recipe(recipe, mesh.layout.world_size, "the test")
-    network = translate(family, config)
+    network = from_hf(family, config)
     engine = Engine(
         recipe,
         plan,
@@ -152,7 +152,7 @@ def train(mesh: Mesh, folder: Path, case: Case, family: str, config: dict[str, A
     found = prepare(
         recipe.data, seed=0, cache_dir=folder / "cache", build=mesh.rank == 0, progress=lambda done, total, what: None
     )
-    cut = {"seq_len": recipe.data.row_tokens, "isolate_documents": True}
+    cut = {"row_tokens": recipe.data.row_tokens, "isolate_documents": True}
     data = TrainData(found.train, found.weights, **cut, seed=0, global_sequences=8)
     held_out = EvalData(found.evaluation, **cut, sequences=5)
     place = {"dp_rank": mesh.data.rank, "dp": mesh.data.size, "micro_sequences": 2}

@@ -20,7 +20,7 @@ from parallel.topology import Layout
 from tests.parallel.training import SHAPES, Case, S, make_engine, outcome, rows_of_step
 from tests.parallel.tuning import ADALORA, BUDGET, LORA, WIDE, with_bottlenecks
 from tests.spawn import spawn
-from trainer.model.hf_config import to_hf_config, translate
+from trainer.model.hf_config import from_hf, to_hf
 from trainer.model.hugging_face import assembled, write_folder
 from trainer.tuning.adapter_folder import AdapterFormat, write_adapter
 from trainer.tuning.methods import METHODS
@@ -35,8 +35,8 @@ def start_folders(mesh: Mesh, case: Case, base: Path, adapter: Path) -> None:
     """The base and the adapter that a run of the case begins with."""
     engine = make_engine(mesh, case)
     tensors = dict(assembled(engine.gathered_tensors()))
-    network = translate(case.family, {**SHAPES[case.family], **case.config})
-    config = to_hf_config(network, dtype="float32", eos_token_id=None)
+    network = from_hf(case.family, {**SHAPES[case.family], **case.config})
+    config = to_hf(network, dtype="float32", eos_token_id=None)
     own = [(spec, tensor.clone()) for spec, tensor in engine.local_tensors() if not spec.added]
     write_folder(own, base, dtype=torch.float32, config=config, save_beside=lambda folder: None)
     if METHODS[case.tuning["method"]].parts:

@@ -24,7 +24,7 @@ from tests.spawn import spawn
 from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 from trainer.verify.rank import in_float64
@@ -130,7 +130,7 @@ def rows_of_step(step: int, rows: int = G) -> tuple[torch.Tensor, torch.Tensor]:
 def make_engine(mesh: Mesh, case: Case) -> Engine:
     recipe = case.recipe()
     plan = BatchPlan.from_recipe(recipe, mesh.layout.world_size, "the test")
-    network = replace(translate(case.family, {**SHAPES[case.family], **case.config}), new_tokens=case.new_tokens)
+    network = replace(from_hf(case.family, {**SHAPES[case.family], **case.config}), new_tokens=case.new_tokens)
     return Engine(
         recipe,
         plan,

@@ -14,7 +14,7 @@ from tests.unit.oracle import random_model
 from tests.unit.shapes import GPT2
 from tests.unit.stages import stage_from
 from trainer.errors import UserError
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import PretrainedWeights, read_config
 from trainer.model.names import names_of
 from trainer.model.transformer import logical_specs
@@ -23,7 +23,7 @@ from trainer.model.transformer import logical_specs
 def read_all(folder: Path) -> None:
     """What a run does with a folder."""
     hf_config = read_config(folder)
-    network = translate(hf_config["model_type"], hf_config)
+    network = from_hf(hf_config["model_type"], hf_config)
     names = names_of(network)
     specs = logical_specs(network)
     is_unused = partial(names.is_for_other_heads, network)

@@ -12,7 +12,7 @@ from torch import nn
 from parallel.tensor import TensorParallel
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import PretrainedWeights, read_config
 from trainer.model.transformer import Stage
 from trainer.schema import Tuning
@@ -24,7 +24,7 @@ def stage_from(
 ) -> Stage:
     """Our whole model with the weights of a Hugging Face folder."""
     hf_config = read_config(folder)
-    config = translate(hf_config["model_type"], hf_config)
+    config = from_hf(hf_config["model_type"], hf_config)
     return Stage(
         config,
         blocks_of(config),

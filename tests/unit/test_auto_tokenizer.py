@@ -34,7 +34,7 @@ from trainer.data.handed_on_tokenizer import beside_model, require_same
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, reopen_tokenizer, train_bpe
 from trainer.errors import DataError, RecipeError
 from trainer.model.families import FAMILIES
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.model_files import ModelFiles
 
 SOURCES: dict[str, Callable[[Path], None]] = {
@@ -152,7 +152,7 @@ def test_every_family_loads_with_every_tokenizer(family: str, sources: Callable[
         "unigram": load_tokenizer(str(sources("unigram"))),
     }
     for name, tokenizer in tokenizers.items():
-        network = translate(family, {**TINY.get(family, TINY_DECODER), "vocab_size": tokenizer.vocab_size})
+        network = from_hf(family, {**TINY.get(family, TINY_DECODER), "vocab_size": tokenizer.vocab_size})
         files = ModelFiles(network, tokenizer, "float32")
         folder = tmp_path / name
         folder.mkdir()

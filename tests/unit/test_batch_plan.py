@@ -63,7 +63,7 @@ def test_a_plan_holds_every_sequence_once_or_is_refused(total: int, micro: int, 
 def test_loss_factor_gives_the_mean_over_targets_after_averaging_over_ranks(dp: int, micro_batches: list[list[float]]) -> None:
     """Rank r takes every dp-th micro-batch; gradients are linear in the loss, so the losses stand for them."""
     losses = [loss for batch in micro_batches for loss in batch]
-    plan = BatchPlan(global_sequences=dp, micro_sequences=1, dp=dp, num_micro_batches=1, seq_len=8)
+    plan = BatchPlan(global_sequences=dp, micro_sequences=1, dp=dp, num_micro_batches=1, row_tokens=8)
     if not losses:
         with pytest.raises(ValueError, match="at least one target"):
             plan.loss_factor(0, averaged_over=dp)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.launch.binding import bind, cores_of, memory_nodes, node_of, placed
-from trainer.launch.environment import Seat
+from trainer.launch.environment import RankInfo
 
 
 def machine(root: Path, *lists: str) -> Path:
@@ -19,8 +19,8 @@ def machine(root: Path, *lists: str) -> Path:
     return root
 
 
-def seat(local_rank: int, ranks: int = 4) -> Seat:
-    return Seat(local_rank, local_rank, ranks, ranks, "127.0.0.1", 29500, "test")
+def info(local_rank: int, ranks: int = 4) -> RankInfo:
+    return RankInfo(local_rank, local_rank, ranks, ranks, "127.0.0.1", 29500, "test")
 
 
 def test_lists_of_cores() -> None:
@@ -35,8 +35,8 @@ def test_nodes_without_cores_are_none(tmp_path: Path) -> None:
 
 def test_ranks_share_the_nodes(tmp_path: Path) -> None:
     nodes = memory_nodes(machine(tmp_path, "0-7", "8-15"))
-    assert [node_of(seat(rank), None, nodes, tmp_path) for rank in range(4)] == [0, 0, 1, 1]
-    assert [node_of(seat(rank, 1), None, nodes, tmp_path) for rank in range(1)] == [0]
+    assert [node_of(info(rank), None, nodes, tmp_path) for rank in range(4)] == [0, 0, 1, 1]
+    assert [node_of(info(rank, 1), None, nodes, tmp_path) for rank in range(1)] == [0]
 
 
 def test_a_gpu_decides_where_its_rank_runs(tmp_path: Path) -> None:
@@ -44,9 +44,9 @@ def test_a_gpu_decides_where_its_rank_runs(tmp_path: Path) -> None:
     card = tmp_path / "bus" / "pci" / "devices" / "0000:1a:00.0"
     card.mkdir(parents=True)
     (card / "numa_node").write_text("1\n")
-    assert node_of(seat(0), "0000:1A:00.0", nodes, tmp_path) == 1
+    assert node_of(info(0), "0000:1A:00.0", nodes, tmp_path) == 1
     (card / "numa_node").write_text("-1\n")  # a virtual machine does not tell
-    assert node_of(seat(0), "0000:1A:00.0", nodes, tmp_path) == 0
+    assert node_of(info(0), "0000:1A:00.0", nodes, tmp_path) == 0
 
 
 def test_a_rank_is_bound_where_nobody_has_bound_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,11 +54,11 @@ def test_a_rank_is_bound_where_nobody_has_bound_it(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: bound.append(cores))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     two = machine(tmp_path / "two", "0-7", "8-15")
-    bind(seat(3), None, two)
+    bind(info(3), None, two)
     assert bound == [set(range(8, 16))]
-    bind(seat(3), None, machine(tmp_path / "one", "0-15"))
+    bind(info(3), None, machine(tmp_path / "one", "0-15"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5})  # srun --cpu-bind
-    bind(seat(3), None, two)
+    bind(info(3), None, two)
     assert len(bound) == 1
 
 

@@ -28,7 +28,7 @@ from trainer.checkpoint.resume import Found, newest_whole
 from trainer.checkpoint.resume_check import Resume, as_json, checkpoint_named, finished
 from trainer.engine.loss_scale import LossScaler
 from trainer.errors import DataError, RecipeError
-from trainer.model.hf_config import to_hf_config
+from trainer.model.hf_config import to_hf
 from trainer.recipe import ResolvedRecipe, load
 from trainer.run.start import agree, begin_again, claim, find, leave_behind
 from trainer.run_folder import RunFolder
@@ -554,7 +554,7 @@ def resolved(tmp_path: Path) -> ResolvedRecipe:
 
 
 def facts_of(resolved: ResolvedRecipe) -> dict[str, Any]:
-    config = to_hf_config(resolved.network(vocab_size=257), dtype="float32", eos_token_id=256)
+    config = to_hf(resolved.network(vocab_size=257), dtype="float32", eos_token_id=256)
     return as_json({**recipe_facts(resolved.recipe), **model_facts(config), **data_facts(tokenizer="t", samples="s")})
 
 

@@ -26,7 +26,7 @@ from trainer.model import heads, measures
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig
 from trainer.model.heads import ClassHead
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
 from trainer.model.measures import ClassMeasures, EvalResult
 from trainer.model.model_files import ModelFiles
@@ -59,7 +59,7 @@ def test_the_label_is_where_the_network_has_seen_all_of_the_text(causal: bool, r
     found = prepared(data, tmp_path)
     assert found.classes == ("bad", "good", "odd")
     targets = targets_of(data, found.tokenizer, causal=causal, seed=0, part="training")
-    keys: dict[str, Any] = {"seq_len": S, "isolate_documents": True}
+    keys: dict[str, Any] = {"row_tokens": S, "isolate_documents": True}
     loader = TrainData(found.train, found.weights, seed=0, global_sequences=1, targets=targets, **keys)
     seen = []
     for step in range(loader.num_samples):
@@ -85,7 +85,7 @@ def test_evaluation_counts_each_text_once(rows: Path, tmp_path: Path) -> None:
     data = data_of(rows, eval_sources=[{"path": str(rows)}])
     found = prepared(data, tmp_path)
     targets = targets_of(data, found.tokenizer, causal=True, seed=0, part="evaluation")
-    held_out = EvalData(found.evaluation, seq_len=S, isolate_documents=True, sequences=99, targets=targets)
+    held_out = EvalData(found.evaluation, row_tokens=S, isolate_documents=True, sequences=99, targets=targets)
     batches = [batch for dp_rank in range(2) for batch in held_out.micro_batches(dp_rank=dp_rank, dp=2, micro_sequences=2)]
     assert sum(batch.num_targets for batch in batches) == len(ROWS)
 
@@ -168,7 +168,7 @@ def test_scores_against_their_definitions() -> None:
 def test_many_classes_are_measured_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same texts counted by pairs, and class by class as where pairs would take too much memory."""
     stream = torch.Generator().manual_seed(0)
-    config = translate("llama", {**SIZES["llama"], "vocab_size": 300, "id2label": {str(i): str(i) for i in range(7)}})
+    config = from_hf("llama", {**SIZES["llama"], "vocab_size": 300, "id2label": {str(i): str(i) for i in range(7)}})
     head = ClassHead(replace(config, classes=tuple("abcdefg")), tp=TensorParallel.alone())
     initialise(head, 0)
     x_ND, labels_BS = torch.randn(400, 24, generator=stream), torch.randint(-1, 7, (1, 400), generator=stream)
@@ -218,7 +218,7 @@ CLASSES = ("bad", "good", "odd")
 
 
 def network(family: str) -> TransformerConfig:
-    return replace(translate(family, {**SIZES[family], "vocab_size": 257}), classes=CLASSES)
+    return replace(from_hf(family, {**SIZES[family], "vocab_size": 257}), classes=CLASSES)
 
 
 def stage_of(config: TransformerConfig, fill: Any) -> Stage:
@@ -284,7 +284,7 @@ def test_an_export_is_the_same_classifier_in_transformers(family: str, rows: Pat
             if piece.shape[0] == 257:
                 got[END] = box[END] = 0.0  # their embedding never learns the token that pads, which here opens texts
             torch.testing.assert_close(got, box, rtol=1e-4, atol=2e-6, msg=lambda said, name=piece.name: f"{name}: {said}")
-    again = stage_of(translate(family, read_config(tmp_path / "out")), PretrainedWeights(tmp_path / "out").fill)
+    again = stage_of(from_hf(family, read_config(tmp_path / "out")), PretrainedWeights(tmp_path / "out").fill)
     assert again.config.classes == CLASSES
     assert torch.equal(
         again(tokens_BS, batch=MicroBatch(tokens_BS, packed), output="logits"),

@@ -18,7 +18,7 @@ from trainer.costs.flops import row_flops, training_flops, translation_flops
 from trainer.data.loader import MicroBatch
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import TransformerConfig
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.transformer import Stage
 
 S = 16
@@ -38,7 +38,7 @@ def stage(config: TransformerConfig, blocks: list[Block]) -> Stage:
 
 @pytest.mark.parametrize("name", [*MODELS, *TRANSLATIONS])
 def test_parameters_are_those_that_a_stage_of_the_block_has(name: str) -> None:
-    config = translate(*{**MODELS, **TRANSLATIONS}[name])
+    config = from_hf(*{**MODELS, **TRANSLATIONS}[name])
     for block in blocks_of(config):
         built = sum(parameter.numel() for parameter in stage(config, [block]).parameters())
         assert block_parameters(config, block) == built == count_parameters(config, [block])
@@ -48,13 +48,13 @@ def test_parameters_are_those_that_a_stage_of_the_block_has(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_of_the_blocks_are_those_of_the_model(name: str) -> None:
-    config = translate(*MODELS[name])
+    config = from_hf(*MODELS[name])
     assert sum(block_flops(config, block, S) for block in blocks_of(config)) == training_flops(config, [S])
 
 
 @pytest.mark.parametrize("name", TRANSLATIONS)
 def test_flops_of_a_translation_are_those_of_its_blocks(name: str) -> None:
-    config = translate(*TRANSLATIONS[name])
+    config = from_hf(*TRANSLATIONS[name])
     row = (3, S - 3, S, 1)  # two sources, then their targets
     assert sum(block_flops(config, block, S) for block in blocks_of(config)) == translation_flops(config, [(S, S)])
     assert row_flops(config, [row], trained_beside=None) == translation_flops(config, [(3, S), (S - 3, 1)])
@@ -63,7 +63,7 @@ def test_flops_of_a_translation_are_those_of_its_blocks(name: str) -> None:
 @pytest.mark.parametrize("kind", ["embedding", "layer", "head"])
 def test_flops_of_a_block_are_those_that_torch_counts(kind: str) -> None:
     """The plain attention kernel computes the whole square, of which half is counted here."""
-    config = translate(*MODELS["llama-gqa"])
+    config = from_hf(*MODELS["llama-gqa"])
     block = next(block for block in blocks_of(config) if block.kind == kind)
     x: Any = torch.zeros(1, S, dtype=torch.int64) if kind == "embedding" else torch.ones(S, config.hidden_size)
     x = x if kind == "embedding" else x.requires_grad_()
@@ -79,7 +79,7 @@ def test_flops_of_a_block_are_those_that_torch_counts(kind: str) -> None:
 def test_an_embedding_is_cheap_and_not_free() -> None:
     """Llama 8B at 8192 tokens: a layer's 12.4 TFLOP take 19 times as long as the embedding's 6.3 GB of gradients and
     0.3 GB of rows."""
-    config = translate(
+    config = from_hf(
         "llama",
         {
             "hidden_size": 4096,
@@ -99,7 +99,7 @@ def test_an_embedding_is_cheap_and_not_free() -> None:
 
 
 def test_a_micro_batch_costs_by_its_sequences_but_for_its_gradients() -> None:
-    config = translate(*MODELS["llama-gqa"])
+    config = from_hf(*MODELS["llama-gqa"])
     one, two, three = (block_costs(config, seq_len=S, micro_sequences=n) for n in (1, 2, 3))
     assert [b - a for a, b in zip(one, two, strict=True)] == [c - b for b, c in zip(two, three, strict=True)]
     assert two[1] - one[1] == block_flops(config, Block("layer"), S)

@@ -168,7 +168,7 @@ def test_the_unigram_baseline_is_the_formula(corpus: Path, tmp_path: Path) -> No
         [stream[begin + 1 : end] for begin, end in zip(store.documents[:], store.documents[1:], strict=False)]
     )
     expected = np.exp(-np.log(counts / counts.sum())[targets].mean())
-    perplexity = unigram_perplexity(found.train, found.evaluation, 257, seq_len=16, isolate_documents=True, sequences=10**6)
+    perplexity = unigram_perplexity(found.train, found.evaluation, 257, row_tokens=16, isolate_documents=True, sequences=10**6)
     assert perplexity == pytest.approx(expected, rel=1e-12)
     assert 5 < perplexity < 60
 

@@ -29,7 +29,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> list[TokenStore]:
 
 
 def train_data(stores: list[TokenStore], **keys: object) -> TrainData:
-    settings = {"weights": [2.0, 1.0], "seq_len": S, "seed": 3, "isolate_documents": True, "global_sequences": 8}
+    settings = {"weights": [2.0, 1.0], "row_tokens": S, "seed": 3, "isolate_documents": True, "global_sequences": 8}
     return TrainData(stores, **{**settings, **keys})
 
 
@@ -79,17 +79,17 @@ def test_changing_dp_in_the_middle_gives_every_sample_once_per_epoch(stores: lis
 def test_isolated_documents(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", [3, 5, 4, 1, 6])
     #  stream: 0 1 E 3 4 5 6 E | 8 9 10 E E 13 14 15 | 16 17 E
-    first = row_at(store, 0, seq_len=S, isolate_documents=True)
+    first = row_at(store, 0, row_tokens=S, isolate_documents=True)
     assert first.tokens.tolist() == [0, 1, END, 3, 4, 5, 6, END]
     assert first.labels.tolist() == [1, END, 3, 4, 5, 6, END, 8]
     assert first.is_target.tolist() == [True, True, False, True, True, True, True, False]
     assert first.documents == (3, 5)
-    second = row_at(store, 8, seq_len=S, isolate_documents=True)
+    second = row_at(store, 8, row_tokens=S, isolate_documents=True)
     assert second.documents == (4, 1, 3)
     assert np.flatnonzero(~second.is_target).tolist() == [3, 4]
-    whole = row_at(store, 0, seq_len=S, isolate_documents=False)
+    whole = row_at(store, 0, row_tokens=S, isolate_documents=False)
     assert (whole.documents, whole.is_target.all()) == ((S,), True)
-    last = row_at(store, 16, seq_len=S, isolate_documents=True)
+    last = row_at(store, 16, row_tokens=S, isolate_documents=True)
     assert last.tokens.tolist() == [16, 17] + [END] * 6
     assert last.labels[last.is_target].tolist() == [17, END]
     assert last.documents == (2, 6)
@@ -103,7 +103,7 @@ def test_rows_agree_with_their_definition(
     total = sum(lengths)
     begin = min(begin, max(0, total - 2))
     store = make_store(tmp_path_factory.mktemp("s") / "s", lengths)
-    row = row_at(store, begin, seq_len=seq_len, isolate_documents=True)
+    row = row_at(store, begin, row_tokens=seq_len, isolate_documents=True)
     stream = store.tokens[:].tolist()
     owner = np.repeat(np.arange(len(lengths)), lengths).tolist()
     present = [at for at in range(begin, begin + seq_len) if at + 1 < total]
@@ -131,7 +131,7 @@ def test_micro_batch_of_training(stores: list[TokenStore]) -> None:
 def test_fingerprint_and_sizes(stores: list[TokenStore]) -> None:
     data = train_data(stores)
     assert (data.num_samples, train_data(stores, tails=False).num_samples) == (42 + 19, 41 + 18)
-    others = [train_data(stores, seed=4), train_data(stores, seq_len=4), train_data(stores, weights=[1.0, 1.0])]
+    others = [train_data(stores, seed=4), train_data(stores, row_tokens=4), train_data(stores, weights=[1.0, 1.0])]
     others += [train_data(stores, isolate_documents=False), train_data(stores[::-1])]
     others += [train_data(stores, tails=False), train_data(stores, weights=None)]
     assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 8
@@ -178,7 +178,7 @@ def test_what_is_said_of_each_source(stores: list[TokenStore]) -> None:
 @pytest.mark.parametrize(("dp", "micro_sequences"), [(1, 1), (2, 3), (4, 2)])
 @pytest.mark.parametrize("sequences", [5, 1000])
 def test_evaluation_covers_every_target_once(stores: list[TokenStore], dp: int, micro_sequences: int, sequences: int) -> None:
-    data = EvalData(stores, seq_len=S, isolate_documents=False, sequences=sequences)
+    data = EvalData(stores, row_tokens=S, isolate_documents=False, sequences=sequences)
     parts = [list(data.micro_batches(dp_rank=rank, dp=dp, micro_sequences=micro_sequences)) for rank in range(dp)]
     assert len({len(part) for part in parts}) == 1
     assert {batch.tokens_BS.shape for part in parts for batch in part} == {(micro_sequences, S)}
@@ -196,7 +196,7 @@ def test_evaluation_covers_every_target_once(stores: list[TokenStore], dp: int, 
 
 
 def test_unigram_baseline_has_the_targets_of_the_evaluation(stores: list[TokenStore]) -> None:
-    keys = {"seq_len": S, "isolate_documents": True, "sequences": 7}
+    keys = {"row_tokens": S, "isolate_documents": True, "sequences": 7}
     batches = list(EvalData(stores[1:], **keys).micro_batches(dp_rank=0, dp=1, micro_sequences=7))
     labels = batches[0].labels_BS[batches[0].labels_BS != IGNORE]
     counts = torch.bincount(torch.from_numpy(stores[0].tokens[:].astype(np.int64)), minlength=1000) + 1

@@ -80,7 +80,7 @@ def prepared(folder: Path, rows: list[dict[str, Any]], **keys: Any) -> PreparedD
 
 
 def epoch(found: PreparedData) -> list[MicroBatch]:
-    data = TrainData(found.train, found.weights, seq_len=S, seed=0, isolate_documents=True, global_sequences=1)
+    data = TrainData(found.train, found.weights, row_tokens=S, seed=0, isolate_documents=True, global_sequences=1)
     return [batch for step in range(data.num_samples) for batch in data.micro_batches(step, dp_rank=0, dp=1, micro_sequences=1)]
 
 

@@ -42,7 +42,7 @@ def prepared(path: Path, progress: Callable[[int, int, str], None] = silent, **k
 
 
 def train_data(found: PreparedData, *, seq_len: int = S, isolate: bool = True, seed: int = 0) -> TrainData:
-    return TrainData(found.train, found.weights, seq_len=seq_len, seed=seed, isolate_documents=isolate, global_sequences=4)
+    return TrainData(found.train, found.weights, row_tokens=seq_len, seed=seed, isolate_documents=isolate, global_sequences=4)
 
 
 def answers_of(found: PreparedData, batches: Iterator[MicroBatch] | list[MicroBatch]) -> list[str]:
@@ -106,13 +106,13 @@ def test_the_summary_and_the_baseline_count_targets(tmp_path: Path) -> None:
     counts = np.ones(257)
     for batch in epoch(found):
         np.add.at(counts, batch.labels_BS[batch.labels_BS != IGNORE].numpy(), 1)
-    data = EvalData(found.evaluation, seq_len=S, isolate_documents=True, sequences=99)
+    data = EvalData(found.evaluation, row_tokens=S, isolate_documents=True, sequences=99)
     held = np.concatenate(
         [batch.labels_BS[batch.labels_BS != IGNORE].numpy() for batch in data.micro_batches(dp_rank=0, dp=1, micro_sequences=1)]
     )
     assert len(held) == found.evaluation[0].packing.targets
     expected = np.exp(-np.log(counts / counts.sum())[held].mean())
-    keys = {"seq_len": S, "isolate_documents": True, "sequences": 99}
+    keys = {"row_tokens": S, "isolate_documents": True, "sequences": 99}
     assert unigram_perplexity(found.train, found.evaluation, 257, **keys) == pytest.approx(expected, rel=1e-9)
 
 

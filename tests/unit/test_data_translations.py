@@ -43,7 +43,7 @@ def two_files(folder: Path, english: list[str], german: list[str]) -> dict[str, 
 
 def test_each_source_lies_opposite_its_target(tmp_path: Path) -> None:
     found = prepared(tmp_path, data_of(tmp_path, two_files(tmp_path, ENGLISH, GERMAN), eval_fraction=0.0))
-    data = TrainData(found.train, found.weights, seq_len=2 * S, seed=0, isolate_documents=True, global_sequences=1)
+    data = TrainData(found.train, found.weights, row_tokens=2 * S, seed=0, isolate_documents=True, global_sequences=1)
     seen = []
     for step in range(data.num_samples):
         (batch,) = data.micro_batches(step, dp_rank=0, dp=1, micro_sequences=1)
@@ -66,7 +66,7 @@ def test_each_source_lies_opposite_its_target(tmp_path: Path) -> None:
 
 def test_rows_without_a_target_have_two_halves_too(tmp_path: Path) -> None:
     found = prepared(tmp_path, data_of(tmp_path, two_files(tmp_path, ENGLISH, GERMAN), eval_fraction=0.2))
-    held_out = EvalData(found.evaluation, seq_len=2 * S, isolate_documents=True, sequences=1)
+    held_out = EvalData(found.evaluation, row_tokens=2 * S, isolate_documents=True, sequences=1)
     (last,) = held_out.micro_batches(dp_rank=1, dp=2, micro_sequences=1)
     assert last.documents.lengths == ((S, S),)
     assert last.num_targets == 0

@@ -20,7 +20,7 @@ from trainer.errors import RecipeError
 from trainer.exhausted import exhausted
 from trainer.files.reading import NotAFile
 from trainer.launch.ranks import Place
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.run.least_memory import Machine, host_bytes, require_memory
 from trainer.schema import Recipe
@@ -116,7 +116,7 @@ def demanded(network: dict[str, Any] | None = None, machine: Machine = MACHINE, 
     config = {"vocab_size": 257, **SMALL, **(network or {}), "max_position_embeddings": 2**24}
     recipe = Recipe.model_validate({"model": {"family": "llama", "config": config}, **sections})
     plan = BatchPlan.from_recipe(recipe, world_size, "a test")
-    require_memory(recipe, plan, translate("llama", config), machine)
+    require_memory(recipe, plan, from_hf("llama", config), machine)
 
 
 @pytest.mark.parametrize(

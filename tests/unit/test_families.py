@@ -11,7 +11,7 @@ from trainer.costs.flops import matmul_weights, training_flops
 from trainer.errors import RecipeError
 from trainer.model.config import RopeScaling, TransformerConfig
 from trainer.model.families import FAMILIES, PLAIN
-from trainer.model.hf_config import to_hf_config, translate
+from trainer.model.hf_config import from_hf, to_hf
 
 GPT2 = {"vocab_size": 97, "n_positions": 32, "n_embd": 24, "n_layer": 3, "n_head": 4}
 LLAMA = {
@@ -71,7 +71,7 @@ def hf_model(config: TransformerConfig) -> Any:
     import torch
     import transformers
 
-    hf_config = hf_class(config.family)(**to_hf_config(config, dtype="float32", eos_token_id=None))
+    hf_config = hf_class(config.family)(**to_hf(config, dtype="float32", eos_token_id=None))
     with torch.device("meta"):
         model = getattr(transformers, FAMILIES[config.family].architecture)(hf_config)
     model.tie_weights()
@@ -81,7 +81,7 @@ def hf_model(config: TransformerConfig) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_defaults_are_those_of_transformers(family: str) -> None:
     theirs = hf_class(family)().to_dict()
-    ours = to_hf_config(translate(family, {}), dtype="float32", eos_token_id=None)
+    ours = to_hf(from_hf(family, {}), dtype="float32", eos_token_id=None)
     for name, rule in FAMILIES[family].keys.items():
         expected = theirs[name]
         if name == "max_window_layers":
@@ -95,7 +95,7 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
             }
             expected = derived[name]
         assert ours[name] == expected, name
-    assert translate(family, {}) == translate(family, theirs)
+    assert from_hf(family, {}) == from_hf(family, theirs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,18 +106,18 @@ def test_every_key_of_transformers_is_known(family: str) -> None:
 
 @pytest.mark.parametrize(("family", "shape"), SHAPES)
 def test_transformers_loads_what_is_written_and_gives_it_back(family: str, shape: dict[str, Any], tmp_path: Path) -> None:
-    config = translate(family, shape)
-    written = to_hf_config(config, dtype="bfloat16", eos_token_id=5)
+    config = from_hf(family, shape)
+    written = to_hf(config, dtype="bfloat16", eos_token_id=5)
     (tmp_path / "config.json").write_text(json.dumps(written))
     loaded = hf_class(family).from_pretrained(tmp_path)
-    assert translate(family, loaded.to_dict()) == config
-    assert translate(family, written) == config
+    assert from_hf(family, loaded.to_dict()) == config
+    assert from_hf(family, written) == config
     assert (loaded.eos_token_id, loaded.architectures) == (5, [FAMILIES[family].architecture])
 
 
 @pytest.mark.parametrize(("family", "shape"), SHAPES)
 def test_parameters_are_counted_exactly(family: str, shape: dict[str, Any]) -> None:
-    config = translate(family, shape)
+    config = from_hf(family, shape)
     model = hf_model(config)
     assert count_parameters(config) == sum(p.numel() for p in model.parameters())
     assert config.largest_weight >= max(p.numel() for p in model.parameters())
@@ -125,7 +125,7 @@ def test_parameters_are_counted_exactly(family: str, shape: dict[str, Any]) -> N
 
 @pytest.mark.parametrize(("family", "shape"), SHAPES)
 def test_the_weights_that_tokens_are_multiplied_with(family: str, shape: dict[str, Any]) -> None:
-    config = translate(family, shape)
+    config = from_hf(family, shape)
     model = hf_model(config)
     embeddings = {"model.embed_tokens.weight", "transformer.wte.weight", "transformer.wpe.weight"}
     embeddings |= {f"bert.embeddings.{what}_embeddings.weight" for what in ("word", "position", "token_type")}
@@ -135,9 +135,9 @@ def test_the_weights_that_tokens_are_multiplied_with(family: str, shape: dict[st
 
 def test_windowed_attention_is_counted_by_its_window() -> None:
     """A token attends to min(place + 1, window) tokens; counting by areas leaves out half of the diagonal's n or w."""
-    full = translate("qwen3", {**LLAMA, "head_dim": 8})
-    late = translate("qwen3", {**LLAMA, "head_dim": 8, **WINDOWS, "max_window_layers": 2})  # the last of 3 layers
-    every = translate("qwen3", {**LLAMA, "head_dim": 8, **WINDOWS, "max_window_layers": 0})
+    full = from_hf("qwen3", {**LLAMA, "head_dim": 8})
+    late = from_hf("qwen3", {**LLAMA, "head_dim": 8, **WINDOWS, "max_window_layers": 2})  # the last of 3 layers
+    every = from_hf("qwen3", {**LLAMA, "head_dim": 8, **WINDOWS, "max_window_layers": 0})
     per_pair = 12 * full.num_heads * full.head_dim  # forward and backward of Q Kᵀ and P V
     for length in (1, 4, 5, 6, 23):
         attended = sum(min(place + 1, 5) for place in range(length))
@@ -149,8 +149,8 @@ def test_windowed_attention_is_counted_by_its_window() -> None:
 
 @pytest.mark.parametrize("spelling", [{"rope_theta": 7e4}, {"rope_parameters": {"rope_type": "default", "rope_theta": 7e4}}])
 def test_both_spellings_of_rope(spelling: dict[str, Any]) -> None:
-    assert translate("llama", spelling).rope_theta == 7e4
-    assert translate("llama", {"rope_scaling": None}).rope_theta == 1e4
+    assert from_hf("llama", spelling).rope_theta == 7e4
+    assert from_hf("llama", {"rope_scaling": None}).rope_theta == 1e4
 
 
 SCALING = RopeScaling("llama3", 8.0, 1.0, 4.0, 512)
@@ -168,13 +168,13 @@ SCALING = RopeScaling("llama3", 8.0, 1.0, 4.0, 512)
     ],
 )
 def test_both_spellings_of_rope_scaling(config: dict[str, Any], theta: float, scaling: RopeScaling | None) -> None:
-    network = translate("llama", config)
+    network = from_hf("llama", config)
     assert (network.rope_theta, network.rope_scaling) == (theta, scaling)
 
 
 def test_llama3_scaling_starts_from_the_positions_when_it_says_no_other() -> None:
     rope = {name: value for name, value in LLAMA3_ROPE.items() if name != "original_max_position_embeddings"}
-    scaling = translate("llama", {"max_position_embeddings": 640, "rope_parameters": rope}).rope_scaling
+    scaling = from_hf("llama", {"max_position_embeddings": 640, "rope_parameters": rope}).rope_scaling
     assert scaling is not None
     assert scaling.original_positions == 640
 
@@ -205,17 +205,17 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 )
 def test_which_layers_have_a_window(family: str, config: dict[str, Any], windows: tuple[int | None, ...]) -> None:
     layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
-    assert translate(family, {**config, layers: 3}).windows == windows
+    assert from_hf(family, {**config, layers: 3}).windows == windows
 
 
 def test_what_older_gemma_folders_say_twice() -> None:
     twice = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "sliding_window_size": 4096}
-    assert translate("gemma2", {**twice, "cache_implementation": "hybrid"}) == translate("gemma2", {})
+    assert from_hf("gemma2", {**twice, "cache_implementation": "hybrid"}) == from_hf("gemma2", {})
 
 
 def test_aliases_of_transformers() -> None:
     aliases = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 32}
-    assert translate("gpt2", {"vocab_size": 97, **aliases}) == translate("gpt2", GPT2)
+    assert from_hf("gpt2", {"vocab_size": 97, **aliases}) == from_hf("gpt2", GPT2)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_aliases_of_transformers() -> None:
 )
 def test_what_is_not_there_is_refused_by_name(family: str, change: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError) as refused:
-        translate(family, change)
+        from_hf(family, change)
     assert len(refused.value.lines) == 1
     assert said in refused.value.lines[0]
 
@@ -328,22 +328,22 @@ def test_the_config_of_the_first_checkpoints_of_bert() -> None:
     pooler = {"fc_size": 768, "num_attention_heads": 12, "num_fc_layers": 3, "size_per_head": 128, "type": "first_token"}
     older = {f"pooler_{name}": value for name, value in pooler.items()} | {"directionality": "bidi", "model_type": "bert"}
     older |= {"position_embedding_type": "absolute", "gradient_checkpointing": False, "architectures": ["BertForMaskedLM"]}
-    assert translate("bert", {**BERT, **older}) == translate("bert", BERT)
+    assert from_hf("bert", {**BERT, **older}) == from_hf("bert", BERT)
 
 
 def test_all_faults_at_once() -> None:
     with pytest.raises(RecipeError) as refused:
-        translate("llama", {"hidden_sise": 1, "num_hidden_layers": 0, "hidden_act": "tanh", "mlp_bias": 1})
+        from_hf("llama", {"hidden_sise": 1, "num_hidden_layers": 0, "hidden_act": "tanh", "mlp_bias": 1})
     assert len(refused.value.lines) == 4
 
 
 def test_bookkeeping_changes_nothing() -> None:
     bookkeeping = {"torch_dtype": "float16", "transformers_version": "4.1", "architectures": ["X"], "use_cache": False}
-    assert translate("gpt2", {**GPT2, **bookkeeping, "n_ctx": 3}) == translate("gpt2", GPT2)
+    assert from_hf("gpt2", {**GPT2, **bookkeeping, "n_ctx": 3}) == from_hf("gpt2", GPT2)
 
 
 def test_a_table_names_only_fields_that_exist_and_all_of_them() -> None:
-    fields = {field.name for field in dataclasses.fields(translate("gpt2", {}))}
+    fields = {field.name for field in dataclasses.fields(from_hf("gpt2", {}))}
     for family in FAMILIES.values():
         derived = {"family", "num_layers", "num_kv_heads", "head_dim", "activation", "windows", "classes", "new_tokens"}
         says_windows = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}

@@ -42,7 +42,7 @@ from trainer.data.loader import MicroBatch
 from trainer.model import transformer
 from trainer.model.blocks import blocks_of
 from trainer.model.families import FAMILIES
-from trainer.model.hf_config import to_hf_config, translate
+from trainer.model.hf_config import from_hf, to_hf
 from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
 from trainer.model.names import names_of
 from trainer.model.transformer import Stage, _frequency_scale, logical_specs
@@ -279,7 +279,7 @@ def test_recompute_changes_no_bit(name: str, tmp_path: Path) -> None:
 def test_out_and_in_again(name: str, tmp_path: Path) -> None:
     """What we write is what transformers wrote: the same tensors bit by bit, and a config that means the same."""
     theirs, ours = twins(name, tmp_path / "theirs")
-    config = to_hf_config(ours.config, dtype="float32", eos_token_id=None)
+    config = to_hf(ours.config, dtype="float32", eos_token_id=None)
     tensors = ((spec, parameter.detach()) for _, parameter, spec in owned_specs(ours))
     write_folder(tensors, tmp_path / "ours", dtype=torch.float32, config=config, save_beside=lambda folder: None)
 
@@ -293,7 +293,7 @@ def test_out_and_in_again(name: str, tmp_path: Path) -> None:
         assert torch.equal(loaded.eval()(input_ids=tokens).logits, theirs(input_ids=tokens).logits)
     for side in ("ours", "theirs"):
         hf_config = read_config(tmp_path / side)
-        assert translate(hf_config["model_type"], hf_config) == ours.config
+        assert from_hf(hf_config["model_type"], hf_config) == ours.config
     specs = logical_specs(ours.config)
     PretrainedWeights(tmp_path / "ours").check_names(specs, ties=names_of(ours.config).ties(specs))
 
@@ -314,7 +314,7 @@ def test_rotary_angles_are_those_of_transformers_to_the_bit(
         "max_position_embeddings": 2 * original_positions,
         "rope_parameters": {**rope, "rope_theta": theta},
     }
-    config = translate("llama", shape)
+    config = from_hf("llama", shape)
     positions = torch.arange(0, 2 * original_positions, max(1, original_positions // 61)).unsqueeze(0)
     expected = LlamaRotaryEmbedding(LlamaConfig(**shape))(torch.zeros(()), positions)
     scale = _frequency_scale(config.rope_scaling)
@@ -450,7 +450,7 @@ def test_an_offset_norm_in_bf16_keeps_small_weights() -> None:
 
 @pytest.mark.parametrize("family", ["gemma2", "qwen3"])
 def test_norms_start_at_the_factor_one(family: str) -> None:
-    config = translate(family, {**GROUPED, "head_dim": 6})
+    config = from_hf(family, {**GROUPED, "head_dim": 6})
     stage = Stage(
         config,
         blocks_of(config),
@@ -501,7 +501,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def shard_from(folder: Path, tp: TensorParallel, dtype: torch.dtype) -> Stage:
     """This rank's part of the model, read from the folder by slices."""
     hf_config = read_config(folder)
-    config = translate(hf_config["model_type"], hf_config)
+    config = from_hf(hf_config["model_type"], hf_config)
     stage = Stage(
         config,
         blocks_of(config),

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from parallel.pieces import Piece
 from trainer.errors import DataError, NotFinite, RecipeError
 from trainer.model.finite import Rounding
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import PretrainedWeights
 from trainer.recipe import load
 from trainer.recipe.numbers import KEYS
@@ -60,7 +60,7 @@ def test_others_pass(setting: str, tmp_path: Path) -> None:
 
 def test_a_network_s_numbers_too() -> None:
     with pytest.raises(RecipeError, match=r"rms_norm_eps = 1e-50: must be a number that fp32 has: 1.18e-38 to 3.4e\+38"):
-        translate("llama", {"rms_norm_eps": 1e-50})
+        from_hf("llama", {"rms_norm_eps": 1e-50})
 
 
 def weights(folder: Path, **tensors: torch.Tensor) -> PretrainedWeights:

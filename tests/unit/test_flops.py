@@ -17,7 +17,7 @@ from trainer.costs.flops import PEAKS, listed_peak, matmul_weights, training_flo
 from trainer.data.loader import MicroBatch
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.transformer import Stage
 
 ROWS = ((16,), (5, 11), (1, 1, 14))
@@ -60,7 +60,7 @@ def counted_flops(config: TransformerConfig, lengths: tuple[tuple[int, ...], ...
 @pytest.mark.parametrize("name", SHAPES)
 def test_flops_are_those_that_torch_counts_with_causal_attention_at_half(name: str) -> None:
     family, shape, rows = SHAPES[name]
-    config = translate(family, shape)
+    config = from_hf(family, shape)
     lengths = [n for row in rows for n in row]
     squares = sum(n * n for n in lengths)
     # Q Kᵀ and P V over the whole square: 2 products of 2 FLOPs, forward and twice that backward.
@@ -71,7 +71,7 @@ def test_flops_are_those_that_torch_counts_with_causal_attention_at_half(name: s
 
 
 def test_documents_cost_the_square_of_their_own_length() -> None:
-    config = translate("llama", LLAMA)
+    config = from_hf("llama", LLAMA)
     one, four = training_flops(config, [64]), training_flops(config, [16] * 4)
     assert one - four == 6 * config.num_layers * config.num_heads * config.head_dim * (64**2 - 4 * 16**2)
     assert training_flops(config, []) == 0
@@ -79,7 +79,7 @@ def test_documents_cost_the_square_of_their_own_length() -> None:
 
 def test_a_known_model() -> None:
     """Llama-2 7B at 4096 tokens: 6 · 6.61e9 matmul weights + 6 · 32 · 4096 · 4096 per token."""
-    config = translate(
+    config = from_hf(
         "llama",
         {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     )

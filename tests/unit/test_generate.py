@@ -15,7 +15,7 @@ from trainer.data.tokenizer import Tokenizer, make_tokenizer
 from trainer.errors import DataError, RecipeError, UserError
 from trainer.inference.generate import Writing, continue_from_folder, sample
 from trainer.model.blocks import blocks_of
-from trainer.model.hf_config import to_hf_config, translate
+from trainer.model.hf_config import from_hf, to_hf
 from trainer.model.hugging_face import write_folder
 from trainer.model.transformer import Stage
 
@@ -97,7 +97,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     made = {}
     for family, shape in SHAPES.items():
         tokenizer = make_tokenizer("bytes")
-        config = translate(family, {**shape, "vocab_size": tokenizer.vocab_size})
+        config = from_hf(family, {**shape, "vocab_size": tokenizer.vocab_size})
         stage = Stage(
             config,
             blocks_of(config),
@@ -112,7 +112,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
             ((spec, parameter.detach()) for _, parameter, spec in owned_specs(stage)),
             folder,
             dtype=torch.float32,
-            config=to_hf_config(config, dtype="float32", eos_token_id=tokenizer.end_of_document),
+            config=to_hf(config, dtype="float32", eos_token_id=tokenizer.end_of_document),
             save_beside=tokenizer.save,
         )
         made[family] = (folder, stage, tokenizer)

@@ -193,7 +193,7 @@ class Run:
 
 def run_of(folder: Path, *, first: bool = True, memory: dict[str, Any] | None = None, skipped: int = 0, **sections: Any) -> Run:
     recipe = Recipe.model_validate({"model": {"family": "llama"}, **sections})
-    plan = BatchPlan(global_sequences=8, micro_sequences=2, dp=2, num_micro_batches=2, seq_len=16)
+    plan = BatchPlan(global_sequences=8, micro_sequences=2, dp=2, num_micro_batches=2, row_tokens=16)
     checkpoints: Any = SimpleNamespace(
         memory={"guard": memory} if memory else {}, start_step=0, wait=list, saved_step=None, rewinds=0
     )

@@ -24,7 +24,7 @@ from tests.unit.stages import stage_from
 from trainer.data.loader import MicroBatch
 from trainer.errors import DataError, RecipeError
 from trainer.model.blocks import blocks_of
-from trainer.model.hf_config import to_hf_config, translate
+from trainer.model.hf_config import from_hf, to_hf
 from trainer.model.hugging_face import (
     INDEX,
     SINGLE,
@@ -43,7 +43,7 @@ ROUND_TRIPS = [MODELS["llama-biases"], TIED_LLAMA, MODELS["gpt2"], MODELS["gpt2-
 
 
 def new_stage(family: str, shape: dict[str, Any], seed: int = 3) -> Stage:
-    config = translate(family, shape)
+    config = from_hf(family, shape)
     return Stage(
         config,
         blocks_of(config),
@@ -61,7 +61,7 @@ def local_tensors(stage: nn.Module) -> Iterator[tuple[ShardSpec, Tensor]]:
 
 
 def write(stage: Stage, folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
-    config = to_hf_config(stage.config, dtype=str(dtype).removeprefix("torch."), eos_token_id=None)
+    config = to_hf(stage.config, dtype=str(dtype).removeprefix("torch."), eos_token_id=None)
     arguments = {"dtype": dtype, "config": config, "save_beside": lambda folder: None, **changes}
     write_folder(local_tensors(stage), folder, **arguments)
 
@@ -152,7 +152,7 @@ def test_names_of_a_model_without_its_head(family: str, shape: dict[str, Any], t
     model.base_model.save_pretrained(tmp_path / "base")
     assert not stored(tmp_path / "base").keys() & stored(tmp_path / "whole").keys()
     assert_same_weights(stage_from(tmp_path / "base"), stage_from(tmp_path / "whole"))
-    network = translate(family, shape)
+    network = from_hf(family, shape)
     specs = logical_specs(network)
     PretrainedWeights(tmp_path / "base").check_names(specs, ties=names_of(network).ties(specs))
 
@@ -380,7 +380,7 @@ def test_of_several_saves_the_one_is_read_that_transformers_reads(leave: str, tm
     folder = with_stale_files(tmp_path, leave)
     theirs = dict(load_theirs(folder).named_parameters())
     weights = PretrainedWeights(folder)
-    for spec in logical_specs(translate("gpt2", GPT2)):
+    for spec in logical_specs(from_hf("gpt2", GPT2)):
         for piece in spec.pieces:
             box = tuple(slice(at, at + size) for at, size in zip(piece.start, piece.size, strict=True))
             assert torch.equal(weights.read(piece), theirs[piece.name][box]), piece.name
@@ -500,7 +500,7 @@ def test_a_rank_that_does_not_write_takes_part_in_the_gathering() -> None:
             yield spec, tensor
 
     write_folder(tensors(), None, dtype=torch.float32, config={}, save_beside=lambda folder: pytest.fail("wrote"))
-    assert taken == logical_specs(translate("gpt2", GPT2))
+    assert taken == logical_specs(from_hf("gpt2", GPT2))
     assert taken[0].pieces[0].name == WTE, "in the order of the model"
 
 

@@ -186,10 +186,10 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        seat = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        info = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         ended = subprocess.run(
             [sys.executable, "-m", "trainer", "train", "ds_configs/quickstart.json", "--run-dir", str(tmp_path / "run")],
-            env=os.environ | seat,
+            env=os.environ | info,
             capture_output=True,
             text=True,
             timeout=120,

@@ -27,13 +27,13 @@ ONE_PROCESS = (0, 0, 1, 1, "127.0.0.1")
 @pytest.mark.parametrize("case", [case for case in CASES if "error" not in case], ids=lambda case: case["name"])
 def test_the_place(case: dict[str, Any]) -> None:
     place = Place.from_environment(case["environment"])
-    seat = (place.rank, place.local_rank, place.world_size, place.local_world_size, place.master_addr)
-    if case["seat"] is None:
-        assert seat == ONE_PROCESS
+    info = (place.rank, place.local_rank, place.world_size, place.local_world_size, place.master_addr)
+    if case["info"] is None:
+        assert info == ONE_PROCESS
         assert place.how == "no launcher: one process"
         return
-    *expected, port = case["seat"]
-    assert seat == tuple(expected)
+    *expected, port = case["info"]
+    assert info == tuple(expected)
     assert place.master_port == port if port is not None else place.master_port in PORTS
 
 
@@ -45,9 +45,9 @@ def test_a_contradiction_is_one_line(case: dict[str, Any]) -> None:
     assert case["error"] in caught.value.lines[0]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.get("seat")], ids=lambda case: case["name"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.get("info")], ids=lambda case: case["name"])
 def test_the_first_rank_alone_speaks_before_they_meet(case: dict[str, Any]) -> None:
-    assert speaks_first(case["environment"]) == (case["seat"][0] == 0)
+    assert speaks_first(case["environment"]) == (case["info"][0] == 0)
 
 
 def test_ranks_of_one_step_agree_and_jobs_on_one_node_do_not_meet() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer.cluster import lease
-from trainer.cluster.lease import HOLDER, WANTED, Hold, JobStart, StillHeld, held
+from trainer.cluster.lease import HOLDER, WANTED, JobStart, Lease, StillLeased, leased
 from trainer.errors import EXIT_RECIPE, EXIT_REQUEUE, RecipeError
 
 FIRST, SECOND = JobStart("7", 0), JobStart("7", 1)
@@ -24,7 +24,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hold_until_told(folder: Path, start: JobStart, gate: Connection) -> None:
-    with held(folder, start):
+    with leased(folder, start):
         gate.send("held")
         gate.recv()
 
@@ -44,7 +44,7 @@ def held_elsewhere(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[P
 @pytest.mark.parametrize("held_elsewhere", [JobStart(), JobStart("8", 0), SECOND, JobStart("7", 2)], indirect=True)
 def test_another_run_is_not_asked_to_go(held_elsewhere: Path) -> None:
     """No job, another job, this very start, and a later one."""
-    with pytest.raises(RecipeError, match="another process is training in it") as refused, held(held_elsewhere, SECOND):
+    with pytest.raises(RecipeError, match="another process is training in it") as refused, leased(held_elsewhere, SECOND):
         pass
     assert refused.value.exit_code == EXIT_RECIPE
     assert not (held_elsewhere / WANTED).exists()
@@ -53,8 +53,8 @@ def test_another_run_is_not_asked_to_go(held_elsewhere: Path) -> None:
 @pytest.mark.parametrize("held_elsewhere", [FIRST], indirect=True)
 def test_an_earlier_start_that_does_not_go_is_told_of_and_the_job_may_try_again(held_elsewhere: Path) -> None:
     said: list[str] = []
-    asking = held(held_elsewhere, SECOND, patience_s=0.1, say=said.append)
-    with pytest.raises(StillHeld, match="scancel does not reach them") as refused, asking:
+    asking = leased(held_elsewhere, SECOND, patience_s=0.1, say=said.append)
+    with pytest.raises(StillLeased, match="scancel does not reach them") as refused, asking:
         pass
     assert refused.value.exit_code == EXIT_REQUEUE
     assert "they are asked to save and end" in said[0]
@@ -62,7 +62,7 @@ def test_an_earlier_start_that_does_not_go_is_told_of_and_the_job_may_try_again(
 
 
 def test_a_start_knows_that_a_later_one_waits(tmp_path: Path) -> None:
-    with held(tmp_path, FIRST) as mine:
+    with leased(tmp_path, FIRST) as mine:
         assert not mine.is_wanted
         for words, wanted in (
             ({"job": "7", "restarts": 1}, True),
@@ -74,17 +74,17 @@ def test_a_start_knows_that_a_later_one_waits(tmp_path: Path) -> None:
             assert mine.is_wanted is wanted
         (tmp_path / WANTED).write_text("{torn")
         assert not mine.is_wanted
-    with held(tmp_path, SECOND) as theirs:
+    with leased(tmp_path, SECOND) as theirs:
         assert not (tmp_path / WANTED).exists()
         assert not theirs.is_lost
         assert mine.is_lost
 
 
 def test_no_job_has_no_later_start(tmp_path: Path) -> None:
-    with held(tmp_path, JobStart()) as mine:
+    with leased(tmp_path, JobStart()) as mine:
         (tmp_path / WANTED).write_text(json.dumps({"job": "", "restarts": 1}))
         assert not mine.is_wanted
-        assert not Hold(tmp_path, JobStart(), (0, 0)).is_lost
+        assert not Lease(tmp_path, JobStart(), (0, 0)).is_lost
 
 
 def test_what_slurm_says_of_a_start() -> None:
@@ -96,5 +96,5 @@ def test_what_slurm_says_of_a_start() -> None:
 
 def test_a_killed_holder_leaves_its_name_and_nobody_waits(tmp_path: Path) -> None:
     (tmp_path / HOLDER).write_text(json.dumps({"job": "7", "restarts": 0, "host": "gone", "pid": 1}))
-    with held(tmp_path, SECOND, say=lambda line: pytest.fail(line)):
+    with leased(tmp_path, SECOND, say=lambda line: pytest.fail(line)):
         assert json.loads((tmp_path / HOLDER).read_text())["restarts"] == 1

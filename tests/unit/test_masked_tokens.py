@@ -71,7 +71,7 @@ def test_each_row_of_a_run_is_masked_anew_and_alike_in_every_layout(tmp_path: Pa
     """A store of one row, so that each row is another epoch of it; an evaluation of it eight times over."""
     store = make_store(tmp_path / "store", [8 * S + 1])
     targets = MaskedTokens(0.5, mask=998, ordinary=np.arange(900), stream=0, never_none=False)
-    keys = {"seq_len": 8 * S, "isolate_documents": True, "targets": targets}
+    keys = {"row_tokens": 8 * S, "isolate_documents": True, "targets": targets}
     data = TrainData([store], [1.0], seed=0, global_sequences=4, **keys)
     assert data.num_samples == 1
     held_out = EvalData([store] * 8, sequences=8, **keys)
@@ -90,7 +90,7 @@ def test_each_row_of_a_run_is_masked_anew_and_alike_in_every_layout(tmp_path: Pa
 
 def test_a_short_row_has_something_to_guess(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", [3, 2, 2])
-    keys = {"seq_len": S, "isolate_documents": False, "weights": None, "seed": 0, "global_sequences": 1}
+    keys = {"row_tokens": S, "isolate_documents": False, "weights": None, "seed": 0, "global_sequences": 1}
     mark = {"fraction": 0.01, "mask": 998, "ordinary": np.arange(900), "stream": 0}
     counts = {
         never_none: {

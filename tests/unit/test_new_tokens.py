@@ -24,10 +24,10 @@ from trainer.data.chat import Chat
 from trainer.data.conversations import Conversation, Message
 from trainer.data.loader import MicroBatch
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, train_bpe
-from trainer.engine.parameter_counts import Census
+from trainer.engine.parameter_counts import ParameterCounts
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
-from trainer.model.hf_config import to_hf_config, translate
+from trainer.model.hf_config import from_hf, to_hf
 from trainer.model.hugging_face import PretrainedWeights, assembled
 from trainer.model.new_tokens import grown, growth_findings, new_token_findings, number_at_the_end, require_rows, stand_ins
 from trainer.schema import Recipe, Tuning
@@ -237,7 +237,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def network_of(name: str, vocab_size: int = SIZE) -> TransformerConfig:
     family, sizes = FAMILIES[name]
-    return translate(family, {**sizes, "vocab_size": vocab_size})
+    return from_hf(family, {**sizes, "vocab_size": vocab_size})
 
 
 def transformers_model(name: str, folder: Path | None = None) -> Any:
@@ -248,7 +248,7 @@ def transformers_model(name: str, folder: Path | None = None) -> Any:
     if folder is not None:
         return kind.from_pretrained(folder, attn_implementation="eager").eval()
     torch.manual_seed(0)
-    config = to_hf_config(network_of(name, ROWS), dtype="float32", eos_token_id=0)
+    config = to_hf(network_of(name, ROWS), dtype="float32", eos_token_id=0)
     model = kind.from_config(transformers.AutoConfig.for_model(**config))
     with torch.no_grad():  # biases of heads start at 0, whose mean would say nothing
         for parameter in model.parameters():
@@ -428,9 +428,9 @@ def test_rows_are_counted_as_trained() -> None:
         whole_model(each, Tuning(method="lora"), "cpu", lambda block: initialise(block, seed=0))
         for each in (network_of("untied"), network)
     )
-    census = [
-        Census.take([(p, spec) for _, p, spec in owned_specs(stage)], TensorParallel.alone().group, torch.device("cpu"))
+    counts = [
+        ParameterCounts.of([(p, spec) for _, p, spec in owned_specs(stage)], TensorParallel.alone().group, torch.device("cpu"))
         for stage in (plain, with_rows)
     ]
-    assert census[1].trained - census[0].trained == 2 * len(TOKENS) * 32
-    assert census[1].frozen == census[0].frozen
+    assert counts[1].trained - counts[0].trained == 2 * len(TOKENS) * 32
+    assert counts[1].frozen == counts[0].frozen

@@ -10,7 +10,7 @@ from parallel.params import Init, Role, ShardSpec, whole
 from trainer.engine.optimizers import MAKERS, Tiling, make_optimizer
 from trainer.errors import RecipeError
 from trainer.model.families import FAMILIES
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.transformer import logical_specs
 from trainer.schema import Optimizer, Recipe
 from trainer.update_rules import RULES, RuleName, Shape, StepCount, rule_of, states_of, states_per_element
@@ -48,7 +48,7 @@ def test_only_matrices_decay(name: str) -> None:
 def test_the_roles_of_a_real_model(family: str) -> None:
     """Exactly the weights of linear layers and an untied head decay; a tied head is an embedding."""
     for tied in (True, False) if "tie_word_embeddings" in FAMILIES[family].keys else (True,):
-        config = translate(family, {"tie_word_embeddings": tied})
+        config = from_hf(family, {"tie_word_embeddings": tied})
         decaying = {p.name for spec in logical_specs(config) if spec.role is Role.MATRIX for p in spec.pieces}
         others = {p.name for spec in logical_specs(config) if spec.role is not Role.MATRIX for p in spec.pieces}
         linear = ("proj.weight", "c_attn.weight", "c_fc.weight", "lm_head.weight", "dense.weight", "fc1.weight", "fc2.weight")

@@ -16,7 +16,7 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from trainer.errors import DataError
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.families import FAMILIES
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.model_files import ModelFiles
 from trainer.model.origin import Origin
 
@@ -36,7 +36,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def files(tokenizer: Tokenizer, family: str = "llama", **more: Any) -> ModelFiles:
-    network = translate(family, {**TINY.get(family, TINY_DECODER), "vocab_size": tokenizer.vocab_size})
+    network = from_hf(family, {**TINY.get(family, TINY_DECODER), "vocab_size": tokenizer.vocab_size})
     return ModelFiles(network, tokenizer, "float32", **more)
 
 

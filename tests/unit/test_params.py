@@ -24,7 +24,7 @@ from parallel.rng import derive_seed
 from parallel.tensor import TensorParallel
 from trainer.costs.blocks import count_parameters
 from trainer.model.blocks import blocks_of
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.transformer import Stage, logical_specs
 
 # 67 symbols do not divide by 2 or 4: the last rank holds padding.
@@ -52,7 +52,7 @@ MODELS = [
 
 def stage(family: str, shape: dict[str, Any], *, tp: int = 1, rank: int = 0, seed: int = 5) -> Stage:
     """One tensor rank's model; building and initialising it needs no communication."""
-    config = translate(family, shape)
+    config = from_hf(family, shape)
     return Stage(
         config,
         blocks_of(config),
@@ -92,7 +92,7 @@ def test_initial_weights_are_the_same_bits_at_every_tensor_degree(family: str, s
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(got[name], tensor), name
-    assert sum(tensor.numel() for tensor in expected.values()) == count_parameters(translate(family, shape))
+    assert sum(tensor.numel() for tensor in expected.values()) == count_parameters(from_hf(family, shape))
 
 
 @pytest.mark.parametrize(("family", "shape"), MODELS)
@@ -180,7 +180,7 @@ def test_every_parameter_is_owned_once(family: str, shape: dict[str, Any]) -> No
     assert len({id(p) for p in owned}) == len(owned)
     assert {id(p) for p in owned} == {id(p) for p in model.parameters()}
     assert dict(model.named_parameters()).keys() == {name for name, _, _ in owned_specs(model)}
-    assert logical_specs(translate(family, shape)) == [spec for _, _, spec in owned_specs(model)]
+    assert logical_specs(from_hf(family, shape)) == [spec for _, _, spec in owned_specs(model)]
 
 
 def test_a_tie_is_one_parameter() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from trainer.launch import rendezvous
-from trainer.launch.environment import Seat
+from trainer.launch.environment import RankInfo
 from trainer.launch.processes import Process
 from trainer.launch.ranks import Neighbour, _neighbour, free_port
 from trainer.launch.rendezvous import NeverCame, meet
@@ -25,8 +25,8 @@ ROOT = str(Path(__file__).parents[2])
 TRAINS = [sys.executable, "-m", "trainer", "train"]
 
 
-def seat(rank: int, world_size: int, port: int) -> Seat:
-    return Seat(rank, rank, world_size, world_size, "127.0.0.1", port, "a test")
+def info(rank: int, world_size: int, port: int) -> RankInfo:
+    return RankInfo(rank, rank, world_size, world_size, "127.0.0.1", port, "a test")
 
 
 def test_ranks_that_come_late_are_met() -> None:
@@ -35,7 +35,7 @@ def test_ranks_that_come_late_are_met() -> None:
 
     def come(rank: int) -> None:
         time.sleep(0.3 * (2 - rank))  # the first rank comes last
-        store, found[rank] = meet(seat(rank, 3, port), timedelta(seconds=30))
+        store, found[rank] = meet(info(rank, 3, port), timedelta(seconds=30))
         stores.append(store)
 
     threads = [threading.Thread(target=come, args=(rank,)) for rank in range(3)]
@@ -53,7 +53,7 @@ def test_a_signal_ends_the_wait_at_once(rank: int, whom: str, monkeypatch: pytes
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
     try:
         with pytest.raises(Interrupted, match=f"SIGUSR1: ended while rank {rank} waited for {whom}") as caught:
-            meet(seat(rank, 2, free_port()), timedelta(seconds=5))
+            meet(info(rank, 2, free_port()), timedelta(seconds=5))
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert caught.value.exit_code == 75
@@ -64,7 +64,7 @@ def test_the_wait_ends_by_itself_and_says_for_whom_it_was(
 ) -> None:
     monkeypatch.setattr(rendezvous, "FIRST_WORD_S", 0.2)
     with pytest.raises(NeverCame) as caught:
-        meet(seat(0, 12, free_port()), timedelta(seconds=0.8))
+        meet(info(0, 12, free_port()), timedelta(seconds=0.8))
     assert caught.value.exit_code == 124
     line = "rank 0: ranks 1, 2, 3, 4, 5, 6, 7, 8 and 3 more of 12 did not come within 1 s; start the run again"
     assert caught.value.lines == [line]

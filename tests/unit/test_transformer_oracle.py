@@ -29,7 +29,7 @@ from tests.unit.shapes import LLAMA, MODELS, ONE_OF_EACH, B, S, V
 from tests.unit.stages import stage_from
 from trainer.data.loader import MicroBatch
 from trainer.model.blocks import blocks_of
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.transformer import Stage
 
 
@@ -161,7 +161,7 @@ def test_recompute_keeps_less() -> None:
     """Activations kept for backward, counted by autograd's own hook: `full` keeps a layer's input, not its inside."""
     kept_bytes = {}
     for recompute in ("none", "full"):
-        config = translate("llama", {**LLAMA, "num_hidden_layers": 6})
+        config = from_hf("llama", {**LLAMA, "num_hidden_layers": 6})
         stage = Stage(
             config,
             blocks_of(config),

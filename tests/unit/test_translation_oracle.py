@@ -30,7 +30,7 @@ from tests.unit.stages import stage_from
 from trainer.data.loader import MicroBatch
 from trainer.model.blocks import blocks_of
 from trainer.model.heads import Head
-from trainer.model.hf_config import to_hf_config, translate
+from trainer.model.hf_config import from_hf, to_hf
 from trainer.model.hugging_face import PretrainedWeights, assembled, read_config, write_folder
 from trainer.model.names import names_of
 from trainer.model.transformer import Stage, logical_specs
@@ -246,7 +246,7 @@ def _noted(site: Any, shape: tuple[int, int], sites: set[str]) -> Tensor:
 def test_out_and_in_again(name: str, tmp_path: Path) -> None:
     """What we write is what transformers wrote: the same tensors bit by bit, and a config that means the same."""
     theirs, ours = twins(name, tmp_path / "theirs")
-    config = to_hf_config(ours.config, dtype="float32", eos_token_id=0, start_of_target=0)
+    config = to_hf(ours.config, dtype="float32", eos_token_id=0, start_of_target=0)
     tensors = ((spec, parameter.detach()) for _, parameter, spec in owned_specs(ours))
     write_folder(tensors, tmp_path / "ours", dtype=torch.float32, config=config, save_beside=lambda folder: None)
 
@@ -262,7 +262,7 @@ def test_out_and_in_again(name: str, tmp_path: Path) -> None:
             assert torch.equal(got, expected)
     for side in ("ours", "theirs"):
         hf_config = read_config(tmp_path / side)
-        assert translate(hf_config["model_type"], hf_config) == ours.config
+        assert from_hf(hf_config["model_type"], hf_config) == ours.config
     specs = logical_specs(ours.config)
     PretrainedWeights(tmp_path / "ours").check_names(specs, ties=names_of(ours.config).ties(specs))
 
@@ -274,7 +274,7 @@ def test_what_the_first_folders_of_t5_hold_beside_it(tmp_path: Path) -> None:
     weights |= {f"{side}.embed_tokens.weight": weights["shared.weight"].clone() for side in ("encoder", "decoder")}
     weights["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.ones(11, 6)
     save_file(weights, tmp_path / "model.safetensors")
-    config = translate("t5", {**read_config(tmp_path), "n_positions": 512, "output_past": True})
+    config = from_hf("t5", {**read_config(tmp_path), "n_positions": 512, "output_past": True})
     specs, names = logical_specs(config), names_of(config)
     is_unused = partial(names.is_for_other_heads, config)
     PretrainedWeights(tmp_path).check_names(specs, ties=names.ties(specs), is_unused=is_unused)
@@ -291,14 +291,14 @@ def test_what_the_first_folders_of_t5_hold_beside_it(tmp_path: Path) -> None:
     ],
 )
 def test_how_folders_of_t5_say_whether_the_head_is_tied(said: dict[str, bool], scaled: bool) -> None:
-    config = translate("t5", said)
+    config = from_hf("t5", said)
     assert (config.tied_head, config.scaled_head) == (scaled, scaled)
 
 
 def test_the_first_weights_of_t5_are_as_large_as_in_transformers() -> None:
     """Standard deviations: with nothing that divides the logits of attention, those of queries are smaller."""
     shape = {**T5, "vocab_size": 300, "d_model": 64, "d_kv": 16, "d_ff": 200, "initializer_factor": 0.5}
-    config = translate("t5", shape)
+    config = from_hf("t5", shape)
     stage = Stage(
         config,
         blocks_of(config),

@@ -19,10 +19,10 @@ from tests.unit.stages import whole_model
 from trainer.checkpoint.facts import recipe_facts, refusals
 from trainer.costs.flops import matmul_weights, training_flops
 from trainer.data.loader import MicroBatch
-from trainer.engine.parameter_counts import Census
+from trainer.engine.parameter_counts import ParameterCounts
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import assembled
 from trainer.model.transformer import Stage
 from trainer.schema import RankBudget, Recipe, Tuning
@@ -34,9 +34,9 @@ from trainer.tuning.rank_budget import budget_after
 from trainer.tuning.targets import is_added, parts_of, target_modules, targeted_modules
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
-LLAMA = translate("llama", {"vocab_size": 67, **SIZES})
-PHI3 = translate("phi3", {"vocab_size": 67, **SIZES})
-GPT2 = translate("gpt2", {"vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16})
+LLAMA = from_hf("llama", {"vocab_size": 67, **SIZES})
+PHI3 = from_hf("phi3", {"vocab_size": 67, **SIZES})
+GPT2 = from_hf("gpt2", {"vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16})
 
 
 @pytest.mark.parametrize(
@@ -182,14 +182,14 @@ def test_ranks_come_down_as_peft_lets_them(warmup: int, final: int, every: int) 
 def test_what_is_trained_is_counted_apart() -> None:
     tuning = Tuning(method="lora", targets=["q", "down"], rank=4)
     stage = whole_model(LLAMA, tuning, "meta", lambda block: None)
-    census = Census.take([(p, spec) for _, p, spec in owned_specs(stage)], Group.alone(), torch.device("cpu"))
+    counts = ParameterCounts.of([(p, spec) for _, p, spec in owned_specs(stage)], Group.alone(), torch.device("cpu"))
     of_layer = 4 * (32 + 32) + 4 * (48 + 32)
-    assert census.trained == census.trained_beside == 2 * of_layer
-    assert census.frozen_bytes == 4 * census.frozen
+    assert counts.trained == counts.trained_beside == 2 * of_layer
+    assert counts.frozen_bytes == 4 * counts.frozen
     # A frozen weight costs its forward and its input's gradient, one beside it its own gradient too.
-    frozen = training_flops(LLAMA, [10], trained_beside=census.trained)
+    frozen = training_flops(LLAMA, [10], trained_beside=counts.trained)
     whole = training_flops(LLAMA, [10])
-    assert frozen - whole == 10 * (6 * census.trained - 2 * matmul_weights(LLAMA))
+    assert frozen - whole == 10 * (6 * counts.trained - 2 * matmul_weights(LLAMA))
 
 
 def test_a_run_without_tuning_has_no_census_of_frozen_weights() -> None:
@@ -202,8 +202,8 @@ def test_a_run_without_tuning_has_no_census_of_frozen_weights() -> None:
         device=torch.device("meta"),
         fill=lambda block: None,
     )
-    census = Census.take([(p, spec) for _, p, spec in owned_specs(stage)], Group.alone(), torch.device("cpu"))
-    assert (census.frozen, census.trained_beside) == (0, None)
+    counts = ParameterCounts.of([(p, spec) for _, p, spec in owned_specs(stage)], Group.alone(), torch.device("cpu"))
+    assert (counts.frozen, counts.trained_beside) == (0, None)
 
 
 @pytest.mark.parametrize(

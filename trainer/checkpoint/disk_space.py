@@ -11,7 +11,7 @@ from trainer.update_rules import states_per_element
 FP32_BYTES = 4
 
 
-class Room(NamedTuple):
+class DiskSpace(NamedTuple):
     """A line to show, and whether all checkpoints that the run keeps will be there."""
 
     line: str
@@ -24,18 +24,18 @@ def bytes_of_one(recipe: Recipe, *, trained: int, frozen_bytes: int = 0) -> int:
     return frozen_bytes + trained * FP32_BYTES * (1 + states_per_element(recipe.optimizer))
 
 
-def room(recipe: Recipe, folder: CheckpointFolder, one: int) -> Room:
+def disk_space(recipe: Recipe, folder: CheckpointFolder, one: int) -> DiskSpace:
     """Return how often the run saves, the size of `one` checkpoint [bytes], and the free space."""
     keys = recipe.checkpoint
     if not keys.every:
-        return Room("checkpoints: none (checkpoint.every = 0): the run cannot be resumed", False)
+        return DiskSpace("checkpoints: none (checkpoint.every = 0): the run cannot be resumed", False)
     # A new one is written before the oldest goes.
     need = one * max(0, keys.keep + 1 - len(folder.steps()))
     free = folder.free_bytes()
     line = f"checkpoints: every {keys.every} steps, {keys.keep} kept, {_size(one)} each"
     if need <= free:
-        return Room(f"{line}; {_size(free)} free", True)
-    return Room(
+        return DiskSpace(f"{line}; {_size(free)} free", True)
+    return DiskSpace(
         f"warning: {line}: {folder.path} needs {_size(need)} and has {_size(free)} free; make room, lower "
         "checkpoint.keep, or set run.dir to another disk: what does not fit is not saved",
         False,

@@ -24,7 +24,7 @@ from trainer.errors import DataError, NotFinite, RecipeError
 from trainer.files.durable import replacing_folder, require_new
 from trainer.files.reading import told
 from trainer.model.finite import WIDER, is_finite, overflow
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import INDEX, SHARD_BYTES, file_name, read_config, write_index
 from trainer.tuning import bottleneck_format
 from trainer.tuning.adapter_folder import AdapterFormat
@@ -242,7 +242,7 @@ def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dt
             "--verify compares with our own network; family auto is transformers' already, and is read back anyway"
         )
     tuned = Tuned.of(checkpoint, manifest)
-    network = tuned.network if tuned else translate(family, config)
+    network = tuned.network if tuned else from_hf(family, config)
     stage = Stage(
         network,
         blocks_of(network),

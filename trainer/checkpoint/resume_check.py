@@ -88,7 +88,7 @@ def as_json(facts: dict[str, Any]) -> dict[str, Any]:
 def _model_facts(resolved: ResolvedRecipe) -> dict[str, Any]:
     """Return the facts of the network, as far as it is known without opening the tokenizer or the
     hub."""
-    from trainer.model.hf_config import to_hf_config
+    from trainer.model.hf_config import to_hf
 
     if resolved.recipe.model.family == AUTO or resolved.hf_config is None:
         return {}
@@ -96,7 +96,7 @@ def _model_facts(resolved: ResolvedRecipe) -> dict[str, Any]:
     named = "vocab_size" in resolved.hf_config
     if vocab_size is None and not named:
         return {}
-    facts = model_facts(to_hf_config(resolved.network(vocab_size=vocab_size), dtype="float32", eos_token_id=None))
+    facts = model_facts(to_hf(resolved.network(vocab_size=vocab_size), dtype="float32", eos_token_id=None))
     # A tokenizer that is trained on a small corpus may find fewer symbols than requested.
     unknown = set() if named else {"model.config.vocab_size"}
     if not resolved.recipe.data.classes:

@@ -19,7 +19,7 @@ from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import Slot
 from trainer.data.tokenizer import reopen_tokenizer
 from trainer.model.config import TransformerConfig
-from trainer.model.hf_config import translate
+from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import read_config
 from trainer.model.names import names_of
 from trainer.recipe.earlier import recipe_of
@@ -51,7 +51,7 @@ class Tuned:
         if not any(is_added(name) for name in manifest.tensors):
             return None
         recipe, folder = recipe_of(checkpoint, manifest.recipe), checkpoint / HUGGING_FACE
-        network = translate(str(recipe.model.family), read_config(folder))
+        network = from_hf(str(recipe.model.family), read_config(folder))
         if tokens := recipe.data.new_tokens:
             network = replace(network, new_tokens=tuple(sorted(reopen_tokenizer(folder).ids_of(tokens).values())))
         return cls(recipe, network)

@@ -35,7 +35,7 @@ LOCK, HOLDER, WANTED = ".lock", ".holder.json", ".wanted.json"
 PATIENCE_S = 5.0  # an ended run's last rank may still be closing its files
 
 
-class StillHeld(UserError):
+class StillLeased(UserError):
     """The error that an earlier start of this job does not release the run folder. The next start
     may find it free."""
 
@@ -60,7 +60,7 @@ class JobStart:
 
 
 @dataclass(frozen=True)
-class Hold:
+class Lease:
     """A run folder that this start holds. `mark`: identifies `.holder.json` as it wrote it."""
 
     folder: Path
@@ -90,20 +90,20 @@ class Hold:
 
 
 @contextmanager
-def held(
+def leased(
     folder: Path, start: JobStart, *, patience_s: float = 0.0, say: Callable[[str], object] | None = None
-) -> Iterator[Hold]:
+) -> Iterator[Lease]:
     """Hold the folder inside the context, so that only this process writes in it.
 
     An earlier start of the same job is asked to release it, and has `patience_s` for that.
-    StillHeld if it does not. RecipeError if another run holds it: two runs in one folder would
+    StillLeased if it does not. RecipeError if another run holds it: two runs in one folder would
     overwrite each other's history and checkpoints.
     """
     lock = Lock(folder / LOCK)
     if not lock.acquired(PATIENCE_S):
         _ask_for(folder, start, patience_s, say or _on_stderr)
         if not lock.acquired(patience_s):
-            raise StillHeld(
+            raise StillLeased(
                 f"{_told(folder)} and have not ended {patience_s:.0f} s after they were asked to: end them there (scancel does "
                 "not reach them)"
             )
@@ -112,7 +112,7 @@ def held(
         write_json(
             folder / HOLDER, {"job": start.job, "restarts": start.restarts, "host": socket.gethostname(), "pid": os.getpid()}
         )
-        yield Hold(folder, start, _mark(folder / HOLDER))
+        yield Lease(folder, start, _mark(folder / HOLDER))
     finally:
         lock.release()
 

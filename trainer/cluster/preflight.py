@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.checkpoint.disk_space import bytes_of_one, room
+from trainer.checkpoint.disk_space import bytes_of_one, disk_space
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.costs.blocks import count_parameters
 from trainer.data import was_prepared
@@ -25,6 +25,6 @@ def remarks(recipe: Recipe, network: TransformerConfig | None, run_dir: Path) ->
     # What is trained beside a frozen model is known only once it is built.
     if network is not None and recipe.tuning.method is None:
         one = bytes_of_one(recipe, trained=count_parameters(network))
-        found = room(recipe, CheckpointFolder(RunFolder(run_dir).checkpoints), one)
+        found = disk_space(recipe, CheckpointFolder(RunFolder(run_dir).checkpoints), one)
         if not found.enough:
             yield found.line

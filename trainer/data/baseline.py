@@ -21,7 +21,7 @@ def unigram_perplexity(
     eval_stores: Sequence[TokenStore],
     vocab_size: int,
     *,
-    seq_len: int,
+    row_tokens: int,
     isolate_documents: bool,
     sequences: int,
     targets: Targets | None = None,
@@ -29,7 +29,7 @@ def unigram_perplexity(
     """Return exp of the mean −log p over the targets of an evaluation, with p = (count in training
     + 1) / (all + vocab_size).
 
-    Both are counted over tokens that are to be predicted. `seq_len`, `isolate_documents`,
+    Both are counted over tokens that are to be predicted. `row_tokens`, `isolate_documents`,
     `sequences` and `targets` are those of `EvalData`, so that the targets are those of the
     evaluation itself. ValueError if there is no target.
     """
@@ -38,7 +38,7 @@ def unigram_perplexity(
         for chunk in islice(store.target_chunks(), MAX_CHUNKS):
             counts += np.bincount(chunk, minlength=vocab_size)
     predicted = np.zeros(vocab_size, np.int64)
-    rows = held_out_rows(eval_stores, seq_len=seq_len, isolate_documents=isolate_documents, sequences=sequences)
+    rows = held_out_rows(eval_stores, row_tokens=row_tokens, isolate_documents=isolate_documents, sequences=sequences)
     for number, row in enumerate(rows):
         marked = (targets or NextToken()).mark(row, number)
         predicted += np.bincount(marked.labels[marked.is_target], minlength=vocab_size)

@@ -65,7 +65,7 @@ def build_stores(
     done = corpus.size - sum(shard.size for shard in todo.values())
     what = f"tokenizing {corpus.name}"
     progress(done, corpus.size, what)
-    crew = tokenize_shards(
+    pool = tokenize_shards(
         todo,
         tokenizer=folder / "tokenizer",
         into=shards,
@@ -73,7 +73,7 @@ def build_stores(
         task=task,
         settings=written.settings,
     )
-    for number in crew:
+    for number in pool:
         done += todo[number].size
         progress(done, corpus.size, what)
     _lay_out(folder, corpus, tokenizer, written if isinstance(written, Examples) else None, held_out_fraction)

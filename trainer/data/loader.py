@@ -70,7 +70,7 @@ class TrainData:
         stores: Sequence[TokenStore],
         weights: Sequence[float] | None,
         *,
-        seq_len: int,
+        row_tokens: int,
         seed: int,
         isolate_documents: bool,
         global_sequences: int,
@@ -83,13 +83,13 @@ class TrainData:
         whole sequences is one more, shorter sequence. `targets` None: the next tokens.
         """
         self._stores = tuple(stores)
-        self._order = order_of(weights, [num_windows(store.num_tokens, seq_len, tails=tails) for store in stores], seed)
-        self._seq_len = seq_len
+        self._order = order_of(weights, [num_windows(store.num_tokens, row_tokens, tails=tails) for store in stores], seed)
+        self._row_tokens = row_tokens
         self._isolate_documents = isolate_documents
         self._global_sequences = global_sequences
         self._targets = targets or NextToken()
         self.fingerprint = order_fingerprint(
-            stores, weights, seq_len=seq_len, seed=seed, isolate_documents=isolate_documents, tails=tails
+            stores, weights, row_tokens=row_tokens, seed=seed, isolate_documents=isolate_documents, tails=tails
         )
 
     @property
@@ -102,7 +102,7 @@ class TrainData:
         over it, and what is left out of it."""
         drawn = steps * self._global_sequences
         for name, store, size, share in zip(names, self._stores, self._order.sizes, self._order.shares, strict=True):
-            left_out = max(0, store.num_tokens - 1 - size * self._seq_len)
+            left_out = max(0, store.num_tokens - 1 - size * self._row_tokens)
             yield (
                 f"{name}: {size:,} sequence{'s' if size > 1 else ''}, {share:.1%} of the steps, "
                 f"{drawn * share / size:.3g} passes in {steps:,} steps"
@@ -130,8 +130,8 @@ class TrainData:
     def _row(self, source: int, sample: int, number: int, *, read: bool) -> Row:
         row = row_at(
             self._stores[source],
-            sample * self._seq_len,
-            seq_len=self._seq_len,
+            sample * self._row_tokens,
+            row_tokens=self._row_tokens,
             isolate_documents=self._isolate_documents,
             read=read or self._targets.needs_tokens,
         )
@@ -146,14 +146,14 @@ class EvalData:
         self,
         stores: Sequence[TokenStore],
         *,
-        seq_len: int,
+        row_tokens: int,
         isolate_documents: bool,
         sequences: int,
         targets: Targets | None = None,
     ) -> None:
         """Read the sequences. `targets` None: the next tokens."""
-        self._filler = filler_row(stores[0], seq_len)
-        rows = held_out_rows(stores, seq_len=seq_len, isolate_documents=isolate_documents, sequences=sequences)
+        self._filler = filler_row(stores[0], row_tokens)
+        rows = held_out_rows(stores, row_tokens=row_tokens, isolate_documents=isolate_documents, sequences=sequences)
         self._rows = [(targets or NextToken()).mark(row, number) for number, row in enumerate(rows)]
 
     @property
@@ -173,17 +173,17 @@ class Sweep:
     """A pass over every row of one store, once and in order, with documents isolated. Each
     data-parallel rank has consecutive rows."""
 
-    def __init__(self, store: TokenStore, *, seq_len: int, dp_rank: int, dp: int, micro_sequences: int) -> None:
-        self._store, self._seq_len, self._micro_sequences = store, seq_len, micro_sequences
+    def __init__(self, store: TokenStore, *, row_tokens: int, dp_rank: int, dp: int, micro_sequences: int) -> None:
+        self._store, self._row_tokens, self._micro_sequences = store, row_tokens, micro_sequences
         # Whole ones, in a store of rows.
-        self._num_rows = num_windows(store.num_tokens, seq_len, tails=False)
+        self._num_rows = num_windows(store.num_tokens, row_tokens, tails=False)
         self.num_micro_batches = -(-self._num_rows // (dp * micro_sequences))  # of each rank
         self._first_row = min(dp_rank * self.num_micro_batches * micro_sequences, self._num_rows)
 
     @property
     def first_document(self) -> int:
         """The index, in the store, of the first document in this rank's rows."""
-        return self._store.documents.searchsorted([self._first_row * self._seq_len], "left")[0]
+        return self._store.documents.searchsorted([self._first_row * self._row_tokens], "left")[0]
 
     def micro_batches(self) -> Iterator[MicroBatch]:
         """Yield the same number of micro-batches on every rank, the last ones filled up with rows
@@ -194,9 +194,9 @@ class Sweep:
         mine = range(self._first_row, self._first_row + self.num_micro_batches * self._micro_sequences)
         for number in mine:
             if number < self._num_rows:
-                yield row_at(self._store, number * self._seq_len, seq_len=self._seq_len, isolate_documents=True)
+                yield row_at(self._store, number * self._row_tokens, row_tokens=self._row_tokens, isolate_documents=True)
             else:
-                yield filler_row(self._store, self._seq_len)
+                yield filler_row(self._store, self._row_tokens)
 
 
 def _batched(rows: Iterable[Row], micro_sequences: int) -> Iterator[MicroBatch]:

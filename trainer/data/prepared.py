@@ -169,7 +169,7 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
         fingerprint=order_fingerprint(
             train,
             weights,
-            seq_len=data.row_tokens,
+            row_tokens=data.row_tokens,
             seed=seed,
             isolate_documents=data.isolate_documents,
             tails=data.tails == "train",

@@ -224,29 +224,31 @@ def _bit_reversed() -> Int64s:
 
 @dataclass(frozen=True)
 class Window:
-    """A sample: tokens [begin, begin + seq_len) predict tokens [begin + 1, begin + seq_len + 1), as
-    far as the store goes."""
+    """A sample: tokens [begin, begin + row_tokens) of a store, each of which predicts the next one.
+
+    It ends earlier if the store does.
+    """
 
     store: int
     begin: int
 
 
-def num_windows(num_tokens: int, seq_len: int, *, tails: bool) -> int:
+def num_windows(num_tokens: int, row_tokens: int, *, tails: bool) -> int:
     """Return the number of samples in a stream.
 
-    Sample j covers tokens [j seq_len, j seq_len + seq_len], so neighbours share one token. With
+    Sample j covers tokens [j row_tokens, (j + 1) row_tokens], so neighbours share one token. With
     `tails` the last sample counts too if the end of the stream cuts it short.
     """
-    whole, rest = divmod(max(0, num_tokens - 1), seq_len)
+    whole, rest = divmod(max(0, num_tokens - 1), row_tokens)
     return whole + (tails and rest > 0)
 
 
-def held_out_windows(num_tokens: Sequence[int], seq_len: int, limit: int) -> list[Window]:
+def held_out_windows(num_tokens: Sequence[int], row_tokens: int, limit: int) -> list[Window]:
     """Return at most `limit` windows over held-out stores, the last of each store perhaps cut
     short.
 
     Every store gives windows in proportion to its tokens, from its beginning, in order.
     """
-    available = [num_windows(count, seq_len, tails=True) for count in num_tokens]
+    available = [num_windows(count, row_tokens, tails=True) for count in num_tokens]
     taken = available if sum(available) <= limit else apportion(limit, available)
-    return [Window(store, j * seq_len) for store, count in enumerate(taken) for j in range(count)]
+    return [Window(store, j * row_tokens) for store, count in enumerate(taken) for j in range(count)]

@@ -218,8 +218,8 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         if len(set(vocabulary.values())) < len(vocabulary):
             raise RecipeError(
-                "data.new_tokens: this tokenizer leaves numbers out, and would give a new token the number of "
-                "another symbol: add the tokens to its folder, and name them here all the same"
+                "data.new_tokens: this tokenizer leaves numbers out, and would give a new token the number of another "
+                "symbol: add the tokens to its folder, and name them here all the same"
             )
         named = list(dict.fromkeys([*self.new_tokens, *tokens]))
         return self.changed(backend, **{NEW_TOKENS: named}, **self._reading_special)

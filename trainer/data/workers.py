@@ -40,11 +40,11 @@ def tokenize_shards(
     examples. Raises the first UserError that a worker meets, and ends the others.
     """
     waiting = iter(shards.items())
-    crew = [Worker(tokenizer, into, task, settings) for _ in range(min(workers, len(shards)))]
+    pool = [Worker(tokenizer, into, task, settings) for _ in range(min(workers, len(shards)))]
     try:
-        for worker in crew:
+        for worker in pool:
             worker.hand(*next(waiting))
-        busy = {worker.replies: worker for worker in crew}
+        busy = {worker.replies: worker for worker in pool}
         while busy:
             for replies in select.select(list(busy), [], [])[0]:
                 yield busy[replies].take_reply()
@@ -53,7 +53,7 @@ def tokenize_shards(
                 else:
                     busy[replies].hand(*shard)
     finally:
-        for worker in crew:
+        for worker in pool:
             worker.end()
 
 

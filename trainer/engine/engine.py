@@ -134,7 +134,7 @@ class Engine:
         )
         self.execution.require_causal(device)
         if recipe.data.isolate_documents:
-            self.notes += self.execution.settle_lengths(device, plan.seq_len, may_call_apart=self.zero_stage < 3)
+            self.notes += self.execution.settle_lengths(device, plan.row_tokens, may_call_apart=self.zero_stage < 3)
 
     def _tiling(self) -> Tiling:
         """As many groups as the rank of the replica with the most, or with the fewest parameters to put into them."""

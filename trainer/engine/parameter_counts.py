@@ -14,7 +14,7 @@ from parallel.params import ShardSpec
 from parallel.quantized import QuantizedWeight
 
 
-class Census(NamedTuple):
+class ParameterCounts(NamedTuple):
     """Elements of the whole logical model, tied ones once. `frozen_bytes`: in the format in which they are held."""
 
     trained: int
@@ -22,25 +22,25 @@ class Census(NamedTuple):
     frozen_bytes: int
 
     @classmethod
-    def take(
+    def of(
         cls,
         specs: Iterable[tuple[nn.Parameter, ShardSpec]],
         replica: Group,
         device: torch.device,
         quantized: Iterable[QuantizedWeight] = (),
-    ) -> Census:
+    ) -> ParameterCounts:
         """`replica`: the ranks that hold one copy of the model together; each must ask."""
-        counts = torch.zeros(3, dtype=torch.int64, device=device)
+        numbers = torch.zeros(3, dtype=torch.int64, device=device)
         for parameter, spec in specs:
             if not spec.owned:
                 continue
             elements = sum(torch.Size(piece.size).numel() for piece in spec.pieces)
             held = [elements, 0, 0] if parameter.requires_grad else [0, elements, elements * parameter.element_size()]
-            counts += torch.tensor(held, device=device)
+            numbers += torch.tensor(held, device=device)
         for weight in quantized:
             if weight.spec.owned:
-                counts += torch.tensor([0, weight.numel, weight.num_bytes], device=device)
-        return cls(*all_reduce(counts, replica).tolist())
+                numbers += torch.tensor([0, weight.numel, weight.num_bytes], device=device)
+        return cls(*all_reduce(numbers, replica).tolist())
 
     @property
     def trained_beside(self) -> int | None:

@@ -87,7 +87,7 @@ def _rows(model: OpenModel, prepared: PreparedData, request: Request) -> EvalDat
     everything = sum(store.num_tokens for store in prepared.evaluation) if request.files else model.recipe.train.eval_sequences
     return EvalData(
         prepared.evaluation,
-        seq_len=data.row_tokens,
+        row_tokens=data.row_tokens,
         isolate_documents=data.isolate_documents,
         sequences=request.sequences or everything,
         targets=targets_of(data, prepared.tokenizer, causal=network.causal, seed=model.recipe.run.seed, part="evaluation"),

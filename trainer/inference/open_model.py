@@ -173,7 +173,7 @@ def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[st
                 fill=_rounding(quantizing(fill, recipe.tuning), DTYPES[recipe.precision.dtype]),
             )
         if recipe.data.isolate_documents:
-            execution.settle_lengths(place.device, plan.seq_len, may_call_apart=True)
+            execution.settle_lengths(place.device, plan.row_tokens, may_call_apart=True)
         yield OpenModel(
             weights=weights,
             recipe=recipe,

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from trainer.launch.environment import Seat
+from trainer.launch.environment import RankInfo
 
 SYS = Path("/sys")
 
 
-def bind(seat: Seat, pci_address: str | None, sys: Path = SYS) -> None:
+def bind(info: RankInfo, pci_address: str | None, sys: Path = SYS) -> None:
     """Bind this process to the cores of one memory node (NUMA), because memory of another node is
     half as fast.
 
@@ -27,12 +27,12 @@ def bind(seat: Seat, pci_address: str | None, sys: Path = SYS) -> None:
     # One node, or srun or numactl has chosen.
     if len(nodes) < 2 or mine < set().union(*nodes.values()):
         return
-    cores = nodes[node_of(seat, pci_address, nodes, sys)] & mine
+    cores = nodes[node_of(info, pci_address, nodes, sys)] & mine
     if cores:
         os.sched_setaffinity(0, cores)
 
 
-def node_of(seat: Seat, pci_address: str | None, nodes: Mapping[int, set[int]], sys: Path = SYS) -> int:
+def node_of(info: RankInfo, pci_address: str | None, nodes: Mapping[int, set[int]], sys: Path = SYS) -> int:
     """Return the memory node that the GPU is attached to; without a GPU, or if the system does not
     tell, an equal share by rank."""
     numbers = sorted(nodes)
@@ -40,7 +40,7 @@ def node_of(seat: Seat, pci_address: str | None, nodes: Mapping[int, set[int]], 
         number = _number(sys / "bus" / "pci" / "devices" / pci_address.lower() / "numa_node")
         if number in nodes:
             return number
-    return numbers[seat.local_rank * len(numbers) // seat.local_world_size]
+    return numbers[info.local_rank * len(numbers) // info.local_world_size]
 
 
 def memory_nodes(sys: Path = SYS) -> dict[int, set[int]]:

@@ -27,7 +27,7 @@ Environment = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankInfo:
     """The place of this process among the others. `how` says where it is known from, for
     messages."""
 
@@ -45,7 +45,7 @@ class Seat:
         return self.rank == 0
 
 
-def seat_of_srun_or_mpirun(environment: Environment) -> Seat | None:
+def rank_info_of_srun_or_mpirun(environment: Environment) -> RankInfo | None:
     """Return the place, or None if neither started this process. RecipeError if the variables
     contradict each other.
 
@@ -101,7 +101,7 @@ def check_launcher_in_step(environment: Environment, world_size: int, what: str)
         )
 
 
-def _of_srun(environment: Environment) -> Seat:
+def _of_srun(environment: Environment) -> RankInfo:
     world_size, rank, local_rank = _tasks(environment), whole(environment, "SLURM_PROCID"), whole(environment, "SLURM_LOCALID")
     here = _tasks_here(environment)
     if not rank < world_size:
@@ -120,7 +120,7 @@ def _of_srun(environment: Environment) -> Seat:
     step = whole(environment, "SLURM_STEP_ID")
     port = _port(environment) or step_port(whole(environment, "SLURM_JOB_ID"), step, restarts)
     how = f"SLURM_PROCID={rank} and SLURM_NTASKS={world_size} of srun"
-    return Seat(rank, local_rank, world_size, here, _first_host(environment, world_size), port, how)
+    return RankInfo(rank, local_rank, world_size, here, _first_host(environment, world_size), port, how)
 
 
 def _first_host(environment: Environment, world_size: int) -> str:
@@ -171,7 +171,7 @@ def step_port(job: int, step: int, restarts: int = 0) -> int:
     return PORTS[(10 * job + (step + restarts) % 10) % len(PORTS)]
 
 
-def _of_mpirun(environment: Environment, prefix: str, *names: str) -> Seat:
+def _of_mpirun(environment: Environment, prefix: str, *names: str) -> RankInfo:
     rank_name, size_name, local_rank_name, local_size_name = (prefix + name for name in names)
     rank, world_size = whole(environment, rank_name), whole(environment, size_name, least=1)
     local_rank, here = whole(environment, local_rank_name), whole(environment, local_size_name, least=1)
@@ -192,7 +192,7 @@ def _of_mpirun(environment: Environment, prefix: str, *names: str) -> Seat:
     namesake = environment.get("PMIX_NAMESPACE") or environment.get("PMI_PORT") or "mpirun"
     port = port or PORTS[zlib.crc32(namesake.encode()) % len(PORTS)]
     how = f"{rank_name}={rank} and {size_name}={world_size} of mpirun"
-    return Seat(rank, local_rank, world_size, here, address or "127.0.0.1", port, how)
+    return RankInfo(rank, local_rank, world_size, here, address or "127.0.0.1", port, how)
 
 
 def _refuse_many_tasks_without_srun(environment: Environment) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from trainer.errors import RecipeError, UserError
 from trainer.exhausted import exhausted
 from trainer.launch.binding import bind
-from trainer.launch.environment import Seat, check_launcher_in_step, in_a_step, seat_of_srun_or_mpirun
+from trainer.launch.environment import RankInfo, check_launcher_in_step, in_a_step, rank_info_of_srun_or_mpirun
 from trainer.launch.processes import Process
 from trainer.launch.rendezvous import meet
 
@@ -30,8 +30,8 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
 
 
 @dataclass(frozen=True)
-class Place(Seat):
-    """A seat with a device."""
+class Place(RankInfo):
+    """A rank with its device."""
 
     own_gpu: bool = False  # srun shows each task only its own GPU
 
@@ -49,8 +49,8 @@ class Place(Seat):
         """Read the place. RecipeError if only some of the launcher's variables are set, or one has
         an illegal value."""
         _check_accelerator(environment)
-        if not environment.get("RANK") and (seat := seat_of_srun_or_mpirun(environment)):
-            return cls(**vars(seat), own_gpu=_fits_the_gpus(seat, environment))
+        if not environment.get("RANK") and (info := rank_info_of_srun_or_mpirun(environment)):
+            return cls(**vars(info), own_gpu=_fits_the_gpus(info, environment))
         given = [name for name in LAUNCHER_VARIABLES if environment.get(name)]
         if not given:
             return cls(0, 0, 1, 1, "127.0.0.1", free_port(), "no launcher: one process")
@@ -83,18 +83,18 @@ class Place(Seat):
 GPU_BINDING = ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_TRES_PER_TASK")
 
 
-def _fits_the_gpus(seat: Seat, environment: Mapping[str, str]) -> bool:
+def _fits_the_gpus(info: RankInfo, environment: Mapping[str, str]) -> bool:
     """Return whether this process sees only its own GPU. RecipeError if a node has more ranks than
     GPUs."""
     if not torch.cuda.is_available():
         return False
     visible = torch.cuda.device_count()
-    if visible == 1 and seat.local_world_size > 1 and any(environment.get(name) for name in GPU_BINDING):
+    if visible == 1 and info.local_world_size > 1 and any(environment.get(name) for name in GPU_BINDING):
         return True
-    if seat.local_world_size > visible:
+    if info.local_world_size > visible:
         change = "#SBATCH --ntasks-per-node or --gpus-per-node" if in_a_step(environment) else "mpirun's processes per node"
         raise RecipeError(
-            f"{seat.local_world_size} ranks on this node, but {visible} GPUs are visible: change {change}, one rank to a GPU"
+            f"{info.local_world_size} ranks on this node, but {visible} GPUs are visible: change {change}, one rank to a GPU"
         )
     return False
 

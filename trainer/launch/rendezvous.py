@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from trainer.errors import EXIT_HANG, RecipeError, UserError
-from trainer.launch.environment import Seat
+from trainer.launch.environment import RankInfo
 from trainer.launch.processes import Process
 from trainer.launch.stop_request import Interrupted
 
@@ -37,26 +37,26 @@ class NeverCame(UserError):
     exit_code = EXIT_HANG
 
 
-def meet(seat: Seat, timeout: timedelta) -> tuple[Store, list[Process]]:
+def meet(info: RankInfo, timeout: timedelta) -> tuple[Store, list[Process]]:
     """Return the store of the run, and the process of each rank.
 
     NeverCame if one does not come within `timeout`; RecipeError for a port that is taken. When a
     signal interrupts, the error says for whom this rank waited.
     """
-    waiting = _Waiting(seat, timeout)
-    store = _connected(seat, timeout, waiting)
-    store.set(_key(seat.rank), json.dumps(asdict(Process.own())))
-    keys = [_key(rank) for rank in range(seat.world_size)]
+    waiting = _Waiting(info, timeout)
+    store = _connected(info, timeout, waiting)
+    store.set(_key(info.rank), json.dumps(asdict(Process.own())))
+    keys = [_key(rank) for rank in range(info.world_size)]
     while not store.check(keys):
-        waiting.go_on(lambda: _named([rank for rank, key in enumerate(keys) if not store.check([key])], seat.world_size))
+        waiting.go_on(lambda: _named([rank for rank, key in enumerate(keys) if not store.check([key])], info.world_size))
     return store, [Process(**json.loads(text)) for text in store.multi_get(keys)]
 
 
 class _Waiting:
     """A rank's wait for others, with its limit and its messages."""
 
-    def __init__(self, seat: Seat, timeout: timedelta) -> None:
-        self._seat = seat
+    def __init__(self, info: RankInfo, timeout: timedelta) -> None:
+        self._seat = info
         self._began = time.monotonic()
         self._limit_s = timeout.total_seconds()
         self._next_word_s = FIRST_WORD_S
@@ -76,7 +76,7 @@ class _Waiting:
             raise Interrupted(signal.name, f"while rank {rank} waited for {for_whom()}") from None
 
 
-def _connected(seat: Seat, timeout: timedelta, waiting: _Waiting) -> Store:
+def _connected(info: RankInfo, timeout: timedelta, waiting: _Waiting) -> Store:
     """Return the store, which the first rank holds, or under torchrun its agent."""
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     answers: list[Store | Exception] = []
@@ -85,10 +85,10 @@ def _connected(seat: Seat, timeout: timedelta, waiting: _Waiting) -> Store:
         try:
             answers.append(
                 dist.TCPStore(  # type: ignore[attr-defined]
-                    seat.master_addr,
-                    seat.master_port,
-                    seat.world_size,
-                    is_master=seat.rank == 0 and not has_agent,
+                    info.master_addr,
+                    info.master_port,
+                    info.world_size,
+                    is_master=info.rank == 0 and not has_agent,
                     timeout=timeout,
                     wait_for_workers=False,
                     multi_tenant=True,  # a process may hold several runs in turn, as in tests
@@ -99,11 +99,11 @@ def _connected(seat: Seat, timeout: timedelta, waiting: _Waiting) -> Store:
 
     threading.Thread(target=connect, name="connecting to the store", daemon=True).start()
     while not answers:
-        waiting.go_on(lambda: f"the store of rank 0 at {seat.master_addr}:{seat.master_port}")
+        waiting.go_on(lambda: f"the store of rank 0 at {info.master_addr}:{info.master_port}")
     answer = answers[0]
     if isinstance(answer, dist.DistNetworkError) and "EADDRINUSE" in str(answer):
         raise RecipeError(
-            f"port {seat.master_port} of this machine, on which the ranks would meet ({seat.how}), is taken by another "
+            f"port {info.master_port} of this machine, on which the ranks would meet ({info.how}), is taken by another "
             "process: set MASTER_PORT to a free one, the same for all ranks"
         ) from answer
     if isinstance(answer, Exception):

@@ -22,7 +22,7 @@ from trainer.model.embedding import Embedding
 from trainer.model.heads import Head
 
 
-class EmbeddedHalves(nn.Module):
+class SourceAndTargetEmbedding(nn.Module):
     """tokens [B, 2S] → [2N, D]."""
 
     def __init__(self, source: Embedding, target: Embedding) -> None:
@@ -36,7 +36,7 @@ class EmbeddedHalves(nn.Module):
         return self.target.tokens
 
     def forward(self, tokens_BS: Tensor, documents: Documents, streams: Streams | None) -> Tensor:
-        halves = zip((self.source, self.target), tokens_BS.chunk(2, dim=1), documents.halves, strict=True)
+        halves = zip((self.source, self.target), tokens_BS.chunk(2, dim=1), documents.sides, strict=True)
         return torch.cat([embedding(tokens, of_half, streams) for embedding, tokens, of_half in halves])
 
 
@@ -51,9 +51,9 @@ class SourceLayer(nn.Module):
 
     def forward(self, x_ND: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None) -> Tensor:
         source_ND, target_ND = x_ND.chunk(2)
-        source_ND = self.final(self.layer(source_ND, documents.halves[0], rotation, streams))
+        source_ND = self.final(self.layer(source_ND, documents.sides[0], rotation, streams))
         if self.dropout is not None:
-            source_ND = self.dropout(source_ND, documents.halves[0], streams)
+            source_ND = self.dropout(source_ND, documents.sides[0], streams)
         return torch.cat([source_ND, target_ND])
 
 
@@ -66,7 +66,7 @@ class TargetLayer(nn.Module):
 
     def forward(self, x_ND: Tensor, documents: Documents, rotation: Rotation | None, streams: Streams | None) -> Tensor:
         source_ND, target_ND = x_ND.chunk(2)
-        sources, targets = documents.halves
+        sources, targets = documents.sides
         return torch.cat([source_ND, self.layer(target_ND, targets, rotation, streams, (source_ND, sources))])
 
 
@@ -91,4 +91,4 @@ class TargetHead(nn.Module):
 
     def _target(self, x_ND: Tensor, batch: MicroBatch) -> tuple[Tensor, MicroBatch]:
         labels_BS = None if batch.labels_BS is None else batch.labels_BS.chunk(2, dim=1)[1]
-        return x_ND.chunk(2)[1], replace(batch, labels_BS=labels_BS, documents=batch.documents.halves[1])
+        return x_ND.chunk(2)[1], replace(batch, labels_BS=labels_BS, documents=batch.documents.sides[1])

@@ -20,7 +20,7 @@ from trainer.schema import Finding
 from trainer.spelling import nearest
 
 
-def translate(family: str, hf_config: Mapping[str, Any]) -> TransformerConfig:
+def from_hf(family: str, hf_config: Mapping[str, Any]) -> TransformerConfig:
     """The network that a Hugging Face config describes. RecipeError with one line per thing that is wrong with it."""
     config, findings = read_config(family, hf_config)
     if config is None:
@@ -317,7 +317,7 @@ def _generation_keys(end: int | None, start: int | None) -> dict[str, int | None
     return {"decoder_start_token_id": start, "pad_token_id": start, "forced_eos_token_id": end}
 
 
-def to_hf_config(
+def to_hf(
     config: TransformerConfig,
     *,
     dtype: str,

@@ -21,7 +21,7 @@ from parallel.rng import Streams
 from parallel.tensor import TensorParallel
 from trainer.model.config import TransformerConfig
 from trainer.model.embedding import Embedding
-from trainer.model.encoder_decoder import EmbeddedHalves, SourceLayer, TargetLayer
+from trainer.model.encoder_decoder import SourceAndTargetEmbedding, SourceLayer, TargetLayer
 from trainer.model.names import WeightNames, names_of
 from trainer.model.pieces import Dropout, final_dropout, make_norm, matrix_init
 from trainer.model.position_tables import PositionTables
@@ -31,7 +31,7 @@ Source = tuple[Tensor, Documents]  # what the encoder made of the sources [N, D]
 
 def make_embedding(
     config: TransformerConfig, *, dtype: torch.dtype, tp: TensorParallel, tied_over: Group | None
-) -> Embedding | EmbeddedHalves:
+) -> Embedding | SourceAndTargetEmbedding:
     names, init, D = names_of(config), Init(std=config.init_std), config.hidden_size
     tokens = VocabParallelEmbedding(config.vocab_size, D, name=names.embedding, init=init, tp=tp, tied_over=tied_over)
     embedding = Embedding(config, tokens, site=names.embedding, dtype=dtype)
@@ -43,7 +43,7 @@ def make_embedding(
     else:
         tied_to = None
     sources = VocabParallelEmbedding(of_source, D, name=name, init=init, tp=tp, tied_to=tied_to)
-    return EmbeddedHalves(Embedding(config, sources, site=f"{name}/source", dtype=dtype), embedding)
+    return SourceAndTargetEmbedding(Embedding(config, sources, site=f"{name}/source", dtype=dtype), embedding)
 
 
 class CrossAttention(nn.Module):

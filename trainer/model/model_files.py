@@ -11,7 +11,7 @@ from typing import Any
 from trainer.data.tokenizer import Tokenizer
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.config import TransformerConfig
-from trainer.model.hf_config import to_hf_config
+from trainer.model.hf_config import to_hf
 from trainer.model.network import Network
 from trainer.model.origin import GENERATION_CONFIG, Origin, as_list
 
@@ -87,7 +87,7 @@ def _(network: AutoNetwork, tokenizer: Tokenizer, *, dtype: str, origin: Origin 
 @config_json.register
 def _(network: TransformerConfig, tokenizer: Tokenizer, *, dtype: str, origin: Origin | None) -> dict[str, Any]:
     start, ids = tokenizer.start_of_target, dict(origin.ids) if origin else {}
-    written = to_hf_config(
+    written = to_hf(
         network,
         dtype=dtype,
         eos_token_id=tokenizer.end_of_document,

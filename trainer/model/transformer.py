@@ -27,7 +27,7 @@ from trainer.data.loader import MicroBatch
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import RopeScaling, TransformerConfig
 from trainer.model.embedding import Embedding
-from trainer.model.encoder_decoder import EmbeddedHalves, TargetHead
+from trainer.model.encoder_decoder import SourceAndTargetEmbedding, TargetHead
 from trainer.model.heads import ClassHead, Head, NextToken, Objective, Output
 from trainer.model.layers import make_embedding, make_layer
 from trainer.model.position_tables import PositionTables
@@ -87,7 +87,7 @@ class Stage(nn.Module):
         self.tied_over = tied_over if config.ties_head else None
         self.tied_to = (tied_to,)  # in a tuple: a module here would be listed as this one's child
         self.tables = PositionTables() if tables is None else tables
-        self.embedding: Embedding | EmbeddedHalves | None
+        self.embedding: Embedding | SourceAndTargetEmbedding | None
         self.head: Head | ClassHead | TargetHead | None
         self.register_module("embedding", None)  # so that parameters are listed in the order of the model
         self.layers = nn.ModuleDict()

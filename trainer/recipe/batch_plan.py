@@ -22,7 +22,7 @@ class BatchPlan:
     micro_sequences: int
     dp: int
     num_micro_batches: int
-    seq_len: int
+    row_tokens: int
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, world_size: int, how: str) -> BatchPlan:
@@ -40,7 +40,7 @@ class BatchPlan:
             micro_sequences=batch.micro_sequences,
             dp=dp,
             num_micro_batches=batch.global_sequences // per_round,
-            seq_len=recipe.data.row_tokens,
+            row_tokens=recipe.data.row_tokens,
         )
 
     @property
@@ -51,7 +51,7 @@ class BatchPlan:
     @property
     def tokens_per_step(self) -> int:
         """The tokens of one step over all ranks."""
-        return self.global_sequences * self.seq_len
+        return self.global_sequences * self.row_tokens
 
     def loss_factor(self, num_targets: int, *, averaged_over: int) -> float:
         """Return the number by which each micro-batch's loss_sum is multiplied before backward.

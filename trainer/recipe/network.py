@@ -47,7 +47,7 @@ def read_network(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
         return None, findings
     merged = {**config, **model.config}
     vocab_size, num_new = tokenizer_vocab_size(recipe.data), len(recipe.data.new_tokens)
-    network, wrong = translate(str(family), merged, vocab_size, num_new=num_new, fixed=True)
+    network, wrong = network_from(str(family), merged, vocab_size, num_new=num_new, fixed=True)
     place = Path(model.from_pretrained) / "config.json"
     findings += [Finding(("model.from_pretrained", *_config_keys(f)), f"{place}: {f.message}") for f in wrong]
     findings += fit_findings(recipe, with_head(recipe, network)) if network else []
@@ -64,7 +64,7 @@ def _from_config(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
         for key in ("dtype", "torch_dtype")
         if key in model.config
     ]
-    network, wrong = translate(model.family, model.config, tokenizer_vocab_size(recipe.data))
+    network, wrong = network_from(model.family, model.config, tokenizer_vocab_size(recipe.data))
     for finding in wrong:
         known = model.family in FAMILIES
         message = f"model.config: {finding.message}" if known else f'model.family: {finding.message}, or "{AUTO}"'
@@ -73,7 +73,7 @@ def _from_config(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
     return dict(model.config), findings
 
 
-def translate(
+def network_from(
     family: str, hf_config: Mapping[str, Any], vocab_size: int | None, *, num_new: int = 0, fixed: bool = False
 ) -> tuple[TransformerConfig | None, list[Finding]]:
     """Return the network, and what is wrong with the config.

@@ -14,7 +14,7 @@ from trainer.model.new_tokens import number_at_the_end, stand_ins
 from trainer.recipe.keys import validate
 from trainer.recipe.marks import Problem, dotted, first_mark, leaves
 from trainer.recipe.names import name_findings, with_paths
-from trainer.recipe.network import fit_findings, read_network, translate, with_head
+from trainer.recipe.network import fit_findings, network_from, read_network, with_head
 from trainer.recipe.overlay import Layer, read_chain
 from trainer.recipe.pipeline import pipeline_findings
 from trainer.recipe.rules import section_findings
@@ -65,7 +65,7 @@ class ResolvedRecipe:
         if new_tokens is not None and vocab_size is not None:
             num_new = number_at_the_end(vocab_size, new_tokens)
         fixed = self.recipe.model.from_pretrained is not None
-        config, findings = translate(family, hf_config, vocab_size, num_new=num_new, fixed=fixed)
+        config, findings = network_from(family, hf_config, vocab_size, num_new=num_new, fixed=fixed)
         if config is None or findings:
             raise RecipeError([f"model.config: {finding.message}" for finding in findings])
         if new_tokens is None:

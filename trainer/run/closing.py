@@ -96,7 +96,7 @@ def baseline(recipe: Recipe, prepared: PreparedData, targets: Targets) -> dict[s
             prepared.train,
             prepared.evaluation,
             prepared.tokenizer.vocab_size,
-            seq_len=recipe.data.row_tokens,
+            row_tokens=recipe.data.row_tokens,
             isolate_documents=recipe.data.isolate_documents,
             sequences=recipe.train.eval_sequences,
             targets=targets,

@@ -69,7 +69,7 @@ def _require(demands: list[Demand], there: int, said: str) -> None:
 def least_demands(recipe: Recipe, plan: BatchPlan, network: Network) -> Iterator[Demand]:
     """Of one rank."""
     batch, seq_len, parallel, zero = recipe.batch, recipe.data.seq_len, recipe.parallel, recipe.zero
-    step = plan.sequences_per_rank * (plan.seq_len * TOKEN_BYTES + ROW_BYTES) + plan.num_micro_batches * BATCH_BYTES
+    step = plan.sequences_per_rank * (plan.row_tokens * TOKEN_BYTES + ROW_BYTES) + plan.num_micro_batches * BATCH_BYTES
     yield Demand(f"the data of a step (batch.global_sequences {batch.global_sequences} × data.seq_len {seq_len})", step, True)
     if parallel.pipeline > 1:
         actions = 2 * plan.num_micro_batches * parallel.pipeline * parallel.virtual_stages

@@ -13,7 +13,7 @@ import torch
 from trainer.costs.flops import row_flops
 from trainer.data.loader import MicroBatch
 from trainer.engine.engine import Engine, StepResult
-from trainer.engine.parameter_counts import Census
+from trainer.engine.parameter_counts import ParameterCounts
 from trainer.track import Tracker, read_metrics
 from trainer.track.history import History
 
@@ -26,7 +26,7 @@ class Meter:
     def __init__(
         self,
         engine: Engine,
-        counts: Census,
+        counts: ParameterCounts,
         *,
         peak_flops: float,
         tracker: Tracker,

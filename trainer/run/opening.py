@@ -18,7 +18,7 @@ from parallel.messages import Messages
 from trainer.checkpoint.facts import data_facts, model_facts, recipe_facts
 from trainer.checkpoint.resume import Found
 from trainer.checkpoint.resume_check import Resume, as_json
-from trainer.cluster.lease import Hold, JobStart, held
+from trainer.cluster.lease import JobStart, Lease, leased
 from trainer.data import PreparedData, prepare
 from trainer.data.handed_on_tokenizer import beside_model
 from trainer.data.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ class OpenFolder:
     tracker; `resolved` is the recipe with the rules by which the run that is there began."""
 
     folder: RunFolder
-    lease: Hold | None  # on the first rank
+    lease: Lease | None  # on the first rank
     log: RankLog
     watchdog: Watchdog
     mesh: Mesh
@@ -73,7 +73,9 @@ def opened_folder(
         with together():
             if group.is_first:
                 remarks += claim(folder, resume, resolved.sources)
-                lease = stack.enter_context(held(folder.path, JobStart.from_environment(os.environ), patience_s=limits.step_s))
+                lease = stack.enter_context(
+                    leased(folder.path, JobStart.from_environment(os.environ), patience_s=limits.step_s)
+                )
                 remarks += begin_again(folder, resume)
         log = stack.enter_context(open_rank_log(folder.path, group.place.rank))
         logger.info(placed(group.place.rank, str(group.device)))

@@ -62,7 +62,9 @@ def compute_reference(engine: Engine, stores: Iterable[TokenStore], progress: Pr
 def _of_store(engine: Engine, store: TokenStore, progress: Progress) -> Numbers:
     """Each data-parallel rank computes those of its rows, which follow one another."""
     dp = engine.mesh.data
-    sweep = Sweep(store, seq_len=engine.plan.seq_len, dp_rank=dp.rank, dp=dp.size, micro_sequences=engine.plan.micro_sequences)
+    sweep = Sweep(
+        store, row_tokens=engine.plan.row_tokens, dp_rank=dp.rank, dp=dp.size, micro_sequences=engine.plan.micro_sequences
+    )
     log_probs = torch.zeros(store.num_documents, dtype=torch.float64, device=engine.device)
     at = sweep.first_document
     for done, batch in enumerate(sweep.micro_batches()):

@@ -15,11 +15,11 @@ import torch
 from parallel.mesh import Group
 from parallel.messages import Messages
 from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.checkpoint.disk_space import bytes_of_one, room
+from trainer.checkpoint.disk_space import bytes_of_one, disk_space
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.resume import Found
 from trainer.checkpoint.resume_check import Resume
-from trainer.cluster.lease import Hold
+from trainer.cluster.lease import Lease
 from trainer.data import PreparedData, prepare_summary
 from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.targets import Part, Targets, targets_of
@@ -27,7 +27,7 @@ from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
 from trainer.engine.group import Joined, joined
 from trainer.engine.matmul_peak import device_peak, slower_than_fp32
-from trainer.engine.parameter_counts import Census
+from trainer.engine.parameter_counts import ParameterCounts
 from trainer.engine.swap_folder import private_swap_folders
 from trainer.errors import EXIT_REQUEUE, UserError
 from trainer.files.spare import Spare
@@ -123,12 +123,12 @@ class Session:
     data: StepData
     eval_data: EvalData | None
     engine: Engine
-    counts: Census
+    counts: ParameterCounts
     tracker: Tracker
     checkpoints: Checkpoints
     messages: Messages  # for a word at the end of a step
     watchdog: Watchdog
-    lease: Hold | None  # on the first rank
+    lease: Lease | None  # on the first rank
     account: Account
     devices: str
     peak_flops: float  # of this rank's device, FLOP/s
@@ -139,8 +139,8 @@ class Session:
             self.tracker.note(line)
 
     @property
-    def word(self) -> int:
-        """Return what this rank has to say for the end of the run; see `StopRequest.agreed`."""
+    def reason_to_end(self) -> int:
+        """Return why this rank would end the run, 0 for no reason; see `StopRequest.agreed`."""
         if self.lease is None:
             return 0
         return LOST if self.lease.is_lost else WANTED if self.lease.is_wanted else 0
@@ -349,7 +349,7 @@ def _session(
         data=StepData(train_data, mesh.data, engine.plan, engine.execution.reads_tokens, skipped),
         eval_data=_eval_data(recipe, prepared, loaded.network),
         engine=engine,
-        counts=Census.take(engine.specs, mesh.replica, group.device, engine.quantized),
+        counts=ParameterCounts.of(engine.specs, mesh.replica, group.device, engine.quantized),
         tracker=tracker,
         checkpoints=checkpoints,
         messages=group.messages(),
@@ -401,7 +401,7 @@ def _train_data(recipe: Recipe, prepared: PreparedData, network: Network) -> Tra
     return TrainData(
         prepared.train,
         prepared.weights,
-        seq_len=recipe.data.row_tokens,
+        row_tokens=recipe.data.row_tokens,
         seed=recipe.run.seed,
         isolate_documents=recipe.data.isolate_documents,
         tails=recipe.data.tails == "train",
@@ -415,7 +415,7 @@ def _eval_data(recipe: Recipe, prepared: PreparedData, network: Network) -> Eval
         return None
     return EvalData(
         prepared.evaluation,
-        seq_len=recipe.data.row_tokens,
+        row_tokens=recipe.data.row_tokens,
         isolate_documents=recipe.data.isolate_documents,
         sequences=recipe.train.eval_sequences,
         targets=targets_for(recipe, prepared, network, "evaluation"),
@@ -444,7 +444,7 @@ def _introduce(run: Session, remarks: Iterable[str]) -> None:
     if remark := slower_than_fp32(run.place.device, recipe.precision.dtype, run.peak_flops):
         note(remark)
     one = bytes_of_one(recipe, trained=counts.trained, frozen_bytes=counts.frozen_bytes)
-    run.say([*remarks, room(recipe, run.checkpoints.folder, one).line])
+    run.say([*remarks, disk_space(recipe, run.checkpoints.folder, one).line])
     run.say(f"data: {row}" for row in prepare_summary(run.prepared))
     run.say(f"data: {line}" for line in run.data.data.described(run.prepared.sources, recipe.train.steps))
     run.say([*run.prepared.notes, *engine.notes])

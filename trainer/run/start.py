@@ -12,7 +12,7 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.resume import Found, examine, newest_whole
 from trainer.checkpoint.resume_check import Resume, checkpoint_named
-from trainer.cluster.lease import JobStart, held
+from trainer.cluster.lease import JobStart, leased
 from trainer.errors import DataError, RecipeError
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.earlier import as_begun, rules_of_checkpoint, rules_of_run
@@ -26,7 +26,7 @@ def claim(folder: RunFolder, resume: Resume, sources: Sequence[Path] = ()) -> li
     remarks = []
     if folder.holds_a_run:
         if resume.how == "never":
-            with held(folder.path, JobStart()):
+            with leased(folder.path, JobStart()):
                 remarks.append(f"the run that was in {folder.path} is now in {folder.move_aside()}")
         elif resume.path is not None:
             _require_own(folder, checkpoint_named(resume.path))

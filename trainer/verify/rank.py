@@ -168,7 +168,7 @@ class Trial:
         Row r has a share r / G of its labels masked, so that taking a mean of micro-batch means
         would show.
         """
-        G, S, V = self.plan.global_sequences, self.plan.seq_len, self.network.vocab_size
+        G, S, V = self.plan.global_sequences, self.plan.row_tokens, self.network.vocab_size
         generator = stream(torch.device("cpu"), self.resolved.recipe.run.seed, "verify", step)
         tokens = torch.randint(0, V, (G, S + 1), generator=generator)
         masked = torch.rand(G, S, generator=generator) < torch.arange(G)[:, None] / G

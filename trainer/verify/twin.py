@@ -19,7 +19,7 @@ from trainer.model.config import TransformerConfig
 from trainer.model.families import FAMILIES
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
 from trainer.recipe.names import SMALLEST_BPE
-from trainer.recipe.network import TWO_CLASSES, translate
+from trainer.recipe.network import TWO_CLASSES, network_from
 from trainer.schema import Recipe
 from trainer.tasks import TASKS
 from trainer.tuning.targets import QUANTIZED_TOGETHER
@@ -69,7 +69,7 @@ def scaled_down(resolved: ResolvedRecipe, layouts: Sequence[Layout]) -> Twin:
     network."""
     own = network_of(resolved)
     config = _scaled_config(resolved, own, layouts)
-    network, findings = translate(own.family, config, None)
+    network, findings = network_from(own.family, config, None)
     assert network is not None, findings
     seq_len, batch = _seq_len(layouts), _batch(resolved, layouts)
     given = _recipe(resolved, own.family, config, batch, seq_len)
