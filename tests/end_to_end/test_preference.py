@@ -136,5 +136,5 @@ def test_a_run_does_not_go_on_without_its_reference(damage: str, says: str, begu
         (reference / "header.json").write_text(json.dumps({**header, "sha256": {}}))
     ended = run(recipe, tmp_path / "run")
     assert ended.codes == (65,), ended.said
-    assert "reference: what the model gave the answers before training cannot be read: " in ended.said
+    assert "reference: the log-probabilities of the answers before training cannot be read: " in ended.said
     assert says in ended.said

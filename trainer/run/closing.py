@@ -1,4 +1,4 @@
-"""What a run leaves when it has reached its last step: weights, a sample, figures, the report."""
+"""The end of a run that has reached its last step: weights, a sample, figures, the report."""
 
 from __future__ import annotations
 
@@ -33,8 +33,11 @@ SAMPLE_TOKENS = 96
 
 
 def export(engine: Engine, files: ModelFiles, folder: RunFolder, *, is_first: bool, note: Callable[[str], None]) -> None:
-    """Write the weights as a Hugging Face folder, or what was trained beside them as an adapter. NotFinite or DataError on all
-    ranks, and no folder, where a weight is not finite or transformers would tokenize otherwise."""
+    """Write the weights as a Hugging Face folder, or what was trained beside them as an adapter.
+
+    NotFinite or DataError on all ranks, and no folder, if a weight is not finite or transformers
+    would tokenize otherwise.
+    """
     with together(lambda: engine.watch.doing):
         try:
             what = _write_export(engine, files, folder.export if is_first else None)
@@ -44,7 +47,7 @@ def export(engine: Engine, files: ModelFiles, folder: RunFolder, *, is_first: bo
 
 
 def _write_export(engine: Engine, files: ModelFiles, folder: Path | None) -> str:
-    """Return what was written; `folder` None on ranks that only take part in the gathering."""
+    """Return what was written; `folder` is None on ranks that only take part in the gathering."""
     recipe, network = engine.recipe, engine.network
     tensors, dtype = engine.gathered_tensors(), DTYPES[recipe.precision.dtype]
     if leaves_adapter(recipe):
@@ -63,8 +66,10 @@ def _write_export(engine: Engine, files: ModelFiles, folder: Path | None) -> str
 
 
 def _others(files: ModelFiles) -> Callable[[Path], None]:
-    """Return the function that puts the tokenizer, and what else belongs there, into a folder, and looks whether transformers
-    reads it so."""
+    """Return the function that puts the tokenizer, and what else belongs there, into a folder.
+
+    It also checks that transformers reads the folder so.
+    """
 
     def save(folder: Path) -> None:
         files.save_others(folder)
@@ -74,8 +79,10 @@ def _others(files: ModelFiles) -> Callable[[Path], None]:
 
 
 def _with_unmerged(engine: Engine, files: ModelFiles, dtype: torch.dtype) -> Callable[[Path], None]:
-    """Return the function that puts into a whole model's folder what is beside its weights: the tokenizer, and an adapter that
-    no weight can take up."""
+    """Return the function that puts into a whole model's folder what is beside its weights.
+
+    That is the tokenizer, and an adapter that no weight can take up.
+    """
     method = method_of(engine.recipe.tuning)
     if not method.parts or method.merges:
         return _others(files)
@@ -90,7 +97,10 @@ def _with_unmerged(engine: Engine, files: ModelFiles, dtype: torch.dtype) -> Cal
 
 
 def baseline(recipe: Recipe, prepared: PreparedData, targets: Targets) -> dict[str, float]:
-    """Return the perplexity of the held-out data by the frequency of its tokens, which any model should beat."""
+    """Return the perplexity of the held-out data by the frequency of its tokens alone.
+
+    Any model should beat it.
+    """
     return {
         "unigram_perplexity": unigram_perplexity(
             prepared.train,
@@ -105,8 +115,10 @@ def baseline(recipe: Recipe, prepared: PreparedData, targets: Targets) -> dict[s
 
 
 def sampled(recipe: Recipe, prepared: PreparedData, evaluator: Evaluator) -> dict[str, str]:
-    """Return how the model goes on from train.sample_prompt, or what it answers; {} without one. All ranks must call it
-    together."""
+    """Return the model's continuation of train.sample_prompt, or its answer; {} if there is none.
+
+    All ranks must call it together.
+    """
     asked, tokenizer, chat = recipe.train.sample_prompt, prepared.tokenizer, prepared.chat
     if asked is None:
         return {}
@@ -126,8 +138,10 @@ def sampled(recipe: Recipe, prepared: PreparedData, evaluator: Evaluator) -> dic
 def translated(
     recipe: Recipe, export: Path, *, tick: Callable[[], None], note: Callable[[str], None]
 ) -> dict[str, float | str]:
-    """Return BLEU and chrF of the exported weights on held-out pairs; {} if none are asked for. The other ranks need not take
-    part."""
+    """Return BLEU and chrF of the exported weights on held-out pairs; {} if none are asked for.
+
+    The other ranks need not take part.
+    """
     data, keys = recipe.data, recipe.train
     if not keys.eval_translations:
         return {}

@@ -1,8 +1,9 @@
-"""What a rank needs at the very least, from the recipe alone, against what its machine has. No torch.
+"""The least memory that a rank needs, by the recipe alone, against what its machine has. No torch.
 
-Linux promises more memory than there is, and kills without a word whoever comes to use it; so what is clearly impossible is
-refused before it is tried. What is counted is there at one time whatever the layout: a step's data, what each layer keeps for
-backward (its input, of all that it keeps), the weights themselves, the buffers of a swap pool.
+Linux promises more memory than there is, and kills without a word whoever comes to use it. So what
+is clearly impossible is refused before it is tried. Counted is what is there at the same time
+whatever the layout: a step's data, the input of each layer (of all that it keeps for backward), the
+weights themselves, the buffers of a swap pool.
 """
 
 from __future__ import annotations
@@ -21,16 +22,20 @@ from trainer.model.network import Network
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.schema import Recipe
 
-TOKEN_BYTES = 16  # a token and what it predicts, both int64
+TOKEN_BYTES = 16  # a token and the one it predicts, both int64
 ROW_BYTES = 56  # the lengths of the documents in a row, of which there is one
 BATCH_BYTES = 400  # the two tensors of a micro-batch, beside what they hold
-ACTION_BYTES = 64  # a forward or backward in the table of a schedule, which every rank of a pipeline has whole
+# a forward or backward in the table of a schedule, which every rank of a pipeline has whole
+ACTION_BYTES = 64
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32_BYTES = 4
 
 
 class Demand(NamedTuple):
-    """`what` needs memory, in the keys that decide it; in the host's also where the rank computes on a GPU."""
+    """A need of memory, with the keys that decide it.
+
+    `in_host`: it is in the host's memory even if the rank computes on a GPU.
+    """
 
     what: str
     num_bytes: int
@@ -38,7 +43,11 @@ class Demand(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """Bytes of the host, shared by so many ranks, and of this rank's GPU; None: it computes on the host."""
+    """The memory of a machine.
+
+    It is in bytes: that of the host, which `local_ranks` share, and that of this rank's GPU, None
+    if the rank computes on the host.
+    """
 
     host_bytes: int
     local_ranks: int
@@ -46,7 +55,7 @@ class Machine(NamedTuple):
 
 
 def require_memory(recipe: Recipe, plan: BatchPlan, network: Network, machine: Machine) -> None:
-    """RecipeError, with the largest demand, where a rank cannot have what it needs."""
+    """Raise RecipeError, with the largest demand, if a rank cannot have what it needs."""
     demands = list(least_demands(recipe, plan, network))
     in_host = [demand for demand in demands if demand.in_host or machine.gpu_bytes is None]
     in_gpu = [demand for demand in demands if demand not in in_host]
@@ -67,7 +76,7 @@ def _require(demands: list[Demand], there: int, said: str) -> None:
 
 
 def least_demands(recipe: Recipe, plan: BatchPlan, network: Network) -> Iterator[Demand]:
-    """Of one rank."""
+    """Yield the demands of one rank."""
     batch, seq_len, parallel, zero = recipe.batch, recipe.data.seq_len, recipe.parallel, recipe.zero
     step = plan.sequences_per_rank * (plan.row_tokens * TOKEN_BYTES + ROW_BYTES) + plan.num_micro_batches * BATCH_BYTES
     yield Demand(f"the data of a step (batch.global_sequences {batch.global_sequences} × data.seq_len {seq_len})", step, True)
@@ -98,14 +107,14 @@ def least_demands(recipe: Recipe, plan: BatchPlan, network: Network) -> Iterator
 
 
 def host_bytes() -> int:
-    """Memory of this machine, or what its control group leaves this process of it, and the machine's swap."""
+    """Return the bytes of this machine, or of what its control group leaves, with the swap."""
     found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total, swap = (int(found[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
     return min(total, *_group_limits(total)) + swap
 
 
 def _group_limits(total: int) -> list[int]:
-    """Of the group that this process is in and those above it; a group without one has all."""
+    """Return `total` and the limits of this process's control group and of those above it."""
     limits = [total]
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         hierarchy, _, name = line.split(":", 2)

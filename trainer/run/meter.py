@@ -1,4 +1,4 @@
-"""From step results to training records: rates, the time split, MFU, memory, skipped steps."""
+"""The way from step results to training records: rates, time split, MFU, memory, skipped steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ PARTS = ("data", "forward", "backward", "optimizer")
 
 
 class Meter:
-    """Logs a record every `train.log_every` steps and at the last; its times are means over the steps since the one before."""
+    """A writer of training records, every `train.log_every` steps and at the last.
+
+    The times in a record are means over the steps since the one before.
+    """
 
     def __init__(
         self,
@@ -34,8 +37,13 @@ class Meter:
         metrics: Path,
         skipped: int,
     ) -> None:
-        """`peak_flops`: of this rank's device, FLOP/s. `account` is called with the steps done after each record. `metrics`:
-        where the tracker's records are. `skipped`: steps that were skipped before."""
+        """Take what a record is made from.
+
+        * `peak_flops`: of this rank's device, FLOP/s.
+        * `account`: called with the steps done after each record.
+        * `metrics`: the file of the tracker's records.
+        * `skipped`: steps that were skipped before.
+        """
         self._engine, self._counts, self._peak_flops = engine, counts, peak_flops
         self._tracker, self._account, self._metrics = tracker, account, metrics
         self._skipped = skipped
@@ -43,11 +51,11 @@ class Meter:
         self.restart()
 
     def state(self) -> dict[str, int]:
-        """What a resumed run must count on from."""
+        """Return what a resumed run counts on from."""
         return {"skipped": self._skipped}
 
     def restart(self) -> None:
-        """Begin a new span, leaving out what happened since the last record (evaluation, saving)."""
+        """Begin a new span, without the time since the last record (evaluation, saving)."""
         self._steps = 0
         self._flops = 0
         self._engine.watch.lap()
@@ -56,7 +64,8 @@ class Meter:
     def record(self, steps_done: int, lr: float, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
         engine, keys = self._engine, self._engine.recipe.train
         self._steps += 1
-        # Of this rank's micro-batches; the ranks that hold one copy of the model together share the work.
+        # Of this rank's micro-batches; the ranks that hold one copy of the model together share the
+        # work.
         rows = (row for batch in micro_batches for row in batch.documents.lengths)
         self._flops += row_flops(engine.network, rows, trained_beside=self._counts.trained_beside)
         self._skipped += result.skipped
@@ -89,8 +98,11 @@ class Meter:
         self.restart()
 
     def summary(self) -> Mapping[str, float | int]:
-        """The closing figures: those of the last record, and of rates the median over all records of the run, as its report has
-        it; few when a resumed run had no step to do."""
+        """Return the closing figures: the last record's, and of rates the median over all records.
+
+        The run's report has the same medians. There are few figures if a resumed run had no step to
+        do.
+        """
         if not self._last:
             return self.state()
         history = History.of(read_metrics(self._metrics))
@@ -101,7 +113,7 @@ class Meter:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most that this rank has held: on the GPU, or resident in the process."""
+    """Return the most that this rank has held [GiB]: on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,5 +1,7 @@
-"""The steps in which a run is opened, on every rank: its folder, its data, its engine. Joining the others comes first
-(`engine/group.py`)."""
+"""The steps in which a run is opened, on every rank: its folder, its data, its engine.
+
+Joining the other ranks comes first (`engine/group.py`).
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class OpenFolder:
-    """A run folder that is this start's, with its log, and a watchdog over the ranks. `remarks` are shown once there is a
-    tracker; `resolved` is the recipe with the rules by which the run that is there began."""
+    """A run folder that is this start's, with its log, and a watchdog over the ranks.
+
+    `remarks` are shown once there is a tracker. `resolved` is the recipe with the rules by which
+    the run that is there began.
+    """
 
     folder: RunFolder
     lease: Lease | None  # on the first rank
@@ -64,8 +69,10 @@ class OpenFolder:
 def opened_folder(
     group: Joined, resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, limits: Limits
 ) -> Iterator[OpenFolder]:
-    """Claim the run folder on the first rank, and begin to watch over the ranks; RecipeError or DataError on all of them
-    where the folder is not this run's to write in."""
+    """Claim the run folder on the first rank, and begin to watch over the ranks.
+
+    RecipeError or DataError on all of them if the folder is not this run's to write in.
+    """
     recipe, folder = resolved.recipe, RunFolder.of(resolved.recipe, run_dir)
     remarks: list[str] = []
     lease = None
@@ -93,8 +100,10 @@ def opened_folder(
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """The data of a run, the network and what fills it, and the checkpoint that it goes on from. `facts` must be the same to go
-    on from the run's checkpoints."""
+    """The data of a run, the network and what fills it, and the checkpoint that it goes on from.
+
+    `facts` must be the same to go on from the run's checkpoints.
+    """
 
     prepared: PreparedData
     found: Found | None
@@ -106,8 +115,11 @@ class LoadedRun:
 
 
 def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
-    """Read what the run learns from, and where it goes on from. RecipeError or DataError, on all ranks, for what would be
-    refused later only, after hours."""
+    """Read what the run learns from, and find where it goes on from.
+
+    RecipeError or DataError, on all ranks, for anything that would otherwise be refused only later,
+    after hours.
+    """
     recipe = opened.resolved.recipe
     with together(lambda: group.watch.doing), work_progress(shown=group.is_first) as progress:
         cache_dir = Path(str(recipe.data.cache_dir))

@@ -1,12 +1,15 @@
-"""What the model gave the answers before training: computed once, kept in the run folder, read again by every start.
+"""Log-probabilities of the answers before training, kept in the run folder for every start.
 
-reference/FINGERPRINT.bin   of one token store, the log-probability of each document's targets in order; little-endian f8
+reference/FINGERPRINT.bin   of one token store, the log-probability of each document's targets in
+                            order; little-endian f8
 reference/header.json       format, version, and the SHA-256 of each; written last
 
-The losses compare with the model as it was before the first step. That model is what every run starts from, full or with an
-adapter beside frozen weights (whose first output is 0), so one pass over the data before the first step gives all that is
-needed of it, and no second model takes memory or time in a step. The numbers belong to the run as its checkpoints do: computed
-again by a resumed run, or in another layout, they would differ in the last bits, or be those of another model.
+The losses compare with the model as it was before the first step. That model is what every run
+starts from, in full or with an adapter beside frozen weights (whose first output is 0). So one pass
+over the data before the first step computes all that is needed of it, and no second model takes
+memory or time in a step. The numbers belong to the run as its checkpoints do. If a resumed run
+computed them again, or another layout did, they would differ in the last bits, or be those of
+another model.
 """
 
 from __future__ import annotations
@@ -40,8 +43,11 @@ Numbers = npt.NDArray[np.float64]
 def with_reference(
     prepared: PreparedData, engine: Engine, *, folder: Path, origin: Path | None, writes: bool, progress: Progress
 ) -> PreparedData:
-    """The data with the reference beside it, which is then in `folder`, where `writes`. `origin`: the folder of the run that
-    this one goes on from; None: the engine has the weights that training starts from. All ranks must call together."""
+    """Return the data with the reference beside it; if `writes`, it is then in `folder` too.
+
+    `origin` is the folder of the run that this one goes on from, None if the engine has the weights
+    that training starts from. All ranks must call together.
+    """
     stores = (*prepared.train, *prepared.evaluation)
     reference = compute_reference(engine, stores, progress) if origin is None else read_reference(origin, stores)
     if writes and origin != folder:
@@ -54,13 +60,19 @@ def with_reference(
 
 
 def compute_reference(engine: Engine, stores: Iterable[TokenStore], progress: Progress) -> dict[str, Numbers]:
-    """The log-probabilities of each store's documents with the engine's weights, by the store's fingerprint, on all ranks."""
+    """Return the log-probabilities of each store's documents with the engine's weights.
+
+    They are by the store's fingerprint, and the same on all ranks.
+    """
     distinct = {store.fingerprint: store for store in stores}
     return {fingerprint: _of_store(engine, store, progress) for fingerprint, store in distinct.items()}
 
 
 def _of_store(engine: Engine, store: TokenStore, progress: Progress) -> Numbers:
-    """Each data-parallel rank computes those of its rows, which follow one another."""
+    """Return the log-probabilities of one store's documents.
+
+    Each data-parallel rank computes those of its rows, which follow one another.
+    """
     dp = engine.mesh.data
     sweep = Sweep(
         store, row_tokens=engine.plan.row_tokens, dp_rank=dp.rank, dp=dp.size, micro_sequences=engine.plan.micro_sequences
@@ -70,14 +82,15 @@ def _of_store(engine: Engine, store: TokenStore, progress: Progress) -> Numbers:
     for done, batch in enumerate(sweep.micro_batches()):
         progress(done, sweep.num_micro_batches, "what the model gives the answers before training")
         engine.watch.tick()
-        of_batch = engine.evaluator.scores(batch)[0, : store.num_documents - at]  # filler rows are the last
+        # Filler rows come last.
+        of_batch = engine.evaluator.scores(batch)[0, : store.num_documents - at]
         log_probs[at : at + len(of_batch)] = of_batch
         at += len(of_batch)
     return all_reduce(log_probs, dp).cpu().numpy()
 
 
 def write_reference(folder: Path, reference: Mapping[str, Numbers]) -> None:
-    """Put it in the place of what is there."""
+    """Write the reference in the place of what is there."""
     with replacing_folder(folder) as draft:
         sha256 = {}
         for fingerprint, numbers in reference.items():
@@ -89,8 +102,11 @@ def write_reference(folder: Path, reference: Mapping[str, Numbers]) -> None:
 
 
 def read_reference(folder: Path, stores: Sequence[TokenStore]) -> dict[str, Numbers]:
-    """DataError where it is missing, damaged, or of other data: it cannot be computed again from weights that have been
-    trained."""
+    """Return the reference that is in a folder.
+
+    DataError if it is missing, damaged, or of other data: it cannot be computed again from weights
+    that have been trained.
+    """
     try:
         header = read_json(folder / HEADER)
         if header.get("format") != FORMAT or header.get("version") != VERSION:
@@ -99,8 +115,8 @@ def read_reference(folder: Path, stores: Sequence[TokenStore]) -> dict[str, Numb
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"nothing is known of {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(
-            f"{folder}: what the model gave the answers before training cannot be read: {reason}; bring the folder back, or "
-            "begin anew with --resume never"
+            f"{folder}: the log-probabilities of the answers before training cannot be read: {reason}; bring the folder "
+            "back, or begin anew with --resume never"
         ) from None
 
 

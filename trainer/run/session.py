@@ -1,4 +1,4 @@
-"""A run that is ready to train: what `opening.py` made, and what is asked of it between steps."""
+"""A run that is ready to train: what `opening.py` made, and what the loop needs between steps."""
 
 from __future__ import annotations
 
@@ -55,13 +55,15 @@ from trainer.watchdog.beats import Limits
 from trainer.watchdog.lost import among_ranks
 from trainer.watchdog.watchdog import Watchdog
 
-BACKSTOP_S = 60  # after the watchdog torch ends the wait: should the threads of a rank not run
+BACKSTOP_S = 60  # torch ends a wait so long after the watchdog, should a rank's threads not run
 
 
 @dataclass
 class StepData:
-    """This rank's micro-batches of each step; after a rewind those behind the spike. `skipped`: steps of data that are left
-    out from here on."""
+    """The micro-batches of each step on this rank; after a rewind, those behind the spike.
+
+    `skipped` counts the steps of data that are left out from here on.
+    """
 
     data: TrainData
     group: Group  # the ranks that divide the sequences of a step
@@ -103,7 +105,7 @@ class Account:
             self.ledger.end(step, self.engine.watch.totals(), self.watchdog.waiting())
 
     def goodput(self, step: int) -> dict[str, float]:
-        """Return {"goodput": the share of the run's time in which it trained}; {} off the first rank."""
+        """Return {"goodput": the share of the run's time in which it trained}; elsewhere {}."""
         if self.ledger is None:
             return {}
         shares = self.ledger.shares(step, self.engine.watch.totals(), self.watchdog.waiting())
@@ -140,7 +142,7 @@ class Session:
 
     @property
     def reason_to_end(self) -> int:
-        """Return why this rank would end the run, 0 for no reason; see `StopRequest.agreed`."""
+        """A reason of this rank to end the run, 0 for none; see `StopRequest.agreed`."""
         if self.lease is None:
             return 0
         return LOST if self.lease.is_lost else WANTED if self.lease.is_wanted else 0
@@ -185,7 +187,10 @@ class Session:
         export(self.engine, self.files, self.folder, is_first=self.place.is_first, note=self.tracker.note)
 
     def finish(self, summary: dict[str, object]) -> None:
-        """Say what is worth knowing at the end: the baseline, a sample, translations; and write the report."""
+        """Report what is worth knowing at the end, and write the report.
+
+        The summary gets the baseline, a sample, and the scores of translations.
+        """
         recipe, engine, steps = self.recipe, self.engine, self.recipe.train.steps
         if self.eval_data is not None and self.place.is_first and engine.measures.predicts_tokens:
             summary |= baseline(recipe, self.prepared, targets_for(recipe, self.prepared, engine.network, "evaluation"))
@@ -201,8 +206,10 @@ class Session:
                 write_report(self.folder.path)
 
     def rewind(self, steps_done: int) -> int:
-        """Go back to the newest checkpoint after a spike in the last of `steps_done` steps, but for the data, which goes on
-        after the spike. Return the number of steps done now."""
+        """Go back to the newest checkpoint after a spike, and return the number of steps done now.
+
+        The spike was in the last of `steps_done` steps. The data goes on after it.
+        """
         times = _times_of_steps(self.folder)
         lines = self.checkpoints.rewind(self.engine)
         step = self.checkpoints.start_step
@@ -275,7 +282,8 @@ def _ready(group: Joined, opened: OpenFolder, loaded: LoadedRun, plan: BatchPlan
         prepared = _with_reference(group, opened, loaded, engine)
         watch.begin("start")
         opened.log.capture()  # DeepSpeed makes loggers of its own on the way
-        stack.enter_context(among_ranks(opened.watchdog, lambda: watch.doing))  # so that the tracker hears who was lost
+        # inside the tracker's context, so that the tracker hears who was lost
+        stack.enter_context(among_ranks(opened.watchdog, lambda: watch.doing))
         session = _session(group, opened, loaded, prepared, engine, tracker, checkpoints, ledger, devices)
         _introduce(session, [*opened.remarks, *loaded.remarks])
         yield session
@@ -314,7 +322,7 @@ def _built_engine(
 
 
 def _with_reference(group: Joined, opened: OpenFolder, loaded: LoadedRun, engine: Engine) -> PreparedData:
-    """Return the data, with what the model gave it before training where the loss compares with that."""
+    """Return the data, with log-probabilities before training if the loss compares with them."""
     if not opened.resolved.recipe.needs_reference:
         return loaded.prepared
     folder = opened.folder.reference
@@ -363,7 +371,10 @@ def _session(
 
 
 def _closing(tracker: Tracker) -> Callable[..., None]:
-    """What ends the tracker when the run does not reach its end: the terminal is given back, W&B hears of it."""
+    """Return the function that ends the tracker if the run does not reach its end.
+
+    The terminal is given back, and W&B hears of it.
+    """
 
     def close(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
@@ -379,12 +390,15 @@ def _open_ledger(folder: RunFolder, found: Found | None) -> Ledger:
 
 
 def _times_of_steps(folder: RunFolder) -> dict[int, float]:
-    """When each step was logged."""
+    """Return the time at which each step was logged [s since the epoch]."""
     return {int(record["step"] or 0): float(record["time"] or 0.0) for record in read_metrics(folder.metrics)}
 
 
 def _clear_the_way(folder: RunFolder, found: Found | None, resolved: ResolvedRecipe) -> list[str]:
-    """Only now is anything of an earlier start changed: its history ends where this start begins; remarks."""
+    """Cut an earlier start's history at the step where this one begins; return remarks.
+
+    Nothing of an earlier start is changed before this.
+    """
     remarks = [*leave_behind(found, folder), *make_room(folder, resolved.recipe.checkpoint.keep)] if found else []
     for history in (folder.metrics, folder.evaluations):
         truncate_after(history, found.manifest.step if found else 0)
@@ -393,7 +407,7 @@ def _clear_the_way(folder: RunFolder, found: Found | None, resolved: ResolvedRec
 
 
 def targets_for(recipe: Recipe, prepared: PreparedData, network: Network, part: Part) -> Targets:
-    """What the positions of this run's rows are to predict."""
+    """Return what the positions of this run's rows are to predict."""
     return targets_of(recipe.data, prepared.tokenizer, causal=network.causal, seed=recipe.run.seed, part=part)
 
 

@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0, or from a checkpoint; and in which folder."""
+"""The start of a run: at step 0 or from a checkpoint, and in which folder."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from trainer.track.jsonl import read_metrics
 
 
 def claim(folder: RunFolder, resume: Resume, sources: Sequence[Path] = ()) -> list[str]:
-    """Take the run folder, on the first rank; remarks. RecipeError or DataError rather than writing over another run, or what
-    is no run. `sources`: the files of the recipe."""
+    """Take the run folder, on the first rank, and return remarks.
+
+    RecipeError or DataError rather than writing over another run, or over files that are no run.
+    `sources`: the files of the recipe.
+    """
     remarks = []
     if folder.holds_a_run:
         if resume.how == "never":
@@ -40,14 +43,17 @@ def claim(folder: RunFolder, resume: Resume, sources: Sequence[Path] = ()) -> li
 
 
 def _written_over(folder: RunFolder, sources: Sequence[Path]) -> list[Path]:
-    """Return those of the recipe's own files where the run keeps its copy."""
+    """Return the files of the recipe that stand where the run keeps its copy."""
     copies = {(folder.path / "recipe.json").resolve(), folder.resolved.resolve()}
     return [source for source in sources if source.resolve() in copies]
 
 
 def begin_again(folder: RunFolder, resume: Resume) -> list[str]:
-    """Whether the run that is there may begin at step 0, where it has left nothing to go on from, once nobody else writes
-    there; remarks. RecipeError or DataError when it may not."""
+    """Return a remark if the run that is there begins again at step 0, else none.
+
+    It does so if it has left nothing to go on from. Call it once nobody else writes there.
+    RecipeError or DataError if it may not begin again.
+    """
     checkpoints = CheckpointFolder(folder.checkpoints)
     if resume.path is not None or not folder.holds_a_run or checkpoints.steps() or checkpoints.set_aside_ones():
         return []
@@ -63,14 +69,16 @@ def begin_again(folder: RunFolder, resume: Resume) -> list[str]:
 def keep_rules(
     resolved: ResolvedRecipe, folder: RunFolder, resume: Resume, messages: Messages
 ) -> tuple[ResolvedRecipe, list[str]]:
-    """The recipe with the rules of the data by which what it goes on from began, where it leaves them open; remarks.
-    Collective."""
+    """Return the recipe with the data's rules by which an earlier start began, and remarks.
+
+    Only rules that the recipe leaves open are taken over. Collective.
+    """
     begun = messages.broadcast(_rules(folder, resume) if messages.is_first else None)
     return (resolved, []) if begun is None else as_begun(resolved, begun["rules"], begun["where"])
 
 
 def _rules(folder: RunFolder, resume: Resume) -> dict[str, Any] | None:
-    """Those of the checkpoint that is named, else of the run that is there."""
+    """Return the rules of the checkpoint that is named, else those of the run that is there."""
     if resume.how == "never":
         return None
     if resume.path is None and folder.holds_a_run and (rules := rules_of_run(folder.resolved)) is not None:
@@ -85,11 +93,14 @@ def _rules(folder: RunFolder, resume: Resume) -> dict[str, Any] | None:
     try:
         return {"rules": rules_of_checkpoint(Manifest.read(found).recipe), "where": str(found)}
     except DataError:
-        return None  # another one will be found, or it will be said
+        return None  # another one will be found, or the fault will be reported
 
 
 def find(folder: RunFolder, resume: Resume, messages: Messages) -> tuple[Found | None, list[str]]:
-    """The whole checkpoint to go on from, and remarks. DataError, on all ranks, when there is none left. Collective."""
+    """Return the whole checkpoint to go on from, and remarks.
+
+    DataError, on all ranks, if there is none left. Collective.
+    """
     checkpoints = CheckpointFolder(folder.checkpoints)
     if resume.how == "never":
         return None, []
@@ -100,13 +111,16 @@ def find(folder: RunFolder, resume: Resume, messages: Messages) -> tuple[Found |
 
 
 def agree(found: Found, facts: Mapping[str, Any], resume: Resume) -> None:
-    """RecipeError when this run must not go on from that checkpoint."""
+    """Raise RecipeError if this run must not go on from that checkpoint."""
     if lines := refusals(str(found.path), found.manifest.step, found.manifest.facts, facts, resume.allowed):
         raise RecipeError(lines)
 
 
 def leave_behind(found: Found, folder: RunFolder) -> list[str]:
-    """Going on from an older checkpoint of this run: the newer ones leave the choice, on the first rank; remarks."""
+    """Set aside checkpoints of this run newer than the one it goes on from; return remarks.
+
+    On the first rank only.
+    """
     checkpoints = CheckpointFolder(folder.checkpoints)
     newer = [path for step, path in checkpoints.steps() if step > found.manifest.step]
     return [
@@ -117,8 +131,10 @@ def leave_behind(found: Found, folder: RunFolder) -> list[str]:
 
 
 def make_room(folder: RunFolder, keep: int) -> list[str]:
-    """A start that was killed after its last save may not have come to remove what that one replaced; on the first rank, once
-    the newest checkpoint is known to be whole; remarks."""
+    """Remove older checkpoints that a start was killed before removing; return remarks.
+
+    On the first rank, once the newest checkpoint is known to be whole.
+    """
     try:
         return [
             f"{path.name} was to be removed before the run was ended"
@@ -137,7 +153,10 @@ def _require_own(folder: RunFolder, checkpoint: Path) -> None:
 
 
 def _require_restartable(folder: RunFolder) -> None:
-    """A run without a checkpoint begins again at step 0 if it was ended before its first, or while that was written."""
+    """Raise an error if a run without a checkpoint cannot simply begin again at step 0.
+
+    It can if it was ended before its first checkpoint, or while that was written.
+    """
     every = _saved_every(folder)
     last_step = max((int(record["step"] or 0) for record in read_metrics(folder.metrics)), default=0)
     choose = f"choose another run.name (--set run.name=NAME), or --resume never, which moves {folder.path} aside"
@@ -145,7 +164,8 @@ def _require_restartable(folder: RunFolder) -> None:
         return
     if not every:
         raise RecipeError(f"run folder {folder.path} already holds a run, which kept no checkpoints: {choose}")
-    if last_step > 2 * every:  # until its second save begins, after that step is logged, the first may have been under way
+    # The first save may be under way until the second begins, which is after its step is logged.
+    if last_step > 2 * every:
         raise DataError(
             f"{folder.checkpoints}: no checkpoint is there, though the run reached step {last_step} and saves every {every}: "
             f"bring the folder back (is its disk mounted?), or {choose}"
@@ -153,7 +173,7 @@ def _require_restartable(folder: RunFolder) -> None:
 
 
 def _saved_every(folder: RunFolder) -> int:
-    """checkpoint.every of the run that is there; 0 where that is not known."""
+    """Return checkpoint.every of the run that is there; 0 if that is not known."""
     try:
         return int(read_resolved(folder.resolved)["values"]["checkpoint.every"]["value"])
     except (RecipeError, DataError, KeyError):
