@@ -1,7 +1,4 @@
-"""The process groups of a rank, made once from a layout and passed down as arguments.
-
-There is no module-level state.
-"""
+"""The process groups of a rank, made from a layout and passed on as arguments; none is global."""
 
 from __future__ import annotations
 
@@ -20,9 +17,8 @@ class Group:
     """The ranks that a layer communicates with, and this rank's place among them.
 
     Every parallel layer takes one explicitly. A group of one rank never communicates, so a layer
-    built on `Group.alone()` is the plain layer and needs no process group. Oracles and one-process
-    runs work that way. A larger group without a handle is a place among ranks that are not running;
-    it is enough to know what a rank would hold.
+    built on `Group.alone()` is the plain layer and needs no process group, as in oracles and
+    one-process runs. A larger group without a handle is a place among ranks that are not running.
     """
 
     rank: int
@@ -46,8 +42,7 @@ class Group:
     def divide(self, parts: int) -> Group:
         """Return this rank's part of the group cut into `parts` runs of neighbours.
 
-        Collective over the group: every rank of it must call with the same number. ValueError if
-        the group does not divide.
+        Every rank of the group calls with the same number. ValueError if it does not divide.
         """
         if self.size % parts:
             raise ValueError(f"{self.size} ranks do not divide into {parts} parts")
@@ -88,10 +83,7 @@ class Mesh:
 
     @classmethod
     def build(cls, layout: Layout, timeout: timedelta | None = None) -> Mesh:
-        """Make every group, in the same order on all ranks.
-
-        `timeout`: the longest that a collective may take.
-        """
+        """Make every group, in the same order on all ranks; `timeout` is that of a collective."""
         if layout.world_size != dist.get_world_size():
             raise ValueError(f"layout {layout} has {layout.world_size} ranks, the world has {dist.get_world_size()}")
         rank = dist.get_rank()
@@ -109,10 +101,7 @@ def _join(layout: Layout, rank: int, timeout: timedelta | None, *axes: str) -> G
 
 
 def _member(groups: Sequence[tuple[int, ...]], rank: int, timeout: timedelta | None, name: str) -> Group | None:
-    """Make all groups, and return the one that this rank is in.
-
-    `name` is what torch's flight recorder calls them.
-    """
+    """Make all groups, and return this rank's; torch's flight recorder calls them `name`."""
     mine = None
     for ranks in groups:
         handle = dist.new_group(list(ranks), timeout=timeout, group_desc=name)

@@ -1,8 +1,8 @@
 """The recipe, section by section: every key with its type, range, unit, default and meaning.
 
-This is the only list of keys. `recipe/` reads files into it, `triaxis schema` prints it, ds_configs/KEYS.md is written from
-it, and the rest of the package receives these objects already validated. It imports no torch: a recipe is checked on a
-login node in a fraction of a second.
+This is the only list of keys. `recipe/` reads files into it, `triaxis schema` prints it,
+ds_configs/KEYS.md is written from it, and the rest of the package receives these objects already
+validated. It imports no torch: a recipe is checked on a login node in a fraction of a second.
 
 Defaults are the simplest case, not somebody's recipe. A key that nothing reads does not exist.
 """
@@ -16,44 +16,57 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainer.tasks import LEARN_FROM_TEXTS, TASKS, TaskName, with_field
 from trainer.update_rules import RuleName, rules_that_read
 
-LARGEST = 2**53  # of numbers that are only compared with: other readers of JSON round a whole number beyond it
+# The largest of numbers that are only compared with. Other readers of JSON round a whole number
+# beyond it.
+LARGEST = 2**53
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
 Count = Annotated[int, Field(ge=0, le=LARGEST, strict=True)]
-Degree = Annotated[int, Field(ge=1, le=2**20, strict=True)]  # more ranks than any machine has; layouts are searched up to it
-NumStages = Annotated[int, Field(ge=1, le=2**12, strict=True)]  # as many as the largest network has layers
-# A socket waits for at most 2³¹ ms, and what waits for a hang sums several of these.
+# more ranks than any machine has; layouts are searched up to it
+Degree = Annotated[int, Field(ge=1, le=2**20, strict=True)]
+# as many as the largest network has layers
+NumStages = Annotated[int, Field(ge=1, le=2**12, strict=True)]
+# A socket waits for at most 2³¹ ms, and the watch for hangs adds several of these.
 Seconds = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
-STDLIB = "stdlib"  # the source that every machine has: the standard library's own
+STDLIB = "stdlib"  # the source that every machine has: the code of the standard library
 
 
 def only(key: str, *values: Any, least: int | None = None, idle: Any = None, instead: str = "") -> dict[str, Any]:
-    """Return what a field says of when it is used: with another key at one of these values, or at `least` so much; with
-    neither, at any value but null. Written anywhere else the field is refused, but for null and its `idle` value, which ask
-    for nothing. `instead`: what the message says beside "remove it".
+    """Return a field's statement of when it is used, for its JSON Schema.
 
-    It stands in the JSON Schema: {"only": {"data.task": ["mlm"]}, "idle": false, "instead": "…"}.
+    It is used with `key` at one of `values`, or at `least` or more; if neither is given, at any
+    value but null. With other values of `key` a recipe may not write the field, unless as null or
+    as its `idle` value, which ask for nothing. `instead` is what the message says beside "remove
+    it".
+
+    The statement looks like {"only": {"data.task": ["mlm"]}, "idle": false, "instead": "…"}.
     """
     said = {"only": {key: {"minimum": least} if least is not None else list(values)}}
     return said | ({} if idle is None else {"idle": idle}) | ({"instead": instead} if instead else {})
 
 
 class Finding(NamedTuple):
-    """One thing wrong with a recipe: the dotted keys that it is about, the one to point at first, and the line to show."""
+    """A line about something wrong in a recipe, and the dotted keys that it is about.
+
+    The first of the keys is the one to point at.
+    """
 
     keys: tuple[str, ...]
     message: str
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys refused, wrong types refused (no "8" for 8), values frozen."""
+    """Base of every section, with frozen values.
+
+    It refuses unknown keys, and values of another type ("8" is not 8).
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), serialize_by_alias=True)
 
 
 class Run(Section):
-    """Who this run is and where it writes."""
+    """The name of a run, where it writes, and its seed."""
 
     name: str = Field(
         "run",
@@ -94,7 +107,7 @@ class Model(Section):
 
 
 class Fields(Section):
-    """What a source calls the fields of a row; absent: as here."""
+    """The names that a source gives the fields of a row; absent: as here."""
 
     messages: str | None = Field(
         None,
@@ -177,7 +190,7 @@ class Fields(Section):
 
 
 class Source(Section):
-    """One source of documents."""
+    """A source of documents."""
 
     path: str = Field(
         min_length=1,
@@ -224,12 +237,12 @@ class Source(Section):
 
     @property
     def text_field(self) -> str:
-        """What rows of texts call the text."""
+        """The name that rows of texts give the text."""
         return self.field or "text"
 
     @property
     def names(self) -> dict[str, str]:
-        """Our name of a field → the name in this source, of those that are said."""
+        """The source's names of fields by ours, for those that it names itself."""
         return self.fields.model_dump(exclude_none=True) if self.fields else {}
 
 
@@ -317,12 +330,12 @@ class Data(Section):
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of a sequence with all its parts: sources and targets lie in one."""
+        """The tokens of a sequence with all its parts, because sources and targets lie in one."""
         return TASKS[self.task].row_parts * self.seq_len
 
 
 class Parallel(Section):
-    """Degrees of the axes; the data-parallel degree is world size / (tensor * pipeline * context)."""
+    """Degrees of the axes; data parallelism takes world size / (tensor · pipeline · context)."""
 
     tensor: Degree = Field(1, description="Ranks that share each layer's weights.")
     pipeline: Degree = Field(1, description="Ranks that the layers are divided over, each with virtual_stages stages.")
@@ -362,7 +375,7 @@ class Parallel(Section):
 
     @property
     def divides_tokens(self) -> bool:
-        """Whether sequence parallelism is on."""
+        """Return whether sequence parallelism is on."""
         return self.tensor > 1 if self.sequence_parallel is None else self.sequence_parallel
 
 
@@ -396,7 +409,7 @@ class Precision(Section):
     )
 
 
-MOST_BUFFERS = 2**10  # of a swap pool, which takes the memory of all of them at once
+MOST_BUFFERS = 2**10  # in a swap pool, which takes the memory of all of them at once
 
 
 class OffloadOptimizer(Section):
@@ -411,7 +424,9 @@ class OffloadOptimizer(Section):
     )
     buffer_count: int = Field(
         4,
-        ge=4,  # Adam's three states and the gradient of a tile: with fewer DeepSpeed stops at its first update
+        # Adam's three states and the gradient of a tile: with fewer, DeepSpeed stops at its first
+        # update.
+        ge=4,
         le=MOST_BUFFERS,
         description="Buffers in the swap pool, each of a tile's elements; at least the states per parameter (Adam: 4).",
     )
@@ -506,7 +521,7 @@ class CommsLogger(Section):
 
 
 class DeepSpeedPolicy(Section):
-    """Other DeepSpeed policy, by DeepSpeed's own key names; what another section owns is refused here."""
+    """The rest of DeepSpeed's policy, by its own key names; keys of other sections are refused."""
 
     aio: Aio = Field(default_factory=Aio, description="Asynchronous I/O for NVMe offload.")
     comms_logger: CommsLogger = Field(default_factory=CommsLogger, description="Log of collectives.")
@@ -571,9 +586,9 @@ class Schedule(Section):
 
 
 class Train(Section):
-    """How long, and what happens on the way."""
+    """The length of a run, and what happens on the way."""
 
-    # With batch.global_sequences at most 2⁶² sequences, which are numbered in 64 bits.
+    # With the largest batch.global_sequences that is 2⁶² sequences, which are numbered in 64 bits.
     steps: int = Field(100, ge=1, le=2**32, description="Optimizer steps of the whole run [steps].")
     clip_norm: float = Field(1.0, ge=0.0, allow_inf_nan=False, description="Largest L2 norm of the gradient; 0 = no clipping.")
     log_every: PositiveInt = Field(1, description="Steps between records in metrics.jsonl [steps].")
@@ -621,7 +636,7 @@ Target = Literal["attention", "mlp", "q", "k", "v", "o", "gate", "up", "down"]
 
 
 class RankBudget(Section):
-    """How AdaLoRA shares out ranks: from tuning.rank for each module down to target_rank on average, by importance."""
+    """AdaLoRA's allocation of ranks by importance, from tuning.rank to a mean of target_rank."""
 
     target_rank: PositiveInt = Field(4, description="Ranks that a module keeps on average; below tuning.rank.")
     warmup_steps: Count = Field(0, description="Steps in which every module keeps tuning.rank [steps].")
@@ -642,7 +657,7 @@ class RankBudget(Section):
 
 
 class Tuning(Section):
-    """Parameter-efficient tuning: the model's own weights stay as they are, a few others are trained beside them."""
+    """Parameter-efficient tuning: a few weights are trained beside the model's own, frozen ones."""
 
     method: Literal["lora", "dora", "adalora", "ia3", "adapter", "bitfit"] | None = Field(
         None,
@@ -712,7 +727,7 @@ class Tuning(Section):
 
 
 class Preference(Section):
-    """How data.task preference learns from a chosen and a rejected answer."""
+    """The way in which data.task preference learns from a chosen and a rejected answer."""
 
     loss: Literal["dpo", "ipo", "orpo"] = Field(
         "dpo",
@@ -736,12 +751,12 @@ class Preference(Section):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss compares with the model before training."""
+        """Return whether the loss compares with the model before training."""
         return self.loss != "orpo"
 
 
 class Checkpoint(Section):
-    """What is kept of a run so that it can go on."""
+    """The checkpoints of a run, from which it can go on."""
 
     every: Count = Field(
         500, description="Steps between checkpoints; the last step is saved too; 0 = none, the run cannot be resumed [steps]."
@@ -757,7 +772,7 @@ class Checkpoint(Section):
 
 
 class Guard(Section):
-    """What ends a run that cannot go on."""
+    """Checks that end a run that cannot go on."""
 
     timeout_s: Seconds = Field(
         600,
@@ -823,7 +838,7 @@ class Tracking(Section):
 
 
 class Recipe(Section):
-    """One training run."""
+    """A training run."""
 
     description: str = Field("", description="What this recipe is for, on what hardware, and how to start it.")
     run: Run = Field(default_factory=Run, description=Run.__doc__)
@@ -849,5 +864,5 @@ class Recipe(Section):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the run learns by comparison with the model before training."""
+        """Return whether the run learns by comparison with the model before training."""
         return TASKS[self.data.task].compares and self.preference.needs_reference

@@ -1,7 +1,8 @@
-"""A checkpoint or a Hugging Face folder, opened in any layout for what needs no optimizer: evaluation, the harness.
+"""A checkpoint or a Hugging Face folder, opened in any layout for uses without an optimizer.
 
-The recipe is the one that a checkpoint was saved with, but for how the work is divided: that follows `--set` alone, and the
-ranks that are left divide the data. Weights are read box by box, so each rank holds its own part of them, and nothing else.
+Such uses are evaluation and the harness. The recipe is the one that a checkpoint was saved with,
+except for how the work is divided: that follows `--set` alone, and the ranks that are left divide
+the data. Weights are read box by box, so each rank holds its own part of them, and nothing else.
 """
 
 from __future__ import annotations
@@ -46,16 +47,21 @@ from trainer.recipe.earlier import recipe_of
 from trainer.schema import Guard, Recipe
 from trainer.tuning.adapt import quantizing
 
-# Of a saved recipe, what says what the model is and what is asked of it. How it was divided, offloaded and optimized is gone.
+# The sections of a saved recipe that say what the model is and what is asked of it. Its division,
+# offload and optimizer are dropped.
 KEPT = ("run", "model", "data", "precision", "tuning", "preference")
 KEPT_OF_TRAINING = ("eval_sequences", "beams", "length_penalty")
-SEQ_LEN = 512  # of a Hugging Face folder with as many positions, which says nothing of how long its texts are
+# for a Hugging Face folder with as many positions: it does not say how long its texts are
+SEQ_LEN = 512
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a command line names. `config`: the folder with config.json and the tokenizer; `manifest` None: the weights are in
-    that folder too."""
+    """The weights that a command line names.
+
+    `config` is the folder with config.json and the tokenizer. `manifest` is None if the weights are
+    in that folder too.
+    """
 
     folder: Path
     config: Path
@@ -63,7 +69,10 @@ class Weights:
 
     @classmethod
     def named(cls, name: str) -> Weights:
-        """RecipeError where nothing is there, DataError where the checkpoint is damaged."""
+        """Return the weights that `name` names.
+
+        RecipeError if nothing is there, DataError if the checkpoint is damaged.
+        """
         path = Path(name)
         if (path / CONFIG).is_file():
             return cls(path, path, None)
@@ -75,7 +84,10 @@ class Weights:
         return self.manifest.step if self.manifest else None
 
     def given(self, *, files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A recipe of this model; `files`: what it is evaluated on, in place of what it was trained on."""
+        """Return a recipe of this model.
+
+        `files`: the data that it is evaluated on, in place of what it was trained on.
+        """
         saved = recipe_of(self.folder, self.manifest.recipe).model_dump() if self.manifest else {}
         kept = {section: dict(saved.get(section, {})) for section in KEPT}
         model, data = kept["model"], kept["data"]
@@ -95,20 +107,24 @@ class Weights:
         if files:
             known = {**(data.get("sources") or [{}])[0], **(data.get("eval_sources") or [{}])[0]}
             data["eval_sources"] = [{**_named(known, file), **file} for file in files]
-            data["sources"] = [{"path": str(self.config)}]  # a recipe has some; these are never read
+            # A recipe has some; these are never read.
+            data["sources"] = [{"path": str(self.config)}]
         batch = {"micro_sequences": saved.get("batch", {}).get("micro_sequences", 1)}
         asked = {key: value for key, value in saved.get("train", {}).items() if key in KEPT_OF_TRAINING}
         return {**kept, "batch": batch, "train": {**asked, "recompute": "none"}}
 
 
 def _named(source: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
-    """How the run's source calls what its rows have, for another file of such rows; lines have no names."""
+    """Return the run's names for what its rows have, for another file of such rows.
+
+    Lines have no names.
+    """
     keys = () if "target_path" in file else ("field", "fields", "columns", "shape", "split")
     return {key: source[key] for key in keys if source.get(key) is not None}
 
 
 def _classes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Those that a Hugging Face folder's model sorts texts into, if it does."""
+    """Return the classes into which a Hugging Face folder's model sorts texts, if it does."""
     family = FAMILIES.get(str(config.get("model_type")))
     sorts = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
     return classes_of(family, config) if family and sorts else ()
@@ -116,7 +132,7 @@ def _classes(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class OpenModel:
-    """On every rank of the mesh."""
+    """A model ready to be evaluated, on every rank of the mesh."""
 
     weights: Weights
     recipe: Recipe
@@ -130,7 +146,7 @@ class OpenModel:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What was asked and how, as JSON values."""
+        """The request and how it was carried out, as JSON values."""
         return {
             "weights": str(self.weights.folder),
             "step": self.weights.step,
@@ -141,8 +157,10 @@ class OpenModel:
 
 @contextmanager
 def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[str, Any]] = ()) -> Iterator[OpenModel]:
-    """On every rank that the launcher started. `settings`: those of --set. RecipeError or DataError, on the first rank that
-    sees what is wrong."""
+    """Yield the model that is named, on every rank that the launcher started.
+
+    `settings`: those of --set. RecipeError or DataError, on the first rank that sees what is wrong.
+    """
     place = Place.from_environment(os.environ)
     timeout = timedelta(seconds=Guard().long_timeout_s)
     with ExitStack() as stack:
@@ -188,7 +206,10 @@ def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[st
 
 
 def _rounding(fill: Callable[[nn.Module], None], dtype: torch.dtype) -> Callable[[nn.Module], None]:
-    """A `fill` after which a block is in the compute format, to which the layers would round it at every use."""
+    """Return a `fill` after which a block is in the compute format.
+
+    The layers would round it to that format at every use.
+    """
 
     def fill_and_round(block: nn.Module) -> None:
         fill(block)
@@ -200,7 +221,7 @@ def _rounding(fill: Callable[[nn.Module], None], dtype: torch.dtype) -> Callable
 
 
 def _in_layout(resolved: ResolvedRecipe, place: Place) -> ResolvedRecipe:
-    """With a batch that the ranks can divide: nothing of it is ever trained."""
+    """Return the recipe with a batch that the ranks can divide: nothing of it is ever trained."""
     recipe = resolved.recipe
     dp = layout_of(recipe.parallel, place.world_size, place.how).dp
     sequences = recipe.batch.micro_sequences * dp * recipe.parallel.pipeline * recipe.parallel.virtual_stages

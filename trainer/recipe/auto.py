@@ -1,6 +1,8 @@
-"""Family "auto": what a recipe may ask of a model that transformers builds, as far as it shows without transformers.
+"""Checks of recipes of family "auto", whose model transformers builds, without importing
+transformers.
 
-What only transformers knows (whether it has the model type, the keys of its config class) is said when training starts.
+Some things only transformers knows: whether it has the model type, and the keys of its config
+class. They are checked when training starts.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from trainer.schema import Finding, Recipe
 
 AXES = ("tensor", "pipeline", "context")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# Rates of dropout, by the words in Hugging Face's names: of all keys only these change neither shapes nor what the loaded
-# weights compute.
+# Words in Hugging Face's names of rates of dropout. Of all keys, only these rates change neither
+# shapes nor what the loaded weights compute.
 DROPOUT = ("dropout", "pdrop")
 
 
 def auto_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Keys that go with no family but "auto", or do not go with it."""
+    """Yield a finding for each key that cannot be used together with family "auto"."""
     model = recipe.model
     if model.family != AUTO:
         return
@@ -47,7 +49,7 @@ def auto_findings(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _trust_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Code that may change under the run, or comes from nowhere, is not run."""
+    """Yield a finding if remote code is trusted that may change under the run, or has no source."""
     name, revision = recipe.model.from_pretrained, recipe.model.revision
     if name is None:
         yield Finding((TRUST,), f"{TRUST} needs model.from_pretrained, whose code is meant: give one of them up")
@@ -60,7 +62,10 @@ def _trust_findings(recipe: Recipe) -> Iterator[Finding]:
 
 
 def read_auto(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
-    """The network in Hugging Face's names, None while it is still on the hub, and what is wrong with it."""
+    """Return the network in Hugging Face's names, and what is wrong with it.
+
+    The network is None if it is still on the hub, or if there are findings.
+    """
     model = recipe.model
     if model.from_pretrained is None:
         findings = list(_from_scratch_findings(model.config))

@@ -1,4 +1,4 @@
-"""All counts of a step and the one normalisation constant."""
+"""The counts of a step, and its one normalisation constant."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from trainer.schema import Parallel, Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """How one step's sequences are cut: global_sequences = micro_sequences · dp · num_micro_batches.
+    """The cut of a step's sequences: global_sequences = micro_sequences · dp · num_micro_batches.
 
-    Sequences are counted over all ranks unless the name says otherwise; `dp` is the data-parallel degree.
+    Sequences are counted over all ranks unless the name says otherwise; `dp` is the data-parallel
+    degree.
     """
 
     global_sequences: int
@@ -25,7 +26,10 @@ class BatchPlan:
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, world_size: int, how: str) -> BatchPlan:
-        """RecipeError with the whole equation when it does not hold. `how` says where the world size is known from."""
+        """Return the plan of a recipe; RecipeError with the whole equation if it does not hold.
+
+        `how` says where the world size is known from.
+        """
         dp = layout_of(recipe.parallel, world_size, how).dp
         batch = recipe.batch
         per_round = batch.micro_sequences * dp
@@ -41,25 +45,25 @@ class BatchPlan:
 
     @property
     def sequences_per_rank(self) -> int:
-        """Of one step, on one data-parallel rank."""
+        """The sequences of one step on one data-parallel rank."""
         return self.micro_sequences * self.num_micro_batches
 
     @property
     def tokens_per_step(self) -> int:
-        """Over all ranks."""
+        """The tokens of one step over all ranks."""
         return self.global_sequences * self.row_tokens
 
     def loss_factor(self, num_targets: int, *, averaged_over: int) -> float:
-        """What each micro-batch's loss_sum is multiplied by before backward.
+        """Return the number by which each micro-batch's loss_sum is multiplied before backward.
 
-        The step's loss is Σ token losses over all ranks and micro-batches / number of targets in the
-        step. Gradients of the micro-batches on a rank are summed, but DeepSpeed averages them over
-        the ranks that reduce gradients together, `averaged_over` of them, so the factor is
-        averaged_over / num_targets. It is the same for every micro-batch: a mean of micro-batch means
-        would weigh tokens by how many targets their neighbours have.
+        The step's loss is Σ token losses over all ranks and micro-batches / number of targets in
+        the step. Gradients of the micro-batches on a rank are summed, but DeepSpeed averages them
+        over the ranks that reduce gradients together, `averaged_over` of them, so the factor is
+        averaged_over / num_targets. It is the same for every micro-batch: a mean of micro-batch
+        means would weigh tokens by how many targets their neighbours have.
 
-        `num_targets`: targets of the whole step, over all ranks; a micro-batch may have none, the
-        step may not (ValueError).
+        `num_targets`: targets of the whole step, over all ranks. A micro-batch may have none, but a
+        step must have some (else ValueError).
         """
         if num_targets < 1:
             raise ValueError(f"a step needs at least one target, not {num_targets}")
@@ -67,7 +71,10 @@ class BatchPlan:
 
 
 def layout_of(parallel: Parallel, world_size: int, how: str) -> Layout:
-    """Return the layout of that many ranks, known from `how`. RecipeError with the factors if they do not divide."""
+    """Return the layout of that many ranks, known from `how`.
+
+    RecipeError with the factors if they do not divide.
+    """
     try:
         return Layout.from_world_size(world_size, pp=parallel.pipeline, cp=parallel.context, tp=parallel.tensor)
     except ValueError:
@@ -99,12 +106,12 @@ def _equation(recipe: Recipe, dp: int, world_size: int, how: str) -> str:
 
 
 def divisors(number: int) -> set[int]:
-    """All of them, found in its square root's time; none of 0."""
+    """Return all divisors of a number, none of 0, in the time of its square root."""
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
     return {*small, *(number // n for n in small)}
 
 
 def _neighbours(value: int, step: int) -> str:
-    """The multiples of `step` on both sides of `value`."""
+    """Return the multiples of `step` on both sides of `value`."""
     below = value // step * step
     return f"{below} or {below + step}" if below else str(step)

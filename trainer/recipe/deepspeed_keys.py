@@ -1,5 +1,7 @@
-"""Keys that DeepSpeed knows and a recipe may not hold, by the section where somebody would write them, each with its reason:
-which section owns it, or why it is not supported. DeepSpeed 0.19 ignores most keys that it does not know.
+"""Keys that DeepSpeed knows and a recipe may not hold, by the section where one would write them.
+
+Each has its reason: the section that owns it, or why it is not supported. DeepSpeed 0.19 ignores
+most keys that it does not know.
 """
 
 from __future__ import annotations
@@ -141,6 +143,9 @@ REFUSED: Mapping[str, Mapping[str, str]] = MappingProxyType(
 
 
 def refusal(section: str, key: str) -> str | None:
-    """Why a key of DeepSpeed may not stand in this section of a recipe; None when DeepSpeed does not know it either."""
+    """Return why a key of DeepSpeed may not stand in this section of a recipe.
+
+    None if DeepSpeed does not know the key either.
+    """
     here = REFUSED.get(section, {})
     return here.get(key) or REFUSED["deepspeed"].get(key) or REFUSED["zero"].get(key)

@@ -26,7 +26,10 @@ from trainer.tuning.targets import quantization_findings, target_findings
 
 
 def read_network(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
-    """The network in Hugging Face's names, as far as it is known without the hub, and what is wrong with it."""
+    """Return the network in Hugging Face's names, and what is wrong with it.
+
+    The network is None while it is still on the hub, or if it cannot be read.
+    """
     model = recipe.model
     if model.family == AUTO:
         return read_auto(recipe)
@@ -73,8 +76,12 @@ def _from_config(recipe: Recipe) -> tuple[dict[str, Any] | None, list[Finding]]:
 def network_from(
     family: str, hf_config: Mapping[str, Any], vocab_size: int | None, *, num_new: int = 0, fixed: bool = False
 ) -> tuple[TransformerConfig | None, list[Finding]]:
-    """The network with the tokenizer's number of symbols where the config gives none. `fixed`: the config is that of a folder's
-    weights, which grow by no more than the `num_new` new tokens at the tokenizer's end."""
+    """Return the network, and what is wrong with the config.
+
+    If the config gives no number of symbols, the tokenizer's `vocab_size` is taken. `fixed`: the
+    config is that of a folder's weights, which grow by no more than the `num_new` new tokens at the
+    end of the tokenizer.
+    """
     if vocab_size is not None:
         hf_config = {"vocab_size": vocab_size, **hf_config}
         hf_config = grown(hf_config, vocab_size, num_new) if fixed else hf_config
@@ -86,12 +93,13 @@ def network_from(
     return config, findings
 
 
-# Stand for the classes of a recipe that names none, until its data is read: a head is small, however many there are.
+# Classes that stand in for those of a recipe that names none, until its data is read. A head is
+# small, however many classes there are.
 TWO_CLASSES = ("0", "1")
 
 
 def with_head(recipe: Recipe, network: TransformerConfig, classes: Sequence[str] = ()) -> TransformerConfig:
-    """The network with the head of the recipe's task."""
+    """Return the network with the head of the recipe's task."""
     found = (*classes,) or (*recipe.data.classes,) or TWO_CLASSES
     return replace(network, classes=found if TASKS[recipe.data.task].learns_classes else ())
 
@@ -101,7 +109,7 @@ def _config_keys(finding: Finding) -> tuple[str, ...]:
 
 
 def fit_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:
-    """Where the rest of the recipe asks for more than this network has."""
+    """Yield a finding for each thing that the rest of the recipe needs and this network lacks."""
     yield from _task_findings(recipe, network)
     yield from growth_findings(recipe, network)
     yield from _position_findings(recipe, network)
@@ -155,7 +163,7 @@ def _override_findings(config: Mapping[str, Any], overridable: Collection[str]) 
 
 
 def _pretrained_config(name: str, findings: list[Finding]) -> tuple[dict[str, Any] | None, str | None]:
-    """config.json of a folder and its family; (None, None) for a hub name."""
+    """Return config.json of a folder and its family; (None, None) for a hub name."""
     if not exists(name):
         return None, None
     folder = Path(name)

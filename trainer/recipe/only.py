@@ -1,4 +1,4 @@
-"""Keys that are used only with another one at certain values, as the schema says of each; see `schema.only`."""
+"""Keys that are used only with certain values of another key; see `schema.only`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from trainer.schema import Finding, Recipe, Section
 
 
 def only_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
-    """Yield a finding for each written key that nothing would read; `given`: the dotted keys that were written."""
+    """Yield a finding for each written key that nothing would read.
+
+    `given` holds the dotted keys that were written.
+    """
     keys = {re.sub(r"\[\d+\]$", "", key) for key in given}  # a list of values is one
     around = {key[: match.start()] for key in keys for match in re.finditer(r"[.\[]", key)}
     for key in sorted(keys - around):
@@ -29,25 +32,29 @@ def _asks_for_nothing(value: Any, said: Mapping[str, Any]) -> bool:
 
 
 def keys_only_with(section: type[Section], other: str) -> set[str]:
-    """Return the keys of a section that are used only with some values of the other one."""
+    """Return the keys of a section that are used only with some values of the key `other`."""
     extras = ((name, field.json_schema_extra) for name, field in section.model_fields.items())
     return {name for name, extra in extras if isinstance(extra, dict) and other in _conditions(extra)}
 
 
 def _conditions(extra: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the dotted keys on which a field hangs, each with its legal values."""
+    """Return the dotted keys on which a field depends, each with its legal values."""
     conditions: Mapping[str, Any] = extra.get("only", {})
     return conditions
 
 
 def _said_on_the_way(recipe: Recipe, key: str) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Yield what the schema says of the key and of the sections around it, outermost first, each with its value."""
+    """Yield what the schema says of the key and of the sections around it, outermost first.
+
+    Each comes as a pair, with its value first.
+    """
     node: Any = recipe
     for part in re.findall(r"[^.\[\]]+", key):
         if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
             node = node[int(part)]
             continue
-        if not isinstance(node, Section):  # Hugging Face's own keys, or in the place of a fault that is spoken of elsewhere
+        # Hugging Face's own keys, or the place of a fault that is reported elsewhere
+        if not isinstance(node, Section):
             return
         name = next((n for n, field in type(node).model_fields.items() if part in (n, field.alias)), None)
         if name is None:

@@ -1,4 +1,4 @@
-"""From a file to a `ResolvedRecipe`, or to one line for each thing that is wrong with it."""
+"""The way from a file to a `ResolvedRecipe`, or to one line for each thing wrong with it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ MAX_LINES = 100  # of problems shown
 
 @dataclass(frozen=True)
 class ResolvedRecipe:
-    """A recipe that passed the door.
+    """A recipe that has passed every check.
 
-    `origins`: dotted key of every value → "default", "file NAME", "--set" or "derived". `given`: what was written, after
-    `extends` and `--set`. `sources`: the files read, the one named by the user last. `hf_config`: the network in Hugging
-    Face's names, None while it is still on the hub.
+    * `origins`: dotted key of every value → "default", "file NAME", "--set" or "derived".
+    * `given`: what was written, after `extends` and `--set`.
+    * `sources`: the files read, the one named by the user last.
+    * `hf_config`: the network in Hugging Face's names, None while it is still on the hub.
     """
 
     recipe: Recipe
@@ -47,10 +48,15 @@ class ResolvedRecipe:
         pretrained: Mapping[str, Any] | None = None,
         classes: Sequence[str] = (),
     ) -> TransformerConfig:
-        """What to build. `vocab_size`: symbols of the tokenizer, taken when the config names none; `new_tokens`: the numbers of
-        those of data.new_tokens, None where it was not opened; `pretrained`: the config.json that came from the hub; `classes`:
-        those of a classifier, as they are found in the data. RecipeError when it does not translate or the tokenizer does not
-        fit."""
+        """Return the network to build; RecipeError if it does not translate or the tokenizer does
+        not fit.
+
+        * `vocab_size`: symbols of the tokenizer, used if the config gives no number.
+        * `new_tokens`: the numbers of those of data.new_tokens; None if the tokenizer was not
+          opened.
+        * `pretrained`: the config.json that came from the hub.
+        * `classes`: those of a classifier, as they are found in the data.
+        """
         hf_config = {**pretrained, **self.recipe.model.config} if pretrained is not None else self.hf_config
         if hf_config is None:
             raise RecipeError("model.from_pretrained is a hub name: its config.json must be fetched first")
@@ -70,8 +76,11 @@ class ResolvedRecipe:
         return config
 
     def as_resolved_json(self, deepspeed_config: dict[str, Any] | None = None) -> dict[str, Any]:
-        """For resolved.json and the screen: every value with its origin, and, once the world size is known, DeepSpeed's dict;
-        no secrets."""
+        """Return the content of resolved.json, which is also shown on screen.
+
+        It has every value with its origin, and DeepSpeed's dict once the world size is known,
+        without secrets.
+        """
         values = {
             dotted(path): {"value": value, "origin": self.origins[dotted(path)]}
             for path, value in leaves(self.recipe.model_dump())
@@ -81,12 +90,15 @@ class ResolvedRecipe:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
-    """Read, merge and validate. RecipeError holds one line for each thing that is wrong, in the order of the file."""
+    """Read, merge and validate a recipe.
+
+    RecipeError holds one line for each thing that is wrong, in the order of the file.
+    """
     return _admitted(read_chain(Path(path), []), overrides)
 
 
 def load_given(given: Mapping[str, Any], where: Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
-    """As `load`, of a value that is in no file; `where` stands for it in messages."""
+    """Load a value that is in no file; `where` stands for the file in messages."""
     return _admitted(Layer(dict(given), {}, [where]), overrides)
 
 

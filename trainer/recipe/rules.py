@@ -1,4 +1,4 @@
-"""Keys together: combinations that cannot work, and keys that nothing would read."""
+"""Rules about keys together: combinations that cannot work, and keys that nothing would read."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from trainer.recipe.zero import zero_findings
 from trainer.schema import Finding, Recipe
 from trainer.tasks import TASKS
 
-# Axes that are in the recipe's format but not yet in the engine.
+# axes that are in the recipe's format but not yet in the engine
 SINGLE_DEGREE = ("parallel.context",)
 
 
 def section_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
-    """Combinations that cannot work, and keys that nothing would read; `given` holds the dotted keys that were written."""
+    """Yield a finding for each combination that cannot work, and for each key that nothing would
+    read.
+
+    `given` holds the dotted keys that were written.
+    """
     yield from only_findings(recipe, given)
     yield from zero_findings(recipe)
     yield from auto_findings(recipe)

@@ -1,4 +1,4 @@
-"""What a recipe may ask of its task: sources with its rows, and keys of which the task takes one value."""
+"""Rules of a recipe's task: sources that hold its rows, and keys of which it takes one value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ KEY = "data.task"
 
 
 def task_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
-    """Yield what the task does not go with; `given`: the dotted keys that were written."""
+    """Yield a finding for each key that does not go with the task.
+
+    `given` holds the dotted keys that were written.
+    """
     task = TASKS[recipe.data.task]
     yield from _legal_findings(recipe, task)
     yield from _source_findings(recipe, task, given)
@@ -58,7 +61,7 @@ def _legal_findings(recipe: Recipe, task: Task) -> Iterator[Finding]:
 
 
 def _source_findings(recipe: Recipe, task: Task, given: Collection[str]) -> Iterator[Finding]:
-    # Sources that were written wrong are spoken of elsewhere.
+    # Sources that were written wrong are reported elsewhere.
     written = any(key.startswith("data.sources") for key in given)
     if task.rows and not written and any(source.path == STDLIB for source in recipe.data.sources):
         yield Finding(

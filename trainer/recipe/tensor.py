@@ -1,4 +1,4 @@
-"""Whether a network divides over the tensor ranks that a recipe asks for."""
+"""Rules of tensor parallelism: the sizes that a recipe's tensor ranks must divide."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.schema import Finding, Recipe
 
 
 def tensor_findings(recipe: Recipe, config: TransformerConfig) -> Iterator[Finding]:
-    """What does not divide, with the degrees that do."""
+    """Yield a finding for each set of sizes that the tensor ranks do not divide."""
     degree = recipe.parallel.tensor
     if wrong := _undivided(config, degree):
         hf_names = {rule.fields[0]: name for name, rule in FAMILIES[config.family].keys.items()}
@@ -31,7 +31,10 @@ def tensor_findings(recipe: Recipe, config: TransformerConfig) -> Iterator[Findi
 
 
 def _undivided(config: TransformerConfig, degree: int) -> list[str]:
-    """Sizes that tensor ranks divide and that this many cannot. Key/value heads may also be fewer: ranks then share one."""
+    """Return the sizes that tensor ranks divide and that this many cannot.
+
+    There may be fewer key/value heads than ranks: ranks then share one.
+    """
     wrong = [field for field in ("num_heads", "ffn_size") if getattr(config, field) % degree]
     kv_heads = config.num_kv_heads
     if kv_heads != config.num_heads and kv_heads % degree and degree % kv_heads:

@@ -1,4 +1,4 @@
-"""What a recipe may ask of parameter-efficient tuning."""
+"""Rules of parameter-efficient tuning in a recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ METHOD = "tuning.method"
 
 
 def tuning_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Yield what tuning does not go with."""
+    """Yield a finding for each key that does not go with tuning."""
     if recipe.tuning.method is None:
         return
     yield from method_of(recipe.tuning).findings(recipe)

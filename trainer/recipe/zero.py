@@ -1,4 +1,4 @@
-"""Combinations of ZeRO, offload and optimizer that cannot work, with the legal neighbours."""
+"""Rules of ZeRO, offload and optimizer: combinations that cannot work, with legal neighbours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from trainer.schema import Finding, Recipe
 from trainer.update_rules import RULES, RuleName, UpdateRule, rule_of
 
-SWAPPED = 4  # tensors of a weight that DeepSpeed swaps together: itself, its gradient, Adam's two states
+# tensors of a weight that DeepSpeed swaps together: itself, its gradient, Adam's two states
+SWAPPED = 4
 
 
 def zero_findings(recipe: Recipe) -> Iterator[Finding]:

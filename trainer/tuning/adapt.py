@@ -56,14 +56,16 @@ def quantizing(fill: Callable[[nn.Module], None], tuning: Tuning) -> Callable[[n
 
 
 def quantized_weights(module: nn.Module) -> list[QuantizedWeight]:
-    """Return all of them, in the order of the model."""
+    """Return all quantized weights, in the order of the model."""
     layers = (layer for layer in module.modules() if isinstance(layer, ColumnParallelLinear | RowParallelLinear))
     return [weight for layer in layers for weight in layer.quantized.values()]
 
 
 def _train_token_rows(block: nn.Module, tokens: Sequence[int]) -> None:
-    """Train the rows of new tokens: of the embedding, and of a head that has a matrix of its
-    own, or another copy of the embedding's."""
+    """Train the rows of new tokens in the embedding and in the head.
+
+    The head has a matrix of its own, or another copy of the embedding's.
+    """
     for matrix in block.modules():
         if isinstance(matrix, VocabParallelHead) and (owner := matrix.tied_to[0]) is not None:
             matrix.share_rows(owner)

@@ -1,4 +1,4 @@
-"""What was trained beside a model, as a folder of its own: one file of weights and one that says how they are meant."""
+"""A folder of what was trained beside a model: one file of weights, and one that describes them."""
 
 from __future__ import annotations
 
@@ -26,16 +26,22 @@ from trainer.tuning.targets import TOKEN_ROWS, is_added, token_rows
 
 
 def leaves_adapter(recipe: Recipe) -> bool:
-    """Return whether a run's export is an adapter: without a pretrained folder nobody else has the
-    weights that it belongs to."""
+    """Return whether a run's export is an adapter.
+
+    Without a pretrained folder it is not, because nobody else has the weights that it belongs to.
+    """
     has_parts = bool(method_of(recipe.tuning).parts)
     return has_parts and not recipe.tuning.merge and recipe.model.from_pretrained is not None
 
 
 @dataclass(frozen=True)
 class AdapterFormat:
-    """`prefix`: what stands before our logical names in the file of weights. `saved_whole`: of embedding and head with rows of
-    new tokens, where the format has no such rows, our names → those under which the file has all of it."""
+    """The format of an adapter's two files.
+
+    `prefix` stands before our logical names in the file of weights. `saved_whole` is for a format
+    without rows of new tokens: it maps our names of embedding and head, if they have such rows, to
+    the names under which the file has all of the matrix.
+    """
 
     config_file: str
     weights_file: str
@@ -47,7 +53,7 @@ class AdapterFormat:
 
     @classmethod
     def of(cls, recipe: Recipe, network: Network) -> AdapterFormat:
-        """Return peft's, of all methods that it has."""
+        """Return peft's format for every method that peft has, else that of bottleneck adapters."""
         assert isinstance(network, TransformerConfig), "family auto has no tuning"
         tuning = recipe.tuning
         if builder_of(tuning).in_peft is not None:
@@ -57,13 +63,16 @@ class AdapterFormat:
         return cls(bottleneck_format.CONFIG, bottleneck_format.WEIGHTS, "", config, tuning, network, {})
 
     def wanted(self, name: str) -> bool:
-        """Whether the file has something of this logical tensor."""
+        """Return whether the file holds anything of this logical tensor."""
         return is_added(name) or name in self.saved_whole
 
     def write(self, tensors: Iterable[NamedTensor], folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Write both files, of those tensors that were trained beside the model, and return what was
-        written. NotFinite or DataError, when all have come, for one that holds NaN or infinity, or
-        would in `dtype`."""
+        """Write both files from the tensors that were trained beside the model, and return what was
+        written.
+
+        NotFinite or DataError, once all tensors have come, for one that holds NaN or infinity, or
+        would in `dtype`.
+        """
         rounding = Rounding(dtype)
         found = {name: rounding(name, tensor).contiguous() for name, tensor in self._contents(tensors)}
         rounding.require_survivors()
@@ -77,7 +86,7 @@ class AdapterFormat:
         return written
 
     def _contents(self, tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
-        """What the file has, by its names there."""
+        """Yield the file's tensors with their names there."""
         rows: dict[str, Tensor] = {}
         whole: dict[str, Tensor] = {}
         for name, tensor in tensors:
@@ -103,7 +112,10 @@ def write_adapter(
     form: AdapterFormat,
     save_beside: Callable[[Path], None],
 ) -> None:
-    """Write what was trained, whole or not at all; `folder` None on ranks that only take part in the gathering."""
+    """Write what was trained, whole or not at all.
+
+    `folder` is None on ranks that only take part in the gathering.
+    """
     if folder is None:
         for _ in tensors:
             pass

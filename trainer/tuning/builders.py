@@ -1,7 +1,7 @@
-"""The methods of tuning, a row each, as far as they need torch: what is put beside a linear layer,
-how a weight takes it up, what peft is told, and what is done between steps.
+"""The methods of tuning, a row each, as far as they need torch.
 
-Shape letters: I input features, O output features, R rank.
+A row tells what is put beside a linear layer, how a weight takes it up, what peft is told, and what
+is done between steps. Shape letters: I input features, O output features, R rank.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ class StepHook(Protocol):
         """Prepare a step whose loss is multiplied with `scale`."""
 
     def end(self, step: int, *, scale: float, grad_norm: float, skipped: bool) -> Mapping[str, Tensor]:
-        """Return, after a step (from 0) and by name of a logical tensor, which of its elements stay
-        (bool): the others are set to 0. {}: all stay as they are."""
+        """Return, after a step (from 0), which elements of logical tensors stay, as bools by name.
+
+        The others are set to 0. {}: all stay as they are.
+        """
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,11 @@ class InPeft:
 
 @dataclass(frozen=True, kw_only=True)
 class Builder:
-    """A method's layers. `column`, `row`: how those kinds are tuned; None: never. `in_peft`:
-    None where peft does not have it. `step_hook`: makes the hook that the engine calls at each
-    step."""
+    """The layers of a method.
+
+    `column`, `row`: how layers of that kind are tuned; None: never. `in_peft`: None if peft does
+    not have the method. `step_hook`: makes the hook that the engine calls at each step.
+    """
 
     column: LayerBuilder | None = None
     row: LayerBuilder | None = None
@@ -92,8 +96,10 @@ class Builder:
 
 
 def lora_scale(tuning: Tuning) -> float:
-    """Return alpha / r (Hu et al. 2021, arXiv:2106.09685, §4.1), or alpha / √r, with which the
-    learning rate need not change with the rank (Kalajdzievski 2023, arXiv:2312.03732)."""
+    """Return alpha / r (Hu et al. 2021, arXiv:2106.09685, §4.1), or alpha / √r.
+
+    With √r the learning rate need not change with the rank (Kalajdzievski 2023, arXiv:2312.03732).
+    """
     return tuning.alpha / (math.sqrt(tuning.rank) if tuning.rank_stabilized else tuning.rank)
 
 

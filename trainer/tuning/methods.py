@@ -53,7 +53,7 @@ class Method:
 
 
 def budget_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Yield what AdaLoRA cannot do: there must be ranks to share out, and steps to do it in."""
+    """Yield a finding if AdaLoRA has no ranks to share out, or no steps to do it in."""
     rank, budget, steps = recipe.tuning.rank, recipe.tuning.budget, recipe.train.steps
     if budget.target_rank >= rank:
         yield Finding(

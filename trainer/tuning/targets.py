@@ -29,8 +29,10 @@ def roles_of(tuning: Tuning) -> set[str]:
 
 
 def modules_by_role(config: TransformerConfig, layer: int) -> dict[str, str]:
-    """Return the Hugging Face module of each linear projection of a layer; several have the same
-    where the family fuses them."""
+    """Return the Hugging Face module of each linear projection of a layer, by role.
+
+    Several roles have the same module if the family fuses them.
+    """
     names = names_of(config)
     inputs = names.mlp_inputs(config, layer)
     return {
@@ -54,8 +56,11 @@ def targeted_modules(tuning: Tuning, config: TransformerConfig) -> list[str]:
 
 
 def target_modules(tuning: Tuning, config: TransformerConfig, *, among: Collection[str] | None = None) -> list[str]:
-    """Return endings of modules' names, as short as they say which is meant: "q_proj", but
-    "attn.c_proj" where the MLP has one too. `among`: only of these modules of the first layer."""
+    """Return endings of modules' names, as short as they are unambiguous: "q_proj", but
+    "attn.c_proj" where the MLP has one too.
+
+    `among`: only of these modules of the first layer.
+    """
     adapted = set(targeted_modules(tuning, config))
     layer = dict.fromkeys(modules_by_role(config, 0).values())
     chosen = adapted if among is None else adapted.intersection(among)
@@ -76,13 +81,12 @@ def parts_of(tuning: Tuning, module: str) -> list[str]:
 
 
 def is_added(name: str) -> bool:
-    """Return whether a logical tensor is none of the model's own."""
+    """Return whether a logical tensor is not one of the model's own."""
     return name.endswith((TOKEN_ROWS, *(part for method in METHODS.values() for part in method.parts)))
 
 
 def token_rows(tuning: Tuning, config: TransformerConfig) -> dict[str, str]:
-    """Return the name of the rows of new tokens for each matrix over the vocabulary beside which
-    they are trained."""
+    """Return the name of the rows of new tokens beside each matrix over the vocabulary."""
     if tuning.method is None or not config.new_tokens:
         return {}
     names = names_of(config)
@@ -96,8 +100,7 @@ def rows_name(weight: str) -> str:
 
 
 def target_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Finding]:
-    """Yield the words for what the method or the family does not have, or has only together with
-    others."""
+    """Yield a finding for each word that the method or the family cannot adapt by itself."""
     method = method_of(tuning)
     if method.trains_biases:
         yield from _bias_findings(tuning, config)
@@ -107,7 +110,7 @@ def target_findings(tuning: Tuning, config: TransformerConfig) -> Iterator[Findi
 
 
 def quantization_findings(recipe: Recipe, config: TransformerConfig) -> Iterator[Finding]:
-    """Yield where a block of neighbouring inputs would be cut, by a row's end or between ranks."""
+    """Yield a finding if a row's end or a border between ranks cuts a block of inputs."""
     if recipe.tuning.quantize is None:
         return
     degree = recipe.parallel.tensor
