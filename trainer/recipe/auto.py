@@ -19,8 +19,9 @@ from trainer.model.families import FAMILIES
 from trainer.recipe.names import exists, tokenizer_vocab_size
 from trainer.redaction import printable, shown
 from trainer.schema import Finding, Recipe
+from trainer.tasks import TASKS
 
-AXES = ("tensor", "pipeline", "context")
+AXES = ("tensor", "pipeline")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Words in Hugging Face's names of rates of dropout. Of all keys, only these rates change neither
 # shapes nor what the loaded weights compute.
@@ -43,6 +44,25 @@ def auto_findings(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(
             ("train.recompute", "model.family"),
             'train.recompute = "selective" needs our own attention, which family "auto" has not; legal: "none", "full"',
+        )
+    if recipe.train.label_smoothing:
+        yield Finding(
+            ("train.label_smoothing", "model.family"),
+            'train.label_smoothing is used by the families that are our own, not by model.family "auto": remove it',
+        )
+    if recipe.tuning.method is not None:
+        yield Finding(
+            ("tuning.method", "model.family"),
+            f'tuning.method = "{recipe.tuning.method}" adapts our own layers, which family "auto" does not have: remove '
+            "it, or take one of the families that are built here",
+        )
+    task = TASKS[recipe.data.task]
+    if not task.auto_class:
+        legal = ", ".join(f.name for f in FAMILIES.values() if task.suits(causal=f.causal, translates=f.translates))
+        yield Finding(
+            ("model.family", "data.task"),
+            f'data.task "{recipe.data.task}" needs {task.built_here}, which family "auto" does not have: name a family that '
+            f"is built here, one of {legal}",
         )
     if model.trust_remote_code:
         yield from _trust_findings(recipe)

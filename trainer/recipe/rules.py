@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from trainer.learning_rate import schedule_findings
-from trainer.model.auto_rules import AUTO
 from trainer.model.new_tokens import new_token_findings
 from trainer.recipe.auto import auto_findings
 from trainer.recipe.numbers import number_findings
@@ -43,7 +42,7 @@ def section_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding
 def _parallel_findings(recipe: Recipe) -> Iterator[Finding]:
     for key in SINGLE_DEGREE:
         degree = getattr(recipe.parallel, key.rpartition(".")[2])
-        if degree > 1 and recipe.model.family != AUTO:
+        if degree > 1:
             yield Finding((key,), f"{key} = {degree}: this version has tensor, pipeline and data parallelism; legal: 1")
 
 
@@ -64,11 +63,6 @@ def _evaluation_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Fin
             ("train.eval_every", "data.eval_fraction", "data.eval_sources"),
             f"train.eval_every = {recipe.train.eval_every} needs held-out documents: set data.eval_fraction above 0, or "
             "data.eval_sources; or train.eval_every 0",
-        )
-    if recipe.train.label_smoothing and recipe.model.family == AUTO:
-        yield Finding(
-            ("train.label_smoothing", "model.family"),
-            f'train.label_smoothing is used by the families that are our own, not by model.family "{AUTO}": remove it',
         )
     if recipe.train.eval_translations and not data.eval_sources and TASKS[data.task].translates:
         yield Finding(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 
-from trainer.model.auto_rules import AUTO
-from trainer.model.families import FAMILIES
 from trainer.recipe.names import tokenizer_is_ours
 from trainer.schema import STDLIB, Finding, Recipe, Source
 from trainer.tasks import TASKS, Task
@@ -28,13 +26,6 @@ def task_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
         yield Finding(
             ("data.seq_len", KEY),
             f"data.seq_len = {recipe.data.seq_len} has no room for {why}: legal with {_said(recipe)}: {least} or more",
-        )
-    if recipe.model.family == AUTO and not task.auto_class:
-        legal = ", ".join(f.name for f in FAMILIES.values() if task.suits(causal=f.causal, translates=f.translates))
-        yield Finding(
-            ("model.family", KEY),
-            f'{_said(recipe)} needs {task.built_here}, which family "auto" does not have: name a family that is built here, '
-            f"one of {legal}",
         )
     if recipe.data.bos and tokenizer_is_ours(recipe.data.tokenizer):
         yield Finding(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trainer.model.auto_rules import AUTO
 from trainer.schema import Finding, Recipe
 from trainer.tuning.methods import method_of
 
@@ -16,12 +15,6 @@ def tuning_findings(recipe: Recipe) -> Iterator[Finding]:
     if recipe.tuning.method is None:
         return
     yield from method_of(recipe.tuning).findings(recipe)
-    if recipe.model.family == AUTO:
-        yield Finding(
-            (METHOD, "model.family"),
-            f'{METHOD} = "{recipe.tuning.method}" adapts our own layers, which family "auto" does not have: remove '
-            "it, or take one of the families that are built here",
-        )
     if recipe.zero.offload_param.device == "nvme":
         yield Finding(
             ("zero.offload_param.device", METHOD),
