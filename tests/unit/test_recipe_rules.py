@@ -248,7 +248,7 @@ RULES: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
     *((f"family auto is not divided: {axis}",
        {"model": BLOOM, "parallel": {axis: 2}}, f'parallel.{axis} = 2: a model of family "auto"',
        [{"model": BLOOM, "parallel": {axis: 1}}, {"model": GPT2, "parallel": {"tensor": 2}}])
-      for axis in ("tensor", "pipeline", "context")),
+      for axis in ("tensor", "pipeline")),
     ("selective recompute is our attention's",
      {"model": BLOOM, "train": {"recompute": "selective"}}, 'legal: "none", "full"',
      [{"model": BLOOM, "train": {"recompute": "full"}}]),
