@@ -34,7 +34,6 @@ NOT_YET: tuple[str, ...] = (
     "trainer/recipe/tuning.py",
     "trainer/recipe/zero.py",
     "trainer/schema.py",
-    "trainer/tuning/",
 )
 
 

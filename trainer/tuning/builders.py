@@ -1,5 +1,5 @@
-"""The methods of tuning, a row each, as far as they need torch: what is put beside a linear layer,
-how a weight takes it up, what peft is told, and what is done between steps.
+"""The methods of tuning, a row each, as far as they need torch: the parameters beside a linear
+layer, the way they are merged, their keys in peft's format, and the work between steps.
 
 Shape letters: I input features, O output features, R rank.
 """
@@ -40,17 +40,17 @@ class StepHook(Protocol):
         """Prepare a step whose loss is multiplied with `scale`."""
 
     def end(self, step: int, *, scale: float, grad_norm: float, skipped: bool) -> Mapping[str, Tensor]:
-        """Return, after a step (from 0) and by name of a logical tensor, which of its elements stay
-        (bool): the others are set to 0. {}: all stay as they are."""
+        """Return, after a step (from 0), a bool tensor for each logical tensor whose elements
+        change: those that are False are set to 0. {}: none changes."""
 
 
 @dataclass(frozen=True)
 class LayerBuilder:
     """A way to tune one kind of linear layer.
 
-    `beside`: makes what is put beside a layer, for those of its outputs that belong to the given
-    modules. `merged`: the weight [O, I] with what the parts of its module have learned; None: no
-    weight can take it up. `merged_bias`: the same of the bias [O]; None: it stays as it is.
+    `beside`: makes the parameters beside a layer, for those of its outputs that belong to the given
+    modules. `merged`: returns the weight [O, I] with the parts of its module merged; None: they
+    cannot be merged. `merged_bias`: the same for the bias [O]; None: it does not change.
     """
 
     beside: Callable[[Any, Collection[str], Tuning], Beside]
@@ -78,9 +78,9 @@ class InPeft:
 
 @dataclass(frozen=True, kw_only=True)
 class Builder:
-    """A method's layers. `column`, `row`: how those kinds are tuned; None: never. `in_peft`:
-    None where peft does not have it. `step_hook`: makes the hook that the engine calls at each
-    step."""
+    """A method's layers. `column`, `row`: the way of tuning these kinds; None: they are not tuned.
+    `in_peft`: None where peft does not have the method. `step_hook`: makes the hook that the
+    engine calls at each step."""
 
     column: LayerBuilder | None = None
     row: LayerBuilder | None = None
@@ -98,7 +98,7 @@ def lora_scale(tuning: Tuning) -> float:
 
 
 def adalora_scale(tuning: Tuning) -> float:
-    """Return alpha / r of the rank that it starts with, with peft's 1e-5 beside it."""
+    """Return alpha / r for the rank at the start, plus 1e-5 in the divisor as in peft."""
     return tuning.alpha / (tuning.rank + 1e-5)
 
 

@@ -44,7 +44,7 @@ def _in_peft(tuning: Tuning) -> InPeft:
 
 
 def _token_keys(tuning: Tuning, network: TransformerConfig) -> dict[str, Any]:
-    """Return how peft is told of the rows of new tokens."""
+    """Return peft's keys for the rows of new tokens."""
     modules = [weight.removesuffix(".weight") for weight in token_rows(tuning, network)]
     if whole := saved_whole(tuning, network):
         stored = [name.rpartition(".")[0] for names in whole.values() for name in names]
@@ -53,9 +53,11 @@ def _token_keys(tuning: Tuning, network: TransformerConfig) -> dict[str, Any]:
 
 
 def saved_whole(tuning: Tuning, network: TransformerConfig) -> dict[str, list[str]]:
-    """Return, where peft 0.21 has no rows of single tokens, our names of embedding and head,
-    which it has whole, and those of its modules. Not every method has such rows, and beside
-    those of a head peft forgets its bias."""
+    """Return our names of the embedding and the head → their names in peft, which saves them whole
+    where it cannot save the rows of single tokens.
+
+    peft 0.21 has such rows for some methods only, and loses the bias of a head that has them.
+    """
     if not token_rows(tuning, network):
         return {}
     names = names_of(network)
