@@ -1,1 +1,2 @@
-"""The network: families as tables, one transformer built from `parallel/` layers, Hugging Face in and out."""
+"""The network: families as tables, one transformer built from `parallel/` layers, and Hugging Face
+folders read and written."""

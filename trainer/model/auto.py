@@ -1,11 +1,13 @@
-"""Family "auto": a model as transformers itself builds it, its config and its first weights.
+"""Family "auto": a model that transformers builds, with its config and its first weights.
 
-First weights, and the most of them that a rank holds at a time, in fp32 besides what ZeRO leaves it:
+The first weights come from one of three sources. Each needs this much fp32 on a rank at a time,
+besides the share that ZeRO leaves it:
 
-* a folder whose tensors bear the model's own names (nearly all do): one layer, read box by box;
-* a folder whose tensors transformers must convert (such as a Mixtral's experts, one by one): the whole model, in host memory;
-* from scratch: the whole model, in host memory. It is drawn as transformers draws it, from one stream of the run's seed, so
-  it depends on neither layout nor device.
+* a folder whose tensors have the model's own names (nearly all do): one layer, read box by box;
+* a folder whose tensors transformers must convert (such as Mixtral's experts, one by one): the
+  whole model, in host memory;
+* from scratch: the whole model, in host memory. transformers draws it from one stream of the run's
+  seed, so it depends on neither layout nor device.
 """
 
 from __future__ import annotations
@@ -41,9 +43,10 @@ Fill = Callable[[nn.Module], None]
 
 
 def open_auto(recipe: Recipe, tokenizer: Tokenizer) -> tuple[AutoNetwork, Fill]:
-    """The recipe's model, and what gives its blocks their first weights.
+    """Return the recipe's model, and a function that gives its blocks their first weights.
 
-    RecipeError or DataError, in one line each, for what transformers does not have, does not know or cannot load.
+    RecipeError or DataError, in one line each, for a model that transformers does not have, does
+    not know or cannot load.
     """
     model, folder = recipe.model, None
     if model.from_pretrained is not None:
@@ -72,39 +75,44 @@ def open_auto(recipe: Recipe, tokenizer: Tokenizer) -> tuple[AutoNetwork, Fill]:
 
 
 class _Maker:
-    """Has transformers make the config and the model: the one place where code that came with a folder may run."""
+    """The config and the model as transformers makes them. Only here may code that came with a
+    folder run."""
 
     def __init__(self, recipe: Recipe, folder: Path | None) -> None:
         self.recipe = recipe
         self.folder = folder
         self.auto_class = TASKS[recipe.data.task].auto_class
-        self.grown: tuple[int, int] | None = None  # rows of the folder's embedding, and of the model's
+        # rows of the folder's embedding, and of the model's
+        self.grown: tuple[int, int] | None = None
 
     def config(self, tokenizer: Tokenizer) -> Any:
         from transformers import AutoConfig
 
-        given = copy.deepcopy(self.recipe.model.config)  # transformers writes into what it is given
+        # a copy, because transformers writes into it
+        given = copy.deepcopy(self.recipe.model.config)
         with self._transformers():
             if self.folder is not None:
                 trusted = self.recipe.model.trust_remote_code
                 config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trusted)
                 _override(config, given)
             else:
-                # Without a padding token: torch would keep its embedding from learning, and in our data it is a token like
-                # any other.
+                # Without a padding token: torch would not train its embedding, and in our data it
+                # is a token like any other.
                 end = tokenizer.end_of_document
                 begin = end if tokenizer.bos is None else tokenizer.bos
                 special = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": None}
                 keys = {"vocab_size": tokenizer.vocab_size, **special, **given}
                 config = AutoConfig.for_model(**keys)
                 _refuse_unknown(config, given)
-        # The next token must be hidden from the tokens before it; BERT and its kin do so only as decoders.
+        # The next token must be hidden from the tokens before it; BERT and similar models hide it
+        # only as decoders.
         if getattr(config, "is_decoder", None) is False:
             config.is_decoder = True
         return config
 
     def grow(self, config: Any, tokenizer: Tokenizer) -> None:
-        """Let a folder's embedding and head have rows for new tokens. RecipeError for symbols that the recipe does not name."""
+        """Give a folder's embedding and head rows for new tokens. RecipeError for symbols that the
+        recipe does not name."""
         text = _text_config(config)
         rows = getattr(text, "vocab_size", None)
         if self.folder is None or not isinstance(rows, int) or tokenizer.vocab_size <= rows:
@@ -114,12 +122,13 @@ class _Maker:
         text.vocab_size = tokenizer.vocab_size
 
     def on_meta(self, config: Any) -> Any:
-        """The model without storage for its parameters; its buffers (rotary frequencies, slopes) hold their values."""
+        """Return the model without storage for its parameters. Its buffers (rotary frequencies,
+        slopes) have their values."""
         with _parameters_on_meta():
             return self._model(config)
 
     def first_weights(self, config: Any, skeleton: Any, contents: Contents) -> tuple[Callable[[], Any], Fill]:
-        """What makes the model, and what fills its blocks."""
+        """Return a function that makes the model, and one that fills its blocks."""
         if self.folder is None:
             return partial(self._drawn, config), _filled_already
         weights = PretrainedWeights(self.folder, grown=self.grown)
@@ -153,7 +162,7 @@ class _Maker:
     def _converted(self, config: Any) -> Any:
         import transformers
 
-        transformers.utils.logging.disable_progress_bar()  # every rank would draw one
+        transformers.utils.logging.disable_progress_bar()  # every rank would show one
         config = copy.deepcopy(config)
         if self.grown is not None:
             _text_config(config).vocab_size = self.grown[0]
@@ -179,8 +188,11 @@ class _Maker:
 
     @contextmanager
     def _transformers(self) -> Iterator[None]:
-        """What transformers says of a config or a model that it cannot make, as one line; one rank at a time where it
-        copies a folder's code into its cache, from which the other ranks of this node import it."""
+        """Turn errors of transformers into a RecipeError of one line.
+
+        Where a folder's code is trusted, one rank at a time may enter: transformers copies the code
+        into its cache, from which the other ranks of this node import it.
+        """
         subject = self.folder or f"model.config (model_type {self.recipe.model.config.get('model_type')})"
         with ExitStack() as stack:
             if self.recipe.model.trust_remote_code:
@@ -192,7 +204,8 @@ class _Maker:
                 yield
             except UserError:
                 raise
-            except Exception as error:  # config classes, model classes and a folder's own code raise kinds of their own
+            except Exception as error:
+                # config classes, model classes and a folder's own code raise errors of any class
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()]
                 reason = " ".join(lines)[:300] or type(error).__name__
                 raise RecipeError(f"{subject}: transformers cannot make a {self.auto_class} of it: {reason}") from error
@@ -200,7 +213,8 @@ class _Maker:
 
 @torch.no_grad()
 def _grow_by_means(model: Any, rows: int, wanted: int) -> None:
-    """As `PretrainedWeights` has it: transformers would add noise, other on every rank."""
+    """Add rows that are means of the others, as `PretrainedWeights` does: transformers would add
+    noise, different on every rank."""
     model.resize_token_embeddings(wanted, mean_resizing=False)
     for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
         for weight in module.parameters(recurse=False):
@@ -208,19 +222,20 @@ def _grow_by_means(model: Any, rows: int, wanted: int) -> None:
 
 
 def _filled_already(block: nn.Module) -> None:
-    """The `fill` of a model that comes with its first weights."""
+    """Do nothing: the model was built with its first weights."""
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters lose their storage as they are registered, so a model of any size is built in the memory of one of them."""
+    """Remove the storage of parameters as they are registered, so that a model of any size is built
+    in the memory of its largest parameter."""
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta:
             return parameter
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # what it returns is registered
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # its result is registered
     try:
         yield
     finally:
@@ -240,7 +255,11 @@ def _override(config: Any, given: dict[str, Any]) -> None:
 
 
 def _refuse_unknown(config: Any, given: dict[str, Any]) -> None:
-    """transformers keeps a key that its config class does not have, or forgets one of text generation, without a word."""
+    """Raise RecipeError for keys that transformers would store without using, or drop, without a
+    message.
+
+    It stores a key that its config class does not have, and drops one of text generation.
+    """
     from transformers import GenerationConfig
 
     known = {*_known_keys(config), "model_type"}
@@ -259,7 +278,8 @@ def _unknown_key(config: Any, key: str) -> str:
 
 
 def _text_config(config: Any) -> Any:
-    """The part of a config that speaks of tokens: all of it, unless the model also takes images or sound."""
+    """Return the part of a config that describes the model of tokens: all of it, unless the model
+    also takes images or sound."""
     return config.get_text_config(decoder=True)
 
 
@@ -289,8 +309,8 @@ def _model_findings(recipe: Recipe, model: Any, contents: Contents) -> Iterator[
 
 
 def _matmul_weights(model: Any, contents: Contents, text: Any) -> int:
-    """Elements that a token is multiplied with: matrices, of experts only those that it is sent to, and an embedding only
-    where it is also the head."""
+    """Return the number of elements that a token is multiplied with. They are the matrices, with
+    only those experts that a token is sent to, and an embedding only where it is also the head."""
     parameters = dict(model.named_parameters())
     chosen = getattr(text, "num_experts_per_tok", None)
     total = 0
@@ -305,7 +325,7 @@ def _matmul_weights(model: Any, contents: Contents, text: Any) -> int:
 
 
 def _attention_width(text: Any) -> int:
-    """Σ over the layers that attend of heads · head size; 0 where the config does not tell."""
+    """Return Σ over the attention layers of heads · head size; 0 where the config does not say."""
     layers, heads, hidden = (getattr(text, key, None) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
     if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
         return 0

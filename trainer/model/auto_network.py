@@ -1,4 +1,5 @@
-"""What a run knows of a model of family "auto". No torch, so that model FLOPs are arithmetic here too."""
+"""The description of a model of family "auto". No torch, so that model FLOPs are arithmetic here
+too."""
 
 from __future__ import annotations
 
@@ -32,17 +33,18 @@ class AutoNetwork:
     attention_width: int
     largest_weight: int
     code: Path | None
-    causal: bool = True  # which `AutoStage.require_causal` tries
+    causal: bool = True  # checked by `AutoStage.require_causal`
     writes: bool = True
     max_positions: int | None = None  # not known here
 
     def config_json(self, dtype: str) -> dict[str, Any]:
-        """The config.json of an exported folder, of weights in `dtype` ("float32", "bfloat16" or "float16")."""
+        """Return the config.json of an exported folder with weights in `dtype` ("float32",
+        "bfloat16" or "float16")."""
         written: dict[str, Any] = json.loads(self.hf_config.to_json_string(use_diff=False))
-        written.pop("_name_or_path", None)  # where this machine had it
+        written.pop("_name_or_path", None)  # its path on this machine
         return {**written, "architectures": [self.architecture], "dtype": dtype}
 
     def save_code(self, folder: Path) -> None:
-        """Put the model's own Python files, if it has any, beside its weights."""
+        """Copy the model's own Python files, if it has any, into the folder of its weights."""
         for path in self.code.glob("*.py") if self.code else ():
             shutil.copyfile(path, folder / path.name)

@@ -1,8 +1,10 @@
-"""Rotary positions of a model of transformers, document by document, where their frequencies depend on how long a text is.
+"""Rotary positions for each document of a transformers model whose frequencies depend on the length
+of the text.
 
-LongRoPE has one set of frequencies for texts as long as those that the model first saw, and one for longer ones; dynamic NTK
-scaling has others for every length beyond. transformers chooses by the longest row of a call, and dynamic scaling also by
-earlier calls, so a document would be another text beside a longer one. Here each row is rotated as if it were alone.
+LongRoPE has one set of frequencies for texts up to the length of its first training, and one for
+longer ones. Dynamic NTK scaling has other frequencies for every length beyond that. transformers
+chooses them by the longest row of a call, and dynamic scaling also by earlier calls, so a document
+would be rotated differently beside a longer one. Here each row is rotated as if it were alone.
 
 Shape letters: R rows, L longest of them, D rotated features.
 """
@@ -21,7 +23,7 @@ ORIGINAL = "original_max_position_embeddings"
 
 
 class DocumentRotations:
-    """Of all such modules in a model; `of` says how long the rows of a call are."""
+    """The rotations of all such modules in a model. `of` sets the lengths of the rows of a call."""
 
     def __init__(self, model: nn.Module) -> None:
         self._lengths: Sequence[int] = ()
@@ -59,7 +61,7 @@ class DocumentRotations:
 
 
 class _Rotation:
-    """One module, which forgets between two calls what texts it has seen."""
+    """The rotation of one module, without memory of the texts of earlier calls."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -70,7 +72,7 @@ class _Rotation:
         self._by_length = any("dynamic" in kind for kind in _kinds(module))
 
     def kind_of(self, length: int) -> Hashable:
-        """Equal for texts that have the same frequencies."""
+        """Return a key that is equal for texts with the same frequencies."""
         if self._by_length and length > self._limits[0]:
             return length
         return tuple(length > limit for limit in self._limits)
@@ -92,13 +94,14 @@ def _depends_on_length(module: nn.Module) -> bool:
 
 
 def _kinds(module: nn.Module) -> list[str]:
-    """Of one layer or, where they differ, of each kind of them."""
+    """Return the kind of rotation of all layers or, where layers differ, the kinds."""
     kinds = getattr(module, "rope_type", None)
     return [str(kind) for kind in (kinds.values() if isinstance(kinds, Mapping) else [kinds])]
 
 
 def _limits(parameters: Any) -> Iterator[int]:
-    """The lengths up to which the frequencies are those that were first trained, wherever rope_parameters names them."""
+    """Yield the lengths up to which the frequencies are those of the first training, wherever
+    rope_parameters names them."""
     if isinstance(parameters, Mapping):
         if isinstance(limit := parameters.get(ORIGINAL), int | float):
             yield int(limit)

@@ -1,4 +1,5 @@
-"""What may be wrong with the config of a model that transformers builds, as far as it shows without transformers. No torch."""
+"""The checks of a config for a model that transformers builds, as far as they are possible without
+transformers. No torch."""
 
 from __future__ import annotations
 
@@ -12,13 +13,15 @@ from trainer.schema import Finding, Recipe
 
 AUTO = "auto"
 TRUST = "model.trust_remote_code"
-# How configs call what is built one by one: num_hidden_layers, n_layer, num_blocks, depth, num_experts, num_labels.
+# The keys of configs for parts that are built one by one: num_hidden_layers, n_layer, num_blocks,
+# depth, num_experts, num_labels.
 LAYERS = re.compile(r"(layers?|blocks?|depth|experts|labels)$")
-MOST_LAYERS = 4096  # as in the families that are our own
+MOST_LAYERS = 4096  # as in our own families
 
 
 def folder_findings(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """What is wrong with the config.json of model.from_pretrained; asked again for one that came from the hub."""
+    """Yield what is wrong with the config.json of model.from_pretrained. Called again for one that
+    came from the hub."""
     keys, place = ("model.from_pretrained",), f"{recipe.model.from_pretrained}: config.json"
     code = config.get("auto_map")
     if code and not recipe.model.trust_remote_code:
@@ -42,8 +45,10 @@ def folder_findings(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Findi
 
 
 def size_findings(recipe: Recipe, vocab_size: object, max_positions: object, tokenizer_size: int | None) -> Iterator[Finding]:
-    """Where data ask for more than the network has; a size that is not a number here is not known here. The weights of a folder
-    get rows for new tokens."""
+    """Yield where the data ask for more than the network has.
+
+    A size that is not a number is not known here. The weights of a folder get rows for new tokens.
+    """
     keys = ("model.config", "model.from_pretrained")
     fixed = recipe.model.from_pretrained is not None
     missing = tokenizer_size - vocab_size if isinstance(vocab_size, int) and tokenizer_size is not None else 0
@@ -53,7 +58,8 @@ def size_findings(recipe: Recipe, vocab_size: object, max_positions: object, tok
             ("model.config.vocab_size", *keys, "data.tokenizer"),
             f"the model's vocab_size = {vocab_size} is less than the tokenizer's {tokenizer_size} symbols; {remedy}",
         )
-    if isinstance(max_positions, int) and 0 < max_positions < recipe.data.seq_len:  # XLNet: -1, no limit
+    # XLNet: -1, no limit
+    if isinstance(max_positions, int) and 0 < max_positions < recipe.data.seq_len:
         yield Finding(
             ("model.config.max_position_embeddings", "data.seq_len", *keys),
             f"the model's max_position_embeddings = {max_positions} is less than data.seq_len = {recipe.data.seq_len}; "
@@ -62,7 +68,8 @@ def size_findings(recipe: Recipe, vocab_size: object, max_positions: object, tok
 
 
 def layer_findings(config: Mapping[str, Any], below: str = "") -> Iterator[Finding]:
-    """Where a model would be built block by block for days; `below`: of which part of a config, such as "text_config."."""
+    """Yield where a model has so many blocks that building it would take days. `below`: the part of
+    a config, such as "text_config."."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from layer_findings(value, f"{below}{key}.")

@@ -1,11 +1,12 @@
 """A model of transformers with the interface of our own `Stage`.
 
-transformers' layers know nothing of packed documents, of our random streams or of master weights, so all three are settled
-around the model: documents become rows of their own, a micro-batch's dropout gets a seed of its own, and where weights are
-held in fp32 for a half-precision run (ZeRO-0) autocast rounds them on use, which our own layers do themselves.
+transformers' layers do not know packed documents, our random streams or master weights, so all
+three are handled around the model. Documents become separate rows, the dropout of a micro-batch
+gets its own seed, and where a half-precision run has fp32 weights (ZeRO-0), autocast rounds them on
+use, which our own layers do themselves.
 
-Shape letters: B rows of a micro-batch, S sequence, N = B · S tokens, R documents of a micro-batch, L longest of them,
-V vocabulary.
+Shape letters: B rows of a micro-batch, S sequence, N = B · S tokens, R documents of a micro-batch,
+L longest of them, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,15 +37,18 @@ from trainer.model.auto_network import AutoNetwork
 from trainer.model.auto_rotations import DocumentRotations
 from trainer.model.heads import Output, document_scores, token_sums
 
-LAYER = re.compile(r".*?\.\d+\.")  # the part of a parameter's name that names its layer, as in "model.layers.7."
+# the part of a parameter's name that names its layer, as in "model.layers.7."
+LAYER = re.compile(r".*?\.\d+\.")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a model of transformers holds, by the names of `named_parameters` and `named_buffers`.
+    """The tensors of a model of transformers, by the names of `named_parameters` and
+    `named_buffers`.
 
-    `aliases` are further names of parameters (ties), `ties` what a file may call them; `constants` are the buffers that
-    belong to a checkpoint, such as a router's balancing bias: loaded and saved, never trained.
+    `aliases`: further names of parameters (ties). `ties`: the names under which a file may have
+    them again. `constants`: the buffers that belong to a checkpoint, such as a router's balancing
+    bias; they are loaded and saved, never trained.
     """
 
     parameters: dict[str, ShardSpec]
@@ -78,7 +82,8 @@ def contents_of(model: Any) -> Contents:
 
 
 def _role(owner: nn.Module, name: str, parameter: nn.Parameter) -> Role:
-    """By the kind of module and the number of dimensions."""
+    """Return the role of a parameter, by the kind of its module and the number of its
+    dimensions."""
     if isinstance(owner, nn.Embedding):
         return Role.EMBEDDING
     if parameter.dim() > 1:
@@ -87,8 +92,12 @@ def _role(owner: nn.Module, name: str, parameter: nn.Parameter) -> Role:
 
 
 def _stored_names(model: Any, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """What files call each tensor. transformers 5 renames some while it loads (a GPT-NeoX's embed_out is its lm_head) and
-    back while it saves, and so do we; but where it also cuts or joins tensors we keep its own names, which it loads too."""
+    """Return the name of each tensor in files.
+
+    transformers 5 renames some tensors while it loads (GPT-NeoX's embed_out is its lm_head) and
+    back while it saves, and so do we. Where it also cuts or joins tensors we use its own names,
+    which it can load too.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
@@ -100,8 +109,9 @@ def _stored_names(model: Any, tensors: dict[str, Tensor]) -> dict[str, str]:
 class AutoStage(Sharded):
     """The whole model; `forward` is that of `Stage`.
 
-    `fill` gives values to each block's parameters where `network.build` left them without storage; `partition` may divide
-    them over ranks at once (ZeRO-3). A block is a layer, or the parameters of one module outside the layers.
+    `fill` gives values to each block's parameters where `network.build` left them without storage.
+    `partition` may divide them over ranks at once (ZeRO-3). A block is a layer, or the parameters
+    of one module outside the layers.
     """
 
     def __init__(
@@ -137,14 +147,16 @@ class AutoStage(Sharded):
         accepted = inspect.signature(self.model.forward).parameters
         self._takes_mask = "attention_mask" in accepted
         self._rotations = DocumentRotations(self.model)
-        self.calls_apart = False  # documents of each length: see `settle_lengths`
+        # whether documents of each length have a call of their own: see `settle_lengths`
+        self.calls_apart = False
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
 
     def forward(self, tokens_BS: Tensor, *, batch: MicroBatch, output: Output = "loss") -> Tensor:
         """Return `output` of a micro-batch: see `Outputs`.
 
-        Dropout follows the micro-batch, by its first sequence's place in the step: layers of transformers draw for all rows
-        at once, so other than in our own families a mask depends on `batch.micro_sequences`.
+        Dropout is drawn by the number of the micro-batch's first sequence in the step. Layers of
+        transformers draw for all rows at once, so unlike in our own families a mask depends on
+        `batch.micro_sequences`.
         """
         trains = batch.streams is not None
         if self.model.training != trains:
@@ -163,7 +175,8 @@ class AutoStage(Sharded):
                 return document_scores(*self._of_tokens(rows, logits_RLV, batch), batch.documents)
 
     def _of_tokens(self, rows: _Rows, logits_RLV: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each token's loss, whether its label is the likeliest, and whether it is a target, [N] each."""
+        """Return each token's loss, whether its label is the likeliest, and whether it is a target,
+        [N] each."""
         labels_RL = rows.split(batch.targets_BS, IGNORE)
         is_hit_RL, losses_RL = logits_RLV.argmax(-1) == labels_RL, token_losses(logits_RLV, labels_RL)
         is_target_N = (batch.targets_BS != IGNORE).flatten()
@@ -180,7 +193,8 @@ class AutoStage(Sharded):
         return logits_RLV
 
     def _logits_by_length(self, documents: Sequence[Tensor]) -> Tensor:
-        """A call for the documents of each length, so that none stands beside a longer one."""
+        """Return the logits from one call for the documents of each length, so that none is in a
+        call with a longer one."""
         rows_of: dict[int, list[int]] = {}
         for row, document in enumerate(documents):
             rows_of.setdefault(len(document), []).append(row)
@@ -191,8 +205,12 @@ class AutoStage(Sharded):
         return pad_sequence([logits[row] for row in range(len(documents))], batch_first=True)
 
     def settle_lengths(self, device: torch.device, seq_len: int, *, may_call_apart: bool) -> list[str]:
-        """Where a document's logits depend on the longest one of its call, have each length called apart; remarks.
-        `may_call_apart`: ranks may make different numbers of calls; RecipeError where they may not and must."""
+        """Set a call for each length where a document's logits depend on the longest one of its
+        call; return remarks.
+
+        `may_call_apart`: ranks may make different numbers of calls. RecipeError where they may not
+        but must.
+        """
         if not self._mixes_lengths(device, seq_len):
             return []
         depends = f"{self.architecture}: a document's logits depend on the longest document of its call"
@@ -206,8 +224,12 @@ class AutoStage(Sharded):
 
     @torch.no_grad()
     def _mixes_lengths(self, device: torch.device, seq_len: int) -> bool:
-        """A short document alone against itself beside the longest that there may be: up to rounding they agree. Half of the
-        tokens must differ, as a router of experts may take rounding for another choice."""
+        """Return whether a short document has other logits beside the longest possible one than
+        alone.
+
+        Without such a dependence they agree up to rounding. Half of the tokens must differ, because
+        a router may choose another expert after rounding.
+        """
         short = min(8, seq_len // 2)
         if not short:
             return False
@@ -219,7 +241,8 @@ class AutoStage(Sharded):
         return bool(differences_S.median() > max(1e-3, 25 * torch.finfo(self.dtype).eps) * alone_SV.std())
 
     def require_causal(self, device: torch.device) -> None:
-        """Raise RecipeError where predicting the next token would teach nothing. Under ZeRO-3 every rank must ask together."""
+        """Raise RecipeError where predicting the next token would teach nothing. Under ZeRO-3 every
+        rank must call it together."""
         if self.looks_ahead(device):
             raise RecipeError(
                 f"{self.architecture}: its logits at a token depend on the next one, so predicting it would teach nothing; "
@@ -228,10 +251,11 @@ class AutoStage(Sharded):
 
     @torch.no_grad()
     def looks_ahead(self, device: torch.device) -> bool:
-        """Whether a token's logits depend on the token after it, whose prediction would then teach nothing.
+        """Return whether a token's logits depend on the token after it.
 
-        Where they do not, two rows that differ in their last token agree before it up to rounding; where they do, they differ
-        by a share of the logits themselves. Under ZeRO-3 every rank must ask together.
+        If they do not, two rows that differ in their last token agree before it up to rounding. If
+        they do, the rows differ by a fraction of the logits themselves. Under ZeRO-3 every rank
+        must call it together.
         """
         tokens_BS = torch.tensor([[1, 1], [1, 0]], device=device)
         logits_BSV = self._logits_of(tokens_BS, Documents.whole_rows(2, 2))
@@ -255,7 +279,8 @@ class AutoStage(Sharded):
             yield _Block([(parameters[name], self.specs[name]) for name in names])
 
     def _round_constants(self, contents: Contents) -> None:
-        """As transformers loads them: in the format of the weights, but for those that the model wants in fp32."""
+        """Convert the constants as transformers does when it loads them: to the format of the
+        weights, except those that the model needs in fp32."""
         kept = {*(self.model._keep_in_fp32_modules or ()), *(self.model._keep_in_fp32_modules_strict or ())}
         for name in contents.constants:
             if kept.isdisjoint(name.split(".")):
@@ -264,7 +289,7 @@ class AutoStage(Sharded):
 
 
 class _Block(Sharded):
-    """Some parameters of the model, to be filled and divided together."""
+    """Parameters of the model that are filled and divided together."""
 
     def __init__(self, parameters: list[tuple[nn.Parameter, ShardSpec]]) -> None:
         super().__init__()
@@ -274,7 +299,8 @@ class _Block(Sharded):
 
 
 def _place(parameter: nn.Parameter, device: torch.device) -> None:
-    """Storage on the device, in place: other modules may hold the same parameter (ties)."""
+    """Give the parameter storage on the device, in place: other modules may have the same parameter
+    (ties)."""
     if parameter.is_meta:
         real = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
         torch.utils.swap_tensors(parameter, real)
@@ -283,10 +309,11 @@ def _place(parameter: nn.Parameter, device: torch.device) -> None:
 
 
 class _Rows:
-    """Documents of packed rows [B, S] as padded rows [R, L] of their own, and back.
+    """The documents of packed rows [B, S] as separate padded rows [R, L], and back.
 
-    Padding on the right with a mask is what every model of transformers takes, whatever its positions and its attention (or
-    recurrence), so it is exact for all of them. It costs R · L tokens instead of N; rows of one document stay as they are.
+    Every model of transformers accepts padding on the right with a mask, whatever its positions and
+    its attention (or recurrence), so it is exact for all of them. It costs R · L tokens instead of
+    N; rows of one document are not changed.
     """
 
     def __init__(self, documents: Documents, device: torch.device) -> None:
@@ -311,8 +338,12 @@ class _Rows:
 
 @contextmanager
 def _dropout_stream(streams: Streams | None, device: torch.device) -> Iterator[None]:
-    """transformers draws dropout from torch's global generators: inside they start at the micro-batch's place in the run,
-    and afterwards they are where they were. Recomputed layers restore the state that they began with."""
+    """Set torch's global generators, from which transformers draws dropout, to a seed of the
+    micro-batch.
+
+    Afterwards they continue from their earlier state. Recomputed layers restore the state with
+    which they began.
+    """
     if streams is None:
         yield
         return
@@ -322,8 +353,11 @@ def _dropout_stream(streams: Streams | None, device: torch.device) -> Iterator[N
 
 
 def cross_entropy_sum(logits_RLV: Tensor, labels_RL: Tensor) -> Tensor:
-    """Σ over targets of −log softmax(logits)[label], fp32. In fp32 only a chunk of logits is held at a time: backward
-    computes it again, which costs no matrix product."""
+    """Return Σ over targets of −log softmax(logits)[label], fp32.
+
+    Only a chunk of the logits is in fp32 at a time; backward computes it again, which costs no
+    matrix product.
+    """
     logits_NV, labels_N = logits_RLV.flatten(0, 1), labels_RL.flatten()
     step = max(1, CHUNK_BYTES // (4 * logits_NV.shape[1]))
     chunks = zip(logits_NV.split(step), labels_N.split(step), strict=True)
@@ -333,7 +367,7 @@ def cross_entropy_sum(logits_RLV: Tensor, labels_RL: Tensor) -> Tensor:
 
 
 def token_losses(logits_RLV: Tensor, labels_RL: Tensor) -> Tensor:
-    """−log softmax(logits)[label] of each token, fp32 [R, L], 0 where it is no target."""
+    """Return −log softmax(logits)[label] of each token, fp32 [R, L], 0 where it is no target."""
     logits_NV, labels_N = logits_RLV.flatten(0, 1), labels_RL.flatten()
     step = max(1, CHUNK_BYTES // (4 * logits_NV.shape[1]))
     chunks = zip(logits_NV.split(step), labels_N.split(step), strict=True)

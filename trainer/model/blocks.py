@@ -1,4 +1,5 @@
-"""The units that a model is built from and divided into. No torch, so that `check` can say which stage holds what."""
+"""The units that a model is built from and divided into. No torch, so that `check` can show the
+blocks of each stage."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from trainer.model.config import TransformerConfig
 
 @dataclass(frozen=True)
 class Block:
-    """One unit of the model that a stage can hold."""
+    """A unit of the model, which is on one stage."""
 
     kind: Literal["embedding", "layer", "head"]
     layer: int = 0

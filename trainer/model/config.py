@@ -1,4 +1,5 @@
-"""What a network of our own families is, in our own words. No torch, so that `check` can use it."""
+"""The config of a network of our own families, with our names. No torch, so that `check` can use
+it."""
 
 from __future__ import annotations
 
@@ -6,18 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Up to so many classes an evaluation counts all pairs of the true class and the one that was named (8 MB); of more, for each
-# class how often it was right, there and named.
+# Up to this many classes an evaluation counts all pairs of the true class and the predicted one (8
+# MB); for more, it counts for each class the right predictions, the texts and the predictions.
 PAIRED_CLASSES = 1000
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are slowed down so that a model reads longer texts than it was first trained on.
+    """The scaling of rotary frequencies with which a model reads longer texts than in its first
+    training.
 
-    linear: all of them by `factor` (Chen et al. 2023, arXiv:2306.15595). llama3: those that turn less than `low_freq_factor`
-    times in `original_positions` tokens by `factor`, those that turn more than `high_freq_factor` times not at all, the
-    others in between (Grattafiori et al. 2024, arXiv:2407.21783, and Meta's reference code).
+    linear: all are divided by `factor` (Chen et al. 2023, arXiv:2306.15595). llama3: those that
+    turn less than `low_freq_factor` times in `original_positions` tokens are divided by `factor`,
+    those that turn more than `high_freq_factor` times are not changed, and the others are
+    interpolated (Grattafiori et al. 2024, arXiv:2407.21783, and Meta's reference code).
     """
 
     kind: Literal["linear", "llama3"]
@@ -29,7 +32,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """What the network needs to know, in our names; sizes in elements, rates as probabilities.
+    """The config of a network, with our names; sizes in elements, rates as probabilities.
 
     | field | meaning |
     |---|---|
@@ -37,24 +40,24 @@ class TransformerConfig:
     | `norm_offset` | the norms multiply by weight + offset (1 in Gemma, whose weights start and decay at 0) |
     | `norm_position` | pre: x + f(norm(x)); sandwich: x + norm(f(norm(x))); post: norm(x + f(x)), and none before the head |
     | `embedding_norm` | embeddings are normalised before their dropout |
-    | `positions` | relative: attention knows how far apart tokens are: one table for all that read, one for all that write |
-    | `relative_buckets`, `relative_distance` | rows of such a table, and the distance from which on all have the last of them |
+    | `positions` | relative: attention depends on distances; one table for the encoder's layers, one for the decoder's |
+    | `relative_buckets`, `relative_distance` | rows of such a table, and the distance from which on the last row is used |
     | `causal` | a token attends to itself and those before it; else to its whole document |
-    | `encoder_layers` | of the layers, the first so many read a source; the others write its target; 0: there is one text |
-    | `source_vocab_size` | rows of the source's own embedding; None: it has the target's |
-    | `qk_norm` | queries and keys are normalised head by head before they are rotated |
+    | `encoder_layers` | the first so many layers read a source, the others write its target; 0: there is one text |
+    | `source_vocab_size` | rows of the source's own embedding; None: it uses the target's |
+    | `qk_norm` | queries and keys are normalised in each head before they are rotated |
     | `query_scalar` | attention logits are divided by its square root |
-    | `attention_softcap`, `logit_softcap` | logits x become cap · tanh(x / cap); None: they stay |
+    | `attention_softcap`, `logit_softcap` | logits x become cap · tanh(x / cap); None: they are not changed |
     | `scaled_embedding` | embeddings of tokens are multiplied by √hidden_size |
     | `scaled_head` | hidden states are divided by √hidden_size before the logits |
-    | `token_types` | rows of a table that tells the texts of a pair apart; 0: there is none |
-    | `head_transform` | before the logits a linear layer of the hidden size, the activation and a norm |
-    | `head_bias` | one bias for each symbol on the logits |
-    | `final_dropout` | of what the norms make that end the layers that read and those that write |
+    | `token_types` | rows of the table of segments (the two texts of a pair); 0: there is none |
+    | `head_transform` | before the logits: a linear layer of the hidden size, the activation and a norm |
+    | `head_bias` | a bias for each symbol on the logits |
+    | `final_dropout` | dropout after the final norms of encoder and decoder |
     | `fan_in_init` | matrices start with `init_std` / √(their inputs), those of queries with that / √head_dim |
-    | `classes` | names of what a text is sorted into by a head in place of that over the vocabulary; (): there is none |
-    | `new_tokens` | ids, in order, whose rows of embedding and head are trained also where the rest of the network is not |
-    | `classifier_dropout` | in front of that head where it pools; None: as in the residuals |
+    | `classes` | names of the classes, with a head over them in place of that over the vocabulary; (): there is none |
+    | `new_tokens` | ids, in order, whose rows of embedding and head are trained also where other weights are frozen |
+    | `classifier_dropout` | before the head over classes where it pools; None: as in the residuals |
     """
 
     family: str
@@ -110,17 +113,18 @@ class TransformerConfig:
 
     @property
     def ties_head(self) -> bool:
-        """Whether a head over the vocabulary shares the embedding's weight."""
+        """Return whether a head over the vocabulary shares the embedding's weight."""
         return self.tied_head and not self.classes
 
     @property
     def writes(self) -> bool:
-        """Return whether its model gives one token after another."""
+        """Return whether the model generates text, token after token."""
         return not self.classes and (self.causal or self.encoder_layers > 0)
 
     @property
     def largest_weight(self) -> int:
-        """Return the elements of the largest single weight, with queries, keys and values fused, and gate with up."""
+        """Return the elements of the largest single weight, with queries, keys and values fused,
+        and gate with up."""
         D = self.hidden_size
         fused_attention = D * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         fused_mlp = D * self.ffn_size * (2 if self.gated_mlp else 1)

@@ -1,7 +1,8 @@
-"""config.json as others write it. No torch.
+"""The config.json of a Hugging Face folder. No torch.
 
-It is read as transformers reads it: with the numbers that JSON has not (Infinity in a Mamba 2's time_step_limit), however many
-labels it names. Recipes are read strictly instead; see `recipe/json_reader.py`.
+It is read as transformers reads it: with numbers that JSON does not have (Infinity in Mamba 2's
+time_step_limit), and with any number of labels. Recipes are read strictly instead; see
+`recipe/json_reader.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from trainer.files.reading import read_json, told
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """RecipeError where there is none, DataError where it is damaged."""
+    """Return the contents. RecipeError where there is no file, DataError where it is damaged."""
     path = folder / "config.json"
     try:
         return read_json(path)

@@ -1,6 +1,7 @@
 """The embedding of a network, as its config describes it.
 
-Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of them), D model.
+Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of
+them), D model.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ from trainer.model.pieces import Dropout, make_norm
 
 
 class Embedding(nn.Module):
-    """tokens [B, S] → [N, D] in the compute format. Positions begin again with each document; a document is one text, not
-    a pair of them, so every token has type 0."""
+    """The embedding of tokens [B, S] → [N, D] in the compute format.
+
+    Positions begin again with each document. A document is one text, not a pair of texts, so every
+    token has type 0.
+    """
 
     def __init__(self, config: TransformerConfig, tokens: VocabParallelEmbedding, *, site: str, dtype: torch.dtype) -> None:
-        """`site` names the stream of the dropout."""
+        """Build the embedding; `site` names the random stream of its dropout."""
         super().__init__()
         names, tp = names_of(config), tokens.tp
         init = Init(std=config.init_std)
         self.dtype = dtype
-        # Rounded to the compute format, as the Gemma models were trained: 55.5 instead of √3072 = 55.43 in bf16.
+        # Rounded to the compute format, as the Gemma models were trained: 55.5 instead of √3072 =
+        # 55.43 in bf16.
         self.scale = torch.tensor(math.sqrt(config.hidden_size), dtype=dtype, device="cpu").item()
         self.scaled = config.scaled_embedding
         self.tokens = tokens

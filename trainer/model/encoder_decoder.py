@@ -1,10 +1,12 @@
-"""A network that reads a source and writes its target: which half of a row each of its blocks works on.
+"""The blocks of an encoder-decoder: each works on the source or on the target side of a row.
 
-A row holds sources in its first half and their targets in the second. Between the blocks the hidden states of both lie one
-after the other, [2N, D]: so every stage of a pipeline passes on the same shape, and the encoder's last word travels with
-the target through the stages that need it. With sequence parallelism each half is divided over the tensor ranks on its own.
+A row has sources in its first half and their targets in the second. Between the blocks the hidden
+states of both are concatenated, [2N, D]. So every stage of a pipeline passes on the same shape, and
+the encoder's output travels beside the target through the stages that need it. With sequence
+parallelism each side is divided over the tensor ranks separately.
 
-Shape letters: B batch, S tokens of half a row, N = B · S (with sequence parallelism this rank's share of them), D model.
+Shape letters: B batch, S tokens of one side of a row, N = B · S (with sequence parallelism this
+rank's share of them), D model.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from trainer.model.heads import Head
 
 
 class SourceAndTargetEmbedding(nn.Module):
-    """tokens [B, 2S] → [2N, D]."""
+    """The embeddings of both sides, tokens [B, 2S] → [2N, D]."""
 
     def __init__(self, source: Embedding, target: Embedding) -> None:
         super().__init__()
-        self.target = target  # first: it has the weight that both may share
+        self.target = target  # first, because it has the weight that both may share
         self.source = source
 
     @property
     def tokens(self) -> VocabParallelEmbedding:
-        """What a tied head shares."""
+        """The embedding that a tied head shares."""
         return self.target.tokens
 
     def forward(self, tokens_BS: Tensor, documents: Documents, streams: Streams | None) -> Tensor:
@@ -41,7 +43,8 @@ class SourceAndTargetEmbedding(nn.Module):
 
 
 class SourceLayer(nn.Module):
-    """A layer of the encoder, the last one with the norm and the dropout behind it; the target passes by."""
+    """A layer of the encoder, the last one followed by the norm and the dropout. The target is
+    passed on unchanged."""
 
     def __init__(self, layer: nn.Module, final: nn.Module, dropout: nn.Module | None) -> None:
         super().__init__()
@@ -58,7 +61,7 @@ class SourceLayer(nn.Module):
 
 
 class TargetLayer(nn.Module):
-    """A layer of the decoder, which attends to the source; that passes by."""
+    """A layer of the decoder, which attends to the source. The source is passed on unchanged."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -71,7 +74,8 @@ class TargetLayer(nn.Module):
 
 
 class TargetHead(nn.Module):
-    """The head on the target, whose labels are the second half of a row's; its logits are [B, S, V/p]."""
+    """The head on the target, whose labels are the second half of a row's. Its logits are [B, S,
+    V/p]."""
 
     def __init__(self, head: Head) -> None:
         super().__init__()

@@ -1,9 +1,10 @@
-"""Families of models as tables.
+"""The families of models as tables.
 
-A family is its own config class's keys with their defaults, how each translates, which are bookkeeping, and which are
-accepted only with the value that the network here computes. No torch, so that `check` can translate.
+A family is the keys of its own config class with their defaults, the translation of each, the keys
+of bookkeeping, and the keys that are accepted only with the value that the network here computes.
+No torch, so that `check` can translate.
 
-Adding a family: one `Family` here, its weight names in `names.py`.
+To add a family, add one `Family` here and its weight names in `names.py`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ HEAD_DIM = Whole(2**14, optional=True)
 KV_HEADS = Whole(HEADS.limit, optional=True)
 WINDOW = Whole(2**24, optional=True)
 
-# What transformers writes into every config.json and what training does not depend on.
+# Keys that transformers writes into every config.json and on which training does not depend.
 BOOKKEEPING = """
 _attn_implementation_autoset _name_or_path architectures attn_implementation bad_words_ids begin_suppress_tokens
 bos_token_id dtype eos_token_id finetuning_task id2label is_decoder label2id name_or_path num_labels output_attentions
@@ -54,7 +55,7 @@ torch_dtype transformers_version use_cache use_return_dict
 GPT2_BOOKKEEPING = """
 n_ctx summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
 """
-# What every family computes only in this way.
+# Keys that every family computes only in this way.
 FIXED: Mapping[str, Any] = {
     "add_cross_attention": False,
     "chunk_size_feed_forward": 0,
@@ -67,15 +68,20 @@ FIXED: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of Hugging Face.
+    """An architecture of Hugging Face.
 
-    `keys` translate; `aliases` are other spellings that transformers accepts; `echoes` are second copies of a key that
-    folders carry and transformers does not read, accepted when they agree; `ignored` changes nothing in training; `fixed`
-    is accepted only with this value; `constants` are fields of TransformerConfig in which the family differs from the
-    plain transformer (`PLAIN`) and that it never varies; `overridable` keys may differ from those of a pretrained folder,
-    because no weight's shape or meaning depends on them. `equal`: keys that transformers reads for the decoder alone,
-    accepted when they have the encoder's value. `windows` says which layers have a sliding window when no `layer_types`
-    lists them. `free_head_dim`: head_dim · heads need not be the hidden size.
+    | field | meaning |
+    |---|---|
+    | `keys` | the keys that are translated |
+    | `constants` | fields of TransformerConfig in which the whole family differs from the plain transformer (`PLAIN`) |
+    | `aliases` | other spellings that transformers accepts |
+    | `echoes` | second copies of a key in folders, which transformers does not read; accepted when they agree |
+    | `equal` | keys that transformers reads for the decoder alone; accepted when they have the encoder's value |
+    | `ignored` | keys that change nothing in training |
+    | `fixed` | keys that are accepted only with this value |
+    | `overridable` | keys that may differ from a pretrained folder's: no weight's shape or meaning depends on them |
+    | `windows` | the layers that have a sliding window when no `layer_types` lists them |
+    | `free_head_dim` | head_dim · heads need not be the hidden size |
     """
 
     name: str
@@ -110,12 +116,12 @@ class Family:
 
     @property
     def translates(self) -> bool:
-        """Whether it reads one text and writes another."""
+        """Return whether it reads one text and writes another."""
         return any("encoder_layers" in rule.fields for rule in self.keys.values())
 
     @property
     def known(self) -> list[str]:
-        """All accepted keys, those that do something first."""
+        """The accepted keys, those with an effect first."""
         rope = ROPE_KEYS if self.rope else ()
         others = (*self.aliases, *self.echoes, *self.equal, *self.fixed, *FIXED)
         return [*self.keys, *rope, *others, "model_type", *sorted(self.ignored)]
@@ -135,7 +141,7 @@ ROPE_SCALINGS: Mapping[str, Mapping[str, Key]] = {
     },
 }
 
-# The transformer without any family's specialities.
+# The transformer without any family's own features.
 PLAIN: Mapping[str, Any] = {
     "rope_theta": ROPE_THETA,
     "rope_scaling": None,
@@ -209,7 +215,7 @@ GPT2 = Family(
     overridable=frozenset(("resid_pdrop", "embd_pdrop", "attn_pdrop")),
 )
 
-# What the descendants of Llama share; each table below says where it differs.
+# The keys that the descendants of Llama share; each table below gives the differences.
 DECODER_KEYS = {
     "vocab_size": key("vocab_size", 32000, VOCABULARY),
     "hidden_size": key("hidden_size", 4096, HIDDEN),
@@ -344,7 +350,7 @@ GEMMA2 = Family(
     windows="every other layer",
 )
 
-# What Google's first checkpoints wrote; nothing in transformers reads it.
+# Keys that Google's first checkpoints wrote; nothing in transformers reads them.
 BERT_BOOKKEEPING = """
 directionality gradient_checkpointing pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
 pooler_size_per_head pooler_type
@@ -390,14 +396,16 @@ BERT = Family(
     overridable=frozenset(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")),
 )
 
-# Where generation begins and ends, what its beams are, and what Marian's converter wrote; training reads none of it.
+# The limits and the beams of generation, and keys that Marian's converter wrote; training reads
+# none of them.
 MARIAN_BOOKKEEPING = """
 _num_labels add_bias_logits add_final_layer_norm classif_dropout classifier_dropout decoder_start_token_id early_stopping
 extra_pos_embeddings forced_eos_token_id gradient_checkpointing length_penalty max_length normalize_before
 normalize_embedding num_beams static_position_embeddings
 """
 
-# Vaswani et al. 2017, arXiv:1706.03762, as Marian has it (Junczys-Dowmunt et al. 2018, arXiv:1804.00344).
+# Vaswani et al. 2017, arXiv:1706.03762, in Marian's form (Junczys-Dowmunt et al. 2018,
+# arXiv:1804.00344).
 MARIAN = Family(
     name="marian",
     architecture="MarianMTModel",
@@ -443,14 +451,15 @@ MARIAN = Family(
     overridable=frozenset(("dropout", "attention_dropout", "activation_dropout")),
 )
 
-# Where generation begins and ends, what the first checkpoints wrote, and what follows from feed_forward_proj.
+# The limits of generation, keys that the first checkpoints wrote, and keys that follow from
+# feed_forward_proj.
 T5_BOOKKEEPING = """
 classifier_dropout decoder_start_token_id dense_act_fn early_stopping gradient_checkpointing is_gated_act length_penalty
 max_length n_positions num_beams output_past
 """
 
-# Raffel et al. 2020, arXiv:1910.10683; its version 1.1, and Flan-T5, have a gated MLP (Shazeer 2020, arXiv:2002.05202) and a
-# head of their own.
+# Raffel et al. 2020, arXiv:1910.10683; its version 1.1, and Flan-T5, have a gated MLP (Shazeer
+# 2020, arXiv:2002.05202) and a head of their own.
 T5 = Family(
     name="t5",
     architecture="T5ForConditionalGeneration",
@@ -462,7 +471,7 @@ T5 = Family(
         "num_layers": key("encoder_layers", 6, LAYERS),
         "num_decoder_layers": key("decoder_layers", None, Whole(LAYERS.limit, optional=True)),
         "num_heads": key("num_heads", 8, HEADS),
-        # Of a half of them, one direction, a half again has one distance each.
+        # Half of the buckets serve one direction, and half of these have one distance each.
         "relative_attention_num_buckets": key("relative_buckets", 32, Whole(2**16, smallest=4)),
         "relative_attention_max_distance": key("relative_distance", 128, POSITIONS),
         "feed_forward_proj": key("feed_forward", "relu", feed_forward, feed_forward_name),
@@ -477,7 +486,7 @@ T5 = Family(
     constants={
         "norm": "rmsnorm",
         "positions": "relative",
-        "max_positions": POSITIONS.limit,  # a table of distances has no end
+        "max_positions": POSITIONS.limit,  # a table of distances has no last position
         "query_scalar": 1,
         "fan_in_init": True,
     },

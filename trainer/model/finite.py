@@ -1,4 +1,4 @@
-"""Values that are numbers, and stay numbers in another format."""
+"""The checks that values are finite, and stay finite in another format."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ WIDER = {"fp16": "bf16 or fp32", "bf16": "fp32", "fp32": "values that fp32 has"}
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether no element is NaN or infinite; counters and codes never are."""
+    """Return whether no element is NaN or infinite; counters and codes never are."""
     return not values.is_floating_point() or bool(torch.isfinite(values).all())
 
 
 def overflow(name: str, values: Tensor, dtype: torch.dtype) -> str | None:
-    """What is wrong with finite values that become infinite in `dtype`; None where they do not."""
+    """Return what is wrong with finite values that become infinite in `dtype`; None where they do
+    not."""
     if not values.is_floating_point() or is_finite(values.to(dtype)):
         return None
     largest, form = float(values.abs().max()), NAMES[dtype]
@@ -25,9 +26,11 @@ def overflow(name: str, values: Tensor, dtype: torch.dtype) -> str | None:
 
 
 class Rounding:
-    """Rounds a model's tensors to `dtype`, and remembers the first that does not survive it.
+    """A function that rounds a model's tensors to `dtype`, and remembers the first that is not
+    finite then.
 
-    It does not raise on the way: the other ranks bring what is rounded, and would wait for the one that stopped taking it.
+    It raises no error between tensors: the other ranks take part in the gathering, and would wait
+    for a rank that stopped.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -43,6 +46,6 @@ class Rounding:
         return tensor.to(self._dtype)
 
     def require_survivors(self) -> None:
-        """NotFinite or DataError for the first tensor that did not."""
+        """Raise NotFinite or DataError for the first tensor that was not finite."""
         if self._wrong is not None:
             raise self._wrong

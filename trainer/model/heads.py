@@ -1,7 +1,8 @@
-"""The last block of a network: what is made of the hidden states by each task.
+"""The last block of a network: the loss, statistics and logits that each task computes from the
+hidden states.
 
-Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of them), L of them that have
-a label, D model, V vocabulary, C classes.
+Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of
+them), L of them that have a label, D model, V vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ from trainer.model.pieces import Dropout, final_dropout, make_norm, matrix_init
 
 
 class HeadTransform(nn.Module):
-    """norm(act(x Aᵀ + b)), [N, D] → [N, D] (Devlin et al. 2018, arXiv:1810.04805, in its code): between the tensor-parallel
-    regions, so whole on every rank and of this rank's tokens."""
+    """The transform norm(act(x Aᵀ + b)), [N, D] → [N, D] (Devlin et al. 2018, arXiv:1810.04805, in
+    its code).
+
+    It is between the tensor-parallel regions, so every rank has its whole weight and applies it to
+    its own tokens.
+    """
 
     def __init__(self, config: TransformerConfig, name: str, norm: str | None, tp: TensorParallel) -> None:
         super().__init__()
@@ -48,24 +53,26 @@ Output = Literal["loss", "sums", "scores", "logits"]  # the methods of `Outputs`
 
 
 class Outputs(Protocol):
-    """What the last block gives of a micro-batch, from hidden states [N, D] or this rank's tokens of them."""
+    """The outputs of the last block for a micro-batch, from hidden states [N, D] or this rank's
+    tokens of them."""
 
     def loss(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
-        """Return the loss summed over the targets, with the statistics of a step behind it where the task's `Measures` has
-        some."""
+        """Return the loss summed over the targets, followed by the statistics of a step where the
+        task's `Measures` has some."""
 
     def sums(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
-        """Return what the task's `Measures` reads of an evaluation, float64, the loss first; no gradients."""
+        """Return the sums that the task's `Measures` reads of an evaluation, float64, the loss
+        first. No gradients."""
 
     def scores(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
-        """Return `document_scores`, float64 [2, R]; no gradients."""
+        """Return `document_scores`, float64 [2, R]. No gradients."""
 
     def logits(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
-        """Return this rank's logits [B, S, V/p]; of classes those of each token, [B, S, C]."""
+        """Return this rank's logits [B, S, V/p], or of classes those of each token, [B, S, C]."""
 
 
 class Objective(Protocol):
-    """What a task makes of the hidden states before the output layer."""
+    """A task's loss and statistics, from the hidden states before the output layer."""
 
     def loss(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
         """Return `Outputs.loss`."""
@@ -76,8 +83,8 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class NextToken:
-    """Cross entropy of every label; `smoothing`: the share of its weight that is divided evenly over the vocabulary while
-    training."""
+    """The cross entropy of every label. `smoothing`: the share of its weight that is spread evenly
+    over the vocabulary in training."""
 
     smoothing: float = 0.0
 
@@ -85,22 +92,26 @@ class NextToken:
         return output.loss_sum(x_ND, batch.targets_BS.flatten(), smoothing=self.smoothing)
 
     def sums(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
-        """Return what `TokenMeasures` reads."""
+        """Return the sums that `TokenMeasures` reads."""
         labels_N = batch.targets_BS.flatten()
         losses_N, is_hit_N = output.losses_and_hits(x_ND, labels_N)
         return token_sums(losses_N, is_hit_N, labels_N != IGNORE, batch.documents)
 
 
 def document_scores(losses_N: Tensor, is_hit_N: Tensor, is_target_N: Tensor, documents: Documents) -> Tensor:
-    """Of each document the log-probability of its targets, and 1 where each of them was the likeliest, float64 [2, R]."""
+    """Return two numbers for each document, float64 [2, R]: the log-probability of its targets, and
+    1 where each target was the likeliest token."""
     is_miss_N = is_target_N & (is_hit_N == 0)
     return torch.stack([-documents.sums(losses_N.double()), (documents.sums(is_miss_N.long()) == 0).double()])
 
 
 def token_sums(losses_N: Tensor, is_hit_N: Tensor, is_target_N: Tensor, documents: Documents) -> Tensor:
-    """The loss, the targets that were guessed, the documents all of whose targets were, and those that have targets,
-    float64 [4]. A document is guessed as a whole where the likeliest tokens, one after another, would write it: each then
-    follows the right ones."""
+    """Return four sums, float64 [4]: the loss, the targets that were predicted, the documents whose
+    targets were all predicted, and the documents that have targets.
+
+    A document is predicted as a whole where writing the likeliest token again and again would
+    produce it: each prediction then follows the right tokens.
+    """
     targets_R, hits_R = (documents.sums(marks_N.long()) for marks_N in (is_target_N, is_hit_N))
     is_answer_R = targets_R > 0
     is_exact_R = is_answer_R & (hits_R == targets_R)
@@ -108,7 +119,8 @@ def token_sums(losses_N: Tensor, is_hit_N: Tensor, is_target_N: Tensor, document
 
 
 class Head(nn.Module):
-    """Final norm or transform, logits and loss; where the head is scaled, of hidden states / √D."""
+    """The final norm or transform, logits and loss. Where the head is scaled, hidden states are
+    divided by √D."""
 
     def __init__(
         self,
@@ -162,11 +174,13 @@ class Head(nn.Module):
 
 
 class ClassHead(nn.Module):
-    """Final norm, then logits over classes and their loss, at one token of each document: that with the label.
+    """The final norm, then logits over classes and their loss, at one token of each document: the
+    one that has the label.
 
-    As in transformers' …ForSequenceClassification: a decoder's `score` of its last token, Bert's tanh pooler and classifier of
-    its first. The head is whole on every rank. With sequence parallelism each rank has the documents whose token it has, so
-    that its gradient is partial, and losses are summed over the ranks.
+    As in transformers' …ForSequenceClassification, a decoder has `score` at its last token, Bert
+    its tanh pooler and classifier at its first. The head is whole on every rank. With sequence
+    parallelism each rank has the documents whose labelled token it has, so that its gradient is
+    partial, and losses are summed over the ranks.
     """
 
     def __init__(self, config: TransformerConfig, *, tp: TensorParallel) -> None:
@@ -187,7 +201,7 @@ class ClassHead(nn.Module):
         return self._over_ranks(loss)
 
     def sums(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
-        """Return the loss and what `ClassMeasures` reads."""
+        """Return the loss and the counts that `ClassMeasures` reads."""
         loss, named_L, labels_L = self._of_documents(x_ND, batch)
         return self._over_ranks(torch.cat([loss.double()[None], self._counts(named_L, labels_L)]))
 
@@ -201,7 +215,8 @@ class ClassHead(nn.Module):
         return logits_BSC
 
     def _of_documents(self, x_ND: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the summed loss of those whose token this rank has, the classes named and the labels, [L] each."""
+        """Return the summed loss of the documents whose labelled token this rank has, the predicted
+        classes and the labels, [L] each."""
         labels_N = batch.targets_BS.flatten()[self.tp.tokens(batch.targets_BS.numel())]
         chosen = (labels_N != IGNORE).nonzero().squeeze(-1)
         pooled_LD = self.dropout(self._pooled(self.norm(x_ND)[chosen]), batch.documents, batch.streams, chosen)
@@ -217,8 +232,9 @@ class ClassHead(nn.Module):
         return x_ND if self.pooler is None else self.pooler(x_ND).tanh()
 
     def _counts(self, named_L: Tensor, labels_L: Tensor) -> Tensor:
-        """Of pairs, row by row of the true class, [C²]; of many classes how often each was right, there and named, [3 C].
-        Of equal logits the lowest class counts."""
+        """Return the counts of pairs, a row for each true class, [C²]; for many classes the numbers
+        of right predictions, texts and predictions of each, [3 C]. Of equal logits the lowest class
+        is predicted."""
         C = self.num_classes
         if C <= PAIRED_CLASSES:
             return torch.bincount(labels_L * C + named_L, minlength=C**2).double()

@@ -1,7 +1,7 @@
-"""From a Hugging Face config to our network by its family's table, and back.
+"""The translation of a Hugging Face config to our network by its family's table, and back.
 
-What the table does not have is refused by name: a config that asks for mathematics that is not there must not train something
-else.
+A key that the table does not have is refused by name: a config that asks for other mathematics must
+not train a different network.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from trainer.spelling import nearest
 
 
 def from_hf(family: str, hf_config: Mapping[str, Any]) -> TransformerConfig:
-    """The network that a Hugging Face config describes. RecipeError with one line per thing that is wrong with it."""
+    """Return the network that a Hugging Face config describes. RecipeError with a line for each
+    mistake."""
     config, findings = read_config(family, hf_config)
     if config is None:
         raise RecipeError([finding.message for finding in findings])
@@ -29,7 +30,7 @@ def from_hf(family: str, hf_config: Mapping[str, Any]) -> TransformerConfig:
 
 
 def read_config(family: str, hf_config: Mapping[str, Any]) -> tuple[TransformerConfig | None, list[Finding]]:
-    """The network, or None, and all that is wrong; a finding's keys are Hugging Face's."""
+    """Return the network, or None, and all findings, whose keys are Hugging Face's."""
     if family not in FAMILIES:
         return None, [
             Finding((), f"unknown family {json.dumps(family)}{_did_you_mean(family, list(FAMILIES))}; {_legal_families()}")
@@ -63,7 +64,7 @@ def read_config(family: str, hf_config: Mapping[str, Any]) -> tuple[TransformerC
 
 
 def classes_of(family: Family, hf_config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of a classifier's classes in their order; () for another head."""
+    """Return the names of a classifier's classes in their order; () for another head."""
     names = hf_config.get("id2label")
     if family.classifier not in (hf_config.get("architectures") or ()) or not isinstance(names, Mapping):
         return ()
@@ -80,7 +81,7 @@ def _did_you_mean(word: str, names: list[str]) -> str:
 
 
 def _spelling(family: Family, name: str, hf_config: Mapping[str, Any]) -> str:
-    """The spelling of `name` that the config uses."""
+    """Return the spelling of `name` that the config uses."""
     return next((alias for alias, of in family.aliases.items() if of == name and alias in hf_config), name)
 
 
@@ -104,7 +105,8 @@ def _refused(family: Family, hf_config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _read_sides(family: Family, hf_config: Mapping[str, Any], values: dict[str, Any]) -> Iterator[Finding]:
-    """Set the number of all layers, and the vocabularies: ours is the target's, whose words the model writes."""
+    """Set the number of all layers, and the vocabularies. Ours is the target's, whose words the
+    model writes."""
     for name, of in family.equal.items():
         given, first = hf_config.get(name, family.keys[of].default), hf_config.get(of, family.keys[of].default)
         if given != first:
@@ -120,7 +122,7 @@ def _read_sides(family: Family, hf_config: Mapping[str, Any], values: dict[str, 
 
 
 def _read_feed_forward(hf_config: Mapping[str, Any], values: dict[str, Any]) -> Iterator[Finding]:
-    """Set both that T5 says in one word; where folders say it again, it must be the same."""
+    """Set both values that T5 gives in one word, and check further keys that give them again."""
     values["gated_mlp"], values["activation"] = values["feed_forward"]
     for name, meant in (("is_gated_act", values["gated_mlp"]), ("dense_act_fn", values["activation"])):
         said = hf_config.get(name, meant)
@@ -130,8 +132,11 @@ def _read_feed_forward(hf_config: Mapping[str, Any], values: dict[str, Any]) -> 
 
 
 def _read_head(values: dict[str, Any]) -> Iterator[Finding]:
-    """T5 scales a head that is tied, and no other. Where there is another, transformers 4 writes tie_word_embeddings false; 5
-    writes true for both, and scale_decoder_outputs false."""
+    """Set the scale of the head. T5 scales a tied head, and no other.
+
+    For an untied head transformers 4 writes tie_word_embeddings false. transformers 5 writes true
+    for both, and scale_decoder_outputs false for an untied one.
+    """
     if values["scaled_head"] is None:
         values["scaled_head"] = values["tied_head"]
     elif not values["scaled_head"]:
@@ -142,7 +147,8 @@ def _read_head(values: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _side_keys(config: TransformerConfig) -> dict[str, Any]:
-    """Layers and vocabularies of both sides by the names of their keys' fields; a family writes those that it has."""
+    """Return layers and vocabularies of both sides by the names of their keys' fields; a family
+    writes those that it has."""
     if not config.encoder_layers:
         return {}
     separate = config.source_vocab_size is not None
@@ -155,7 +161,8 @@ def _side_keys(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _read_rope(family: Family, hf_config: Mapping[str, Any], values: dict[str, Any]) -> Iterator[Finding]:
-    """Set rope_theta and rope_scaling: transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling."""
+    """Set rope_theta and rope_scaling. transformers 5 writes rope_parameters, 4 wrote rope_theta
+    and rope_scaling."""
     thetas: dict[str, Any] = {}
     scalings: dict[str, RopeScaling | None] = {}
     wrong: list[tuple[str, str]] = []
@@ -190,7 +197,8 @@ def _read_rope(family: Family, hf_config: Mapping[str, Any], values: dict[str, A
 def _rope_scaling(
     family: Family, name: str, block: Mapping[str, Any], max_positions: int | None
 ) -> tuple[RopeScaling | None, list[str]]:
-    """The scaling that rope_parameters or rope_scaling (`name`) asks for, and what is wrong with it."""
+    """Return the scaling that rope_parameters or rope_scaling (`name`) asks for, and the mistakes
+    in it."""
     kind = block.get("rope_type", block.get("type", "default"))
     if kind not in family.rope_types:
         legal = ", ".join(json.dumps(legal) for legal in family.rope_types)
@@ -241,7 +249,7 @@ def _window_size(values: Mapping[str, Any]) -> int | None:
 
 
 def _windows(family: Family, values: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Each layer's window: where `layer_types` says so, or the family's own rule."""
+    """Return each layer's window, by `layer_types` or the family's own rule."""
     window, listed, full_layers = _window_size(values), values.get("layer_types"), values.get("max_window_layers", 0)
 
     def slides(layer: int) -> bool:
@@ -255,7 +263,7 @@ def _windows(family: Family, values: Mapping[str, Any]) -> tuple[int | None, ...
 
 
 def _window_keys(config: TransformerConfig) -> dict[str, Any]:
-    """The windows in Hugging Face's words; a family writes those that it has."""
+    """Return the windows under Hugging Face's keys; a family writes those that it has."""
     sliding = [window is not None for window in config.windows]
     return {
         "sliding_window": next((window for window in config.windows if window is not None), None),
@@ -266,7 +274,8 @@ def _window_keys(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _derive(family: Family, values: dict[str, Any]) -> TransformerConfig:
-    """Fill in what a config may leave to others: n_inner = 4 n_embd, key/value heads = heads, head_dim = D / H."""
+    """Return the network, with the values that a config may leave out: n_inner = 4 n_embd,
+    key/value heads = heads, head_dim = D / H."""
     if values["ffn_size"] is None:
         values["ffn_size"] = 4 * values["hidden_size"]
     if values.get("num_kv_heads") is None:
@@ -313,7 +322,10 @@ def _divisors_near(n: int, wanted: int) -> str:
 
 
 def _generation_keys(end: int | None, start: int | None) -> dict[str, int | None]:
-    """What comes before a translation also fills what is shorter than others; a family writes those that it has."""
+    """Return the special tokens of generation; a family writes those that it has.
+
+    The token before a translation also fills up shorter ones.
+    """
     return {"decoder_start_token_id": start, "pad_token_id": start, "forced_eos_token_id": end}
 
 
@@ -326,11 +338,11 @@ def to_hf(
     pad_token_id: int | None = None,
     start_of_target: int | None = None,
 ) -> dict[str, Any]:
-    """The config.json with which transformers loads exported weights. `dtype`: "float32", "bfloat16" or "float16".
-    `start_of_target`: what comes before a translation.
+    """Return the config.json with which transformers loads exported weights. `dtype`: "float32",
+    "bfloat16" or "float16". `start_of_target`: the token before a translation.
 
-    Where no token begins texts, the one that ends documents is what a model begins to write after, as in GPT-2: in a packed
-    row every document follows one. One that sees both sides writes nothing.
+    Where no token begins texts, a model begins to write after the token that ends documents, as in
+    GPT-2: in a packed row every document follows one. A model that sees both sides writes nothing.
     """
     family = FAMILIES[config.family]
     values = {**dataclasses.asdict(config), **_window_keys(config), **_side_keys(config)}
@@ -338,7 +350,7 @@ def to_hf(
     written = {name: rule.write(values[rule.fields[0]]) for name, rule in family.keys.items()}
     written |= {name: written[of] for name, of in family.equal.items()}
     if family.rope:
-        # Both spellings: transformers 5 reads the first, older readers the second.
+        # Both spellings: transformers 5 reads the first, older versions the second.
         scaling = _rope_scaling_keys(config.rope_scaling)
         written["rope_parameters"] = {"rope_type": "default", **scaling, "rope_theta": config.rope_theta}
         written["rope_theta"] = config.rope_theta

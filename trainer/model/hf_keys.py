@@ -1,4 +1,5 @@
-"""How one key of a Hugging Face config translates: reading its value into our terms, and writing it back."""
+"""The translation of one key of a Hugging Face config: its value in our terms, and the value to
+write back."""
 
 from __future__ import annotations
 
@@ -8,13 +9,16 @@ from typing import Any
 
 from trainer.model.single_precision import LARGEST, SMALLEST, in_range, rounded
 
-# Reading a value: return it in our terms, or raise ValueError with what would be right.
+# A function that reads a value returns it in our terms, or raises ValueError with the legal values.
 
 
 @dataclass(frozen=True)
 class Whole:
-    """A size, `smallest` to `limit`. The limits are about ten times the largest published, so that a slip of the finger is
-    refused at the door instead of filling the memory. `optional`: null stands for a value derived from others."""
+    """A size, `smallest` to `limit`. `optional`: null stands for a value derived from others.
+
+    The limits are about ten times the largest published sizes, so that a slip of the finger is
+    refused instead of filling the memory.
+    """
 
     limit: int
     optional: bool = False
@@ -102,7 +106,8 @@ GATED = "gated-"
 
 
 def feed_forward(value: Any) -> tuple[bool, str]:
-    """Whether the MLP is gated, and its activation. T5's word for the gated GELU means the one by tanh."""
+    """Return whether the MLP is gated, and its activation. T5's name for the gated GELU means the
+    tanh approximation."""
     if value == "gated-gelu":
         return True, "gelu_tanh"
     if not isinstance(value, str) or value.removeprefix(GATED) not in ACTIVATIONS:
@@ -118,12 +123,13 @@ def feed_forward_name(value: tuple[bool, str]) -> str:
 
 
 def gemma_activation_name(value: str) -> str:
-    """What Gemma's own folders call it."""
+    """Return the name that Gemma's own folders use."""
     return "gelu_pytorch_tanh" if value == "gelu_tanh" else activation_name(value)
 
 
 def gemma_window(value: int | None) -> int:
-    """transformers wants a window even where `layer_types` gives it to no layer."""
+    """Return the window to write: transformers needs one even where `layer_types` gives it to no
+    layer."""
     return 4096 if value is None else value
 
 
@@ -148,7 +154,8 @@ def as_it_is(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Key:
-    """How one Hugging Face key translates: our field(s), transformers' own default, reading and writing its value."""
+    """The translation of one Hugging Face key: our field(s), transformers' own default, and the
+    functions that read and write its value."""
 
     fields: tuple[str, ...]
     default: Any

@@ -1,6 +1,7 @@
-"""Weights in and out of Hugging Face folders: safetensors, read by slices and written tensor by tensor.
+"""The weights of Hugging Face folders: safetensors, read by slices and written tensor by tensor.
 
-Nothing is unpickled: a folder that has only `pytorch_model.bin` is refused with the command that converts it.
+Nothing is unpickled: a folder that has only `pytorch_model.bin` is refused with the command that
+converts it.
 """
 
 from __future__ import annotations
@@ -31,16 +32,21 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 SHARD_BYTES = 4 << 30
-COMPARED_ROWS = 4096  # of a weight, where all of it is looked at, at a time
+COMPARED_ROWS = 4096  # rows of a weight that are in memory at a time where all of it is read
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that older checkpoints of these families carry; they hold no weights.
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "embeddings.position_ids", ".embed_positions.weight")
-# What the first checkpoints of Bert, its best known among them, call the weights of their norms; transformers reads both.
+# Bert's first checkpoints, the best known among them, have these names for the weights of their
+# norms; transformers reads both.
 LEGACY = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
 def local_folder(name: str, revision: str | None, *, code: bool = False) -> Path:
-    """A folder as it is; a hub name is fetched (config, safetensors, tokenizer; `code`: *.py too) into the hub's own cache."""
+    """Return a folder as it is, or fetch a hub name into the hub's own cache and return its folder
+    there.
+
+    Config, safetensors and tokenizer are fetched, with `code` *.py too.
+    """
     folder = Path(name)
     if folder.is_dir():
         try:
@@ -53,7 +59,7 @@ def local_folder(name: str, revision: str | None, *, code: bool = False) -> Path
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", *(["*.py"] if code else [])]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises a dozen kinds
+    except Exception as error:  # the hub client raises errors of a dozen classes
         raise RecipeError(
             f"model.from_pretrained = {name!r} is not a folder here and could not be fetched from the hub "
             f"({type(error).__name__}): give an existing folder, or fetch it on a machine with network first"
@@ -61,8 +67,11 @@ def local_folder(name: str, revision: str | None, *, code: bool = False) -> Path
 
 
 def weights_file(folder: Path) -> str | None:
-    """The file of weights, or of their index, that transformers loads: what config.json names, else one file before an index
-    of several. DataError where config.json names none that is here."""
+    """Return the file of weights, or of their index, that transformers loads.
+
+    It is the one that config.json names, else a single file before an index of several. DataError
+    where config.json names a file that is missing.
+    """
     named = _named_weights(folder)
     if named is None:
         return next((file for file in (SINGLE, INDEX) if (folder / file).is_file()), None)
@@ -80,7 +89,8 @@ def _named_weights(folder: Path) -> Any:
 
 
 def unread_weights(folder: Path) -> list[str]:
-    """A remark where a folder has weights beside those that are loaded, such as the rest of an earlier save."""
+    """Return a remark where a folder has weights beside those that are loaded, such as the rest of
+    an earlier save."""
     file = weights_file(folder)
     if file is None:
         return []
@@ -95,7 +105,8 @@ def _names(files: Sequence[str]) -> str:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """{tensor: file}; DataError where it is damaged, or a file lies elsewhere."""
+    """Return {tensor: file}. DataError where the index is damaged, or a file is in another
+    folder."""
     try:
         entries = dict(read_json(index)["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -107,15 +118,19 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 class PretrainedWeights:
-    """The logical tensors of a Hugging Face folder; only the boxes asked for are read.
+    """The logical tensors of a Hugging Face folder. Only the boxes asked for are read.
 
-    A file is open, and mapped, only while one box is read: pages of a mapping that stays would count to this rank's memory
-    until the whole file is in it.
+    A file is open, and mapped, only while one box is read: the pages of a lasting mapping would
+    count to this rank's memory until it has the whole file.
     """
 
     def __init__(self, folder: Path, *, grown: tuple[int | None, int] | None = None) -> None:
-        """`grown`: where the folder has the first of these sizes and the model the second, what is missing is the mean of what
-        is there. RecipeError or DataError when the folder has no weights, or a file of it cannot be opened."""
+        """List the folder's tensors.
+
+        `grown`: the rows in the folder and in the model; the rows that are missing are the mean of
+        those that are there. RecipeError or DataError when the folder has no weights, or one of its
+        files cannot be opened.
+        """
         self.folder = folder
         self._grown = grown
         self._means: dict[str, Tensor] = {}
@@ -124,8 +139,8 @@ class PretrainedWeights:
         self._files = {name: file for file, names in listing.items() for name in names}
 
     def fill(self, module: nn.Module, *, drawn: Callable[[ShardSpec], bool] = lambda spec: spec.added) -> None:
-        """Set a block's own parameters, less those that are `drawn`; DataError naming the tensor that is missing, misshapen or
-        not finite."""
+        """Set a block's own parameters, except those that are `drawn`. DataError, with its name,
+        for a tensor that is missing, not finite or of another shape."""
         for _, parameter, spec in owned_specs(module):
             if drawn(spec):
                 continue
@@ -135,16 +150,17 @@ class PretrainedWeights:
                 piece.in_parameter(parameter.data).copy_(box.t() if piece.transposed else box)
 
     def holds(self, specs: Sequence[ShardSpec]) -> bool:
-        """Whether every logical tensor is here under its name."""
+        """Return whether every logical tensor is here under its name."""
         return all(self._stored_name(piece.name) in self._files for spec in specs for piece in spec.pieces)
 
     def check_names(
         self, specs: Sequence[ShardSpec], *, ties: Mapping[str, Piece], is_unused: Callable[[str], bool] = lambda name: False
     ) -> None:
-        """DataError for tensors in the folder that no parameter of the whole model takes; `specs` are unsharded.
+        """Raise DataError for tensors in the folder that no parameter of the whole model takes.
+        `specs` are unsharded.
 
-        `ties`: further names of weights, under which a folder may hold them again. `is_unused`: names that are known and
-        not wanted.
+        `ties`: further names of weights, under which a folder may have them again. `is_unused`:
+        whether a name is known and not needed.
         """
         wanted = {self._stored_name(piece.name) for spec in specs for piece in spec.pieces}
         unwanted = self._files.keys() - wanted
@@ -159,7 +175,8 @@ class PretrainedWeights:
             self._check_tie(name, ties[name])
 
     def _check_tie(self, name: str, weight: Piece) -> None:
-        """A folder may hold a tied weight a second time, but not another one: transformers would untie them."""
+        """Raise DataError where a folder has a tied weight again with other values: transformers
+        would untie the two."""
         for first in range(0, weight.shape[0], COMPARED_ROWS):
             rows = min(COMPARED_ROWS, weight.shape[0] - first)
             box = replace(weight, start=(first, *weight.start[1:]), size=(rows, *weight.shape[1:]))
@@ -186,7 +203,8 @@ class PretrainedWeights:
         raise RecipeError(f"{self.folder}: neither {SINGLE} nor {INDEX}{there}: give a Hugging Face folder with weights")
 
     def _require_one_place(self, listing: Mapping[str, list[str]]) -> None:
-        """Every file can be opened, and no tensor is in two of them: which one is meant nobody could say."""
+        """Check that every file can be opened, and that no tensor is in two of them, which would
+        leave open which one is meant."""
         place: dict[str, str] = {}
         for file in listing:
             with self._open(file) as opened:
@@ -211,14 +229,15 @@ class PretrainedWeights:
             raise DataError(f"{self.folder / file}: cannot be read ({error}): fetch the folder again") from error
 
     def _stored_name(self, name: str) -> str:
-        """Checkpoints of a bare model (without its head) leave out the first part of the names, and some are older."""
+        """Return the name in the folder. Checkpoints of a bare model (without its head) leave out
+        the first part of the names, and some have older names."""
         names = [name, *(name.removesuffix(new) + old for new, old in LEGACY.items() if name.endswith(new))]
         bare = [of_whole.partition(".")[2] for of_whole in names]
         return next((stored for stored in (*names, *bare) if stored in self._files), name)
 
     def read(self, piece: Piece) -> Tensor:
-        """One box of a logical tensor, as it is stored; DataError when it is missing, misshapen or not finite in fp32, in which
-        every run starts."""
+        """Return one box of a logical tensor, as it is stored. DataError when it is missing, of
+        another shape, or not finite in fp32, in which every run starts."""
         stored = self._stored_name(piece.name)
         if stored not in self._files:
             raise DataError(
@@ -251,7 +270,8 @@ class PretrainedWeights:
         return box
 
     def _grown_dim(self, stored: tuple[int, ...], wanted: tuple[int, ...]) -> int | None:
-        """The only dimension in which they differ, and by how much they may; None: there is none."""
+        """Return the only dimension in which the shapes differ, where they differ by the rows that
+        were added; None: there is none."""
         if len(stored) != len(wanted):
             return None
         differing = [dim for dim, sizes in enumerate(zip(stored, wanted, strict=True)) if sizes[0] != sizes[1]]
@@ -259,8 +279,12 @@ class PretrainedWeights:
         return differing[0] if fits else None
 
     def _with_means(self, name: str, stored: Any, box: Tensor, size: tuple[int, ...], dim: int) -> Tensor:
-        """The box, what it lacks along `dim` filled with the mean of the whole tensor along it: what is added so is no likelier
-        than what is there (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html), and the same in every layout."""
+        """Return the box, with what is missing along `dim` filled with the mean of the whole tensor
+        along it.
+
+        So a new row is no likelier than the others (Hewitt 2021,
+        nlp.stanford.edu/~johnhew/vocab-expansion.html), and the same in every layout.
+        """
         if name not in self._means:
             self._means[name] = _mean(stored, dim)
         mean = self._means[name]
@@ -271,7 +295,8 @@ class PretrainedWeights:
 
 
 def _mean(stored: Any, dim: int) -> Tensor:
-    """Of a stored matrix along a dimension, which stays with size 1, float64; some rows in memory at a time."""
+    """Return the mean of a stored matrix along a dimension, which stays with size 1, float64. Only
+    some rows are in memory at a time."""
     rows = stored.get_shape()[0]
     parts = (stored[first : first + COMPARED_ROWS].double() for first in range(0, rows, COMPARED_ROWS))
     if dim:
@@ -290,12 +315,15 @@ def write_folder(
     through: Callable[[Iterable[NamedTensor]], Iterable[NamedTensor]] = lambda tensors: tensors,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a Hugging Face folder, whole or not at all; `folder` None on ranks that only take part in the gathering.
-    `save_beside` puts the tokenizer, and what else belongs there, into the folder. `through`: what is done to the logical
-    tensors before they are rounded to `dtype`.
+    """Write a Hugging Face folder completely or not at all.
 
-    Every logical tensor must come complete: an empty or partial one is an error, never a file. NotFinite or DataError, when all
-    have come, for one that holds NaN or infinity, or would in `dtype`.
+    `folder` is None on ranks that only take part in the gathering. `save_beside` writes the
+    tokenizer and the other files into the folder. `through` changes the logical tensors before they
+    are rounded to `dtype`.
+
+    Every logical tensor must be complete: an empty or partial one is an error, never a file.
+    NotFinite or DataError, after all have been gathered, for one that has NaN or infinity, or would
+    in `dtype`.
     """
     if folder is None:
         for _ in tensors:
@@ -310,12 +338,12 @@ def write_folder(
 
 
 def file_name(number: int, files: int) -> str:
-    """Of the number-th (from 0) of so many files of weights, as transformers names them."""
+    """Return transformers' name for the number-th (from 0) of so many files of weights."""
     return SINGLE if files == 1 else f"model-{number + 1:05d}-of-{files:05d}.safetensors"
 
 
 def write_index(files: Mapping[str, Mapping[str, int]], path: Path) -> None:
-    """Of {file: {tensor: bytes}}, where there is more than one file."""
+    """Write the index of {file: {tensor: bytes}}, where there is more than one file."""
     total = sum(size for names in files.values() for size in names.values())
     weight_map = {name: file for file, names in files.items() for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -325,7 +353,8 @@ def write_index(files: Mapping[str, Mapping[str, int]], path: Path) -> None:
 def _write_tensors(
     tensors: Iterable[NamedTensor], folder: Path, dtype: torch.dtype, shard_bytes: int
 ) -> dict[str, dict[str, int]]:
-    """Save logical tensors in files of at most `shard_bytes` (or one tensor); {file: {tensor: bytes}}."""
+    """Save logical tensors in files of at most `shard_bytes` (or one tensor). Return {file:
+    {tensor: bytes}}."""
     shards: list[dict[str, int]] = []
     pending: dict[str, Tensor] = {}
     rounding = Rounding(dtype)
@@ -352,13 +381,13 @@ def _write_tensors(
 
 
 def assembled(tensors: Iterable[tuple[ShardSpec, Tensor]]) -> Iterator[NamedTensor]:
-    """Put the pieces of each logical tensor together on the CPU; yields it when it is complete."""
+    """Join the pieces of each logical tensor on the CPU, and yield it when it is complete."""
     partial: dict[str, tuple[Tensor, int]] = {}
     for spec, parameter in tensors:
         for piece in spec.pieces:
             if parameter.numel() == 0:
                 raise RuntimeError(f"{piece.name}: empty parameter; it was not gathered")
-            if not math.prod(piece.size):  # a rank that holds only padding of it
+            if not math.prod(piece.size):  # a rank that has only padding of it
                 continue
             logical, filled = partial.pop(piece.name, (torch.empty(piece.shape, dtype=parameter.dtype), 0))
             piece.box_of(logical).copy_(piece.in_parameter(parameter))

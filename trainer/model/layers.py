@@ -1,6 +1,7 @@
 """The layers of a network, as its config describes them, from the layers of `parallel/`.
 
-Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of them), D model.
+Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of
+them), D model.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from trainer.model.names import WeightNames, names_of
 from trainer.model.pieces import Dropout, final_dropout, make_norm, matrix_init
 from trainer.model.position_tables import PositionTables
 
-Source = tuple[Tensor, Documents]  # what the encoder made of the sources [N, D], and where they lie
+# the encoder's output for the sources [N, D], and their boundaries
+Source = tuple[Tensor, Documents]
 
 
 def make_embedding(
@@ -47,7 +49,7 @@ def make_embedding(
 
 
 class CrossAttention(nn.Module):
-    """norm(x + attention(norm(x), source)); [N, D] → [N, D]."""
+    """The attention to the source, norm(x + attention(norm(x), source)); [N, D] → [N, D]."""
 
     def __init__(
         self,
@@ -91,11 +93,11 @@ class CrossAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """norm(x + norm(attention(norm(x)))), then norm(x + norm(mlp(norm(x)))); [N, D] → [N, D]. One that writes a target also
-    attends to its source in between.
+    """A layer: norm(x + norm(attention(norm(x)))), then norm(x + norm(mlp(norm(x)))); [N, D] → [N,
+    D]. A layer that writes a target attends to its source between the two.
 
-    A family has some of the norms, as its names say: most the innermost (pre), Gemma 2 the two inner ones (sandwich), Bert
-    the outermost (post).
+    A family has some of the norms, as its names say: most have the innermost (pre), Gemma 2 the two
+    inner ones (sandwich), Bert the outermost (post).
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""What an evaluation adds up over micro-batches and ranks, and what the sums say. No torch: every rank knows them, also one
-that holds no head."""
+"""The statistics that an evaluation sums over micro-batches and ranks, and the figures computed
+from the sums. No torch. Every rank has them, also one without a head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """`sums`: a task's statistics, over all micro-batches of all ranks; the first is the loss."""
+    """The result of an evaluation. `sums`: a task's statistics, over all micro-batches of all
+    ranks; the first is the loss."""
 
     sums: tuple[float, ...]
     num_targets: int
@@ -29,34 +30,39 @@ class EvalResult:
 
 
 class Measures(Protocol):
-    """How the statistics of a task are read. They are additive: what the last block returns for a micro-batch when it is asked
-    for them, float64 [num_sums], index 0 the loss summed over targets."""
+    """The reading of a task's statistics.
+
+    They are additive: the last block returns them for a micro-batch, float64 [num_sums], index 0
+    the loss summed over targets.
+    """
 
     @property
     def num_sums(self) -> int: ...
 
     @property
     def num_step_sums(self) -> int:
-        """What the last block returns in training: the loss, and after it statistics that cost nothing more."""
+        """The number of sums that the last block returns in training: the loss, then statistics
+        that cost nothing more."""
 
     @property
     def predicts_tokens(self) -> bool:
-        """Whether a unigram model can be compared with it."""
+        """Return whether a unigram model can be compared with it."""
 
     def num_targets(self, batch: MicroBatch) -> int:
-        """What the sums of a micro-batch are divided by."""
+        """Return the number that the sums of a micro-batch are divided by."""
 
     def step_record(self, means: Sequence[float]) -> dict[str, float]:
-        """What trackers are told of a step beside its loss; `means` without that."""
+        """Return a step's record for trackers beside its loss. `means` leaves out the loss."""
 
     def record(self, result: EvalResult) -> dict[str, float]:
-        """What trackers are told, by names beginning with eval_."""
+        """Return an evaluation's record for trackers, with names that begin with eval_."""
 
 
 @dataclass(frozen=True)
 class TokenMeasures:
-    """Of predicted tokens: loss, how many had the highest logit, and in how many documents all of them had. `of_answers`: a
-    document is an answer, of which it is worth knowing that the likeliest tokens would write it."""
+    """The figures of predicted tokens: the loss, how many tokens had the highest logit, and in how
+    many documents all of them had. `of_answers`: documents are answers, for which the last figure
+    is reported."""
 
     of_answers: bool = False
     num_sums: int = 4
@@ -81,15 +87,19 @@ class TokenMeasures:
 
 @dataclass(frozen=True)
 class PairMeasures:
-    """Of preferences: loss, what the model as a reward model gives the chosen and the rejected answer, and how many pairs it
-    has in order. The names are those of Hugging Face's trl. Its targets are pairs."""
+    """The figures of preferences: the loss, the rewards of the chosen and the rejected answers with
+    the model as a reward model, and the pairs that it orders correctly.
+
+    The names are those of Hugging Face's trl. Its targets are pairs.
+    """
 
     num_sums: int = 4
     num_step_sums: int = 4
     predicts_tokens: bool = False
 
     def num_targets(self, batch: MicroBatch) -> int:
-        return sum(len(row) // 2 for row in batch.documents.lengths)  # of an odd number the last one fills the row
+        # an odd document at the end of a row is filler
+        return sum(len(row) // 2 for row in batch.documents.lengths)
 
     def step_record(self, means: Sequence[float]) -> dict[str, float]:
         chosen, rejected, accuracy = means
@@ -104,8 +114,12 @@ class PairMeasures:
 
 @dataclass(frozen=True)
 class ClassMeasures:
-    """Of texts sorted into classes: loss, and how many of class i were taken for class j, or, of more than PAIRED_CLASSES, how
-    many of each were right, there and named."""
+    """The figures of a classifier: the loss, and how many texts of class i were predicted as class
+    j.
+
+    With more than PAIRED_CLASSES classes: the numbers of right predictions, texts and predictions
+    of each.
+    """
 
     num_classes: int
     num_step_sums: int = 1
@@ -126,8 +140,12 @@ class ClassMeasures:
         return {}
 
     def record(self, result: EvalResult) -> dict[str, float]:
-        """`eval_majority`: the accuracy of always naming the commonest class. `eval_f1` is the mean over the classes that occur
-        or were named (macro); of two classes also that of the second alone, as in GLUE (Wang et al. 2018, arXiv:1804.07461)."""
+        """Return the record. `eval_majority`: the accuracy of always predicting the commonest
+        class.
+
+        `eval_f1` is the mean over the classes that occur or were predicted (macro); for two classes
+        there is also that of the second alone, as in GLUE (Wang et al. 2018, arXiv:1804.07461).
+        """
         right, there, named = self._by_class(result)
         scores = [_f1(*counts) for counts in zip(right, there, named, strict=True)]
         occurring = [score for score in scores if score is not None]
@@ -141,7 +159,8 @@ class ClassMeasures:
         }
 
     def _by_class(self, result: EvalResult) -> tuple[list[int], list[int], list[int]]:
-        """How often each class was right, there and named."""
+        """Return, for each class, the numbers of right predictions, of texts, and of
+        predictions."""
         if pairs := self.confusion(result):
             return (
                 [row[number] for number, row in enumerate(pairs)],
@@ -152,7 +171,8 @@ class ClassMeasures:
         return counts[:C], counts[C : 2 * C], counts[2 * C :]
 
     def confusion(self, result: EvalResult) -> list[list[int]]:
-        """Row: the true class; column: the class that was named. [] of more than PAIRED_CLASSES."""
+        """Return the confusion matrix. Row: the true class; column: the predicted class. [] for
+        more than PAIRED_CLASSES classes."""
         if not self._paired:
             return []
         counts, C = [round(count) for count in result.sums[1:]], self.num_classes
@@ -160,7 +180,7 @@ class ClassMeasures:
 
 
 def _f1(right: int, there: int, named: int) -> float | None:
-    """2 · hits / (how many there are + how many were named); None where there is neither."""
+    """Return 2 · right / (texts + predictions) of a class; None where both are 0."""
     return 2 * right / (there + named) if there + named else None
 
 

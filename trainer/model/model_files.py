@@ -16,15 +16,17 @@ from trainer.model.network import Network
 from trainer.model.origin import GENERATION_CONFIG, Origin, as_list
 
 CONFIG = "config.json"
-TASK = "finetuning_task"  # transformers' own key of config.json for what a model was trained to do last: our data.task
+# transformers' own key of config.json for a model's last training: our data.task
+TASK = "finetuning_task"
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What a Hugging Face folder has beside the weights. `dtype`: of the weights, "float32", "bfloat16" or "float16".
+    """The files of a Hugging Face folder beside the weights. `dtype`: of the weights, "float32",
+    "bfloat16" or "float16".
 
-    `task`: data.task. `end_of_turn`: the token that ends an assistant's turn, where conversations are learned. `origin`: of the
-    pretrained folder that the run started from.
+    `task`: data.task. `end_of_turn`: the token that ends an assistant's turn, where conversations
+    are learned. `origin`: of the pretrained folder that the run started from.
     """
 
     network: Network
@@ -40,8 +42,11 @@ class ModelFiles:
 
     @property
     def generation(self) -> dict[str, Any] | None:
-        """How transformers writes with the model: as the folder that it started from says, ended also by what ends a turn
-        where turns were learned; None where config.json says all."""
+        """The contents of generation_config.json; None where config.json says everything.
+
+        They are those of the folder that the run started from. Where turns were learned, the token
+        that ends a turn also ends generation.
+        """
         if not self.network.writes:
             return None
         said = dict(self.origin.generation) if self.origin else {}
@@ -54,7 +59,8 @@ class ModelFiles:
         return {**said, "eos_token_id": ends if ends[1:] else ends[0]}
 
     def save_others(self, folder: Path) -> None:
-        """The tokenizer, how the model writes, and Python files that are part of the model."""
+        """Write the tokenizer, the settings of generation, and Python files that are part of the
+        model."""
         self.tokenizer.save(folder)
         if (generation := self.generation) is not None:
             (folder / GENERATION_CONFIG).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
@@ -67,7 +73,8 @@ class ModelFiles:
 
 @singledispatch
 def config_json(network: Network, tokenizer: Tokenizer, *, dtype: str, origin: Origin | None) -> dict[str, Any]:
-    """Return the config.json with which transformers loads exported weights. `dtype`: "float32", "bfloat16" or "float16".
+    """Return the config.json with which transformers loads exported weights. `dtype`: "float32",
+    "bfloat16" or "float16".
 
     Special tokens are those of the folder that the run started from, or else the tokenizer's.
     """
@@ -77,7 +84,7 @@ def config_json(network: Network, tokenizer: Tokenizer, *, dtype: str, origin: O
 @config_json.register
 def _(network: AutoNetwork, tokenizer: Tokenizer, *, dtype: str, origin: Origin | None) -> dict[str, Any]:
     written, ids = network.config_json(dtype), dict(origin.ids) if origin else {}
-    if origin is not None and not ids:  # another tokenizer
+    if origin is not None and not ids:  # the recipe has another tokenizer
         end = tokenizer.end_of_document
         begin = end if tokenizer.bos is None else tokenizer.bos
         ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": tokenizer.padding}
@@ -95,6 +102,6 @@ def _(network: TransformerConfig, tokenizer: Tokenizer, *, dtype: str, origin: O
         pad_token_id=tokenizer.padding,
         start_of_target=start,
     )
-    if network.encoder_layers:  # each target was trained to follow it
+    if network.encoder_layers:  # each target was trained to follow this token
         ids |= {"decoder_start_token_id": start}
     return {**written, **ids}

@@ -1,6 +1,7 @@
-"""Where each weight lives in a family's Hugging Face checkpoint: one table per family.
+"""The names of the weights in a family's Hugging Face checkpoints: one table per family.
 
-Adding a family: its config translation goes to `families.py`, its names here. No torch, so that `check` can name modules.
+To add a family, write the translation of its config in `families.py` and its names here. No torch,
+so that `check` can name modules.
 """
 
 from __future__ import annotations
@@ -22,19 +23,23 @@ if TYPE_CHECKING:
 class WeightNames:
     """Names in a Hugging Face checkpoint; those of a layer contain `{layer}`.
 
-    `qkv`: one module that holds queries, keys and values in this order, or three. `mlp_in`: the same for [up] or
-    [gate, up]. `transposed`: linear weights are stored [in, out]. What may be None exists in some families only: three places
-    for the norms around attention and MLP (before them, after them, after what they are added to).
+    `qkv`: one module that has queries, keys and values in this order, or three. `mlp_in`: the same
+    for [up] or [gate, up]. `transposed`: linear weights are stored [in, out]. Names that may be
+    None exist in some families only. Norms can be in three positions around attention and MLP:
+    before them, after them, and after the sum with their input.
 
     `position_bias`: the table that all layers of a stack add to the logits of their attention.
 
-    `cross_*`: attention of a target to its source. `encoder`: the names of the layers that read the source, whose numbers
-    begin again; those here are the layers that write the target then.
+    `cross_*`: the attention of a target to its source. `encoder`: the names of the layers that read
+    the source, numbered from 0 again; the names here are then those of the layers that write the
+    target.
 
-    `head_bias_is_row`: it is stored as [1, V]. `classifier`: the head over classes, `pooler` what stands in front of it.
+    `head_bias_is_row`: it is stored as [1, V]. `classifier`: the head over classes; `pooler`: the
+    layer before it.
 
-    `second_names`: further names under which a folder may hold a weight again, beside that of a tied head. `other_heads`:
-    how the names of weights begin that are for heads, or other parts, which no network here has.
+    `second_names`: further names under which a folder may have a weight again, beside that of a
+    tied head. `other_heads`: the beginnings of the names of weights for heads, or other parts, that
+    no network here has.
     """
 
     embedding: str
@@ -74,46 +79,48 @@ class WeightNames:
     other_heads: tuple[str, ...] = ()
 
     def of_layer(self, config: TransformerConfig, index: int) -> tuple[WeightNames, int]:
-        """The names of a layer's stack, and its number there."""
+        """Return the names of a layer's stack, and the layer's number in it."""
         if self.encoder is not None and index < config.encoder_layers:
             return self.encoder, index
         return self, index - config.encoder_layers
 
     def cross_attention(self, config: TransformerConfig, layer: int) -> tuple[Output, list[Output]]:
-        """The projection of the target, and those of the source: key and value."""
+        """Return the projection of the target, and those of the source: key and value."""
         K = config.head_dim
         (query,) = _outputs((self.cross_query,), (config.num_heads * K,), layer)
         return _as_queries(config, query), _outputs(self.cross_key_value, (config.num_kv_heads * K,) * 2, layer)
 
     def query_key_value(self, config: TransformerConfig, layer: int) -> tuple[Output, Output, Output]:
-        """The three outputs of the fused projection and the boxes of the checkpoint that they are."""
+        """Return the three outputs of the fused projection, with their boxes of the checkpoint."""
         K = config.head_dim
         q, k, v = _outputs(self.qkv, (config.num_heads * K, config.num_kv_heads * K, config.num_kv_heads * K), layer)
         return _as_queries(config, q), k, v
 
     def mlp_inputs(self, config: TransformerConfig, layer: int) -> list[Output]:
-        """[up] or [gate, up]."""
+        """Return the outputs [up] or [gate, up]."""
         return _outputs(self.mlp_in, (config.ffn_size,) * (2 if config.gated_mlp else 1), layer)
 
     def ties(self, specs: Iterable[ShardSpec]) -> dict[str, Piece]:
-        """The weights of the whole model that a folder may hold again, by their further names."""
+        """Return the weights of the whole model that a folder may have again, by their further
+        names."""
         pieces = {piece.name: piece for spec in specs for piece in spec.pieces}
         others = {self.head: self.embedding, **self.second_names}
         return {name: pieces[of] for name, of in others.items() if of in pieces}
 
     def is_of_classes(self, name: str) -> bool:
-        """Whether a weight belongs to the head over classes."""
+        """Return whether a weight belongs to the head over classes."""
         return name.startswith(tuple(f"{module}." for module in (self.classifier, self.pooler) if module))
 
     def is_for_other_heads(self, config: TransformerConfig, name: str) -> bool:
-        """Whether a folder's weight is for a head that this network does not have."""
+        """Return whether a folder's weight is for a head that this network does not have."""
         if config.classes:
             return name.startswith((*self.other_heads, *OVER_VOCABULARY)) and not self.is_of_classes(name)
         return name.startswith(self.other_heads) or self.is_of_classes(name)
 
 
 def _outputs(names: tuple[str, ...], features: tuple[int, ...], layer: int) -> list[Output]:
-    """One output for each of `features`: a module of its own, or the next features of the one module that holds all."""
+    """Return an output for each of `features`: a module of its own, or the next features of the one
+    module that has all."""
     modules = [name.format(layer=layer) for name in names]
     if len(modules) == len(features):
         return [Output(module, n) for module, n in zip(modules, features, strict=True)]
@@ -123,11 +130,12 @@ def _outputs(names: tuple[str, ...], features: tuple[int, ...], layer: int) -> l
 
 
 def _as_queries(config: TransformerConfig, output: Output) -> Output:
-    """Where nothing divides the logits of attention, the weights of queries start smaller."""
+    """Return the output of the queries. Their weights start smaller where nothing divides the
+    logits of attention."""
     return replace(output, gain=config.head_dim**-0.5) if config.fan_in_init else output
 
 
-OVER_VOCABULARY = ("lm_head.", "cls.")  # how the names of heads over the vocabulary begin
+OVER_VOCABULARY = ("lm_head.", "cls.")  # the beginnings of the names of heads over the vocabulary
 
 GPT2 = WeightNames(
     embedding="transformer.wte.weight",
@@ -171,14 +179,15 @@ BERT = WeightNames(
     classifier="classifier",
     pooler="bert.pooler.dense",
     second_names={"cls.predictions.decoder.bias": "cls.predictions.bias"},
-    # The original training also asked whether one sentence follows another (Devlin et al. 2018, §3.1): its folders hold that
-    # head and the pooler in front of it, which no masked-language model reads. transformers' BertForMaskedLM drops them too.
+    # The original training also asked whether one sentence follows another (Devlin et al. 2018,
+    # §3.1). Its folders have that head and the pooler before it, which no masked-language model
+    # reads; transformers' BertForMaskedLM drops them too.
     other_heads=("pooler.", "cls.seq_relationship."),
 )
 
 
 def _marian_side(side: str) -> WeightNames:
-    """What Marian's encoder and decoder have alike."""
+    """Return the names that Marian's encoder and decoder have in common."""
     layer = f"model.{side}.layers.{{layer}}"
     return WeightNames(
         embedding="model.shared.weight",
@@ -206,7 +215,8 @@ MARIAN = replace(
 
 
 def _t5_side(side: str, *, mlp: int) -> WeightNames:
-    """What T5's encoder and decoder have alike; `mlp`: which part of a block that is."""
+    """Return the names that T5's encoder and decoder have in common. `mlp`: the number of the MLP
+    among the parts of a block."""
     block = f"{side}.block.{{layer}}.layer"
     return WeightNames(
         embedding="shared.weight",
@@ -235,12 +245,12 @@ T5 = replace(
     cross_key_value=tuple(f"decoder.block.{{layer}}.layer.1.EncDecAttention.{x}" for x in "kv"),
     cross_out="decoder.block.{layer}.layer.1.EncDecAttention.o",
     second_names={f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")},
-    # The first checkpoints hold a table for attention to the source, which no model reads.
+    # The first checkpoints have a table for attention to the source, which no model reads.
     other_heads=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.",),
 )
 _T5_GATED = replace(_gated(T5), encoder=_gated(_t5_side("encoder", mlp=1)))
 
-# An embedding for each side; the head has the target's.
+# The embedding of each side has its own weight; the head has the target's.
 _SEPARATE = {
     "marian": replace(
         MARIAN,
@@ -279,5 +289,6 @@ def names_of(config: TransformerConfig) -> WeightNames:
 
 
 def position_table(config: TransformerConfig, layer: int) -> str | None:
-    """The table of relative positions that this layer has together with others; None: it has none."""
+    """Return the table of relative positions that this layer shares with others; None: it has
+    none."""
     return names_of(config).of_layer(config, layer)[0].position_bias

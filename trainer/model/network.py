@@ -1,4 +1,5 @@
-"""What a run trains: a network of one of our families, or any model of transformers (family "auto"). No torch."""
+"""The network that a run trains: one of our families, or any model of transformers (family "auto").
+No torch."""
 
 from __future__ import annotations
 
@@ -7,10 +8,12 @@ from typing import Protocol
 
 
 class Network(Protocol):
-    """What a run trains, as far as every part of it asks: `TransformerConfig`, or `AutoNetwork`.
+    """A network that a run trains, as all parts of the run need it: `TransformerConfig`, or
+    `AutoNetwork`.
 
-    What is computed of it otherwise for each kind is a generic function (`functools.singledispatch`) where it is computed:
-    `config_json` here, `training_flops` in costs/, `make_execution` in engine/.
+    Everything else that depends on the kind of network is a generic function
+    (`functools.singledispatch`) where it is computed: `config_json` here, `training_flops` in
+    costs/, `make_execution` in engine/.
     """
 
     @property
@@ -26,11 +29,11 @@ class Network(Protocol):
 
     @property
     def writes(self) -> bool:
-        """Return whether its model gives one token after another."""
+        """Return whether the model generates text, token after token."""
 
     @property
     def largest_weight(self) -> int:
         """Return the elements of the largest single weight."""
 
     def save_code(self, folder: Path) -> None:
-        """Put Python files that are part of the model beside its exported weights."""
+        """Copy Python files that are part of the model into the folder of its exported weights."""

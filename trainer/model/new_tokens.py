@@ -1,4 +1,5 @@
-"""Tokens that a recipe adds to a tokenizer: what may be named, and the rows that the network gets for them. No torch."""
+"""The tokens that a recipe adds to a tokenizer: the check of their names, and their rows in the
+network. No torch."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def new_token_findings(recipe: Recipe) -> Iterator[Finding]:
 
 
 def growth_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Finding]:
-    """Where two embeddings would have to grow, for one tokenizer."""
+    """Yield where two embeddings would have to grow for one tokenizer."""
     if recipe.data.new_tokens and network.source_vocab_size is not None:
         yield Finding(
             (KEY, "model.from_pretrained", "model.config.share_encoder_decoder_embeddings"),
@@ -35,25 +36,29 @@ def growth_findings(recipe: Recipe, network: TransformerConfig) -> Iterator[Find
 
 
 def grown(hf_config: Mapping[str, Any], vocab_size: int, num_new: int) -> dict[str, Any]:
-    """The config of a folder whose weights get rows for new tokens, where all that the tokenizer has beyond its rows are among
-    the `num_new` last; else as it is."""
+    """Return the config of a folder whose weights get rows for new tokens.
+
+    It is unchanged unless all symbols of the tokenizer beyond the folder's rows are among the
+    `num_new` last.
+    """
     keys = [key for key in ("vocab_size", "decoder_vocab_size") if isinstance(hf_config.get(key), int)]
     grows = keys and all(vocab_size - num_new <= hf_config[key] < vocab_size for key in keys)
     return {**hf_config, **dict.fromkeys(keys if grows else (), vocab_size)}
 
 
 def number_at_the_end(vocab_size: int, new_tokens: Collection[int]) -> int:
-    """How many of the last symbols are new."""
+    """Return how many of the last symbols are new."""
     return next(n for n in range(vocab_size + 1) if vocab_size - 1 - n not in new_tokens)
 
 
 def stand_ins(number: int, vocab_size: int) -> tuple[int, ...]:
-    """For so many tokens whose numbers are not known: all over the vocabulary, so that every tensor rank has some."""
+    """Return ids for so many tokens whose numbers are not known yet, spread over the vocabulary, so
+    that every tensor rank has some."""
     return tuple(dict.fromkeys(vocab_size * (2 * place + 1) // (2 * number) for place in range(number)))
 
 
 class Symbols(Protocol):
-    """A tokenizer, as far as it matters here."""
+    """A tokenizer, as far as its symbols matter here."""
 
     vocab_size: int
 
@@ -61,8 +66,8 @@ class Symbols(Protocol):
 
 
 def require_rows(place: str | Path, rows: object, tokenizer: Symbols, named: Collection[str]) -> None:
-    """RecipeError for symbols beyond the rows of a folder's embedding that the recipe does not name; `rows`: None where its
-    config does not say."""
+    """Raise RecipeError for symbols beyond the rows of a folder's embedding that the recipe does
+    not name. `rows`: None where its config does not say."""
     if not isinstance(rows, int) or tokenizer.vocab_size <= rows:
         return
     beyond = {token: is_added for token, is_added in tokenizer.from_number(rows).items() if token not in named}

@@ -1,4 +1,4 @@
-"""What a task minimises."""
+"""The objectives that tasks minimise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.tasks import TASKS, TaskName
 
 
 def objective_of(recipe: Recipe) -> Objective:
-    """Return what the recipe's task minimises."""
+    """Return the objective of the recipe's task."""
     return OBJECTIVES[recipe.data.task](recipe)
 
 

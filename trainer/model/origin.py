@@ -1,7 +1,7 @@
-"""What a pretrained folder says beside its network: which tokens are special, and how its model writes.
+"""The special tokens and the generation settings of a pretrained folder.
 
-It is handed on with what was trained. Where the recipe gives the model another tokenizer, ids mean other tokens, and only what
-does not speak of tokens is.
+They are passed on with the trained weights. Where the recipe gives the model another tokenizer, ids
+mean other tokens, and only settings without tokens are passed on.
 """
 
 from __future__ import annotations
@@ -22,21 +22,25 @@ IDS = (
     *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
 )
 ID_LISTS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "sequence_bias")
-# Where it is true, transformers makes the whole file again from config.json.
+# Where it is true, transformers derives the whole file from config.json.
 DERIVED = "_from_model_config"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """`ids`: special tokens by their names in config.json, {} with another tokenizer. `generation`: generation_config.json."""
+    """The settings of the folder that a run started from. `ids`: special tokens by their names in
+    config.json, {} with another tokenizer. `generation`: generation_config.json."""
 
     ids: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, *, same_tokenizer: bool) -> Origin:
-        """`same_tokenizer`: the recipe names the folder itself; else it is looked up whether its tokens are the same. DataError
-        for a generation_config.json that is none."""
+        """Read the settings of a folder.
+
+        `same_tokenizer`: the recipe names the folder itself; else the two tokenizers' tokens are
+        compared. DataError for a damaged generation_config.json.
+        """
         generation = {key: value for key, value in _generation(folder).items() if key != DERIVED}
         ids = {name: config[name] for name in IDS if config.get(name) is not None}
         named = [*_tokens(ids.values()), *_tokens(generation[name] for name in IDS if name in generation)]

@@ -1,6 +1,7 @@
 """The norm, the dropout and the initial matrices of a network, as its config describes them.
 
-Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of them), D model.
+Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of
+them), D model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from trainer.model.names import WeightNames
 
 
 def make_norm(config: TransformerConfig, name: str | None, tp: TensorParallel) -> nn.Module:
-    """The family's norm; where its name is None the family has none, and x stays as it is."""
+    """Return the family's norm, or the identity where the name is None."""
     if name is None:
         return nn.Identity()
     if config.norm == "rmsnorm":
@@ -28,17 +29,20 @@ def make_norm(config: TransformerConfig, name: str | None, tp: TensorParallel) -
 
 
 def matrix_init(config: TransformerConfig, inputs: int, *, into_residual: bool = False) -> Init:
-    """How a matrix with so many inputs starts; `into_residual`: its outputs are added to the hidden states."""
+    """Return the initialisation of a matrix with so many inputs. `into_residual`: its outputs are
+    added to the hidden states."""
     if config.fan_in_init:
         return Init(std=config.init_std / math.sqrt(inputs))
     if into_residual and config.scaled_residual_init:
-        # 2 residual additions per layer: their sum keeps its variance (Radford et al. 2019, GPT-2, §2.3).
+        # Each layer adds 2 outputs to the residual: their sum keeps its variance (Radford et al.
+        # 2019, GPT-2, §2.3).
         return Init(std=config.init_std / math.sqrt(2 * config.num_layers))
     return Init(std=config.init_std)
 
 
 class Dropout(nn.Module):
-    """Dropout of [N, D] activations outside the parallel regions; `site` names its random stream."""
+    """Dropout of [N, D] activations outside the parallel regions; `site` names its random
+    stream."""
 
     def __init__(self, rate: float, site: str, tp: TensorParallel) -> None:
         super().__init__()
@@ -47,7 +51,8 @@ class Dropout(nn.Module):
         self.tp = tp
 
     def forward(self, x_ND: Tensor, documents: Documents, streams: Streams | None, chosen: Tensor | None = None) -> Tensor:
-        """`streams` None: x as it is (evaluation). `chosen`: x has only these of this rank's tokens."""
+        """Return x with dropout. `streams` None: x unchanged (evaluation). `chosen`: x has only
+        these of this rank's tokens."""
         if not self.rate or streams is None:
             return x_ND
         rows, seq_len = documents.shape
@@ -57,5 +62,5 @@ class Dropout(nn.Module):
 
 
 def final_dropout(config: TransformerConfig, names: WeightNames, tp: TensorParallel) -> Dropout:
-    """Of what the last norm of a stack makes."""
+    """Return the dropout after the last norm of a stack."""
     return Dropout(config.final_dropout, f"{names.final_norm}.outputs", tp)

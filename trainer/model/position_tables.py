@@ -1,6 +1,8 @@
-"""The tables of relative positions: one for all layers that read a source, one for all that write its target.
+"""The tables of relative positions: one for all layers that read a source, one for all that write
+its target.
 
-Where a pipeline's stages divide these layers, each rank that has some holds the table, as the ends hold a tied embedding.
+Where these layers are on several stages of a pipeline, each rank that has some of them has a copy
+of the table, as the first and the last stage have copies of a tied embedding.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from trainer.model.names import position_table
 
 
 class PositionTables:
-    """Those of this rank: the first layer that asks for one makes it, the others use the same.
+    """The tables of this rank: the first layer that needs one makes it, the others use the same.
 
-    `tied_over`: of tables that several stages use, the ranks that have these.
+    `tied_over`: for tables that several stages use, the ranks of these stages.
     """
 
     def __init__(self, tied_over: Mapping[str, Group] = MappingProxyType({})) -> None:
@@ -51,7 +53,8 @@ class PositionTables:
 def ranks_of_tables(
     config: TransformerConfig, stages: Sequence[Sequence[Block]], rank_of_stage: Mapping[int, int], mesh: Mesh
 ) -> dict[str, Group]:
-    """For each table that several stages use and this rank has, the ranks that have it. Collective over all ranks."""
+    """Return, for each table that several stages use and this rank has, the ranks that have it. All
+    ranks must call it together."""
     users: dict[str, list[int]] = defaultdict(list)
     for stage, blocks in enumerate(stages):
         layers = (block.layer for block in blocks if block.kind == "layer")

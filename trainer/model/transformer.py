@@ -1,11 +1,11 @@
-"""One transformer for all families, built from the layers of `parallel/`.
+"""The transformer of all families, built from the layers of `parallel/`.
 
-A model is a list of blocks: the embedding, the layers, the head. A `Stage` is a contiguous part of that list; without
-pipeline parallelism it is the whole list. A rank only ever builds its own blocks, one after another, so it never holds
-more than one of them whole when ZeRO-3 divides them.
+A model is a list of blocks: the embedding, the layers, the head. A `Stage` is a contiguous part of
+that list; without pipeline parallelism it is the whole list. A rank only builds its own blocks, one
+after another, so it never has more than one of them whole when ZeRO-3 divides them.
 
-Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of them), D model,
-V vocabulary.
+Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of
+them), D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from trainer.model.position_tables import PositionTables
 
 
 def logical_specs(config: TransformerConfig) -> list[ShardSpec]:
-    """What the parameters of the whole, undivided model are, in the model's order; no storage, shapes only."""
+    """Return the specs of the parameters of the whole, undivided model, in the model's order.
+    Nothing is stored: the model is built on the meta device."""
     stage = Stage(
         config,
         blocks_of(config),
@@ -50,14 +51,15 @@ def logical_specs(config: TransformerConfig) -> list[ShardSpec]:
 class Stage(nn.Module):
     """A contiguous part of the model.
 
-    `adapt` may freeze a block's parameters and put others beside them (tuning); `fill` gives values to them after they were
-    materialised (initial or loaded ones); `partition` may divide them over ranks at once (ZeRO-3). Every rank of the tensor
-    group must build its stage together.
+    `adapt` may freeze a block's parameters and add others beside them (tuning). `fill` gives them
+    values after they were materialised (initial or loaded ones). `partition` may divide them over
+    ranks at once (ZeRO-3). Every rank of the tensor group must build its stage together.
 
-    A tied head shares the weight of the embedding in this stage, or of `tied_to`, the embedding in another stage on this
-    rank; or holds a copy of it, when the first and the last stage are on different ranks: `tied_over` these two. `tied_over`
-    is also given, as a group of one, where two stages of one rank share the weight. `tables`: those of relative positions of
-    this rank's stages; absent: it has this one only.
+    A tied head shares the weight of the embedding in this stage, or of `tied_to`, the embedding in
+    another stage on this rank. When the first and the last stage are on different ranks it has a
+    copy of it, and `tied_over` is the group of these two. `tied_over` is also given, as a group of
+    one, where two stages of one rank share the weight. `tables`: the tables of relative positions
+    of this rank's stages; None: the rank has this stage only.
     """
 
     def __init__(
@@ -85,11 +87,13 @@ class Stage(nn.Module):
         self.tp = tp
         self.kv_copies = key_value_copies(config.num_kv_heads, tp.group)
         self.tied_over = tied_over if config.ties_head else None
-        self.tied_to = (tied_to,)  # in a tuple: a module here would be listed as this one's child
+        # in a tuple, because a module here would be listed as a child of this one
+        self.tied_to = (tied_to,)
         self.tables = PositionTables() if tables is None else tables
         self.embedding: Embedding | SourceAndTargetEmbedding | None
         self.head: Head | ClassHead | TargetHead | None
-        self.register_module("embedding", None)  # so that parameters are listed in the order of the model
+        # so that parameters are listed in the order of the model
+        self.register_module("embedding", None)
         self.layers = nn.ModuleDict()
         self.register_module("head", None)
         for block in blocks:
@@ -124,20 +128,22 @@ class Stage(nn.Module):
         self.head = TargetHead(head) if self.config.encoder_layers else head
         return self.head
 
-    constants: Sequence[tuple[ShardSpec, Tensor]] = ()  # saved like weights, never trained: it has none
+    # tensors that are saved like weights and never trained: there are none
+    constants: Sequence[tuple[ShardSpec, Tensor]] = ()
 
     def require_causal(self, device: torch.device) -> None:
-        """Do nothing: its config says which tokens one sees."""
+        """Do nothing: the config says which tokens a token attends to."""
 
     def settle_lengths(self, device: torch.device, seq_len: int, *, may_call_apart: bool) -> list[str]:
         """Return no remarks: documents do not depend on one another."""
         return []
 
     def forward(self, x: Tensor, *, batch: MicroBatch, output: Output = "loss") -> Tensor:
-        """Return hidden states [N, D], of both sides of a translation; of the last stage `output`: see `Outputs`.
+        """Return the hidden states [N, D], for both sides of a translation; on the last stage
+        `output`: see `Outputs`.
 
-        `x`: tokens [B, S] of the first stage, hidden states of the others. There is one way in for all outputs, as ZeRO-3
-        gathers weights where the module itself is called.
+        `x`: tokens [B, S] on the first stage, hidden states on the others. All outputs are computed
+        by `forward`, because ZeRO-3 gathers weights where the module itself is called.
         """
         documents, streams = batch.documents, batch.streams
         if self.embedding is not None:
@@ -160,7 +166,8 @@ class Stage(nn.Module):
 
 
 def key_value_copies(num_kv_heads: int, group: Group) -> Group:
-    """The ranks that hold the same key/value heads as this one: itself alone, unless there are fewer heads than ranks."""
+    """Return the ranks that have the same key/value heads as this one: itself alone, unless there
+    are fewer heads than ranks."""
     return Group.alone() if num_kv_heads >= group.size else group.divide(num_kv_heads)
 
 

@@ -3,7 +3,7 @@ and read by every later start.
 
 | file | contents |
 |---|---|
-| reference/FINGERPRINT.bin | of one token store, the log-probability of each document's targets in order; little-endian f8 |
+| reference/FINGERPRINT.bin | for each document of a token store, the log-probability of its targets; little-endian f8 |
 | reference/header.json | format, version, and the SHA-256 of each file; written last |
 
 The losses compare with the model as it was before the first step. Every run starts from that model,
@@ -110,8 +110,8 @@ def read_reference(folder: Path, stores: Sequence[TokenStore]) -> dict[str, Numb
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"it has no entry for {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(
-            f"{folder}: the log-probabilities of the answers before training cannot be read: {reason}; bring the folder "
-            "back, or begin anew with --resume never"
+            f"{folder}: the log-probabilities of the answers before training cannot be read: {reason}; bring the folder back, "
+            "or begin anew with --resume never"
         ) from None
 
 

@@ -1,5 +1,5 @@
-"""A frozen network, and what is trained put beside it: block by block, before any storage is
-there."""
+"""Tuning of a frozen network: parameters are added to its blocks before their storage is
+allocated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BIASES = ("bias", "shared_bias")  # what our layers and norms call them
 
 
 def adaptation(tuning: Tuning, config: TransformerConfig) -> Callable[[nn.Module], None]:
-    """Return what a `Stage` does to each of its blocks."""
+    """Return the function that a `Stage` calls with each of its blocks."""
     if tuning.method is None:
         return lambda block: None
     method, builder = method_of(tuning), builder_of(tuning)
@@ -40,7 +40,7 @@ def adaptation(tuning: Tuning, config: TransformerConfig) -> Callable[[nn.Module
 
 
 def quantizing(fill: Callable[[nn.Module], None], tuning: Tuning) -> Callable[[nn.Module], None]:
-    """Return a `fill` after which the linear layers inside attention and MLP hold their frozen
+    """Return a `fill` after which the linear layers inside attention and MLP have their frozen
     weights in few bits."""
     form = tuning.quantize
     if form is None:

@@ -1,4 +1,5 @@
-"""A folder of what was trained beside a model: one file of weights, and one that describes them."""
+"""An adapter as a folder of its own: a file of the weights trained beside a model, and a file of
+their configuration."""
 
 from __future__ import annotations
 
@@ -36,11 +37,11 @@ def leaves_adapter(recipe: Recipe) -> bool:
 
 @dataclass(frozen=True)
 class AdapterFormat:
-    """The format of an adapter's two files.
+    """The file format of an adapter.
 
-    `prefix` stands before our logical names in the file of weights. `saved_whole` is for a format
-    without rows of new tokens: it maps our names of embedding and head, if they have such rows, to
-    the names under which the file has all of the matrix.
+    `prefix`: the beginning of the names in the file of weights, before our logical names.
+    `saved_whole`: for formats without rows of single tokens, our names of the embedding and the
+    head with new tokens → the names under which the file has the whole matrix.
     """
 
     config_file: str
@@ -53,7 +54,7 @@ class AdapterFormat:
 
     @classmethod
     def of(cls, recipe: Recipe, network: Network) -> AdapterFormat:
-        """Return peft's format for every method that peft has, else that of bottleneck adapters."""
+        """Return peft's format if peft has the method, else the format of bottleneck adapters."""
         assert isinstance(network, TransformerConfig), "family auto has no tuning"
         tuning = recipe.tuning
         if builder_of(tuning).in_peft is not None:
@@ -63,15 +64,15 @@ class AdapterFormat:
         return cls(bottleneck_format.CONFIG, bottleneck_format.WEIGHTS, "", config, tuning, network, {})
 
     def wanted(self, name: str) -> bool:
-        """Return whether the file holds anything of this logical tensor."""
+        """Return whether the file needs this logical tensor."""
         return is_added(name) or name in self.saved_whole
 
     def write(self, tensors: Iterable[NamedTensor], folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Write both files from the tensors that were trained beside the model, and return what was
-        written.
+        """Write both files, of those tensors that were trained beside the model. Return the tensors
+        that were written.
 
-        NotFinite or DataError, once all tensors have come, for one that holds NaN or infinity, or
-        would in `dtype`.
+        NotFinite or DataError, after all have been read, for one that has NaN or infinity, or would
+        in `dtype`.
         """
         rounding = Rounding(dtype)
         found = {name: rounding(name, tensor).contiguous() for name, tensor in self._contents(tensors)}
@@ -86,7 +87,7 @@ class AdapterFormat:
         return written
 
     def _contents(self, tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
-        """Yield the file's tensors with their names there."""
+        """Yield the tensors of the file, by their names there."""
         rows: dict[str, Tensor] = {}
         whole: dict[str, Tensor] = {}
         for name, tensor in tensors:
@@ -101,7 +102,7 @@ class AdapterFormat:
             parts = [rows[rows_of[name]]] if name in rows_of else []
             complete = merge(tensor, parts, name=name, tuning=self.tuning, network=self.network) if parts else tensor
             for stored in self.saved_whole[name]:
-                yield stored, complete.clone()  # safetensors refuses two names of one memory
+                yield stored, complete.clone()  # safetensors refuses two names for the same memory
 
 
 def write_adapter(
@@ -112,10 +113,8 @@ def write_adapter(
     form: AdapterFormat,
     save_beside: Callable[[Path], None],
 ) -> None:
-    """Write what was trained, whole or not at all.
-
-    `folder` is None on ranks that only take part in the gathering.
-    """
+    """Write the adapter folder completely or not at all; `folder` is None on ranks that only take
+    part in the gathering."""
     if folder is None:
         for _ in tensors:
             pass

@@ -1,14 +1,14 @@
-"""A folder of bottleneck adapters: bottleneck_config.json and bottleneck.safetensors.
+"""Bottleneck adapters as a folder: bottleneck_config.json and bottleneck.safetensors, and the
+function that adds them to a model of transformers. peft has no such adapters.
 
-peft has no such adapters, so `load_bottlenecks` puts them behind a model of transformers. The
-config names the modules behind whose output an adapter stands ("modules"), its inner features
-("bottleneck") and what is between its two projections ("activation"). The tensors of a module are
-those of two linear layers in it, `adapter_down` and `adapter_up`, under their names in a state
-dict: "model.layers.0.self_attn.o_proj.adapter_down.weight".
+The config names the modules whose output an adapter changes ("modules"), the number of its inner
+features ("bottleneck") and the function between its two projections ("activation"). The tensors of
+a module are those of two linear layers in it, `adapter_down` and `adapter_up`, under their names in
+a state dict: "model.layers.0.self_attn.o_proj.adapter_down.weight".
 
-If the recipe has new tokens, the config also has the number of rows of the vocabulary that the
-model must have ("vocab_size"), the tokens ("tokens"), and for each matrix that gets their rows, in
-this order, the tensor that holds them ("token_rows").
+Where the recipe has new tokens, the config also has the number of rows of the vocabulary that the
+model must have ("vocab_size"), the ids of the tokens ("tokens"), and for each matrix that gets
+their rows the name of the tensor with these rows in the same order ("token_rows").
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def _token_keys(recipe: Recipe, network: TransformerConfig) -> dict[str, Any]:
 
 
 def load_bottlenecks(model: nn.Module, folder: Path | str) -> nn.Module:
-    """Return the model of transformers with a folder's adapters in it.
+    """Add a folder's adapters to a model of transformers, and return it. From then on they are
+    moved, run and saved with it.
 
     From now on they move, run and are saved with it. DataError if the folder's adapters are not
     this model's.
@@ -84,8 +85,8 @@ def load_bottlenecks(model: nn.Module, folder: Path | str) -> nn.Module:
         raise DataError(f"{folder}: its adapters cannot be read ({told(error)}): export them again") from error
     try:
         _put_behind(model, config, tensors)
-    # no such module, tensor or row; another shape
     except (AttributeError, KeyError, IndexError, RuntimeError) as error:
+        # no such module, tensor or row; another shape
         raise DataError(f"{folder}: its adapters are not for this model ({error}): give their own") from error
     return model
 
@@ -105,7 +106,7 @@ def _put_behind(model: Any, config: _Config, tensors: dict[str, Tensor]) -> None
 
 
 def _set_rows(model: Any, config: _Config, tensors: dict[str, Tensor]) -> None:
-    """Set the rows of new tokens, for which the model may have to grow."""
+    """Set the rows of new tokens, and grow the model's vocabulary if it is too small."""
     if model.get_input_embeddings().weight.shape[0] < config["vocab_size"]:
         model.resize_token_embeddings(config["vocab_size"])
     for weight, rows in config["token_rows"].items():

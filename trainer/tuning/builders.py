@@ -1,4 +1,5 @@
-"""The methods of tuning, a row each, as far as they need torch.
+"""The methods of tuning, a row each, as far as they need torch: the parameters beside a linear
+layer, the way they are merged, their keys in peft's format, and the work between steps.
 
 A row tells what is put beside a linear layer, how a weight takes it up, what peft is told, and what
 is done between steps. Shape letters: I input features, O output features, R rank.
@@ -40,19 +41,17 @@ class StepHook(Protocol):
         """Prepare a step whose loss is multiplied with `scale`."""
 
     def end(self, step: int, *, scale: float, grad_norm: float, skipped: bool) -> Mapping[str, Tensor]:
-        """Return, after a step (from 0), which elements of logical tensors stay, as bools by name.
-
-        The others are set to 0. {}: all stay as they are.
-        """
+        """Return, after a step (from 0), a bool tensor for each logical tensor whose elements
+        change: those that are False are set to 0. {}: none changes."""
 
 
 @dataclass(frozen=True)
 class LayerBuilder:
     """A way to tune one kind of linear layer.
 
-    `beside`: makes what is put beside a layer, for those of its outputs that belong to the given
-    modules. `merged`: the weight [O, I] with what the parts of its module have learned; None: no
-    weight can take it up. `merged_bias`: the same of the bias [O]; None: it stays as it is.
+    `beside`: makes the parameters beside a layer, for those of its outputs that belong to the given
+    modules. `merged`: returns the weight [O, I] with the parts of its module merged; None: they
+    cannot be merged. `merged_bias`: the same for the bias [O]; None: it does not change.
     """
 
     beside: Callable[[Any, Collection[str], Tuning], Beside]
@@ -80,11 +79,9 @@ class InPeft:
 
 @dataclass(frozen=True, kw_only=True)
 class Builder:
-    """The layers of a method.
-
-    `column`, `row`: how layers of that kind are tuned; None: never. `in_peft`: None if peft does
-    not have the method. `step_hook`: makes the hook that the engine calls at each step.
-    """
+    """A method's layers. `column`, `row`: the way of tuning these kinds; None: they are not tuned.
+    `in_peft`: None where peft does not have the method. `step_hook`: makes the hook that the
+    engine calls at each step."""
 
     column: LayerBuilder | None = None
     row: LayerBuilder | None = None
@@ -104,7 +101,7 @@ def lora_scale(tuning: Tuning) -> float:
 
 
 def adalora_scale(tuning: Tuning) -> float:
-    """Return alpha / r of the rank that it starts with, with peft's 1e-5 beside it."""
+    """Return alpha / r for the rank at the start, plus 1e-5 in the divisor as in peft."""
     return tuning.alpha / (tuning.rank + 1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Weights with what was learned beside them: a model like any other, without an adapter."""
+"""Weights with their adapters merged: a model like any other."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from trainer.tuning.targets import is_added, parts_of, targeted_modules, token_r
 
 
 def merged(tensors: Iterable[NamedTensor], *, tuning: Tuning, network: Network) -> Iterator[NamedTensor]:
-    """Yield the model's own tensors, the adapted ones with what was learned; each waits for its
-    parts, which come with its layer. What no weight can take up is left out."""
+    """Yield the model's own tensors, the adapted ones with their adapters merged.
+
+    Each of these waits for its parts, which come with its layer. Parts that cannot be merged into
+    a weight are left out.
+    """
     parts_by_name = merged_tensors(tuning, network) if isinstance(network, TransformerConfig) else {}
     wanted = {part for parts in parts_by_name.values() for part in parts}
     waiting: dict[str, Tensor] = {}
@@ -52,7 +55,7 @@ def merged_tensors(tuning: Tuning, network: TransformerConfig) -> dict[str, list
 
 
 def merge(tensor: Tensor, parts: Sequence[Tensor], *, name: str, tuning: Tuning, network: TransformerConfig) -> Tensor:
-    """Return one of the model's own tensors with what its parts have learned, in fp32 at least."""
+    """Return one of the model's own tensors with its parts merged, in fp32 at least."""
     wide = torch.promote_types(parts[0].dtype, torch.float32)
     parts, tensor = [part.to(wide) for part in parts], tensor.to(wide)
     if name in token_rows(tuning, network):

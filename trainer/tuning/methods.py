@@ -17,7 +17,7 @@ PROJECTIONS: Mapping[str, tuple[str, ...]] = {
     "mlp": ("gate", "up", "down"),
     **{projection: (projection,) for projection in ("q", "k", "v", "o", "gate", "up", "down")},
 }
-# The last projections of the attention and of the MLP, for what stands behind all of it.
+# The last projections of the attention and of the MLP, for methods that change their whole output.
 LAST: Mapping[str, tuple[str, ...]] = {"attention": ("o",), "mlp": ("down",)}
 
 
@@ -35,7 +35,7 @@ class Method:
     | `words` | the legal tuning.targets, and the projections that each means |
     | `targets` | the words where the recipe gives none |
     | `trains_biases` | whether the model's own biases are trained |
-    | `not_merged` | why no weight can take up what the parts learned; "" where it can |
+    | `not_merged` | why the parts cannot be merged into weights; "" where they can |
     | `findings` | what is wrong with a recipe that has this method |
     """
 
@@ -48,7 +48,7 @@ class Method:
 
     @property
     def merges(self) -> bool:
-        """Return whether the model's own weights can take up what was learned."""
+        """Return whether the parts can be merged into the model's own weights."""
         return bool(self.parts) and not self.not_merged
 
 

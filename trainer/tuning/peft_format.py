@@ -44,7 +44,7 @@ def _in_peft(tuning: Tuning) -> InPeft:
 
 
 def _token_keys(tuning: Tuning, network: TransformerConfig) -> dict[str, Any]:
-    """Return the keys that tell peft of the rows of new tokens."""
+    """Return peft's keys for the rows of new tokens."""
     modules = [weight.removesuffix(".weight") for weight in token_rows(tuning, network)]
     if whole := saved_whole(tuning, network):
         stored = [name.rpartition(".")[0] for names in whole.values() for name in names]
@@ -53,10 +53,10 @@ def _token_keys(tuning: Tuning, network: TransformerConfig) -> dict[str, Any]:
 
 
 def saved_whole(tuning: Tuning, network: TransformerConfig) -> dict[str, list[str]]:
-    """Return our names of embedding and head if peft 0.21 must have them whole, with its own names.
+    """Return our names of the embedding and the head → their names in peft, which saves them whole
+    where it cannot save the rows of single tokens.
 
-    That is so if it has no rows of single tokens there: not every method has such rows, and beside
-    those of a head peft forgets its bias.
+    peft 0.21 has such rows for some methods only, and loses the bias of a head that has them.
     """
     if not token_rows(tuning, network):
         return {}

@@ -1,21 +1,21 @@
-"""AdaLoRA's allocation of ranks (Zhang et al. 2023, arXiv:2303.10512, §3.2, 3.3), as peft does it.
+"""AdaLoRA's division of a budget of ranks (Zhang et al. 2023, arXiv:2303.10512, §3.2 and 3.3), with
+peft's constants.
 
-Beside a module lie A [R, I], B [O, R] and E [R, 1]; its R-th triplet is a row of A, a column of B
-and a value of E. Three things happen step by step:
+Beside a module there are A [R, I], B [O, R] and E [R, 1]; a triplet is a row of A, a column of B
+and a value of E. Each step does the following:
 
-* The factors are pulled towards orthonormal directions. Beside the loss, the term w / n · Σ ‖A Aᵀ −
-  1‖_F + ‖Bᵀ B − 1‖_F over the n factors of the whole model is minimised. Its gradient depends on
-  the weights only, so it is computed once for a step and added to the first gradient that a factor
-  gets in it.
-* Importance is measured. An element's sensitivity is |weight · gradient|. Its importance is the
-  running mean of that times the running mean of its distance from that mean. The importance of a
-  triplet is that of its value in E, plus the means over its row and its column.
+* The factors are pulled towards orthonormal directions: w / n · Σ ‖A Aᵀ − 1‖_F + ‖Bᵀ B − 1‖_F over
+  the n factors of the whole model is minimised beside the loss. Its gradient depends only on the
+  weights, so it is computed once for a step and added to the first gradient of each factor.
+* An element's sensitivity is |weight · gradient|. Its importance is the running mean of its
+  sensitivity, times the running mean of the distance of its sensitivity from that mean. The
+  importance of a triplet is that of E, and the means over its row and its column.
 * The triplets of the whole model compete. The value in E of those below the threshold is set to 0,
-  in steps that bring the number of the others down along a cubic curve.
+  and the number of the others falls along a cubic curve.
 
-Gradients are taken as they leave autograd, so they are whole at every ZeRO stage. Matrices R × R
-and scores R wide are summed over the ranks that hold one copy of the model, in one message each;
-all ranks come to the same answer.
+Gradients are taken where they leave autograd, so that they are whole at every ZeRO stage. Matrices
+R × R and scores R wide are summed over the ranks that have one copy of the model, in one message
+each; all ranks compute the same result.
 """
 
 from __future__ import annotations
@@ -37,16 +37,14 @@ from trainer.model.network import Network
 from trainer.schema import RankBudget, Recipe
 from trainer.tuning.targets import parts_of, targeted_modules
 
-SECOND, VALUES = 1, 2  # B and E, as `parts_of` lists them after A
+SECOND, VALUES = 1, 2  # indices of B and E in what `parts_of` lists after A
 
 
 @dataclass
 class _Factor:
-    """A local factor, and what is known of its elements, in tensors of its shape.
-
-    `grad` sums the gradients of the step so far. `kept`, in E, tells which values stay. `pull` is
-    the gradient of orthogonality, until the hook has added it.
-    """
+    """A local factor, and statistics of its elements in tensors of its shape. `grad`: the gradient
+    of the step so far. `kept`: of E, which values stay. `pull`: the gradient of the orthogonality
+    term, until the hook has added it."""
 
     parameter: nn.Parameter
     spec: ShardSpec
@@ -57,7 +55,8 @@ class _Factor:
     pull: Tensor | None = None
 
     def hook(self, grad: Tensor) -> Tensor:
-        """Record a gradient of the parameter, and return the gradient that DeepSpeed gets."""
+        """Add the orthogonality term to a gradient of the parameter, accumulate the sum, and return
+        the gradient for DeepSpeed."""
         if self.pull is not None:
             grad, self.pull = (grad + self.pull).to(grad.dtype), None
         self.grad += grad
@@ -65,11 +64,8 @@ class _Factor:
 
 
 class RankAllocator:
-    """The work of AdaLoRA between steps.
-
-    `begin` comes before the first gradient of a step, `end` after the update. Every rank must call
-    them together.
-    """
+    """The budget of ranks between steps: `begin` before the first gradient, `end` after the update.
+    Every rank must call them together."""
 
     def __init__(
         self,
@@ -82,10 +78,8 @@ class RankAllocator:
         *,
         gathered: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]],
     ) -> None:
-        """Take `gathered`, which returns a context in which parameters are whole.
-
-        All data-parallel ranks enter that context together.
-        """
+        """Register hooks on the factors. `gathered`: a context in which the given parameters are
+        whole; all data-parallel ranks enter it together."""
         assert isinstance(config, TransformerConfig), "family auto has no tuning"
         tuning = recipe.tuning
         self._keys, self._rank, self._steps = tuning.budget, tuning.rank, recipe.train.steps
@@ -97,7 +91,7 @@ class RankAllocator:
             part: (number, kind) for number, name in enumerate(modules) for kind, part in enumerate(parts_of(tuning, name))
         }
         mine = [(p, spec) for p, spec in specs if spec.pieces[0].name in self._place]
-        # the whole shape: the parameter itself is a part under ZeRO-3
+        # ZeRO-3 has only a part of it here
         shapes = [torch.Size(getattr(p, "ds_shape", p.shape)) for p, _ in mine]
         wide = torch.promote_types(dtype, torch.float32)
         self._grads = torch.zeros(sum(shape.numel() for shape in shapes), dtype=wide, device=device)
@@ -118,7 +112,7 @@ class RankAllocator:
 
     @property
     def auxiliary(self) -> list[AuxiliaryState]:
-        """The tensors that a checkpoint has of it."""
+        """The tensors that a checkpoint saves."""
         return [
             AuxiliaryState.of(factor.spec, getattr(factor, state), state=state)
             for factor in self._factors
@@ -134,8 +128,8 @@ class RankAllocator:
         excess = torch.zeros((self._num_modules, 2, self._rank, self._rank), dtype=self._grads.dtype, device=self._device)
         with self._whole():
             directions = [
-                # ZeRO's weights are in the dtype of the run, whose 8 bits are too few to tell how
-                # far they are from orthonormal.
+                # ZeRO's weights are in the dtype of the run, whose 8 bits are too few to measure
+                # the distance from orthonormal.
                 (factor, piece, at, self._directions(piece.in_parameter(factor.parameter), at[1]).to(excess.dtype))
                 for factor in self._factors
                 for piece, at in self._pieces(factor)
@@ -156,13 +150,11 @@ class RankAllocator:
 
     @torch.no_grad()
     def end(self, step: int, *, scale: float, grad_norm: float, skipped: bool) -> Mapping[str, Tensor]:
-        """Return the values of E [R, 1] that stay after a step (from 0), as bools by name.
-
-        {} if all may go on as they are.
-        """
+        """Return, after a step (from 0) and by name, which values of E [R, 1] stay; {} where none
+        changes."""
         last = self._steps - self._keys.final_steps
         if step < last and not skipped:
-            # 1e-6 as in torch's clipping: importance sees the gradient that the update was made of.
+            # 1e-6 as in torch's clipping: importance uses the gradient that made the update.
             clipping = min(1.0, self._clip_norm / (grad_norm + 1e-6)) if self._clip_norm else 1.0
             self._observe(clipping / scale)
         budget = budget_after(step, self._keys, self._steps, modules=self._num_modules, rank=self._rank)
@@ -174,7 +166,7 @@ class RankAllocator:
         return {piece.name: piece.in_parameter(factor.kept) for factor in values for piece in factor.spec.pieces}
 
     def _observe(self, unscaling: float) -> None:
-        """Take this step's sensitivities into the means."""
+        """Add this step's sensitivities to the running means."""
         grads = all_reduce(self._grads, self._mesh.reduction) * (unscaling / self._mesh.reduction.size)
         decay, decay_of_uncertainty = self._keys.betas
         with self._whole():
@@ -185,7 +177,7 @@ class RankAllocator:
                 factor.uncertainty.mul_(decay_of_uncertainty).add_(surprise, alpha=1.0 - decay_of_uncertainty)
 
     def _allocate(self, budget: int) -> None:
-        """Let the `budget` most important triplets of the whole model stay."""
+        """Keep the `budget` most important triplets of the whole model."""
         scores = self._scores()
         if not scores.any():  # every step so far was skipped
             return
@@ -196,10 +188,8 @@ class RankAllocator:
                     piece.in_parameter(factor.kept).copy_((scores[module] > threshold).unsqueeze(-1))
 
     def _scores(self) -> Tensor:
-        """Return the importance of each triplet of the whole model [modules, R].
-
-        It is E's own, plus the means over the triplet's row of A and column of B.
-        """
+        """Return the scores [modules, R] of the whole model: E's importance, and the means over a
+        triplet's row of A and column of B."""
         scores = torch.zeros((self._num_modules, self._rank), dtype=self._grads.dtype, device=self._device)
         for factor in (factor for factor in self._factors if factor.spec.owned):
             importance = factor.sensitivity * factor.uncertainty
@@ -209,14 +199,14 @@ class RankAllocator:
         return all_reduce(scores, self._mesh.replica)
 
     def _pieces(self, factor: _Factor) -> Iterator[tuple[Piece, tuple[int, int]]]:
-        """Yield each piece of a factor with its module's number, and 0, 1, 2 for A, B, E."""
+        """Return a factor's pieces, each with the number of its module and its kind (A, B or E)."""
         return ((piece, self._place[piece.name]) for piece in factor.spec.pieces)
 
     def _kind(self, factor: _Factor) -> int:
         return self._place[factor.spec.pieces[0].name][1]
 
     def _directions(self, part: Tensor, kind: int) -> Tensor:
-        """Return a part of a factor as [R, N], with the triplets as rows."""
+        """Return a part of any factor as [R, N], a row for each triplet."""
         return part.t() if kind == SECOND else part
 
     def _whole(self) -> AbstractContextManager[Any]:
@@ -224,10 +214,10 @@ class RankAllocator:
 
 
 def budget_after(step: int, keys: RankBudget, steps: int, *, modules: int, rank: int) -> int | None:
-    """Return the number of triplets that stay after a step (from 0) of `steps`.
+    """Return how many triplets stay after a step (from 0); None where the step changes nothing.
 
-    None if there is no allocation after it. The number falls along a cubic curve from all triplets
-    to the target (Zhang et al. 2023, eq. 12).
+    The number falls along a cubic curve from `modules` · `rank` to the target (Zhang et al. 2023,
+    eq. 12).
     """
     last = steps - keys.final_steps
     if step <= keys.warmup_steps or step > last or (step % keys.every and step != last):
@@ -238,10 +228,8 @@ def budget_after(step: int, keys: RankBudget, steps: int, *, modules: int, rank:
 
 
 def trimmed(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the factors without the triplets whose value is 0, and peft's pattern of the others.
-
-    All triplets stay if nothing has been learned yet.
-    """
+    """Return the factors without the triplets whose value is 0, and peft's pattern of the remaining
+    ranks of each module. All triplets stay where nothing has been learned yet."""
     values = {name: tensor.flatten() for name, tensor in tensors.items() if name.endswith(".lora_E")}
     if not any(tensor.any() for tensor in values.values()):
         return tensors, {"rank_pattern": None}

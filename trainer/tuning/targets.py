@@ -44,7 +44,7 @@ def modules_by_role(config: TransformerConfig, layer: int) -> dict[str, str]:
 
 
 def targeted_modules(tuning: Tuning, config: TransformerConfig) -> list[str]:
-    """Return Hugging Face's names of all modules that are adapted, in the order of the model."""
+    """Return the Hugging Face names of all modules that are adapted, in the order of the model."""
     wanted = roles_of(tuning)
     found = (
         module
