@@ -18,8 +18,8 @@ settings.load_profile("suite")
 pytest.register_assert_rewrite("tests.parallel", "tests.unit", "tests.end_to_end")
 
 
-# Folders of tests that start several processes each. Tests of whole runs (launchers, SLURM, faults to be noticed) wait for
-# half of their time, so another worker may have the cores meanwhile.
+# Folders of tests that start several processes each. Tests of whole runs (launchers, SLURM, faults
+# to be noticed) wait for half of their time, so another worker may have the cores meanwhile.
 KINDS = {"end_to_end": "waiting", "slurm": "waiting", "parallel": "computing"}
 ORDER = ("waiting", "computing", "others")  # what takes longest begins first
 
@@ -30,7 +30,10 @@ def kind_of(file: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file runs on one of pytest-xdist's workers, and beside it, while there is one, a file of another kind."""
+    """Return a scheduler that gives whole files to workers.
+
+    Workers that run at the same time get files of different kinds, as long as there are any.
+    """
     from xdist.scheduler import LoadFileScheduling
 
     class OfOtherKinds(LoadFileScheduling):  # type: ignore[misc]
@@ -41,13 +44,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 self.workqueue.move_to_end(min(others, key=lambda file: ORDER.index(kind_of(file))), last=False)
             super()._assign_work_unit(node)
 
-    config.option.loadscopereorder = False  # but for their kinds, in the order of collection
+    # Apart from their kinds, files run in the order of collection.
+    config.option.loadscopereorder = False
     return OfOtherKinds(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """torchrun never removes the folder of its logs, and W&B leaves some when it is killed: they go where pytest cleans up."""
+    """Put temporary files where pytest cleans up.
+
+    torchrun never removes the folder of its logs, and W&B leaves some when it is killed.
+    """
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = tempfile.tempdir = str(tmp_path_factory.mktemp("tmp"))
     yield
@@ -60,7 +67,10 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
-    """What a test draws without a seed of its own is the same in every order of the tests, and whenever they run."""
+    """Seed what a test draws without a seed of its own.
+
+    So it does not depend on the order of the tests.
+    """
     import numpy as np
     import torch
 
@@ -71,7 +81,10 @@ def same_numbers() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads that wait for each other make tensors as small as these ten times slower, also those of a module's fixtures."""
+    """Use one thread, in a module's fixtures too.
+
+    Threads that wait for each other make tensors as small as these ten times slower.
+    """
     import torch
 
     before = torch.get_num_threads()

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("parallel", "trainer", "tools")
 LONGEST = 100  # characters of a line that holds prose; the formatter allows code a little more
 
+
 def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
@@ -87,7 +88,7 @@ def long_lines(text: str) -> list[str]:
 Rule = Callable[[str], list[str]]
 
 
-def rewritten() -> Iterator[tuple[str, str]]:
+def sources() -> Iterator[tuple[str, str]]:
     """Yield the path, from the root, and the text of each file that the rules hold for."""
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -97,7 +98,7 @@ def rewritten() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("rule", [first_words, long_lines], ids=lambda rule: rule.__name__)
 def test_the_sources_keep(rule: Rule) -> None:
-    assert [f"{name}, {wrong}" for name, text in rewritten() for wrong in rule(text)] == []
+    assert [f"{name}, {wrong}" for name, text in sources() for wrong in rule(text)] == []
 
 
 def test_no_word_is_both_refused_and_allowed() -> None:
