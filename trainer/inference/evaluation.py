@@ -1,4 +1,4 @@
-"""`triaxis eval`: what a model makes of data, in any layout."""
+"""`triaxis eval`: the evaluation of a model on data, in any layout."""
 
 from __future__ import annotations
 
@@ -32,8 +32,12 @@ SHARES = ("accuracy", "exact_match", "majority", "f1", "f1_positive")
 
 @dataclass(frozen=True)
 class Request:
-    """`files`: as in data.eval_sources; none: what the run held out. `sequences`: at most. `translations`: of a model that
-    translates, how many texts to translate for BLEU and chrF; None: all."""
+    """The arguments of an evaluation.
+
+    `files`: as in data.eval_sources; none: the data that the run held out. `sequences`: the most to
+    evaluate. `translations`: for a model that translates, how many texts to translate for BLEU and
+    chrF; None: all.
+    """
 
     weights: str
     files: tuple[Mapping[str, str], ...] = ()
@@ -43,8 +47,11 @@ class Request:
 
 
 def evaluate(request: Request) -> Found | None:
-    """Collective over the launcher's ranks; None on all but the first. What was measured: JSON values by name, beginning with
-    what was asked. RecipeError or DataError, in one line."""
+    """Return the figures, as JSON values by name, after the arguments; None on all ranks but the
+    first.
+
+    All of the launcher's ranks must call it together. RecipeError or DataError, in one line.
+    """
     with open_model(request.weights, request.settings, files=request.files) as model:
         with together(), work_progress(shown=model.place.is_first) as progress:
             _require_no_reference(model.recipe)
@@ -76,7 +83,8 @@ def _require_no_reference(recipe: schema.Recipe) -> None:
 
 
 def _data(recipe: schema.Recipe, *, alone: bool) -> schema.Data:
-    """`alone`: nothing but data.eval_sources is read."""
+    """Return the data of the recipe. `alone`: without its sources, so that only data.eval_sources
+    is read."""
     return recipe.data.model_copy(update={"sources": []}) if alone else recipe.data
 
 
@@ -103,7 +111,8 @@ def _measured(model: OpenModel, result: EvalResult) -> Found:
 
 
 def _translated(model: OpenModel, data: schema.Data, request: Request) -> Found:
-    """BLEU and chrF by the first rank: a search of one text after another does not divide."""
+    """Return BLEU and chrF, by the first rank: a search of one text after another cannot be
+    divided."""
     if not TASKS[data.task].translates or request.translations == 0 or not data.eval_sources:
         return {}
     limit = request.translations or 2**62
@@ -116,12 +125,12 @@ def _translated(model: OpenModel, data: schema.Data, request: Request) -> Found:
 
 
 def _whole_model(weights: Weights, scratch: Path) -> Path:
-    """A Hugging Face folder of them."""
+    """Return a Hugging Face folder of the weights."""
     return weights.folder if weights.manifest is None else export(weights.folder, scratch, whole=True).folder
 
 
 def table(found: Found) -> Iterator[Table]:
-    """For the console."""
+    """Yield the tables of the figures for the console."""
     rows = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name, value in found.items():
         if name not in ("confusion", "tasks"):
