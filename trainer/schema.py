@@ -4,7 +4,7 @@ This is the only list of keys. `recipe/` reads files into it, `triaxis schema` p
 ds_configs/KEYS.md is written from it, and the rest of the package receives these objects already
 validated. It imports no torch: a recipe is checked on a login node in a fraction of a second.
 
-Defaults are the simplest case, not somebody's recipe. A key that nothing reads does not exist.
+Defaults are the simplest case, not a recommended recipe. A key that nothing reads does not exist.
 """
 
 from __future__ import annotations
@@ -16,57 +16,51 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainer.tasks import LEARN_FROM_TEXTS, TASKS, TaskName, with_field
 from trainer.update_rules import RuleName, rules_that_read
 
-# The largest of numbers that are only compared with. Other readers of JSON round a whole number
-# beyond it.
+# the limit of numbers without another one: other readers of JSON round whole numbers beyond it
 LARGEST = 2**53
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
 Count = Annotated[int, Field(ge=0, le=LARGEST, strict=True)]
 # more ranks than any machine has; layouts are searched up to it
 Degree = Annotated[int, Field(ge=1, le=2**20, strict=True)]
-# as many as the largest network has layers
+# the largest number of layers of a network
 NumStages = Annotated[int, Field(ge=1, le=2**12, strict=True)]
-# A socket waits for at most 2³¹ ms, and the watch for hangs adds several of these.
+# A socket waits for at most 2³¹ ms, and the wait for a hang sums several of these.
 Seconds = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
-STDLIB = "stdlib"  # the source that every machine has: the code of the standard library
+STDLIB = "stdlib"  # a source on every machine: the files of the standard library
 
 
 def only(key: str, *values: Any, least: int | None = None, idle: Any = None, instead: str = "") -> dict[str, Any]:
-    """Return a field's statement of when it is used, for its JSON Schema.
+    """Return the condition under which a field is used.
 
-    It is used with `key` at one of `values`, or at `least` or more; if neither is given, at any
-    value but null. With other values of `key` a recipe may not write the field, unless as null or
-    as its `idle` value, which ask for nothing. `instead` is what the message says beside "remove
-    it".
+    It is used with another key at one of these values, or at `least` this value; with neither, at
+    any value but null. Elsewhere the field is refused, except for null and its `idle` value, which
+    ask for nothing. `instead`: text of the message after "remove it".
 
-    The statement looks like {"only": {"data.task": ["mlm"]}, "idle": false, "instead": "…"}.
+    In the JSON Schema: {"only": {"data.task": ["mlm"]}, "idle": false, "instead": "…"}.
     """
     said = {"only": {key: {"minimum": least} if least is not None else list(values)}}
     return said | ({} if idle is None else {"idle": idle}) | ({"instead": instead} if instead else {})
 
 
 class Finding(NamedTuple):
-    """A line about something wrong in a recipe, and the dotted keys that it is about.
-
-    The first of the keys is the one to point at.
-    """
+    """A mistake in a recipe: the dotted keys that it concerns, the one to point at first, and the
+    line to show."""
 
     keys: tuple[str, ...]
     message: str
 
 
 class Section(BaseModel):
-    """Base of every section, with frozen values.
-
-    It refuses unknown keys, and values of another type ("8" is not 8).
-    """
+    """The base of every section. Unknown keys are refused, wrong types are refused (no "8" for 8),
+    values are frozen."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), serialize_by_alias=True)
 
 
 class Run(Section):
-    """The name of a run, where it writes, and its seed."""
+    """The run's name, folder and seed."""
 
     name: str = Field(
         "run",
@@ -78,7 +72,7 @@ class Run(Section):
     dir: str = Field("runs", min_length=1, description="Folder that holds run folders.")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of every random stream: weights, data order, dropout.")
     deterministic: bool = Field(
-        False, description="Refuse nondeterministic kernels (slower on GPUs; CPU kernels are deterministic anyway)."
+        False, description="Refuse nondeterministic kernels (slower on GPUs; CPU kernels are always deterministic)."
     )
 
 
@@ -87,8 +81,8 @@ class Model(Section):
 
     family: str | None = Field(
         None,
-        description="Model family, such as gpt2 or llama; taken from from_pretrained when that is given. 'auto': any model "
-        "that transformers has, by data parallelism only.",
+        description="Model family, such as gpt2 or llama; taken from from_pretrained when that is given. 'auto': "
+        "any model that transformers has, by data parallelism only.",
     )
     from_pretrained: str | None = Field(
         None, min_length=1, description="Hugging Face folder, or hub name, whose config and weights start the run."
@@ -96,8 +90,7 @@ class Model(Section):
     revision: str | None = Field(None, min_length=1, description="Hub revision of from_pretrained (a commit hash).")
     trust_remote_code: bool = Field(
         False,
-        description="Family auto: run the Python code that comes with from_pretrained; a hub name then needs a revision of "
-        "40 hex digits.",
+        description="Run the Python code that comes with from_pretrained; a hub name then needs a revision of 40 hex digits.",
         json_schema_extra=only("model.family", "auto", idle=False),
     )
     config: dict[str, Any] = Field(
@@ -107,7 +100,7 @@ class Model(Section):
 
 
 class Fields(Section):
-    """The names that a source gives the fields of a row; absent: as here."""
+    """A source's own names for the fields of a row; absent: the name of the key."""
 
     messages: str | None = Field(
         None,
@@ -122,39 +115,39 @@ class Fields(Section):
         json_schema_extra=only("data.task", *with_field("conversations")),
     )
     prompt: str | None = Field(
-        None, min_length=1, description="What is asked.", json_schema_extra=only("data.task", *with_field("prompt"))
+        None, min_length=1, description="The question.", json_schema_extra=only("data.task", *with_field("prompt"))
     )
     completion: str | None = Field(
         None,
         min_length=1,
-        description="What is answered to the prompt.",
+        description="The answer to the prompt.",
         json_schema_extra=only("data.task", *with_field("completion")),
     )
     instruction: str | None = Field(
-        None, min_length=1, description="What is asked.", json_schema_extra=only("data.task", *with_field("instruction"))
+        None, min_length=1, description="The question.", json_schema_extra=only("data.task", *with_field("instruction"))
     )
     input: str | None = Field(
         None,
         min_length=1,
-        description="What the instruction is about.",
+        description="The text that the instruction is about.",
         json_schema_extra=only("data.task", *with_field("input")),
     )
     output: str | None = Field(
         None,
         min_length=1,
-        description="What is answered to the instruction.",
+        description="The answer to the instruction.",
         json_schema_extra=only("data.task", *with_field("output")),
     )
     history: str | None = Field(
         None,
         min_length=1,
-        description="alpaca: earlier turns, pairs of question and answer.",
+        description="Earlier turns of shape alpaca, pairs of question and answer.",
         json_schema_extra=only("data.task", *with_field("history")),
     )
     system: str | None = Field(
         None,
         min_length=1,
-        description="What is said before the first turn.",
+        description="The system message, before the first turn.",
         json_schema_extra=only("data.task", *with_field("system")),
     )
     tools: str | None = Field(
@@ -170,7 +163,10 @@ class Fields(Section):
         json_schema_extra=only("data.task", *with_field("source")),
     )
     target: str | None = Field(
-        None, min_length=1, description="Its translation.", json_schema_extra=only("data.task", *with_field("target"))
+        None,
+        min_length=1,
+        description="Its translation.",
+        json_schema_extra=only("data.task", *with_field("target")),
     )
     chosen: str | None = Field(
         None, min_length=1, description="The better answer.", json_schema_extra=only("data.task", *with_field("chosen"))
@@ -194,55 +190,55 @@ class Source(Section):
 
     path: str = Field(
         min_length=1,
-        description="A file of text, or of rows (.jsonl, .json, .csv, .tsv, .parquet, .arrow), perhaps .gz or .zst, a "
+        description="A file of text, or of rows (.jsonl, .json, .csv, .tsv, .parquet, .arrow), also .gz or .zst, a "
         "folder of such files, a hub name, or 'stdlib' (the sources of this Python's standard library).",
     )
     weight: float | None = Field(
         None,
         gt=0.0,
         allow_inf_nan=False,
-        description="Share of the training sequences, relative to the other sources, of which those that say none have 1; "
-        "absent from all: by size, so that an epoch has each sequence of each source once.",
+        description="Share of the training sequences, relative to the other sources; a source without it has 1. "
+        "Absent from all sources: by size, so that an epoch has each sequence of each source once.",
     )
     field: str | None = Field(
         None,
         min_length=1,
-        description="pretrain, mlm: field of the rows that holds the text; absent: text, and a .json, .csv or .tsv file in a "
-        "folder whose rows have none is one text itself.",
+        description="Name of the field with the text; absent: text. In a folder, a .json, .csv or .tsv file whose "
+        "rows have no field text is itself one text.",
         json_schema_extra=only("data.task", *LEARN_FROM_TEXTS, instead="what rows call their fields is said in fields"),
     )
     target_path: str | None = Field(
         None,
         min_length=1,
-        description="translate: a text file whose lines are the translations of those of path, both perhaps .gz or .zst.",
+        description="A text file whose lines are the translations of those of path; both may be .gz or .zst.",
         json_schema_extra=only("data.task", "translate"),
     )
     split: str = Field("train", min_length=1, description="Split of a hub data set.")
     shape: Literal["messages", "sharegpt", "prompt", "alpaca"] | None = Field(
         None,
-        description="sft: what rows are: messages (role, content), sharegpt (from, value), prompt (prompt, completion) or "
-        "alpaca (instruction, input, output); absent: by the fields of each row.",
+        description="Format of the rows: messages (role, content), sharegpt (from, value), prompt (prompt, "
+        "completion) or alpaca (instruction, input, output); absent: found from the fields of each row.",
         json_schema_extra=only("data.task", "sft"),
     )
     fields: Fields | None = Field(
         None,
-        description='sft, preference, translate, classify: what this source calls them, such as {"prompt": "question", '
-        '"completion": "answer"} or {"source": "en", "target": "de"}.',
+        description='This source\'s names of the fields, such as {"prompt": "question", "completion": "answer"} or '
+        '{"source": "en", "target": "de"}.',
         json_schema_extra=only("data.task", *(name for name, task in TASKS.items() if task.rows)),
     )
     columns: list[str] = Field(
         default_factory=list,
-        description="Names of the columns of .csv and .tsv files; empty: their first line has them.",
+        description="Names of the columns of .csv and .tsv files; empty: the first line of each file has them.",
     )
 
     @property
     def text_field(self) -> str:
-        """The name that rows of texts give the text."""
+        """The name of the field with the text, in rows of texts."""
         return self.field or "text"
 
     @property
     def names(self) -> dict[str, str]:
-        """The source's names of fields by ours, for those that it names itself."""
+        """Return our name of a field → its name in this source, for the names that are given."""
         return self.fields.model_dump(exclude_none=True) if self.fields else {}
 
 
@@ -254,34 +250,34 @@ class Data(Section):
     )
     classes: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
-        description="classify: names of the classes, in the order of their numbers; empty: those that the sources have, by "
-        "value where all are numbers, else by letters.",
+        description="Names of the classes, in the order of their numbers; empty: those in the sources, sorted by "
+        "value where all are numbers, else alphabetically.",
         json_schema_extra=only("data.task", "classify"),
     )
     mask_fraction: float = Field(
         0.15,
         gt=0.0,
         lt=1.0,
-        description="mlm: share of the tokens that are to be guessed; of ten such tokens eight are masked, one is replaced by "
-        "another, one stays.",
+        description="Share of the tokens that are predicted; of ten such tokens eight are masked, one is replaced "
+        "by another, one is not changed.",
         json_schema_extra=only("data.task", "mlm"),
     )
     learn: Literal["answers", "last", "all"] = Field(
         "answers",
-        description="sft: whose tokens are targets: those of the assistant's turns, of the last of them, or all.",
+        description="The tokens that are targets: those of the assistant's turns, of the last of these turns, or all.",
         json_schema_extra=only("data.task", "sft"),
     )
     seq_len: int = Field(
         512,
         ge=1,
         le=2**24,
-        description="Length of a training sequence; translate: of its sources, and again of their targets [tokens].",
+        description="Length of a training sequence; with task translate, of its sources and again of their targets [tokens].",
     )
     sources: list[Source] = Field(
-        default_factory=lambda: [Source(path=STDLIB)], min_length=1, description="Where training documents come from."
+        default_factory=lambda: [Source(path=STDLIB)], min_length=1, description="The sources of training documents."
     )
     eval_sources: list[Source] = Field(
-        default_factory=list, description="Where held-out documents come from; empty: eval_fraction of the sources is held out."
+        default_factory=list, description="The sources of held-out documents; empty: eval_fraction of the sources is held out."
     )
     eval_fraction: float = Field(
         0.02,
@@ -298,47 +294,46 @@ class Data(Section):
     )
     bos: bool | None = Field(
         None,
-        description="pretrain, mlm: each document begins with the tokenizer's bos_token; absent: with what its post-processor "
-        "writes before a text, if anything (Llama 3, Gemma, [CLS] of Bert); false: with nothing.",
+        description="true: each document begins with the tokenizer's bos_token; absent: with the tokens that its "
+        "post-processor writes before a text, if any (Llama 3, Gemma, [CLS] of Bert); false: with none.",
         json_schema_extra=only("data.task", *LEARN_FROM_TEXTS),
     )
     special_tokens: Literal["text", "parse"] = Field(
         "text",
-        description="pretrain, mlm: what a text spells that is a special token, such as <|im_start|>: text like any other, or "
-        '"parse": that token, for text in which a template has been rendered.',
+        description="Reading of special tokens that a text spells, such as <|im_start|>: as ordinary text, or as "
+        "the token itself (parse), for texts in which a template has been rendered.",
         json_schema_extra=only("data.task", *LEARN_FROM_TEXTS),
     )
     tails: Literal["train", "drop"] = Field(
         "train",
-        description="pretrain, mlm: what is left of a source beyond its whole sequences, or of one that has none: trained as a "
-        "shorter sequence, or left out.",
+        description="The rest of a source after its last whole sequence: trained as a shorter sequence, or left out.",
         json_schema_extra=only("data.task", *LEARN_FROM_TEXTS),
     )
     new_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
-        description="Special tokens that the tokenizer gets, or has and the model is yet to learn: a text that spells one "
-        "means it. Embedding and head get the rows that they lack, and those of all these tokens are trained, under every "
-        "tuning.method too.",
+        description="Special tokens that are added to the tokenizer, or that it has and the model does not know "
+        "yet; a text that spells one gets the token. Embedding and head get the rows that they lack, and the rows "
+        "of all these tokens are trained, under every tuning.method too.",
     )
     isolate_documents: bool = Field(
         True, description="Documents packed into one sequence do not attend to each other; their positions restart at 0."
     )
     cache_dir: str | None = Field(
-        None, min_length=1, description="Where tokenized data is kept and reused; default: 'data' inside run.dir."
+        None, min_length=1, description="Folder in which tokenized data is kept and reused; absent: 'data' inside run.dir."
     )
     workers: int = Field(0, ge=0, le=1024, description="Processes that tokenize; 0 = one per core this process may use.")
 
     @property
     def row_tokens(self) -> int:
-        """The tokens of a sequence with all its parts, because sources and targets lie in one."""
+        """The tokens of a sequence with all its parts: a source and its target are in one."""
         return TASKS[self.task].row_parts * self.seq_len
 
 
 class Parallel(Section):
-    """Degrees of the axes; data parallelism takes world size / (tensor · pipeline · context)."""
+    """Degrees of the axes. Data-parallel ranks: world size / (tensor * pipeline * context)."""
 
     tensor: Degree = Field(1, description="Ranks that share each layer's weights.")
-    pipeline: Degree = Field(1, description="Ranks that the layers are divided over, each with virtual_stages stages.")
+    pipeline: Degree = Field(1, description="Ranks over which the layers are divided, each with virtual_stages stages.")
     context: Degree = Field(1, description="Ranks that share each sequence.")
     sequence_parallel: bool | None = Field(
         None,
@@ -368,8 +363,8 @@ class Parallel(Section):
         None,
         min_length=1,
         max_length=2**12,
-        description="Layers on each stage, in the order of the layers; the embedding is on the first, the head on the last. "
-        "Absent: by cost.",
+        description="Layers on each stage, in the order of the layers; the embedding is on the first, the head on "
+        "the last. Absent: by cost.",
         json_schema_extra=only("parallel.pipeline", least=2),
     )
 
@@ -387,7 +382,7 @@ class Batch(Section):
 
 
 class LossScale(Section):
-    """Loss scaling; only fp16 uses it."""
+    """Loss scaling of fp16."""
 
     static: float | None = Field(
         None, gt=0.0, allow_inf_nan=False, description="Fixed loss scale; absent: dynamic, by the keys below."
@@ -405,40 +400,40 @@ class Precision(Section):
         "fp32", description="Format of weights and activations in forward and backward; master weights are always fp32."
     )
     loss_scale: LossScale = Field(
-        default_factory=LossScale, description="Loss scaling for fp16.", json_schema_extra=only("precision.dtype", "fp16")
+        default_factory=LossScale, description="Loss scaling.", json_schema_extra=only("precision.dtype", "fp16")
     )
 
 
-MOST_BUFFERS = 2**10  # in a swap pool, which takes the memory of all of them at once
+MOST_BUFFERS = 2**10  # buffers of a swap pool, which allocates all of them at once
 
 
 class OffloadOptimizer(Section):
     """DeepSpeed's offload_optimizer."""
 
-    device: Literal["none", "cpu", "nvme"] = Field("none", description="Where optimizer state and master weights live.")
+    device: Literal["none", "cpu", "nvme"] = Field("none", description="Memory of optimizer state and master weights.")
     nvme_path: str | None = Field(
         None,
         min_length=1,
-        description="Folder for optimizer state; needed for nvme.",
+        description="Folder for optimizer state; required.",
         json_schema_extra=only("zero.offload_optimizer.device", "nvme"),
     )
     buffer_count: int = Field(
         4,
-        # Adam's three states and the gradient of a tile: with fewer, DeepSpeed stops at its first
-        # update.
+        # Adam's three states and the gradient of a tile: with fewer buffers DeepSpeed stops at its
+        # first update
         ge=4,
         le=MOST_BUFFERS,
-        description="Buffers in the swap pool, each of a tile's elements; at least the states per parameter (Adam: 4).",
+        description="Buffers in the swap pool, each with the elements of a tile; at least the states per parameter (Adam: 4).",
     )
     pin_memory: bool = Field(False, description="Page-locked host memory: faster copies from and to a GPU.")
     pipeline_read: bool = Field(
         False,
-        description="nvme: read the next tile while the current one is updated.",
+        description="Read the next tile while the current one is updated.",
         json_schema_extra=only("zero.offload_optimizer.device", "nvme", idle=False),
     )
     pipeline_write: bool = Field(
         False,
-        description="nvme: write the previous tile while the current one is updated.",
+        description="Write the previous tile while the current one is updated.",
         json_schema_extra=only("zero.offload_optimizer.device", "nvme", idle=False),
     )
 
@@ -446,11 +441,11 @@ class OffloadOptimizer(Section):
 class OffloadParam(Section):
     """DeepSpeed's offload_param."""
 
-    device: Literal["none", "cpu", "nvme"] = Field("none", description="Where the partitioned weights live between uses.")
+    device: Literal["none", "cpu", "nvme"] = Field("none", description="Memory of the partitioned weights between uses.")
     nvme_path: str | None = Field(
         None,
         min_length=1,
-        description="Folder for weights; needed for nvme.",
+        description="Folder for weights; required.",
         json_schema_extra=only("zero.offload_param.device", "nvme"),
     )
     buffer_count: int = Field(5, ge=1, le=MOST_BUFFERS, description="Buffers in the swap pool.")
@@ -471,7 +466,8 @@ class Zero(Section):
         0,
         ge=0,
         le=3,
-        description="What is divided over data-parallel ranks: 0 nothing, 1 optimizer, 2 + gradients, 3 + weights.",
+        description="State that is divided over data-parallel ranks: 0 none, 1 optimizer state, 2 also gradients, 3 "
+        "also weights.",
     )
     offload_optimizer: OffloadOptimizer = Field(
         default_factory=OffloadOptimizer, description="Optimizer state in host memory or on NVMe."
@@ -521,7 +517,7 @@ class CommsLogger(Section):
 
 
 class DeepSpeedPolicy(Section):
-    """The rest of DeepSpeed's policy, by its own key names; keys of other sections are refused."""
+    """DeepSpeed's other keys, by its own names; those that another section owns are refused."""
 
     aio: Aio = Field(default_factory=Aio, description="Asynchronous I/O for NVMe offload.")
     comms_logger: CommsLogger = Field(default_factory=CommsLogger, description="Log of collectives.")
@@ -575,20 +571,20 @@ class Schedule(Section):
     )
     decay_steps: Count | None = Field(
         None,
-        description="wsd: length of the final decay; absent: a fifth of train.steps [steps].",
+        description="Length of the final decay; absent: a fifth of train.steps [steps].",
         json_schema_extra=only("schedule.name", "wsd"),
     )
     min_lr_ratio: Fraction = Field(
         0.1,
-        description="Learning rate at the end / peak (linear, cosine, wsd).",
+        description="Learning rate at the end / peak.",
         json_schema_extra=only("schedule.name", "linear", "cosine", "wsd"),
     )
 
 
 class Train(Section):
-    """The length of a run, and what happens on the way."""
+    """The length of the run, and its records, evaluations and sample."""
 
-    # With the largest batch.global_sequences that is 2⁶² sequences, which are numbered in 64 bits.
+    # With batch.global_sequences this gives at most 2⁶² sequences, which are numbered in 64 bits.
     steps: int = Field(100, ge=1, le=2**32, description="Optimizer steps of the whole run [steps].")
     clip_norm: float = Field(1.0, ge=0.0, allow_inf_nan=False, description="Largest L2 norm of the gradient; 0 = no clipping.")
     log_every: PositiveInt = Field(1, description="Steps between records in metrics.jsonl [steps].")
@@ -597,38 +593,36 @@ class Train(Section):
     label_smoothing: Fraction = Field(
         0.0,
         lt=1.0,
-        description="Share of each target's weight that is divided evenly over the vocabulary while training; evaluation has "
-        "none.",
+        description="Share of each target's weight that is spread evenly over the vocabulary in training; evaluation has none.",
     )
     eval_translations: Count = Field(
         0,
-        description="translate: pairs of data.eval_sources that are translated after the last step, for BLEU and chrF; "
-        "0 = none.",
+        description="Pairs of data.eval_sources that are translated after the last step, for BLEU and chrF; 0 = none.",
         json_schema_extra=only("data.task", "translate"),
     )
     beams: int = Field(
         4,
         ge=1,
         le=64,
-        description="translate: beams of that search; 1 = the likeliest token each time.",
+        description="Beams of the search for a translation; 1 = the likeliest token each time.",
         json_schema_extra=only("data.task", "translate"),
     )
-    # A length of 2²⁴ to a higher power is no float64.
+    # A length of 2²⁴ to a higher power exceeds float64.
     length_penalty: float = Field(
         1.0,
         ge=-30.0,
         le=30.0,
         allow_inf_nan=False,
-        description="translate: beams are compared by log-probability / length ** length_penalty.",
+        description="Beams are compared by log-probability / length ** length_penalty.",
         json_schema_extra=only("data.task", "translate"),
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="Activations computed again in backward instead of kept: none, selective (the attention core) or full "
-        "(each layer).",
+        description="Activations computed again in backward instead of kept: none, selective (the attention core) "
+        "or full (each layer).",
     )
     sample_prompt: str | None = Field(
-        None, description="After the last step, print a continuation of this text; sft: the answer to it."
+        None, description="After the last step, print a continuation of this text, or with task sft the answer to it."
     )
 
 
@@ -636,11 +630,11 @@ Target = Literal["attention", "mlp", "q", "k", "v", "o", "gate", "up", "down"]
 
 
 class RankBudget(Section):
-    """AdaLoRA's allocation of ranks by importance, from tuning.rank to a mean of target_rank."""
+    """AdaLoRA's division of ranks by importance, from tuning.rank to target_rank on average."""
 
     target_rank: PositiveInt = Field(4, description="Ranks that a module keeps on average; below tuning.rank.")
     warmup_steps: Count = Field(0, description="Steps in which every module keeps tuning.rank [steps].")
-    final_steps: PositiveInt = Field(1, description="Steps at the end in which nothing is shared out any more [steps].")
+    final_steps: PositiveInt = Field(1, description="Steps at the end in which the ranks no longer change [steps].")
     every: PositiveInt = Field(1, description="Steps between two allocations [steps].")
     betas: list[Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(
         default_factory=lambda: [0.85, 0.85],
@@ -652,100 +646,100 @@ class RankBudget(Section):
         0.5,
         ge=0.0,
         allow_inf_nan=False,
-        description="Weight, beside the loss, of how far the factors are from having orthonormal directions.",
+        description="Weight, beside the loss, of the distance of the factors from orthonormal directions.",
     )
 
 
 class Tuning(Section):
-    """Parameter-efficient tuning: a few weights are trained beside the model's own, frozen ones."""
+    """Parameter-efficient tuning: a few parameters trained beside the model's frozen weights."""
 
     method: Literal["lora", "dora", "adalora", "ia3", "adapter", "bitfit"] | None = Field(
         None,
-        description="Way of tuning: low-rank factors beside weights (lora), those and the lengths of rows (dora), factors "
-        "whose ranks are shared out by importance (adalora), vectors that rescale features (ia3), small networks behind "
-        "attention and MLP (adapter), or all biases (bitfit); absent: all weights are trained.",
+        description="Way of tuning: low-rank factors beside weights (lora), such factors and the lengths of rows "
+        "(dora), factors whose ranks are divided by importance (adalora), vectors that rescale features (ia3), "
+        "small networks after attention and MLP (adapter), or all biases (bitfit); absent: all weights are trained.",
     )
     targets: list[Target] | None = Field(
         None,
         min_length=1,
-        description="Linear layers that are adapted: attention (= q, k, v, o), mlp (= gate, up, down), or single ones; absent: "
-        "all of them, for ia3 k, v and down. For adapter only attention and mlp: which of the two it stands behind. Not for "
-        "bitfit.",
+        description="Linear layers that are adapted: attention (= q, k, v, o), mlp (= gate, up, down), or single "
+        "ones; absent: all of them, for ia3 k, v and down. For adapter: attention, mlp or both, after which an "
+        "adapter is added.",
         json_schema_extra=only("tuning.method", "lora", "dora", "adalora", "ia3", "adapter"),
     )
     rank: int = Field(
         8,
         ge=1,
         le=2**16,
-        description="Inner size of the low-rank factors (lora, dora); what it starts as (adalora).",
+        description="Inner size of the low-rank factors, for adalora at the start.",
         json_schema_extra=only("tuning.method", "lora", "dora", "adalora"),
     )
     alpha: float = Field(
         16.0,
         gt=0.0,
         allow_inf_nan=False,
-        description="What the factors add is multiplied with alpha / rank (lora, dora, adalora).",
+        description="The product of the factors is multiplied with alpha / rank.",
         json_schema_extra=only("tuning.method", "lora", "dora", "adalora"),
     )
     rank_stabilized: bool = Field(
         False,
-        description="Multiply with alpha / sqrt(rank) instead, as rsLoRA does (lora, dora).",
+        description="Multiply with alpha / sqrt(rank) instead, as rsLoRA does.",
         json_schema_extra=only("tuning.method", "lora", "dora"),
     )
     dropout: float = Field(
         0.0,
         ge=0.0,
         lt=1.0,
-        description="Rate of dropout on what the first factor sees (lora, adalora).",
+        description="Rate of dropout on the input of the first factor.",
         json_schema_extra=only("tuning.method", "lora", "adalora"),
     )
     budget: RankBudget = Field(
         default_factory=RankBudget,
-        description="How ranks are shared out (adalora).",
+        description="The division of ranks.",
         json_schema_extra=only("tuning.method", "adalora"),
     )
     bottleneck: int = Field(
         64,
         ge=1,
         le=2**16,
-        description="Features between an adapter's two projections (adapter).",
+        description="Features between an adapter's two projections.",
         json_schema_extra=only("tuning.method", "adapter"),
     )
     quantize: Literal["nf4", "int8"] | None = Field(
         None,
-        description="Format in which the frozen weights of attention and MLP are held: 4-bit NormalFloat as in QLoRA (nf4), or "
-        "8-bit integers, both in blocks of 64; absent: the compute format. Not for bitfit.",
+        description="Format of the frozen weights of attention and MLP: 4-bit NormalFloat as in QLoRA (nf4), or "
+        "8-bit integers (int8), both in blocks of 64; absent: the compute format.",
         json_schema_extra=only("tuning.method", "lora", "dora", "adalora", "ia3", "adapter"),
     )
     merge: bool = Field(
         False,
-        description="The run's export is the whole model with what was learned added to its weights, instead of an adapter in "
-        "peft's format. Always so without model.from_pretrained: no folder has the weights that the adapter belongs to "
-        "(lora, dora, adalora, ia3).",
+        description="Export the whole model, with the adapter merged into its weights, instead of an adapter in "
+        "peft's format. Always so without model.from_pretrained, because no folder has the weights that the adapter "
+        "belongs to.",
         json_schema_extra=only("tuning.method", "lora", "dora", "adalora", "ia3", idle=False),
     )
 
 
 class Preference(Section):
-    """The way in which data.task preference learns from a chosen and a rejected answer."""
+    """Learning from a chosen and a rejected answer."""
 
     loss: Literal["dpo", "ipo", "orpo"] = Field(
         "dpo",
-        description="dpo: how much more likely than before training the chosen answer became than the rejected one, through a "
-        "sigmoid; ipo: the same, per token, towards 1 / (2 beta); orpo: the chosen answer itself, and its odds against the "
-        "rejected one's, without a reference.",
+        description="dpo: how much more the log-probability of the chosen answer rose in training than that of the "
+        "rejected one, through a sigmoid; ipo: the same, per token, towards 1 / (2 beta); orpo: the log-probability of the "
+        "chosen answer, and its odds against the rejected one, without a reference.",
     )
     beta: float = Field(
         0.1,
         gt=0.0,
         allow_inf_nan=False,
-        description="How strongly the model is held to its start (dpo, ipo); weight of the odds ratio (orpo).",
+        description="Strength with which the model is kept near its start (dpo, ipo), or weight of the odds ratio (orpo).",
     )
     label_smoothing: float = Field(
         0.0,
         ge=0.0,
         lt=0.5,
-        description="Share of pairs taken to be labelled the wrong way round (dpo).",
+        description="Share of pairs whose two answers are assumed to be swapped.",
         json_schema_extra=only("preference.loss", "dpo"),
     )
 
@@ -756,28 +750,30 @@ class Preference(Section):
 
 
 class Checkpoint(Section):
-    """The checkpoints of a run, from which it can go on."""
+    """The checkpoints from which a run can be resumed."""
 
     every: Count = Field(
         500, description="Steps between checkpoints; the last step is saved too; 0 = none, the run cannot be resumed [steps]."
     )
     keep: PositiveInt = Field(
-        2, description="Newest checkpoints that stay; older ones go when a newer one has been read back from the disk."
+        2,
+        description="Newest checkpoints that are kept; older ones are removed when a newer one has been read back "
+        "from the disk.",
     )
     asynchronous: bool = Field(
         False,
         alias="async",
-        description="Write while training goes on: only the copy to host memory is waited for, and that memory is needed.",
+        description="Write while training continues; a step waits only for the copy to host memory, which must fit there.",
     )
 
 
 class Guard(Section):
-    """Checks that end a run that cannot go on."""
+    """The limits at which a run that cannot continue is ended."""
 
     timeout_s: Seconds = Field(
         600,
-        description="Longest time within a step in which no rank gets on; then the run ends with exit code 124 and a page that "
-        "names the culprit [s].",
+        description="Longest time within a step without progress of any rank; then the run ends with exit code 124 "
+        "and a page that names the rank at fault [s].",
     )
     long_timeout_s: Seconds = Field(
         3600,
@@ -785,40 +781,40 @@ class Guard(Section):
     )
     max_skipped: Count = Field(
         25,
-        description="Skipped steps in a row that end the run with exit code 93; 0 = never. With a dynamic loss scale only "
-        "those at its minimum count [steps].",
+        description="Skipped steps in a row that end the run with exit code 93; 0 = never. With a dynamic loss "
+        "scale only those at its minimum count [steps].",
     )
     on_spike: Literal["off", "warn", "skip", "rewind"] = Field(
         "off",
-        description="What happens when loss or gradient norm is far above its last values: off, warn (a line), skip (a "
-        "gradient with such a norm is not applied; ZeRO-0 only), or rewind (back to the newest checkpoint, and on with the "
-        "data after the spike).",
+        description="Action when loss or gradient norm is far above its last values: off, warn (a line), skip (a "
+        "gradient with such a norm is not applied; ZeRO-0 only), or rewind (restore the newest checkpoint, and "
+        "continue with the data after the spike).",
     )
     spike_window: int = Field(
         100,
         ge=8,
         le=100_000,
-        description="Last values that a new one is compared with; none is judged before [steps].",
+        description="Number of last values that a new one is compared with; before that many, no step is a spike [steps].",
         json_schema_extra=only("guard.on_spike", "warn", "skip", "rewind"),
     )
     spike_threshold: float = Field(
         10.0,
         gt=0.0,
         allow_inf_nan=False,
-        description="How far above their median a spike is [robust standard deviations: 1.4826 × median absolute deviation].",
+        description="Distance of a spike above their median [robust standard deviations: 1.4826 × median absolute deviation].",
         json_schema_extra=only("guard.on_spike", "warn", "skip", "rewind"),
     )
     check_every: Count = Field(
         100,
-        description="Steps between comparisons of weights that several ranks hold alike; a difference ends the run with exit "
-        "code 65; 0 = never [steps].",
+        description="Steps between comparisons of weights of which several ranks have copies; a difference ends the "
+        "run with exit code 65; 0 = never [steps].",
     )
 
 
 class Wandb(Section):
     """Weights & Biases."""
 
-    mode: Literal["online", "offline", "disabled"] = Field("disabled", description="Where records go.")
+    mode: Literal["online", "offline", "disabled"] = Field("disabled", description="Destination of the records.")
     project: str = Field("triaxis", min_length=1, description="W&B project.")
     entity: str | None = Field(None, min_length=1, description="W&B team or user.")
     tags: list[str] = Field(default_factory=list, description="Tags of the run.")
@@ -826,7 +822,7 @@ class Wandb(Section):
         None,
         min_length=1,
         pattern=r"^[A-Za-z0-9_-]+$",
-        description="Run id to create or resume; absent: made once per run folder.",
+        description="Run id to create or resume; absent: drawn once for each run folder.",
     )
 
 
@@ -864,5 +860,5 @@ class Recipe(Section):
 
     @property
     def needs_reference(self) -> bool:
-        """Return whether the run learns by comparison with the model before training."""
+        """Return whether the run compares with the model before training."""
         return TASKS[self.data.task].compares and self.preference.needs_reference

@@ -1,8 +1,7 @@
-"""The tasks: what each requires of its rows, of the network and of the rest of a recipe. No torch.
+"""The tasks, a row each: their requirements on data, network and other keys of a recipe. No torch.
 
-One row per task. What a task computes is in three tables of callables under the same names:
-`data/tasks.py` (its rows and examples), `model/objective.py` (its loss) and `model/measures.py`
-(what an evaluation reports).
+The functions of a task are in three tables with the same names: `data/tasks.py` (its rows and
+examples), `model/objective.py` (its loss) and `model/measures.py` (the figures of an evaluation).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 TaskName = Literal["pretrain", "sft", "preference", "translate", "mlm", "classify"]
 
-# The keys of a conversation's rows, besides its turns.
+# The fields of a row with a conversation, besides its turns.
 OF_CONVERSATIONS = ("system", "tools")
 
 
@@ -30,20 +29,20 @@ class Legal:
 class Task:
     """A task.
 
-    | field | |
+    | field | meaning |
     |---|---|
     | `learns` | what is learned, for the description of data.task |
-    | `rows` | what its rows hold; "": it learns from texts, joined end to end |
+    | `rows` | the contents of its rows; "": it learns from texts, joined end to end |
     | `shapes` | the shapes of its rows, each with the names of fields that it may have |
-    | `sources` | the least that data.sources must give, for a message |
+    | `sources` | an example of the shortest legal data.sources, for a message |
     | `target` | what is predicted: the next token, masked tokens, the class of a text |
-    | `sight` | what a token of its network sees: those before it, both sides, or either |
+    | `sight` | the tokens that a token attends to: those before it, both sides, or either |
     | `translates` | a row has a source and a target, the network an encoder and a decoder |
     | `compares` | the documents of a row are the chosen and the rejected answers of pairs |
     | `answers` | the trained model answers a user |
-    | `shortest` | the least data.seq_len [tokens], and what needs it |
+    | `shortest` | the least data.seq_len [tokens], and the reason |
     | `auto_class` | transformers' Auto class of its models; "": it needs a network built here |
-    | `built_here` | what family "auto" lacks for it |
+    | `built_here` | the part that family "auto" lacks for it |
     | `legal` | keys of other sections of which it allows only one value |
     """
 
@@ -63,17 +62,17 @@ class Task:
 
     @property
     def row_parts(self) -> int:
-        """Return how many sequences of data.seq_len tokens lie in a row, one after another."""
+        """Return how many sequences of data.seq_len tokens are in a row, one after another."""
         return 2 if self.translates else 1
 
     @property
     def learns_classes(self) -> bool:
-        """Return whether the network's head gives classes in place of a vocabulary."""
+        """Return whether the network's head is over classes in place of a vocabulary."""
         return self.target == "class"
 
     @property
     def has_own_network(self) -> bool:
-        """Return whether a network of another kind than that of the next token learns it."""
+        """Return whether its network is of another kind than that of the next token."""
         return self.translates or self.target != "next"
 
     def suits(self, *, causal: bool, translates: bool) -> bool:

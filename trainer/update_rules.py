@@ -1,7 +1,8 @@
-"""The update rules, a row each: what a rule keeps of a weight, which keys it reads, where it can be
-used. No torch.
+"""The update rules, a row each: the states of a weight, the keys that a rule reads, and its limits.
+No torch.
 
-A new rule is a name and a row here, and the way its class is made in `engine/optimizers.py`.
+To add a rule, add a name and a row here, and a function that makes its class in
+`engine/optimizers.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ WEIGHT = "weight"  # the state of every weight; others have the optimizer's name
 
 
 class OptimizerKeys(Protocol):
-    """The section `optimizer` of a recipe, which stands above this file."""
+    """The section `optimizer` of a recipe, whose class is in a layer above this file."""
 
     @property
     def name(self) -> RuleName: ...
@@ -31,8 +32,8 @@ class Shape(Enum):
     COLUMNS = "one value for each column of a matrix"
 
     def beside(self, weight: Sequence[int]) -> list[int]:
-        """Return the shape beside a weight of that shape; a dimension that it has the mean of
-        is 1."""
+        """Return the shape of the state of a weight with that shape; a dimension that is averaged
+        has size 1."""
         shape = list(weight)
         if self is not Shape.WEIGHT:
             shape[-1 if self is Shape.ROWS else -2] = 1
@@ -60,12 +61,12 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateRule:
-    """A rule without its class.
+    """An update rule, described without its class.
 
     | field | meaning |
     |---|---|
-    | `states` | what it keeps of a weight, in the order in which checkpoints list it |
-    | `count` | how it counts its updates |
+    | `states` | the states of a weight, in the order in which checkpoints list them |
+    | `count` | the way it counts its updates |
     | `reads` | keys of the section `optimizer` that it is given, beside `lr` and `weight_decay` |
     | `on_nvme` | whether DeepSpeed can swap its states, which takes exactly those of Adam |
     | `in_float64` | whether its class computes in float64, as `triaxis verify` wants it to |
@@ -120,6 +121,6 @@ def states_of(keys: OptimizerKeys) -> list[State]:
 
 
 def states_per_element(keys: OptimizerKeys) -> int:
-    """Return how many numbers are kept for each element of a weight. What is kept of whole rows and
-    columns hardly counts."""
+    """Return how many numbers are kept for each element of a weight. States of whole rows and
+    columns are left out, because they are small."""
     return sum(state.shape is Shape.WEIGHT and not state.of_vectors for state in states_of(keys))

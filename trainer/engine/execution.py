@@ -276,7 +276,7 @@ class InPipeline:
         self._zero.attach(engine)
 
     def require_causal(self, device: torch.device) -> None:
-        """Do nothing: the families that are built here are declared causal or not."""
+        """Do nothing: the config says which tokens a token attends to."""
 
     def settle_lengths(self, device: torch.device, seq_len: int, *, may_call_apart: bool) -> list[str]:
         return []

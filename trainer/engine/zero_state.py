@@ -61,14 +61,14 @@ class _Part:
     offset: int
 
     def within(self, first: int, end: int) -> _Part:
-        """Return what of it lies in [first, end) of the parameter."""
+        """Return the part of this one that is in [first, end) of the parameter."""
         start, stop = max(self.start, first), min(self.start + self.count, end)
         return _Part(self.spec, start, max(0, stop - start), self.offset + start - self.start)
 
     def fragments(self) -> Iterator[tuple[Fragment, int]]:
-        """Yield what it has of each piece, with the place in the flat tensor."""
+        """Yield its fragment of each piece, with the offset in the flat tensor."""
         for piece in self.spec.pieces:
-            if not piece.numel:  # a rank that holds only padding of it
+            if not piece.numel:  # a rank that has only padding of it
                 continue
             first = piece.row * (piece.numel // piece.rows)
             part = self.within(first, first + piece.numel)
@@ -78,10 +78,10 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Flat:
-    """A tensor as the optimizer knows it, and the parts of parameters that it holds.
+    """A tensor as the optimizer knows it, and the parts of parameters in it.
 
-    `replicated`: all data-parallel ranks have it alike. `sub_group`: its number at ZeRO-3.
-    `trained`: it has optimizer state. `state`: what its own values are.
+    `replicated`: all data-parallel ranks have copies of it. `sub_group`: its number at ZeRO-3.
+    `trained`: it has optimizer state. `state`: the name of the state that its values are.
     """
 
     tensor: Tensor
@@ -92,7 +92,7 @@ class _Flat:
     state: str = WEIGHT
 
     def fragments(self) -> Iterator[tuple[Fragment, int]]:
-        """Yield all fragments in it, each with its place."""
+        """Yield all fragments in it, each with its offset."""
         for part in self.parts:
             yield from part.fragments()
 
@@ -127,7 +127,7 @@ class ZeroState(ABC):
         return max((int(state[STEP]) for state in self._inner.state.values() if STEP in state), default=0)
 
     def fragments(self) -> list[StateFragment]:
-        """Return what this rank saves, in the order in which `tensors` brings it. All ranks'
+        """Return the fragments that this rank saves, in the order of `tensors`. Those of all ranks
         together are the whole model."""
         return [saved for flat in self._flats() for saved, _ in self._saved(flat)]
 
@@ -177,15 +177,15 @@ class ZeroState(ABC):
 
     @abstractmethod
     def _trained(self) -> Iterator[_Flat]:
-        """Yield what the optimizer updates."""
+        """Yield the tensors that the optimizer updates."""
 
     def _frozen(self, parameter: nn.Parameter, spec: ShardSpec) -> _Flat:
-        """Return a weight that is not trained, in the format in which it is held."""
+        """Return a weight that is not trained, in the format in which it is stored."""
         return _replicated(parameter.detach(), spec, trained=False)
 
     @abstractmethod
     def _free_weights(self) -> None:
-        """Free the weights in the compute format that are held beside the fp32 ones."""
+        """Free the weights in the compute format that exist beside the fp32 ones."""
 
     @abstractmethod
     def _round(self) -> None:
@@ -226,7 +226,7 @@ class ZeroState(ABC):
         return values
 
     def _saved(self, flat: _Flat) -> Iterator[tuple[StateFragment, int]]:
-        """Yield what this rank saves of a flat tensor, each with its place in it."""
+        """Yield the fragments of a flat tensor that this rank saves, each with its offset in it."""
         state = self._inner.state.get(flat.tensor, {}) if flat.trained else {}
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != STEP}
         for name, values in {flat.state: flat.tensor, **tensors}.items():
@@ -240,7 +240,7 @@ class ZeroState(ABC):
                         yield StateFragment(fragment, name, values.dtype), at
 
     def _share(self, part: _Part) -> _Part:
-        """Return what this rank saves of a part that all data-parallel ranks have alike."""
+        """Return this rank's share of a part of which all data-parallel ranks have copies."""
         share = -(-part.count // self._group.size)
         return part.within(self._group.rank * share, (self._group.rank + 1) * share)
 

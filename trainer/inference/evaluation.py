@@ -1,4 +1,4 @@
-"""`triaxis eval`: measurements of a model on data, in any layout."""
+"""`triaxis eval`: the evaluation of a model on data, in any layout."""
 
 from __future__ import annotations
 
@@ -32,12 +32,11 @@ SHARES = ("accuracy", "exact_match", "majority", "f1", "f1_positive")
 
 @dataclass(frozen=True)
 class Request:
-    """A request for an evaluation.
+    """The arguments of an evaluation.
 
-    * `files`: as in data.eval_sources; none: what the run held out.
-    * `sequences`: the largest number to evaluate on.
-    * `translations`: the number of texts to translate for BLEU and chrF, if the model translates;
-      None: all.
+    `files`: as in data.eval_sources; none: the data that the run held out. `sequences`: the most to
+    evaluate. `translations`: for a model that translates, how many texts to translate for BLEU and
+    chrF; None: all.
     """
 
     weights: str
@@ -48,10 +47,10 @@ class Request:
 
 
 def evaluate(request: Request) -> Found | None:
-    """Return what was measured, as JSON values by name, beginning with what was asked.
+    """Return the figures, as JSON values by name, after the arguments; None on all ranks but the
+    first.
 
-    None on all ranks but the first. Collective over the launcher's ranks. RecipeError or DataError,
-    in one line.
+    All of the launcher's ranks must call it together. RecipeError or DataError, in one line.
     """
     with open_model(request.weights, request.settings, files=request.files) as model:
         with together(), work_progress(shown=model.place.is_first) as progress:
@@ -84,7 +83,8 @@ def _require_no_reference(recipe: schema.Recipe) -> None:
 
 
 def _data(recipe: schema.Recipe, *, alone: bool) -> schema.Data:
-    """Return the data of a recipe; if `alone`, nothing but data.eval_sources is read."""
+    """Return the data of the recipe. `alone`: without its sources, so that only data.eval_sources
+    is read."""
     return recipe.data.model_copy(update={"sources": []}) if alone else recipe.data
 
 
@@ -111,10 +111,8 @@ def _measured(model: OpenModel, result: EvalResult) -> Found:
 
 
 def _translated(model: OpenModel, data: schema.Data, request: Request) -> Found:
-    """Return BLEU and chrF, computed by the first rank alone.
-
-    A search of one text after another does not divide.
-    """
+    """Return BLEU and chrF, by the first rank: a search of one text after another cannot be
+    divided."""
     if not TASKS[data.task].translates or request.translations == 0 or not data.eval_sources:
         return {}
     limit = request.translations or 2**62
@@ -127,12 +125,12 @@ def _translated(model: OpenModel, data: schema.Data, request: Request) -> Found:
 
 
 def _whole_model(weights: Weights, scratch: Path) -> Path:
-    """Return a Hugging Face folder that holds these weights."""
+    """Return a Hugging Face folder of the weights."""
     return weights.folder if weights.manifest is None else export(weights.folder, scratch, whole=True).folder
 
 
 def table(found: Found) -> Iterator[Table]:
-    """Yield the tables of what was found, for the console."""
+    """Yield the tables of the figures for the console."""
     rows = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name, value in found.items():
         if name not in ("confusion", "tasks"):

@@ -1,8 +1,9 @@
-"""A checkpoint or a Hugging Face folder, opened in any layout for uses without an optimizer.
+"""A checkpoint or a Hugging Face folder, opened in any layout without an optimizer, for evaluation
+and the harness.
 
-Such uses are evaluation and the harness. The recipe is the one that a checkpoint was saved with,
-except for how the work is divided: that follows `--set` alone, and the ranks that are left divide
-the data. Weights are read box by box, so each rank holds its own part of them, and nothing else.
+The recipe is the one that a checkpoint was saved with, except for the layout, which `--set` alone
+decides; the remaining ranks divide the data. Weights are read box by box, so each rank has its own
+part of them, and nothing else.
 """
 
 from __future__ import annotations
@@ -47,21 +48,18 @@ from trainer.recipe.earlier import recipe_of
 from trainer.schema import Guard, Recipe
 from trainer.tuning.adapt import quantizing
 
-# The sections of a saved recipe that say what the model is and what is asked of it. Its division,
-# offload and optimizer are dropped.
+# The sections of a saved recipe that describe the model and its data. Those of layout, offload and
+# optimizer are left out.
 KEPT = ("run", "model", "data", "precision", "tuning", "preference")
 KEPT_OF_TRAINING = ("eval_sequences", "beams", "length_penalty")
-# for a Hugging Face folder with as many positions: it does not say how long its texts are
+# of a Hugging Face folder, unless it has fewer positions: it does not say how long its texts are
 SEQ_LEN = 512
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights that a command line names.
-
-    `config` is the folder with config.json and the tokenizer. `manifest` is None if the weights are
-    in that folder too.
-    """
+    """The weights that a command line names. `config`: the folder with config.json and the
+    tokenizer; `manifest` None: the weights are in that folder too."""
 
     folder: Path
     config: Path
@@ -69,10 +67,8 @@ class Weights:
 
     @classmethod
     def named(cls, name: str) -> Weights:
-        """Return the weights that `name` names.
-
-        RecipeError if nothing is there, DataError if the checkpoint is damaged.
-        """
+        """Find the weights. RecipeError where there are none, DataError where the checkpoint is
+        damaged."""
         path = Path(name)
         if (path / CONFIG).is_file():
             return cls(path, path, None)
@@ -84,10 +80,8 @@ class Weights:
         return self.manifest.step if self.manifest else None
 
     def given(self, *, files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return a recipe of this model.
-
-        `files`: the data that it is evaluated on, in place of what it was trained on.
-        """
+        """Return the contents of a recipe of this model. `files`: the data to evaluate on, in place
+        of those of the run."""
         saved = recipe_of(self.folder, self.manifest.recipe).model_dump() if self.manifest else {}
         kept = {section: dict(saved.get(section, {})) for section in KEPT}
         model, data = kept["model"], kept["data"]
@@ -98,7 +92,8 @@ class Weights:
         model |= {"from_pretrained": str(self.config), "revision": None, "config": {}}
         data |= {"tokenizer": str(self.config)}
         if self.manifest is not None:
-            data.setdefault("bos", False)  # so it was before there was such a key
+            # checkpoints without the key are older than it, and had none
+            data.setdefault("bos", False)
         config = read_config(self.config)
         if classes := _classes(config):
             data |= {"task": "classify", "classes": list(classes)}
@@ -107,7 +102,7 @@ class Weights:
         if files:
             known = {**(data.get("sources") or [{}])[0], **(data.get("eval_sources") or [{}])[0]}
             data["eval_sources"] = [{**_named(known, file), **file} for file in files]
-            # A recipe has some; these are never read.
+            # a recipe has some; these are never read
             data["sources"] = [{"path": str(self.config)}]
         batch = {"micro_sequences": saved.get("batch", {}).get("micro_sequences", 1)}
         asked = {key: value for key, value in saved.get("train", {}).items() if key in KEPT_OF_TRAINING}
@@ -115,16 +110,14 @@ class Weights:
 
 
 def _named(source: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the run's names for what its rows have, for another file of such rows.
-
-    Lines have no names.
-    """
+    """Return the run's names of the fields of a row, for another file of such rows; lines have no
+    names."""
     keys = () if "target_path" in file else ("field", "fields", "columns", "shape", "split")
     return {key: source[key] for key in keys if source.get(key) is not None}
 
 
 def _classes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the classes into which a Hugging Face folder's model sorts texts, if it does."""
+    """Return the classes of a Hugging Face folder's model, () if it is no classifier."""
     family = FAMILIES.get(str(config.get("model_type")))
     sorts = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
     return classes_of(family, config) if family and sorts else ()
@@ -132,7 +125,7 @@ def _classes(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model ready to be evaluated, on every rank of the mesh."""
+    """An opened model, on every rank of the mesh."""
 
     weights: Weights
     recipe: Recipe
@@ -146,7 +139,7 @@ class OpenModel:
 
     @property
     def described(self) -> dict[str, Any]:
-        """The request and how it was carried out, as JSON values."""
+        """Return the description of the model and its layout, as JSON values."""
         return {
             "weights": str(self.weights.folder),
             "step": self.weights.step,
@@ -157,9 +150,9 @@ class OpenModel:
 
 @contextmanager
 def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[str, Any]] = ()) -> Iterator[OpenModel]:
-    """Yield the model that is named, on every rank that the launcher started.
+    """Open a model on every rank that the launcher started. `settings`: those of --set.
 
-    `settings`: those of --set. RecipeError or DataError, on the first rank that sees what is wrong.
+    RecipeError or DataError, on the first rank that finds a mistake.
     """
     place = Place.from_environment(os.environ)
     timeout = timedelta(seconds=Guard().long_timeout_s)
@@ -206,10 +199,8 @@ def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[st
 
 
 def _rounding(fill: Callable[[nn.Module], None], dtype: torch.dtype) -> Callable[[nn.Module], None]:
-    """Return a `fill` after which a block is in the compute format.
-
-    The layers would round it to that format at every use.
-    """
+    """Return a `fill` after which a block is in the compute format, to which its layers would
+    otherwise round it at every use."""
 
     def fill_and_round(block: nn.Module) -> None:
         fill(block)
@@ -221,7 +212,7 @@ def _rounding(fill: Callable[[nn.Module], None], dtype: torch.dtype) -> Callable
 
 
 def _in_layout(resolved: ResolvedRecipe, place: Place) -> ResolvedRecipe:
-    """Return the recipe with a batch that the ranks can divide: nothing of it is ever trained."""
+    """Return the recipe with a batch that the ranks can divide; it is never trained."""
     recipe = resolved.recipe
     dp = layout_of(recipe.parallel, place.world_size, place.how).dp
     sequences = recipe.batch.micro_sequences * dp * recipe.parallel.pipeline * recipe.parallel.virtual_stages

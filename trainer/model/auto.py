@@ -235,7 +235,8 @@ def _parameters_on_meta() -> Iterator[None]:
             return parameter
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # its result is registered
+    # the result of the hook is registered
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
         yield
     finally:
