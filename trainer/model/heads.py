@@ -6,7 +6,7 @@ a label, D model, V vocabulary, C classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -64,14 +64,24 @@ class Outputs(Protocol):
         """Return this rank's logits [B, S, V/p]; of classes those of each token, [B, S, C]."""
 
 
-class Objective(Protocol):
-    """What a task makes of the hidden states before the output layer."""
+class TokenObjective(Protocol):
+    """What a task makes of the hidden states before the output layer over the vocabulary."""
 
     def loss(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
         """Return `Outputs.loss`."""
 
     def sums(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
         """Return `Outputs.sums`."""
+
+
+class LabelObjective(Protocol):
+    """What a task makes of the output for each document, fp32 or wider, and of the document's label."""
+
+    def loss(self, outputs_LC: Tensor, labels_L: Tensor) -> Tensor:
+        """Return the loss summed over the documents."""
+
+    def statistics(self, outputs_LC: Tensor, labels_L: Tensor) -> Tensor:
+        """Return what the task's `Measures` reads behind the loss, float64; no gradients."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,31 @@ def token_sums(losses_N: Tensor, is_hit_N: Tensor, is_target_N: Tensor, document
     return torch.stack([part.sum().double() for part in (losses_N, is_hit_N, is_exact_R, is_answer_R)])
 
 
+@dataclass(frozen=True)
+class Classes:
+    """Cross entropy of the class of each document; its statistics are those of `ClassMeasures`."""
+
+    def loss(self, outputs_LC: Tensor, labels_L: Tensor) -> Tensor:
+        return cross_entropy(outputs_LC, labels_L, reduction="sum")
+
+    def statistics(self, outputs_LC: Tensor, labels_L: Tensor) -> Tensor:
+        """Return how often each class was named for each true one, row by row of the true class, [C²]; of many classes how
+        often each was right, there and named, [3 C]. Of equal outputs the lowest class counts."""
+        C, named_L = outputs_LC.shape[-1], outputs_LC.argmax(-1)
+        if C <= PAIRED_CLASSES:
+            return torch.bincount(labels_L * C + named_L, minlength=C**2).double()
+        parts = (labels_L[labels_L == named_L], labels_L, named_L)
+        return torch.cat([torch.bincount(part, minlength=C) for part in parts]).double()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a task minimises. A head over the vocabulary reads `of_tokens`, one over documents `of_labels`."""
+
+    of_tokens: TokenObjective = field(default_factory=NextToken)
+    of_labels: LabelObjective = field(default_factory=Classes)
+
+
 class Head(nn.Module):
     """Final norm or transform, logits and loss; where the head is scaled, of hidden states / √D."""
 
@@ -117,7 +152,7 @@ class Head(nn.Module):
         tp: TensorParallel,
         tied_to: VocabParallelEmbedding | None,
         tied_over: Group | None,
-        objective: Objective,
+        objective: TokenObjective,
     ) -> None:
         super().__init__()
         names = names_of(config)
@@ -161,35 +196,34 @@ class Head(nn.Module):
         return x_ND * self.scale if self.scale != 1.0 else x_ND
 
 
-class ClassHead(nn.Module):
-    """Final norm, then logits over classes and their loss, at one token of each document: that with the label.
+class LabelHead(nn.Module):
+    """Final norm, then one output for each class, at one token of each document: that with the label.
 
     As in transformers' …ForSequenceClassification: a decoder's `score` of its last token, Bert's tanh pooler and classifier of
     its first. The head is whole on every rank. With sequence parallelism each rank has the documents whose token it has, so
     that its gradient is partial, and losses are summed over the ranks.
     """
 
-    def __init__(self, config: TransformerConfig, *, tp: TensorParallel) -> None:
+    def __init__(self, config: TransformerConfig, *, tp: TensorParallel, objective: LabelObjective) -> None:
         super().__init__()
         names, D, init = names_of(config), config.hidden_size, Init(std=config.init_std)
         self.tp = tp
-        self.num_classes = len(config.classes)
+        self.objective = objective
         self.norm = make_norm(config, names.final_norm, tp)
         pools = names.pooler is not None
         self.pooler = ReplicatedLinear(D, D, name=names.pooler, init=init, tp=tp) if names.pooler is not None else None
         rate = config.residual_dropout if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = Dropout(rate if pools else 0.0, names.classifier, tp)
-        self.classifier = ReplicatedLinear(D, self.num_classes, name=names.classifier, init=init, tp=tp, bias=pools)
+        self.classifier = ReplicatedLinear(D, len(config.classes), name=names.classifier, init=init, tp=tp, bias=pools)
 
     def loss(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
         """Return the loss summed over the documents."""
-        loss, _, _ = self._of_documents(x_ND, batch)
-        return self._over_ranks(loss)
+        return self._over_ranks(self.objective.loss(*self._of_documents(x_ND, batch)))
 
     def sums(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
-        """Return the loss and what `ClassMeasures` reads."""
-        loss, named_L, labels_L = self._of_documents(x_ND, batch)
-        return self._over_ranks(torch.cat([loss.double()[None], self._counts(named_L, labels_L)]))
+        outputs_LC, labels_L = self._of_documents(x_ND, batch)
+        loss = self.objective.loss(outputs_LC, labels_L).double()
+        return self._over_ranks(torch.cat([loss[None], self.objective.statistics(outputs_LC, labels_L)]))
 
     def scores(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
         raise NotImplementedError("documents have classes here, and no tokens to be likely")
@@ -200,27 +234,16 @@ class ClassHead(nn.Module):
         logits_BSC: Tensor = whole_NC.unflatten(0, batch.documents.shape)
         return logits_BSC
 
-    def _of_documents(self, x_ND: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the summed loss of those whose token this rank has, the classes named and the labels, [L] each."""
+    def _of_documents(self, x_ND: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Return the outputs [L, C], fp32 or wider, and the labels [L] of the documents whose token this rank has."""
         labels_N = batch.targets_BS.flatten()[self.tp.tokens(batch.targets_BS.numel())]
         chosen = (labels_N != IGNORE).nonzero().squeeze(-1)
         pooled_LD = self.dropout(self._pooled(self.norm(x_ND)[chosen]), batch.documents, batch.streams, chosen)
-        logits_LC = self.classifier(pooled_LD)
-        wide = torch.promote_types(logits_LC.dtype, torch.float32)
-        loss = cross_entropy(logits_LC.to(wide), labels_N[chosen], reduction="sum")
-        return loss, logits_LC.argmax(-1), labels_N[chosen]
+        outputs_LC = self.classifier(pooled_LD)
+        return outputs_LC.to(torch.promote_types(outputs_LC.dtype, torch.float32)), labels_N[chosen]
 
     def _over_ranks(self, sums: Tensor) -> Tensor:
         return reduce_from_group(sums, self.tp.group) if self.tp.sequence else sums
 
     def _pooled(self, x_ND: Tensor) -> Tensor:
         return x_ND if self.pooler is None else self.pooler(x_ND).tanh()
-
-    def _counts(self, named_L: Tensor, labels_L: Tensor) -> Tensor:
-        """Of pairs, row by row of the true class, [C²]; of many classes how often each was right, there and named, [3 C].
-        Of equal logits the lowest class counts."""
-        C = self.num_classes
-        if C <= PAIRED_CLASSES:
-            return torch.bincount(labels_L * C + named_L, minlength=C**2).double()
-        parts = (labels_L[labels_L == named_L], labels_L, named_L)
-        return torch.cat([torch.bincount(part, minlength=C) for part in parts]).double()
