@@ -36,7 +36,9 @@ class Task:
     | `rows` | what its rows hold; "": it learns from texts, joined end to end |
     | `shapes` | the shapes of its rows, each with the names of fields that it may have |
     | `sources` | the least that data.sources must give, for a message |
-    | `target` | what is predicted: the next token, masked tokens, the class of a text |
+    | `target` | what is predicted: the next token, masked tokens, the label of a text |
+    | `outputs` | names of what its head gives for a text; (): its head is over the vocabulary |
+    | `learns_classes` | data.classes, or else the sources, have other names for the outputs |
     | `sight` | what a token of its network sees: those before it, both sides, or either |
     | `translates` | a row has a source and a target, the network an encoder and a decoder |
     | `compares` | the documents of a row are the chosen and the rejected answers of pairs |
@@ -51,7 +53,9 @@ class Task:
     rows: str = ""
     shapes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sources: str = '[{"path": "rows.jsonl"}]'
-    target: Literal["next", "masked", "class"] = "next"
+    target: Literal["next", "masked", "label"] = "next"
+    outputs: tuple[str, ...] = ()
+    learns_classes: bool = False
     sight: Literal["before", "both", "either"] = "before"
     translates: bool = False
     compares: bool = False
@@ -65,11 +69,6 @@ class Task:
     def row_parts(self) -> int:
         """Return how many sequences of data.seq_len tokens lie in a row, one after another."""
         return 2 if self.translates else 1
-
-    @property
-    def learns_classes(self) -> bool:
-        """Return whether the network's head gives classes in place of a vocabulary."""
-        return self.target == "class"
 
     @property
     def has_own_network(self) -> bool:
@@ -137,7 +136,9 @@ TASKS: Mapping[TaskName, Task] = {
         "the class of a text",
         rows="labelled texts",
         shapes={"labelled": ("text", "label")},
-        target="class",
+        target="label",
+        outputs=("0", "1"),  # a head is small, however many classes there are
+        learns_classes=True,
         sight="either",
         built_here="a head of its own",
         legal={

@@ -33,7 +33,8 @@ from trainer.model.model_files import ModelFiles
 from trainer.model.objective import OBJECTIVES
 from trainer.model.transformer import Stage
 from trainer.recipe import load
-from trainer.schema import Data
+from trainer.recipe.network import with_head
+from trainer.schema import Data, Recipe
 from trainer.tasks import TASKS
 
 S, END = 16, 256
@@ -306,6 +307,18 @@ def test_the_heads_dropout_is_its_own_where_it_has_one(family: str, of_head: flo
 
 def test_every_task_says_what_it_minimises_and_what_it_measures() -> None:
     assert OBJECTIVES.keys() == MEASURES.keys() == TASKS.keys()
+
+
+def test_a_task_of_labels_says_what_its_head_gives_and_every_other_has_a_vocabulary() -> None:
+    assert [name for name, task in TASKS.items() if task.outputs] == ["classify"]
+    for name, task in TASKS.items():
+        given = Recipe.model_validate({"data": {"task": name}})
+        classes = with_head(given, network("llama")).classes
+        assert classes == task.outputs, "until the data is read"
+        assert bool(classes) == (task.target == "label")
+    listed = Recipe.model_validate({"data": {"task": "classify", "classes": ["a", "b"]}})
+    assert with_head(listed, network("llama")).classes == ("a", "b")
+    assert with_head(listed, network("llama"), CLASSES).classes == CLASSES
 
 
 class Distances:
