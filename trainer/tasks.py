@@ -44,6 +44,7 @@ class Task:
     | `compares` | the documents of a row are the chosen and the rejected answers of pairs |
     | `answers` | the trained model answers a user |
     | `shortest` | the least data.seq_len [tokens], and what needs it |
+    | `problem_type` | transformers' word for what a head over texts was trained for; "": has none |
     | `auto_class` | transformers' Auto class of its models; "": it needs a network built here |
     | `built_here` | what family "auto" lacks for it |
     | `legal` | keys of other sections of which it allows only one value |
@@ -61,6 +62,7 @@ class Task:
     compares: bool = False
     answers: bool = False
     shortest: tuple[int, str] = (1, "a token")
+    problem_type: str = ""
     auto_class: str = ""
     built_here: str = ""
     legal: Mapping[str, Legal] = field(default_factory=dict)
@@ -139,6 +141,7 @@ TASKS: Mapping[TaskName, Task] = {
         target="label",
         outputs=("0", "1"),  # a head is small, however many classes there are
         learns_classes=True,
+        problem_type="single_label_classification",
         sight="either",
         built_here="a head of its own",
         legal={

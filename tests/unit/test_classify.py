@@ -246,7 +246,7 @@ def test_an_export_is_the_same_classifier_in_transformers(family: str, rows: Pat
     with torch.no_grad():
         for _, parameter, _ in owned_specs(ours):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.05)
-    files = ModelFiles(config, found.tokenizer, "float32")
+    files = ModelFiles(config, found.tokenizer, "float32", task="classify")
     tensors = [(spec, parameter.detach()) for _, parameter, spec in owned_specs(ours)]
     write_folder(tensors, tmp_path / "out", dtype=torch.float32, config=files.config, save_beside=files.save_others)
 
@@ -254,6 +254,8 @@ def test_an_export_is_the_same_classifier_in_transformers(family: str, rows: Pat
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
     assert theirs.config.id2label == dict(enumerate(CLASSES))
+    assert theirs.config.problem_type == "single_label_classification"
+    assert theirs.config.finetuning_task == "classify"
     texts = ["good film", "no", "never, ever"]
     classes = torch.tensor([1, 0, 2])
     inputs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(texts, padding=True, return_tensors="pt")
