@@ -22,6 +22,7 @@ from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.targets import targets_of
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import DataError, RecipeError
+from trainer.inference.open_model import Weights
 from trainer.model import heads, measures
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig
@@ -296,6 +297,29 @@ def test_an_export_is_the_same_classifier_in_transformers(family: str, rows: Pat
         again(tokens_BS, batch=MicroBatch(tokens_BS, packed), output="logits"),
         ours(tokens_BS, batch=MicroBatch(tokens_BS, packed), output="logits"),
     )
+
+
+@pytest.mark.parametrize("says", [None, "classify", "mrpc", "pretrain", ["classify"]])
+def test_a_folder_with_a_head_over_texts_is_evaluated_as_a_classifier(says: Any, tmp_path: Path) -> None:
+    """transformers passes on what a folder said before it was given this head."""
+    given = Weights.named(str(folder_of(tmp_path, says))).given(files=[])
+    assert given["data"]["task"] == "classify"
+    assert given["data"]["classes"] == list(CLASSES)
+
+
+def test_a_folder_with_a_head_of_our_own_is_evaluated_by_the_task_that_trained_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "rate", replace(TASKS["classify"], outputs=("rating",), learns_classes=False))
+    given = Weights.named(str(folder_of(tmp_path, "rate"))).given(files=[])
+    assert given["data"]["task"] == "rate"
+    assert "classes" not in given["data"]
+
+
+def folder_of(folder: Path, task: Any) -> Path:
+    config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": dict(enumerate(CLASSES))}
+    (folder / "config.json").write_text(json.dumps(config | ({} if task is None else {"finetuning_task": task})))
+    return folder
 
 
 @pytest.mark.parametrize(
