@@ -336,7 +336,6 @@ def test_every_task_says_what_it_minimises_and_what_it_measures() -> None:
 
 
 def test_a_task_of_labels_says_what_its_head_gives_and_every_other_has_a_vocabulary() -> None:
-    assert [name for name, task in TASKS.items() if task.outputs] == ["classify"]
     for name, task in TASKS.items():
         given = Recipe.model_validate({"data": {"task": name}})
         classes = with_head(given, network("llama")).classes
