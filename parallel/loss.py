@@ -259,8 +259,8 @@ class _CrossEntropySum(TensorFunction):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         own_MD: Tensor | None,
-        labels_N: Tensor,
         output: _Output,
+        labels_N: Tensor,
         smoothing: float,
     ) -> Tensor:
         wants_grad = any(ctx.needs_input_grad)
@@ -295,8 +295,8 @@ def losses_and_hits(
     weight_VD: Tensor,
     bias_V: Tensor | None,
     own_MD: Tensor | None,
-    labels_N: Tensor,
     output: _Output,
+    labels_N: Tensor,
 ) -> Tensor:
     """Return each token's loss, and 1 if its label has the highest logit, float64 [2, N].
 
@@ -330,8 +330,8 @@ class _TokenLosses(TensorFunction):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         own_MD: Tensor | None,
-        labels_N: Tensor,
         output: _Output,
+        labels_N: Tensor,
     ) -> Tensor:
         vocabulary = _Vocabulary.of(weight_VD, bias_V, own_MD, output, h_ND)
         losses_N, log_normalisers_N = torch.empty((2, h_ND.shape[0]), dtype=vocabulary.wide, device=h_ND.device).unbind()
@@ -355,14 +355,26 @@ class _TokenLosses(TensorFunction):
         return gradients.h, *gradients.of_weights((weight_VD, bias_V, own_MD)), None, None
 
 
+def capped_logits(h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, own_MD: Tensor | None, output: _Output) -> Tensor:
+    """Return the logits [N, V/p] in h's format. Unlike the other functions of a head it holds those
+    of all tokens, and autograd knows its backward."""
+    bias_V = None if bias_V is None else bias_V.to(h_ND.dtype)
+    logits_NV = functional.linear(h_ND, weight_VD.to(h_ND.dtype), bias_V)
+    if own_MD is not None and output.places_R is not None:
+        own_RD = own_MD[: len(output.places_R)].to(h_ND.dtype)
+        own_NR = functional.linear(h_ND, own_RD, None if bias_V is None else bias_V[output.places_R])
+        logits_NV = logits_NV.index_copy(1, output.places_R, own_NR)
+    return logits_NV if output.softcap is None else soft_cap(logits_NV, output.softcap)
+
+
 class VocabParallelHead(VocabularyMatrix):
     """The matrix W [V/p, D] of the logits, their bias [V/p], and the loss that goes with them.
 
     W is the head's own, borrowed from the embedding, or a copy of the embedding of the first
     pipeline stage (`tied_over` the ranks of both). From h [N, D], or this rank's tokens of it, and
     labels [N] (IGNORE if a position is no target) the head computes `loss_sum`, `token_losses` or
-    `losses_and_hits`; without labels it computes `logits`. Each of them calls `forward` with what
-    is to be read, because ZeRO-3 gathers the weight only when the module itself is called.
+    `losses_and_hits`; without labels it computes `logits`. Each of them calls `forward` with the
+    function to compute, because ZeRO-3 gathers the weight only when the module itself is called.
 
     `bias` is the name of its logical tensor, None if there is none. `bias_is_row`: that tensor is
     [1, V], not [V]. `softcap`: logits x become softcap · tanh(x / softcap).
@@ -408,53 +420,35 @@ class VocabParallelHead(VocabularyMatrix):
 
         `smoothing`: the share of a label's weight that is divided evenly over the vocabulary.
         """
-        return self._of_labels(h_ND, labels_N, lambda *of_head: _CrossEntropySum.apply(*of_head, smoothing))
+        loss: Tensor = self(h_ND, function=_CrossEntropySum.apply, more=(labels_N, smoothing))
+        return loss
 
     def token_losses(self, h_ND: Tensor, labels_N: Tensor) -> Tensor:
         """Return each token's own loss, fp32 [N], 0 if it is no target.
 
         It is for objectives that are not a plain sum over targets.
         """
-        return self._of_labels(h_ND, labels_N, _TokenLosses.apply)
+        losses_N: Tensor = self(h_ND, function=_TokenLosses.apply, more=(labels_N,))
+        return losses_N
 
     def losses_and_hits(self, h_ND: Tensor, labels_N: Tensor) -> Tensor:
         """Return each token's loss, and 1 if its label has the highest logit, float64 [2, N].
 
         Both are 0 if the token is no target. They have no gradients.
         """
-        return self._of_labels(h_ND, labels_N, losses_and_hits)
+        found_2N: Tensor = self(h_ND, function=losses_and_hits, more=(labels_N,))
+        return found_2N
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """Return this rank's logits [N, V/p], for sampling and oracles."""
-        logits_NV: Tensor = self(h_ND, read=self._capped_logits)
+        logits_NV: Tensor = self(h_ND, function=capped_logits)
         return logits_NV
 
-    def forward(self, h_ND: Tensor, *, read: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return what `read` makes of the whole h [N, D], inside the tensor-parallel region."""
-        return read(self.tp.enter(h_ND))
-
-    def _of_labels(self, h_ND: Tensor, labels_N: Tensor, function: Callable[..., Tensor]) -> Tensor:
-        def read(h_ND: Tensor) -> Tensor:
-            output = _Output(self.vocab_size, self.tp.group, self.softcap, self._places(h_ND.device))
-            bias_V = None if self.bias is None else self.bias.flatten()
-            return function(h_ND, self.weight, bias_V, self.token_rows, labels_N, output)
-
-        result: Tensor = self(h_ND, read=read)
-        return result
-
-    def _capped_logits(self, h_ND: Tensor) -> Tensor:
-        bias_V = None if self.bias is None else self.bias.flatten().to(h_ND.dtype)
-        logits_NV = self._logits(h_ND, bias_V)
-        return logits_NV if self.softcap is None else soft_cap(logits_NV, self.softcap)
-
-    def _logits(self, h_ND: Tensor, bias_V: Tensor | None) -> Tensor:
-        logits_NV = functional.linear(h_ND, self.weight.to(h_ND.dtype), bias_V)
-        places_R = self._places(h_ND.device)
-        if self.token_rows is None or places_R is None:
-            return logits_NV
-        own_RD = self.token_rows[: len(places_R)].to(h_ND.dtype)
-        own_NR = functional.linear(h_ND, own_RD, None if bias_V is None else bias_V[places_R])
-        return logits_NV.index_copy(1, places_R, own_NR)
-
-    def _places(self, device: torch.device) -> Tensor | None:
-        return None if self.token_rows is None else self.lookup(device)[: len(self.places)]
+    def forward(self, h_ND: Tensor, *, function: Callable[..., Tensor], more: tuple[Any, ...] = ()) -> Tensor:
+        """Return the function of the whole h [N, D], the head's tensors, the rest of the head, and
+        `more`, computed inside the tensor-parallel region."""
+        whole_ND = self.tp.enter(h_ND)
+        places_R = None if self.token_rows is None else self.lookup(h_ND.device)[: len(self.places)]
+        output = _Output(self.vocab_size, self.tp.group, self.softcap, places_R)
+        bias_V = None if self.bias is None else self.bias.flatten()
+        return function(whole_ND, self.weight, bias_V, self.token_rows, output, *more)

@@ -34,13 +34,16 @@ class Task:
     | `learns` | what is learned, for the description of data.task |
     | `rows` | the contents of its rows; "": it learns from texts, joined end to end |
     | `shapes` | the shapes of its rows, each with the names of fields that it may have |
-    | `sources` | an example of the shortest legal data.sources, for a message |
-    | `target` | what is predicted: the next token, masked tokens, the class of a text |
-    | `sight` | the tokens that a token attends to: those before it, both sides, or either |
+    | `sources` | the least that data.sources must give, for a message |
+    | `target` | what is predicted: the next token, masked tokens, the label of a text |
+    | `outputs` | names of what its head gives for a text; (): its head is over the vocabulary |
+    | `learns_classes` | data.classes, or else the sources, have other names for the outputs |
+    | `sight` | what a token of its network sees: those before it, both sides, or either |
     | `translates` | a row has a source and a target, the network an encoder and a decoder |
     | `compares` | the documents of a row are the chosen and the rejected answers of pairs |
     | `answers` | the trained model answers a user |
-    | `shortest` | the least data.seq_len [tokens], and the reason |
+    | `shortest` | the least data.seq_len [tokens], and what needs it |
+    | `problem_type` | transformers' word for what a head over texts was trained for; "": has none |
     | `auto_class` | transformers' Auto class of its models; "": it needs a network built here |
     | `built_here` | the part that family "auto" lacks for it |
     | `legal` | keys of other sections of which it allows only one value |
@@ -50,12 +53,15 @@ class Task:
     rows: str = ""
     shapes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sources: str = '[{"path": "rows.jsonl"}]'
-    target: Literal["next", "masked", "class"] = "next"
+    target: Literal["next", "masked", "label"] = "next"
+    outputs: tuple[str, ...] = ()
+    learns_classes: bool = False
     sight: Literal["before", "both", "either"] = "before"
     translates: bool = False
     compares: bool = False
     answers: bool = False
     shortest: tuple[int, str] = (1, "a token")
+    problem_type: str = ""
     auto_class: str = ""
     built_here: str = ""
     legal: Mapping[str, Legal] = field(default_factory=dict)
@@ -64,11 +70,6 @@ class Task:
     def row_parts(self) -> int:
         """Return how many sequences of data.seq_len tokens are in a row, one after another."""
         return 2 if self.translates else 1
-
-    @property
-    def learns_classes(self) -> bool:
-        """Return whether the network's head is over classes in place of a vocabulary."""
-        return self.target == "class"
 
     @property
     def has_own_network(self) -> bool:
@@ -136,7 +137,10 @@ TASKS: Mapping[TaskName, Task] = {
         "the class of a text",
         rows="labelled texts",
         shapes={"labelled": ("text", "label")},
-        target="class",
+        target="label",
+        outputs=("0", "1"),  # a head is small, however many classes there are
+        learns_classes=True,
+        problem_type="single_label_classification",
         sight="either",
         built_here="a head of its own",
         legal={

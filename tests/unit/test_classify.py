@@ -22,17 +22,21 @@ from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.targets import targets_of
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import DataError, RecipeError
+from trainer.inference.open_model import Weights
 from trainer.model import heads, measures
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig
-from trainer.model.heads import ClassHead
+from trainer.model.heads import Classes, LabelHead, Objective
 from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import PretrainedWeights, read_config, write_folder
-from trainer.model.measures import ClassMeasures, EvalResult
+from trainer.model.measures import MEASURES, ClassMeasures, EvalResult
 from trainer.model.model_files import ModelFiles
+from trainer.model.objective import OBJECTIVES
 from trainer.model.transformer import Stage
 from trainer.recipe import load
-from trainer.schema import Data
+from trainer.recipe.network import with_head
+from trainer.schema import Data, Recipe
+from trainer.tasks import TASKS
 
 S, END = 16, 256
 ROWS = [("good", "good film"), ("bad", "dull"), ("good", "warm"), ("bad", "no"), ("odd", "a"), ("bad", "never, ever")]
@@ -169,7 +173,7 @@ def test_many_classes_are_measured_as_few_are(monkeypatch: pytest.MonkeyPatch) -
     """The same texts counted by pairs, and class by class as where pairs would take too much memory."""
     stream = torch.Generator().manual_seed(0)
     config = from_hf("llama", {**SIZES["llama"], "vocab_size": 300, "id2label": {str(i): str(i) for i in range(7)}})
-    head = ClassHead(replace(config, classes=tuple("abcdefg")), tp=TensorParallel.alone())
+    head = LabelHead(replace(config, classes=tuple("abcdefg")), tp=TensorParallel.alone(), objective=Classes())
     initialise(head, 0)
     x_ND, labels_BS = torch.randn(400, 24, generator=stream), torch.randint(-1, 7, (1, 400), generator=stream)
     labels_BS[labels_BS < 0] = IGNORE
@@ -221,7 +225,7 @@ def network(family: str) -> TransformerConfig:
     return replace(from_hf(family, {**SIZES[family], "vocab_size": 257}), classes=CLASSES)
 
 
-def stage_of(config: TransformerConfig, fill: Any) -> Stage:
+def stage_of(config: TransformerConfig, fill: Any, objective: Objective | None = None) -> Stage:
     return Stage(
         config,
         blocks_of(config),
@@ -230,6 +234,7 @@ def stage_of(config: TransformerConfig, fill: Any) -> Stage:
         tp=TensorParallel.alone(),
         device=torch.device("cpu"),
         fill=fill,
+        objective=objective,
     ).eval()
 
 
@@ -242,7 +247,7 @@ def test_an_export_is_the_same_classifier_in_transformers(family: str, rows: Pat
     with torch.no_grad():
         for _, parameter, _ in owned_specs(ours):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.05)
-    files = ModelFiles(config, found.tokenizer, "float32")
+    files = ModelFiles(config, found.tokenizer, "float32", task="classify")
     tensors = [(spec, parameter.detach()) for _, parameter, spec in owned_specs(ours)]
     write_folder(tensors, tmp_path / "out", dtype=torch.float32, config=files.config, save_beside=files.save_others)
 
@@ -250,6 +255,8 @@ def test_an_export_is_the_same_classifier_in_transformers(family: str, rows: Pat
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
     assert theirs.config.id2label == dict(enumerate(CLASSES))
+    assert theirs.config.problem_type == "single_label_classification"
+    assert theirs.config.finetuning_task == "classify"
     texts = ["good film", "no", "never, ever"]
     classes = torch.tensor([1, 0, 2])
     inputs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(texts, padding=True, return_tensors="pt")
@@ -292,6 +299,29 @@ def test_an_export_is_the_same_classifier_in_transformers(family: str, rows: Pat
     )
 
 
+@pytest.mark.parametrize("says", [None, "classify", "mrpc", "pretrain", ["classify"]])
+def test_a_folder_with_a_head_over_texts_is_evaluated_as_a_classifier(says: Any, tmp_path: Path) -> None:
+    """transformers passes on what a folder said before it was given this head."""
+    given = Weights.named(str(folder_of(tmp_path, says))).given(files=[])
+    assert given["data"]["task"] == "classify"
+    assert given["data"]["classes"] == list(CLASSES)
+
+
+def test_a_folder_with_a_head_of_our_own_is_evaluated_by_the_task_that_trained_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "rate", replace(TASKS["classify"], outputs=("rating",), learns_classes=False))
+    given = Weights.named(str(folder_of(tmp_path, "rate"))).given(files=[])
+    assert given["data"]["task"] == "rate"
+    assert "classes" not in given["data"]
+
+
+def folder_of(folder: Path, task: Any) -> Path:
+    config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": dict(enumerate(CLASSES))}
+    (folder / "config.json").write_text(json.dumps(config | ({} if task is None else {"finetuning_task": task})))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("family", "of_head", "rate"), [("bert", None, 0.2), ("bert", 0.5, 0.5), ("bert", 0.0, 0.0), ("llama", 0.5, 0.0)]
 )
@@ -299,6 +329,49 @@ def test_the_heads_dropout_is_its_own_where_it_has_one(family: str, of_head: flo
     """As in transformers: that of the hidden states where it is not given, and none behind a decoder."""
     config = replace(network(family), residual_dropout=0.2, classifier_dropout=of_head)
     assert stage_of(config, lambda block: initialise(block, seed=3)).head.dropout.rate == rate
+
+
+def test_every_task_says_what_it_minimises_and_what_it_measures() -> None:
+    assert OBJECTIVES.keys() == MEASURES.keys() == TASKS.keys()
+
+
+def test_a_task_of_labels_says_what_its_head_gives_and_every_other_has_a_vocabulary() -> None:
+    for name, task in TASKS.items():
+        given = Recipe.model_validate({"data": {"task": name}})
+        classes = with_head(given, network("llama")).classes
+        assert classes == task.outputs, "until the data is read"
+        assert bool(classes) == (task.target == "label")
+    listed = Recipe.model_validate({"data": {"task": "classify", "classes": ["a", "b"]}})
+    assert with_head(listed, network("llama")).classes == ("a", "b")
+    assert with_head(listed, network("llama"), CLASSES).classes == CLASSES
+
+
+class Distances:
+    """Half the squared distance between the outputs and a row of ones at the label."""
+
+    def loss(self, outputs_LC: torch.Tensor, labels_L: torch.Tensor) -> torch.Tensor:
+        return (outputs_LC - torch.nn.functional.one_hot(labels_L, len(CLASSES))).square().sum() / 2
+
+    def statistics(self, outputs_LC: torch.Tensor, labels_L: torch.Tensor) -> torch.Tensor:
+        return torch.stack([outputs_LC.double().sum(), labels_L.double().sum()])
+
+
+def test_a_head_minimises_what_its_task_says() -> None:
+    """Loss, statistics, and the bias's gradient, which is the sum of the distances."""
+    ours = stage_of(network("bert"), lambda block: initialise(block, seed=3), Objective(of_labels=Distances()))
+    tokens_BS = torch.arange(8).view(1, 8)
+    labels_BS = torch.full_like(tokens_BS, IGNORE)
+    labels_BS[0, [0, 5]] = torch.tensor([2, 1])
+    batch = MicroBatch(tokens_BS, Documents(((5, 3),)), labels_BS)
+    outputs_LC = ours(tokens_BS, batch=batch, output="logits")[0, [0, 5]].detach()
+    distances_LC = outputs_LC - torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    loss = ours(tokens_BS, batch=batch)
+    loss.backward()
+    # fp32 in another order of sums.
+    torch.testing.assert_close(loss, distances_LC.square().sum() / 2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.head.classifier.bias.grad, distances_LC.sum(0), rtol=1e-6, atol=1e-7)
+    expected = torch.stack([loss.detach().double(), outputs_LC.double().sum(), torch.tensor(3.0, dtype=torch.float64)])
+    torch.testing.assert_close(ours(tokens_BS, batch=batch, output="sums"), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_head_without_a_document_of_its_own_gives_no_loss() -> None:

@@ -65,7 +65,7 @@ def test_what_is_measured_is_not_smoothed() -> None:
 
 
 def test_a_recipe_smooths_what_is_minimised_and_not_what_is_measured() -> None:
-    minimised = objective_of(Recipe.model_validate({"train": {"label_smoothing": SMOOTHING}}))
+    minimised = objective_of(Recipe.model_validate({"train": {"label_smoothing": SMOOTHING}})).of_tokens
     (h, labels), head = drawn(), head_of(TensorParallel.alone(), None)
     batch = MicroBatch(labels, Documents.whole_rows(3, 7), labels.view(3, 7))
     with torch.no_grad():

@@ -26,7 +26,8 @@ NO_LABEL = -1
 class Document:
     """A run of tokens that attend to one another.
 
-    `is_target`: bool [tokens], which of them are to be predicted. `label`: a class of the whole.
+    `is_target`: bool [tokens], which of them are to be predicted. `label`: a label of the whole, an
+    int32 that means what the task says, such as the number of a class.
     """
 
     ids: list[int]

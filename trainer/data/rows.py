@@ -22,8 +22,8 @@ class Row:
     labels: Int64s  # int64 [S]: the next token, unless a task has another target
     is_target: npt.NDArray[np.bool_]  # bool [S]
     documents: tuple[int, ...]  # lengths of the documents in the row, summing to S
-    # Classes of the documents: NO_LABEL for none; () if the store has no labels.
-    classes: tuple[int, ...] = ()
+    # Labels of the documents: NO_LABEL for none; () if the store has no labels.
+    document_labels: tuple[int, ...] = ()
     # float64 [documents]: their log-probabilities before training
     reference: npt.NDArray[np.float64] | None = None
 
@@ -49,9 +49,9 @@ def row_at(store: TokenStore, begin: int, *, row_tokens: int, isolate_documents:
     ends = store.document_ends(begin, begin + length)
     row.is_target[ends - 1] = False
     cuts = np.unique([0, *ends, length, row_tokens])
-    classes = tuple(store.labels(begin, begin + length).tolist()) if store.labelled else ()
+    labels = tuple(store.labels(begin, begin + length).tolist()) if store.labelled else ()
     reference = store.reference(begin, begin + length)
-    return Row(row.tokens, row.labels, row.is_target, tuple(np.diff(cuts).tolist()), classes, reference)
+    return Row(row.tokens, row.labels, row.is_target, tuple(np.diff(cuts).tolist()), labels, reference)
 
 
 def filler_row(store: TokenStore, row_tokens: int) -> Row:

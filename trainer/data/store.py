@@ -7,7 +7,7 @@ block by block.
                     little-endian i8
     targets.bin     only if not every token is learned: one u1 per token, 1 if it is to be
                     predicted, else 0
-    labels.bin      only if documents have classes: the class of each, -1 for none;
+    labels.bin      only if documents have labels: the label of each, -1 for none;
                     little-endian i4
     header.json     format, dtype, counts, fingerprints, SHA-256 of each 16 MiB block of each file,
                     and of itself; written last
@@ -137,7 +137,7 @@ class TokenStore:
 
     @property
     def labelled(self) -> bool:
-        """Return whether documents have classes."""
+        """Return whether documents have labels."""
         return self._labels is not None
 
     def slice(self, begin: int, end: int) -> npt.NDArray[np.int64]:
@@ -152,7 +152,7 @@ class TokenStore:
         return self._targets[begin:end].astype(bool)
 
     def labels(self, begin: int, end: int) -> npt.NDArray[np.int64]:
-        """Return the classes of the documents that begin in [begin, end), -1 for none, int64
+        """Return the labels of the documents that begin in [begin, end), -1 for none, int64
         [documents beginning]."""
         assert self._labels is not None
         first, last = self.documents.searchsorted([begin, end], "left")
@@ -242,7 +242,7 @@ class StoreWriter:
 
         `tokens` [sum of lengths] has them one after another, `lengths` is [documents]. With
         `with_targets`, `targets` [sum of lengths] says which tokens are to be predicted; with
-        `with_labels`, `labels` is the classes [documents].
+        `with_labels`, `labels` [documents] has the label of each.
         """
         if self._labels is not None:
             assert labels is not None

@@ -36,9 +36,9 @@ class NextToken:
 
 
 @dataclass(frozen=True)
-class ClassOfDocument:
-    """Targets that are each labelled document's class, at its first or last token: where a network
-    has seen all of it."""
+class LabelOfDocument:
+    """Targets that are the labels of documents, each at its document's first or last token: where a
+    network has seen all of it."""
 
     at: Literal["first", "last"]
     needs_tokens: ClassVar[bool] = False
@@ -46,11 +46,11 @@ class ClassOfDocument:
     def mark(self, row: Row, number: int) -> Row:
         ends = np.cumsum(row.documents)
         places = ends - 1 if self.at == "last" else ends - row.documents
-        classes = np.array(row.classes or [NO_LABEL] * len(ends), np.int64)  # filler has none
-        has_class = classes != NO_LABEL
+        given = np.array(row.document_labels or [NO_LABEL] * len(ends), np.int64)  # filler has none
+        has_label = given != NO_LABEL
         labels, is_target = np.zeros_like(row.labels), np.zeros_like(row.is_target)
-        labels[places[has_class]] = classes[has_class]
-        is_target[places[has_class]] = True
+        labels[places[has_label]] = given[has_label]
+        is_target[places[has_label]] = True
         return replace(row, labels=labels, is_target=is_target)
 
 
@@ -88,8 +88,8 @@ class MaskedTokens:
 def targets_of(data: schema.Data, tokenizer: Tokenizer, *, causal: bool, seed: int, part: Part) -> Targets:
     """Return the targets of a task. `causal`: the network's tokens see only those before them."""
     match TASKS[data.task].target:
-        case "class":
-            return ClassOfDocument("last" if causal else "first")
+        case "label":
+            return LabelOfDocument("last" if causal else "first")
         case "masked":
             assert tokenizer.mask is not None
             ordinary = np.array(tokenizer.ordinary_ids, np.int64)

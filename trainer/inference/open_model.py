@@ -40,12 +40,13 @@ from trainer.model.families import FAMILIES
 from trainer.model.hf_config import classes_of
 from trainer.model.hugging_face import read_config
 from trainer.model.measures import Measures, measures_of
-from trainer.model.model_files import CONFIG
+from trainer.model.model_files import CONFIG, TASK
 from trainer.model.network import Network
 from trainer.recipe import ResolvedRecipe, load_given
 from trainer.recipe.batch_plan import BatchPlan, layout_of
 from trainer.recipe.earlier import recipe_of
 from trainer.schema import Guard, Recipe
+from trainer.tasks import TASKS, TaskName
 from trainer.tuning.adapt import quantizing
 
 # The sections of a saved recipe that describe the model and its data. Those of layout, offload and
@@ -96,7 +97,9 @@ class Weights:
             data.setdefault("bos", False)
         config = read_config(self.config)
         if classes := _classes(config):
-            data |= {"task": "classify", "classes": list(classes)}
+            data["task"] = _task_of_labels(config)
+            if TASKS[data["task"]].learns_classes:
+                data["classes"] = list(classes)
         if self.manifest is None:
             data["seq_len"] = min(SEQ_LEN, config.get("max_position_embeddings") or SEQ_LEN)
         if files:
@@ -121,6 +124,13 @@ def _classes(config: Mapping[str, Any]) -> tuple[str, ...]:
     family = FAMILIES.get(str(config.get("model_type")))
     sorts = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
     return classes_of(family, config) if family and sorts else ()
+
+
+def _task_of_labels(config: Mapping[str, Any]) -> TaskName:
+    """Return the task that trained a folder's head over texts; classify, if it names none of ours
+    that has such a head."""
+    named = (name for name, task in TASKS.items() if task.target == "label" and name == config.get(TASK))
+    return next(named, "classify")
 
 
 @dataclass(frozen=True)

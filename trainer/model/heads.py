@@ -7,7 +7,7 @@ them), L of them that have a label, D model, V vocabulary, C classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -71,14 +71,25 @@ class Outputs(Protocol):
         """Return this rank's logits [B, S, V/p], or of classes those of each token, [B, S, C]."""
 
 
-class Objective(Protocol):
-    """A task's loss and statistics, from the hidden states before the output layer."""
+class TokenObjective(Protocol):
+    """A task's loss and statistics, from the hidden states before a head over the vocabulary."""
 
     def loss(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
         """Return `Outputs.loss`."""
 
     def sums(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
         """Return `Outputs.sums`."""
+
+
+class LabelObjective(Protocol):
+    """A task's loss and statistics, from the output for each document, fp32 or wider, and from the
+    document's label."""
+
+    def loss(self, outputs_LC: Tensor, labels_L: Tensor) -> Tensor:
+        """Return the loss summed over the documents."""
+
+    def statistics(self, outputs_LC: Tensor, labels_L: Tensor) -> Tensor:
+        """Return what stands behind the loss for the task's `Measures`, float64. No gradients."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,33 @@ def token_sums(losses_N: Tensor, is_hit_N: Tensor, is_target_N: Tensor, document
     return torch.stack([part.sum().double() for part in (losses_N, is_hit_N, is_exact_R, is_answer_R)])
 
 
+@dataclass(frozen=True)
+class Classes:
+    """The cross entropy of the class of each document, with the statistics of `ClassMeasures`."""
+
+    def loss(self, outputs_LC: Tensor, labels_L: Tensor) -> Tensor:
+        return cross_entropy(outputs_LC, labels_L, reduction="sum")
+
+    def statistics(self, outputs_LC: Tensor, labels_L: Tensor) -> Tensor:
+        """Return the counts of pairs, a row for each true class, [C²]; for many classes the numbers
+        of right predictions, texts and predictions of each, [3 C]. Of equal outputs the lowest
+        class is predicted."""
+        C, named_L = outputs_LC.shape[-1], outputs_LC.argmax(-1)
+        if C <= PAIRED_CLASSES:
+            return torch.bincount(labels_L * C + named_L, minlength=C**2).double()
+        parts = (labels_L[labels_L == named_L], labels_L, named_L)
+        return torch.cat([torch.bincount(part, minlength=C) for part in parts]).double()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The objective of a task. A head over the vocabulary reads `of_tokens`, one over documents
+    `of_labels`."""
+
+    of_tokens: TokenObjective = field(default_factory=NextToken)
+    of_labels: LabelObjective = field(default_factory=Classes)
+
+
 class Head(nn.Module):
     """The final norm or transform, logits and loss. Where the head is scaled, hidden states are
     divided by √D."""
@@ -129,7 +167,7 @@ class Head(nn.Module):
         tp: TensorParallel,
         tied_to: VocabParallelEmbedding | None,
         tied_over: Group | None,
-        objective: Objective,
+        objective: TokenObjective,
     ) -> None:
         super().__init__()
         names = names_of(config)
@@ -173,9 +211,9 @@ class Head(nn.Module):
         return x_ND * self.scale if self.scale != 1.0 else x_ND
 
 
-class ClassHead(nn.Module):
-    """The final norm, then logits over classes and their loss, at one token of each document: the
-    one that has the label.
+class LabelHead(nn.Module):
+    """The final norm, then one output for each class, at one token of each document: the one that
+    has the label.
 
     As in transformers' …ForSequenceClassification, a decoder has `score` at its last token, Bert
     its tanh pooler and classifier at its first. The head is whole on every rank. With sequence
@@ -183,27 +221,26 @@ class ClassHead(nn.Module):
     partial, and losses are summed over the ranks.
     """
 
-    def __init__(self, config: TransformerConfig, *, tp: TensorParallel) -> None:
+    def __init__(self, config: TransformerConfig, *, tp: TensorParallel, objective: LabelObjective) -> None:
         super().__init__()
         names, D, init = names_of(config), config.hidden_size, Init(std=config.init_std)
         self.tp = tp
-        self.num_classes = len(config.classes)
+        self.objective = objective
         self.norm = make_norm(config, names.final_norm, tp)
         pools = names.pooler is not None
         self.pooler = ReplicatedLinear(D, D, name=names.pooler, init=init, tp=tp) if names.pooler is not None else None
         rate = config.residual_dropout if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = Dropout(rate if pools else 0.0, names.classifier, tp)
-        self.classifier = ReplicatedLinear(D, self.num_classes, name=names.classifier, init=init, tp=tp, bias=pools)
+        self.classifier = ReplicatedLinear(D, len(config.classes), name=names.classifier, init=init, tp=tp, bias=pools)
 
     def loss(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
         """Return the loss summed over the documents."""
-        loss, _, _ = self._of_documents(x_ND, batch)
-        return self._over_ranks(loss)
+        return self._over_ranks(self.objective.loss(*self._of_documents(x_ND, batch)))
 
     def sums(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
-        """Return the loss and the counts that `ClassMeasures` reads."""
-        loss, named_L, labels_L = self._of_documents(x_ND, batch)
-        return self._over_ranks(torch.cat([loss.double()[None], self._counts(named_L, labels_L)]))
+        outputs_LC, labels_L = self._of_documents(x_ND, batch)
+        loss = self.objective.loss(outputs_LC, labels_L).double()
+        return self._over_ranks(torch.cat([loss[None], self.objective.statistics(outputs_LC, labels_L)]))
 
     def scores(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
         raise NotImplementedError("documents have classes here, and no tokens to be likely")
@@ -214,29 +251,17 @@ class ClassHead(nn.Module):
         logits_BSC: Tensor = whole_NC.unflatten(0, batch.documents.shape)
         return logits_BSC
 
-    def _of_documents(self, x_ND: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the summed loss of the documents whose labelled token this rank has, the predicted
-        classes and the labels, [L] each."""
+    def _of_documents(self, x_ND: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Return the outputs [L, C], fp32 or wider, and the labels [L] of the documents whose token
+        this rank has."""
         labels_N = batch.targets_BS.flatten()[self.tp.tokens(batch.targets_BS.numel())]
         chosen = (labels_N != IGNORE).nonzero().squeeze(-1)
         pooled_LD = self.dropout(self._pooled(self.norm(x_ND)[chosen]), batch.documents, batch.streams, chosen)
-        logits_LC = self.classifier(pooled_LD)
-        wide = torch.promote_types(logits_LC.dtype, torch.float32)
-        loss = cross_entropy(logits_LC.to(wide), labels_N[chosen], reduction="sum")
-        return loss, logits_LC.argmax(-1), labels_N[chosen]
+        outputs_LC = self.classifier(pooled_LD)
+        return outputs_LC.to(torch.promote_types(outputs_LC.dtype, torch.float32)), labels_N[chosen]
 
     def _over_ranks(self, sums: Tensor) -> Tensor:
         return reduce_from_group(sums, self.tp.group) if self.tp.sequence else sums
 
     def _pooled(self, x_ND: Tensor) -> Tensor:
         return x_ND if self.pooler is None else self.pooler(x_ND).tanh()
-
-    def _counts(self, named_L: Tensor, labels_L: Tensor) -> Tensor:
-        """Return the counts of pairs, a row for each true class, [C²]; for many classes the numbers
-        of right predictions, texts and predictions of each, [3 C]. Of equal logits the lowest class
-        is predicted."""
-        C = self.num_classes
-        if C <= PAIRED_CLASSES:
-            return torch.bincount(labels_L * C + named_L, minlength=C**2).double()
-        parts = (labels_L[labels_L == named_L], labels_L, named_L)
-        return torch.cat([torch.bincount(part, minlength=C) for part in parts]).double()

@@ -363,7 +363,6 @@ def to_hf(
     classes = {
         "id2label": {str(number): name for number, name in enumerate(config.classes)},
         "label2id": {name: number for number, name in enumerate(config.classes)},
-        "problem_type": "single_label_classification",
     }
     return {
         "architectures": [family.classifier if config.classes else family.architecture],

@@ -14,6 +14,7 @@ from trainer.model.config import TransformerConfig
 from trainer.model.hf_config import to_hf
 from trainer.model.network import Network
 from trainer.model.origin import GENERATION_CONFIG, Origin, as_list
+from trainer.tasks import TASKS, TaskName
 
 CONFIG = "config.json"
 # transformers' own key of config.json for a model's last training: our data.task
@@ -32,13 +33,18 @@ class ModelFiles:
     network: Network
     tokenizer: Tokenizer
     dtype: str
-    task: str = "pretrain"
+    task: TaskName = "pretrain"
     end_of_turn: int | None = None
     origin: Origin | None = None
 
     @property
     def config(self) -> dict[str, Any]:
-        return {**config_json(self.network, self.tokenizer, dtype=self.dtype, origin=self.origin), TASK: self.task}
+        problem = TASKS[self.task].problem_type
+        return {
+            **config_json(self.network, self.tokenizer, dtype=self.dtype, origin=self.origin),
+            **({"problem_type": problem} if problem else {}),
+            TASK: self.task,
+        }
 
     @property
     def generation(self) -> dict[str, Any] | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from trainer.model.heads import NextToken, Objective
+from trainer.model.heads import Classes, NextToken, Objective
 from trainer.model.preference_losses import Pairs
 from trainer.schema import Recipe
-from trainer.tasks import TASKS, TaskName
+from trainer.tasks import TaskName
 
 
 def objective_of(recipe: Recipe) -> Objective:
@@ -16,14 +16,15 @@ def objective_of(recipe: Recipe) -> Objective:
 
 
 def _of_tokens(recipe: Recipe) -> Objective:
-    return NextToken(recipe.train.label_smoothing)
+    return Objective(of_tokens=NextToken(recipe.train.label_smoothing))
 
 
 def _of_pairs(recipe: Recipe) -> Objective:
-    return Pairs(recipe.preference)
+    return Objective(of_tokens=Pairs(recipe.preference))
 
 
 OBJECTIVES: Mapping[TaskName, Callable[[Recipe], Objective]] = {
-    **dict.fromkeys(TASKS, _of_tokens),
+    **dict.fromkeys(("pretrain", "sft", "translate", "mlm"), _of_tokens),
     "preference": _of_pairs,
+    "classify": lambda _: Objective(of_labels=Classes()),
 }

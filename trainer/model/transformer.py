@@ -28,7 +28,7 @@ from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import RopeScaling, TransformerConfig
 from trainer.model.embedding import Embedding
 from trainer.model.encoder_decoder import SourceAndTargetEmbedding, TargetHead
-from trainer.model.heads import ClassHead, Head, NextToken, Objective, Output
+from trainer.model.heads import Head, LabelHead, Objective, Output
 from trainer.model.layers import make_embedding, make_layer
 from trainer.model.position_tables import PositionTables
 
@@ -81,7 +81,7 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.objective = objective or NextToken()
+        self.objective = objective or Objective()
         self.dtype = dtype
         self.recompute = recompute
         self.tp = tp
@@ -91,7 +91,7 @@ class Stage(nn.Module):
         self.tied_to = (tied_to,)
         self.tables = PositionTables() if tables is None else tables
         self.embedding: Embedding | SourceAndTargetEmbedding | None
-        self.head: Head | ClassHead | TargetHead | None
+        self.head: Head | LabelHead | TargetHead | None
         # so that parameters are listed in the order of the model
         self.register_module("embedding", None)
         self.layers = nn.ModuleDict()
@@ -120,11 +120,11 @@ class Stage(nn.Module):
             )
             return self.layers[str(block.layer)]
         if self.config.classes:
-            self.head = ClassHead(self.config, tp=self.tp)
+            self.head = LabelHead(self.config, tp=self.tp, objective=self.objective.of_labels)
             return self.head
         embedding = self.embedding.tokens if self.embedding is not None else self.tied_to[0]
         tied_to = embedding if self.config.ties_head else None
-        head = Head(self.config, tp=self.tp, tied_to=tied_to, tied_over=self.tied_over, objective=self.objective)
+        head = Head(self.config, tp=self.tp, tied_to=tied_to, tied_over=self.tied_over, objective=self.objective.of_tokens)
         self.head = TargetHead(head) if self.config.encoder_layers else head
         return self.head
 

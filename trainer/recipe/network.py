@@ -93,15 +93,11 @@ def network_from(
     return config, findings
 
 
-# Classes that stand in for those of a recipe that names none, until its data is read. A head is
-# small, however many classes there are.
-TWO_CLASSES = ("0", "1")
-
-
 def with_head(recipe: Recipe, network: TransformerConfig, classes: Sequence[str] = ()) -> TransformerConfig:
     """Return the network with the head of the recipe's task."""
-    found = (*classes,) or (*recipe.data.classes,) or TWO_CLASSES
-    return replace(network, classes=found if TASKS[recipe.data.task].learns_classes else ())
+    task = TASKS[recipe.data.task]
+    named = (*classes,) or (*recipe.data.classes,) or task.outputs
+    return replace(network, classes=named if task.outputs else ())
 
 
 def _config_keys(finding: Finding) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from trainer.model.config import TransformerConfig
 from trainer.model.families import FAMILIES
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
 from trainer.recipe.names import SMALLEST_BPE
-from trainer.recipe.network import TWO_CLASSES, network_from
+from trainer.recipe.network import network_from
 from trainer.schema import Recipe
 from trainer.tasks import TASKS
 from trainer.tuning.targets import QUANTIZED_TOGETHER
@@ -132,7 +132,7 @@ def _task(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
     if task.rows:
         kept["sources"] = given.get("data", {}).get("sources")
     if task.learns_classes:
-        kept["classes"] = recipe.data.classes or TWO_CLASSES
+        kept["classes"] = recipe.data.classes or list(task.outputs)
     return kept
 
 
