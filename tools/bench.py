@@ -326,7 +326,7 @@ def measure(shape: Shape, dtype: Dtype, documents: int, mesh: Mesh, device: torc
             repeats,
         )
         parts_s = engine.watch.lap()
-    step_flops = training_flops(network, [length for row in batch.documents for length in row])
+    step_flops = training_flops(network, [length for row in batch.documents.lengths for length in row])
     rates = {side: [step_flops / seconds for seconds in samples[side]] for side in ("ours", "theirs")}
     return Figure(
         dtype=dtype,
