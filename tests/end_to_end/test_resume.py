@@ -21,7 +21,7 @@ from trainer.checkpoint.manifest import MANIFEST
 from trainer.cli import main
 from trainer.cluster.lease import HOLDER, WANTED, JobStart, leased
 from trainer.launch.ranks import free_port
-from trainer.run.session import StepData
+from trainer.run.step_data import StepData
 from trainer.track.goodput import read_starts, shares_of
 
 ROOT = str(Path(__file__).parents[2])

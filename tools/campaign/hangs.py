@@ -40,7 +40,7 @@ from tools.campaign.cases import WAYS, arguments, report, write_recipe
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.engine.engine import Engine
 from trainer.errors import EXIT_HANG, EXIT_OK, EXIT_REQUEUE
-from trainer.run.session import StepData
+from trainer.run.step_data import StepData
 
 LIMIT_S = 4
 STEPS = 1_000_000

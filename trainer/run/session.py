@@ -13,7 +13,6 @@ from typing import NoReturn
 
 import torch
 
-from parallel.mesh import Group
 from parallel.messages import Messages
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.disk_space import bytes_of_one, disk_space
@@ -22,7 +21,7 @@ from trainer.checkpoint.resume import Found
 from trainer.checkpoint.resume_check import Resume
 from trainer.cluster.lease import Lease
 from trainer.data import PreparedData, prepare_summary
-from trainer.data.loader import EvalData, MicroBatch, TrainData
+from trainer.data.loader import EvalData, TrainData
 from trainer.data.targets import Part, Targets, targets_of
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
@@ -40,12 +39,14 @@ from trainer.model.model_files import ModelFiles
 from trainer.model.network import Network
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.batch_plan import BatchPlan
+from trainer.run.account import Account
 from trainer.run.closing import baseline, export, sampled, translated
 from trainer.run.least_memory import Machine, host_bytes, require_memory
 from trainer.run.meter import Meter
 from trainer.run.opening import LoadedRun, OpenFolder, opened_folder, read_data
 from trainer.run.reference import with_reference
 from trainer.run.start import leave_behind, make_room
+from trainer.run.step_data import StepData
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
 from trainer.track import RunInfo, Tracker, make_tracker, read_metrics, truncate_after
@@ -57,59 +58,6 @@ from trainer.watchdog.lost import among_ranks
 from trainer.watchdog.watchdog import Watchdog
 
 BACKSTOP_S = 60  # after the watchdog, torch ends the wait, in case the threads of a rank do not run
-
-
-@dataclass
-class StepData:
-    """The micro-batches of each step on this rank; after a rewind, the data after the spike.
-    `skipped`: the number of steps whose data are left out from here on."""
-
-    data: TrainData
-    group: Group  # the ranks that divide the sequences of a step
-    plan: BatchPlan
-    reads_tokens: bool
-    skipped: int = 0
-
-    def micro_batches(self, step: int) -> list[MicroBatch]:
-        """Return this rank's part of a step, counted from 0."""
-        return list(
-            self.data.micro_batches(
-                step + self.skipped,
-                dp_rank=self.group.rank,
-                dp=self.group.size,
-                micro_sequences=self.plan.micro_sequences,
-                read=self.reads_tokens,
-            )
-        )
-
-    def first_sequence(self, step: int) -> int:
-        """Return the global number of the first sequence of a step."""
-        return (step + self.skipped) * self.plan.global_sequences
-
-
-@dataclass
-class Account:
-    """The account of the run's time, on the first rank; it does nothing on the others."""
-
-    ledger: Ledger | None
-    engine: Engine
-    watchdog: Watchdog
-
-    def write(self, step: int, *, always: bool = False) -> None:
-        if self.ledger is not None:
-            self.ledger.write(step, self.engine.watch.totals(), self.watchdog.waiting(), always=always)
-
-    def end(self, step: int) -> None:
-        if self.ledger is not None:
-            self.ledger.end(step, self.engine.watch.totals(), self.watchdog.waiting())
-
-    def goodput(self, step: int) -> dict[str, float]:
-        """Return {"goodput": the share of the run's time in which it trained}; {} off the first
-        rank."""
-        if self.ledger is None:
-            return {}
-        shares = self.ledger.shares(step, self.engine.watch.totals(), self.watchdog.waiting())
-        return {name: share for name, share in shares.items() if name == "goodput"}
 
 
 @dataclass
