@@ -79,6 +79,15 @@ def same_numbers() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Hold a TCP port for the ranks that a test starts."""
+    from trainer.launch.ports import held_port
+
+    with held_port() as port:
+        yield port
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Use one thread, in a module's fixtures too.

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from trainer.launch.ranks import free_port
-
 ROOT = str(Path(__file__).parents[2])
 TIMEOUT_S = 8
 KILLED, STOPPED = (signal.SIGKILL, 75, "is gone"), (signal.SIGSTOP, 124, "is stopped (SIGSTOP")
@@ -45,12 +43,12 @@ RECIPE = {
 
 
 @pytest.fixture
-def ranks(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+def ranks(port: int, tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
     """Two ranks that are training."""
     (tmp_path / "corpus.txt").write_text("to be or not to be " * 500)
     recipe = {**RECIPE, "data": {**RECIPE["data"], "sources": [{"path": str(tmp_path / "corpus.txt")}]}}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "trainer", "train", "recipe.json"],
@@ -73,7 +71,8 @@ def ranks(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
         deadline = time.monotonic() + 90
         while not (metrics.exists() and metrics.read_text().count("\n") > 3):
             assert time.monotonic() < deadline, "no step in 90 s"
-            assert all(rank.poll() is None for rank in started), [rank.communicate()[1] for rank in started]
+            ended = [rank for rank in started if rank.poll() is not None]
+            assert not ended, [last_words(rank, 10) for rank in ended]
             time.sleep(0.1)
         yield started
     finally:

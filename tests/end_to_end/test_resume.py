@@ -20,7 +20,6 @@ from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.cli import main
 from trainer.cluster.lease import HOLDER, WANTED, JobStart, leased
-from trainer.launch.ranks import free_port
 from trainer.run.step_data import StepData
 from trainer.track.goodput import read_starts, shares_of
 
@@ -51,12 +50,12 @@ def copy(done: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 @pytest.mark.grid  # half a minute; the slices of the campaigns kill ranks every day
-def test_killed_under_torchrun_and_started_again(tmp_path: Path) -> None:
+def test_killed_under_torchrun_and_started_again(port: int, tmp_path: Path) -> None:
     """kill -9 of everything in the middle; the same command again ends with the record of a run that nobody killed."""
     constant = {"schedule": {"name": "constant", "warmup_steps": 4}, "checkpoint": {"async": True}}
     recipe = write_recipe(tmp_path, steps=1_000_000, every=5, keep=2, **constant)
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    first = torchrun(recipe, killed)
+    first = torchrun(port, recipe, killed)
     try:
         deadline = time.monotonic() + 100
         while steps_logged(killed) < 13 and time.monotonic() < deadline:
@@ -67,7 +66,7 @@ def test_killed_under_torchrun_and_started_again(tmp_path: Path) -> None:
         first.communicate()
     steps = steps_logged(killed) + 10
     assert steps >= 23, "the run was not killed in its middle"
-    second = torchrun(recipe, killed, "--set", f"train.steps={steps}")
+    second = torchrun(port, recipe, killed, "--set", f"train.steps={steps}")
     said, _ = second.communicate(timeout=120)
     assert second.returncode == 0, said
     assert "resumed after step" in said
@@ -90,9 +89,9 @@ def steps_logged(run_dir: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def torchrun(recipe: Path, run_dir: Path, *words: str) -> subprocess.Popen[str]:
+def torchrun(port: int, recipe: Path, run_dir: Path, *words: str) -> subprocess.Popen[str]:
     command = [
-        *("torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "trainer", "train"),
+        *("torchrun", "--nproc-per-node", "2", "--master-port", str(port), "-m", "trainer", "train"),
         *arguments(recipe, run_dir, ZERO1),
         *words,
     ]

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,15 @@ import pytest
 import torch
 
 from tests.end_to_end.runs import STEPS, start, write_recipe
+from trainer.launch.ports import held_port
 from trainer.track import read_metrics
 
-
-def free_port() -> str:
-    from trainer.launch.ranks import free_port
-
-    return str(free_port())
-
-
-LAUNCHERS = {
-    "plain": lambda: [sys.executable, "-m", "trainer"],
-    "deepspeed": lambda: [
-        *("deepspeed", "--num_accelerators", "2", "--master_port", free_port(), "--no_local_rank", "--module", "trainer")
+LAUNCHERS: dict[str, Callable[[int], list[str]]] = {
+    "plain": lambda port: [sys.executable, "-m", "trainer"],
+    "deepspeed": lambda port: [
+        *("deepspeed", "--num_accelerators", "2", "--master_port", str(port), "--no_local_rank", "--module", "trainer")
     ],
-    "torchrun": lambda: [*("torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "-m", "trainer")],
+    "torchrun": lambda port: [*("torchrun", "--nproc-per-node", "2", "--master-port", str(port), "-m", "trainer")],
 }
 
 
@@ -43,7 +38,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subprocess
         folder = tmp_path_factory.mktemp(name)
         extra = {"tracking__tensorboard": True, "tracking__wandb": {"mode": "offline"}} if name == "deepspeed" else {}
         recipe = write_recipe(folder, **extra)
-        done[name] = (start(*launcher(), "train", str(recipe), cwd=folder), folder / "runs" / "small")
+        with held_port() as port:
+            done[name] = (start(*launcher(port), "train", str(recipe), cwd=folder), folder / "runs" / "small")
     return done
 
 
@@ -76,7 +72,7 @@ def losses_of(folder: Path) -> list[float]:
 
 @pytest.mark.grid
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here: apt-get install openmpi-bin")
-def test_mpirun_is_torchrun_to_the_bit(runs: Any, tmp_path: Path) -> None:
+def test_mpirun_is_torchrun_to_the_bit(runs: Any, port: int, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     mpirun = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m", "trainer")
     done = start(*mpirun, "train", str(recipe), cwd=tmp_path)
@@ -85,15 +81,15 @@ def test_mpirun_is_torchrun_to_the_bit(runs: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.grid
-def test_deepspeed_on_each_host_of_a_file_is_torchrun_to_the_bit(runs: Any, tmp_path: Path) -> None:
+def test_deepspeed_on_each_host_of_a_file_is_torchrun_to_the_bit(runs: Any, port: int, tmp_path: Path) -> None:
     """Two hosts of one rank; --no_ssh, so both may be this machine."""
-    recipe, hosts, port = write_recipe(tmp_path), tmp_path / "hosts", free_port()
+    recipe, hosts = write_recipe(tmp_path), tmp_path / "hosts"
     hosts.write_text("node-a slots=1\nnode-b slots=1\n")
-    file = ("--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port)
+    file = ("--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1")
 
     def on_host(number: int) -> subprocess.CompletedProcess[str]:
         module = ("--node_rank", str(number), "--no_local_rank", "--module", "trainer", "train", str(recipe))
-        return start("deepspeed", *file, *module, cwd=tmp_path)
+        return start("deepspeed", *file, "--master_port", str(port), *module, cwd=tmp_path)
 
     with ThreadPoolExecutor(2) as both:
         for done in both.map(on_host, (0, 1)):
@@ -180,18 +176,18 @@ def test_generate_and_report_from_what_a_run_left(runs: Any) -> None:
     assert (folder / "report.html").read_bytes() == before, "the same run gives the same page"
 
 
-def test_a_second_start_finds_the_run_finished(runs: Any) -> None:
+def test_a_second_start_finds_the_run_finished(runs: Any, port: int) -> None:
     _, folder = runs["plain"]
     metrics = (folder / "metrics.jsonl").read_bytes()
     recipe = folder.parents[1] / "recipe.json"
-    done = start(*LAUNCHERS["deepspeed"](), "train", str(recipe), cwd=folder)
+    done = start(*LAUNCHERS["deepspeed"](port), "train", str(recipe), cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"has reached step {STEPS} of {STEPS}: nothing to do") == 1
     assert (folder / "metrics.jsonl").read_bytes() == metrics
 
 
 @pytest.mark.grid  # 20 s; the recipes with ZeRO-3 and offload run every day
-def test_zero3_in_bf16_with_offload_continues_a_pretrained_folder(runs: Any, tmp_path: Path) -> None:
+def test_zero3_in_bf16_with_offload_continues_a_pretrained_folder(runs: Any, port: int, tmp_path: Path) -> None:
     """From a Hugging Face folder through ZeRO-3, divided and offloaded, back to one that transformers loads."""
     from transformers import AutoModelForCausalLM
 
@@ -206,7 +202,14 @@ def test_zero3_in_bf16_with_offload_continues_a_pretrained_folder(runs: Any, tmp
     parsed |= {"zero": zero, "precision": {"dtype": "bf16"}}
     recipe.write_text(json.dumps(parsed))
     done = start(
-        *LAUNCHERS["torchrun"](), "train", str(recipe), "--set", "train.steps=2", "--set", "train.eval_every=0", cwd=tmp_path
+        *LAUNCHERS["torchrun"](port),
+        "train",
+        str(recipe),
+        "--set",
+        "train.steps=2",
+        "--set",
+        "train.eval_every=0",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     first = read_metrics(tmp_path / "runs" / "small" / "metrics.jsonl")[0]["loss"]
@@ -217,11 +220,11 @@ def test_zero3_in_bf16_with_offload_continues_a_pretrained_folder(runs: Any, tmp
     assert all(p.numel() and torch.isfinite(p).all() for p in exported.parameters())
 
 
-def test_a_damaged_source_ends_every_rank_with_one_line(tmp_path: Path) -> None:
+def test_a_damaged_source_ends_every_rank_with_one_line(port: int, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     with (tmp_path / "corpus.jsonl").open("a") as file:
         file.write('\n{"text": broken}\n')
-    done = start(*LAUNCHERS["torchrun"](), "train", str(recipe), cwd=tmp_path)
+    done = start(*LAUNCHERS["torchrun"](port), "train", str(recipe), cwd=tmp_path)
     errors = [line for line in done.stderr.splitlines() if line.startswith("triaxis: error:")]
     assert done.returncode != 0
     assert len(errors) == 1, done.stderr
@@ -257,11 +260,11 @@ def test_the_wheel_installs_and_trains_from_an_empty_directory(tmp_path: Path) -
 
 
 @pytest.mark.grid  # half a minute; tests/parallel/test_auto.py trains such families every day
-def test_a_family_that_is_not_ours_trains_exports_and_generates(tmp_path: Path) -> None:
+def test_a_family_that_is_not_ours_trains_exports_and_generates(port: int, tmp_path: Path) -> None:
     config = {"model_type": "bloom", "hidden_size": 48, "n_layer": 2, "n_head": 4}
     model = {"model__family": "auto", "model__config": config}
     recipe = write_recipe(tmp_path, **model, zero__stage=2, train__steps=20, train__recompute="full")
-    done = start(*LAUNCHERS["torchrun"](), "train", str(recipe), cwd=tmp_path)
+    done = start(*LAUNCHERS["torchrun"](port), "train", str(recipe), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs" / "small"
     records = read_metrics(run / "metrics.jsonl")

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed import TCPStore
 
 from parallel.mesh import Mesh
 from parallel.topology import Layout
 from tests.spawn import spawn
 from trainer.errors import DataError, RecipeError, UserError
-from trainer.launch.ranks import PeerFailed, Place, free_port, join, together
+from trainer.launch.ports import held_port
+from trainer.launch.ranks import PeerFailed, Place, join, together
+from trainer.launch.rendezvous import meet
 
 TORCHRUN = {
     "RANK": "3",
@@ -116,9 +119,19 @@ def test_without_a_local_size_all_ranks_are_on_this_node() -> None:
     assert Place.from_environment(environment).local_world_size == 4
 
 
-def test_a_free_port_can_be_bound() -> None:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", free_port()))
+def test_a_held_port_is_free_for_a_store_and_for_nobody_else() -> None:
+    with held_port() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", port))
+        assert TCPStore("127.0.0.1", port, 1, is_master=True, wait_for_workers=False).port == port
+
+
+def test_two_lone_processes_have_stores_of_their_own() -> None:
+    place = Place.from_environment({})
+    stores = [meet(place, timedelta(seconds=5))[0] for _ in range(2)]
+    assert stores[0].port != stores[1].port
 
 
 def fail_with(mesh: Mesh, kinds: list[type[UserError]]) -> int:

@@ -17,7 +17,7 @@ import pytest
 from trainer.launch import rendezvous
 from trainer.launch.environment import RankInfo
 from trainer.launch.processes import Process
-from trainer.launch.ranks import Neighbour, _neighbour, free_port
+from trainer.launch.ranks import Neighbour, _neighbour
 from trainer.launch.rendezvous import NeverCame, meet
 from trainer.launch.stop_request import Interrupted, StopRequest
 
@@ -29,8 +29,8 @@ def info(rank: int, world_size: int, port: int) -> RankInfo:
     return RankInfo(rank, rank, world_size, world_size, "127.0.0.1", port, "a test")
 
 
-def test_ranks_that_come_late_are_met() -> None:
-    port, found = free_port(), dict[int, object]()
+def test_ranks_that_come_late_are_met(port: int) -> None:
+    found = dict[int, object]()
     stores = []  # the first rank's holds what the others read
 
     def come(rank: int) -> None:
@@ -47,24 +47,24 @@ def test_ranks_that_come_late_are_met() -> None:
 
 
 @pytest.mark.parametrize(("rank", "whom"), [(0, "rank 1 of 2"), (1, "the store of rank 0 at 127.0.0.1:")])
-def test_a_signal_ends_the_wait_at_once(rank: int, whom: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_ends_the_wait_at_once(rank: int, whom: str, port: int) -> None:
     before = signal.getsignal(signal.SIGUSR1)
     signal.signal(signal.SIGUSR1, StopRequest()._heard)
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
     try:
         with pytest.raises(Interrupted, match=f"SIGUSR1: ended while rank {rank} waited for {whom}") as caught:
-            meet(info(rank, 2, free_port()), timedelta(seconds=5))
+            meet(info(rank, 2, port), timedelta(seconds=5))
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert caught.value.exit_code == 75
 
 
 def test_the_wait_ends_by_itself_and_says_for_whom_it_was(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    port: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rendezvous, "FIRST_WORD_S", 0.2)
     with pytest.raises(NeverCame) as caught:
-        meet(info(0, 12, free_port()), timedelta(seconds=0.8))
+        meet(info(0, 12, port), timedelta(seconds=0.8))
     assert caught.value.exit_code == 124
     line = "rank 0: ranks 1, 2, 3, 4, 5, 6, 7, 8 and 3 more of 12 did not come within 1 s; start the run again"
     assert caught.value.lines == [line]
@@ -87,13 +87,13 @@ def test_this_process_can_see_itself() -> None:
     assert own.pid == os.getpid()
 
 
-def test_a_training_that_waits_for_a_rank_hears_sigterm(tmp_path: Path) -> None:
+def test_a_training_that_waits_for_a_rank_hears_sigterm(port: int, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(
         '{"model": {"family": "gpt2", "config": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}},'
         ' "data": {"seq_len": 32}}'
     )
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    environment = {**os.environ, **place, "MASTER_PORT": str(free_port()), "PYTHONPATH": ROOT}
+    environment = {**os.environ, **place, "MASTER_PORT": str(port), "PYTHONPATH": ROOT}
     process = subprocess.Popen(
         [*TRAINS, "recipe.json"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

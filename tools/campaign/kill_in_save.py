@@ -105,7 +105,7 @@ class Held:
         All ranks are ended after the save, or with the victim, unless the run is to come
         `to_the_end`.
         """
-        trace, ended = self.log / "trace.txt", on_a_free_port(lambda: self._once(how, to_the_end))
+        trace, ended = self.log / "trace.txt", self._once(how, to_the_end)
         if not trace.exists():
             raise RuntimeError(f"rank {self.victim} did not come to the save: {ended.codes}\n{ended.said}")
         return ended, trace.read_text()
@@ -161,16 +161,6 @@ def wait_at(gate: Connection) -> None:
     """Report, on a rank, that it is here, and wait until it may go on."""
     gate.send_bytes(b"here")
     gate.recv_bytes()
-
-
-def on_a_free_port(attempt: Callable[[], Ended]) -> Ended:
-    """Repeat the attempt if another program took the port between its choice and its use; ranks
-    then end before they touch anything."""
-    for _ in range(3):
-        ended = attempt()
-        if "EADDRINUSE" not in ended.said:
-            break
-    return ended
 
 
 def _end(pids: Sequence[int]) -> None:
@@ -359,7 +349,7 @@ class Scene:
 
     def on_ranks(self, body: Callable[..., int], *parts: Any, around: Callable[[list[int]], None] | None = None) -> Ended:
         log = self.folder / "log"
-        return on_a_free_port(lambda: run_ranks(body, *parts, world_size=self.way.processes, log=log, around=around))
+        return run_ranks(body, *parts, world_size=self.way.processes, log=log, around=around)
 
     def held(self, step: int, victim: int) -> Held:
         """Return the disturbed run, in which a rank waits before it saves that step."""

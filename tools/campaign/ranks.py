@@ -11,7 +11,6 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,8 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from trainer.launch.ports import held_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tools.campaign.preload"])
@@ -60,25 +61,25 @@ def run_ranks(
     """Run body(*arguments) on that many ranks. `around`: called with the started ranks' process
     ids."""
     started = time.monotonic()
-    ranks = start_ranks(body, world_size, log, *arguments)
-    try:
-        if around is not None:
-            around([int(rank.pid or 0) for rank in ranks])
-        deadline = started + timeout_s
-        for rank in ranks:
-            rank.join(max(0.0, deadline - time.monotonic()))
-    finally:
-        for rank in ranks:
-            if rank.is_alive():
-                rank.kill()
-            rank.join()
+    with held_port() as port:
+        ranks = start_ranks(body, world_size, port, log, *arguments)
+        try:
+            if around is not None:
+                around([int(rank.pid or 0) for rank in ranks])
+            deadline = started + timeout_s
+            for rank in ranks:
+                rank.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            for rank in ranks:
+                if rank.is_alive():
+                    rank.kill()
+                rank.join()
     said = "".join(path.read_text(errors="replace") for path in sorted(log.glob("rank-*.txt")))
     return Ended(tuple(int(rank.exitcode or 0) for rank in ranks), said, time.monotonic() - started)
 
 
-def start_ranks(body: Callable[..., int], world_size: int, log: Path, *arguments: Any) -> list[BaseProcess]:
+def start_ranks(body: Callable[..., int], world_size: int, port: int, log: Path, *arguments: Any) -> list[BaseProcess]:
     log.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
     ranks = [
         _context.Process(target=_rank, args=(body, rank, world_size, port, str(log / f"rank-{rank}.txt"), arguments))
         for rank in range(world_size)
@@ -103,9 +104,3 @@ def _rank(body: Callable[..., int], rank: int, world_size: int, port: int, outpu
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

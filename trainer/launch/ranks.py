@@ -27,6 +27,7 @@ from trainer.launch.processes import Process
 from trainer.launch.rendezvous import meet
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ANY_PORT = 0  # the store of one process listens on a port that the kernel chooses
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Place(RankInfo):
             return cls(**vars(info), own_gpu=_fits_the_gpus(info, environment))
         given = [name for name in LAUNCHER_VARIABLES if environment.get(name)]
         if not given:
-            return cls(0, 0, 1, 1, "127.0.0.1", free_port(), "no launcher: one process")
+            return cls(0, 0, 1, 1, "127.0.0.1", ANY_PORT, "no launcher: one process")
         missing = [name for name in LAUNCHER_VARIABLES if name not in given]
         if missing:
             raise RecipeError(
@@ -121,12 +122,6 @@ def _integer(environment: Mapping[str, str], name: str) -> int:
         raise RecipeError(f"{name}={environment[name]!r} is not a whole number: the launcher must set it") from None
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Neighbour(NamedTuple):
     """The next rank of this node, and its process."""
 
@@ -140,12 +135,6 @@ def join(place: Place, timeout: timedelta) -> Neighbour | None:
     Its collectives wait for `timeout` at most. The neighbour is known before anybody is in the
     group, because the loss of a process that was never heard of could not be noticed.
     """
-    for name, value in zip(
-        LAUNCHER_VARIABLES,
-        (place.rank, place.gpu, place.world_size, place.master_addr, place.master_port),
-        strict=True,
-    ):
-        os.environ[name] = str(value)  # DeepSpeed reads them, LOCAL_RANK as the number of the GPU
     _check_host(place)
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
@@ -153,6 +142,12 @@ def join(place: Place, timeout: timedelta) -> Neighbour | None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
     store, processes = meet(place, timeout)
+    for name, value in zip(
+        LAUNCHER_VARIABLES,
+        (place.rank, place.gpu, place.world_size, place.master_addr, store.port),
+        strict=True,
+    ):
+        os.environ[name] = str(value)  # DeepSpeed reads them, LOCAL_RANK as the number of the GPU
     store.set_timeout(timeout)
     dist.init_process_group(
         "nccl" if place.device.type == "cuda" else "gloo",

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from trainer.errors import EXIT_HANG, RecipeError, UserError
 from trainer.launch.environment import RankInfo
@@ -37,7 +37,7 @@ class NeverCame(UserError):
     exit_code = EXIT_HANG
 
 
-def meet(info: RankInfo, timeout: timedelta) -> tuple[Store, list[Process]]:
+def meet(info: RankInfo, timeout: timedelta) -> tuple[TCPStore, list[Process]]:
     """Return the store of the run, and the process of each rank.
 
     NeverCame if one does not come within `timeout`; RecipeError for a port that is taken. When a
@@ -76,15 +76,15 @@ class _Waiting:
             raise Interrupted(signal.name, f"while rank {rank} waited for {for_whom()}") from None
 
 
-def _connected(info: RankInfo, timeout: timedelta, waiting: _Waiting) -> Store:
+def _connected(info: RankInfo, timeout: timedelta, waiting: _Waiting) -> TCPStore:
     """Return the store, which the first rank holds, or under torchrun its agent."""
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    answers: list[Store | Exception] = []
+    answers: list[TCPStore | Exception] = []
 
     def connect() -> None:
         try:
             answers.append(
-                dist.TCPStore(  # type: ignore[attr-defined]
+                TCPStore(
                     info.master_addr,
                     info.master_port,
                     info.world_size,

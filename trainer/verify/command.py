@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from trainer.errors import RecipeError
-from trainer.launch.ranks import free_port
+from trainer.launch.ports import held_port
 from trainer.recipe import ResolvedRecipe, load
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.recipe.pipeline import check_micro_batches
@@ -128,8 +128,9 @@ class Bench:
     def train(self, given: Mapping[str, Any], named: NamedLayout) -> Outcome:
         self.say(f"{named}: {named.layout.world_size} process{'es' if named.layout.world_size > 1 else ''}")
         folder = self._write_recipe(given, named).parent
-        Job(asdict(named.layout), free_port(), STEPS).write(folder / "job.json")
-        run_ranks(str(named), folder, named.layout.world_size, gpus=self.gpus > 0, timeout_s=self.timeout_s)
+        with held_port() as port:
+            Job(asdict(named.layout), port, STEPS).write(folder / "job.json")
+            run_ranks(str(named), folder, named.layout.world_size, gpus=self.gpus > 0, timeout_s=self.timeout_s)
         return Outcome.read(folder, named.layout.world_size)
 
     def _write_recipe(self, given: Mapping[str, Any], named: NamedLayout) -> Path:
