@@ -20,6 +20,8 @@ from trainer.files.reading import read_json, told
 from trainer.redaction import redact
 from trainer.schema import Recipe
 
+LOCK = ".lock"  # held by the first rank of the start that writes in the folder
+
 
 @with_config(OPEN)
 class Entry(TypedDict):

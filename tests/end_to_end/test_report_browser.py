@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.unit.run_folders import SUMMARY, write_run
+from trainer.track.comparison import write_comparison
 from trainer.track.report import write_report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -89,3 +90,12 @@ def test_a_narrow_screen_has_one_column_and_no_sideways_scrolling(report: Path) 
     margins = np.concatenate([pixels[:, :8], pixels[:, -8:]], axis=1)
     assert (margins == ground).all(), "something reaches beyond the page"
     assert (pixels[1500:2100] != ground).any(axis=-1).mean() > 0.7  # cards fill the width
+
+
+def test_a_comparison_fits_a_phone_without_sideways_scrolling(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"run-with-a-long-name-{n}", 60, lr=n * 1e-4, summary=SUMMARY) for n in range(1, 13)]
+    page = write_comparison(folders, tmp_path / "comparison.html")
+    pixels = screenshot(page, 500, 6000)
+    margins = np.concatenate([pixels[:, :8], pixels[:, -8:]], axis=1)
+    assert (margins == pixels[5, 5]).all(), "something reaches beyond the page"
+    assert share_of(screenshot(page, 1200, 2200, DARK), 0x73, 0xB0, 0xF4) > 0.0005, "the first run's curve"

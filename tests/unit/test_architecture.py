@@ -199,7 +199,15 @@ OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
     "wandb": (True, ("trainer/track/wandb.py",)),
     "datasets": (True, ("trainer/data/readers.py",)),
     "tensorboard": (True, ("trainer/track/tensorboard.py",)),
-    "matplotlib": (False, ("trainer/track/plots.py", "trainer/commands/timeline.py", "trainer/inference/translator.py")),
+    "matplotlib": (
+        False,
+        (
+            "trainer/track/plots.py",
+            "trainer/track/comparison_plots.py",
+            "trainer/commands/timeline.py",
+            "trainer/inference/translator.py",
+        ),
+    ),
     "sacrebleu": (True, ("trainer/inference/translator.py",)),
     "transformers": (
         True,

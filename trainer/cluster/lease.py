@@ -30,8 +30,9 @@ from trainer.files.durable import write_json
 from trainer.files.locks import Lock
 from trainer.files.reading import read_json
 from trainer.launch.environment import job_name
+from trainer.run_folder import LOCK
 
-LOCK, HOLDER, WANTED = ".lock", ".holder.json", ".wanted.json"
+HOLDER, WANTED = ".holder.json", ".wanted.json"
 PATIENCE_S = 5.0  # an ended run's last rank may still be closing its files
 
 

@@ -45,8 +45,9 @@ COLOURS = {
     "#a00023": "part-3",
     "#a00024": "part-4",
     "#a00025": "part-5",
+    **{f"#a0003{n}": f"run-{n}" for n in range(1, 9)},
 }
-_STAND_IN = {name: colour for colour, name in COLOURS.items()}
+STAND_IN = {name: colour for colour, name in COLOURS.items()}
 
 STEP_PARTS = (
     ("time_data_s", "data", "part-1"),
@@ -86,7 +87,7 @@ def _figures(history: History, evaluations: History, clip_norm: float | None) ->
     if history.has("rewards/margins"):
         yield _single(history, "rewards/margins", "Reward margin", "chosen − rejected", say=short, noisy=True)
     if history.has("rewards/accuracies"):
-        yield _single(history, "rewards/accuracies", "Reward accuracy", "pairs", say=percent, on_axis=_percent_tick, noisy=True)
+        yield _single(history, "rewards/accuracies", "Reward accuracy", "pairs", say=percent, on_axis=percent_tick, noisy=True)
     if history.has("lr"):
         yield _single(history, "lr", "Learning rate", say=lambda value: short(value, 3))
     if history.has("tokens_per_s"):
@@ -97,7 +98,7 @@ def _figures(history: History, evaluations: History, clip_norm: float | None) ->
         yield _single(history, "memory_gib", "Peak memory", "GiB", say=lambda value: short(value, 3), from_zero=True)
     if history.has("mfu"):
         yield _single(
-            history, "mfu", "MFU", "model FLOPs / peak", say=percent, from_zero=True, on_axis=_percent_tick, noisy=True
+            history, "mfu", "MFU", "model FLOPs / peak", say=percent, from_zero=True, on_axis=percent_tick, noisy=True
         )
     if history.has("loss_scale") and np.unique(history["loss_scale"]).size > 1:
         yield _single(history, "loss_scale", "Loss scale", say=_whole, log=True, on_axis=_whole)
@@ -106,45 +107,43 @@ def _figures(history: History, evaluations: History, clip_norm: float | None) ->
 def _loss(history: History, evaluations: History) -> Plot:
     step, loss, broken = history["step"], history["loss"], history["step"][~np.isfinite(history["loss"])]
     # A phone shows the narrow one, to keep the text readable.
-    wide, narrow = _axes(wide=True), _axes()
+    wide, narrow = new_axes(wide=True), new_axes()
     for axes in (wide, narrow):
         _noisy_curve(axes, step, loss)
         kept = downsample(evaluations["step"], evaluations["eval_loss"])
-        axes.plot(*kept, color=_STAND_IN["eval"], linewidth=0.8, marker="o", markersize=4.5, markeredgewidth=0)
+        axes.plot(*kept, color=STAND_IN["eval"], linewidth=0.8, marker="o", markersize=4.5, markeredgewidth=0)
         _mark(axes, broken)
     legend, caption, alt = [], "", ""
     if history.has("loss"):
         legend += NOISY_LEGEND
     if evaluations.has("eval_loss"):
         legend.append(("eval", "held-out"))
-        alt = " " + _in_words("Held-out loss", evaluations["step"], evaluations["eval_loss"], short)
+        alt = " " + in_words("Held-out loss", evaluations["step"], evaluations["eval_loss"], short)
     if broken.size:
         legend.append(("bad", "not finite"))
         caption = f"{broken.size} of {loss.size} records have a loss that is not finite (red marks)."
-    alt = _in_words("Training loss", step, loss, short) + alt
-    return _plot(wide, "loss", "Loss", alt, caption, legend, narrow=narrow)
+    alt = in_words("Training loss", step, loss, short) + alt
+    return plot_of(wide, "loss", "Loss", alt, caption, legend, narrow=narrow)
 
 
 def _grad_norm(history: History, clip_norm: float | None) -> Plot:
-    axes, step, norm = _axes(), history["step"], history["grad_norm"]
+    axes, step, norm = new_axes(), history["step"], history["grad_norm"]
     positive = norm > 0
     _noisy_curve(axes, step, np.where(positive, norm, np.nan) if positive.any() else norm)
     if positive.any():
-        axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(FuncFormatter(_minor_label(axes)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+        logarithmic(axes)
     legend, caption = list(NOISY_LEGEND), ""
     if clip_norm:
-        axes.axhline(clip_norm, color=_STAND_IN["eval"], linewidth=1.2, dashes=(4, 3))
+        axes.axhline(clip_norm, color=STAND_IN["eval"], linewidth=1.2, dashes=(4, 3))
         clipped = float(np.mean(norm > clip_norm))
         legend.append(("eval", f"clip at {short(clip_norm)}"))
         caption = f"{percent(clipped)} of the recorded steps were clipped."
     _mark(axes, step[~np.isfinite(norm)])
-    return _plot(
+    return plot_of(
         axes,
         "grad_norm",
         "Gradient norm",
-        _in_words("Gradient norm", step, norm, short),
+        in_words("Gradient norm", step, norm, short),
         caption,
         legend,
         unit="L2, before clipping",
@@ -164,13 +163,13 @@ def _minor_label(axes: Axes) -> Callable[[float, int], str]:
 
 
 def _step_time(history: History) -> Plot:
-    axes = _axes()
+    axes = new_axes()
     known = [(name, label, colour) for name, label, colour in STEP_PARTS if history.has(name)]
     parts = np.stack([np.nan_to_num(history[name], posinf=0.0, neginf=0.0) for name, _, _ in known])
     step, means = bucket_means(history["step"], parts)
     if step.size == 1:  # an area needs a width
         step, means = np.array([step[0] - 0.5, step[0] + 0.5]), np.repeat(means, 2, axis=1)
-    axes.stackplot(step, means, colors=[_STAND_IN[colour] for _, _, colour in known], linewidth=0)
+    axes.stackplot(step, means, colors=[STAND_IN[colour] for _, _, colour in known], linewidth=0)
     axes.set_ylim(bottom=0.0)
     axes.yaxis.set_major_formatter(FuncFormatter(_seconds))
     total = parts.mean(axis=1)
@@ -179,7 +178,7 @@ def _step_time(history: History) -> Plot:
     legend = [(colour, label) for _, label, colour in known]
     every = f"Means over {history.num_records / step.size:.0f} records. " if step.size < history.num_records else ""
     caption = f"{every}Shares: {shares}."
-    return _plot(axes, "step_time", "Where a step's time goes", f"Mean time of a step by part: {shares}.", caption, legend)
+    return plot_of(axes, "step_time", "Where a step's time goes", f"Mean time of a step by part: {shares}.", caption, legend)
 
 
 def _single(
@@ -194,7 +193,7 @@ def _single(
     log: bool = False,
     noisy: bool = False,
 ) -> Plot:
-    axes, step, values = _axes(), history["step"], history[name]
+    axes, step, values = new_axes(), history["step"], history[name]
     if noisy:
         _noisy_curve(axes, step, values)
     else:
@@ -205,8 +204,8 @@ def _single(
         top = float(np.nanmax(np.where(np.isfinite(values), values, np.nan)))
         axes.set_ylim(0.0, 1.1 * top if top > 0 else 1.0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: on_axis(value)))
-    alt = _in_words(f"{title} [{unit}]" if unit else title, step, values, say)
-    return _plot(axes, name, title, alt, legend=NOISY_LEGEND if noisy else [], unit=unit)
+    alt = in_words(f"{title} [{unit}]" if unit else title, step, values, say)
+    return plot_of(axes, name, title, alt, legend=NOISY_LEGEND if noisy else [], unit=unit)
 
 
 # ------------------------------------------------------------------------------------------ numbers
@@ -259,7 +258,7 @@ def bucket_means(x: Column, rows: NDArray[np.float64], limit: int = STACK_POINTS
     return np.add.reduceat(x, starts) / counts, np.add.reduceat(rows, starts, axis=1) / counts
 
 
-def _in_words(what: str, step: Column, values: Column, say: Callable[[float | None], str]) -> str:
+def in_words(what: str, step: Column, values: Column, say: Callable[[float | None], str]) -> str:
     """Return the text alternative of a curve."""
     finite = np.flatnonzero(np.isfinite(values))
     if not finite.size:
@@ -276,7 +275,7 @@ def _whole(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
 
 
-def _percent_tick(value: float) -> str:
+def percent_tick(value: float) -> str:
     return f"{100 * value:g} %"
 
 
@@ -287,23 +286,24 @@ def _seconds(value: float, _: int) -> str:
 # ------------------------------------------------------------------------------------------ drawing
 
 
-def _axes(*, wide: bool = False) -> Axes:
+def new_axes(*, wide: bool = False, along: str = "step") -> Axes:
+    """Return empty axes of a plot. `along`: the unit of the horizontal one."""
     figure = Figure(figsize=(9.6, 3.5) if wide else (4.7, 2.7), layout="constrained")
     figure.patch.set_alpha(0.0)
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0.0)
-    axes.grid(axis="y", color=_STAND_IN["grid"], linewidth=0.8)
+    axes.grid(axis="y", color=STAND_IN["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(which="both", length=0, labelsize=9, labelcolor=_STAND_IN["faint"], pad=6)
+    axes.tick_params(which="both", length=0, labelsize=9, labelcolor=STAND_IN["faint"], pad=6)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color(_STAND_IN["grid"])
+        spine.set_color(STAND_IN["grid"])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if wide else 5, integer=True, steps=ROUND))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=ROUND))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-    axes.set_xlabel("step", fontsize=9, color=_STAND_IN["faint"], loc="right", labelpad=2)
+    axes.set_xlabel(along, fontsize=9, color=STAND_IN["faint"], loc="right", labelpad=2)
     axes.margins(x=0.015, y=0.08)
     return axes
 
@@ -311,7 +311,14 @@ def _axes(*, wide: bool = False) -> Axes:
 def _curve(axes: Axes, x: Column, y: Column, colour: str, width: float) -> None:
     x, y = downsample(x, y)
     marker = "o" if x.size == 1 else ""
-    axes.plot(x, y, color=_STAND_IN[colour], linewidth=width, solid_joinstyle="round", marker=marker, markersize=5)
+    axes.plot(x, y, color=STAND_IN[colour], linewidth=width, solid_joinstyle="round", marker=marker, markersize=5)
+
+
+def logarithmic(axes: Axes) -> None:
+    """Make the axis of values logarithmic, with labels that a person reads."""
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(FuncFormatter(_minor_label(axes)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
 
 
 def _noisy_curve(axes: Axes, x: Column, y: Column) -> None:
@@ -332,7 +339,7 @@ def _mark(axes: Axes, steps: Column) -> None:
         steps,
         edge,
         "|",
-        color=_STAND_IN["bad"],
+        color=STAND_IN["bad"],
         markersize=9,
         markeredgewidth=1.6,
         transform=axes.get_xaxis_transform(),
@@ -340,7 +347,7 @@ def _mark(axes: Axes, steps: Column) -> None:
     )
 
 
-def _plot(
+def plot_of(
     axes: Axes,
     name: str,
     title: str,
@@ -351,6 +358,7 @@ def _plot(
     unit: str = "",
     narrow: Axes | None = None,
 ) -> Plot:
+    """Return the plot with the drawing of these axes."""
     svg_narrow = None if narrow is None else _svg(narrow, f"{name}-narrow", alt)
     return Plot(name, title, unit, _svg(axes, name, alt), svg_narrow, alt, caption, tuple(legend or ()))
 

@@ -23,6 +23,7 @@ from trainer.track.console import EVAL_WORDS
 from trainer.track.goodput import read_starts, shares_of
 from trainer.track.history import History
 from trainer.track.jsonl import EVALUATIONS, METRICS, Summary, read_metrics, read_summary
+from trainer.track.page import page
 from trainer.track.text import duration, percent, printable, scaled, short
 
 
@@ -60,28 +61,19 @@ def write_report(run_dir: Path) -> Path:
     history = History.of(read_metrics(run_dir / METRICS))
     evaluations = History.of(read_metrics(run_dir / EVALUATIONS))
     summary = read_summary(run_dir)
-    page = _render(run_dir, resolved, history, evaluations, summary)
+    text = _render(run_dir, resolved, history, evaluations, summary)
     path = run_dir / "report.html"
     with replacing_file(path) as file:
-        file.write(page.encode())
+        file.write(text.encode())
     return path
 
 
 def _render(run_dir: Path, resolved: Resolved, history: History, evaluations: History, summary: Summary) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from trainer.track.plots import figures
 
     settings = list(_settings(resolved["values"]))
     value_of = {key: entry.get("value") for key, entry in resolved["values"].items()}
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return page("report.html.j2").render(
         name=run_dir.resolve().name,
         description=value_of.get("description") or "",
         facts=list(_facts(history, summary)),
