@@ -49,8 +49,8 @@ logger = logging.getLogger(__name__)
 class OpenFolder:
     """A run folder that this start owns, with its log, and a watchdog over the ranks.
 
-    `remarks` are shown when there is a tracker. `resolved` is the recipe with the rules by which the
-    run in the folder began, and with its compute format.
+    `remarks` are shown when there is a tracker. `resolved` is the recipe with the rules by which
+    the run in the folder began, and with its compute format.
     """
 
     folder: RunFolder
