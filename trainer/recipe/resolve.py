@@ -121,7 +121,9 @@ def _admitted(layer: Layer, overrides: Sequence[str]) -> ResolvedRecipe:
     recipe, findings = with_paths(recipe)
     faulty |= {key for finding in findings for key in finding.keys}
     problems += [Problem(first_mark(finding.keys, marks), finding.message) for finding in findings]
-    recipe, by_task = with_task_defaults(recipe, marks.keys())
+    # Not those with a mark: what is in no file has none.
+    written = {dotted(path) for path, _ in leaves(layer.value)}
+    recipe, by_task = with_task_defaults(recipe, written)
     hf_config, findings = read_network(recipe)
     findings += pipeline_findings(recipe)
     rules = [*section_findings(recipe, marks.keys()), *name_findings(recipe), *findings]

@@ -16,19 +16,19 @@ FORMAT = "precision.dtype"
 WARMUP = ("schedule.warmup_steps", "schedule.warmup_ratio")
 
 
-def with_task_defaults(recipe: Recipe, given: Collection[str]) -> tuple[Recipe, set[KeyPath]]:
+def with_task_defaults(recipe: Recipe, written: Collection[str]) -> tuple[Recipe, set[KeyPath]]:
     """Return the recipe with the defaults of its task and method, and the paths of their keys. The
     compute format stays open (None), because the devices of the first start decide it.
 
-    `given` holds the dotted keys that were written. A format that is written as null is not.
+    `written` holds the dotted keys that the recipe gives. A format that it gives as null is open.
     """
     if recipe.model.from_pretrained is None:
         return recipe if recipe.precision.dtype is not None else recipe.with_format("fp32"), set()
     rates = rates_of(recipe.data.task, recipe.preference.loss, recipe.tuning.method)
     defaults: dict[KeyPath, Any] = {("optimizer", key): value for key, value in _of_optimizer(rates, recipe.optimizer)}
-    defaults |= {("schedule", key): value for key, value in _of_schedule(rates, recipe.schedule, given)}
-    defaults = {path: value for path, value in defaults.items() if ".".join(map(str, path)) not in given}
-    if FORMAT not in given or recipe.precision.dtype is None:
+    defaults |= {("schedule", key): value for key, value in _of_schedule(rates, recipe.schedule, written)}
+    defaults = {path: value for path, value in defaults.items() if ".".join(map(str, path)) not in written}
+    if FORMAT not in written or recipe.precision.dtype is None:
         defaults["precision", "dtype"] = None
     values = recipe.model_dump()
     for path, value in defaults.items():
@@ -45,10 +45,10 @@ def _of_optimizer(rates: Rates, optimizer: Optimizer) -> Iterator[tuple[str, flo
     yield "weight_decay", float(f"{rates.weight_decay / (beside or 1.0):.3g}")
 
 
-def _of_schedule(rates: Rates, schedule: Schedule, given: Collection[str]) -> Iterator[tuple[str, Any]]:
-    shape = schedule.name if "schedule.name" in given else rates.schedule
+def _of_schedule(rates: Rates, schedule: Schedule, written: Collection[str]) -> Iterator[tuple[str, Any]]:
+    shape = schedule.name if "schedule.name" in written else rates.schedule
     yield "name", rates.schedule
     if shape == rates.schedule:  # another shape has its own end
         yield "min_lr_ratio", 0.0
-    if not any(key in given for key in WARMUP):
+    if not any(key in written for key in WARMUP):
         yield "warmup_ratio", rates.warmup
