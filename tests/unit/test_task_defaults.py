@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -13,13 +14,14 @@ import torch
 from parallel.messages import Messages
 from trainer.cli import main
 from trainer.engine import compute_format
-from trainer.fine_tuning import OF_LOSSES, OF_METHODS, OF_TASKS
+from trainer.fine_tuning import OF_LOSSES, OF_METHODS, OF_TASKS, Rates
 from trainer.learning_rate import lr_at
 from trainer.recipe import load
 from trainer.schema import Preference, Recipe
 from trainer.tasks import TASKS
 from trainer.tuning.methods import METHODS
 
+ROOT = Path(__file__).parents[2]
 BOTH = "bf16 on a CUDA device of capability 8.0 or newer, fp32 elsewhere"
 SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
 LLAMA = {"model_type": "llama", **SIZES, "num_key_value_heads": 2, "intermediate_size": 64}
@@ -92,6 +94,28 @@ def test_every_name_has_its_row_with_a_source() -> None:
     described = Recipe.model_fields["optimizer"].annotation.model_fields["lr"].description  # type: ignore[union-attr]
     for rates in (*OF_TASKS.values(), *OF_LOSSES.values(), *OF_METHODS.values()):
         assert f"{rates.lr:g} [{rates.source}]" in described
+
+
+@pytest.mark.parametrize(
+    ("page", "rows"), [("model", {**OF_TASKS, **OF_LOSSES}), ("tuning", OF_METHODS)], ids=["model", "tuning"]
+)
+def test_the_guides_have_the_same_rates(page: str, rows: dict[str, Rates]) -> None:
+    text = (ROOT / "trainer" / page / "README.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
+    found = {name: row[2:6] for row in cells if len(row) == 7 for name in re.findall(r"`(\w+)`", row[1])}
+    for name, rates in rows.items():
+        lr, decay, shape, warmup = found[name]
+        assert (float(lr), float(decay), shape, float(warmup)) == (
+            *(rates.lr, rates.weight_decay, f"`{rates.schedule}`", rates.warmup),
+        ), name
+
+
+def test_the_recipe_of_the_readme_fine_tunes_with_a_rate_of_fine_tuning(check: Check) -> None:
+    """As the README says: give a folder instead of the family."""
+    copied = json.loads(re.search(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1])  # type: ignore[index]
+    values = check("pretrain", **{**copied, "model": {"from_pretrained": "base"}, "data": {"seq_len": 512}})
+    assert values["optimizer.lr"] == {"value": 5e-5, "origin": "task default"}
+    assert values["precision.dtype"]["value"] != "fp32"
 
 
 def test_what_is_written_stays(check: Check) -> None:
