@@ -140,7 +140,19 @@ def nobody_borrows_from_a_test(source: Source) -> list[str]:
 
 # The parts of `trainer/`, a folder or a loose file each, from the ground up: a part may import those that stand before it.
 LAYERS = (
-    *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "tasks", "update_rules", "schema"),
+    *(
+        "redaction",
+        "errors",
+        "spelling",
+        "stopwatch",
+        "outputs",
+        "files",
+        "exhausted",
+        "tasks",
+        "fine_tuning",
+        "update_rules",
+        "schema",
+    ),
     *("learning_rate", "run_folder", "launch", "data", "model", "costs", "tuning", "recipe", "watchdog", "engine"),
     *("checkpoint", "track", "inference"),
     *("guard", "cluster", "run", "verify", "loop", "commands", "cli", "__main__", "requeue"),
@@ -261,6 +273,7 @@ WITHOUT_TORCH = {
     "trainer.commands",
     "trainer.engine.deepspeed_config",
     "trainer.files.durable",
+    "trainer.fine_tuning",
     "trainer.errors",
     "trainer.costs.flops",
     "trainer.guard.spike_window",

@@ -14,6 +14,8 @@ from trainer.checkpoint.manifest import MANIFEST, Manifest
 from trainer.errors import DataError, RecipeError
 from trainer.model.auto_rules import AUTO
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
+from trainer.recipe.earlier import OPEN
+from trainer.recipe.task_defaults import FORMAT
 from trainer.run_folder import RunFolder
 
 
@@ -69,6 +71,8 @@ def finished(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> s
     except DataError:
         return ""  # opening the run finds another one, or reports the damage
     given = as_json({**recipe_facts(resolved.recipe), **_model_facts(resolved)})
+    if resolved.origins[FORMAT] in OPEN:
+        del given[FORMAT]  # the run keeps its own
     if lines := refusals(str(newest), manifest.step, manifest.facts, given, resume.allowed):
         raise RecipeError(lines)
     if resume.path is not None or manifest.step < resolved.recipe.train.steps or not folder.is_finished:

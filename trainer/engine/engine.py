@@ -87,7 +87,7 @@ class Engine:
         self.scaler = LossScaler.from_recipe(recipe.precision)
         self.zero_stage = recipe.zero.stage
         self.measures = measures_of(recipe.data.task, network)
-        dtype = DTYPES[recipe.precision.dtype]
+        dtype = DTYPES[recipe.precision.settled]
         prepare(recipe, dtype, self.notes)
         units = Units(mesh)
         masters = MasterWeights(mesh.reduction, dtype, deepspeed_config)
@@ -203,7 +203,7 @@ class Engine:
         if num_targets == 0:
             raise DataError(f"step {step} has no target: every label of its {self.plan.global_sequences} sequences is masked")
         factor = self.plan.loss_factor(num_targets, averaged_over=self.mesh.reduction.size)
-        if self.zero_stage and self.recipe.precision.dtype == "fp16":
+        if self.zero_stage and self.recipe.precision.settled == "fp16":
             self.optimizer.override_loss_scale(scale)
         batches = [batch.on(self.device, self._streams(step, index)) for index, batch in enumerate(micro_batches)]
         return self.execution.step(batches, factor=factor, scale=scale), num_targets
@@ -218,7 +218,7 @@ class Engine:
             with whole([parameter], zero_stage=self.zero_stage):
                 yield spec, parameter.detach()
         yield from self.constants
-        yield from ((weight.spec, weight.dequantized(DTYPES[self.recipe.precision.dtype])) for weight in self.quantized)
+        yield from ((weight.spec, weight.dequantized(DTYPES[self.recipe.precision.settled])) for weight in self.quantized)
 
     def gathered_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
         """Yield the parameters of the whole model on the first rank of the mesh, nothing elsewhere.

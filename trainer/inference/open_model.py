@@ -28,6 +28,7 @@ from trainer.checkpoint.resume import examine
 from trainer.checkpoint.resume_check import checkpoint_named
 from trainer.checkpoint.weights import Filling
 from trainer.data.tokenizer import Tokenizer, make_tokenizer, reopen_tokenizer
+from trainer.engine.compute_format import format_of_devices
 from trainer.engine.evaluator import Evaluator
 from trainer.engine.execution import DTYPES, make_execution
 from trainer.engine.first_weights import first_weights
@@ -154,7 +155,7 @@ class OpenModel:
             "weights": str(self.weights.folder),
             "step": self.weights.step,
             "layout": {axis: degree for axis, degree in asdict(self.mesh.layout).items() if degree > 1},
-            "precision": self.recipe.precision.dtype,
+            "precision": self.recipe.precision.settled,
         }
 
 
@@ -171,9 +172,11 @@ def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[st
         with together():
             weights = Weights.named(name)
             resolved = _in_layout(load_given(weights.given(files=files), weights.folder, settings), place)
-        recipe = resolved.recipe
-        mesh, messages = group.mesh(recipe.parallel), group.messages()
+        mesh, messages = group.mesh(resolved.recipe.parallel), group.messages()
         with together():
+            if resolved.recipe.precision.dtype is None:
+                resolved = resolved.settled(format_of_devices(place.device, messages))
+            recipe = resolved.recipe
             if weights.manifest is not None:
                 examine(weights.folder, messages)
             tokenizer = reopen_tokenizer(weights.config) if weights.manifest else make_tokenizer(str(weights.config))
@@ -191,7 +194,7 @@ def open_model(name: str, settings: Sequence[str], *, files: Sequence[Mapping[st
                 place.device,
                 measures=measures,
                 watch=watch,
-                fill=_rounding(quantizing(fill, recipe.tuning), DTYPES[recipe.precision.dtype]),
+                fill=_rounding(quantizing(fill, recipe.tuning), DTYPES[recipe.precision.settled]),
             )
         if recipe.data.isolate_documents:
             execution.settle_lengths(place.device, plan.row_tokens, may_call_apart=True)

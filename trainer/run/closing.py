@@ -52,7 +52,7 @@ def _write_export(engine: Engine, files: ModelFiles, folder: Path | None) -> str
     """Write the export, and return the word for it. `folder` is None on ranks that only take part
     in the gathering."""
     recipe, network = engine.recipe, engine.network
-    tensors, dtype = engine.gathered_tensors(), DTYPES[recipe.precision.dtype]
+    tensors, dtype = engine.gathered_tensors(), DTYPES[recipe.precision.settled]
     if leaves_adapter(recipe):
         form = AdapterFormat.of(recipe, network)
         write_adapter(assembled(tensors), folder, dtype=dtype, form=form, save_beside=_others(files))

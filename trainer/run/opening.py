@@ -32,7 +32,7 @@ from trainer.model.model_files import ModelFiles
 from trainer.model.network import Network
 from trainer.model.origin import Origin
 from trainer.recipe import ResolvedRecipe
-from trainer.run.start import agree, begin_again, claim, find, keep_rules
+from trainer.run.start import agree, begin_again, claim, find, keep_rules, settle_format
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
 from trainer.track import open_rank_log
@@ -49,8 +49,8 @@ logger = logging.getLogger(__name__)
 class OpenFolder:
     """A run folder that this start owns, with its log, and a watchdog over the ranks.
 
-    `remarks` are shown when there is a tracker. `resolved` is the recipe with the data rules by
-    which the run in the folder began.
+    `remarks` are shown when there is a tracker. `resolved` is the recipe with the rules by which
+    the run in the folder began, and with its compute format.
     """
 
     folder: RunFolder
@@ -91,7 +91,8 @@ def opened_folder(
         group.watch.begin("reading the data")
         with together(lambda: group.watch.doing):
             resolved, told = keep_rules(resolved, folder, resume, messages)
-        yield OpenFolder(folder, lease, log, watchdog, mesh, messages, resolved, [*remarks, *told])
+            resolved, more = settle_format(resolved, group.device, messages)
+        yield OpenFolder(folder, lease, log, watchdog, mesh, messages, resolved, [*remarks, *told, *more])
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _files(recipe: Recipe, network: Network, prepared: PreparedData) -> ModelFil
     return ModelFiles(
         network,
         prepared.tokenizer,
-        str(DTYPES[recipe.precision.dtype]).removeprefix("torch."),
+        str(DTYPES[recipe.precision.settled]).removeprefix("torch."),
         task=recipe.data.task,
         end_of_turn=prepared.chat.end_of_turn if prepared.chat else None,
         origin=_origin(recipe, prepared.tokenizer),

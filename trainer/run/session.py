@@ -292,7 +292,7 @@ def _session(
     recipe, mesh = opened.resolved.recipe, opened.mesh
     skipped: int = checkpoints.memory.get("data", {}).get("skipped_steps", 0)
     train_data = _train_data(recipe, prepared, loaded.network)
-    peak_flops, peak_source = device_peak(group.device, recipe.precision.dtype)
+    peak_flops, peak_source = device_peak(group.device, recipe.precision.settled)
     return Session(
         recipe=recipe,
         place=group.place,
@@ -401,7 +401,7 @@ def _devices(place: Place) -> str:
 def _introduce(run: Session, remarks: Iterable[str]) -> None:
     """Write to the console what will be trained, on which devices, and the remarks so far."""
     recipe, engine, counts, note = run.recipe, run.engine, run.counts, run.tracker.note
-    if remark := slower_than_fp32(run.place.device, recipe.precision.dtype, run.peak_flops):
+    if remark := slower_than_fp32(run.place.device, recipe.precision.settled, run.peak_flops):
         note(remark)
     one = bytes_of_one(recipe, trained=counts.trained, frozen_bytes=counts.frozen_bytes)
     run.say([*remarks, disk_space(recipe, run.checkpoints.folder, one).line])

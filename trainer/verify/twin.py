@@ -15,6 +15,7 @@ from typing import Any
 
 from parallel.topology import Layout
 from trainer.errors import RecipeError
+from trainer.fine_tuning import BY_DEVICE
 from trainer.model.config import TransformerConfig
 from trainer.model.families import FAMILIES
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
@@ -149,8 +150,8 @@ def _in_memory(zero: Mapping[str, Any]) -> dict[str, Any]:
 
 def _other_changes(resolved: ResolvedRecipe) -> Iterator[str]:
     recipe = resolved.recipe
-    if recipe.precision.dtype != "fp32":
-        yield f"precision.dtype {recipe.precision.dtype} → fp32: rounding to {recipe.precision.dtype} would hide small mistakes"
+    if (dtype := recipe.precision.dtype) != "fp32":
+        yield f"precision.dtype {dtype or BY_DEVICE} → fp32: rounding to {dtype or 'bf16'} would hide small mistakes"
     if "nvme" in (recipe.zero.offload_optimizer.device, recipe.zero.offload_param.device):
         yield "offload to nvme → cpu"
     if recipe.model.from_pretrained is not None:
