@@ -21,7 +21,7 @@ from trainer.data.labelled import Labelled, LabelledText, class_name, in_order, 
 from trainer.data.row_format import unread_keys
 from trainer.data.rows import order_fingerprint
 from trainer.data.sampling import num_windows, order_of
-from trainer.data.sources import Corpus, look_at
+from trainer.data.sources import Corpus, look_at, rows_left_out
 from trainer.data.store import VERSION, Packing, TokenStore, Verify
 from trainer.data.tasks import examples_of
 from trainer.data.texts import Texts
@@ -120,7 +120,7 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
         notes = [*tokenizer.notes, *_new_token_notes(own, tokenizer, data.new_tokens)]
         notes += [texts.note(tokenizer)] if texts else []
 
-        def stores(corpus: Corpus, fraction: float) -> dict[str, TokenStore]:
+        def stores(corpus: Corpus, fraction: float, max_rows: int | None) -> dict[str, TokenStore]:
             make = partial(
                 build_stores,
                 corpus=corpus,
@@ -128,6 +128,7 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
                 task=data.task,
                 written=examples or texts or Texts(),
                 held_out_fraction=fraction,
+                max_rows=max_rows,
                 workers=data.workers,
                 progress=progress,
             )
@@ -138,19 +139,23 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
                 fraction,
                 *([examples.fingerprint] if examples else []),
                 *(texts.facts if texts else []),
+                *([] if max_rows is None else ["max_rows", max_rows]),
             ]
             folder = cache.folder(fingerprint_of(facts), make, what=f"tokenizing {corpus.name}")
             counts = _counts(folder)
-            remarks = [*filter(None, [unread_keys(counts)]), *(examples.remarks(counts) if examples else ())]
+            remarks = [
+                *filter(None, [rows_left_out(counts), unread_keys(counts)]),
+                *(examples.remarks(counts) if examples else ()),
+            ]
             notes.extend(f"data: {corpus.name}: {remark}" for remark in remarks)
             return _open(folder, corpus, tokenizer, verify="sampled" if build else "header")
 
-        opened = [stores(corpus, held_out_fraction) for corpus in corpora]
+        opened = [stores(corpus, held_out_fraction, data.max_rows) for corpus in corpora]
         train = [found[MAIN] for found in opened]
         for corpus, store in zip(corpora, train, strict=True):
             _require_one_sequence(corpus, store, data)
         held_out = [(corpus.name, found[HELD_OUT]) for corpus, found in zip(corpora, opened, strict=True) if HELD_OUT in found]
-        held_out += [(corpus.name, stores(corpus, 0.0)[MAIN]) for corpus in eval_corpora]
+        held_out += [(corpus.name, stores(corpus, 0.0, None)[MAIN]) for corpus in eval_corpora]
         weights = _weights(data.sources)
         passes = _passes([corpus.name for corpus in corpora], train, weights, data)
         if build:
