@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from trainer.schema import Finding, Schedule, Train
+from trainer.schema import Finding, Recipe, Schedule, Train
 
 
 def lr_at(step: int, *, schedule: Schedule, peak: float, total_steps: int) -> float:
@@ -68,14 +68,16 @@ def decay_steps(schedule: Schedule, total_steps: int) -> int:
 
 
 def schedule_findings(schedule: Schedule, train: Train) -> Iterator[Finding]:
-    """Yield what cannot work in a recipe's schedule."""
+    """Yield what cannot work in a recipe's schedule, as far as the steps are known."""
     if schedule.warmup_steps and schedule.warmup_ratio:
         yield Finding(
             ("schedule.warmup_ratio", "schedule.warmup_steps"),
             f"schedule.warmup_ratio = {schedule.warmup_ratio:g} and schedule.warmup_steps = {schedule.warmup_steps} both say "
             "how long the warm-up is: remove one of them",
         )
-    elif schedule.warmup_steps > train.steps:
+    if train.steps is None:
+        return
+    if schedule.warmup_steps > train.steps:
         yield Finding(
             ("schedule.warmup_steps", "train.steps"),
             f"schedule.warmup_steps = {schedule.warmup_steps} is longer than train.steps = {train.steps}: the peak would never "
@@ -88,3 +90,41 @@ def schedule_findings(schedule: Schedule, train: Train) -> Iterator[Finding]:
             f"schedule.warmup_steps {warmup} + schedule.decay_steps {schedule.decay_steps} is more than "
             f"train.steps = {train.steps}; legal decay_steps: 0 to {room}",
         )
+
+
+def changed_length(earlier: Recipe, now: Recipe, steps_done: int) -> str | None:
+    """Return a line that says what another number of steps does to the learning rate of a run that
+    goes on after `steps_done`. None if the number is the same."""
+    before, after = earlier.train.total_steps, now.train.total_steps
+    if before == after:
+        return None
+    epochs = [train.epochs for train in (earlier.train, now.train)]
+    written = "" if epochs[0] == epochs[1] else f"train.epochs {' → '.join(map(_epochs, epochs))}: "
+    changed = f"{written}train.steps {before:,} → {after:,}: {_shape(now.schedule, after)}"
+    if steps_done >= after:
+        return f"{changed}; no step is left of it"
+    then, will_be = (
+        lr_at(steps_done, schedule=recipe.schedule, peak=recipe.optimizer.lr, total_steps=steps)
+        for recipe, steps in ((earlier, before), (now, after))
+    )
+    place = f"the learning rate at step {steps_done + 1:,}"
+    if f"{then:.3g}" == f"{will_be:.3g}":
+        return f"{changed}; {place} is {will_be:.3g}, as by the earlier plan"
+    return f"{changed}; {place} is {will_be:.3g}, and was {then:.3g} by the earlier plan"
+
+
+def _epochs(epochs: float | None) -> str:
+    return "none" if epochs is None else f"{epochs:g}"
+
+
+def _shape(schedule: Schedule, total_steps: int) -> str:
+    """Return what the end of a run is to its schedule, as a part of a sentence."""
+    match schedule.name:
+        case "constant" | "inverse_sqrt" if schedule.warmup_ratio:
+            return f"the warm-up of {schedule.name} now ends at step {warmup_steps(schedule, total_steps):,}"
+        case "constant" | "inverse_sqrt":
+            return f"{schedule.name} does not depend on it"
+        case "wsd":
+            return f"wsd now falls from step {total_steps - decay_steps(schedule, total_steps) + 1:,} to {total_steps:,}"
+        case "linear" | "cosine":
+            return f"the {schedule.name} now ends at step {total_steps:,}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trainer.fine_tuning import BY_DEVICE, listed
 from trainer.tasks import LEARN_FROM_TEXTS, TASKS, TaskName, with_field
@@ -279,6 +279,12 @@ class Data(Section):
     )
     sources: list[Source] = Field(
         default_factory=lambda: [Source(path=STDLIB)], min_length=1, description="The sources of training documents."
+    )
+    max_rows: PositiveInt | None = Field(
+        None,
+        description="The first rows of each of the sources, at most so many, are all that is used, in the order of its "
+        "files; a file of text is one row. What eval_fraction holds out is of them. Absent: all. Not for eval_sources; a "
+        "tokenizer that is trained and the names of classes come from all rows.",
     )
     eval_sources: list[Source] = Field(
         default_factory=list, description="The sources of held-out documents; empty: eval_fraction of the sources is held out."
@@ -604,7 +610,7 @@ class Schedule(Section):
     )
     decay_steps: Count | None = Field(
         None,
-        description="Length of the final decay; absent: a fifth of train.steps [steps].",
+        description="Length of the final decay; absent: a fifth of the run's steps [steps].",
         json_schema_extra=only("schedule.name", "wsd"),
     )
     min_lr_ratio: Fraction = Field(
@@ -615,11 +621,24 @@ class Schedule(Section):
     )
 
 
+# With batch.global_sequences this gives at most 2⁶² sequences, which are numbered in 64 bits.
+MOST_STEPS = 2**32
+
+
 class Train(Section):
     """The length of the run, and its records, evaluations and sample."""
 
-    # With batch.global_sequences this gives at most 2⁶² sequences, which are numbered in 64 bits.
-    steps: int = Field(100, ge=1, le=2**32, description="Optimizer steps of the whole run [steps].")
+    steps: int | None = Field(
+        100, ge=1, le=MOST_STEPS, description="Optimizer steps of the whole run; with epochs, they give them [steps]."
+    )
+    epochs: float | None = Field(
+        None,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Passes over the training data in place of steps; 0.5 is half of it. A pass draws as many sequences as "
+        "all sources have together, with weights some of them more often than others. Rounded up to whole steps when the "
+        "data is tokenized.",
+    )
     clip_norm: float = Field(1.0, ge=0.0, allow_inf_nan=False, description="Largest L2 norm of the gradient; 0 = no clipping.")
     log_every: PositiveInt = Field(1, description="Steps between records in metrics.jsonl [steps].")
     eval_every: Count = Field(0, description="Steps between evaluations; 0 = only after the last step [steps].")
@@ -658,6 +677,21 @@ class Train(Section):
     sample_prompt: str | None = Field(
         None, description="After the last step, print a continuation of this text, or with task sft the answer to it."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _open_steps(cls, given: Any) -> Any:
+        """Leave steps open where epochs are given in their place. null is the same as absent."""
+        if not isinstance(given, dict) or given.get("steps") is not None:
+            return given
+        in_epochs = given.get("epochs") is not None
+        return {**given, "steps": None if in_epochs else cls.model_fields["steps"].default}
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of the whole run, which are known once the data is, where epochs give them."""
+        assert self.steps is not None, "the steps of train.epochs are settled when the data is known"
+        return self.steps
 
 
 Target = Literal["attention", "mlp", "q", "k", "v", "o", "gate", "up", "down"]

@@ -140,20 +140,9 @@ def nobody_borrows_from_a_test(source: Source) -> list[str]:
 
 # The parts of `trainer/`, a folder or a loose file each, from the ground up: a part may import those that stand before it.
 LAYERS = (
-    *(
-        "redaction",
-        "errors",
-        "spelling",
-        "stopwatch",
-        "outputs",
-        "files",
-        "exhausted",
-        "tasks",
-        "fine_tuning",
-        "update_rules",
-        "schema",
-    ),
-    *("learning_rate", "run_folder", "launch", "data", "model", "costs", "tuning", "recipe", "watchdog", "engine"),
+    *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "tasks", "fine_tuning"),
+    *("update_rules", "schema", "learning_rate", "passes", "run_folder", "launch", "data", "model", "costs", "tuning"),
+    *("recipe", "watchdog", "engine"),
     *("checkpoint", "track", "inference"),
     *("guard", "cluster", "run", "verify", "loop", "commands", "cli", "__main__", "requeue"),
 )
@@ -293,6 +282,7 @@ WITHOUT_TORCH = {
     "trainer.cluster.requeue",
     "trainer.run_folder",
     "trainer.learning_rate",
+    "trainer.passes",
     "trainer.schema",
     "trainer.launch.environment",
     "trainer.cluster.submit",

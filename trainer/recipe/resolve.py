@@ -143,7 +143,9 @@ def _resolve(recipe: Recipe, layer: Layer, hf_config: dict[str, Any] | None, by_
         derived["data", "cache_dir"] = str(Path(recipe.run.dir) / "data")
     if recipe.parallel.sequence_parallel is None:
         derived["parallel", "sequence_parallel"] = recipe.parallel.divides_tokens
-    if recipe.schedule.name == "wsd" and recipe.schedule.decay_steps is None:
+    if recipe.train.steps is None:  # epochs.py settles them when the data is known
+        derived["train", "steps"] = None
+    elif recipe.schedule.name == "wsd" and recipe.schedule.decay_steps is None:
         derived["schedule", "decay_steps"] = decay_steps(recipe.schedule, recipe.train.steps)
     if recipe.model.family is None and hf_config is not None:
         derived["model", "family"] = hf_config["model_type"]
@@ -151,13 +153,18 @@ def _resolve(recipe: Recipe, layer: Layer, hf_config: dict[str, Any] | None, by_
     for (section, key), value in derived.items():
         values[section][key] = value
     resolved = Recipe.model_validate(values)
+    taken_back = {path for path, value in leaves(layer.value) if value is None}
 
-    def origin(path: KeyPath) -> str:
+    def origin(path: KeyPath, value: Any) -> str:
         if path in by_task:
             return TASK_DEFAULT
-        return "derived" if path in derived else layer.marks[path].origin if path in layer.marks else "default"
+        if path in derived:
+            return "derived"
+        if path not in layer.marks or (path in taken_back and value is not None):
+            return "default"
+        return layer.marks[path].origin
 
-    origins = {dotted(path): origin(path) for path, _ in leaves(resolved.model_dump())}
+    origins = {dotted(path): origin(path, value) for path, value in leaves(resolved.model_dump())}
     return ResolvedRecipe(resolved, origins, layer.value, tuple(layer.sources), hf_config)
 
 

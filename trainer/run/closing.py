@@ -44,7 +44,7 @@ def export(engine: Engine, files: ModelFiles, folder: RunFolder, *, is_first: bo
         try:
             what = _write_export(engine, files, folder.export if is_first else None)
         except NotFinite as error:
-            raise NotFinite(error.what, step=engine.recipe.train.steps) from None
+            raise NotFinite(error.what, step=engine.recipe.train.total_steps) from None
     note(f"{what}: {folder.export}")
 
 

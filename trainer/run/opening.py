@@ -25,13 +25,17 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.engine.execution import DTYPES
 from trainer.engine.first_weights import first_weights
 from trainer.engine.group import Joined
+from trainer.errors import DataError
 from trainer.launch.binding import placed
 from trainer.launch.ranks import together
+from trainer.learning_rate import changed_length
 from trainer.model.hugging_face import local_folder, read_config, unread_weights
 from trainer.model.model_files import ModelFiles
 from trainer.model.network import Network
 from trainer.model.origin import Origin
 from trainer.recipe import ResolvedRecipe
+from trainer.recipe.earlier import recipe_of
+from trainer.recipe.epochs import settled
 from trainer.run.start import agree, begin_again, claim, find, keep_rules, settle_format
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
@@ -50,7 +54,8 @@ class OpenFolder:
     """A run folder that this start owns, with its log, and a watchdog over the ranks.
 
     `remarks` are shown when there is a tracker. `resolved` is the recipe with the rules by which
-    the run in the folder began, and with its compute format.
+    the run in the folder began and with its compute format, and once the data is read with the
+    steps of its epochs.
     """
 
     folder: RunFolder
@@ -118,6 +123,8 @@ def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
         prepared = prepare(recipe.data, seed=recipe.run.seed, cache_dir=cache_dir, build=group.is_first, progress=progress)
     group.watch.begin("looking for a checkpoint")
     with together(lambda: group.watch.doing):
+        opened.resolved = settled(opened.resolved, prepared.passes)
+        recipe = opened.resolved.recipe
         found, remarks = find(opened.folder, resume, opened.messages)
         network, fill = first_weights(opened.resolved, prepared.tokenizer, prepared.classes, resumed=found is not None)
         if recipe.model.from_pretrained is not None and found is None:
@@ -130,7 +137,17 @@ def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
         facts = _facts(recipe, files, prepared)
         if found is not None:
             agree(found, facts, resume)
+            remarks += _changed_length(found, recipe)
     return LoadedRun(prepared, found, network, fill, files, facts, remarks)
+
+
+def _changed_length(found: Found, recipe: Recipe) -> list[str]:
+    """Return a remark where the run that goes on is longer or shorter than it was planned."""
+    try:
+        earlier = recipe_of(found.path, found.manifest.recipe)
+    except DataError:  # values that are no longer legal: nothing is known of its plan
+        return []
+    return list(filter(None, [changed_length(earlier, recipe, found.manifest.step)]))
 
 
 def _files(recipe: Recipe, network: Network, prepared: PreparedData) -> ModelFiles:

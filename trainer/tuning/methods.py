@@ -53,7 +53,8 @@ class Method:
 
 
 def budget_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Yield a finding if AdaLoRA has no ranks to share out, or no steps to do it in."""
+    """Yield a finding if AdaLoRA has no ranks to share out, or no steps to do it in, where they are
+    known."""
     rank, budget, steps = recipe.tuning.rank, recipe.tuning.budget, recipe.train.steps
     if budget.target_rank >= rank:
         yield Finding(
@@ -61,7 +62,7 @@ def budget_findings(recipe: Recipe) -> Iterator[Finding]:
             f"tuning.budget.target_rank = {budget.target_rank} leaves nothing to share out of tuning.rank = {rank}: legal: "
             f"below {rank}, or tuning.rank above {budget.target_rank}",
         )
-    if (fixed := budget.warmup_steps + budget.final_steps) >= steps:
+    if steps is not None and (fixed := budget.warmup_steps + budget.final_steps) >= steps:
         yield Finding(
             ("tuning.budget.warmup_steps", "tuning.budget.final_steps", "train.steps"),
             f"tuning.budget: warmup_steps {budget.warmup_steps} + final_steps {budget.final_steps} = {fixed} of train.steps = "
