@@ -192,7 +192,7 @@ def test_a_full_context_forgets_the_oldest_questions_and_says_so(
     """Each exchange takes about 70 of 256 tokens: the fourth has no room for the first."""
     questions = tuple(f"{number} {'what? ' * 5}" for number in range(5))
     out, err = talk(base, *questions, f"/save {tmp_path / 'a.jsonl'}", words=(*WORDS, "--system", "Be brief."))
-    assert "(the context is full: the model no longer sees the first 1 questions and answers; /reset begins anew)" in err
+    assert "(the context is full: the model no longer sees what came before question 2; /reset begins anew)" in err
     (row,) = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     answers = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
     assert out == "".join(f"{answer}\n" for answer in answers)
@@ -310,7 +310,7 @@ def test_a_conversation_at_a_terminal(screen: Callable[..., Screen], tmp_path: P
     terminal.type("/nothing\n")
     terminal.until("/nothing is no command")
     terminal.type(f"/save {tmp_path / 'a.jsonl'}\n")
-    terminal.until("(written to ")
+    terminal.until("(written to")
     terminal.until("> ")
     terminal.type("\x04")
     assert terminal.close() == 0

@@ -25,8 +25,8 @@ HELP = (
     "/help           this list",
     "/quit           end; so does Ctrl-D",
     "",
-    "A message goes on in the next line after a backslash, and between two lines of",
-    f"{QUOTES}. One that begins like a command: a space before it. Ctrl-C stops an answer.",
+    f"A message goes on in the next line after a backslash, and between two lines of {QUOTES}. One that begins like a command "
+    "needs a space before it. Ctrl-C stops an answer.",
 )
 
 
@@ -64,7 +64,8 @@ class Repl:
             except KeyboardInterrupt:
                 if not self._terminal.interactive:
                     raise
-                self._terminal.tell("\n(Ctrl-D or /quit ends)")
+                self._terminal.show("\n")
+                self._terminal.tell("(Ctrl-D or /quit ends)")
             except RecipeError as error:
                 if not self._terminal.interactive:
                     raise
@@ -119,7 +120,7 @@ class Repl:
 
     def _help(self, rest: str) -> None:
         for line in HELP:
-            self._terminal.tell(line)
+            self._terminal.tell(line, indent=16 if line.startswith("/") else 0)
 
     def _quit(self, rest: str) -> None:
         raise Quit
@@ -134,7 +135,7 @@ def _remarks(reply: Reply) -> Iterator[str]:
         yield f"cut after {reply.cut:,} tokens: the longest answer (--max-new-tokens), or the model's last position"
     if reply.forgotten:
         yield (
-            f"the context is full: the model no longer sees the first {reply.forgotten:,} questions and answers; "
+            f"the context is full: the model no longer sees what came before question {reply.forgotten + 1:,}; "
             "/reset begins anew"
         )
 

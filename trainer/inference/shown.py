@@ -31,14 +31,15 @@ class TextStream:
         self._ids += tokens
         piece = self._piece()
         if piece and not piece.endswith(UNKNOWN):
-            self._show(piece)
             self._last, self._next = self._next, len(self._ids)
+            self._show(piece)
 
     def end(self) -> None:
         """Show what was held back."""
-        if piece := self._piece():
-            self._show(piece)
+        piece = self._piece()
         self._last = self._next = len(self._ids)
+        if piece:
+            self._show(piece)
 
     def _piece(self) -> str:
         before = text_of(self._tokenizer, self._ids[self._last : self._next])

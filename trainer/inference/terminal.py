@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 
 from trainer.errors import RecipeError
 from trainer.inference.shown import harmless
@@ -71,7 +73,12 @@ class Terminal:
     def end_answer(self) -> None:
         self.show("\n\n" if self.interactive else "\n")
 
-    def tell(self, line: str) -> None:
-        """Write a remark."""
+    def tell(self, line: str, *, indent: int = 0) -> None:
+        """Write a remark; at a terminal broken between words, and its further lines indented."""
         sys.stdout.flush()
-        sys.stderr.write(f"{harmless(line)}\n")
+        text = harmless(line)
+        if self.interactive and text:
+            columns = max(20, shutil.get_terminal_size().columns - 1)
+            deeper = " " * min(indent, columns // 4)
+            text = textwrap.fill(text, columns, subsequent_indent=deeper, break_long_words=False, break_on_hyphens=False)
+        sys.stderr.write(f"{text}\n")
