@@ -37,9 +37,9 @@ class Resume:
         return None if self.how in ("auto", "never") else self.how
 
 
-def checkpoint_named(name: str, *, option: str = "--resume") -> Path:
+def checkpoint_named(name: str, *, option: str = "--resume", also: str = "") -> Path:
     """Return the checkpoint that a command line names: a folder with a manifest, or the newest of a
-    run."""
+    run. RecipeError where there is none; `also`: what else is legal there."""
     path = Path(name)
     try:
         if (path / MANIFEST).exists():
@@ -48,7 +48,7 @@ def checkpoint_named(name: str, *, option: str = "--resume") -> Path:
     except (OSError, ValueError):  # not a possible name of a file
         found = []
     if not found:
-        words = "auto, never, " if option == "--resume" else ""
+        words = "auto, never, " if option == "--resume" else also
         raise RecipeError(f"{option} {name}: no checkpoint there; legal: {words}a checkpoint's folder, or a run's")
     return found[0]
 
