@@ -1,0 +1,81 @@
+"""The machines that are planned for, as sheets of figures with their sources (devices.json). No
+torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import RecipeError
+from trainer.spelling import nearest
+
+SHEETS = Path(__file__).with_name("devices.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """A connection of a device to others: bytes/s in one direction, and seconds until the first
+    byte arrives. `share`: what collectives reach of the rate."""
+
+    rate: float
+    latency: float
+    share: float
+
+    @property
+    def reached(self) -> float:
+        return self.rate * self.share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A device in its node.
+
+    | field | meaning |
+    |---|---|
+    | `peaks` | dense matrix products by format [FLOP/s], from the data sheet |
+    | `matmul_share` | what large products reach of the peak |
+    | `cores` | units that each take a tile of a product; 0: products are not cut into tiles |
+    | `memory` | [bytes] |
+    | `bandwidth`, `bandwidth_share` | of its memory [bytes/s], and what kernels reach of it |
+    | `launch` | the least time of a kernel [s] |
+    | `call` | the host's time to issue an operation from Python [s] |
+    | `inside`, `outside` | the links to devices of the same node and of others |
+    | `per_node` | devices in a node |
+    | `calibration` | the measured time of a step over the computed one, taken from one run |
+    """
+
+    name: str
+    peaks: Mapping[str, float]
+    matmul_share: float
+    cores: int
+    memory: int
+    bandwidth: float
+    bandwidth_share: float
+    launch: float
+    call: float
+    inside: Link
+    outside: Link
+    per_node: int
+    calibration: float = 1.0
+
+
+@cache
+def sheets() -> dict[str, dict[str, Any]]:
+    """Return the sheets by name, as they are written, with their sources."""
+    found: dict[str, dict[str, Any]] = json.loads(SHEETS.read_text(encoding="utf-8"))
+    return found
+
+
+def device(name: str) -> Device:
+    """Return the device of that name. RecipeError with the nearest names if there is none."""
+    if name not in sheets():
+        meant = nearest(name, list(sheets()))
+        raise RecipeError(
+            f"--device {name}: no sheet has this name{f'; did you mean {meant}?' if meant else ''}; legal: {', '.join(sheets())}"
+        )
+    sheet = {key: value for key, value in sheets()[name].items() if key != "sources"}
+    return Device(name=name, **{**sheet, "inside": Link(**sheet["inside"]), "outside": Link(**sheet["outside"])})

@@ -1,0 +1,72 @@
+"""The time of operations on a device: the larger of what it multiplies and what it moves, and never
+less than a kernel's launch. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from trainer.planner.devices import Device
+from trainer.planner.operations import Move, Product, Work
+
+# Tiles of a product [rows × columns] with the share of the rate that they reach: smaller tiles read
+# their inputs more often.
+TILES = ((256, 128, 1.0), (128, 128, 0.93), (128, 64, 0.8), (64, 64, 0.6))
+# Tensor cores need dimensions that are multiples of 8 numbers, and reach their rate at 64 (NVIDIA,
+# Deep Learning Performance: Matrix Multiplication Background).
+ALIGNED, FULLY_ALIGNED = 8, 64
+UNALIGNED_SLOWER, PARTLY_SLOWER = 3.0, 1.15
+# The device works while the host issues: of two durations the longer one counts, and a little of
+# the other where they are alike.
+SOFTNESS = 5
+
+
+def product_s(product: Product, device: Device, peak: float, itemsize: int) -> float:
+    """Return the seconds of a product."""
+    rows, columns, inner, count = product
+    rate = peak * device.matmul_share
+    compute = (
+        product.flops / rate
+        if not device.cores
+        else min(
+            _waves(product, tile_rows, tile_columns, device.cores)
+            * 2
+            * tile_rows
+            * tile_columns
+            * inner
+            / (rate / device.cores * share)
+            for tile_rows, tile_columns, share in TILES
+        )
+    )
+    if device.cores:
+        compute *= _misaligned(columns, inner)
+    moved = itemsize * count * (rows * inner + inner * columns + rows * columns)
+    return max(compute, moved / (device.bandwidth * device.bandwidth_share)) + device.launch
+
+
+def _waves(product: Product, rows: int, columns: int, cores: int) -> int:
+    tiles = math.ceil(product.rows / rows) * math.ceil(product.columns / columns) * product.count
+    return math.ceil(tiles / cores)
+
+
+def _misaligned(*dims: int) -> float:
+    """Return how much slower a product with these dims is than one whose rows are aligned."""
+    if any(dim % ALIGNED for dim in dims):
+        return UNALIGNED_SLOWER
+    return PARTLY_SLOWER if any(dim % FULLY_ALIGNED for dim in dims) else 1.0
+
+
+def moves_s(moves: Iterable[Move], device: Device) -> float:
+    reached = device.bandwidth * device.bandwidth_share
+    return sum(move.num_bytes / reached + move.kernels * device.launch for move in moves)
+
+
+def work_s(work: Work, device: Device, peak: float, itemsize: int, communication: float = 0.0) -> float:
+    """Return the seconds of a block's operations, with the communication between them, on a device
+    that waits for its host where that is slower."""
+    on_device = sum(product_s(one, device, peak, itemsize) for one in work.products) + moves_s(work.moves, device)
+    return longer(on_device + communication, work.calls * device.call)
+
+
+def longer(one: float, other: float) -> float:
+    return (one**SOFTNESS + other**SOFTNESS) ** (1 / SOFTNESS)
