@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,8 @@ from trainer.engine.evaluator import Evaluator
 from trainer.engine.execution import DTYPES, make_execution
 from trainer.engine.loss_scale import LossScaler
 from trainer.engine.master_weights import MasterWeights
-from trainer.engine.optimizers import Tiling, make_optimizer
+from trainer.engine.optimizers import groups_of, make_optimizer
+from trainer.engine.tiling import Tiling
 from trainer.engine.zero_state import BY_STAGE
 from trainer.errors import DataError
 from trainer.model.measures import measures_of
@@ -143,16 +144,12 @@ class Engine:
             self.notes += self.execution.settle_lengths(device, plan.row_tokens, may_call_apart=self.zero_stage < 3)
 
     def _tiling(self) -> Tiling:
-        """Return the way all ranks of the replica cut parameters into groups.
-
-        Each has as many groups as the rank with the most has alone, but no more than the rank with
-        the fewest trained parameters can fill.
-        """
+        """Return the way all ranks of the replica cut parameters into groups."""
         own = Tiling.of(self.recipe)
         trained = sum(parameter.requires_grad for parameter, _ in self.specs)
-        numbers = torch.tensor([len(own.groups(self.specs)), -trained], device=self.device)
-        most, fewest = all_reduce(numbers, self.mesh.replica, dist.ReduceOp.MAX).tolist()
-        return replace(own, num_groups=min(most, -fewest))
+        numbers = torch.tensor([len(groups_of(self.specs, own)), -trained], device=self.device)
+        most, minus_fewest = all_reduce(numbers, self.mesh.replica, dist.ReduceOp.MAX).tolist()
+        return own.together([most], [-minus_fewest])
 
     @property
     def num_params(self) -> int:
