@@ -14,8 +14,9 @@ from parallel.topology import Layout
 from trainer.engine.tiling import Tiling
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import TransformerConfig
-from trainer.planner.states import ModelStates
-from trainer.planner.weights import RankWeights
+from trainer.planner.activations import Rows, Saving
+from trainer.planner.states import ITEMSIZE, ModelStates
+from trainer.planner.weights import FP32_BYTES, RankWeights
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.recipe.pipeline import rank_of_stage
 from trainer.recipe.stages import stages_of
@@ -53,3 +54,20 @@ def model_states(
     ]
     together = alone.together([state.num_groups for state in states], [len(state.trained) for state in states])
     return [state.cut(together) for state in states]
+
+
+def saving(recipe: Recipe, network: TransformerConfig, layout: Layout, rows: Rows) -> Saving:
+    """Return how a rank computes micro-batches of such rows."""
+    itemsize = ITEMSIZE[recipe.precision.settled]
+    tuned = recipe.tuning.method is not None
+    return Saving(
+        network=network,
+        rows=rows,
+        tensor=layout.tp,
+        divides_tokens=recipe.parallel.divides_tokens,
+        itemsize=itemsize,
+        recompute=recipe.train.recompute,
+        casts=recipe.zero.stage == 0 and itemsize < FP32_BYTES and not tuned,
+        trains_model=not tuned,
+        adapted=recipe.tuning.rank if tuned else 0,
+    )
