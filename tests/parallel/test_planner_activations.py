@@ -17,7 +17,7 @@ from tests.parallel.saved_tensors import kept_tensors
 from tests.parallel.training import SHAPES, Case, V, make_engine, micro_batches
 from tests.spawn import spawn
 from trainer.planner.activations import Rows
-from trainer.planner.in_flight import Kept, peak_held
+from trainer.planner.in_flight import Kept, most_in_flight
 from trainer.planner.memory import saving, stages_of_ranks
 from trainer.recipe.pipeline import schedule_table
 
@@ -79,7 +79,8 @@ def kept(mesh: Mesh, case: Case, lengths: tuple[int, ...]) -> tuple[int, int]:
     }
     if case.pp == 1:
         return found.peak, of_stage[0].until_backward
-    return found.peak, peak_held(schedule_table(recipe, plan).steps[mesh.pp.rank], of_stage)
+    steps = schedule_table(recipe, plan).steps[mesh.pp.rank]
+    return found.peak, most_in_flight(steps, of_stage).num_bytes(of_stage)
 
 
 def address(*tensors: torch.Tensor) -> set[int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from trainer.model.blocks import Block
@@ -26,28 +26,29 @@ NORMS, INPUTS, ATTENTION, MLP = "norms", "inputs of matrices", "attention", "mlp
 MASKS, CASTS, TABLES, LOSS = "dropout masks", "weights in the compute format", "rotary tables", "loss"
 EMBEDDING, LAYER_INPUTS = "embedding", "inputs of layers"
 FP32_BYTES, INDEX_BYTES, BOOL_BYTES = 4, 8, 1
-QUERY_BLOCK = 512  # as parallel.attention has it, which needs torch
+# as parallel.attention and parallel.loss have them, which need torch
+QUERY_BLOCK, CHUNK_BYTES = 512, 32 << 20
 
 
 class Rows(NamedTuple):
     """The rows of a micro-batch, each with documents of these lengths [tokens]."""
 
-    count: int
+    number: int
     lengths: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
-        return self.count * sum(self.lengths)
+        return self.number * sum(self.lengths)
 
     @property
     def half(self) -> Rows:
-        """One side of rows that hold sources and their targets."""
-        return Rows(self.count, tuple(length // 2 for length in self.lengths))
+        """Return one side of rows that hold sources and their targets."""
+        return Rows(self.number, tuple(length // 2 for length in self.lengths))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """How a rank computes a micro-batch.
+    """The way a rank computes a micro-batch.
 
     `casts`: weights are held wider than the compute format and converted where they are used.
     `trains_model`: the model's own weights are trained; `adapted`: matrices see their inputs again
@@ -109,6 +110,30 @@ class Saving:
                 case "head":
                     kept.update(self.of_head())
         return kept
+
+    def while_recomputed(self, blocks: Sequence[Block]) -> int:
+        """Return the most bytes that a part has for its backward while it is computed again."""
+        layers = [block.layer for block in blocks if block.kind == "layer"]
+        if self.recompute == "none" or not layers:
+            return 0
+        kept = replace(self, recompute="none")
+        return max(kept.of_layer(index).total() - self.of_layer(index).total() for index in set(layers[:2]))
+
+    def temporaries(self, blocks: Sequence[Block]) -> int:
+        """Return the bytes that are there for a moment: the logits of a chunk of tokens with their
+        gradients, or the gradients of a layer's MLP, whichever are more."""
+        network = self.network
+        if any(block.kind == "head" for block in blocks) and not network.classes:
+            rows = -(-network.vocab_size // self.tensor)
+            tokens = min(self.rows.tokens, max(1, CHUNK_BYTES // (FP32_BYTES * rows)))
+            return tokens * rows * (FP32_BYTES + 2 * self.itemsize) + 3 * self._features(network.hidden_size)
+        return self._hidden + self._features(network.ffn_size // self.tensor)
+
+    def passed_on(self, *, first: bool, last: bool) -> int:
+        """Return the bytes that the runtime of a pipeline keeps of a micro-batch beside these: what
+        a stage was given, unless its first norm keeps it, and what it gave to the next."""
+        keeps_input = self.recompute == "full" or self.network.norm == "layernorm"
+        return self._hidden * ((not first and not keeps_input) + (not last))
 
     def deferred(self, blocks: Sequence[Block]) -> int:
         """Return the bytes that wait for the gradients of weights, where these are computed later:
@@ -212,7 +237,8 @@ class Saving:
             return BOOL_BYTES * sum(_pairs(length, True, window) for length in self.rows.lengths) * network.causal
         kept = FP32_BYTES * self.rows.tokens * H  # the logarithm of each softmax's sum
         if len(self.rows.lengths) > 1 or masked or network.relative_buckets:
-            kept += self._features(H * network.head_dim)  # each part's result, which is copied into the whole
+            # each part's result, which is copied into the whole
+            kept += self._features(H * network.head_dim)
         biased = self.rows.lengths if network.relative_buckets else masked
         pairs = sum(_pairs(length, network.causal, window) for length in biased)
         return kept + pairs * self.itemsize * (H if network.relative_buckets else 1)
@@ -238,7 +264,7 @@ class Saving:
         return self._features(self.adapted) * modules
 
     def _casts(self) -> int:
-        """Return the bytes of a layer's weights in the compute format, where they are held wider."""
+        """Return the bytes of a layer's weights in the compute format, if they are held wider."""
         if not self.casts or self.defers_weights:
             return 0
         network, D, K = self.network, self.network.hidden_size, self.network.head_dim

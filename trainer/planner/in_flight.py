@@ -3,6 +3,7 @@ torch."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,34 +24,64 @@ class Kept(NamedTuple):
     until_weights: int = 0
 
 
-def peak_held(steps: Iterable[Step], of_stage: Mapping[int, Kept]) -> int:
-    """Return the most bytes that one rank holds in these steps."""
+class InFlight(NamedTuple):
+    """The micro-batches of each stage of a rank whose backward is not complete: those that wait for
+    all of it, and those that wait for the gradients of weights alone."""
+
+    whole: Counter[int]
+    weights: Counter[int]
+
+    def num_bytes(self, of_stage: Mapping[int, Kept]) -> int:
+        return sum(
+            kept.until_backward * self.whole[stage] + kept.until_weights * self.weights[stage]
+            for stage, kept in of_stage.items()
+        )
+
+
+def most_in_flight(steps: Iterable[Step], of_stage: Mapping[int, Kept]) -> InFlight:
+    """Return the micro-batches in flight on one rank when they hold the most bytes."""
+    whole: Counter[int] = Counter()
+    weights: Counter[int] = Counter()
     held = peak = 0
+    found = InFlight(Counter(), Counter())
     for step in steps:
-        for action in actions_of(step):
-            before, between = of_stage[action.stage]
-            held += before * (action.kind is Kind.FORWARD)
-            peak = max(peak, held)
-            held -= before * (action.kind in (Kind.BACKWARD, Kind.INPUT_GRAD))
-            held += between * ((action.kind is Kind.INPUT_GRAD) - (action.kind is Kind.WEIGHT_GRAD))
-    return peak
+        for stage, kind, _ in actions_of(step):
+            before, between = of_stage[stage]
+            if kind is Kind.FORWARD:
+                held += before
+                whole[stage] += 1
+                if held > peak:
+                    peak, found = held, InFlight(whole.copy(), weights.copy())
+            if kind in (Kind.BACKWARD, Kind.INPUT_GRAD):
+                held -= before
+                whole[stage] -= 1
+            if kind in (Kind.INPUT_GRAD, Kind.WEIGHT_GRAD):
+                change = 1 if kind is Kind.INPUT_GRAD else -1
+                held += change * between
+                weights[stage] += change
+    return found
 
 
-def peak_by_name(
+def by_name(
     name: str, *, ranks: int, virtual_stages: int, num_micro_batches: int, rank: int, of_stage: Mapping[int, Kept]
-) -> int:
-    """Return the most bytes that a rank holds under the schedule of that name."""
-    if ranks == 1:
-        return max(kept.until_backward for kept in of_stage.values())
+) -> InFlight:
+    """Return the micro-batches in flight on a rank under the schedule of that name, at its peak."""
 
-    def peak(count: int) -> int:
-        return peak_held(_table(name, ranks, virtual_stages, count).steps[rank], of_stage)
+    def at_peak(count: int) -> InFlight:
+        return most_in_flight(_table(name, ranks, virtual_stages, count).steps[rank], of_stage)
 
     short, long = ROUNDS * ranks * virtual_stages, (ROUNDS + 1) * ranks * virtual_stages
     if num_micro_batches <= long:
-        return peak(num_micro_batches)
-    first, second = peak(short), peak(long)
-    return second + (second - first) * (num_micro_batches - long) // (long - short)
+        return at_peak(num_micro_batches)
+    parts = (
+        Counter({stage: _continued(first[stage], second[stage], short, long, num_micro_batches) for stage in of_stage})
+        for first, second in zip(at_peak(short), at_peak(long), strict=True)
+    )
+    return InFlight(*parts)
+
+
+def _continued(first: int, second: int, short: int, long: int, count: int) -> int:
+    return second + (second - first) * (count - long) // (long - short)
 
 
 @lru_cache(maxsize=512)

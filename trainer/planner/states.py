@@ -37,10 +37,14 @@ ALIGNMENT = 2
 COUNTER_BYTES = 4  # an fp32 scalar: the updates of a tensor
 # DeepSpeed reduces the gradients of stage 0 in runs of this many (MEMORY_OPT_ALLREDUCE_SIZE).
 REDUCED_AT_ONCE = 500_000_000
+# DeepSpeed's NVMe swapping leaves smaller tensors in memory, and pads buffers for each thread
+# [bytes].
+LEAST_SWAPPED, SWAP_ALIGNMENT = 2**20, 1024
 
 WEIGHTS, PERSISTENT, GATHERED = "weights", "weights kept whole", "weights gathered"
 MASTERS, STATES, GRADIENTS = "master weights", "optimizer states", "gradients"
 BUCKETS, REDUCED, COPIES = "reduction buckets", "gradients being reduced", "copies for offload"
+SWAP_BUFFERS = "swap buffers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,15 @@ class ModelStates:
     def _items(self) -> Iterator[Item]:
         yield Item(WEIGHTS, sum(weight.quantized_bytes for weight in self.weights if weight.quantized))
         yield from self._divided() if self._stage == 3 else self._whole()
+
+    @property
+    def saved_bytes(self) -> int:
+        """The bytes that this rank writes of a checkpoint: its share of trained weights with their
+        states, and of frozen ones."""
+        held = [item for item in self.items() if item.name in (MASTERS, STATES)]
+        whole = [item for item in self.items() if item.name == WEIGHTS] if self._stage == 0 else []
+        share = sum(item.num_bytes for item in (*held, *whole))
+        return share // self.data if self._stage == 0 else share + self._itemsize * sum(self._frozen) // self.data
 
     # ------------------------------------------------------------------------ what is held
 
@@ -167,6 +180,7 @@ class ModelStates:
         if self._in_flat_fp32:
             yield Item(GRADIENTS, FP32_BYTES * padded)
             yield Item(GRADIENTS, itemsize * trained, phase=Phase.BACKWARD)
+            yield Item(REDUCED, FP32_BYTES * padded * (padded <= REDUCED_AT_ONCE), phase=Phase.UPDATE)
             return
         if self._stage == 1:
             yield Item(GRADIENTS, FP32_BYTES * trained)
@@ -177,7 +191,7 @@ class ModelStates:
         yield Item(BUCKETS, itemsize * buckets, phase=Phase.BACKWARD)
         if itemsize < FP32_BYTES:
             yield Item(GRADIENTS, FP32_BYTES * part)
-            yield Item(REDUCED, FP32_BYTES * self._bucket(), phase=Phase.BACKWARD)
+            yield Item(REDUCED, (itemsize + FP32_BYTES) * self._bucket(), phase=Phase.BACKWARD)
         elif not self._offloads:
             yield Item(GRADIENTS, FP32_BYTES * self._touched())
         elif self.accumulates:
@@ -202,20 +216,53 @@ class ModelStates:
     def _divided(self) -> Iterator[Item]:
         zero, itemsize = self.recipe.zero, self._itemsize
         tiles = [sum(map(self._here, group)) for group in self.groups]
-        held, every = sum(tiles), [*(weight.elements for weight in self.trained), *self._frozen]
+        every = [*(weight.elements for weight in self.trained), *self._frozen]
         persistent = [n for n in every if n <= zero.stage3_param_persistence_threshold]
-        in_host = zero.offload_param.device != "none"
-        yield Item(WEIGHTS, itemsize * held, Place.HOST if in_host else Place.DEVICE)
-        yield Item(WEIGHTS, itemsize * sum(map(self._share, self._frozen)), Place.HOST if in_host else Place.DEVICE)
+        yield from self._divided_weights(tiles)
         yield Item(PERSISTENT, itemsize * sum(persistent))
         yield Item(GATHERED, itemsize * self._live(sum(every) - sum(persistent)), phase=Phase.BACKWARD)
-        yield Item(MASTERS, FP32_BYTES * held, self._place)
-        yield Item(STATES, self._states([(elements,) for elements in tiles]), self._place)
-        yield Item(GRADIENTS, FP32_BYTES * held * (2 if self._offloads else 1), self._place)
+        on_disk = [elements for elements in tiles if self._swaps(elements, FP32_BYTES, zero.offload_optimizer.device)]
+        in_memory = list(tiles)
+        for elements in on_disk:
+            in_memory.remove(elements)
+        for place, there in ((self._place, in_memory), (Place.NVME, on_disk)):
+            yield Item(MASTERS, FP32_BYTES * sum(there), place)
+            yield Item(STATES, self._states([(elements,) for elements in there]), place)
+            yield Item(GRADIENTS, FP32_BYTES * sum(there) * self._offloads, place)
+        if on_disk:
+            buffers = zero.offload_optimizer.buffer_count * FP32_BYTES * self._aligned(max(tiles), FP32_BYTES)
+            yield Item(SWAP_BUFFERS, buffers, Place.HOST)
+        yield Item(GRADIENTS, FP32_BYTES * sum(tiles), self._place)
         reduced_in = ITEMSIZE[self.recipe.deepspeed.communication_data_type or self.recipe.precision.settled]
         yield Item(BUCKETS, reduced_in * self._bucket() * zero.contiguous_gradients)
+        yield Item(REDUCED, reduced_in * (self._bucket() + self._share(self._bucket())), phase=Phase.BACKWARD)
         if not self._offloads:
             yield Item(REDUCED, FP32_BYTES * max(tiles, default=0), phase=Phase.UPDATE)
+
+    def _divided_weights(self, tiles: Sequence[int]) -> Iterator[Item]:
+        """Yield this rank's shares of the weights, in the memory that the recipe names."""
+        keys, itemsize = self.recipe.zero.offload_param, self._itemsize
+        frozen = [self._share(elements) for elements in self._frozen]
+        if keys.device != "nvme":
+            yield Item(WEIGHTS, itemsize * (sum(tiles) + sum(frozen)), Place.DEVICE if keys.device == "none" else Place.HOST)
+            return
+        in_host, left = 0, keys.max_in_cpu
+        for elements in tiles:  # whole tiles stay in host memory as long as there is room
+            in_host += elements * (elements <= left)
+            left -= elements * (elements <= left)
+        on_disk = [share for share in frozen if self._swaps(share, itemsize, keys.device)]
+        yield Item(WEIGHTS, itemsize * (in_host + sum(frozen) - sum(on_disk)), Place.HOST)
+        yield Item(WEIGHTS, itemsize * (sum(tiles) - in_host + sum(on_disk)), Place.NVME)
+        each = keys.buffer_size or self._share(max(weight.elements for weight in self.weights))
+        yield Item(SWAP_BUFFERS, keys.buffer_count * itemsize * self._aligned(each, itemsize), Place.HOST)
+
+    def _swaps(self, elements: int, itemsize: int, device: str) -> bool:
+        """Return whether a tensor is large enough to be on NVMe, where the recipe wants it."""
+        return device == "nvme" and elements * itemsize >= max(LEAST_SWAPPED, self.recipe.deepspeed.aio.block_size)
+
+    def _aligned(self, elements: int, itemsize: int) -> int:
+        multiple = SWAP_ALIGNMENT * self.recipe.deepspeed.aio.intra_op_parallelism // itemsize
+        return -(-elements // multiple) * multiple
 
     def _live(self, divided: int) -> int:
         """Return the gathered elements that are there at most: what is kept for its next use, the
