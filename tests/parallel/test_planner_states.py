@@ -20,7 +20,7 @@ from tests.parallel.training import ADAMW, CPU, CPU_ALL, Case, make_engine, micr
 from tests.spawn import spawn
 from trainer.planner.items import Item, Phase, Place, total
 from trainer.planner.memory import model_states
-from trainer.planner.states import BUCKETS, COPIES, GRADIENTS, MASTERS, PERSISTENT, STATES, SWAP_BUFFERS, WEIGHTS
+from trainer.planner.states import BUCKETS, COPIES, GATHERED, GRADIENTS, MASTERS, PERSISTENT, STATES, SWAP_BUFFERS, WEIGHTS
 
 
 def held(mesh: Mesh, case: Case) -> tuple[dict[str, int], dict[str, int]]:
@@ -99,6 +99,39 @@ def test_what_is_on_nvme(tmp_path: Path) -> None:
     case = Case(dp=2, stage=3, zero=zero, dtype="bf16", config=wide, optimizer=ADAMW, accumulation=2)
     for real, said in spawn(swapped, Layout(dp=2), case, str(tmp_path)):
         assert said == real
+
+
+def gathered(mesh: Mesh, case: Case) -> tuple[int, int]:
+    """The most bytes of divided weights that are whole at a time, and the planner's bound."""
+    engine = make_engine(mesh, case)
+    most = [0]
+    divided: list[Any] = [parameter for parameter, _ in engine.specs if not parameter.ds_persist]  # type: ignore[attr-defined]
+
+    def look(*_: Any) -> None:
+        most[0] = max(most[0], sum(p.data.nbytes for p in divided if p.data.numel() == p.ds_numel))
+
+    for module in engine.execution.module.modules():
+        module.register_forward_hook(look)
+    for parameter in divided:
+        parameter.register_post_accumulate_grad_hook(look)
+    for step in range(3):
+        engine.step(micro_batches(mesh, engine.plan, step), step=step, lr=ADAMW["lr"])
+    items = model_states(engine.recipe, engine.plan, engine.network, mesh.layout, data_rank=mesh.data.rank)[0].items()
+    return most[0], total(items, GATHERED)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize(
+    ("live", "reuse", "ahead", "exact"),
+    [(10**9, 10**9, 5 * 10**7, True), (0, 0, 0, True), (5000, 5000, 4000, False), (20_000, 0, 10_000, False)],
+)
+def test_weights_that_stage_3_gathers(live: int, reuse: int, ahead: int, exact: bool) -> None:
+    """Exact where all or one are whole at a time; else an upper bound, and not a far one."""
+    limits = {"max_live_parameters": live, "max_reuse_distance": reuse, "prefetch_bucket_size": ahead}
+    zero = {f"stage3_{name}": elements for name, elements in limits.items()}
+    case = Case(dp=2, stage=3, zero=zero, dtype="bf16", config={"num_hidden_layers": 6}, optimizer=ADAMW)
+    for real, said in spawn(gathered, Layout(dp=2), case):
+        assert said == real if exact else real <= said <= 1.5 * real
 
 
 LORA = {"method": "lora", "rank": 3}

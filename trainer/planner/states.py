@@ -278,12 +278,12 @@ class ModelStates:
         return -(-elements // multiple) * multiple
 
     def _live(self, divided: int) -> int:
-        """Return the gathered elements that are there at most: what is kept for its next use, the
-        weight in use, and what is fetched ahead."""
+        """Return the gathered elements that are there at most: those that are kept or fetched ahead
+        for their next use, and the weight in use."""
         zero = self.recipe.zero
         kept = max(zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance)
         largest = max((weight.elements for weight in self.weights), default=0)
-        return min(divided, kept + zero.stage3_prefetch_bucket_size + largest)
+        return min(divided, kept + largest)
 
 
 def _has(state: State, shape: tuple[int, ...]) -> bool:
