@@ -18,8 +18,9 @@ from parallel.topology import Layout
 from tests.parallel.held_memory import held_by
 from tests.parallel.training import ADAMW, CPU, CPU_ALL, Case, make_engine, micro_batches
 from tests.spawn import spawn
+from trainer.engine.engine import Engine
 from trainer.planner.items import Item, Phase, Place, total
-from trainer.planner.memory import model_states
+from trainer.planner.memory import stages_of_ranks, states_of_ranks
 from trainer.planner.states import BUCKETS, COPIES, GATHERED, GRADIENTS, MASTERS, PERSISTENT, STATES, SWAP_BUFFERS, WEIGHTS
 
 
@@ -35,8 +36,14 @@ def held(mesh: Mesh, case: Case) -> tuple[dict[str, int], dict[str, int]]:
         engine.step(micro_batches(mesh, engine.plan, step), step=step, lr=ADAMW["lr"])
     lasting, summed = held_by(engine), seen[-1]
     real = {**lasting, "gradients": summed["gradients"], "buckets": summed["buckets"]}
-    states = model_states(engine.recipe, engine.plan, engine.network, mesh.layout, data_rank=mesh.data.rank)
-    return real, planned(states[mesh.pp.rank].items())
+    return real, planned(items_of(engine, mesh))
+
+
+def items_of(engine: Engine, mesh: Mesh) -> list[Item]:
+    """What the planner says of this rank's states."""
+    ranks = stages_of_ranks(engine.recipe, engine.network)
+    known = engine.recipe, engine.plan, engine.network, mesh.layout, ranks
+    return states_of_ranks(*known, data_rank=mesh.data.rank)[mesh.pp.rank].items()
 
 
 def planned(items: list[Item]) -> dict[str, int]:
@@ -85,7 +92,7 @@ def swapped(mesh: Mesh, case: Case, folder: str) -> tuple[tuple[int, int], tuple
         engine.step(micro_batches(mesh, engine.plan, step), step=step, lr=ADAMW["lr"])
     files = sum(path.stat().st_size for path in Path(folder).rglob("*.swp") if f"rank{mesh.rank}" in path.parts)
     buffers = [*engine.optimizer.optimizer_swapper.swap_buffer_manager.all_buffers, engine.specs[0][0].nvme_swapper.buffers]
-    items = model_states(engine.recipe, engine.plan, engine.network, mesh.layout, data_rank=mesh.data.rank)[0].items()
+    items = items_of(engine, mesh)
     on_disk = sum(item.num_bytes for item in items if item.place is Place.NVME)
     return (files, sum(buffer.nbytes for buffer in buffers)), (on_disk, total(items, SWAP_BUFFERS))
 
@@ -116,7 +123,7 @@ def gathered(mesh: Mesh, case: Case) -> tuple[int, int]:
         parameter.register_post_accumulate_grad_hook(look)
     for step in range(3):
         engine.step(micro_batches(mesh, engine.plan, step), step=step, lr=ADAMW["lr"])
-    items = model_states(engine.recipe, engine.plan, engine.network, mesh.layout, data_rank=mesh.data.rank)[0].items()
+    items = items_of(engine, mesh)
     return most[0], total(items, GATHERED)
 
 

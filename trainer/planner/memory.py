@@ -73,8 +73,9 @@ def memory(
     """Return the memory of each rank of the pipeline. `on_gpu`: devices are GPUs, with what CUDA
     and NCCL take beside tensors."""
     found = []
-    states = model_states(recipe, plan, network, layout)
-    for rank, (stages, state) in enumerate(zip(stages_of_ranks(recipe, network), states, strict=True)):
+    divided = stages_of_ranks(recipe, network)
+    states = states_of_ranks(recipe, plan, network, layout, divided)
+    for rank, (stages, state) in enumerate(zip(divided, states, strict=True)):
         items = [*state.items(), *_activations(recipe, plan, network, layout, rank, stages)]
         items += _host(recipe, plan, state)
         if on_gpu:
@@ -98,10 +99,16 @@ def stages_of_ranks(recipe: Recipe, network: TransformerConfig) -> list[Stages]:
     return [ranks[rank] for rank in range(recipe.parallel.pipeline)]
 
 
-def model_states(
-    recipe: Recipe, plan: BatchPlan, network: TransformerConfig, layout: Layout, *, data_rank: int = 0
+def states_of_ranks(
+    recipe: Recipe,
+    plan: BatchPlan,
+    network: TransformerConfig,
+    layout: Layout,
+    ranks: Sequence[Stages],
+    *,
+    data_rank: int = 0,
 ) -> list[ModelStates]:
-    """Return the model states of each rank of the pipeline."""
+    """Return the model states of each rank of the pipeline, from its stages."""
     weights = RankWeights(network=network, tensor=layout.tp, tuning=recipe.tuning)
     alone = Tiling.of(recipe)
     states = [
@@ -113,7 +120,7 @@ def model_states(
             tiling=alone,
             accumulates=plan.num_micro_batches > 1,
         )
-        for stages in stages_of_ranks(recipe, network)
+        for stages in ranks
     ]
     together = alone.together([state.num_groups for state in states], [len(state.trained) for state in states])
     return [state.cut(together) for state in states]
