@@ -20,7 +20,7 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
     with open_session(resolved, run_dir, resume) as run:
         stop.trains()
         started = time.monotonic()
-        keys, steps = run.recipe.train, run.recipe.train.steps
+        keys, steps = run.recipe.train, run.recipe.train.total_steps
         meter, guard = run.meter(), run.guard()
         evaluation: dict[str, float] = {}
         step = run.checkpoints.start_step

@@ -4,15 +4,17 @@ This is the only list of keys. `recipe/` reads files into it, `triaxis schema` p
 ds_configs/KEYS.md is written from it, and the rest of the package receives these objects already
 validated. It imports no torch: a recipe is checked on a login node in a fraction of a second.
 
-Defaults are the simplest case, not a recommended recipe. A key that nothing reads does not exist.
+Defaults are the simplest case, not a recommended recipe; with model.from_pretrained those of
+`fine_tuning.py` take the place of some. A key that nothing reads does not exist.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from trainer.fine_tuning import BY_DEVICE, listed
 from trainer.tasks import LEARN_FROM_TEXTS, TASKS, TaskName, with_field
 from trainer.update_rules import RuleName, rules_that_read
 
@@ -27,6 +29,8 @@ NumStages = Annotated[int, Field(ge=1, le=2**12, strict=True)]
 # A socket waits for at most 2³¹ ms, and the wait for a hang sums several of these.
 Seconds = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+Dtype = Literal["fp32", "bf16", "fp16"]
 
 STDLIB = "stdlib"  # a source on every machine: the files of the standard library
 
@@ -276,6 +280,12 @@ class Data(Section):
     sources: list[Source] = Field(
         default_factory=lambda: [Source(path=STDLIB)], min_length=1, description="The sources of training documents."
     )
+    max_rows: PositiveInt | None = Field(
+        None,
+        description="The first rows of each of the sources, at most so many, are all that is used, in the order of its "
+        "files; a file of text is one row. What eval_fraction holds out is of them. Absent: all. Not for eval_sources; a "
+        "tokenizer that is trained and the names of classes come from all rows.",
+    )
     eval_sources: list[Source] = Field(
         default_factory=list, description="The sources of held-out documents; empty: eval_fraction of the sources is held out."
     )
@@ -396,12 +406,21 @@ class LossScale(Section):
 class Precision(Section):
     """Number formats."""
 
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="Format of weights and activations in forward and backward; master weights are always fp32."
+    dtype: Dtype | None = Field(
+        "fp32",
+        description="Format of weights and activations in forward and backward; master weights are always fp32. Absent "
+        f"with model.from_pretrained: {BY_DEVICE}, which the first start decides for the whole run.",
     )
     loss_scale: LossScale = Field(
         default_factory=LossScale, description="Loss scaling.", json_schema_extra=only("precision.dtype", "fp16")
     )
+
+    @property
+    def settled(self) -> Dtype:
+        """The format. ValueError while the devices of the first start have yet to decide it."""
+        if self.dtype is None:
+            raise ValueError("precision.dtype is open until the first start")
+        return self.dtype
 
 
 MOST_BUFFERS = 2**10  # buffers of a swap pool, which allocates all of them at once
@@ -533,7 +552,14 @@ class Optimizer(Section):
     """The update rule."""
 
     name: RuleName = Field("adamw", description="Update rule.")
-    lr: float = Field(1e-3, gt=0.0, allow_inf_nan=False, description="Peak learning rate.")
+    lr: float = Field(
+        1e-3,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Peak learning rate. Absent with model.from_pretrained, beside adamw and adam: by task, loss and "
+        f"method ({listed(lambda rates: f'{rates.lr:g} [{rates.source}]')}); a method with dpo or ipo has 1/40 of its "
+        "rate, with orpo 1/4; lion has 1/10 of it all.",
+    )
     betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
         default_factory=lambda: [0.9, 0.95],
         min_length=2,
@@ -556,7 +582,11 @@ class Optimizer(Section):
         json_schema_extra=only("optimizer.name", *rules_that_read("momentum")),
     )
     weight_decay: float = Field(
-        0.1, ge=0.0, allow_inf_nan=False, description="Decay of weight matrices; never of norms, biases and embeddings."
+        0.1,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Decay of weight matrices; never of norms, biases and embeddings. Absent with model.from_pretrained: by "
+        f"task, loss and method ({listed(lambda rates: f'{rates.weight_decay:g}')}), from the sources of optimizer.lr.",
     )
 
 
@@ -564,28 +594,51 @@ class Schedule(Section):
     """Learning rate as a pure function of the step."""
 
     name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field(
-        "cosine", description="Shape after the warm-up; wsd = warm-up, stable, decay."
+        "cosine",
+        description="Shape after the warm-up; wsd = warm-up, stable, decay. Absent with model.from_pretrained: by task, loss "
+        f"and method ({listed(lambda rates: rates.schedule)}), from the sources of optimizer.lr.",
     )
     warmup_steps: Count = Field(
         0, description="Linear rise: step 0 has peak / warmup_steps, step warmup_steps - 1 the peak [steps]."
     )
+    warmup_ratio: Fraction | None = Field(
+        None,
+        lt=1.0,
+        description="The same as a share of train.steps, rounded up, in place of warmup_steps. If both are absent with "
+        f"model.from_pretrained: by task, loss and method ({listed(lambda rates: f'{rates.warmup:g}')}), from the sources "
+        "of optimizer.lr.",
+    )
     decay_steps: Count | None = Field(
         None,
-        description="Length of the final decay; absent: a fifth of train.steps [steps].",
+        description="Length of the final decay; absent: a fifth of the run's steps [steps].",
         json_schema_extra=only("schedule.name", "wsd"),
     )
     min_lr_ratio: Fraction = Field(
         0.1,
-        description="Learning rate at the end / peak.",
+        description="Learning rate at the end / peak. Absent with model.from_pretrained: 0 for the shape that task and "
+        "method have.",
         json_schema_extra=only("schedule.name", "linear", "cosine", "wsd"),
     )
+
+
+# With batch.global_sequences this gives at most 2⁶² sequences, which are numbered in 64 bits.
+MOST_STEPS = 2**32
 
 
 class Train(Section):
     """The length of the run, and its records, evaluations and sample."""
 
-    # With batch.global_sequences this gives at most 2⁶² sequences, which are numbered in 64 bits.
-    steps: int = Field(100, ge=1, le=2**32, description="Optimizer steps of the whole run [steps].")
+    steps: int | None = Field(
+        100, ge=1, le=MOST_STEPS, description="Optimizer steps of the whole run; with epochs, they give them [steps]."
+    )
+    epochs: float | None = Field(
+        None,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Passes over the training data in place of steps; 0.5 is half of it. A pass draws as many sequences as "
+        "all sources have together, with weights some of them more often than others. Rounded up to whole steps when the "
+        "data is tokenized.",
+    )
     clip_norm: float = Field(1.0, ge=0.0, allow_inf_nan=False, description="Largest L2 norm of the gradient; 0 = no clipping.")
     log_every: PositiveInt = Field(1, description="Steps between records in metrics.jsonl [steps].")
     eval_every: Count = Field(0, description="Steps between evaluations; 0 = only after the last step [steps].")
@@ -624,6 +677,21 @@ class Train(Section):
     sample_prompt: str | None = Field(
         None, description="After the last step, print a continuation of this text, or with task sft the answer to it."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _open_steps(cls, given: Any) -> Any:
+        """Leave steps open where epochs are given in their place. null is the same as absent."""
+        if not isinstance(given, dict) or given.get("steps") is not None:
+            return given
+        in_epochs = given.get("epochs") is not None
+        return {**given, "steps": None if in_epochs else cls.model_fields["steps"].default}
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of the whole run, which are known once the data is, where epochs give them."""
+        assert self.steps is not None, "the steps of train.epochs are settled when the data is known"
+        return self.steps
 
 
 Target = Literal["attention", "mlp", "q", "k", "v", "o", "gate", "up", "down"]
@@ -857,6 +925,10 @@ class Recipe(Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description=Checkpoint.__doc__)
     tracking: Tracking = Field(default_factory=Tracking, description=Tracking.__doc__)
     guard: Guard = Field(default_factory=Guard, description=Guard.__doc__)
+
+    def with_format(self, dtype: Dtype) -> Recipe:
+        """Return the recipe in that compute format."""
+        return self.model_copy(update={"precision": self.precision.model_copy(update={"dtype": dtype})})
 
     @property
     def needs_reference(self) -> bool:

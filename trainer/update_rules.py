@@ -67,6 +67,7 @@ class UpdateRule:
     |---|---|
     | `states` | the states of a weight, in the order in which checkpoints list them |
     | `count` | the way it counts its updates |
+    | `lr_beside_adamw` | its learning rate beside AdamW's; None: rates of AdamW tell nothing about it |
     | `reads` | keys of the section `optimizer` that it is given, beside `lr` and `weight_decay` |
     | `on_nvme` | whether DeepSpeed can swap its states, which takes exactly those of Adam |
     | `in_float64` | whether its class computes in float64, as `triaxis verify` wants it to |
@@ -77,13 +78,20 @@ class UpdateRule:
     states: tuple[State, ...]
     count: StepCount
     reads: tuple[str, ...]
+    lr_beside_adamw: float | None = None
     on_nvme: bool = False
     in_float64: bool = True
     not_divided: str = ""
     not_sharded: str = ""
 
 
-_ADAM = UpdateRule(states=(State("exp_avg"), State("exp_avg_sq")), count=StepCount.TENSOR, reads=("betas", "eps"), on_nvme=True)
+_ADAM = UpdateRule(
+    states=(State("exp_avg"), State("exp_avg_sq")),
+    count=StepCount.TENSOR,
+    reads=("betas", "eps"),
+    lr_beside_adamw=1.0,
+    on_nvme=True,
+)
 RULES: dict[RuleName, UpdateRule] = {
     "adamw": _ADAM,
     "adam": _ADAM,
@@ -92,6 +100,8 @@ RULES: dict[RuleName, UpdateRule] = {
         states=(State("exp_avg"),),
         count=StepCount.NUMBER,
         reads=("betas",),
+        # 3 to 10 times less, with as much more decay (Chen et al. 2023, arXiv:2302.06675, §5)
+        lr_beside_adamw=0.1,
         in_float64=False,  # DeepSpeed's extension
     ),
     "adafactor": UpdateRule(

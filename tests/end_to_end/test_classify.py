@@ -15,7 +15,7 @@ from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.checkpoint.export import LOGITS_TOLERANCE, compare_logits, export
 from trainer.cli import main
 from trainer.errors import RecipeError
-from trainer.inference.generate import load_folder
+from trainer.inference.model_folder import load_folder
 
 ZERO1 = next(way for way in WAYS if way.name == "dp2-zero1")
 

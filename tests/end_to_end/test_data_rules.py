@@ -90,10 +90,7 @@ def test_a_run_that_began_with_other_rules_keeps_them(recipe: Path, earlier: Pat
     own = Path(shutil.copytree(earlier, tmp_path / "own"))
     shutil.rmtree(own / "checkpoints" / "step-00000004")
     said = run(recipe, own).said
-    assert (
-        f'the run in {own} keeps the rules of the data that it began with: data.sources[].weight = 1.0, data.tails = "drop"'
-        in said
-    )
+    assert f'the run in {own} keeps the rules that it began with: data.sources[].weight = 1.0, data.tails = "drop"' in said
     assert "50.0% of the steps" in said
     assert 'data.tails "drop" leaves out its last' in said
     assert numbers(own) == undisturbed

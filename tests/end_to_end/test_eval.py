@@ -12,7 +12,7 @@ import torch
 from tests.end_to_end.runs import HEADS, write_bert_recipe
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.cli import main
-from trainer.inference.generate import load_folder
+from trainer.inference.model_folder import load_folder
 from trainer.track import read_metrics
 
 ROWS = [{"prompt": f"{n} is", "completion": "odd" if n % 2 else "even"} for n in range(40)]
@@ -188,7 +188,7 @@ def test_a_classifier_shows_which_classes_it_takes_for_which(tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("nowhere",), "WEIGHTS nowhere: no checkpoint there; legal: a checkpoint's folder, or a run's"),
+        (("nowhere",), "WEIGHTS nowhere: no checkpoint there; legal: a Hugging Face folder, a checkpoint's folder, or a run's"),
         (("{run}", "{run}/no.jsonl"), 'no.jsonl" does not exist'),
         (("{run}", "--set=parallel.tensor=4"), "world size 2 (RANK="),
         (("{run}", "--set=model.tensors=3"), "model.tensors"),

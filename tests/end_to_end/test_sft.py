@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.end_to_end.chats import with_template
 from tests.end_to_end.runs import HEADS
 from tools.campaign.cases import WAYS, Way, arguments, digests, numbers
 from tools.campaign.ranks import Ended, run_ranks, train
@@ -19,11 +20,6 @@ from trainer.track import read_metrics
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 ONE = WAYS[0]
-# Ends turns with a token that is not the end of a document.
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
 
 
 def write_recipe(folder: Path, rows: list[dict[str, str]], *, source: dict[str, Any], size: int, **changes: Any) -> Path:
@@ -50,18 +46,6 @@ def write_recipe(folder: Path, rows: list[dict[str, str]], *, source: dict[str, 
 def run(recipe: Path, run_dir: Path, *words: str, way: Way = ONE) -> Ended:
     command = [*arguments(recipe, run_dir, way, resume="auto"), *words]
     return run_ranks(train, command, world_size=way.processes, log=run_dir.parent / "log")
-
-
-def with_template(folder: Path) -> Path:
-    """A byte-level tokenizer of a Hugging Face folder with a chat template of its own."""
-    from tokenizers import AddedToken
-
-    from trainer.data.tokenizer import Tokenizer, make_tokenizer
-
-    backend = make_tokenizer("bytes")._backend
-    backend.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False)])
-    Tokenizer(backend, end_of_document="<|endoftext|>", config={"chat_template": TEMPLATE}).save(folder)
-    return folder
 
 
 def test_a_resumed_run_is_the_undisturbed_one_and_its_export_chats(tmp_path: Path) -> None:

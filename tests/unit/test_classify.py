@@ -22,7 +22,7 @@ from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.targets import targets_of
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import DataError, RecipeError
-from trainer.inference.open_model import Weights
+from trainer.inference.weights import Weights
 from trainer.model import heads, measures
 from trainer.model.blocks import blocks_of
 from trainer.model.config import TransformerConfig

@@ -13,7 +13,9 @@ from parallel.tensor import TensorParallel
 from trainer.data.loader import MicroBatch
 from trainer.data.tokenizer import Tokenizer, make_tokenizer
 from trainer.errors import DataError, RecipeError, UserError
-from trainer.inference.generate import Writing, continue_from_folder, sample
+from trainer.inference.generate import sample, write_text
+from trainer.inference.model_folder import opened
+from trainer.inference.text_model import Writing
 from trainer.model.blocks import blocks_of
 from trainer.model.hf_config import from_hf, to_hf
 from trainer.model.hugging_face import write_folder
@@ -120,8 +122,11 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
 
 
 def continue_text(folder: Path, prompt: str = "ab c", **changes: object) -> str:
-    writing = Writing(**({"new_tokens": 9, "temperature": 0.0, "top_k": 50, "seed": 0} | changes))
-    return continue_from_folder(folder, prompt, writing)
+    options = {"new_tokens": 9, "temperature": 0.0, "top_k": 50, "seed": 0} | changes
+    seed, pieces = options.pop("seed"), list[str]()
+    with opened(str(folder)) as found:
+        write_text(found, prompt, Writing(**options), seed=seed, show=pieces.append)
+    return "".join(pieces)
 
 
 @pytest.mark.parametrize("family", SHAPES)
@@ -174,7 +179,7 @@ def test_a_prompt_without_a_character(exports: Exports) -> None:
 
 
 def test_folders_that_do_not_load_whole(exports: Exports, tmp_path: Path) -> None:
-    assert_refused(tmp_path, RecipeError, f"{tmp_path}: no config.json there")
+    assert_refused(tmp_path, RecipeError, f"MODEL {tmp_path}: no checkpoint there; legal: a Hugging Face folder")
     folder = tmp_path / "copy"
     shutil.copytree(exports["llama"][0], folder)
     tensors = load_file(folder / "model.safetensors")

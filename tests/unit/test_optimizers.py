@@ -7,7 +7,8 @@ from torch import nn
 
 from parallel.mesh import Group
 from parallel.params import Init, Role, ShardSpec, whole
-from trainer.engine.optimizers import MAKERS, Tiling, make_optimizer
+from trainer.engine.optimizers import MAKERS, groups_of, make_optimizer
+from trainer.engine.tiling import Tiling
 from trainer.errors import RecipeError
 from trainer.model.families import FAMILIES
 from trainer.model.hf_config import from_hf
@@ -79,7 +80,7 @@ def test_groups_are_cut_as_tiles_and_into_as_many_as_are_asked_for() -> None:
     ]
 
     def elements(tiling: Tiling) -> list[list[int]]:
-        return [[parameter.numel() for parameter in group] for group in tiling.groups(specified)]
+        return [[parameter.numel() for parameter in group] for group in groups_of(specified, tiling)]
 
     assert elements(Tiling()) == [[4] * 5, [2, 2]]
     assert elements(Tiling(tile=8)) == [[4, 4], [4, 4], [4], [2, 2]]

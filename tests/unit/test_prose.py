@@ -33,9 +33,9 @@ ARTICLES = words("a an the")
 
 # The docstring of a function or method begins with one of these verbs, or with an article.
 VERBS = words("""
-    add append apply attach attend begin bind bring build call change check close compare complete configure
+    add append apply ask attach attend begin bind bring build call change check close compare complete configure
     connect continue convert copy count create cut damage declare describe disturb divide do draw drop edit end
-    enter escape exclude export fill find free gather get give go hang have hide hold ignore join judge keep
+    enter escape exclude export fill find forget free gather get give go hang have hide hold ignore join judge keep
     kill lay leave let list load lower make mark measure move open parse play poison postpone prepare print
     raise read rebuild record redirect refuse register release remove rename repeat replace replay report
     restore return run save say seek send set settle show start store submit switch take tell train translate

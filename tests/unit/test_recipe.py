@@ -253,8 +253,8 @@ def test_set_goes_through_the_same_door(folder: Path) -> None:
          'without quotes'),
         ("train", "steps", 8.0, "train.steps = 8.0: must be a whole number ≥ 1 and ≤ 4294967296, not a number; write 8"),
         ("train", "steps", True, "train.steps = true: must be a whole number ≥ 1 and ≤ 4294967296, not a boolean"),
-        ("train", "steps", None, "train.steps = null: must be a whole number ≥ 1 and ≤ 4294967296, not null; remove the key to "
-         "get the default"),
+        ("train", "log_every", None, "train.log_every = null: must be a whole number ≥ 1 and ≤ 9007199254740992, not null; "
+         "remove the key to get the default"),
         ("train", "steps", 0, "train.steps = 0: must be a whole number ≥ 1"),
         ("optimizer", "lr", True, "optimizer.lr = true: must be a number > 0, not a boolean"),
         ("optimizer", "lr", -1, "optimizer.lr = -1: must be a number > 0"),

@@ -97,7 +97,9 @@ def test_the_command_draws_and_counts(capsys: pytest.CaptureFixture[str], tmp_pa
 def test_stages_are_shown(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--set=parallel.pipeline=2", "--set=batch.micro_sequences=1", "--set=parallel.balance=[5,3]"]
     assert cli.main([command, QUICKSTART, *arguments]) == 0
-    first, second, imbalance = capsys.readouterr().out.splitlines()[-3:]
+    lines = capsys.readouterr().out.splitlines()
+    begin = next(n for n, line in enumerate(lines) if line.startswith("stage 0"))
+    first, second, imbalance = lines[begin : begin + 3]
     assert first == "stage 0 (rank 0): embedding, layers 0–4 · 7.56 M parameters · 57.7 % of the work"
     assert second == "stage 1 (rank 1): layers 5–7, head · 5.01 M parameters · 42.3 % of the work"
     assert imbalance == "imbalance: the busiest rank has 15.5 % more than the mean"

@@ -83,7 +83,7 @@ class Checkpoints:
 
     def due(self, steps_done: int) -> bool:
         every = self.recipe.checkpoint.every
-        return every > 0 and (steps_done % every == 0 or steps_done == self.recipe.train.steps)
+        return every > 0 and (steps_done % every == 0 or steps_done == self.recipe.train.total_steps)
 
     def save(self, steps_done: int, engine: Engine, memory: Mapping[str, Any]) -> list[str]:
         """Save at the end of a step, and return lines to show. `memory`: JSON that the run gets

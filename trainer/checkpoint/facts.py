@@ -15,11 +15,12 @@ from typing import Any
 from trainer.schema import Recipe, Tuning
 
 # For each `--allow-change WORD`: the fact that may differ, and the consequence.
+DATA = "data"
 CHANGES = {
     "precision": ("precision.dtype", "the fp32 master weights go on in the new format"),
     "optimizer": ("optimizer.name", "states that both have go on, the others start at 0"),
     "tokenizer": ("data.tokenizer", "the same tokens may mean other text"),
-    "data": ("data.samples", "the run goes on at the same place of another order"),
+    DATA: ("data.samples", "the run goes on at the same place of another order"),
 }
 # The keys of config.json that tell who wrote it, or which symbols its tokenizer uses as marks,
 # rather than what the model is.

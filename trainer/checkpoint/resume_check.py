@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.facts import model_facts, recipe_facts, refusals
+from trainer.checkpoint.facts import DATA, model_facts, recipe_facts, refusals
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import MANIFEST, Manifest
 from trainer.errors import DataError, RecipeError
 from trainer.model.auto_rules import AUTO
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
+from trainer.recipe.earlier import OPEN, recipe_of
+from trainer.recipe.task_defaults import FORMAT
 from trainer.run_folder import RunFolder
+from trainer.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,9 @@ class Resume:
         return None if self.how in ("auto", "never") else self.how
 
 
-def checkpoint_named(name: str, *, option: str = "--resume") -> Path:
+def checkpoint_named(name: str, *, option: str = "--resume", also: str = "") -> Path:
     """Return the checkpoint that a command line names: a folder with a manifest, or the newest of a
-    run."""
+    run. RecipeError where there is none; `also`: what else is legal there."""
     path = Path(name)
     try:
         if (path / MANIFEST).exists():
@@ -45,7 +48,7 @@ def checkpoint_named(name: str, *, option: str = "--resume") -> Path:
     except (OSError, ValueError):  # not a possible name of a file
         found = []
     if not found:
-        words = "auto, never, " if option == "--resume" else ""
+        words = "auto, never, " if option == "--resume" else also
         raise RecipeError(f"{option} {name}: no checkpoint there; legal: {words}a checkpoint's folder, or a run's")
     return found[0]
 
@@ -69,14 +72,33 @@ def finished(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> s
     except DataError:
         return ""  # opening the run finds another one, or reports the damage
     given = as_json({**recipe_facts(resolved.recipe), **_model_facts(resolved)})
+    if resolved.origins[FORMAT] in OPEN:
+        del given[FORMAT]  # the run keeps its own
     if lines := refusals(str(newest), manifest.step, manifest.facts, given, resume.allowed):
         raise RecipeError(lines)
-    if resume.path is not None or manifest.step < resolved.recipe.train.steps or not folder.is_finished:
+    last = _last_step(resolved.recipe, newest, manifest, resume)
+    if resume.path is not None or last is None or manifest.step < last or not folder.is_finished:
         return ""
+    length = "train.steps" if resolved.recipe.train.epochs is None else "train.epochs"
     return (
-        f"{folder.path} has reached step {manifest.step} of {resolved.recipe.train.steps}: nothing to do; to go on, raise "
-        "train.steps; for a new run, choose another run.name or --resume never"
+        f"{folder.path} has reached step {manifest.step} of {last}: nothing to do; to go on, raise {length}; for a new run, "
+        "choose another run.name or --resume never"
     )
+
+
+def _last_step(recipe: Recipe, newest: Path, manifest: Manifest, resume: Resume) -> int | None:
+    """Return the last step of a recipe; None if that is known only when the data is open.
+
+    The steps of its epochs are those that the run settled, unless the epochs or the data may have
+    changed.
+    """
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    try:
+        settled = recipe_of(newest, manifest.recipe).train
+    except DataError:
+        return None
+    return settled.steps if settled.epochs == recipe.train.epochs and DATA not in resume.allowed else None
 
 
 def as_json(facts: dict[str, Any]) -> dict[str, Any]:

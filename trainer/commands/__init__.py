@@ -7,6 +7,7 @@ import argparse
 from typing import Protocol
 
 from trainer.commands import (
+    chat,
     check,
     checkpoints,
     data,
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "checkpoints": checkpoints,
     "export": export,
     "generate": generate,
+    "chat": chat,
     "eval": evaluate,
     "submit": submit,
     "data": data,

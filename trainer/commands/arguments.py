@@ -6,8 +6,12 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.files.paths import expanded, wrong_with
+
+if TYPE_CHECKING:
+    from trainer.inference.text_model import Writing
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +23,40 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override one value, as in --set train.steps=10; may be repeated",
     )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the model that writes a text."""
+    parser.add_argument(
+        "model",
+        type=path_name,
+        metavar="MODEL",
+        help="a run's folder, for its newest checkpoint; a checkpoint's; a Hugging Face folder; or an adapter's (by peft)",
+    )
+    parser.add_argument(
+        "--base", type=path_name, metavar="FOLDER", help="of an adapter: its model; default: the one that its config names"
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, new_tokens: int, longest: str) -> None:
+    """Add how a text is written. `longest`: what --max-new-tokens bounds."""
+    parser.add_argument(
+        "--max-new-tokens", type=whole(1), default=new_tokens, metavar="N", help=f"the longest {longest}; default: {new_tokens}"
+    )
+    parser.add_argument(
+        "--temperature", type=number, metavar="T", help="0 takes the likeliest token; default: generation_config.json's, or 0.8"
+    )
+    parser.add_argument(
+        "--top-k", type=whole(1), metavar="K", help="sample among the K likeliest; default: generation_config.json's, or 50"
+    )
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="S", help="of the tokens that are drawn; default: 0")
+
+
+def writing_of(arguments: argparse.Namespace) -> Writing:
+    """Return what `add_sampling` has read."""
+    from trainer.inference.text_model import Writing
+
+    return Writing(arguments.max_new_tokens, arguments.temperature, arguments.top_k)
 
 
 def path_name(text: str) -> str:

@@ -31,9 +31,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from trainer.recipe import load
+    from trainer.recipe.epochs import settled
     from trainer.track.progress import work_progress
 
-    recipe = load(arguments.recipe, arguments.set).recipe
+    resolved = load(arguments.recipe, arguments.set)
+    recipe = resolved.recipe
     from trainer.data import prepare, prepare_summary
 
     with work_progress(shown=True) as progress:
@@ -43,6 +45,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
         say(open_console(), note)
     for row in prepare_summary(prepared):
         say(open_console(), str(row))
+    for line in prepared.passes.lines(settled(resolved, prepared.passes).recipe):
+        say(open_console(), line)
     return EXIT_OK
 
 

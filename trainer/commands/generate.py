@@ -1,22 +1,30 @@
-"""`triaxis generate`: continue or translate a text."""
+"""`triaxis generate`: continue, answer or translate a text."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainer.commands.arguments import number, path, whole
+from trainer.commands.arguments import add_model, add_sampling, number, path, whole, writing_of
 from trainer.errors import EXIT_OK, RecipeError
+from trainer.files.reading import RECIPE_BYTES, read_text, told
 
-SUMMARY = "Continue a text, or answer it, with an exported model or a checkpoint's weights."
+if TYPE_CHECKING:
+    from trainer.inference.model_folder import ModelFolder
+
+SUMMARY = "Continue a text, answer or translate it, with the model of a run, a checkpoint, a Hugging Face folder or an adapter."
+NEW_TOKENS = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=path, metavar="FOLDER", help="a Hugging Face folder, such as RUN_DIR/export")
-    parser.add_argument("--prompt", required=True, metavar="TEXT")
-    parser.add_argument("--max-new-tokens", type=whole(1), default=64, metavar="N")
+    add_model(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument(
+        "--prompt-file", type=path, metavar="FILE", help="all of a UTF-8 file as one prompt, without the newline at its end"
+    )
     way = parser.add_mutually_exclusive_group()
     way.add_argument(
         "--chat",
@@ -29,53 +37,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     way.add_argument(
         "--raw", dest="way", action="store_const", const="raw", help="continue the text as it is; default for others"
     )
-    parser.add_argument(
-        "--temperature", type=number, metavar="T", help="0 takes the likeliest token; default: generation_config.json's, or 0.8"
-    )
-    parser.add_argument(
-        "--top-k", type=whole(1), metavar="K", help="sample among the K likeliest; default: generation_config.json's, or 50"
-    )
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="S")
+    add_sampling(parser, new_tokens=NEW_TOKENS, longest="continuation")
     parser.add_argument("--beams", type=whole(1), default=4, metavar="N", help="of a translation; 1 takes the likeliest token")
     parser.add_argument("--length-penalty", type=number, default=1.0, metavar="A", help="of a translation's beams")
     parser.add_argument("--attention", type=path, metavar="FILE.png", help="draw where a translation's tokens look")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with tempfile.TemporaryDirectory(prefix="triaxis-generate-") as folder:
-        sys.stdout.write(f"{_continued(arguments, Path(folder))}\n")
+    from trainer.inference.generate import translates
+    from trainer.inference.model_folder import opened
+
+    key, prompt = _prompt(arguments)
+    with opened(arguments.model, base=arguments.base) as found:
+        if translates(found):
+            _translate(arguments, found.model, prompt)
+        else:
+            _write(arguments, found, prompt, key)
+    sys.stdout.write("\n")
     return EXIT_OK
 
 
-def _continued(arguments: argparse.Namespace, scratch: Path) -> str:
-    """Return the text, from a Hugging Face folder, or from a checkpoint by way of such a folder in
-    `scratch`."""
-    from trainer.checkpoint.manifest import MANIFEST
+def _prompt(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Return the prompt, after what gave it."""
+    file = arguments.prompt_file
+    if file is None:
+        return "--prompt", arguments.prompt
+    key = f"--prompt-file {file}"
+    try:
+        return key, read_text(file, RECIPE_BYTES).removesuffix("\n")
+    except OSError as error:
+        raise RecipeError(f"{key}: {told(error)}: give a file of text") from None
+    except ValueError:
+        raise RecipeError(f"{key}: not UTF-8: write it so") from None
 
-    folder = arguments.folder
-    if (folder / MANIFEST).is_file():
-        from trainer.checkpoint.export import export
 
-        folder = export(folder, scratch / "model", whole=True).folder
-    from trainer.inference.generate import Writing, continue_from_folder, translates, way_of
+def _write(arguments: argparse.Namespace, found: ModelFolder, prompt: str, key: str) -> None:
+    from trainer.inference.generate import way_of, write_text
+    from trainer.inference.terminal import Terminal
 
-    if translates(folder):
-        if arguments.way is not None:
-            raise RecipeError(f"--{arguments.way}: the model in {folder} translates: leave it out")
-        return _translated(arguments, folder)
     if arguments.attention is not None:
-        raise RecipeError(f"--attention: the model in {folder} continues texts: give one that translates")
-    way, told = way_of(folder, arguments.way)
-    sys.stderr.write(f"{told}\n")
-    writing = Writing(arguments.max_new_tokens, arguments.temperature, arguments.top_k, arguments.seed)
-    return continue_from_folder(folder, arguments.prompt, writing, way=way)
+        raise RecipeError(f"--attention: the model in {found.named} continues texts: give one that translates")
+    way, why = way_of(found, arguments.way)
+    terminal = Terminal()
+    terminal.tell(why)
+    write_text(found, prompt, writing_of(arguments), seed=arguments.seed, show=terminal.show, way=way, key=key)
 
 
-def _translated(arguments: argparse.Namespace, folder: Path) -> str:
+def _translate(arguments: argparse.Namespace, folder: Path, prompt: str) -> None:
     from trainer.inference.translator import Search, Translator
 
+    if arguments.way is not None:
+        raise RecipeError(f"--{arguments.way}: the model in {folder} translates: leave it out")
     translator, search = Translator(folder), Search(arguments.beams, arguments.length_penalty)
     if arguments.attention is not None:
-        translator.attention(arguments.prompt, search).draw(arguments.attention)
-    (found,) = translator.translate([arguments.prompt], search)
-    return found
+        translator.attention(prompt, search).draw(arguments.attention)
+    (found,) = translator.translate([prompt], search)
+    sys.stdout.write(found)

@@ -29,13 +29,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import singledispatch
-from typing import Literal
 
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
-
-Dtype = Literal["fp32", "bf16", "fp16"]
+from trainer.schema import Dtype
 
 # Dense peaks of matrix products in FLOP/s, from the vendors' data sheets: never the "with sparsity"
 # figures, which are twice as high. fp32 is torch's default: TF32 off. A name is found by its words;

@@ -28,7 +28,7 @@ from trainer.data.cache import Progress
 from trainer.data.examples import NO_LABEL, Examples, RowLayout
 from trainer.data.packing import pack
 from trainer.data.shards import TokenizedShard, shard_folder
-from trainer.data.sources import Corpus
+from trainer.data.sources import Corpus, first_rows
 from trainer.data.store import Contents, Packing, StoreWriter
 from trainer.data.texts import Texts
 from trainer.data.tokenizer import Tokenizer
@@ -49,17 +49,23 @@ def build_stores(
     task: str,
     written: Texts | Examples,
     held_out_fraction: float,
+    max_rows: int | None,
     workers: int,
     progress: Progress,
 ) -> None:
     """Fill `folder` with the stores of `corpus`, using the finished shards of an earlier build that
     was killed.
 
-    `written`: the way in which `task` writes its texts or examples. `workers`: processes that
-    tokenize; 0 = one per core that this process may use. DataError if the corpus is damaged,
-    changes during the build, or holds nothing to learn.
+    `written`: the way in which `task` writes its texts or examples. `max_rows`: the first rows that
+    are used; None: all. `workers`: processes that tokenize; 0 = one per core that this process may
+    use. DataError if the corpus is damaged, changes during the build, or holds nothing to learn.
     """
     tokenizer.save(folder / "tokenizer")
+    counts: Counter[str] = Counter()
+    if max_rows is not None:
+        first = first_rows(corpus, max_rows, progress)
+        corpus = first.corpus
+        counts.update(first.counts)
     shards = make_private(folder / "shards")
     todo = {number: shard for number, shard in enumerate(corpus.shards) if not shard_folder(shards, number).is_dir()}
     done = corpus.size - sum(shard.size for shard in todo.values())
@@ -76,7 +82,7 @@ def build_stores(
     for number in pool:
         done += todo[number].size
         progress(done, corpus.size, what)
-    _lay_out(folder, corpus, tokenizer, written if isinstance(written, Examples) else None, held_out_fraction)
+    _lay_out(folder, corpus, tokenizer, written if isinstance(written, Examples) else None, held_out_fraction, counts)
     shutil.rmtree(shards)
 
 
@@ -104,11 +110,18 @@ def choose_held_out(hashes: npt.NDArray[np.uint64], fraction: float) -> npt.NDAr
     return held_out
 
 
-def _lay_out(folder: Path, corpus: Corpus, tokenizer: Tokenizer, examples: Examples | None, held_out_fraction: float) -> None:
+def _lay_out(
+    folder: Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    examples: Examples | None,
+    held_out_fraction: float,
+    counts: Counter[str],
+) -> None:
     paths = [shard_folder(folder / "shards", number) for number in range(len(corpus.shards))]
     shards = [TokenizedShard.open(path, tokenizer.vocab_size) for path in paths]
     documents = np.concatenate([shard.documents for shard in shards])
-    counts = sum((shard.counts for shard in shards), Counter())
+    counts = sum((shard.counts for shard in shards), counts)
     if not len(documents):
         nothing = "its documents are empty; correct the path or the field"
         if examples:

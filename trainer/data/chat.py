@@ -16,7 +16,7 @@ import numpy.typing as npt
 from trainer import schema
 from trainer.data.answers import Answer, Writer, Written
 from trainer.data.chat_template import ChatTemplate, Span
-from trainer.data.conversations import OPTIONS, REASONING, Conversation, Message
+from trainer.data.conversations import OPTIONS, REASONING, Conversation, Message, Turns
 from trainer.data.digests import fingerprint_of
 from trainer.data.examples import Document, Examples, RowLayout, Tokenized
 from trainer.data.fault import Fault
@@ -202,9 +202,14 @@ class Chat(Examples):
         RecipeError, which names `key`, if the template refuses the message.
         """
         try:
-            return self._tokens(self._writer.prompt((Message("user", text, False),)))[0]
+            return self.asked((Message("user", text, False),))
         except Fault as fault:
             raise RecipeError(f"{key} = {text[:60]!r}: {fault}: give another, or none") from None
+
+    def asked(self, turns: Turns) -> list[int]:
+        """Return the tokens after which the assistant answers the last of the turns. Fault if the
+        template refuses them."""
+        return self._tokens(self._writer.prompt(turns))[0]
 
     @property
     def end_of_turn(self) -> int:

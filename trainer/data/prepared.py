@@ -20,8 +20,8 @@ from trainer.data.examples import Conversing, Examples
 from trainer.data.labelled import Labelled, LabelledText, class_name, in_order, require_classes
 from trainer.data.row_format import unread_keys
 from trainer.data.rows import order_fingerprint
-from trainer.data.sampling import num_windows
-from trainer.data.sources import Corpus, look_at
+from trainer.data.sampling import num_windows, order_of
+from trainer.data.sources import Corpus, look_at, rows_left_out
 from trainer.data.store import VERSION, Packing, TokenStore, Verify
 from trainer.data.tasks import examples_of
 from trainer.data.texts import Texts
@@ -31,6 +31,7 @@ from trainer.errors import DataError, RecipeError
 from trainer.files.decoding import read_as
 from trainer.files.durable import write_json
 from trainer.files.reading import told
+from trainer.passes import Drawn, Passes, keep, request_of, stamp_of
 from trainer.tasks import TASKS
 
 CLASSES = "classes.json"
@@ -50,6 +51,7 @@ class PreparedData:
     weights: tuple[float, ...] | None  # one per training store; None: by size
     evaluation: tuple[TokenStore, ...]  # empty: nothing is held out
     eval_sources: tuple[str, ...]  # names, one per evaluation store
+    passes: Passes  # over the training data
     fingerprint: str  # equal if every training sample is equal; saved with checkpoints
     notes: tuple[str, ...]  # one-line remarks for the console
 
@@ -96,8 +98,9 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
     it, without a collective, and open what it made; they raise what it raised. RecipeError or
     DataError, with the place in the recipe or in the data.
     """
-    cache = Cache(cache_dir, request=_request(data), build=build, progress=progress)
+    asked, cache = data, Cache(cache_dir, request=request_of(data), build=build, progress=progress)
     with cache.reporting_outcome():
+        stamp = stamp_of(asked) if build else ""
         digests = Digests(cache_dir)
         corpora, eval_corpora = (_look(data, group, digests) for group in ("sources", "eval_sources"))
         own = _tokenizer(data.tokenizer, corpora, cache, progress)
@@ -117,7 +120,7 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
         notes = [*tokenizer.notes, *_new_token_notes(own, tokenizer, data.new_tokens)]
         notes += [texts.note(tokenizer)] if texts else []
 
-        def stores(corpus: Corpus, fraction: float) -> dict[str, TokenStore]:
+        def stores(corpus: Corpus, fraction: float, max_rows: int | None) -> dict[str, TokenStore]:
             make = partial(
                 build_stores,
                 corpus=corpus,
@@ -125,6 +128,7 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
                 task=data.task,
                 written=examples or texts or Texts(),
                 held_out_fraction=fraction,
+                max_rows=max_rows,
                 workers=data.workers,
                 progress=progress,
             )
@@ -135,20 +139,27 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
                 fraction,
                 *([examples.fingerprint] if examples else []),
                 *(texts.facts if texts else []),
+                *([] if max_rows is None else ["max_rows", max_rows]),
             ]
             folder = cache.folder(fingerprint_of(facts), make, what=f"tokenizing {corpus.name}")
             counts = _counts(folder)
-            remarks = [*filter(None, [unread_keys(counts)]), *(examples.remarks(counts) if examples else ())]
+            remarks = [
+                *filter(None, [rows_left_out(counts), unread_keys(counts)]),
+                *(examples.remarks(counts) if examples else ()),
+            ]
             notes.extend(f"data: {corpus.name}: {remark}" for remark in remarks)
             return _open(folder, corpus, tokenizer, verify="sampled" if build else "header")
 
-        opened = [stores(corpus, held_out_fraction) for corpus in corpora]
+        opened = [stores(corpus, held_out_fraction, data.max_rows) for corpus in corpora]
         train = [found[MAIN] for found in opened]
         for corpus, store in zip(corpora, train, strict=True):
             _require_one_sequence(corpus, store, data)
         held_out = [(corpus.name, found[HELD_OUT]) for corpus, found in zip(corpora, opened, strict=True) if HELD_OUT in found]
-        held_out += [(corpus.name, stores(corpus, 0.0)[MAIN]) for corpus in eval_corpora]
-    weights = _weights(data.sources)
+        held_out += [(corpus.name, stores(corpus, 0.0, None)[MAIN]) for corpus in eval_corpora]
+        weights = _weights(data.sources)
+        passes = _passes([corpus.name for corpus in corpora], train, weights, data)
+        if build:
+            keep(cache_dir, asked, passes, stamp)
     notes += [note for corpus in (*corpora, *eval_corpora) for note in corpus.notes]
     if held_out_fraction:
         noun = examples.noun if examples else "documents"
@@ -166,6 +177,7 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
         weights=weights,
         evaluation=tuple(store for _, store in held_out),
         eval_sources=tuple(name for name, _ in held_out),
+        passes=passes,
         fingerprint=order_fingerprint(
             train,
             weights,
@@ -189,11 +201,7 @@ def held_out_pairs(data: schema.Data, *, cache_dir: Path, limit: int) -> list[Tr
 def was_prepared(data: schema.Data, cache_dir: Path) -> bool:
     """Return whether `prepare` has made all of this under `cache_dir` before. The sources may have
     changed since."""
-    return was_built(cache_dir, request=_request(data))
-
-
-def _request(data: schema.Data) -> str:
-    return fingerprint_of(data.model_dump(mode="json", exclude={"workers"}))
+    return was_built(cache_dir, request=request_of(data))
 
 
 def prepare_summary(prepared: PreparedData) -> list[SourceRow]:
@@ -316,6 +324,12 @@ def _weights(sources: Sequence[schema.Source]) -> tuple[float, ...] | None:
     if len(sources) > 1 and all(source.weight is None for source in sources):
         return None
     return tuple(1.0 if source.weight is None else source.weight for source in sources)
+
+
+def _passes(names: Sequence[str], stores: Sequence[TokenStore], weights: Sequence[float] | None, data: schema.Data) -> Passes:
+    sizes = [num_windows(store.num_tokens, data.row_tokens, tails=data.tails == "train") for store in stores]
+    shares = order_of(weights, sizes, seed=0).shares  # the same with every seed
+    return Passes(tuple(Drawn(*found) for found in zip(names, sizes, shares, strict=True)))
 
 
 def _require_one_sequence(corpus: Corpus, store: TokenStore, data: schema.Data) -> None:

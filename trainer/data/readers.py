@@ -13,6 +13,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from trainer.data.digests import Stamp, unreadable
@@ -84,6 +85,7 @@ class Shard:
     columns: tuple[str, ...] = ()  # names of the columns of a delimited file without a header
     delimiter: str = ""  # of a delimited file
     format: RowFormat | None = None  # makes examples from rows; None: rows are texts
+    limit: int | None = None  # the rows that are read, from the first; None: all
 
     @classmethod
     def from_json(cls, value: dict[str, Any], format: type[RowFormat] | None) -> Shard:
@@ -139,8 +141,14 @@ class Shard:
             for example in self.examples(lambda example: example):
                 yield from self.format.texts_of(example)
 
+    def num_rows(self, most: int | None) -> int:
+        """Return the number of rows, at most `most`. Errors are those of reading them."""
+        if self.kind in FILE_IS_ROW:
+            return min(len(self.files), len(self.files) if most is None else most)
+        return sum(1 for _ in islice(READERS[self.kind](self, lambda row: row), most))
+
     def _read(self, of_row: Callable[[Row], Any]) -> Iterator[Any]:
-        yield from READERS[self.kind](self, of_row)
+        yield from islice(READERS[self.kind](self, of_row), self.limit)
         for file in self.files:
             file.stamp.require_unchanged(file.path)
 
@@ -318,6 +326,10 @@ READERS: dict[str, Callable[[Shard, OfRow], Iterator[Any]]] = {
     "saved": _read_saved,
     "hub": _read_hub,
 }
+# the kinds whose files are one row each
+FILE_IS_ROW = ("text", "python")
+# the kinds whose rows are fetched from elsewhere as they are read
+FETCHED = ("hub",)
 
 
 def open_saved(root: str, split: str, where: str) -> Any:

@@ -11,22 +11,26 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 from trainer import schema
+from trainer.data.cache import Progress
 from trainer.data.digests import Digests, fingerprint_of, unreadable
 from trainer.data.fault import first_line
 from trainer.data.files import packing_of, unpacked_name
 from trainer.data.kinds import JSONL_SUFFIXES, MAYBE_ROWS, ROW_SUFFIXES, TEXT, Kind, Wanted, is_known, kind_of_file, suffix_of
-from trainer.data.readers import LocalFile, Shard, hub_revision, open_hub, open_saved
+from trainer.data.readers import FETCHED, LocalFile, Shard, hub_revision, open_hub, open_saved
 from trainer.data.tasks import ROW_TASKS
 from trainer.errors import DataError, RecipeError
 
 MIN_SHARD_BYTES = 2 << 20  # a few seconds of one core: a killed build loses at most that per worker
 MAX_SHARDS = 1024  # per source, so that a huge source does not become a huge folder
+
+# In the counts of a source.
+USED, LEFT_OUT = "rows used", "rows left out"
 
 TEXT_KINDS = ("text", "python")
 NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -52,6 +56,52 @@ class Corpus:
         """Yield all texts in order."""
         for shard in self.shards:
             yield from shard.documents()
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """A corpus of the first rows of a source. `left_out`: how many rows follow; None: some, which
+    nobody fetched to count them."""
+
+    corpus: Corpus
+    used: int
+    left_out: int | None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The counts of which `rows_left_out` tells; {} if nothing is left out."""
+        if self.left_out is None:
+            return {USED: self.used}
+        return {USED: self.used, LEFT_OUT: self.left_out} if self.left_out else {}
+
+
+def rows_left_out(counts: Mapping[str, int]) -> str | None:
+    """Return a line about the rows beyond the first that are used, or None if there are none."""
+    if USED not in counts:
+        return None
+    used, rest = counts[USED], counts.get(LEFT_OUT)
+    of_all = "" if rest is None else f" of {used + rest:,}"
+    left = "those after them are not fetched" if rest is None else f"{rest:,} are left out"
+    return f"data.max_rows: the first {used:,}{of_all} rows are used, {left}"
+
+
+def first_rows(corpus: Corpus, most: int, progress: Progress) -> FirstRows:
+    """Return the corpus of the first rows, at most `most`, in the order of its documents."""
+    shards: list[Shard] = []
+    room, left_out, done = most, 0, 0
+    for shard in corpus.shards:
+        progress(done, corpus.size, f"counting the rows of {corpus.name}")
+        fetched = shard.kind in FETCHED
+        rows = shard.num_rows(room + 1 if fetched else None)
+        if room:
+            shards.append(shard if rows <= room else replace(shard, limit=room))
+        left_out += max(0, rows - room)
+        room = max(0, room - rows)
+        if fetched and left_out:
+            return FirstRows(replace(corpus, shards=tuple(shards)), most, None)
+        done += shard.size
+    progress(done, corpus.size, f"counting the rows of {corpus.name}")
+    return FirstRows(replace(corpus, shards=tuple(shards)), most, left_out)
 
 
 def look_at(source: schema.Source, *, where: str, digests: Digests, task: str = "pretrain") -> Corpus:

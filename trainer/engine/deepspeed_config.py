@@ -60,10 +60,10 @@ def _precision(recipe: Recipe) -> dict[str, Any]:
     if recipe.zero.stage == 0:
         return {}
     blocks: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}}
-    if recipe.precision.dtype == "bf16":
+    if recipe.precision.settled == "bf16":
         # Without the check a single non-finite gradient ruins master weights and moments for good.
         blocks["bf16"] = {"enabled": True, "check_grad_overflow": True}
-    if recipe.precision.dtype == "fp16":
+    if recipe.precision.settled == "fp16":
         # The scale is a static 1: the engine hands over the scale of every step (see
         # `loss_scale.py`).
         blocks["fp16"] = {"enabled": True, "loss_scale": 1.0}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,8 @@ from trainer.engine.evaluator import Evaluator
 from trainer.engine.execution import DTYPES, make_execution
 from trainer.engine.loss_scale import LossScaler
 from trainer.engine.master_weights import MasterWeights
-from trainer.engine.optimizers import Tiling, make_optimizer
+from trainer.engine.optimizers import groups_of, make_optimizer
+from trainer.engine.tiling import Tiling
 from trainer.engine.zero_state import BY_STAGE
 from trainer.errors import DataError
 from trainer.model.measures import measures_of
@@ -87,7 +88,7 @@ class Engine:
         self.scaler = LossScaler.from_recipe(recipe.precision)
         self.zero_stage = recipe.zero.stage
         self.measures = measures_of(recipe.data.task, network)
-        dtype = DTYPES[recipe.precision.dtype]
+        dtype = DTYPES[recipe.precision.settled]
         prepare(recipe, dtype, self.notes)
         units = Units(mesh)
         masters = MasterWeights(mesh.reduction, dtype, deepspeed_config)
@@ -143,16 +144,12 @@ class Engine:
             self.notes += self.execution.settle_lengths(device, plan.row_tokens, may_call_apart=self.zero_stage < 3)
 
     def _tiling(self) -> Tiling:
-        """Return the way all ranks of the replica cut parameters into groups.
-
-        Each has as many groups as the rank with the most has alone, but no more than the rank with
-        the fewest trained parameters can fill.
-        """
+        """Return the way all ranks of the replica cut parameters into groups."""
         own = Tiling.of(self.recipe)
         trained = sum(parameter.requires_grad for parameter, _ in self.specs)
-        numbers = torch.tensor([len(own.groups(self.specs)), -trained], device=self.device)
-        most, fewest = all_reduce(numbers, self.mesh.replica, dist.ReduceOp.MAX).tolist()
-        return replace(own, num_groups=min(most, -fewest))
+        numbers = torch.tensor([len(groups_of(self.specs, own)), -trained], device=self.device)
+        most, minus_fewest = all_reduce(numbers, self.mesh.replica, dist.ReduceOp.MAX).tolist()
+        return own.together([most], [-minus_fewest])
 
     @property
     def num_params(self) -> int:
@@ -203,7 +200,7 @@ class Engine:
         if num_targets == 0:
             raise DataError(f"step {step} has no target: every label of its {self.plan.global_sequences} sequences is masked")
         factor = self.plan.loss_factor(num_targets, averaged_over=self.mesh.reduction.size)
-        if self.zero_stage and self.recipe.precision.dtype == "fp16":
+        if self.zero_stage and self.recipe.precision.settled == "fp16":
             self.optimizer.override_loss_scale(scale)
         batches = [batch.on(self.device, self._streams(step, index)) for index, batch in enumerate(micro_batches)]
         return self.execution.step(batches, factor=factor, scale=scale), num_targets
@@ -218,7 +215,7 @@ class Engine:
             with whole([parameter], zero_stage=self.zero_stage):
                 yield spec, parameter.detach()
         yield from self.constants
-        yield from ((weight.spec, weight.dequantized(DTYPES[self.recipe.precision.dtype])) for weight in self.quantized)
+        yield from ((weight.spec, weight.dequantized(DTYPES[self.recipe.precision.settled])) for weight in self.quantized)
 
     def gathered_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
         """Yield the parameters of the whole model on the first rank of the mesh, nothing elsewhere.

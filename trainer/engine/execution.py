@@ -121,7 +121,7 @@ def _(
     fill: Callable[[nn.Module], None],
     partition: Callable[[nn.Module], None] = lambda block: None,
 ) -> Execution:
-    dtype, recompute = DTYPES[recipe.precision.dtype], recipe.train.recompute
+    dtype, recompute = DTYPES[recipe.precision.settled], recipe.train.recompute
     return OneStage(AutoStage(network, dtype=dtype, recompute=recompute, device=device, fill=fill, partition=partition), watch)
 
 
@@ -138,7 +138,7 @@ def _(
     fill: Callable[[nn.Module], None],
     partition: Callable[[nn.Module], None] = lambda block: None,
 ) -> Execution:
-    dtype = DTYPES[recipe.precision.dtype]
+    dtype = DTYPES[recipe.precision.settled]
     build = partial(
         Stage,
         network,

@@ -36,7 +36,7 @@ class LossScaler:
     @classmethod
     def from_recipe(cls, precision: Precision) -> LossScaler:
         """Return the scaler of a recipe: a constant 1 unless the format is fp16."""
-        if precision.dtype != "fp16":
+        if precision.settled != "fp16":
             return cls(scale=1.0)
         keys = precision.loss_scale
         if keys.static is not None:

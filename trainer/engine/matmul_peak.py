@@ -7,8 +7,9 @@ import time
 
 import torch
 
-from trainer.costs.flops import Dtype, listed_peak
+from trainer.costs.flops import listed_peak
 from trainer.engine.execution import DTYPES
+from trainer.schema import Dtype
 
 
 def device_peak(device: torch.device, dtype: Dtype) -> tuple[float, str]:

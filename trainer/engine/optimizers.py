@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from parallel.params import Role, ShardSpec
+from trainer.engine.tiling import ALONE, Tiling
 from trainer.errors import RecipeError
 from trainer.schema import Recipe
 from trainer.update_rules import RuleName, rule_of
@@ -26,58 +26,12 @@ Groups = list[dict[str, Any]]
 Maker = Callable[..., Optimizer]
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """The way trained parameters are cut into groups.
-
-    ZeRO reduces a norm for each group, and at stage 3 for each of the tiles that it cuts groups
-    into, one after another over the ranks of the replica; a rank with fewer tiles would leave the
-    others waiting. Ranks differ: a stage of a pipeline may have only matrices to train where the
-    first and the last have rows of new tokens, or fewer elements than another. So the tiles of
-    stage 3 are cut here as DeepSpeed would cut them, and then merged or divided until their number
-    is the same everywhere.
-
-    `tile` [elements of this rank]: a tile ends with the parameter that fills it; None: each kind of
-    parameters is one group. `num_groups`: the number to reach; None: any.
-    """
-
-    tile: int | None = None
-    num_groups: int | None = None
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Tiling:
-        """Return the tiling of this rank alone."""
-        divided = recipe.zero.stage == 3 and recipe.parallel.pipeline > 1
-        return cls(recipe.zero.sub_group_size if divided else None)
-
-    def groups(self, parameters: Specified) -> list[list[nn.Parameter]]:
-        """Return the trained parameters in groups. Matrices, which alone decay, and other
-        parameters are never in one group."""
-        trained = [(p, spec.role is Role.MATRIX) for p, spec in parameters if p.requires_grad]
-        kinds = [[p for p, is_matrix in trained if is_matrix], [p for p, is_matrix in trained if not is_matrix]]
-        tile = self.tile
-        found = _cut(kinds, tile)
-        while tile is not None and self.num_groups is not None and len(found) > self.num_groups:
-            tile *= 2
-            found = _cut(kinds, tile)
-        while len(found) < (self.num_groups or 0):
-            found.append([max(found, key=len).pop()])
-        return found
-
-
-def _cut(kinds: Sequence[Sequence[nn.Parameter]], tile: int | None) -> list[list[nn.Parameter]]:
-    found = []
-    for kind in filter(None, kinds):
-        group: list[nn.Parameter] = []
-        held = 0
-        for parameter in kind:
-            group.append(parameter)
-            held += _elements_here(parameter)
-            if tile is not None and held >= tile:
-                found.append(group)
-                group, held = [], 0
-        found += [group] if group else []
-    return found
+def groups_of(parameters: Specified, tiling: Tiling) -> list[list[nn.Parameter]]:
+    """Return the trained parameters in groups. Matrices, which alone decay, and others are never in
+    one group."""
+    trained = [(p, spec.role is Role.MATRIX) for p, spec in parameters if p.requires_grad]
+    kinds = [[p for p, is_matrix in trained if is_matrix], [p for p, is_matrix in trained if not is_matrix]]
+    return tiling.groups(kinds, _elements_here)
 
 
 def _elements_here(parameter: nn.Parameter) -> int:
@@ -85,13 +39,13 @@ def _elements_here(parameter: nn.Parameter) -> int:
     return int(parameter.partition_numel()) if hasattr(parameter, "partition_numel") else parameter.numel()
 
 
-def make_optimizer(recipe: Recipe, parameters: Specified, device: torch.device, *, tiling: Tiling = Tiling()) -> Optimizer:
+def make_optimizer(recipe: Recipe, parameters: Specified, device: torch.device, *, tiling: Tiling = ALONE) -> Optimizer:
     """Make the recipe's update rule. Weight decay goes by the parameter's role: matrices only."""
     keys = recipe.optimizer
     decays = {id(p) for p, spec in parameters if spec.role is Role.MATRIX}
     groups: Groups = [
         {"params": group, "weight_decay": keys.weight_decay if id(group[0]) in decays else 0.0}
-        for group in tiling.groups(parameters)
+        for group in groups_of(parameters, tiling)
     ]
     read = {key: getattr(keys, key) for key in rule_of(keys).reads}
     read = {key: tuple(value) if isinstance(value, list) else value for key, value in read.items()}

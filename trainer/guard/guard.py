@@ -164,7 +164,7 @@ class Guard:
             "loss": repr(result.loss),
             "grad_norm": repr(result.grad_norm),
             "loss_scale": result.loss_scale,
-            "dtype": recipe.precision.dtype,
+            "dtype": recipe.precision.settled,
             "seed": recipe.run.seed,
             "layout": {"pipeline": recipe.parallel.pipeline, "tensor": recipe.parallel.tensor, "zero": recipe.zero.stage},
         }

@@ -18,8 +18,9 @@ from trainer.data.loader import EvalData
 from trainer.data.prepared import held_out_pairs
 from trainer.data.targets import targets_of
 from trainer.errors import RecipeError
-from trainer.inference.open_model import OpenModel, Weights, open_model
+from trainer.inference.open_model import OpenModel, open_model
 from trainer.inference.translator import Search, Translator, scores
+from trainer.inference.weights import Weights
 from trainer.launch.ranks import together
 from trainer.model.measures import ClassMeasures, EvalResult
 from trainer.tasks import TASKS

@@ -1,28 +1,26 @@
-"""Text from a model: during a run from its engine, afterwards from an exported folder."""
+"""Text from a model: during a run from its engine, afterwards from what the run left."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parallel.rng import derive_seed
 from trainer.data.chat import Chat
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import DataError, RecipeError
-from trainer.files.reading import read_json, require_regular_below, told
+from trainer.files.reading import read_json
+from trainer.inference.model_folder import ModelFolder
+from trainer.inference.shown import TextStream
+from trainer.inference.text_model import TextModel, Writing
 from trainer.model.hugging_face import read_config
 from trainer.model.model_files import TASK
-from trainer.model.origin import GENERATION_CONFIG, as_list
+from trainer.model.origin import as_list
 from trainer.tasks import TASKS
-from trainer.tuning import bottleneck_format, peft_format
 
-TEMPERATURE, TOP_K = 0.8, 50
 ENDLESS = 1 << 30  # tokens: a conversation is never cut
 
 
@@ -60,54 +58,52 @@ def sample(
 Way = Literal["chat", "raw"]
 
 
-@dataclass(frozen=True)
-class Writing:
-    """The way in which a text is written. `temperature`, `top_k`: None for those in
-    generation_config.json, or else 0.8 and 50."""
-
-    new_tokens: int
-    temperature: float | None
-    top_k: int | None
-    seed: int
-
-
-def way_of(folder: Path, asked: Way | None) -> tuple[Way, str]:
-    """Return whether the model in a folder answers a user's message or continues a text, and why.
+def way_of(found: ModelFolder, asked: Way | None) -> tuple[Way, str]:
+    """Return whether a model answers a user's message or continues a text, and why.
 
     `asked`: the way that is asked for, or None to go by what the model was taught. RecipeError if
     it is to answer and has no template.
 
     A template alone means little: base models often come with the tokenizer of taught ones. Our own
-    folders name the task (`finetuning_task` in config.json). Other models were taught if their
-    generation ends at the end of a turn.
+    folders name the task (`finetuning_task` in config.json). Other models, and adapters, were
+    taught if their generation ends at the end of a turn.
     """
-    _require_model(folder)
-    config, tokenizer = read_config(folder), _ours(folder)
+    tokenizer = _ours(found)
     if tokenizer is None or not tokenizer.has_template:
         if asked == "chat":
-            raise RecipeError(f"--chat: the tokenizer in {folder} has no chat template: leave it out")
+            raise RecipeError(f"--chat: the tokenizer in {found.tokenizer} has no chat template: leave it out")
         return "raw", "the text is continued as it is: its tokenizer has no chat template"
     if asked is not None:
         as_asked = {"chat": "asked as a user's message (--chat)", "raw": "continued as it is (--raw)"}
         return asked, f"the text is {as_asked[asked]}"
-    task = config.get(TASK)
-    if task is not None:
-        taught, why = task in TASKS and TASKS[task].answers, f"data.task {task} trained it"
-    else:
-        taught = _end_of_turn(tokenizer) in ends_of(folder)
-        why = f"its generation {'ends' if taught else 'does not end'} at the end of a turn"
+    taught, why = taught_to_answer(found, tokenizer)
     if taught:
         return "chat", f"the text is asked as a user's message: {why}; --raw continues it as it is"
     return "raw", f"the text is continued as it is: {why}; --chat asks it by the chat template"
 
 
-def _ours(folder: Path) -> Tokenizer | None:
-    """Return the folder's tokenizer as it would train here; None if it names no end of a document,
-    which every chat model's does."""
+def taught_to_answer(found: ModelFolder, tokenizer: Tokenizer) -> tuple[bool, str]:
+    """Return whether a model was taught to answer by its template, and how that is known."""
+    task = None if found.adapter else read_config(found.model).get(TASK)
+    if task is not None:
+        return task in TASKS and TASKS[task].answers, f"data.task {task} trained it"
+    taught = _end_of_turn(tokenizer) in ends_of(found)
+    return taught, f"its generation {'ends' if taught else 'does not end'} at the end of a turn"
+
+
+def _ours(found: ModelFolder) -> Tokenizer | None:
+    """Return the tokenizer as it would train here; None if it names no end of a document, which
+    every chat model's does."""
     try:
-        return load_tokenizer(str(folder))
+        return load_tokenizer(str(found.tokenizer))
     except RecipeError:
         return None
+
+
+def template_of(found: ModelFolder) -> Chat:
+    """Return the chat template of a model's tokenizer, in the form in which it writes conversations
+    that are learned."""
+    return Chat(load_tokenizer(str(found.tokenizer)), seq_len=ENDLESS, learned="answers")
 
 
 def _end_of_turn(tokenizer: Tokenizer) -> int | None:
@@ -119,51 +115,57 @@ def _end_of_turn(tokenizer: Tokenizer) -> int | None:
         return None
 
 
-def ends_of(folder: Path) -> list[int]:
-    """Return the tokens at which generation by the model in a folder ends."""
-    path = folder / GENERATION_CONFIG
+def ends_of(found: ModelFolder) -> list[int]:
+    """Return the tokens at which generation by a model ends."""
+    path = found.generation_config
     try:
         generation = read_json(path) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable JSON: {error}; fix or remove the file") from None
-    return as_list(generation.get("eos_token_id", read_config(folder).get("eos_token_id")))
+    return as_list(generation.get("eos_token_id", read_config(found.model).get("eos_token_id")))
 
 
-def continue_from_folder(folder: Path, prompt: str, writing: Writing, *, way: Way = "raw") -> str:
-    """Return what the model in a Hugging Face folder writes: the answer to the prompt, or the
-    prompt and its continuation.
+def ends_of_answers(found: ModelFolder, chat: Chat) -> list[int]:
+    """Return the same for answers: the token that ends a turn is always among them, because the
+    model would go on as the user."""
+    return list(dict.fromkeys([*ends_of(found), chat.end_of_turn]))
 
-    It runs on a GPU if there is one, and writes at most `writing.new_tokens` tokens, up to where
-    its generation ends or the model's last position. RecipeError for a prompt that leaves no room,
-    DataError for a folder that does not load whole.
+
+def write_text(
+    found: ModelFolder,
+    prompt: str,
+    writing: Writing,
+    *,
+    seed: int,
+    show: Callable[[str], None],
+    way: Way = "raw",
+    key: str = "--prompt",
+) -> None:
+    """Have a model write: the answer to the prompt, or the prompt and its continuation. `show` gets
+    the text piece by piece; `key`: what gave the prompt, for a message.
+
+    It writes at most `writing.new_tokens` tokens, up to where its generation ends or the model's
+    last position. RecipeError for a prompt that leaves no room, DataError for a folder that does
+    not load whole.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_folder(folder)
+    model = TextModel(found, seed=seed)
     if not prompt:
-        raise RecipeError("--prompt is empty: give at least one character")
-    tokens = _asked(folder, prompt) if way == "chat" else _begun(tokenizer, prompt)
-    # Models with slopes (ALiBi) or state spaces have no last position.
-    positions = getattr(model.config, "max_position_embeddings", sys.maxsize)
-    if len(tokens) >= positions:
-        raise RecipeError(f"--prompt has {len(tokens)} tokens, but the model has {positions} positions: give fewer than that")
-    torch.manual_seed(derive_seed(writing.seed, "sample"))
-    ids = torch.tensor([tokens], device=device)
-    with torch.no_grad():
-        out = model.to(device).generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=min(writing.new_tokens, positions - len(tokens)),
-            pad_token_id=tokenizer.eos_token_id,
-            **_sampling(writing, model.generation_config),
+        raise RecipeError(f"{key} is empty: give at least one character")
+    ends = ends_of(found)
+    if way == "chat":
+        chat = template_of(found)
+        tokens, ends = chat.prompt(prompt, key=key), ends_of_answers(found, chat)
+    else:
+        tokens = _begun(model.tokenizer, prompt)
+    if len(tokens) >= model.positions:
+        raise RecipeError(
+            f"{key} has {len(tokens)} tokens, but the model has {model.positions} positions: give fewer than that"
         )
-    shown = out[0, len(tokens) :] if way == "chat" else out[0]
-    return str(tokenizer.decode(shown, skip_special_tokens=True))
-
-
-def _asked(folder: Path, prompt: str) -> list[int]:
-    """Return the tokens of a user's message, in the form in which the model was taught
-    conversations."""
-    return Chat(load_tokenizer(str(folder)), seq_len=ENDLESS, learned="answers").prompt(prompt, key="--prompt")
+    stream = TextStream(model.tokenizer, show)
+    if way == "raw":
+        stream.put(tokens)
+    model.more(tokens, writing, ends=ends, hear=stream.put)
+    stream.end()
 
 
 def _begun(tokenizer: Any, prompt: str) -> list[int]:
@@ -175,69 +177,10 @@ def _begun(tokenizer: Any, prompt: str) -> list[int]:
     return tokens[:after]
 
 
-def _sampling(writing: Writing, said: Any) -> dict[str, Any]:
-    """Return the settings of generation: those of the command line, else of the folder; temperature
-    0 takes the likeliest token."""
-    temperature = writing.temperature if writing.temperature is not None else said.temperature or TEMPERATURE
-    if temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    top_k = writing.top_k if writing.top_k is not None else said.top_k or TOP_K
-    return {"do_sample": True, "temperature": temperature, "top_k": top_k}
-
-
-def translates(folder: Path) -> bool:
-    """Return whether the folder's model has an encoder and a decoder."""
+def translates(found: ModelFolder) -> bool:
+    """Return whether a model has an encoder and a decoder."""
     try:
-        config = read_json(folder / "config.json")
+        config = read_json(found.model / "config.json")
     except (OSError, ValueError):  # loading it will report the error
         return False
     return config.get("is_encoder_decoder") is True
-
-
-def _require_next_tokens(architectures: Sequence[str], folder: Path) -> None:
-    for head, does in {"SequenceClassification": "sorts texts into classes", "MaskedLM": "guesses masked tokens"}.items():
-        if any(architecture.endswith(f"For{head}") for architecture in architectures):
-            raise RecipeError(f"the model in {folder} {does}: give one that continues texts")
-
-
-def _require_model(folder: Path) -> None:
-    remedies = {
-        peft_format.CONFIG: "give the checkpoint, or write a whole model with triaxis export --merge",
-        bottleneck_format.CONFIG: "give the checkpoint",
-    }
-    for config, remedy in remedies.items():
-        if (folder / config).is_file() and not (folder / "config.json").is_file():
-            raise RecipeError(f"{folder}: an adapter without the model that it belongs to: {remedy}")
-    if not (folder / "config.json").is_file():
-        raise RecipeError(f"{folder}: no config.json there: give a Hugging Face folder, such as RUN_DIR/export")
-    try:
-        require_regular_below(folder)
-    except OSError as error:
-        raise DataError(f"{error.filename}: {told(error)}: remove it from the folder") from None
-
-
-def load_folder(folder: Path) -> tuple[Any, Any]:
-    """Return model and tokenizer: no code from the folder, no pickle, and no tensor drawn at
-    random."""
-    _require_model(folder)
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-
-    try:
-        network = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        _require_next_tokens(network.architectures or (), folder)
-        kind = AutoModelForSeq2SeqLM if network.is_encoder_decoder else AutoModelForCausalLM
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        # The annotations of transformers lack `output_loading_info`.
-        loaded = kind.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
-        model, loading = cast(tuple[nn.Module, dict[str, Any]], loaded)
-    except RecipeError:
-        raise
-    except Exception as error:
-        # transformers, tokenizers and safetensors each raise kinds of their own.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{folder}: cannot be loaded ({reason}): fetch or export it again") from error
-    if loading["missing_keys"]:  # transformers would draw them at random
-        raise DataError(f"{folder}: tensor {min(loading['missing_keys'])} is missing: fetch or export it again")
-    if (folder / bottleneck_format.CONFIG).is_file():
-        bottleneck_format.load_bottlenecks(model, folder)
-    return model.eval(), tokenizer

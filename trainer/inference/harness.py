@@ -28,6 +28,7 @@ from trainer.data.loader import MicroBatch
 from trainer.data.texts import Texts
 from trainer.errors import RecipeError
 from trainer.inference.generate import ends_of
+from trainer.inference.model_folder import ModelFolder
 from trainer.inference.open_model import OpenModel, open_model
 from trainer.launch.ranks import together
 
@@ -42,7 +43,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def __init__(self, model: OpenModel, *, chat: bool) -> None:
         super().__init__()
         self._model, self._chat = model, chat
-        self._ends = {model.tokenizer.end_of_document, *ends_of(model.weights.config)}
+        self._ends = {model.tokenizer.end_of_document, *ends_of(ModelFolder(model.weights.config))}
         self.max_length: int = model.network.max_positions or model.recipe.data.seq_len
 
     @property

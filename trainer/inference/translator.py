@@ -17,7 +17,7 @@ import torch
 from trainer.data.translations import Translation
 from trainer.errors import RecipeError
 from trainer.files.reading import told
-from trainer.inference.generate import load_folder
+from trainer.inference.model_folder import load_folder
 
 BATCH = 32  # texts translated together, of about the same length
 # Tokens. A tokenizer without a limit says 10³⁰, which its own truncation cannot represent.

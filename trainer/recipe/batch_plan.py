@@ -53,6 +53,14 @@ class BatchPlan:
         """The tokens of one step over all ranks."""
         return self.global_sequences * self.row_tokens
 
+    @property
+    def line(self) -> str:
+        """The line that says how a step is cut."""
+        return (
+            f"step: {self.global_sequences} sequences = micro {self.micro_sequences} × data-parallel {self.dp} × "
+            f"{self.num_micro_batches} micro-batches; {self.tokens_per_step:,} tokens"
+        )
+
     def loss_factor(self, num_targets: int, *, averaged_over: int) -> float:
         """Return the number by which each micro-batch's loss_sum is multiplied before backward.
 

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import RecipeError
+from trainer.fine_tuning import BY_DEVICE
 from trainer.learning_rate import decay_steps
 from trainer.model.config import TransformerConfig
 from trainer.model.new_tokens import number_at_the_end, stand_ins
 from trainer.recipe.keys import validate
-from trainer.recipe.marks import Problem, dotted, first_mark, leaves
+from trainer.recipe.marks import KeyPath, Problem, dotted, first_mark, leaves
 from trainer.recipe.names import name_findings, with_paths
 from trainer.recipe.network import fit_findings, network_from, read_network, with_head
 from trainer.recipe.overlay import Layer, read_chain
 from trainer.recipe.pipeline import pipeline_findings
 from trainer.recipe.rules import section_findings
+from trainer.recipe.task_defaults import FORMAT, with_task_defaults
+from trainer.recipe.task_defaults import ORIGIN as TASK_DEFAULT
 from trainer.redaction import redact
-from trainer.schema import Recipe
+from trainer.schema import Dtype, Recipe
 
 MAX_LINES = 100  # of problems shown
 
@@ -28,7 +31,8 @@ MAX_LINES = 100  # of problems shown
 class ResolvedRecipe:
     """A recipe that has passed every check.
 
-    * `origins`: dotted key of every value → "default", "file NAME", "--set" or "derived".
+    * `origins`: dotted key of every value → "default", "task default" (`task_defaults.py`), "file
+      NAME", "--set" or "derived".
     * `given`: what was written, after `extends` and `--set`.
     * `sources`: the files read, the one named by the user last.
     * `hf_config`: the network in Hugging Face's names, None while it is still on the hub.
@@ -75,16 +79,23 @@ class ResolvedRecipe:
             raise RecipeError([finding.message for finding in unfit])
         return config
 
+    def settled(self, dtype: Dtype) -> ResolvedRecipe:
+        """Return the recipe in the compute format that its devices decided, where it left that
+        open."""
+        return self if self.recipe.precision.dtype is not None else replace(self, recipe=self.recipe.with_format(dtype))
+
     def as_resolved_json(self, deepspeed_config: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the content of resolved.json, which is also shown on screen.
 
         It has every value with its origin, and DeepSpeed's dict once the world size is known,
-        without secrets.
+        without secrets. A compute format that is still open says what decides it.
         """
         values = {
             dotted(path): {"value": value, "origin": self.origins[dotted(path)]}
             for path, value in leaves(self.recipe.model_dump())
         }
+        if self.recipe.precision.dtype is None:
+            values[FORMAT]["at_start"] = BY_DEVICE
         resolved = {"values": values} | ({} if deepspeed_config is None else {"deepspeed_config": deepspeed_config})
         return dict(redact(resolved))
 
@@ -110,6 +121,9 @@ def _admitted(layer: Layer, overrides: Sequence[str]) -> ResolvedRecipe:
     recipe, findings = with_paths(recipe)
     faulty |= {key for finding in findings for key in finding.keys}
     problems += [Problem(first_mark(finding.keys, marks), finding.message) for finding in findings]
+    # Not those with a mark: what is in no file has none.
+    written = {dotted(path) for path, _ in leaves(layer.value)}
+    recipe, by_task = with_task_defaults(recipe, written)
     hf_config, findings = read_network(recipe)
     findings += pipeline_findings(recipe)
     rules = [*section_findings(recipe, marks.keys()), *name_findings(recipe), *findings]
@@ -120,16 +134,18 @@ def _admitted(layer: Layer, overrides: Sequence[str]) -> ResolvedRecipe:
         lines = [str(p) for p in dict.fromkeys(sorted(problems, key=lambda p: (p.mark, p.message)))]
         more = len(lines) - MAX_LINES
         raise RecipeError(lines[:MAX_LINES], [f"and {more} more"] * (more > 0))
-    return _resolve(recipe, layer, hf_config)
+    return _resolve(recipe, layer, hf_config, by_task)
 
 
-def _resolve(recipe: Recipe, layer: Layer, hf_config: dict[str, Any] | None) -> ResolvedRecipe:
+def _resolve(recipe: Recipe, layer: Layer, hf_config: dict[str, Any] | None, by_task: Collection[KeyPath]) -> ResolvedRecipe:
     derived: dict[tuple[str, str], Any] = {}
     if recipe.data.cache_dir is None:
         derived["data", "cache_dir"] = str(Path(recipe.run.dir) / "data")
     if recipe.parallel.sequence_parallel is None:
         derived["parallel", "sequence_parallel"] = recipe.parallel.divides_tokens
-    if recipe.schedule.name == "wsd" and recipe.schedule.decay_steps is None:
+    if recipe.train.steps is None:  # epochs.py settles them when the data is known
+        derived["train", "steps"] = None
+    elif recipe.schedule.name == "wsd" and recipe.schedule.decay_steps is None:
         derived["schedule", "decay_steps"] = decay_steps(recipe.schedule, recipe.train.steps)
     if recipe.model.family is None and hf_config is not None:
         derived["model", "family"] = hf_config["model_type"]
@@ -137,10 +153,18 @@ def _resolve(recipe: Recipe, layer: Layer, hf_config: dict[str, Any] | None) -> 
     for (section, key), value in derived.items():
         values[section][key] = value
     resolved = Recipe.model_validate(values)
-    origins = {
-        dotted(path): "derived" if path in derived else layer.marks[path].origin if path in layer.marks else "default"
-        for path, _ in leaves(resolved.model_dump())
-    }
+    taken_back = {path for path, value in leaves(layer.value) if value is None}
+
+    def origin(path: KeyPath, value: Any) -> str:
+        if path in by_task:
+            return TASK_DEFAULT
+        if path in derived:
+            return "derived"
+        if path not in layer.marks or (path in taken_back and value is not None):
+            return "default"
+        return layer.marks[path].origin
+
+    origins = {dotted(path): origin(path, value) for path, value in leaves(resolved.model_dump())}
     return ResolvedRecipe(resolved, origins, layer.value, tuple(layer.sources), hf_config)
 
 

@@ -28,6 +28,7 @@ def section_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding
     yield from only_findings(recipe, given)
     yield from zero_findings(recipe)
     yield from auto_findings(recipe)
+    yield from _length_findings(recipe)
     yield from schedule_findings(recipe.schedule, recipe.train)
     yield from _parallel_findings(recipe)
     yield from _loss_scale_findings(recipe, given)
@@ -37,6 +38,17 @@ def section_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding
     yield from task_findings(recipe, given)
     yield from _guard_findings(recipe)
     yield from tuning_findings(recipe)
+
+
+def _length_findings(recipe: Recipe) -> Iterator[Finding]:
+    """Yield a finding where a recipe says twice how long the run is."""
+    keys = recipe.train
+    if keys.steps is not None and keys.epochs is not None:
+        yield Finding(
+            ("train.epochs", "train.steps"),
+            f"train.epochs = {keys.epochs:g} and train.steps = {keys.steps} both say how long the run is: remove one of them; "
+            "null takes back one that is inherited (--set train.steps=null)",
+        )
 
 
 def _parallel_findings(recipe: Recipe) -> Iterator[Finding]:

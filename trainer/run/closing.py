@@ -44,7 +44,7 @@ def export(engine: Engine, files: ModelFiles, folder: RunFolder, *, is_first: bo
         try:
             what = _write_export(engine, files, folder.export if is_first else None)
         except NotFinite as error:
-            raise NotFinite(error.what, step=engine.recipe.train.steps) from None
+            raise NotFinite(error.what, step=engine.recipe.train.total_steps) from None
     note(f"{what}: {folder.export}")
 
 
@@ -52,7 +52,7 @@ def _write_export(engine: Engine, files: ModelFiles, folder: Path | None) -> str
     """Write the export, and return the word for it. `folder` is None on ranks that only take part
     in the gathering."""
     recipe, network = engine.recipe, engine.network
-    tensors, dtype = engine.gathered_tensors(), DTYPES[recipe.precision.dtype]
+    tensors, dtype = engine.gathered_tensors(), DTYPES[recipe.precision.settled]
     if leaves_adapter(recipe):
         form = AdapterFormat.of(recipe, network)
         write_adapter(assembled(tensors), folder, dtype=dtype, form=form, save_beside=_others(files))

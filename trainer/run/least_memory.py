@@ -81,7 +81,7 @@ def least_demands(recipe: Recipe, plan: BatchPlan, network: Network) -> Iterator
         actions = 2 * plan.num_micro_batches * parallel.pipeline * parallel.virtual_stages
         what = f"the schedule of {plan.num_micro_batches} micro-batches (batch.global_sequences {batch.global_sequences})"
         yield Demand(what, actions * ACTION_BYTES, True)
-    itemsize, divided = DTYPE_BYTES[recipe.precision.dtype], parallel.tensor * parallel.pipeline
+    itemsize, divided = DTYPE_BYTES[recipe.precision.settled], parallel.tensor * parallel.pipeline
     tokens = batch.micro_sequences * seq_len // (parallel.tensor if parallel.divides_tokens else 1)
     yield Demand(
         f"what the layers keep of a micro-batch (batch.micro_sequences {batch.micro_sequences} × data.seq_len {seq_len})",

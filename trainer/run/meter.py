@@ -65,7 +65,7 @@ class Meter:
         rows = (row for batch in micro_batches for row in batch.documents.lengths)
         self._flops += row_flops(engine.network, rows, trained_beside=self._counts.trained_beside)
         self._skipped += result.skipped
-        if steps_done % keys.log_every and steps_done != keys.steps:
+        if steps_done % keys.log_every and steps_done != keys.total_steps:
             return
         spent = engine.watch.lap()
         span_s = time.perf_counter() - self._since

@@ -25,14 +25,18 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.engine.execution import DTYPES
 from trainer.engine.first_weights import first_weights
 from trainer.engine.group import Joined
+from trainer.errors import DataError
 from trainer.launch.binding import placed
 from trainer.launch.ranks import together
+from trainer.learning_rate import changed_length
 from trainer.model.hugging_face import local_folder, read_config, unread_weights
 from trainer.model.model_files import ModelFiles
 from trainer.model.network import Network
 from trainer.model.origin import Origin
 from trainer.recipe import ResolvedRecipe
-from trainer.run.start import agree, begin_again, claim, find, keep_rules
+from trainer.recipe.earlier import recipe_of
+from trainer.recipe.epochs import settled
+from trainer.run.start import agree, begin_again, claim, find, keep_rules, settle_format
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
 from trainer.track import open_rank_log
@@ -49,8 +53,9 @@ logger = logging.getLogger(__name__)
 class OpenFolder:
     """A run folder that this start owns, with its log, and a watchdog over the ranks.
 
-    `remarks` are shown when there is a tracker. `resolved` is the recipe with the data rules by
-    which the run in the folder began.
+    `remarks` are shown when there is a tracker. `resolved` is the recipe with the rules by which
+    the run in the folder began and with its compute format, and once the data is read with the
+    steps of its epochs.
     """
 
     folder: RunFolder
@@ -91,7 +96,8 @@ def opened_folder(
         group.watch.begin("reading the data")
         with together(lambda: group.watch.doing):
             resolved, told = keep_rules(resolved, folder, resume, messages)
-        yield OpenFolder(folder, lease, log, watchdog, mesh, messages, resolved, [*remarks, *told])
+            resolved, more = settle_format(resolved, group.device, messages)
+        yield OpenFolder(folder, lease, log, watchdog, mesh, messages, resolved, [*remarks, *told, *more])
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,8 @@ def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
         prepared = prepare(recipe.data, seed=recipe.run.seed, cache_dir=cache_dir, build=group.is_first, progress=progress)
     group.watch.begin("looking for a checkpoint")
     with together(lambda: group.watch.doing):
+        opened.resolved = settled(opened.resolved, prepared.passes)
+        recipe = opened.resolved.recipe
         found, remarks = find(opened.folder, resume, opened.messages)
         network, fill = first_weights(opened.resolved, prepared.tokenizer, prepared.classes, resumed=found is not None)
         if recipe.model.from_pretrained is not None and found is None:
@@ -129,14 +137,24 @@ def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
         facts = _facts(recipe, files, prepared)
         if found is not None:
             agree(found, facts, resume)
+            remarks += _changed_length(found, recipe)
     return LoadedRun(prepared, found, network, fill, files, facts, remarks)
+
+
+def _changed_length(found: Found, recipe: Recipe) -> list[str]:
+    """Return a remark where the run that goes on is longer or shorter than it was planned."""
+    try:
+        earlier = recipe_of(found.path, found.manifest.recipe)
+    except DataError:  # values that are no longer legal: nothing is known of its plan
+        return []
+    return list(filter(None, [changed_length(earlier, recipe, found.manifest.step)]))
 
 
 def _files(recipe: Recipe, network: Network, prepared: PreparedData) -> ModelFiles:
     return ModelFiles(
         network,
         prepared.tokenizer,
-        str(DTYPES[recipe.precision.dtype]).removeprefix("torch."),
+        str(DTYPES[recipe.precision.settled]).removeprefix("torch."),
         task=recipe.data.task,
         end_of_turn=prepared.chat.end_of_turn if prepared.chat else None,
         origin=_origin(recipe, prepared.tokenizer),

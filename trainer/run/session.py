@@ -138,7 +138,7 @@ class Session:
     def finish(self, summary: dict[str, object]) -> None:
         """Add the closing results to the summary (the baseline, a sample, translations), and write
         the report."""
-        recipe, engine, steps = self.recipe, self.engine, self.recipe.train.steps
+        recipe, engine, steps = self.recipe, self.engine, self.recipe.train.total_steps
         if self.eval_data is not None and self.place.is_first and engine.measures.predicts_tokens:
             summary |= baseline(recipe, self.prepared, targets_for(recipe, self.prepared, engine.network, "evaluation"))
         summary |= sampled(recipe, self.prepared, engine.evaluator)
@@ -215,7 +215,7 @@ def _ready(group: Joined, opened: OpenFolder, loaded: LoadedRun, plan: BatchPlan
                     name=recipe.run.name,
                     folder=folder.path,
                     recipe=recipe.model_dump(mode="json"),
-                    total_steps=recipe.train.steps,
+                    total_steps=recipe.train.total_steps,
                     world_size=group.place.world_size,
                     devices=devices,
                     start_step=checkpoints.start_step,
@@ -292,7 +292,7 @@ def _session(
     recipe, mesh = opened.resolved.recipe, opened.mesh
     skipped: int = checkpoints.memory.get("data", {}).get("skipped_steps", 0)
     train_data = _train_data(recipe, prepared, loaded.network)
-    peak_flops, peak_source = device_peak(group.device, recipe.precision.dtype)
+    peak_flops, peak_source = device_peak(group.device, recipe.precision.settled)
     return Session(
         recipe=recipe,
         place=group.place,
@@ -401,18 +401,15 @@ def _devices(place: Place) -> str:
 def _introduce(run: Session, remarks: Iterable[str]) -> None:
     """Write to the console what will be trained, on which devices, and the remarks so far."""
     recipe, engine, counts, note = run.recipe, run.engine, run.counts, run.tracker.note
-    if remark := slower_than_fp32(run.place.device, recipe.precision.dtype, run.peak_flops):
+    if remark := slower_than_fp32(run.place.device, recipe.precision.settled, run.peak_flops):
         note(remark)
     one = bytes_of_one(recipe, trained=counts.trained, frozen_bytes=counts.frozen_bytes)
     run.say([*remarks, disk_space(recipe, run.checkpoints.folder, one).line])
     run.say(f"data: {row}" for row in prepare_summary(run.prepared))
-    run.say(f"data: {line}" for line in run.data.data.described(run.prepared.sources, recipe.train.steps))
+    run.say(f"data: {line}" for line in run.data.data.described(run.prepared.sources, recipe.train.total_steps))
+    run.say(run.prepared.passes.lines(recipe))
     run.say([*run.prepared.notes, *engine.notes])
-    plan = run.plan
-    note(
-        f"step: {plan.global_sequences} sequences = micro {plan.micro_sequences} × data-parallel {plan.dp} × "
-        f"{plan.num_micro_batches} micro-batches; {plan.tokens_per_step:,} tokens"
-    )
+    note(run.plan.line)
     weights = "6 · matmul weights"
     if counts.frozen:
         whole = counts.trained + counts.frozen

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from parallel.messages import Messages
 from trainer.checkpoint.facts import refusals
 from trainer.checkpoint.folder import CheckpointFolder
@@ -13,9 +15,11 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.resume import Found, examine, newest_whole
 from trainer.checkpoint.resume_check import Resume, checkpoint_named
 from trainer.cluster.lease import JobStart, leased
+from trainer.engine.compute_format import format_of_devices
 from trainer.errors import DataError, RecipeError
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.earlier import as_begun, rules_of_checkpoint, rules_of_run
+from trainer.recipe.task_defaults import FORMAT, ORIGIN
 from trainer.run_folder import RunFolder, read_resolved
 from trainer.track.jsonl import read_metrics
 
@@ -69,10 +73,21 @@ def begin_again(folder: RunFolder, resume: Resume) -> list[str]:
 def keep_rules(
     resolved: ResolvedRecipe, folder: RunFolder, resume: Resume, messages: Messages
 ) -> tuple[ResolvedRecipe, list[str]]:
-    """Return the recipe with the data rules of the run that it continues, where it leaves them
-    open, and remarks. All ranks must call it together."""
+    """Return the recipe with the rules of the run that it continues, where it leaves them open, and
+    remarks. All ranks must call it together."""
     begun = messages.broadcast(_rules(folder, resume) if messages.is_first else None)
     return (resolved, []) if begun is None else as_begun(resolved, begun["rules"], begun["where"])
+
+
+def settle_format(resolved: ResolvedRecipe, device: torch.device, messages: Messages) -> tuple[ResolvedRecipe, list[str]]:
+    """Return the recipe in the compute format of the devices, where it is still open, and remarks.
+    All ranks must call it together."""
+    if resolved.origins[FORMAT] != ORIGIN:
+        return resolved, []
+    of_devices = format_of_devices(device, messages)
+    kept = resolved.settled(of_devices).recipe.precision.settled
+    told = [f"{FORMAT} stays {kept}, with which the run began; on these devices it would now begin with {of_devices}"]
+    return resolved.settled(of_devices), told if kept != of_devices else []
 
 
 def _rules(folder: RunFolder, resume: Resume) -> dict[str, Any] | None:

@@ -172,7 +172,7 @@ def _adalora_keys(recipe: Recipe, network: TransformerConfig) -> dict[str, Any]:
         "beta1": budget.betas[0],
         "beta2": budget.betas[1],
         "orth_reg_weight": budget.orthogonality,
-        "total_step": recipe.train.steps,
+        "total_step": recipe.train.total_steps,
     }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from trainer.schema import Finding, Recipe, Tuning
+from trainer.tuning.sizes import Column, Row, bottleneck, low_rank, rescaled_inputs, rescaled_outputs
 
 # The projections that a word of tuning.targets means.
 PROJECTIONS: Mapping[str, tuple[str, ...]] = {
@@ -36,6 +37,7 @@ class Method:
     | `targets` | the words where the recipe gives none |
     | `trains_biases` | whether the model's own biases are trained |
     | `not_merged` | why the parts cannot be merged into weights; "" where they can |
+    | `beside_column`, `beside_row` | sizes of what is put beside a layer of that kind; None: nothing |
     | `findings` | what is wrong with a recipe that has this method |
     """
 
@@ -44,6 +46,8 @@ class Method:
     targets: tuple[str, ...] = ()
     trains_biases: bool = False
     not_merged: str = ""
+    beside_column: Column | None = None
+    beside_row: Row | None = None
     findings: Callable[[Recipe], Iterable[Finding]] = _nothing
 
     @property
@@ -53,7 +57,8 @@ class Method:
 
 
 def budget_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Yield a finding if AdaLoRA has no ranks to share out, or no steps to do it in."""
+    """Yield a finding if AdaLoRA has no ranks to share out, or no steps to do it in, where they are
+    known."""
     rank, budget, steps = recipe.tuning.rank, recipe.tuning.budget, recipe.train.steps
     if budget.target_rank >= rank:
         yield Finding(
@@ -61,7 +66,7 @@ def budget_findings(recipe: Recipe) -> Iterator[Finding]:
             f"tuning.budget.target_rank = {budget.target_rank} leaves nothing to share out of tuning.rank = {rank}: legal: "
             f"below {rank}, or tuning.rank above {budget.target_rank}",
         )
-    if (fixed := budget.warmup_steps + budget.final_steps) >= steps:
+    if steps is not None and (fixed := budget.warmup_steps + budget.final_steps) >= steps:
         yield Finding(
             ("tuning.budget.warmup_steps", "tuning.budget.final_steps", "train.steps"),
             f"tuning.budget: warmup_steps {budget.warmup_steps} + final_steps {budget.final_steps} = {fixed} of train.steps = "
@@ -69,27 +74,46 @@ def budget_findings(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
+_lora, _dora, _adalora = low_rank(), low_rank(magnitude=True), low_rank(singular_values=True)
+
 # The names of parts end as in peft, which has no bottleneck adapters. Where the recipe names no
 # targets, all projections have low-rank factors (Dettmers et al. 2023, arXiv:2305.14314, §4); (IA)³
 # and bottleneck adapters are where their papers have them.
 METHODS: Mapping[str, Method] = {
-    "lora": Method(parts=(".lora_A.weight", ".lora_B.weight"), words=PROJECTIONS, targets=("attention", "mlp")),
+    "lora": Method(
+        parts=(".lora_A.weight", ".lora_B.weight"),
+        words=PROJECTIONS,
+        targets=("attention", "mlp"),
+        beside_column=_lora[0],
+        beside_row=_lora[1],
+    ),
     "dora": Method(
         parts=(".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"),
         words=PROJECTIONS,
         targets=("attention", "mlp"),
+        beside_column=_dora[0],
+        beside_row=_dora[1],
     ),
     "adalora": Method(
         parts=(".lora_A", ".lora_B", ".lora_E"),
         words=PROJECTIONS,
         targets=("attention", "mlp"),
+        beside_column=_adalora[0],
+        beside_row=_adalora[1],
         findings=budget_findings,
     ),
-    "ia3": Method(parts=(".ia3_l",), words=PROJECTIONS, targets=("k", "v", "down")),
+    "ia3": Method(
+        parts=(".ia3_l",),
+        words=PROJECTIONS,
+        targets=("k", "v", "down"),
+        beside_column=rescaled_outputs,
+        beside_row=rescaled_inputs,
+    ),
     "adapter": Method(
         parts=(".adapter_down.weight", ".adapter_down.bias", ".adapter_up.weight", ".adapter_up.bias"),
         words=LAST,
         targets=("attention", "mlp"),
+        beside_row=bottleneck,
         not_merged="an adapter has a nonlinearity between its projections, so no weight can take it up",
     ),
     "bitfit": Method(words={}, trains_biases=True),

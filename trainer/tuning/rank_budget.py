@@ -82,7 +82,7 @@ class RankAllocator:
         whole; all data-parallel ranks enter it together."""
         assert isinstance(config, TransformerConfig), "family auto has no tuning"
         tuning = recipe.tuning
-        self._keys, self._rank, self._steps = tuning.budget, tuning.rank, recipe.train.steps
+        self._keys, self._rank, self._steps = tuning.budget, tuning.rank, recipe.train.total_steps
         self._clip_norm, self._gathered = recipe.train.clip_norm, gathered
         self._mesh, self._device = mesh, device
         modules = targeted_modules(tuning, config)

@@ -134,7 +134,7 @@ class Trial:
             self.mesh,
             self.device,
             deepspeed_config=deepspeed_config(recipe, self.plan, largest_weight=self.network.largest_weight),
-            fill=self.fill_in_float64 if DTYPES[recipe.precision.dtype] == torch.float64 else self.fill,
+            fill=self.fill_in_float64 if DTYPES[recipe.precision.settled] == torch.float64 else self.fill,
         )
         try:
             yield engine

@@ -15,12 +15,13 @@ from typing import Any
 
 from parallel.topology import Layout
 from trainer.errors import RecipeError
+from trainer.fine_tuning import BY_DEVICE
 from trainer.model.config import TransformerConfig
 from trainer.model.families import FAMILIES
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
 from trainer.recipe.names import SMALLEST_BPE
 from trainer.recipe.network import network_from
-from trainer.schema import Recipe
+from trainer.schema import Recipe, Train
 from trainer.tasks import TASKS
 from trainer.tuning.targets import QUANTIZED_TOGETHER
 
@@ -107,11 +108,18 @@ def _recipe(
         "zero": _in_memory(given.get("zero", {})),
         "deepspeed": policy,
         "train": {
-            "steps": recipe.train.steps,  # the budget of ranks is shared out over them
+            "steps": _steps(recipe),  # the budget of ranks is shared out over them
             "clip_norm": recipe.train.clip_norm,
             "recompute": recipe.train.recompute,
         },
     }
+
+
+def _steps(recipe: Recipe) -> int:
+    """Return the steps of the recipe. No data is read here, so epochs are as many as a budget of
+    ranks may need."""
+    budget = recipe.tuning.budget
+    return recipe.train.steps or Train().total_steps + budget.warmup_steps + budget.final_steps
 
 
 def _new_tokens(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
@@ -149,8 +157,10 @@ def _in_memory(zero: Mapping[str, Any]) -> dict[str, Any]:
 
 def _other_changes(resolved: ResolvedRecipe) -> Iterator[str]:
     recipe = resolved.recipe
-    if recipe.precision.dtype != "fp32":
-        yield f"precision.dtype {recipe.precision.dtype} → fp32: rounding to {recipe.precision.dtype} would hide small mistakes"
+    if recipe.train.epochs is not None:
+        yield f"train.epochs {recipe.train.epochs:g} → train.steps {_steps(recipe)}, because no data is read"
+    if (dtype := recipe.precision.dtype) != "fp32":
+        yield f"precision.dtype {dtype or BY_DEVICE} → fp32: rounding to {dtype or 'bf16'} would hide small mistakes"
     if "nvme" in (recipe.zero.offload_optimizer.device, recipe.zero.offload_param.device):
         yield "offload to nvme → cpu"
     if recipe.model.from_pretrained is not None:

@@ -1,0 +1,284 @@
+"""The tensors that a micro-batch keeps for its backward, by kind, for each block of the model. No
+torch.
+
+Counted are what autograd saves of our own layers (`parallel/`, `trainer/model/`), and what a
+recomputed part keeps as its inputs: each storage once, views of it not again, and no weights. So a
+fused projection stays whole as long as its values are needed, and what two operations save counts
+once.
+
+Shape letters: N tokens of a micro-batch, of which a rank keeps n between the parallel regions; D
+model, H heads, G key/value heads, K head dim, F ffn, V vocabulary; H, G, F and V of one rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from trainer.model.blocks import Block
+from trainer.model.config import TransformerConfig
+from trainer.model.names import WeightNames, names_of
+
+Recompute = Literal["none", "selective", "full"]
+NORMS, INPUTS, ATTENTION, MLP = "norms", "inputs of matrices", "attention", "mlp"
+MASKS, CASTS, TABLES, LOSS = "dropout masks", "weights in the compute format", "rotary tables", "loss"
+EMBEDDING, LAYER_INPUTS = "embedding", "inputs of layers"
+FP32_BYTES, INDEX_BYTES, BOOL_BYTES = 4, 8, 1
+# as parallel.attention and parallel.loss have them, which need torch
+QUERY_BLOCK, CHUNK_BYTES = 512, 32 << 20
+
+
+class Rows(NamedTuple):
+    """The rows of a micro-batch, each with documents of these lengths [tokens]."""
+
+    number: int
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.number * sum(self.lengths)
+
+    @property
+    def half(self) -> Rows:
+        """Return one side of rows that hold sources and their targets."""
+        return Rows(self.number, tuple(length // 2 for length in self.lengths))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """The way a rank computes a micro-batch.
+
+    `casts`: weights are held wider than the compute format and converted where they are used.
+    `trains_model`: the model's own weights are trained; `adapted`: matrices see their inputs again
+    in what tuning puts beside them, of so many inner features.
+    """
+
+    network: TransformerConfig
+    rows: Rows
+    tensor: int
+    divides_tokens: bool
+    itemsize: int
+    recompute: Recompute
+    casts: bool = False
+    trains_model: bool = True
+    adapted: int = 0
+    defers_weights: bool = False
+
+    # ------------------------------------------------------------------------ sizes
+
+    @property
+    def _own(self) -> int:
+        tokens = self.rows.tokens
+        return tokens // self.tensor if self.divides_tokens else tokens
+
+    @property
+    def _hidden(self) -> int:
+        """The bytes of hidden states that this rank has between the regions."""
+        return self._own * self.network.hidden_size * self.itemsize
+
+    @property
+    def _heads(self) -> int:
+        return self.network.num_heads // self.tensor
+
+    @property
+    def _kv_heads(self) -> int:
+        return max(1, self.network.num_kv_heads // self.tensor)
+
+    def _features(self, width: int) -> int:
+        """Return the bytes of so many features of every token, inside a region."""
+        return self.rows.tokens * width * self.itemsize
+
+    # ------------------------------------------------------------------------ blocks
+
+    def of_blocks(self, blocks: Sequence[Block]) -> Counter[str]:
+        """Return the bytes by kind that a stage with these blocks keeps of a micro-batch."""
+        kept: Counter[str] = Counter()
+        if self.network.positions == "rope":
+            kept[TABLES] += self._features(self.network.head_dim)
+        of_layer: dict[tuple[object, ...], Counter[str]] = {}
+        for block in blocks:
+            match block.kind:
+                case "embedding":
+                    kept.update(self.of_embedding())
+                case "layer":
+                    key = self._key(block.layer)
+                    if key not in of_layer:
+                        of_layer[key] = self.of_layer(block.layer)
+                    kept.update(of_layer[key])
+                case "head":
+                    kept.update(self.of_head())
+        return kept
+
+    def while_recomputed(self, blocks: Sequence[Block]) -> int:
+        """Return the most bytes that a part has for its backward while it is computed again."""
+        layers = [block.layer for block in blocks if block.kind == "layer"]
+        if self.recompute == "none" or not layers:
+            return 0
+        kept = replace(self, recompute="none")
+        return max(kept.of_layer(index).total() - self.of_layer(index).total() for index in set(layers[:2]))
+
+    def temporaries(self, blocks: Sequence[Block]) -> int:
+        """Return the bytes that are there for a moment: the logits of a chunk of tokens with their
+        gradients, or the gradients of a layer's MLP, whichever are more."""
+        network = self.network
+        if any(block.kind == "head" for block in blocks) and not network.classes:
+            rows = -(-network.vocab_size // self.tensor)
+            tokens = min(self.rows.tokens, max(1, CHUNK_BYTES // (FP32_BYTES * rows)))
+            return tokens * rows * (FP32_BYTES + 2 * self.itemsize) + 3 * self._features(network.hidden_size)
+        return self._hidden + self._features(network.ffn_size // self.tensor)
+
+    def passed_on(self, *, first: bool, last: bool) -> int:
+        """Return the bytes that the runtime of a pipeline keeps of a micro-batch beside these: what
+        a stage was given, unless its first norm keeps it, and what it gave to the next."""
+        keeps_input = self.recompute == "full" or self.network.norm == "layernorm"
+        return self._hidden * ((not first and not keeps_input) + (not last))
+
+    def deferred(self, blocks: Sequence[Block]) -> int:
+        """Return the bytes that wait for the gradients of weights, where these are computed later:
+        the inputs of a layer's matrices and the gradients of their outputs."""
+        network, hidden = self.network, self.network.hidden_size
+        F, K = network.ffn_size // self.tensor, network.head_dim
+        inputs = 2 * self._hidden + self._features(self._heads * K + F)
+        outputs = (self._heads + 2 * self._kv_heads) * K + F * (2 if network.gated_mlp else 1) + 2 * hidden
+        return (inputs + self._features(outputs)) * sum(block.kind == "layer" for block in blocks)
+
+    def _key(self, index: int) -> tuple[object, ...]:
+        return self.network.windows[index], index < self.network.encoder_layers
+
+    def of_embedding(self) -> Counter[str]:
+        network, names = self.network, names_of(self.network)
+        tokens = self.rows.tokens
+        kept = Counter({EMBEDDING: tokens * (INDEX_BYTES + BOOL_BYTES) * (self.tensor > 1)})
+        kept[EMBEDDING] += tokens * INDEX_BYTES * ((names.positions is not None) + (names.token_types is not None))
+        kept.update(self._norm(names.embedding_norm, self._hidden))
+        kept[MASKS] += self._mask(network.embedding_dropout)
+        return kept
+
+    def of_layer(self, index: int) -> Counter[str]:
+        """Return what a layer keeps: with full recomputation nothing but its input."""
+        if self.recompute == "full":
+            return Counter({LAYER_INPUTS: self._hidden})
+        network = self.network
+        names, _ = names_of(network).of_layer(network, index)
+        kept: Counter[str] = Counter()
+        for part in (
+            self._norm(names.attention_norm, self._hidden),
+            self._attention(index, names),
+            self._norm(names.attention_post_norm, self._hidden),
+            self._norm(names.attention_residual_norm, self._hidden),
+            self._norm(names.mlp_norm, self._hidden),
+            self._mlp(),
+            self._norm(names.mlp_post_norm, self._hidden),
+            self._norm(names.mlp_residual_norm, self._hidden),
+        ):
+            kept.update(part)
+        kept[MASKS] += 2 * self._mask(network.residual_dropout)
+        kept[CASTS] += self._casts()
+        return kept
+
+    def of_head(self) -> Counter[str]:
+        """Return what the head keeps: the loss has its gradients already, of the hidden states and
+        of its weight."""
+        network, names = self.network, names_of(self.network)
+        kept = self._norm(names.final_norm, self._hidden)
+        kept[MASKS] += self._mask(network.final_dropout)
+        if network.classes:
+            return kept
+        if names.head_transform is not None:
+            kept[INPUTS] += self._hidden
+            kept[LOSS] += self._hidden
+            kept.update(self._norm(names.head_transform_norm, self._hidden))
+        rows = -(-network.vocab_size // self.tensor)
+        kept[LOSS] += self._features(network.hidden_size)
+        kept[LOSS] += FP32_BYTES * rows * (network.hidden_size + (names.head_bias is not None)) * self.trains_model
+        return kept
+
+    # ------------------------------------------------------------------------ parts of a layer
+
+    def _norm(self, name: str | None, hidden: int) -> Counter[str]:
+        """Return what a norm keeps: its input, or with RMSNorm the normalised one, and a number or
+        two for each token."""
+        if name is None:
+            return Counter()
+        numbers = 1 if self.network.norm == "rmsnorm" else 2
+        return Counter({NORMS: hidden + numbers * FP32_BYTES * self._own})
+
+    def _mask(self, rate: float) -> int:
+        return self._own * self.network.hidden_size * BOOL_BYTES if rate else 0
+
+    def _input(self, num_bytes: int) -> int:
+        """Return the bytes of the input of a matrix, which is kept for its gradient."""
+        return num_bytes if self.trains_model or self.adapted else 0
+
+    def _attention(self, index: int, names: WeightNames) -> Counter[str]:
+        network, N, K = self.network, self.rows.tokens, self.network.head_dim
+        H, G = self._heads, self._kv_heads
+        core = self._core(index)
+        kept = Counter({INPUTS: self._input(self._hidden), ATTENTION: self._features((H + 2 * G) * K)})
+        if network.qk_norm:
+            weights = (H + G) * K * (FP32_BYTES if self.casts else self.itemsize)
+            kept[NORMS] += self._features((H + G) * K) + FP32_BYTES * N * (H + G) + weights
+        # What is computed again block by block keeps its inputs also where all is computed again.
+        keeps_core = self.recompute == "none" or self._written_out
+        kept[ATTENTION] += self._features((H + G) * K) * (network.qk_norm or (keeps_core and network.positions == "rope"))
+        kept[ATTENTION] += core * keeps_core
+        kept[INPUTS] += self._features(H * K)  # the input of the last projection
+        kept[INPUTS] += self._beside(2)
+        return kept
+
+    def _core(self, index: int) -> int:
+        """Return the bytes that softmax(Q Kᵀ) V keeps beside queries, keys and values."""
+        network, H = self.network, self._heads
+        window = network.windows[index]
+        masked = [length for length in self.rows.lengths if window is not None and window < length]
+        if self._written_out:
+            return BOOL_BYTES * sum(_pairs(length, True, window) for length in self.rows.lengths) * network.causal
+        kept = FP32_BYTES * self.rows.tokens * H  # the logarithm of each softmax's sum
+        if len(self.rows.lengths) > 1 or masked or network.relative_buckets:
+            # each part's result, which is copied into the whole
+            kept += self._features(H * network.head_dim)
+        biased = self.rows.lengths if network.relative_buckets else masked
+        pairs = sum(_pairs(length, network.causal, window) for length in biased)
+        return kept + pairs * self.itemsize * (H if network.relative_buckets else 1)
+
+    @property
+    def _written_out(self) -> bool:
+        """Return whether attention is computed block by block, and each block again in backward,
+        because no fused kernel does all that is done to its logits and weights."""
+        return self.network.attention_softcap is not None or bool(self.network.attention_dropout)
+
+    def _mlp(self) -> Counter[str]:
+        network, F = self.network, self.network.ffn_size // self.tensor
+        keeps_result = network.activation == "relu"
+        width = F * (2 if network.gated_mlp else 1)
+        before = 0 if keeps_result and not network.gated_mlp else width
+        after = F if network.gated_mlp or (keeps_result and network.mlp_dropout) else 0
+        kept = Counter({MLP: self._features(before + after), INPUTS: self._input(self._hidden)})
+        kept[INPUTS] += self._input(self._features(F)) + self._beside(2)
+        kept[MASKS] += self.rows.tokens * F * BOOL_BYTES if network.mlp_dropout else 0
+        return kept
+
+    def _beside(self, modules: int) -> int:
+        return self._features(self.adapted) * modules
+
+    def _casts(self) -> int:
+        """Return the bytes of a layer's weights in the compute format, if they are held wider."""
+        if not self.casts or self.defers_weights:
+            return 0
+        network, D, K = self.network, self.network.hidden_size, self.network.head_dim
+        F = network.ffn_size // self.tensor
+        rows = D * (self._heads * K + F)
+        columns = D * ((self._heads + 2 * self._kv_heads) * K + F * (2 if network.gated_mlp else 1))
+        return self.itemsize * (rows + (columns if self.tensor == 1 else 0))
+
+
+def _pairs(length: int, causal: bool, window: int | None) -> int:
+    """Return the elements of the masks of a document's blocks of queries."""
+    found = 0
+    for start in range(0, length, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        found += (end - start) * ((end if causal else length) - first)
+    return found
