@@ -68,6 +68,7 @@ class _Memory(TypedDict, total=False):
     guard: _GuardMemory
     meter: dict[Literal["skipped"], Count]
     data: dict[Literal["skipped_steps"], Count]
+    evaluation: dict[str, int | Number]  # after this step
 
 
 class _LossScale(TypedDict):

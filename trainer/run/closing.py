@@ -3,12 +3,16 @@ the report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from trainer.checkpoint.best import evaluation
+from trainer.checkpoint.resume import Found
 from trainer.data import PreparedData, unigram_perplexity
 from trainer.data.handed_on_tokenizer import require_same
 from trainer.data.prepared import held_out_pairs
@@ -25,6 +29,7 @@ from trainer.model.hugging_face import assembled, write_folder
 from trainer.model.model_files import ModelFiles
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
+from trainer.track.text import short
 from trainer.tuning.adapter_folder import AdapterFormat, leaves_adapter, write_adapter
 from trainer.tuning.merge import merged
 from trainer.tuning.methods import method_of
@@ -33,9 +38,34 @@ from trainer.tuning.targets import is_added
 SAMPLE_TOKENS = 96
 
 
-def export(engine: Engine, files: ModelFiles, folder: RunFolder, *, is_first: bool, note: Callable[[str], None]) -> None:
-    """Write the weights as a Hugging Face folder, or the parameters trained beside them as an
-    adapter.
+@dataclass(frozen=True)
+class Exported:
+    """What a run says of the model that it exported: the figures of its evaluation for the summary,
+    and lines to show."""
+
+    figures: Mapping[str, Any]
+    lines: Sequence[str] = ()
+
+
+def exported(recipe: Recipe, best: Found | None, last: Mapping[str, float | int | None], steps_done: int) -> Exported:
+    """Return what to say of the exported model. `best`: its checkpoint, None if it is the model of
+    the last step, whose evaluation is `last`."""
+    figure = recipe.checkpoint.best
+    if figure is None:
+        return Exported(last)
+    if best is None:
+        return Exported(last, [f"warning: no whole checkpoint has a finite {figure}: the last step is exported"])
+    step, measured = best.manifest.step, evaluation(best.manifest)
+    said = f"exported: step {step}, the best {figure} {short(measured[figure], 5)}"
+    other = "it is the last step" if step == steps_done else f"the last step had {short(last.get(figure), 5)}"
+    return Exported({**measured, "best_step": step}, [f"{said}; {other}"])
+
+
+def export(
+    engine: Engine, files: ModelFiles, folder: RunFolder, *, step: int, is_first: bool, note: Callable[[str], None]
+) -> None:
+    """Write the weights, which are those of `step`, as a Hugging Face folder, or the parameters
+    trained beside them as an adapter.
 
     NotFinite or DataError on all ranks, and no folder, where a weight is not finite or transformers
     would tokenize differently.
@@ -44,7 +74,7 @@ def export(engine: Engine, files: ModelFiles, folder: RunFolder, *, is_first: bo
         try:
             what = _write_export(engine, files, folder.export if is_first else None)
         except NotFinite as error:
-            raise NotFinite(error.what, step=engine.recipe.train.steps) from None
+            raise NotFinite(error.what, step=step) from None
     note(f"{what}: {folder.export}")
 
 

@@ -157,6 +157,7 @@ EVAL_WORDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
 SUMMARY_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "steps": ("steps", scaled),
     "final_loss": ("final loss", short),
+    "best_step": ("best step, which is exported", scaled),
     "eval_loss": ("eval loss", short),
     "eval_perplexity": ("eval perplexity", short),
     "eval_accuracy": ("eval accuracy", percent),

@@ -117,12 +117,16 @@ def _headlines(
 ) -> Iterator[Headline]:
     if history.num_records:
         steps, total = history.last("step"), value_of.get("train.steps")
-        yield Headline("Steps", f"{steps:.0f}", f"of {total}" if total else "", "good" if steps == total else "")
+        early = "; ended by patience" if "ended_early" in summary else ""
+        done = steps == total or early
+        yield Headline("Steps", f"{steps:.0f}", f"of {total}{early}" if total else "", "good" if done else "")
     final_loss = summary.get("final_loss", history.last("loss"))
     if final_loss is not None:
         broken = int(np.count_nonzero(~np.isfinite(history["loss"])))
         detail = f"{broken} record{'s' if broken > 1 else ''} not finite" if broken else "training, last step"
         yield Headline("Final loss", short(final_loss), detail, "bad" if broken else "")
+    if (best_step := summary.get("best_step")) is not None:
+        yield Headline("Best step", f"{best_step:.0f}", f"by {value_of.get('checkpoint.best')}; it is exported")
     perplexity = summary.get("eval_perplexity", evaluations.last("eval_perplexity"))
     if perplexity is not None:
         baseline = summary.get("unigram_perplexity")
