@@ -40,7 +40,7 @@ SAMPLE_TOKENS = 96
 
 @dataclass(frozen=True)
 class Exported:
-    """What a run says of the model that it exported: the figures of its evaluation for the summary,
+    """The facts of the model that a run exported: the figures of its evaluation, for the summary,
     and lines to show."""
 
     figures: Mapping[str, Any]
