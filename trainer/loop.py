@@ -94,5 +94,6 @@ def evaluate(run: Session, *, steps_done: int) -> None:
     group = run.data.group
     batches = run.eval_data.micro_batches(dp_rank=group.rank, dp=group.size, micro_sequences=run.plan.micro_sequences)
     record = run.engine.measures.record(run.engine.evaluator.evaluate(batches))
+    record |= run.translations(steps_done)
     run.evaluations.add(run.messages.broadcast({"step": steps_done, **record}))
     run.tracker.evaluate(run.evaluations.records[-1])

@@ -95,13 +95,18 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def translating(self) -> Path:
+        """The model whose translations are being measured; it is gone afterwards."""
+        return self.path / "translating"
+
+    @property
     def reference(self) -> Path:
         return self.path / "reference"
 
     @property
     def replaced_whole(self) -> tuple[Path, ...]:
         """The folders that are removed when the run writes them anew."""
-        return (self.export, self.reference)
+        return (self.export, self.reference, self.translating)
 
     @property
     def checkpoints(self) -> Path:

@@ -602,7 +602,8 @@ class Train(Section):
     )
     eval_translations: Count = Field(
         0,
-        description="Pairs of data.eval_sources that are translated after the last step, for BLEU and chrF; 0 = none.",
+        description="Pairs of data.eval_sources that are translated after the last step, for BLEU and chrF, and at each "
+        "evaluation if checkpoint.best is eval_bleu or eval_chrf; 0 = none.",
         json_schema_extra=only("data.task", "translate"),
     )
     beams: int = Field(

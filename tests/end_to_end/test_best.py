@@ -299,3 +299,68 @@ def test_a_run_that_patience_has_ended_is_done(tmp_path: Path, capsys: pytest.Ca
     assert ended.codes == (0,), ended.said
     assert f"resumed after step {end}" in ended.said
     assert max(measured(run_dir)) > end
+
+
+# -------------------------------------------------------------------------------------------- known once the data is
+
+
+def test_nothing_held_out_is_nothing_to_compare(tmp_path: Path) -> None:
+    recipe = overfitting(tmp_path)
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "A document of its own. " * 40}))
+    value = json.loads(recipe.read_text())
+    value["data"] = {"sources": [{"path": str(tmp_path / "one.jsonl")}], "seq_len": 32, "tokenizer": "bytes"}
+    recipe.write_text(json.dumps(value))
+    ended = run(recipe, tmp_path / "run", "data.eval_fraction=0.1")
+    assert ended.codes == (78,), ended.said
+    assert (
+        "checkpoint.best compares evaluations, and data.eval_fraction 0.1 holds out none of these documents: raise it, give "
+        "data.eval_sources, or remove checkpoint.best"
+    ) in ended.said
+
+
+def test_a_figure_of_two_classes_needs_two(tmp_path: Path) -> None:
+    rows = [{"text": f"{n} by 3 leaves {n % 3}", "label": "abc"[n % 3]} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "model": {"family": "bert", "config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}},
+        "data": {"task": "classify", "sources": [{"path": str(tmp_path / "rows.jsonl")}], "seq_len": 32, "eval_fraction": 0.2},
+        "train": {"steps": 2, "eval_every": 1},
+        "checkpoint": {"best": "eval_f1_positive"},
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    ended = run(tmp_path / "recipe.json", tmp_path / "run")
+    assert ended.codes == (78,), ended.said
+    assert (
+        'checkpoint.best = "eval_f1_positive": the evaluations of a model of 3 classes have no such figure; legal: '
+        '"eval_loss", "eval_accuracy", "eval_f1"'
+    ) in ended.said
+
+
+@pytest.mark.parametrize("way", [ONE, pytest.param(WAY["tp2"], marks=pytest.mark.grid)], ids=lambda way: way.name)
+def test_the_best_bleu_is_measured_while_the_run_goes_on(way: Way, tmp_path: Path) -> None:
+    for name, rows in (("rows", range(80)), ("held_out", range(8))):
+        pairs = [{"source": f"{n} is", "target": "odd" if n % 2 else "even"} for n in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    sizes = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 1, "decoder_layers": 1}
+    recipe = {
+        "model": {"family": "marian", "config": {"d_model": 32, **sizes, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}},
+        "data": {
+            **{"task": "translate", "seq_len": 32, "workers": 1},
+            "sources": [{"path": str(tmp_path / "rows.jsonl")}],
+            "eval_sources": [{"path": str(tmp_path / "held_out.jsonl")}],
+        },
+        "batch": {"global_sequences": 4, "micro_sequences": 2},
+        "optimizer": {"lr": 0.01},
+        "train": {"steps": 24, "eval_every": 8, "eval_translations": 8, "beams": 1},
+        "checkpoint": {"best": "eval_chrf"},
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    run_dir = tmp_path / "run"
+    ended = run(tmp_path / "recipe.json", run_dir, way=way)
+    assert set(ended.codes) == {0}, ended.said
+    scores = {record["step"]: record["eval_chrf"] for record in read_metrics(run_dir / "evaluations.jsonl")}
+    assert list(scores) == [8, 16, 24]
+    best = max(scores, key=lambda step: scores[step] or 0.0)
+    closing = summary(run_dir)
+    assert (closing["best_step"], closing["eval_chrf"], closing["chrf"]) == (best, scores[best], scores[best])
+    assert not (run_dir / "translating").exists()

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from trainer.data.loader import MicroBatch
     from trainer.model.network import Network
 
+EVAL = "eval_"  # begins the name of each figure of an evaluation
 LOSS = "eval_loss"  # every task has it
 Better = Literal["lower", "higher"]
+# The figures of translations that are written at an evaluation, which takes long: only if a recipe
+# compares by one of them.
+OF_TRANSLATIONS: Mapping[str, Better] = {"eval_bleu": "higher", "eval_chrf": "higher"}
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,10 @@ class Measures(Protocol):
 class TokenMeasures:
     """The figures of predicted tokens: the loss, how many tokens had the highest logit, and in how
     many documents all of them had. `of_answers`: documents are answers, for which the last figure
-    is reported."""
+    is reported. `of_translations`: texts can be translated and compared."""
 
     of_answers: bool = False
+    of_translations: bool = False
     num_sums: int = 4
     num_step_sums: int = 1
     predicts_tokens: bool = True
@@ -80,7 +85,8 @@ class TokenMeasures:
     @property
     def figures(self) -> Mapping[str, Better]:
         exact: Mapping[str, Better] = {"eval_exact_match": "higher"} if self.of_answers else {}
-        return {LOSS: "lower", "eval_perplexity": "lower", "eval_accuracy": "higher", **exact}
+        translated = OF_TRANSLATIONS if self.of_translations else {}
+        return {LOSS: "lower", "eval_perplexity": "lower", "eval_accuracy": "higher", **exact, **translated}
 
     def num_targets(self, batch: MicroBatch) -> int:
         return batch.num_targets
@@ -226,7 +232,8 @@ def figures_of(task: TaskName, num_classes: int) -> Mapping[str, Better]:
 # For each task its measures, given the number of classes, which is 0 for a network without any.
 MEASURES: Mapping[TaskName, Callable[[int], Measures]] = {
     **dict.fromkeys(("pretrain", "mlm"), lambda _: TokenMeasures()),
-    **dict.fromkeys(("sft", "translate"), lambda _: TokenMeasures(of_answers=True)),
+    "sft": lambda _: TokenMeasures(of_answers=True),
+    "translate": lambda _: TokenMeasures(of_answers=True, of_translations=True),
     "preference": lambda _: PairMeasures(),
     "classify": ClassMeasures,
 }

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
-from trainer.model.measures import LOSS, Aim, Better, figures_of
+from trainer.model.measures import EVAL, LOSS, OF_TRANSLATIONS, Aim, Better, figures_of
 from trainer.schema import Finding, Recipe
 from trainer.spelling import nearest
 
 BEST, PATIENCE = "checkpoint.best", "train.patience"
-# The prefix of a figure in evaluations.jsonl.
-EVAL = "eval_"
 
 
 def aim_of(recipe: Recipe) -> Aim:
@@ -45,6 +43,12 @@ def best_findings(recipe: Recipe) -> Iterator[Finding]:
         )
     if best not in figures(recipe):
         yield Finding((BEST, "data.task"), unmeasured(best, figures(recipe), f'data.task "{recipe.data.task}"'))
+    elif best in OF_TRANSLATIONS and not recipe.train.eval_translations:
+        yield Finding(
+            (BEST, "train.eval_translations"),
+            f"{BEST} = {json.dumps(best)} is measured on translations, and train.eval_translations 0 asks for none: set it to "
+            "the number of pairs that are translated at each evaluation",
+        )
 
 
 def unmeasured(best: str, legal: Mapping[str, Better], where: str) -> str:

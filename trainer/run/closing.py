@@ -22,10 +22,12 @@ from trainer.engine.engine import Engine
 from trainer.engine.evaluator import Evaluator
 from trainer.engine.execution import DTYPES
 from trainer.errors import NotFinite
+from trainer.files.durable import remove
 from trainer.inference.generate import sample
 from trainer.inference.translator import Search, Translator, scores
 from trainer.launch.ranks import together
 from trainer.model.hugging_face import assembled, write_folder
+from trainer.model.measures import EVAL, OF_TRANSLATIONS
 from trainer.model.model_files import ModelFiles
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
@@ -70,20 +72,26 @@ def export(
     NotFinite or DataError on all ranks, and no folder, where a weight is not finite or transformers
     would tokenize differently.
     """
-    with together(lambda: engine.watch.doing):
-        try:
-            what = _write_export(engine, files, folder.export if is_first else None)
-        except NotFinite as error:
-            raise NotFinite(error.what, step=step) from None
+    what = _write(engine, files, folder.export if is_first else None, step, whole=not leaves_adapter(engine.recipe))
     note(f"{what}: {folder.export}")
 
 
-def _write_export(engine: Engine, files: ModelFiles, folder: Path | None) -> str:
-    """Write the export, and return the word for it. `folder` is None on ranks that only take part
-    in the gathering."""
+def _write(engine: Engine, files: ModelFiles, folder: Path | None, step: int, *, whole: bool) -> str:
+    """Write a Hugging Face folder, and return the word for what is in it. All ranks must call it
+    together; see `export`."""
+    with together(lambda: engine.watch.doing):
+        try:
+            return _write_folder(engine, files, folder, whole=whole)
+        except NotFinite as error:
+            raise NotFinite(error.what, step=step) from None
+
+
+def _write_folder(engine: Engine, files: ModelFiles, folder: Path | None, *, whole: bool) -> str:
+    """Write the model, or the adapter, and return the word for it. `folder` is None on ranks that
+    only take part in the gathering."""
     recipe, network = engine.recipe, engine.network
     tensors, dtype = engine.gathered_tensors(), DTYPES[recipe.precision.dtype]
-    if leaves_adapter(recipe):
+    if not whole:
         form = AdapterFormat.of(recipe, network)
         write_adapter(assembled(tensors), folder, dtype=dtype, form=form, save_beside=_others(files))
         return "adapter"
@@ -172,3 +180,18 @@ def translated(
     found = scores(Translator(export), pairs, Search(keys.beams, keys.length_penalty), tick=tick)
     note(f"translation of {len(pairs):,} pairs: BLEU {found.bleu}, chrF {found.chrf} ({found.signature})")
     return {"bleu": found.bleu, "chrf": found.chrf, "sacrebleu": found.signature}
+
+
+def translated_meanwhile(
+    engine: Engine, files: ModelFiles, folder: RunFolder, *, step: int, is_first: bool, note: Callable[[str], None]
+) -> dict[str, float]:
+    """Return, on the first rank, the figures of translations by the weights of `step` while the run
+    goes on; {} unless checkpoint.best is one of them. All ranks must call it together."""
+    if engine.recipe.checkpoint.best not in OF_TRANSLATIONS:
+        return {}
+    _write(engine, files, folder.translating if is_first else None, step, whole=True)
+    if not is_first:
+        return {}
+    found = translated(engine.recipe, folder.translating, tick=engine.watch.tick, note=note)
+    remove(folder.translating)
+    return {name: float(found[name.removeprefix(EVAL)]) for name in OF_TRANSLATIONS}

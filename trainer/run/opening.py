@@ -25,13 +25,16 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.engine.execution import DTYPES
 from trainer.engine.first_weights import first_weights
 from trainer.engine.group import Joined
+from trainer.errors import RecipeError
 from trainer.launch.binding import placed
 from trainer.launch.ranks import together
 from trainer.model.hugging_face import local_folder, read_config, unread_weights
+from trainer.model.measures import measures_of
 from trainer.model.model_files import ModelFiles
 from trainer.model.network import Network
 from trainer.model.origin import Origin
 from trainer.recipe import ResolvedRecipe
+from trainer.recipe.best import BEST, PATIENCE, unmeasured
 from trainer.run.start import agree, begin_again, claim, find, keep_rules
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
@@ -123,6 +126,7 @@ def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
             remarks += unread_weights(local_folder(recipe.model.from_pretrained, recipe.model.revision))
         if prepared.chat and recipe.train.sample_prompt is not None:
             prepared.chat.prompt(recipe.train.sample_prompt)
+        _require_compared(recipe, network, prepared)
         files = _files(recipe, network, prepared)
         if group.is_first:  # only this rank writes them
             files = replace(files, tokenizer=beside_model(prepared.tokenizer, files.config))
@@ -130,6 +134,21 @@ def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
         if found is not None:
             agree(found, facts, resume)
     return LoadedRun(prepared, found, network, fill, files, facts, remarks)
+
+
+def _require_compared(recipe: Recipe, network: Network, prepared: PreparedData) -> None:
+    """Raise RecipeError if the data and the network, once they are known, leave nothing to compare
+    evaluations by."""
+    best = recipe.checkpoint.best
+    asked = [key for key, value in ((BEST, best), (PATIENCE, recipe.train.patience)) if value is not None]
+    if asked and not prepared.evaluation:
+        raise RecipeError(
+            f"{asked[0]} compares evaluations, and data.eval_fraction {recipe.data.eval_fraction:g} holds out none of these "
+            f"documents: raise it, give data.eval_sources, or remove {asked[0]}"
+        )
+    legal = measures_of(recipe.data.task, network).figures
+    if best is not None and best not in legal:
+        raise RecipeError(unmeasured(best, legal, f"a model of {len(prepared.classes)} classes"))
 
 
 def _files(recipe: Recipe, network: Network, prepared: PreparedData) -> ModelFiles:

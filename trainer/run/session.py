@@ -40,7 +40,7 @@ from trainer.model.network import Network
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.run.account import Account
-from trainer.run.closing import baseline, export, exported, sampled, translated
+from trainer.run.closing import baseline, export, exported, sampled, translated, translated_meanwhile
 from trainer.run.least_memory import Machine, host_bytes, require_memory
 from trainer.run.meter import Meter
 from trainer.run.opening import LoadedRun, OpenFolder, opened_folder, read_data
@@ -138,6 +138,12 @@ class Session:
         """The reason for which train.patience ends the run now, the same on all ranks; "" while it
         goes on."""
         return out_of_patience(self.recipe, self.evaluations)
+
+    def translations(self, steps_done: int) -> dict[str, float]:
+        """Return the figures of translations at an evaluation, on the first rank; {} unless
+        checkpoint.best is one of them."""
+        is_first, note = self.place.is_first, self.tracker.note
+        return translated_meanwhile(self.engine, self.files, self.folder, step=steps_done, is_first=is_first, note=note)
 
     def export(self, steps_done: int) -> Mapping[str, object]:
         """Write the weights of the best checkpoint, or else of the last step, as a Hugging Face

@@ -150,6 +150,8 @@ EVAL_WORDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "eval_f1": ("macro F1", percent),
     "eval_rewards/margins": ("reward margin", short),
     "eval_rewards/accuracies": ("reward accuracy", percent),
+    "eval_bleu": ("BLEU", short),
+    "eval_chrf": ("chrF", short),
 }
 
 # Key of the summary → its name and format, in the order of the table. Other keys are for the report
