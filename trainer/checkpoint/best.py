@@ -37,7 +37,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Contest:
-    """A comparison of checkpoints: by a figure, among those that were evaluated on the same data."""
+    """A comparison of checkpoints by a figure, among those that were evaluated on the same data."""
 
     aim: Aim
     basis: Mapping[str, Any]

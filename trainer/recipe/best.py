@@ -13,7 +13,7 @@ BEST, PATIENCE = "checkpoint.best", "train.patience"
 
 
 def aim_of(recipe: Recipe) -> Aim:
-    """Return the figure by which a run's evaluations are compared, for a recipe without findings."""
+    """Return the figure by which the evaluations of a sound recipe are compared."""
     figure = recipe.checkpoint.best or LOSS
     return Aim(figure, figures(recipe)[figure])
 
