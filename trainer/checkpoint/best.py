@@ -17,7 +17,7 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest
 from trainer.errors import DataError
 from trainer.model.measures import Aim
-from trainer.recipe.best import aim_of
+from trainer.recipe.best import aim_of, figures
 from trainer.recipe.earlier import recipe_of
 from trainer.redaction import redact
 from trainer.schema import Recipe
@@ -53,7 +53,8 @@ class Contest:
         for _, path in folder.steps():
             try:
                 manifest = Manifest.read(path)
-                return cls.of(recipe_of(path, manifest.recipe), manifest.facts)
+                recipe = recipe_of(path, manifest.recipe)
+                return cls.of(recipe, manifest.facts) if recipe.checkpoint.best in figures(recipe) else None
             except DataError:
                 continue
         return None

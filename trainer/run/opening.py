@@ -39,6 +39,7 @@ from trainer.run.start import agree, begin_again, claim, find, keep_rules
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
 from trainer.track import open_rank_log
+from trainer.track.evaluations import Evaluations
 from trainer.track.log import RankLog
 from trainer.track.progress import work_progress
 from trainer.watchdog.beats import Limits
@@ -134,6 +135,13 @@ def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
         if found is not None:
             agree(found, facts, resume)
     return LoadedRun(prepared, found, network, fill, files, facts, remarks)
+
+
+def evaluations_so_far(opened: OpenFolder) -> Evaluations:
+    """Return the evaluations up to the step from which the run continues, as the first rank has
+    them. All ranks must call it together."""
+    is_first, path = opened.messages.is_first, opened.folder.evaluations
+    return Evaluations(opened.messages.broadcast(Evaluations.read(path).records if is_first else None))
 
 
 def _require_compared(recipe: Recipe, network: Network, prepared: PreparedData) -> None:

@@ -43,7 +43,7 @@ from trainer.run.account import Account
 from trainer.run.closing import baseline, export, exported, sampled, translated, translated_meanwhile
 from trainer.run.least_memory import Machine, host_bytes, require_memory
 from trainer.run.meter import Meter
-from trainer.run.opening import LoadedRun, OpenFolder, opened_folder, read_data
+from trainer.run.opening import LoadedRun, OpenFolder, evaluations_so_far, opened_folder, read_data
 from trainer.run.reference import with_reference
 from trainer.run.start import leave_behind, make_room
 from trainer.run.step_data import StepData
@@ -148,7 +148,8 @@ class Session:
     def export(self, steps_done: int) -> Mapping[str, object]:
         """Write the weights of the best checkpoint, or else of the last step, as a Hugging Face
         folder, and return what was measured of them for the summary."""
-        best, remarks = self.checkpoints.restore_best(self.engine, steps_done)
+        with together(lambda: self.engine.watch.doing):
+            best, remarks = self.checkpoints.restore_best(self.engine, steps_done)
         told = exported(self.recipe, best, self.evaluations.of(steps_done), steps_done)
         step = best.manifest.step if best else steps_done
         export(self.engine, self.files, self.folder, step=step, is_first=self.place.is_first, note=self.tracker.note)
@@ -327,7 +328,7 @@ def _session(
         counts=ParameterCounts.of(engine.specs, mesh.replica, group.device, engine.quantized),
         tracker=tracker,
         checkpoints=checkpoints,
-        evaluations=_evaluations(opened),
+        evaluations=evaluations_so_far(opened),
         messages=group.messages(),
         watchdog=opened.watchdog,
         lease=opened.lease,
@@ -373,13 +374,6 @@ def _clear_the_way(opened: OpenFolder, loaded: LoadedRun) -> list[str]:
         truncate_after(history, found.manifest.step if found else 0)
     folder.write_given(opened.resolved.given)
     return remarks
-
-
-def _evaluations(opened: OpenFolder) -> Evaluations:
-    """Return the evaluations up to the step from which the run continues, as the first rank has
-    them. All ranks must call it together."""
-    is_first, path = opened.messages.is_first, opened.folder.evaluations
-    return Evaluations(opened.messages.broadcast(Evaluations.read(path).records if is_first else None))
 
 
 def targets_for(recipe: Recipe, prepared: PreparedData, network: Network, part: Part) -> Targets:

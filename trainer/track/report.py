@@ -74,6 +74,7 @@ def _render(run_dir: Path, resolved: Resolved, history: History, evaluations: Hi
 
     settings = list(_settings(resolved["values"]))
     value_of = {key: entry.get("value") for key, entry in resolved["values"].items()}
+    exported = evaluations.until(summary.get("best_step"))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -85,7 +86,7 @@ def _render(run_dir: Path, resolved: Resolved, history: History, evaluations: Hi
         name=run_dir.resolve().name,
         description=value_of.get("description") or "",
         facts=list(_facts(history, summary)),
-        headlines=list(_headlines(history, evaluations, summary, value_of, shares_of(read_starts(run_dir)))),
+        headlines=list(_headlines(history, exported, summary, value_of, shares_of(read_starts(run_dir)))),
         figures=figures(history, evaluations, clip_norm=value_of.get("train.clip_norm")),
         num_records=history.num_records,
         evaluation_titles=[title for title, _ in _evaluation_columns(evaluations).values()],
