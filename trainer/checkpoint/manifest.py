@@ -49,6 +49,7 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16
 # manifest needs to check them again.
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Figure = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)] | Number
 # A file's number; start and size of a box, offset and count of the range in it, and 1 if
 # transposed.
 StoredJSON = tuple[Count, list[Count], list[Count], Count, Count, Annotated[int, Field(ge=0, le=1, strict=True)]]
@@ -68,6 +69,7 @@ class _Memory(TypedDict, total=False):
     guard: _GuardMemory
     meter: dict[Literal["skipped"], Count]
     data: dict[Literal["skipped_steps"], Count]
+    evaluation: dict[str, Figure]  # after this step
 
 
 class _LossScale(TypedDict):

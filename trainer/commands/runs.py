@@ -52,7 +52,7 @@ def _facts(one: Run) -> dict[str, object]:
         "step": one.step,
         "steps": one.total_steps,
         "loss": one.loss,
-        "best": best and {"eval_loss": best[0], "step": best[1]},
+        "best": best and {one.aim.figure: best[1], "step": best[0]},
     }
 
 
@@ -60,10 +60,11 @@ def _words(one: Run) -> tuple[str, ...]:
     from trainer.track.text import short
 
     step = f"{one.step:,}" + (f" of {one.total_steps:,}" if one.total_steps else "")
-    return one.name, one.state, step, short(one.loss), f"{short(one.best[0])} at {one.best[1]:,}" if one.best else "–"
+    best = f"{one.aim.figure} {short(one.best[1])} at {one.best[0]:,}" if one.best else "–"
+    return one.name, one.state, step, short(one.loss), best
 
 
-TITLES = ("run", "state", "step", "loss", "best eval loss")
+TITLES = ("run", "state", "step", "loss", "best")
 
 
 def _show_table(console: Console, runs: Sequence[Run], differ: dict[str, list[str]]) -> None:

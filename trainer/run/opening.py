@@ -25,21 +25,24 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.engine.execution import DTYPES
 from trainer.engine.first_weights import first_weights
 from trainer.engine.group import Joined
-from trainer.errors import DataError
+from trainer.errors import DataError, RecipeError
 from trainer.launch.binding import placed
 from trainer.launch.ranks import together
 from trainer.learning_rate import changed_length
 from trainer.model.hugging_face import local_folder, read_config, unread_weights
+from trainer.model.measures import measures_of
 from trainer.model.model_files import ModelFiles
 from trainer.model.network import Network
 from trainer.model.origin import Origin
 from trainer.recipe import ResolvedRecipe
+from trainer.recipe.best import BEST, PATIENCE, unmeasured
 from trainer.recipe.earlier import recipe_of
 from trainer.recipe.epochs import settled
 from trainer.run.start import agree, begin_again, claim, find, keep_rules, settle_format
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
 from trainer.track import open_rank_log
+from trainer.track.evaluations import Evaluations
 from trainer.track.log import RankLog
 from trainer.track.progress import work_progress
 from trainer.watchdog.beats import Limits
@@ -131,6 +134,7 @@ def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
             remarks += unread_weights(local_folder(recipe.model.from_pretrained, recipe.model.revision))
         if prepared.chat and recipe.train.sample_prompt is not None:
             prepared.chat.prompt(recipe.train.sample_prompt)
+        _require_compared(recipe, network, prepared)
         files = _files(recipe, network, prepared)
         if group.is_first:  # only this rank writes them
             files = replace(files, tokenizer=beside_model(prepared.tokenizer, files.config))
@@ -148,6 +152,28 @@ def _changed_length(found: Found, recipe: Recipe) -> list[str]:
     except DataError:  # values that are no longer legal: nothing is known of its plan
         return []
     return list(filter(None, [changed_length(earlier, recipe, found.manifest.step)]))
+
+
+def evaluations_so_far(opened: OpenFolder) -> Evaluations:
+    """Return the evaluations up to the step from which the run continues, as the first rank has
+    them. All ranks must call it together."""
+    is_first, path = opened.messages.is_first, opened.folder.evaluations
+    return Evaluations(opened.messages.broadcast(Evaluations.read(path).records if is_first else None))
+
+
+def _require_compared(recipe: Recipe, network: Network, prepared: PreparedData) -> None:
+    """Raise RecipeError if the data and the network, once they are known, leave nothing to compare
+    evaluations by."""
+    best = recipe.checkpoint.best
+    asked = [key for key, value in ((BEST, best), (PATIENCE, recipe.train.patience)) if value is not None]
+    if asked and not prepared.evaluation:
+        raise RecipeError(
+            f"{asked[0]} compares evaluations, and data.eval_fraction {recipe.data.eval_fraction:g} holds out none of these "
+            f"documents: raise it, give data.eval_sources, or remove {asked[0]}"
+        )
+    legal = measures_of(recipe.data.task, network).figures
+    if best is not None and best not in legal:
+        raise RecipeError(unmeasured(best, legal, f"a model of {len(prepared.classes)} classes"))
 
 
 def _files(recipe: Recipe, network: Network, prepared: PreparedData) -> ModelFiles:
