@@ -26,7 +26,8 @@ def weights_of(name: str, *, option: str, also: str = "", last: bool = False) ->
     """Return the checkpoint that a command line names: its folder, or a run's, which stands for the
     best one if the run has checkpoint.best, and else for the newest.
 
-    `last`: the newest in any case. RecipeError where there is none; `also`: what else is legal there.
+    `last`: the newest in any case. RecipeError where there is none; `also`: what else is legal
+    there.
     """
     newest = checkpoint_named(name, option=option, also=also)
     if (Path(name) / MANIFEST).exists():
