@@ -87,6 +87,6 @@ def evaluate(run: Session, *, steps_done: int) -> dict[str, float]:
         return {}
     group = run.data.group
     batches = run.eval_data.micro_batches(dp_rank=group.rank, dp=group.size, micro_sequences=run.plan.micro_sequences)
-    record = run.engine.measures.record(run.engine.evaluator.evaluate(batches))
+    record = run.engine.measures.record(run.engine.evaluator.evaluate(batches, run.prepared.tokens_per_byte))
     run.tracker.evaluate({"step": steps_done, **record})
     return record

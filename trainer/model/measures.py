@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The result of an evaluation. `sums`: a task's statistics, over all micro-batches of all
-    ranks; the first is the loss."""
+    """The result of an evaluation.
+
+    `sums`: a task's statistics, over all micro-batches of all ranks; the first is the loss.
+    `tokens_per_byte`: of the held-out texts (`PreparedData.tokens_per_byte`), None for other data.
+    """
 
     sums: tuple[float, ...]
     num_targets: int
+    tokens_per_byte: float | None = None
 
     @property
     def loss(self) -> float:
@@ -61,10 +65,14 @@ class Measures(Protocol):
 @dataclass(frozen=True)
 class TokenMeasures:
     """The figures of predicted tokens: the loss, how many tokens had the highest logit, and in how
-    many documents all of them had. `of_answers`: documents are answers, for which the last figure
-    is reported."""
+    many documents all of them had.
+
+    `of_answers`: documents are answers, for which the last figure is reported. `of_texts`: every
+    token of a text is predicted, so that a loss per byte can be compared between tokenizers.
+    """
 
     of_answers: bool = False
+    of_texts: bool = False
     num_sums: int = 4
     num_step_sums: int = 1
     predicts_tokens: bool = True
@@ -76,9 +84,16 @@ class TokenMeasures:
         return {}
 
     def record(self, result: EvalResult) -> dict[str, float]:
+        """Return the record.
+
+        `eval_bits_per_byte` is that of the Pile (Gao et al. 2020, arXiv:2101.00027, §3.1): the loss
+        in bits, times the tokens per byte of all held-out texts.
+        """
+        per_byte = result.tokens_per_byte if self.of_texts else None
         return {
             "eval_loss": result.loss,
             "eval_perplexity": math.exp(min(result.loss, 700.0)),  # beyond, a float overflows
+            **({} if per_byte is None else {"eval_bits_per_byte": result.loss / math.log(2) * per_byte}),
             "eval_accuracy": result.sums[1] / result.num_targets,
             **({"eval_exact_match": result.sums[2] / result.sums[3]} if self.of_answers else {}),
             "eval_targets": result.num_targets,
@@ -195,7 +210,8 @@ def _of_classes(network: Network) -> Measures:
 
 
 MEASURES: Mapping[TaskName, Callable[[Network], Measures]] = {
-    **dict.fromkeys(("pretrain", "mlm"), lambda _: TokenMeasures()),
+    "pretrain": lambda _: TokenMeasures(of_texts=True),
+    "mlm": lambda _: TokenMeasures(),
     **dict.fromkeys(("sft", "translate"), lambda _: TokenMeasures(of_answers=True)),
     "preference": lambda _: PairMeasures(),
     "classify": _of_classes,
