@@ -16,6 +16,7 @@ from trainer.data.chat import Chat
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import DataError, RecipeError
 from trainer.files.reading import read_json, require_regular_below, told
+from trainer.inference.last_space import only, without_last_space
 from trainer.model.hugging_face import read_config
 from trainer.model.model_files import TASK
 from trainer.model.origin import GENERATION_CONFIG, as_list
@@ -36,16 +37,18 @@ def sample(
     temperature: float,
     top_k: int,
     seed: int,
+    first: Sequence[int] = (),
 ) -> list[int]:
-    """Continue `prompt` by at most `new_tokens` tokens, up to `end`.
+    """Continue `prompt` by at most `new_tokens` tokens, up to `end`. The first of them is one of
+    `first`, if that is given.
 
     The model sees the last `context` tokens. Every rank that takes part draws the same tokens,
     because the random stream depends on the seed only. temperature 0 takes the likeliest token.
     """
     stream = torch.Generator().manual_seed(derive_seed(seed, "sample"))
     tokens = list(prompt)
-    for _ in range(new_tokens):
-        logits = next_logits(tokens[-context:])
+    for number in range(new_tokens):
+        logits = only(next_logits(tokens[-context:]), () if number else first)
         if temperature == 0.0:
             token = int(logits.argmax())
         else:
@@ -141,7 +144,7 @@ def continue_from_folder(folder: Path, prompt: str, writing: Writing, *, way: Wa
     model, tokenizer = load_folder(folder)
     if not prompt:
         raise RecipeError("--prompt is empty: give at least one character")
-    tokens = _asked(folder, prompt) if way == "chat" else _begun(tokenizer, prompt)
+    tokens, first = (_asked(folder, prompt), []) if way == "chat" else begun(tokenizer, prompt)
     # Models with slopes (ALiBi) or state spaces have no last position.
     positions = getattr(model.config, "max_position_embeddings", sys.maxsize)
     if len(tokens) >= positions:
@@ -154,6 +157,7 @@ def continue_from_folder(folder: Path, prompt: str, writing: Writing, *, way: Wa
             attention_mask=torch.ones_like(ids),
             max_new_tokens=min(writing.new_tokens, positions - len(tokens)),
             pad_token_id=tokenizer.eos_token_id,
+            logits_processor=[beginning_with(first, len(tokens))],
             **_sampling(writing, model.generation_config),
         )
     shown = out[0, len(tokens) :] if way == "chat" else out[0]
@@ -166,13 +170,26 @@ def _asked(folder: Path, prompt: str) -> list[int]:
     return Chat(load_tokenizer(str(folder)), seq_len=ENDLESS, learned="answers").prompt(prompt, key="--prompt")
 
 
-def _begun(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the tokens of a text that goes on: with what the tokenizer writes before it, without
-    what it writes after."""
+def begun(tokenizer: Any, prompt: str) -> tuple[list[int], list[int]]:
+    """Return the tokens of a text that goes on, and those of which the next must be one; [] for
+    any.
+
+    What the tokenizer writes before a text is there, what it writes after is not.
+    """
     tokens: list[int] = tokenizer(prompt)["input_ids"]
     bare: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     after = next((n for n in range(len(tokens) - len(bare) + 1) if tokens[n : n + len(bare)] == bare), 0) + len(bare)
-    return tokens[:after]
+    return without_last_space(tokens[:after], tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+
+
+def beginning_with(first: Sequence[int], prompt_tokens: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a logits processor of transformers after which the first token behind the prompt is
+    one of `first`."""
+
+    def process(ids_BS: Tensor, logits_BV: Tensor) -> Tensor:
+        return only(logits_BV, first if ids_BS.shape[1] == prompt_tokens else ())
+
+    return process
 
 
 def _sampling(writing: Writing, said: Any) -> dict[str, Any]:
