@@ -48,9 +48,11 @@ def main(words: Sequence[str] | None = None) -> int:
 def written(arguments: argparse.Namespace) -> list[str]:
     """Return the samples, each with the prompt before it."""
     import torch
+    from transformers.utils import logging
 
     from trainer.inference.generate import beginning_with, begun, load_folder
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     model, tokenizer = load_folder(arguments.folder)
     tokens, first = begun(tokenizer, arguments.prompt)
