@@ -93,7 +93,7 @@ def evaluate(run: Session, *, steps_done: int) -> None:
         return
     group = run.data.group
     batches = run.eval_data.micro_batches(dp_rank=group.rank, dp=group.size, micro_sequences=run.plan.micro_sequences)
-    record = run.engine.measures.record(run.engine.evaluator.evaluate(batches))
+    record = run.engine.measures.record(run.engine.evaluator.evaluate(batches, run.prepared.tokens_per_byte))
     record |= run.translations(steps_done)
     run.evaluations.add(run.messages.broadcast({"step": steps_done, **record}))
     run.tracker.evaluate(run.evaluations.records[-1])

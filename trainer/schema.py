@@ -234,6 +234,11 @@ class Source(Section):
         default_factory=list,
         description="Names of the columns of .csv and .tsv files; empty: the first line of each file has them.",
     )
+    exclude: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description='Files of a folder, or of stdlib, that are left out: patterns of their paths inside it, such as "tests/*" '
+        'or "*.min.js", where * also stands for /.',
+    )
 
     @property
     def text_field(self) -> str:

@@ -132,7 +132,7 @@ TASKS: Mapping[TaskName, Task] = {
     "translate": Task(
         "the targets of packed pairs, by an encoder and a decoder",
         # 300,000 steps of 25,000 target tokens over 4.5 million pairs
-        Repeats(50, "the Transformer itself was trained with about 50 (Vaswani et al. 2017, arXiv:1706.03762)"),
+        Repeats(50, "the big Transformer saw its 4.5 M pairs about 50 times (Vaswani et al. 2017, arXiv:1706.03762)"),
         rows="translations",
         shapes={"pairs": ("source", "target")},
         sources='[{"path": "train.en", "target_path": "train.de"}]',

@@ -65,7 +65,7 @@ def test_what_is_not_finite_is_never_the_best(value: float | None) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_every_figure_of_a_task_is_in_its_records_and_has_a_direction(task: Any) -> None:
     measures = MEASURES[task](2)
-    record = measures.record(EvalResult((1.0,) * measures.num_sums, 4))
+    record = measures.record(EvalResult((1.0,) * measures.num_sums, 4, tokens_per_byte=0.5))
     assert measures.figures["eval_loss"] == "lower"
     assert set(measures.figures) - set(OF_TRANSLATIONS) <= set(record)
     neither = set(record) - set(measures.figures)
@@ -203,12 +203,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (
             {"checkpoint": {"best": "loss"}},
             'checkpoint.best = "loss": the evaluations of data.task "pretrain" have no such figure; did you mean "eval_loss"? '
-            'legal: "eval_loss", "eval_perplexity", "eval_accuracy"',
+            'legal: "eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_accuracy"',
         ),
         (
             {"checkpoint": {"best": "eval_f1"}},
             'checkpoint.best = "eval_f1": the evaluations of data.task "pretrain" have no such figure; legal: "eval_loss", '
-            '"eval_perplexity", "eval_accuracy"',
+            '"eval_perplexity", "eval_bits_per_byte", "eval_accuracy"',
         ),
         (
             {"checkpoint": {"best": "eval_loss"}, "train": {"eval_every": 0}},

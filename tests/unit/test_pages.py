@@ -40,7 +40,7 @@ WIDEST = 128
 PROGRAMS = frozenset(
     {
         *("triaxis", "python", "bash", "deepspeed", "torchrun", "srun", "mpirun", "scontrol", "pip", "wandb"),
-        *("echo", "head", "printf", "seq"),
+        *("echo", "head", "tail", "printf", "seq", "mkdir", "curl"),
     }
 )
 

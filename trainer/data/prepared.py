@@ -62,6 +62,16 @@ class PreparedData:
         return self.examples.classes if isinstance(self.examples, Labelled) else ()
 
     @property
+    def tokens_per_byte(self) -> float | None:
+        """The tokens of all held-out texts, their ends included and their openings not, for each
+        byte of UTF-8; None where no texts are held out."""
+        text_bytes = sum(store.contents.text_bytes for store in self.evaluation)
+        if self.texts is None or not text_bytes:
+            return None
+        opening = len(self.texts.opening)
+        return sum(store.num_tokens - opening * store.num_documents for store in self.evaluation) / text_bytes
+
+    @property
     def chat(self) -> Conversing | None:
         """The writer of conversations; None if the task learns from something else."""
         return self.examples.chat if self.examples else None

@@ -374,6 +374,11 @@ class Tokenizer:
     def spelling_of(self, token: int) -> str:
         return str(self._backend.id_to_token(token))
 
+    @property
+    def spellings(self) -> list[str | None]:
+        """The spelling of each token in the vocabulary, None for a number without one."""
+        return [self._backend.id_to_token(token) for token in range(self.vocab_size)]
+
     def spells_as(self, folder: Path, tokens: Sequence[int]) -> bool:
         """Return whether a folder also has a tokenizer, in which these tokens are the same."""
         if not (folder / "tokenizer.json").is_file():

@@ -25,11 +25,15 @@ OF_TRANSLATIONS: Mapping[str, Better] = {"eval_bleu": "higher", "eval_chrf": "hi
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The result of an evaluation. `sums`: a task's statistics, over all micro-batches of all
-    ranks; the first is the loss."""
+    """The result of an evaluation.
+
+    `sums`: a task's statistics, over all micro-batches of all ranks; the first is the loss.
+    `tokens_per_byte`: of the held-out texts (`PreparedData.tokens_per_byte`), None for other data.
+    """
 
     sums: tuple[float, ...]
     num_targets: int
+    tokens_per_byte: float | None = None
 
     @property
     def loss(self) -> float:
@@ -73,10 +77,15 @@ class Measures(Protocol):
 @dataclass(frozen=True)
 class TokenMeasures:
     """The figures of predicted tokens: the loss, how many tokens had the highest logit, and in how
-    many documents all of them had. `of_answers`: documents are answers, for which the last figure
-    is reported. `of_translations`: texts can be translated and compared."""
+    many documents all of them had.
+
+    `of_answers`: documents are answers, for which the last figure is reported. `of_texts`: every
+    token of a text is predicted, so that a loss per byte can be compared between tokenizers.
+    `of_translations`: texts can be translated and compared.
+    """
 
     of_answers: bool = False
+    of_texts: bool = False
     of_translations: bool = False
     num_sums: int = 4
     num_step_sums: int = 1
@@ -85,8 +94,9 @@ class TokenMeasures:
     @property
     def figures(self) -> Mapping[str, Better]:
         exact: Mapping[str, Better] = {"eval_exact_match": "higher"} if self.of_answers else {}
+        per_byte: Mapping[str, Better] = {"eval_bits_per_byte": "lower"} if self.of_texts else {}
         translated = OF_TRANSLATIONS if self.of_translations else {}
-        return {LOSS: "lower", "eval_perplexity": "lower", "eval_accuracy": "higher", **exact, **translated}
+        return {LOSS: "lower", "eval_perplexity": "lower", **per_byte, "eval_accuracy": "higher", **exact, **translated}
 
     def num_targets(self, batch: MicroBatch) -> int:
         return batch.num_targets
@@ -95,9 +105,16 @@ class TokenMeasures:
         return {}
 
     def record(self, result: EvalResult) -> dict[str, float]:
+        """Return the record.
+
+        `eval_bits_per_byte` is that of the Pile (Gao et al. 2020, arXiv:2101.00027, §3.1): the loss
+        in bits, times the tokens per byte of all held-out texts.
+        """
+        per_byte = result.tokens_per_byte if self.of_texts else None
         return {
             "eval_loss": result.loss,
             "eval_perplexity": math.exp(min(result.loss, 700.0)),  # beyond, a float overflows
+            **({} if per_byte is None else {"eval_bits_per_byte": result.loss / math.log(2) * per_byte}),
             "eval_accuracy": result.sums[1] / result.num_targets,
             **({"eval_exact_match": result.sums[2] / result.sums[3]} if self.of_answers else {}),
             "eval_targets": result.num_targets,
@@ -231,7 +248,8 @@ def figures_of(task: TaskName, num_classes: int) -> Mapping[str, Better]:
 
 # For each task its measures, given the number of classes, which is 0 for a network without any.
 MEASURES: Mapping[TaskName, Callable[[int], Measures]] = {
-    **dict.fromkeys(("pretrain", "mlm"), lambda _: TokenMeasures()),
+    "pretrain": lambda _: TokenMeasures(of_texts=True),
+    "mlm": lambda _: TokenMeasures(),
     "sft": lambda _: TokenMeasures(of_answers=True),
     "translate": lambda _: TokenMeasures(of_answers=True, of_translations=True),
     "preference": lambda _: PairMeasures(),

@@ -12,7 +12,7 @@ from pathlib import Path
 from trainer.files.paths import expanded, occupied, wrong_with
 from trainer.recipe.marks import KeyPath, dotted, leaves, pattern, put
 from trainer.redaction import shown
-from trainer.schema import STDLIB, Data, Finding, Recipe
+from trainer.schema import STDLIB, Data, Finding, Recipe, Source
 from trainer.spelling import nearest
 from trainer.tasks import TASKS
 
@@ -87,7 +87,9 @@ def _stands_in_the_way(key: str, name: str) -> str:
 def name_findings(recipe: Recipe) -> Iterator[Finding]:
     for group in ("sources", "eval_sources"):
         for index, source in enumerate(getattr(recipe.data, group)):
-            yield from _missing(f"data.{group}[{index}].path", source.path, (STDLIB,))
+            where = f"data.{group}[{index}]"
+            missing = list(_missing(f"{where}.path", source.path, (STDLIB,)))
+            yield from missing or _exclude_findings(source, where)
             if source.target_path is not None and not wrong_with(source.target_path) and not exists(source.target_path):
                 key = f"data.{group}[{index}].target_path"
                 message = f"{key} = {json.dumps(source.target_path)} does not exist (looked from {Path.cwd()})"
@@ -107,6 +109,13 @@ def name_findings(recipe: Recipe) -> Iterator[Finding]:
                 f"zero.{name}.nvme_path = {json.dumps(path)}: its parent folder does not exist; mount the drive or create it"
             )
             yield Finding((f"zero.{name}.nvme_path",), message)
+
+
+def _exclude_findings(source: Source, where: str) -> Iterator[Finding]:
+    if not source.exclude or source.path == STDLIB or wrong_with(source.path) or os.path.isdir(source.path):
+        return
+    message = f"{where}.exclude leaves out files of a folder, and {json.dumps(source.path)} is none: remove it"
+    yield Finding((f"{where}.exclude", f"{where}.path"), message)
 
 
 def exists(name: str) -> bool:

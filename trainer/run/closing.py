@@ -24,6 +24,7 @@ from trainer.engine.execution import DTYPES
 from trainer.errors import NotFinite
 from trainer.files.durable import remove
 from trainer.inference.generate import sample
+from trainer.inference.last_space import without_last_space
 from trainer.inference.translator import Search, Translator, scores
 from trainer.launch.ranks import together
 from trainer.model.hugging_face import assembled, write_folder
@@ -155,17 +156,23 @@ def sampled(recipe: Recipe, prepared: PreparedData, evaluator: Evaluator) -> dic
     asked, tokenizer, chat = recipe.train.sample_prompt, prepared.tokenizer, prepared.chat
     if asked is None:
         return {}
+    prompt = chat.prompt(asked) if chat else (prepared.texts or Texts()).prompt(tokenizer, asked)
+    given, first = (prompt, []) if chat else without_last_space(prompt, tokenizer.spellings)
     tokens = sample(
         evaluator.next_logits,
-        chat.prompt(asked) if chat else (prepared.texts or Texts()).prompt(tokenizer, asked),
+        given,
         new_tokens=SAMPLE_TOKENS,
         context=recipe.data.seq_len,
         end=chat.end_of_turn if chat else tokenizer.end_of_document,
         temperature=0.8,
         top_k=50,
         seed=recipe.run.seed,
+        first=first,
     )
-    return {"sample_prompt": asked, "sample": tokenizer.decode(tokens)}
+    written = tokenizer.decode(tokens)
+    if first:  # which begins with the space that the prompt ends in
+        written = written.removeprefix(asked[len(asked.rstrip(" ")) :])
+    return {"sample_prompt": asked, "sample": written}
 
 
 def translated(

@@ -144,6 +144,7 @@ class _Remaining(ProgressColumn):
 EVAL_WORDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "eval_loss": ("eval loss", short),
     "eval_perplexity": ("perplexity", short),
+    "eval_bits_per_byte": ("bits per byte", short),
     "eval_accuracy": ("accuracy", percent),
     "eval_exact_match": ("exact match", percent),
     "eval_majority": ("commonest class", percent),
@@ -162,6 +163,7 @@ SUMMARY_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "best_step": ("best step, which is exported", scaled),
     "eval_loss": ("eval loss", short),
     "eval_perplexity": ("eval perplexity", short),
+    "eval_bits_per_byte": ("eval bits per byte", short),
     "eval_accuracy": ("eval accuracy", percent),
     "eval_majority": ("  of the commonest class", percent),
     "eval_f1": ("eval F1, mean over classes", percent),
