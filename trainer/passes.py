@@ -59,19 +59,30 @@ class Passes:
         return ceil(Fraction(repr(epochs)) * self.sequences / global_sequences)
 
     def lines(self, recipe: Recipe) -> Iterator[str]:
-        """Yield how often the steps of a recipe pass over the data, and a warning where that is
-        more than its task is known to gain from."""
-        keys, drawn = recipe.train, recipe.train.total_steps * recipe.batch.global_sequences
-        passes = drawn / self.sequences
-        of_each = [(drawn * source.share / source.sequences, source.name) for source in self.sources]
+        """Yield how often the steps of a recipe pass over the data, and its warnings."""
+        keys, passes = recipe.train, _drawn(recipe) / self.sequences
         steps = f"{keys.total_steps:,} step{'s' if keys.total_steps > 1 else ''}"
         epochs = "" if keys.epochs is None else f" (train.epochs {_spoken(keys.epochs)})"
-        yield f"{steps}{epochs} = {_counted(passes)} over {self.sequences:,} sequences{_apart(of_each, passes)}"
-        most, name = max(of_each)
+        apart = _apart(self._of_each(recipe), passes)
+        yield f"{steps}{epochs} = {_counted(passes)} over {self.sequences:,} sequences{apart}"
+        yield from self.warnings(recipe)
+
+    def warnings(self, recipe: Recipe) -> Iterator[str]:
+        """Yield a warning where a source is seen more often than the task is known to gain from."""
+        most, name = max(self._of_each(recipe))
         repeats = TASKS[recipe.data.task].repeats
         # a whole number of passes is rounded up to whole steps
         if most > repeats.most + recipe.batch.global_sequences / self.sequences:
             yield f"warning: {_counted(most)} over {name}: {repeats.reason}; watch the held-out loss, or add data"
+
+    def _of_each(self, recipe: Recipe) -> list[tuple[float, str]]:
+        """Return the passes over each source, with its name."""
+        drawn = _drawn(recipe)
+        return [(drawn * source.share / source.sequences, source.name) for source in self.sources]
+
+
+def _drawn(recipe: Recipe) -> int:
+    return recipe.train.total_steps * recipe.batch.global_sequences
 
 
 def _apart(of_each: Sequence[tuple[float, str]], passes: float) -> str:

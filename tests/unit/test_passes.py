@@ -251,6 +251,16 @@ def test_check_says_the_passes_where_the_cache_knows_them(folder: Path, capsys: 
     assert said() == before, "other data than was tokenized"
 
 
+@pytest.mark.usefixtures("folder")
+def test_submit_warns_and_refuses_before_the_queue(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["submit", "r.json", "--nodes", "1", "--ranks-per-node", "1", "--dry-run"]
+    assert main(["data", "prepare", "r.json"]) == 0
+    assert main([*command, "--set", "train.epochs=9"]) == 0
+    assert "triaxis: warning: 9 passes over small.jsonl: up to 4" in capsys.readouterr().err
+    assert main([*command, "--set", "schedule.warmup_steps=34"]) == 78
+    assert "is 33 steps: schedule.warmup_steps = 34 is longer" in capsys.readouterr().err
+
+
 def test_check_of_steps_without_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "r.json", "--set", "train.epochs=null", "--set", "train.steps=1000"]) == 0
     line = "1,000 steps draw 4,000 sequences; the passes over the data are known after `triaxis data prepare` with this recipe"
