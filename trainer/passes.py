@@ -73,7 +73,8 @@ class Passes:
         repeats = TASKS[recipe.data.task].repeats
         # a whole number of passes is rounded up to whole steps
         if most > repeats.most + recipe.batch.global_sequences / self.sequences:
-            yield f"warning: {_counted(most)} over {name}: {repeats.reason}; watch the held-out loss, or add data"
+            place = name if _apart(self._of_each(recipe), _drawn(recipe) / self.sequences) else "the data"
+            yield f"warning: {_counted(most)} over {place}: {repeats.reason}; watch the held-out loss, or add data"
 
     def _of_each(self, recipe: Recipe) -> list[tuple[float, str]]:
         """Return the passes over each source, with its name."""

@@ -256,7 +256,7 @@ def test_submit_warns_and_refuses_before_the_queue(capsys: pytest.CaptureFixture
     command = ["submit", "r.json", "--nodes", "1", "--ranks-per-node", "1", "--dry-run"]
     assert main(["data", "prepare", "r.json"]) == 0
     assert main([*command, "--set", "train.epochs=9"]) == 0
-    assert "triaxis: warning: 9 passes over small.jsonl: up to 4" in capsys.readouterr().err
+    assert "triaxis: warning: 9 passes over the data: up to 4" in capsys.readouterr().err
     assert main([*command, "--set", "schedule.warmup_steps=34"]) == 78
     assert "is 33 steps: schedule.warmup_steps = 34 is longer" in capsys.readouterr().err
 
