@@ -139,7 +139,7 @@ def _path(cache_dir: Path, data: Data) -> Path:
 
 def stamp_of(data: Data) -> str:
     """Return the stamp of the files that a data section reads: another one when a file is added,
-    removed or written. OSError if they cannot be looked at."""
+    removed or written."""
     named = [name for source in data.sources for name in (source.path, source.target_path) if name is not None]
     stamps = [[name, *_stamps(name)] for name in (*named, data.tokenizer)]
     return hashlib.blake2b(json.dumps(stamps).encode(), digest_size=16).hexdigest()
@@ -157,10 +157,15 @@ def _stamps(name: str) -> Iterator[object]:
 
 
 def _files_in(folder: str) -> Iterable[str]:
-    for place, _, names in os.walk(folder):
-        yield from (os.path.join(place, name) for name in names)
+    """Yield the paths below a folder, without hidden ones, which no source reads."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (os.path.join(place, name) for name in names if not name.startswith("."))
 
 
 def _stamp(path: str) -> tuple[int, int]:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError:  # a link to nothing; who reads it says so
+        return 0, 0
     return status.st_size, status.st_mtime_ns
