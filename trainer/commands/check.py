@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.commands.arguments import add_recipe, whole
@@ -37,15 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from trainer.passes import kept
     from trainer.recipe import load
-    from trainer.recipe.epochs import settled
+    from trainer.recipe.epochs import as_tokenized
 
-    resolved = load(arguments.recipe, arguments.set)
-    data = resolved.recipe.data
-    passes = kept(Path(str(data.cache_dir)), data)
-    if passes is not None:
-        resolved = settled(resolved, passes)
+    resolved, passes = as_tokenized(load(arguments.recipe, arguments.set))
     network = known_network(resolved)
     plan = config = None
     if arguments.world_size is not None:

@@ -51,7 +51,7 @@ class PreparedData:
     weights: tuple[float, ...] | None  # one per training store; None: by size
     evaluation: tuple[TokenStore, ...]  # empty: nothing is held out
     eval_sources: tuple[str, ...]  # names, one per evaluation store
-    passes: Passes  # over the training data
+    passes: Passes  # over the training data; without sources where only evaluations are read
     fingerprint: str  # equal if every training sample is equal; saved with checkpoints
     notes: tuple[str, ...]  # one-line remarks for the console
 
@@ -168,7 +168,7 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
         held_out += [(corpus.name, stores(corpus, 0.0, None)[MAIN]) for corpus in eval_corpora]
         weights = _weights(data.sources)
         passes = _passes([corpus.name for corpus in corpora], train, weights, data)
-        if build:
+        if build and passes.sources:
             keep(cache_dir, asked, passes, stamp)
     notes += [note for corpus in (*corpora, *eval_corpora) for note in corpus.notes]
     if held_out_fraction:
@@ -337,6 +337,8 @@ def _weights(sources: Sequence[schema.Source]) -> tuple[float, ...] | None:
 
 
 def _passes(names: Sequence[str], stores: Sequence[TokenStore], weights: Sequence[float] | None, data: schema.Data) -> Passes:
+    if not stores:
+        return Passes(())
     sizes = [num_windows(store.num_tokens, data.row_tokens, tails=data.tails == "train") for store in stores]
     shares = order_of(weights, sizes, seed=0).shares  # the same with every seed
     return Passes(tuple(Drawn(*found) for found in zip(names, sizes, shares, strict=True)))
