@@ -141,7 +141,7 @@ def nobody_borrows_from_a_test(source: Source) -> list[str]:
 # The parts of `trainer/`, a folder or a loose file each, from the ground up: a part may import those that stand before it.
 LAYERS = (
     *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "tasks", "update_rules", "schema"),
-    *("learning_rate", "run_folder", "launch", "data", "model", "costs", "tuning", "recipe", "watchdog", "engine"),
+    *("learning_rate", "run_folder", "launch", "data", "model", "costs", "tuning", "convert", "recipe", "watchdog", "engine"),
     *("checkpoint", "track", "inference"),
     *("guard", "cluster", "run", "verify", "loop", "commands", "cli", "__main__", "requeue"),
 )
@@ -251,6 +251,7 @@ WITHOUT_TORCH = {
     "trainer.checkpoint.disk_space",
     "trainer.cli",
     "trainer.commands",
+    "trainer.convert",
     "trainer.engine.deepspeed_config",
     "trainer.files.durable",
     "trainer.errors",

@@ -9,6 +9,7 @@ from typing import Protocol
 from trainer.commands import (
     check,
     checkpoints,
+    convert,
     data,
     evaluate,
     export,
@@ -46,4 +47,5 @@ COMMANDS: dict[str, Command] = {
     "eval": evaluate,
     "submit": submit,
     "data": data,
+    "convert": convert,
 }

@@ -8,7 +8,7 @@ import re
 from functools import cache
 from typing import get_args, get_origin
 
-from trainer.recipe.deepspeed_keys import REFUSED, refusal
+from trainer.convert.deepspeed_keys import REFUSED, refusal
 from trainer.recipe.marks import KeyPath, dotted
 from trainer.schema import Recipe, Section
 from trainer.spelling import nearest
