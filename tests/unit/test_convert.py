@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,25 @@ def test_what_check_would_refuse_is_written_and_said(folder: Path, capsys: pytes
     assert "`triaxis check` refuses the recipe until this is mended" in said
     assert 'data.sources[0].path = "gone/rows.jsonl" does not exist' in said
     assert Path("out.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "a name.yml", "recipe.txt"])
+def test_a_recipe_in_yaml_is_answered_with_the_command_that_converts_it(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path("recipe.yaml").read_text()
+    Path(name).write_text(text)
+    Path(name).with_suffix(".json").write_text("mine")  # a name that is taken is not suggested
+    assert main(["check", name]) == 78
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    said, command = error.strip().split(": triaxis ")
+    assert said == f"triaxis: error: {name} is YAML, and a recipe is JSON"
+    assert main(shlex.split(command)) == 0
+    assert main(["check", shlex.split(command)[-1]]) == 0
+    Path("top.json").write_text(json.dumps({"extends": name}))
+    assert main(["check", "top.json"]) == 78
+    assert "is YAML, and a recipe is JSON" in capsys.readouterr().err
 
 
 def test_secrets_are_not_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

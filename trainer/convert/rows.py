@@ -68,10 +68,10 @@ def key(to: str, read: Reader = same, default: Any = ABSENT, within: str = "") -
     return Row(to=to, read=read, default=default, within=within)
 
 
-def joint(to: str, default: Any = ABSENT) -> Row:
+def joint(to: str, default: Any = ABSENT, read: Reader = same) -> Row:
     """Return the row of a key that a rule reads together with others; `to` is what it is mostly
-    about."""
-    return Row(to=to, joint=True, default=default)
+    about, `read` what it would be alone."""
+    return Row(to=to, joint=True, default=default, read=read)
 
 
 def none(why: str, default: Any = ABSENT, near: str = "", idle: tuple[Any, ...] = ()) -> Row:

@@ -3,8 +3,9 @@ them nothing would read."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -14,7 +15,7 @@ from trainer.schema import Recipe, Section
 
 def schema_has(key: str) -> bool:
     """Return whether a recipe of this version has the key."""
-    return len(_fields(key)) == key.count(".") + 1
+    return len(fields_of(key)) == key.count(".") + 1
 
 
 def default_of(key: str) -> Any:
@@ -41,13 +42,18 @@ def unread(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield each key that nothing would read beside these values, with the condition under which it
     is read."""
     for key in values:
-        for info in _fields(key):
-            extra = info.json_schema_extra
-            conditions: Mapping[str, Any] = extra.get("only", {}) if isinstance(extra, dict) else {}  # type: ignore[assignment]
-            for other, legal in conditions.items():
+        for info in fields_of(key):
+            for other, legal in conditions_of(info).items():
                 actual = values[other] if other in values else default_of(other)
-                if not _is_one_of(actual, legal):
+                if not is_one_of(actual, legal):
                     yield key, f"{key} is used only with {condition(other, legal)}"
+
+
+def conditions_of(info: FieldInfo) -> Mapping[str, Any]:
+    """Return the dotted keys on which a field depends, each with its legal values."""
+    extra = info.json_schema_extra
+    conditions: Any = extra.get("only", {}) if isinstance(extra, dict) else {}
+    return dict(conditions)
 
 
 def condition(other: str, legal: Any) -> str:
@@ -70,26 +76,32 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return recipe
 
 
-def _fields(key: str) -> list[FieldInfo]:
-    """Return the fields from the section to the key, as many of them as there are."""
+def fields_of(key: str) -> list[FieldInfo]:
+    """Return the fields from the section to the key, as many of them as there are; those of an item
+    of a list too."""
     found: list[FieldInfo] = []
     section: Any = Recipe
-    for part in key.split("."):
-        if not (isinstance(section, type) and issubclass(section, Section)):
+    for part in re.sub(r"\[\d*\]", "", key).split("."):
+        if section is None:
             break
         info = section.model_fields.get(_attribute(section, part))
         if info is None:
             break
         found.append(info)
-        section = info.annotation
+        section = next((one for one in (info.annotation, *get_args(info.annotation)) if _is_section(one)), None)
     return found
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def _attribute(section: type[Section], key: str) -> str:
     return next((name for name, info in section.model_fields.items() if info.alias == key), key)
 
 
-def _is_one_of(value: Any, legal: Any) -> bool:
+def is_one_of(value: Any, legal: Any) -> bool:
+    """Return whether another key's value is one with which a key is used."""
     if isinstance(legal, Mapping):
         return bool(value >= legal["minimum"])
     return value in legal if legal else value is not None

@@ -150,7 +150,7 @@ ROWS: Mapping[str, Row] = {
     "disable_tqdm": none("the console shows a line per record", default=False),
     "include_num_input_tokens_seen": none(RECORDS, default="no"),
     "include_tokens_per_second": none(RECORDS),
-    "report_to": joint("tracking"),
+    "report_to": joint("tracking", read=words({name: Set(keys) for name, keys in rules.TRACKERS.items()})),
     "project": none("a tracker's project is tracking.wandb.project", default="huggingface", near="tracking.wandb.project"),
     "trackio_space_id": none("there is no mirror of metrics.jsonl in trackio"),
     "trackio_bucket_id": none("there is no mirror of metrics.jsonl in trackio"),
