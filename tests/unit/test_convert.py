@@ -281,7 +281,8 @@ def test_values_that_are_none_are_listed_and_the_rest_is_brought(folder: Path, c
         "sequence_len = 1.5: it is not a whole number",
         'lr_scheduler = "wild": it is none of linear, cosine',
         'adapter = "prefix": tuning.method has lora, dora',
-        "load_in_4bit true: weights that are trained are not quantized: set tuning.method",
+        "load_in_4bit true: tuning.quantize is used only with tuning.method",
+        "lora_r 8: tuning.rank is used only with tuning.method",
         'datasets[0].type = "strange": rows of this type are not known here',
         "datasets[0].shards = 4: all rows of a source are read",
     ):
@@ -315,6 +316,18 @@ def test_a_recipe_in_yaml_is_answered_with_the_command_that_converts_it(
     Path("top.json").write_text(json.dumps({"extends": name}))
     assert main(["check", "top.json"]) == 78
     assert "is YAML, and a recipe is JSON" in capsys.readouterr().err
+
+
+def test_a_config_of_another_tool_is_answered_with_the_command_that_converts_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "ds_fp16_zero2.json"]) == 78
+    first, *_ = capsys.readouterr().err.splitlines()
+    said = "triaxis: error: ds_fp16_zero2.json is a config of DeepSpeed, and no recipe: triaxis "
+    assert first == f"{said}convert ds_fp16_zero2.json recipe.json"
+    Path("faulty.json").write_text('{"model": {"family": "gpt2"}, "learning_rate": 1}')
+    assert main(["check", "faulty.json"]) == 78
+    assert "is a config of" not in capsys.readouterr().err
 
 
 def test_secrets_are_not_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

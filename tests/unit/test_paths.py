@@ -12,7 +12,7 @@ from trainer.cli import main
 from trainer.errors import RecipeError
 from trainer.files.paths import occupied, wrong_with
 from trainer.recipe import load
-from trainer.recipe.keys import json_schema
+from trainer.recipe.wording import json_schema
 from trainer.recipe.names import PATHS
 
 NO_PATH = [

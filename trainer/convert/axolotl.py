@@ -11,7 +11,7 @@ from trainer.convert.draft import Draft, Tool
 from trainer.convert.rows import Row, Set, if_true, joint, key, listed, none, number, text, whole, words, yes
 from trainer.convert.trainer_arguments import HUB, OPTIMIZERS, RESUME, SCHEDULES
 from trainer.convert.trainer_arguments import ROWS as TRAINER
-from trainer.convert.tuning_words import EVERYTHING, METHODS, keep_whole_without_method, targets, use_dora
+from trainer.convert.tuning_words import EVERYTHING, METHODS, targets, use_dora
 
 CYCLE = "a rate that rises and falls in cycles is not there: the recipe has one cosine"
 SCHEDULERS = {
@@ -289,6 +289,21 @@ ROWS: Mapping[str, Row] = {
     "dp_shard_size": none("the data-parallel degree follows from the number of ranks"),
     "dp_replicate_size": none("the data-parallel degree follows from the number of ranks", default=1),
     **_several("mixtures of experts are not trained here", "expert_parallel_size", "expert_parallel_backend"),
+    **_several(
+        "mixtures of experts are not trained here",
+        *("expert_parallel_num_nvl_bytes", "expert_parallel_num_rdma_bytes", "expert_parallel_token_capacity"),
+        *("expert_parallel_fallback_on_unsupported", "expert_backend", "nonexpert_quantization", "moe_grouped_backend"),
+        *("moe_dequant_chunk_size", "moe_bnb_fast", "use_scattermoe", "use_sonicmoe", "use_glm_dsa_kernels"),
+        *("use_dsv4_kernels", "dsv4_bf16_all", "dsv4_fp4_grouped_mode", "dsv4_fp8_lora_kernel"),
+        *("dsv4_fp8_nonexpert_mode", "dsv4_shared_mlp_lora_kernel", "gemma4_fp8_nonexpert", "gemma4_nf4_nonexpert"),
+        *("nvfp4_merge_aware", "nvfp4_merge_aware_start_step"),
+    ),
+    **_several(
+        "reward models and reinforcement learning are not there",
+        *("nemo_gym_enabled", "nemo_gym_dir", "nemo_gym_auto_clone", "nemo_gym_auto_start", "nemo_gym_config_paths"),
+        *("nemo_gym_head_port", "nemo_gym_server_timeout", "nemo_gym_verify_timeout", "nemo_gym_run_timeout"),
+        *("nemo_gym_datasets", "nemo_gym_model_name", "nemo_gym_multi_turn", "nemo_gym_max_turns"),
+    ),
     **_several("the launcher says it", "world_size", "local_rank", "ddp"),
     **{name: TRAINER[name] for name in TRAINER if name.startswith("ddp_")},
     **_several("`triaxis submit` starts a run on a cluster", "use_ray", "ray_run_name", "resources_per_worker"),
@@ -334,6 +349,8 @@ ROWS: Mapping[str, Row] = {
     **_several(NOT_TRACKED, "trackio_project_name", "trackio_run_name", "trackio_space_id", "use_otel_metrics"),
     **_several(NOT_TRACKED, "use_swanlab", "swanlab_project", "swanlab_experiment_name", "swanlab_mode", "swanlab_workspace"),
     **_several(NOT_TRACKED, "swanlab_api_key", "swanlab_description", "swanlab_log_model"),
+    **_several(NOT_TRACKED, "swanlab_api_host", "swanlab_web_host", "swanlab_lark_secret", "swanlab_lark_webhook_url"),
+    **_several(NOT_TRACKED, "swanlab_log_completions", "swanlab_completion_log_interval", "swanlab_completion_max_buffer"),
     "otel_metrics_host": none(NOT_TRACKED, default="localhost"),
     "otel_metrics_port": none(NOT_TRACKED, default=8000),
     **_several("`triaxis eval --harness` measures a trained model", "lm_eval_tasks", "lm_eval_batch_size", "lm_eval_model"),
@@ -416,6 +433,5 @@ AXOLOTL = Tool(
         rules.name_what_is_missing,
         rules.evaluate_something,
         rules.say_that_rows_are_packed("sample_packing"),
-        keep_whole_without_method,
     ),
 )

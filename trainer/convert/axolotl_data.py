@@ -126,11 +126,7 @@ SPLIT = re.compile(r"\w+")
 def sources(draft: Draft) -> None:
     """Bring the data sets, each file or hub name to a source, and the task that learns from
     them."""
-    for name, to in (
-        ("datasets", "data.sources"),
-        ("pretraining_dataset", "data.sources"),
-        ("test_datasets", "data.eval_sources"),
-    ):
+    for name, to in LISTS.items():
         sets = draft.get(name)
         if not sets:
             continue

@@ -23,7 +23,7 @@ from trainer.convert.rows import (
 )
 from trainer.convert.trainer_arguments import COMMON
 from trainer.convert.trainer_arguments import ROWS as TRAINER_ROWS
-from trainer.convert.tuning_words import keep_whole_without_method, targets, use_dora
+from trainer.convert.tuning_words import targets, use_dora
 
 RL = "reinforcement learning is not there"
 STAGES = {
@@ -60,7 +60,9 @@ SERVING = "`triaxis generate` has its own flags"
 EXPORTS = "`triaxis export` has its own flags"
 OTHER_BACKENDS = "sections parallel and zero divide a model here"
 MERGE_FIRST = "merge it into its model first, and name the folder of the whole model in model.from_pretrained"
+OTHER_RULES = "optimizer.name has adamw, adam, sgd, lion and adafactor"
 OTHER_LOSSES = "the loss is the mean over all targets of a step"
+TIMERS = "deepspeed.wall_clock_breakdown has timers"
 CLUSTERS = "`triaxis submit` starts a run on a cluster"
 NO_SWANLAB = "there is no mirror of metrics.jsonl in swanlab"
 
@@ -71,6 +73,10 @@ def _several(why: str, *names: str) -> dict[str, Row]:
 
 def _ordinary_tokens(value: object) -> Set:
     return Set({"data.new_tokens": listed(value)}, "tokens that are added are special ones here")
+
+
+def _with_prefix(why: str, prefix: str, names: str) -> dict[str, Row]:
+    return _several(why, *(f"{prefix}_{name}" for name in names.split()))
 
 
 def _revision(value: object) -> str | Set:
@@ -153,8 +159,17 @@ OWN: Mapping[str, Row] = {
     "ppo_buffer_size": none(RL, default=1),
     "ppo_epochs": none(RL, default=4),
     "ppo_target": none(RL, default=6.0),
-    **_several("optimizer.name has adamw, adam, sgd, lion and adafactor", "use_galore", "use_apollo", "use_badam"),
-    **_several("optimizer.name has adamw, adam, sgd, lion and adafactor", "use_adam_mini", "use_muon"),
+    **_several(OTHER_RULES, "use_galore", "use_apollo", "use_badam"),
+    **_several(OTHER_RULES, "use_adam_mini", "use_muon"),
+    **_with_prefix(OTHER_RULES, "galore", "target rank update_interval scale proj_type layerwise"),
+    **_with_prefix(OTHER_RULES, "apollo", "target rank update_interval scale proj proj_type scale_type layerwise scale_front"),
+    **_with_prefix(OTHER_RULES, "badam", "mode start_block switch_mode switch_interval update_ratio mask_mode verbose"),
+    **_with_prefix(
+        OTHER_BACKENDS,
+        "kt",
+        "cpu_activation weight_path non_expert_weight_path expert_checkpoint_path use_lora_experts lora_expert_num "
+        "lora_expert_intermediate_size",
+    ),
     **_several(OTHER_LOSSES, "use_dft_loss", "use_asft_loss", "use_eaft_loss"),
     "asft_alpha": none(OTHER_LOSSES, default=0.1),
     "eaft_alpha": none(OTHER_LOSSES, default=1.0),
@@ -220,12 +235,12 @@ OWN: Mapping[str, Row] = {
     **_several(EXPORTS, "export_dir", "export_size", "export_device", "export_quantization_bit", "export_legacy_format"),
     **_several(EXPORTS, "export_quantization_dataset", "export_quantization_nsamples", "export_quantization_maxlen"),
     **_several(EXPORTS, "export_hub_model_id"),
-    **_several(
-        "`triaxis submit` starts a run on a cluster", "ray_num_workers", "ray_init_kwargs", "master_addr", "master_port"
-    ),
+    "ray_num_workers": none(CLUSTERS, default=1),
+    **_several(CLUSTERS, "ray_init_kwargs", "master_addr", "master_port"),
     **_several("fp8 is not there", "fp8", "fp8_enable_fsdp_float8_all_gather"),
     "fp8_backend": none("fp8 is not there", default="auto"),
-    **_several("deepspeed.wall_clock_breakdown has timers", "enable_torch_profiler", "profiler_output_dir", "profile_modules"),
+    **_with_prefix(TIMERS, "profiler", "wait_steps warmup_steps active_steps repeat record_shapes profile_memory with_stack"),
+    **_several(TIMERS, "enable_torch_profiler", "profiler_output_dir", "profile_modules"),
 }
 
 
@@ -262,6 +277,5 @@ LLAMAFACTORY = Tool(
         rules.name_what_is_missing,
         rules.evaluate_something,
         rules.say_that_rows_are_packed("packing", "neat_packing"),
-        keep_whole_without_method,
     ),
 )

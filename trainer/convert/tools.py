@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,3 +52,10 @@ def converted(given: Mapping[str, Any], tool: Tool, *, world_size: int, folder: 
 def recipe_of(draft: Draft) -> dict[str, Any]:
     """Return the recipe of a draft."""
     return nested(draft.values)
+
+
+def command_for(path: Path) -> str:
+    """Return the command that makes a recipe of a file, under a name that is free."""
+    names = (f"{path.stem}.json", "recipe.json", *(f"recipe-{number}.json" for number in range(2, 1000)))
+    out = next(one for one in map(path.with_name, names) if not os.path.lexists(one))
+    return f"triaxis convert {shlex.quote(str(path))} {shlex.quote(str(out))}"

@@ -56,13 +56,3 @@ def use_dora(draft: Draft, name: str) -> None:
     """Make the method DoRA where its switch is on."""
     if draft.get(name) is True and draft.values.get("tuning.method"):
         draft.put("tuning.method", METHODS["dora"], name)
-
-
-def keep_whole_without_method(draft: Draft) -> None:
-    """Remove the keys of tuning where all weights are trained: they ask for nothing then, as in the
-    tools themselves."""
-    if not draft.values.get("tuning.method"):
-        for to in [to for to in draft.values if to.startswith("tuning.")]:
-            if to == "tuning.quantize":
-                draft.missed.append(draft.remark(to, "weights that are trained are not quantized: set tuning.method"))
-            del draft.values[to], draft.origins[to]

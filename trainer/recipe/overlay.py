@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import shlex
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.convert.reading import YAML_ENDINGS
+from trainer.convert.tools import command_for
 from trainer.errors import RecipeError
 from trainer.files.paths import expanded, wrong_with
 from trainer.files.reading import RECIPE_BYTES, read_bytes, told
@@ -141,20 +141,12 @@ def _parse(text: str, name: str, path: Path, layer: int) -> Layer:
         value = reader.document()
     except JSONSyntaxError as error:
         if path.suffix.lower() in YAML_ENDINGS or YAML.match(text):
-            raise RecipeError(_by_converting(path, name)) from None
+            raise RecipeError(f"{name} is YAML, and a recipe is JSON: {command_for(path)}") from None
         raise RecipeError(f"{mark(error.position)}: {error}") from None
     if not isinstance(value, dict):
         raise RecipeError(f"{name}:1:1: a recipe is one JSON object, not {kind(value)}")
     twice = [Problem(mark(at), f"key {dotted(key)} is given twice; remove one") for key, at in reader.duplicates]
     return Layer(value, {key: mark(at) for key, at in reader.places.items()}, [path], twice)
-
-
-def _by_converting(path: Path, name: str) -> str:
-    """Return the line about a file in YAML, with the command that makes a recipe of it."""
-    # a name that is free, so that the command works
-    names = (path.with_name(f"{path.stem}{number}.json") for number in ("", *map(str, range(2, 1000))))
-    out = next(one for one in names if not os.path.lexists(one))
-    return f"{name} is YAML, and a recipe is JSON: triaxis convert {shlex.quote(str(path))} {shlex.quote(str(out))}"
 
 
 def _same_file(a: Path, b: Path) -> bool:
