@@ -32,7 +32,7 @@ FILES = {
     "recipe.yaml": "recipe",
 }
 # Keys that a later version of the recipe has: until then a row of theirs leads nowhere.
-AWAITED = {"train.epochs", "train.patience", "checkpoint.best", "data.max_rows", "data.chat_template"}
+AWAITED = {"schedule.warmup_ratio", "train.epochs", "train.patience", "checkpoint.best", "data.max_rows", "data.chat_template"}
 
 
 @pytest.fixture
@@ -83,8 +83,10 @@ def test_llamafactory_becomes_what_it_says(folder: Path, capsys: pytest.CaptureF
         {"path": "data/chats.jsonl"},
         {"path": "openai/gsm8k", "split": "test", "fields": {"instruction": "question", "output": "answer"}},
     ]
-    assert recipe["optimizer"] == {"name": "adamw", "lr": 1e-5, "betas": [0.9, 0.999], "weight_decay": 0.01}
-    assert recipe["schedule"] == {"name": "cosine", "min_lr_ratio": 0.1, "warmup_steps": 100}
+    betas = {"betas": [0.9, 0.999], "eps": 1e-8}
+    assert recipe["optimizer"] == {"name": "adamw", "lr": 1e-5, "weight_decay": 0.01, **betas}
+    warmup = {"warmup_ratio": 0.1} if schema_has("schedule.warmup_ratio") else {"warmup_steps": 100}
+    assert recipe["schedule"] == {"name": "cosine", "min_lr_ratio": 0.1, **warmup}
     assert recipe["train"]["steps"] == 1000
     assert recipe["train"]["recompute"] == "full"  # it recomputes unless it is told not to
     assert recipe["zero"]["offload_param"] == {"device": "cpu", "pin_memory": True}
@@ -175,7 +177,8 @@ def test_arguments_of_transformers_become_what_they_say() -> None:
     recipe = recipe_of(draft)
     assert recipe["train"]["steps"] == 50
     assert recipe["train"]["eval_every"] == 10
-    assert recipe["schedule"] == {"name": "cosine", "min_lr_ratio": 0.1, "warmup_steps": 5}
+    warmup = {"warmup_ratio": 0.1} if schema_has("schedule.warmup_ratio") else {"warmup_steps": 5}
+    assert recipe["schedule"] == {"name": "cosine", "min_lr_ratio": 0.1, **warmup}
     assert recipe["batch"] == {"micro_sequences": 2, "global_sequences": 16}
     assert recipe["checkpoint"]["every"] == 0
     assert recipe["run"]["name"] == "first"

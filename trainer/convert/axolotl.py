@@ -30,7 +30,10 @@ LOSSES = {
         for name in ("kto", "grpo", "gdpo", "ebft")
     },
 }
-TEMPLATES = {"tokenizer_default": "", "jinja": "", "qwen_25": "qwen2.5"}
+TEMPLATES = {
+    **{"tokenizer_default": "", "jinja": "", "qwen_25": "qwen2.5", "phi_3": "phi3", "gemma": "gemma2", "mistral_v1": "mistral"},
+    **{name: name for name in ("alpaca", "chatml", "llama3", "gemma3")},
+}
 
 KERNELS = "the layers and their kernels are our own"
 NO_MEDIA = "texts are all that is learned here"

@@ -122,7 +122,7 @@ class Draft:
     def put(self, to: str, value: Any, *names: str, by: str = ", ", note: str = "") -> None:
         """Set a key of the recipe, which these keys of the tool, and what `note` says, made.
 
-        A tool's default is written only where a recipe without the key would train otherwise.
+        A tool's default is written only where a recipe without the key could train otherwise.
         """
         if isinstance(value, Set):
             if value.but:
@@ -134,7 +134,7 @@ class Draft:
         if why := refusal_of(to, value):
             if not said:
                 self.miss(names[0], f"{to} must be {why}, not {shown(value)}")
-        elif not said or to in self.values or not same_value(value, default_of(to)):
+        elif not said or to in self.values or to.startswith(BY_TASK) or not same_value(value, default_of(to)):
             self.values[to] = value
             self.origins[to] = by.join([*(self._spelt(name) for name in names), *([note] if note else [])])
 
@@ -192,6 +192,8 @@ class Draft:
 
 
 DEFAULT = " default"
+# Sections in which the value of an absent key may depend on the task.
+BY_TASK = ("optimizer.", "schedule.", "precision.dtype")
 
 
 def shown(value: Any) -> str:

@@ -51,7 +51,10 @@ LOSSES = {
 }
 BITS = {4: "nf4", 8: "int8", "4": "nf4", "8": "int8"}
 # Names of templates. "": the tokenizer's own.
-TEMPLATES = {"default": "", "empty": "", "qwen": "qwen2.5", "qwen3_nothink": "qwen3"}
+TEMPLATES = {
+    **{"default": "", "empty": "", "qwen": "qwen2.5", "phi": "phi3", "gemma": "gemma2"},
+    **{name: name for name in ("alpaca", "chatml", "gemma2", "gemma3", "llama2", "llama3", "mistral", "vicuna", "zephyr")},
+}
 
 OTHER_METHODS = "tuning.method has lora, dora, adalora, ia3, adapter and bitfit"
 NO_MEDIA = "texts are all that is learned here"

@@ -57,11 +57,10 @@ def warmup(steps: str, ratio: str) -> Rule:
     def rule(draft: Draft) -> None:
         share, count, name = draft.read(ratio, number), draft.read(steps, number), ratio
         if count is not None and 0 < count < 1:
-            share, name = count, steps
-        elif count:
-            draft.put("schedule.warmup_steps", int(count), steps)
-            return
-        if share:
+            share, name, count = count, steps, 0
+        if count or not share:
+            draft.put("schedule.warmup_steps", int(count or 0), steps)
+        elif not draft.put_if_there("schedule.warmup_ratio", share, name):
             _share_of_steps(draft, "schedule.warmup_steps", share, name)
 
     return rule
@@ -162,9 +161,13 @@ def chat_template(name: str, names: Mapping[str, str]) -> Rule:
 
     def rule(draft: Draft) -> None:
         theirs = draft.read(name, text)
-        ours = names.get(theirs, theirs) if theirs else None
-        instead = "conversations are written by the tokenizer's own chat template"
-        draft.put_if_there("data.chat_template", ours or None, name, instead=instead)
+        if theirs is None or names.get(theirs) == "":
+            return
+        own = "conversations are written by the tokenizer's own chat template"
+        if theirs in names:
+            draft.put_if_there("data.chat_template", names[theirs], name, instead=own)
+        else:
+            draft.miss(name, f"{own}: none is here under that name")
 
     return rule
 
