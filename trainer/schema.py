@@ -652,6 +652,7 @@ class Train(Section):
         None,
         description="Evaluations in a row without a better checkpoint.best, or without that key a better eval_loss, after "
         "which the run ends; absent: it goes on to its last step.",
+        json_schema_extra=only("train.eval_every", least=1),
     )
     label_smoothing: Fraction = Field(
         0.0,
@@ -844,6 +845,7 @@ class Checkpoint(Section):
         min_length=1,
         description="Figure in evaluations.jsonl, such as eval_loss: the checkpoint with the best value is kept beside the "
         "newest, saved at its evaluation, and exported at the end; absent: the last step is exported.",
+        json_schema_extra=only("train.eval_every", least=1),
     )
     asynchronous: bool = Field(
         False,

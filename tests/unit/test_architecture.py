@@ -142,7 +142,7 @@ def nobody_borrows_from_a_test(source: Source) -> list[str]:
 LAYERS = (
     *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "tasks", "fine_tuning"),
     *("update_rules", "schema", "learning_rate", "passes", "run_folder", "launch", "data", "model", "costs", "tuning"),
-    *("recipe", "watchdog", "engine", "track", "checkpoint", "inference"),
+    *("convert", "recipe", "watchdog", "engine", "track", "checkpoint", "inference"),
     *("guard", "cluster", "run", "verify", "loop", "commands", "cli", "__main__", "requeue"),
 )
 
@@ -260,6 +260,7 @@ WITHOUT_TORCH = {
     "trainer.checkpoint.disk_space",
     "trainer.cli",
     "trainer.commands",
+    "trainer.convert",
     "trainer.engine.deepspeed_config",
     "trainer.files.durable",
     "trainer.fine_tuning",

@@ -212,13 +212,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (
             {"checkpoint": {"best": "eval_loss"}, "train": {"eval_every": 0}},
-            'checkpoint.best = "eval_loss" compares evaluations, and train.eval_every 0 has one, after the last step: set '
-            "train.eval_every, or remove checkpoint.best",
+            "checkpoint.best is used only with train.eval_every above 0, not 0: remove it",
         ),
         (
             {"train": {"eval_every": 0, "patience": 3}},
-            "train.patience = 3 compares evaluations, and train.eval_every 0 has one, after the last step: set "
-            "train.eval_every, or remove train.patience",
+            "train.patience is used only with train.eval_every above 0, not 0: remove it",
         ),
         (
             {"checkpoint": {"best": "eval_loss", "every": 0}},

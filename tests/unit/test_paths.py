@@ -12,8 +12,8 @@ from trainer.cli import main
 from trainer.errors import RecipeError
 from trainer.files.paths import occupied, wrong_with
 from trainer.recipe import load
-from trainer.recipe.keys import json_schema
 from trainer.recipe.names import PATHS
+from trainer.recipe.wording import json_schema
 
 NO_PATH = [
     ("s3://bucket/runs", r"an address \(s3://\)"),

@@ -10,6 +10,7 @@ from trainer.commands import (
     chat,
     check,
     checkpoints,
+    convert,
     data,
     evaluate,
     export,
@@ -50,4 +51,5 @@ COMMANDS: dict[str, Command] = {
     "eval": evaluate,
     "submit": submit,
     "data": data,
+    "convert": convert,
 }

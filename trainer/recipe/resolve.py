@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trainer.convert.tools import TOOLS, command_for, recognised
 from trainer.errors import RecipeError
 from trainer.fine_tuning import BY_DEVICE
 from trainer.learning_rate import decay_steps
@@ -132,9 +133,20 @@ def _admitted(layer: Layer, overrides: Sequence[str]) -> ResolvedRecipe:
     problems += [Problem(first_mark(finding.keys, marks), finding.message) for finding in sound]
     if problems := [*layer.problems, *problems]:
         lines = [str(p) for p in dict.fromkeys(sorted(problems, key=lambda p: (p.mark, p.message)))]
+        lines = [*_of_another_tool(layer), *lines]
         more = len(lines) - MAX_LINES
         raise RecipeError(lines[:MAX_LINES], [f"and {more} more"] * (more > 0))
     return _resolve(recipe, layer, hf_config, by_task)
+
+
+def _of_another_tool(layer: Layer) -> list[str]:
+    """Return the line about a file that is another tool's config, with the command that makes a
+    recipe of it; [] for a recipe with faults."""
+    tool = TOOLS.get(recognised(layer.value) or "")
+    if tool is None or len(layer.sources) > 1 or not layer.marks:
+        return []
+    path = layer.sources[0]
+    return [f"{path} is a config of {tool.title}, and no recipe: {command_for(path)}"]
 
 
 def _resolve(recipe: Recipe, layer: Layer, hf_config: dict[str, Any] | None, by_task: Collection[KeyPath]) -> ResolvedRecipe:
