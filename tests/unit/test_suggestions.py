@@ -29,6 +29,7 @@ OFFER = re.compile(
 # What a rule about the whole recipe, or about this machine, says of a value that is the user's own.
 OF_THE_WHOLE = re.compile(
     r"does not exist|does not divide|this version has|needs (?:a |zero|model)|two or more names|but the tokenizer"
+    r"|path of a \.jinja|compares evaluations|no such figure"
 )
 
 

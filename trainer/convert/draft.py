@@ -159,10 +159,6 @@ class Draft:
         said = f"{self.place}{name}" if value is ABSENT else f"{self.place}{name} = {shown(redact(value, name))}"
         self.missed.append(Remark(said, why))
 
-    def remark(self, to: str, why: str) -> Remark:
-        """Return a remark about what a key of the recipe was made of."""
-        return Remark(self.origins[to], why)
-
     def lacks(self, to: str, why: str) -> None:
         """Record that a key of the recipe is to be set by hand."""
         self.open.append(Remark(to, why))
@@ -178,16 +174,21 @@ class Draft:
         """Remove what nothing would read beside the other values, with a remark where the file gave
         it."""
         while found := next(unread(self.values), None):
-            to, why = found
-            origin = self.origins[to]
-            if not origin.endswith(DEFAULT):
-                self.missed.append(Remark(origin, why))
-            del self.values[to], self.origins[to]
+            self.drop(*found)
+
+    def drop(self, to: str, why: str) -> None:
+        """Remove a key of the recipe, with a remark where the file gave it."""
+        origin = self.origins.pop(to, DEFAULT)
+        self.values.pop(to, None)
+        if not origin.endswith(DEFAULT):
+            self.missed.append(Remark(origin, why))
 
     def _spelt(self, name: str) -> str:
+        """Return a key of the tool with its value, and whether the value is the tool's default."""
         value = self.given.get(name, ABSENT)
         if value is ABSENT:
-            return f"{name} {shown(self.tool.rows[name].default)}, {self.tool.title}'s{DEFAULT}"
+            default = self.tool.rows[name].default
+            return f"{name}{'' if default is ABSENT else f' {shown(default)}'}, {self.tool.title}'s{DEFAULT}"
         return f"{self.place}{name}" + (f" {shown(redact(value, name))}" if not isinstance(value, dict | list) else "")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.convert.draft import Draft
-from trainer.convert.rows import listed, number, text, whole, yes
+from trainer.convert.rows import Row, if_true, joint, listed, none, number, text, whole, yes
 from trainer.convert.schema_keys import default_of
 from trainer.schema import STDLIB
 from trainer.tasks import TASKS
@@ -120,19 +120,26 @@ def precision(*switches: str) -> Rule:
     return rule
 
 
-def best(load: str, metric: str, greater: str) -> Rule:
-    """Return the rule of the checkpoint that is kept because it is the best."""
+def measure(name: object) -> str:
+    """Return our name of a measure: eval_loss for loss."""
+    found = text(name)
+    return found if found.startswith("eval_") else f"eval_{found}"
 
-    def rule(draft: Draft) -> None:
-        if not draft.read(load, yes):
-            return
-        name = draft.read(metric, text) or "loss"
-        measure = name if name.startswith("eval_") else f"eval_{name}"
+
+# The rows of the checkpoint that is kept because it is the best.
+BEST: Mapping[str, Row] = {
+    "load_best_model_at_end": joint("checkpoint.best", False, if_true({"checkpoint.best": "eval_loss"})),
+    "metric_for_best_model": joint("checkpoint.best", read=measure),
+    "greater_is_better": none("which direction is better belongs to the measure", idle=(True,)),
+}
+
+
+def best(draft: Draft) -> None:
+    """Bring the checkpoint that is kept because it is the best."""
+    if draft.read("load_best_model_at_end", yes):
+        name = draft.read("metric_for_best_model", measure) or "eval_loss"
         instead = "the newest checkpoints are kept, whatever they measure: evaluations are in evaluations.jsonl"
-        if draft.put_if_there("checkpoint.best", measure, load, metric, instead=instead) and draft.is_asked(greater):
-            draft.miss(greater, "which direction is better belongs to the measure")
-
-    return rule
+        draft.put_if_there("checkpoint.best", name, "load_best_model_at_end", "metric_for_best_model", instead=instead)
 
 
 def patience(name: str) -> Rule:
@@ -237,13 +244,18 @@ def held_out(size: str) -> Rule:
     return rule
 
 
+# Keys that look at the evaluations during a run.
+OF_EVALUATIONS = ("train.patience", "checkpoint.best")
+
+
 def evaluate_something(draft: Draft) -> None:
-    """Remove the interval of evaluations where nothing is held out to evaluate."""
+    """Remove what needs evaluations where nothing is held out, or where none is during the run."""
     nothing = not draft.values.get("data.eval_sources") and draft.values.get("data.eval_fraction") == 0
     if nothing and draft.values.get("train.eval_every"):
-        why = "nothing is held out to evaluate: set data.eval_fraction or data.eval_sources too"
-        draft.missed.append(draft.remark("train.eval_every", why))
-        del draft.values["train.eval_every"], draft.origins["train.eval_every"]
+        draft.drop("train.eval_every", "nothing is held out to evaluate: set data.eval_fraction or data.eval_sources too")
+    if not draft.values.get("train.eval_every"):
+        for to in OF_EVALUATIONS:
+            draft.drop(to, "the only evaluation is after the last step: set train.eval_every too")
 
 
 def name_what_is_missing(draft: Draft) -> None:
