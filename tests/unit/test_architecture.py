@@ -143,7 +143,7 @@ LAYERS = (
     *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "tasks", "update_rules", "schema"),
     *("learning_rate", "run_folder", "launch", "data", "model", "costs", "tuning", "recipe", "watchdog", "engine"),
     *("checkpoint", "track", "inference"),
-    *("guard", "cluster", "run", "verify", "loop", "commands", "cli", "__main__", "requeue"),
+    *("guard", "cluster", "run", "inspection", "verify", "loop", "commands", "cli", "__main__", "requeue"),
 )
 
 

@@ -92,7 +92,7 @@ def test_every_document_once_in_order_and_held_out_ones_apart(corpus: Path, tmp_
         (str(corpus), "held out", len(held_out)),
     ]
     assert sum(row.text_bytes for row in rows) == sum(len(text.encode()) for text in TEXTS)
-    assert not list((tmp_path / "cache").rglob("shards"))
+    assert not list((tmp_path / "cache").rglob("shards*"))
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     assert modes == {0o600}
 
@@ -289,7 +289,7 @@ def test_a_full_disk_is_one_clear_line(corpus: Path, tmp_path: Path, limit_bytes
     assert ended.returncode != 0
     last_line = ended.stderr.strip().splitlines()[-1]
     assert last_line.startswith(f"trainer.errors.DataError: {tmp_path / 'cache'}")
-    assert bool(list((tmp_path / "cache").glob("*.building/shards"))) == (limit_bytes > 1_000)
+    assert bool(list((tmp_path / "cache").glob("*.building/shards-2"))) == (limit_bytes > 1_000)
     assert bool(list((tmp_path / "cache").glob("*.building/main"))) == (limit_bytes == 40_000)
     assert last_line.endswith("File too large; make room there, or set data.cache_dir")
 
@@ -319,7 +319,7 @@ def test_killed_build_resumes_with_unfinished_shards_only(corpus: Path, tmp_path
     assert killed.returncode == -signal.SIGKILL
     assert eventually(lambda: not processes_of(tmp_path / "cache")), "workers outlive the build"
     # Not those whose last file was written when their folder had not yet its name.
-    finished = len(list((tmp_path / "cache").glob("*.building/shards/" + "[0-9]" * 5 + "/shard.json")))
+    finished = len(list((tmp_path / "cache").glob("*.building/shards-2/" + "[0-9]" * 5 + "/shard.json")))
     assert finished >= kill_after - 1
     whole, resumed = Heard(), Heard()
     undisturbed = prepared(corpus, tmp_path / "undisturbed", whole)
@@ -359,7 +359,7 @@ def test_second_builder_says_that_it_waits(tmp_path: Path) -> None:
 def test_damage_between_tokenizing_and_finishing_is_found(corpus: Path, tmp_path: Path) -> None:
     killed = start(corpus, tmp_path / "cache", 4)
     killed.communicate(timeout=60)
-    shard = next((tmp_path / "cache").glob("*.building/shards/*/tokens.bin"))
+    shard = next((tmp_path / "cache").glob("*.building/shards-2/*/tokens.bin"))
     content = bytearray(shard.read_bytes())
     content[10] ^= 1
     shard.write_bytes(content)

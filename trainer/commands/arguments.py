@@ -12,6 +12,10 @@ from trainer.files.paths import expanded, wrong_with
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=path, metavar="RECIPE", help="a JSON file")
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         action="append",

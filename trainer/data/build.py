@@ -4,8 +4,9 @@ or a task's examples packed into rows.
 Inside the folder being built:
 
     tokenizer/      the tokenizer that the workers load; stays with the stores
-    shards/00042/   one tokenized shard; appears whole, so a killed build redoes only the unfinished
-    counts.json     of rows: keys that were not read; of examples: how many were left out or cut
+    shards-2/00042/ one tokenized shard; appears whole, so a killed build redoes only the unfinished
+    counts.json     how many rows there were, were left out or cut, and had keys that were not read
+    rows/           the row of each document (`origins.py`)
     main/           the store of the documents that are not held out
     held_out/       the store of the documents that are; absent if there are none
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +27,7 @@ import numpy.typing as npt
 
 from trainer.data.cache import Progress
 from trainer.data.examples import NO_LABEL, Examples, RowLayout
+from trainer.data.origins import NO_ROW, write_origins
 from trainer.data.packing import pack
 from trainer.data.shards import TokenizedShard, shard_folder
 from trainer.data.sources import Corpus
@@ -39,6 +41,7 @@ from trainer.files.durable import make_private, write_json
 MAIN = "main"
 HELD_OUT = "held_out"
 COUNTS = "counts.json"
+SHARDS = "shards-2"  # raise the number when what a worker leaves there changes
 
 
 def build_stores(
@@ -60,7 +63,7 @@ def build_stores(
     changes during the build, or holds nothing to learn.
     """
     tokenizer.save(folder / "tokenizer")
-    shards = make_private(folder / "shards")
+    shards = make_private(folder / SHARDS)
     todo = {number: shard for number, shard in enumerate(corpus.shards) if not shard_folder(shards, number).is_dir()}
     done = corpus.size - sum(shard.size for shard in todo.values())
     what = f"tokenizing {corpus.name}"
@@ -77,7 +80,8 @@ def build_stores(
         done += todo[number].size
         progress(done, corpus.size, what)
     _lay_out(folder, corpus, tokenizer, written if isinstance(written, Examples) else None, held_out_fraction)
-    shutil.rmtree(shards)
+    for left in folder.glob("shards*"):  # another version's too, whose build was killed
+        shutil.rmtree(left)
 
 
 def _usable_cores() -> int:
@@ -105,7 +109,7 @@ def choose_held_out(hashes: npt.NDArray[np.uint64], fraction: float) -> npt.NDAr
 
 
 def _lay_out(folder: Path, corpus: Corpus, tokenizer: Tokenizer, examples: Examples | None, held_out_fraction: float) -> None:
-    paths = [shard_folder(folder / "shards", number) for number in range(len(corpus.shards))]
+    paths = [shard_folder(folder / SHARDS, number) for number in range(len(corpus.shards))]
     shards = [TokenizedShard.open(path, tokenizer.vocab_size) for path in paths]
     documents = np.concatenate([shard.documents for shard in shards])
     counts = sum((shard.counts for shard in shards), Counter())
@@ -127,14 +131,20 @@ def _lay_out(folder: Path, corpus: Corpus, tokenizer: Tokenizer, examples: Examp
         )
         for side in parts
     }
+    shard_rows = [shard.counts["read"] for shard in shards]
+    firsts = np.cumsum([0, *shard_rows[:-1]])
+    row_of = np.concatenate([shard.documents["row"] + first for shard, first in zip(shards, firsts, strict=True)])
+    rows: dict[str, Sequence[npt.NDArray[np.int64]]] = {}
     if examples is None:
         _lay_end_to_end(folder, shards, held_out, parts, contents)
-        write_json(folder / COUNTS, counts)
-        return
-    tokenized = _TokenizedDocuments(shards)
-    for side, name in parts.items():
-        chosen = np.flatnonzero(held_out[::each] == side)
-        _lay_in_rows(folder / name, tokenized, chosen, examples.layout, contents[side])
+        rows = {name: [row_of[held_out == side]] for side, name in parts.items()}
+    else:
+        tokenized = _TokenizedDocuments(shards)
+        for side, name in parts.items():
+            chosen = np.flatnonzero(held_out[::each] == side)
+            laid = _lay_in_rows(folder / name, tokenized, chosen, examples.layout, contents[side])
+            rows[name] = [np.append(row_of, NO_ROW)[documents] for documents in laid]
+    write_origins(folder, rows, shard_rows)
     write_json(folder / COUNTS, counts)
 
 
@@ -177,8 +187,10 @@ class _TokenizedDocuments:
 
 def _lay_in_rows(
     path: Path, documents: _TokenizedDocuments, chosen: npt.NDArray[np.int64], layout: RowLayout, contents: Contents
-) -> None:
-    """Write the chosen examples, numbered over all shards, as a store of rows."""
+) -> list[npt.NDArray[np.int64]]:
+    """Write the chosen examples, numbered over all shards, as a store of rows. Return the documents
+    in it, in pieces: their numbers, and -1 for what fills up a row."""
+    laid: list[npt.NDArray[np.int64]] = []
     rows = pack(layout.room(documents.lengths)[chosen], layout.capacity)
     targets = filler = 0
     with StoreWriter(path, contents.vocab_size, with_targets=True, with_labels=layout.labelled) as writer:
@@ -188,6 +200,7 @@ def _lay_in_rows(
                 is_end = number == len(rows) - 1 and part == len(parts) - 1
                 # The last part has one token more, the one after the last row.
                 left = layout.part_tokens - int(documents.lengths[inside].sum()) + is_end
+                laid.append(np.append(inside, -1) if left else inside)
                 pieces, marks = zip(*map(documents.read, inside.tolist()), strict=True)
                 lengths, labels = documents.lengths[inside], documents.labels[inside]
                 if left:
@@ -201,6 +214,7 @@ def _lay_in_rows(
             row_tokens=layout.row_tokens, parts=layout.parts, examples=len(chosen), targets=targets, filler=filler
         )
         writer.finish(contents, packing)
+    return laid
 
 
 def _runs(

@@ -52,6 +52,8 @@ class PreparedData:
     eval_sources: tuple[str, ...]  # names, one per evaluation store
     fingerprint: str  # equal if every training sample is equal; saved with checkpoints
     notes: tuple[str, ...]  # one-line remarks for the console
+    corpora: tuple[Corpus, ...]  # the source of each training store
+    eval_corpora: tuple[Corpus, ...]  # the source of each evaluation store
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -137,7 +139,7 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
                 *(texts.facts if texts else []),
             ]
             folder = cache.folder(fingerprint_of(facts), make, what=f"tokenizing {corpus.name}")
-            counts = _counts(folder)
+            counts = counts_of(folder)
             remarks = [*filter(None, [unread_keys(counts)]), *(examples.remarks(counts) if examples else ())]
             notes.extend(f"data: {corpus.name}: {remark}" for remark in remarks)
             return _open(folder, corpus, tokenizer, verify="sampled" if build else "header")
@@ -146,8 +148,8 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
         train = [found[MAIN] for found in opened]
         for corpus, store in zip(corpora, train, strict=True):
             _require_one_sequence(corpus, store, data)
-        held_out = [(corpus.name, found[HELD_OUT]) for corpus, found in zip(corpora, opened, strict=True) if HELD_OUT in found]
-        held_out += [(corpus.name, stores(corpus, 0.0)[MAIN]) for corpus in eval_corpora]
+        held_out = [(corpus, found[HELD_OUT]) for corpus, found in zip(corpora, opened, strict=True) if HELD_OUT in found]
+        held_out += [(corpus, stores(corpus, 0.0)[MAIN]) for corpus in eval_corpora]
     weights = _weights(data.sources)
     notes += [note for corpus in (*corpora, *eval_corpora) for note in corpus.notes]
     if held_out_fraction:
@@ -165,7 +167,7 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
         train=tuple(train),
         weights=weights,
         evaluation=tuple(store for _, store in held_out),
-        eval_sources=tuple(name for name, _ in held_out),
+        eval_sources=tuple(corpus.name for corpus, _ in held_out),
         fingerprint=order_fingerprint(
             train,
             weights,
@@ -175,6 +177,8 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
             tails=data.tails == "train",
         ),
         notes=tuple(notes),
+        corpora=tuple(corpora),
+        eval_corpora=tuple(corpus for corpus, _ in held_out),
     )
 
 
@@ -300,8 +304,8 @@ def _open(folder: Path, corpus: Corpus, tokenizer: Tokenizer, verify: Verify) ->
     return found
 
 
-def _counts(folder: Path) -> Counter[str]:
-    """Return the counts of what became of the rows of a source."""
+def counts_of(folder: Path) -> Counter[str]:
+    """Return the counts of what became of the rows of a source, which are beside its stores."""
     try:
         return Counter(read_as(dict[str, int], folder / COUNTS))
     except FileNotFoundError:  # of texts whose store was made before rows were counted
