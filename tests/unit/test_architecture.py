@@ -141,6 +141,7 @@ def nobody_borrows_from_a_test(source: Source) -> list[str]:
 # The parts of `trainer/`, a folder or a loose file each, from the ground up: a part may import those that stand before it.
 LAYERS = (
     *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "tasks", "update_rules", "schema"),
+    "chat_templates",
     *("learning_rate", "run_folder", "launch", "data", "model", "costs", "tuning", "recipe", "watchdog", "engine"),
     *("checkpoint", "track", "inference"),
     *("guard", "cluster", "run", "inspection", "verify", "loop", "commands", "cli", "__main__", "requeue"),

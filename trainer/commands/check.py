@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from trainer.commands.arguments import add_recipe, whole
-from trainer.commands.network import known_network, show_model, show_stages
+from trainer.commands.network import known_network, show_model, show_stages, show_template
 from trainer.commands.output import open_console, say
 from trainer.commands.ranks import divide
 from trainer.errors import EXIT_OK
@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.print()
     show_model(console, resolved, network)
     show_stages(console, resolved, network)
+    show_template(console, resolved.recipe)
     if plan is not None:
         say(
             console,

@@ -32,14 +32,13 @@ from trainer.data.packing import pack
 from trainer.data.shards import TokenizedShard, shard_folder
 from trainer.data.sources import Corpus
 from trainer.data.store import Contents, Packing, StoreWriter
+from trainer.data.tail import HELD_OUT, MAIN, hold_out_tail
 from trainer.data.texts import Texts
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.workers import tokenize_shards
 from trainer.errors import DataError
 from trainer.files.durable import make_private, write_json
 
-MAIN = "main"
-HELD_OUT = "held_out"
 COUNTS = "counts.json"
 SHARDS = "shards-2"  # raise the number when what a worker leaves there changes
 
@@ -52,13 +51,15 @@ def build_stores(
     task: str,
     written: Texts | Examples,
     held_out_fraction: float,
+    tail_fraction: float,
     workers: int,
     progress: Progress,
 ) -> None:
     """Fill `folder` with the stores of `corpus`, using the finished shards of an earlier build that
     was killed.
 
-    `written`: the way in which `task` writes its texts or examples. `workers`: processes that
+    `written`: the way in which `task` writes its texts or examples. `tail_fraction`: the share of
+    its tokens that a single text has held out at its end. `workers`: processes that
     tokenize; 0 = one per core that this process may use. DataError if the corpus is damaged,
     changes during the build, or holds nothing to learn.
     """
@@ -80,6 +81,8 @@ def build_stores(
         done += todo[number].size
         progress(done, corpus.size, what)
     _lay_out(folder, corpus, tokenizer, written if isinstance(written, Examples) else None, held_out_fraction)
+    if tail_fraction:
+        hold_out_tail(folder, tokenizer, tail_fraction)
     for left in folder.glob("shards*"):  # another version's too, whose build was killed
         shutil.rmtree(left)
 

@@ -25,7 +25,7 @@ from trainer.schema import Recipe
 
 ORIGIN = "earlier version"
 # The behaviour before there was the key.
-EARLIER = {"data.tails": "drop", "data.bos": False}
+EARLIER = {"data.tails": "drop", "data.bos": False, "data.hold_out_tail": False}
 # A run also keeps the weights if its recipe leaves them open: the default was 1 for each source
 # before.
 KEPT = (*EARLIER, "data.sources[].weight")
