@@ -149,7 +149,7 @@ def test_a_row_is_followed_to_its_sequence_with_its_neighbours(tmp_path: Path, c
     assert main(["data", "inspect", str(recipe), "--row", "5"]) == 0
     out = _out(capsys)
     assert "rows.jsonl: 40 conversations read, 1 of them left out: " in out
-    assert re.search(r"those \d+ conversations are packed, each whole, into \d+ sequences of 128 tokens", out)
+    assert re.search(r"\d+ conversations packed, each whole, into \d+ sequences of 128 tokens", out)
     assert "cut after 128 tokens: " in out
     assert "\ncut off: " in out
     assert main(["data", "inspect", str(recipe), "--row", "2"]) == 0

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -137,16 +137,16 @@ def _lay_out(folder: Path, corpus: Corpus, tokenizer: Tokenizer, examples: Examp
     shard_rows = [shard.counts["read"] for shard in shards]
     firsts = np.cumsum([0, *shard_rows[:-1]])
     row_of = np.concatenate([shard.documents["row"] + first for shard, first in zip(shards, firsts, strict=True)])
-    rows: dict[str, Sequence[npt.NDArray[np.int64]]] = {}
+    rows: dict[str, npt.NDArray[np.int64]] = {}
     if examples is None:
         _lay_end_to_end(folder, shards, held_out, parts, contents)
-        rows = {name: [row_of[held_out == side]] for side, name in parts.items()}
+        rows = {name: row_of[held_out == side] for side, name in parts.items()}
     else:
         tokenized = _TokenizedDocuments(shards)
+        row_or_none = np.append(row_of, NO_ROW)  # the last, which -1 takes
         for side, name in parts.items():
             chosen = np.flatnonzero(held_out[::each] == side)
-            laid = _lay_in_rows(folder / name, tokenized, chosen, examples.layout, contents[side])
-            rows[name] = [np.append(row_of, NO_ROW)[documents] for documents in laid]
+            rows[name] = row_or_none[_lay_in_rows(folder / name, tokenized, chosen, examples.layout, contents[side])]
     write_origins(folder, rows, shard_rows)
     write_json(folder / COUNTS, counts)
 
@@ -190,9 +190,9 @@ class _TokenizedDocuments:
 
 def _lay_in_rows(
     path: Path, documents: _TokenizedDocuments, chosen: npt.NDArray[np.int64], layout: RowLayout, contents: Contents
-) -> list[npt.NDArray[np.int64]]:
-    """Write the chosen examples, numbered over all shards, as a store of rows. Return the documents
-    in it, in pieces: their numbers, and -1 for what fills up a row."""
+) -> npt.NDArray[np.int64]:
+    """Write the chosen examples, numbered over all shards, as a store of rows. Return the numbers
+    of the documents in it, int64 [documents], -1 for what fills up a row."""
     laid: list[npt.NDArray[np.int64]] = []
     rows = pack(layout.room(documents.lengths)[chosen], layout.capacity)
     targets = filler = 0
@@ -217,7 +217,7 @@ def _lay_in_rows(
             row_tokens=layout.row_tokens, parts=layout.parts, examples=len(chosen), targets=targets, filler=filler
         )
         writer.finish(contents, packing)
-    return laid
+    return np.concatenate(laid)
 
 
 def _runs(

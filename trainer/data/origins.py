@@ -8,7 +8,7 @@ who look at the data. Training does not read it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -25,21 +25,23 @@ from trainer.data.sources import TEXT_KINDS, Corpus
 from trainer.data.store import TokenStore
 from trainer.errors import DataError
 from trainer.files.decoding import read_as
-from trainer.files.durable import make_private, private_file, write_json
+from trainer.files.durable import make_private, private_file, sync_folder, write_json
 from trainer.files.reading import told
 
 FOLDER = "rows"
 NO_ROW = -1
+READ = 1 << 20  # documents read at once
 
 
-def write_origins(folder: Path, rows_of: dict[str, Sequence[npt.NDArray[np.int64]]], shard_rows: Sequence[int]) -> None:
-    """Write, for each store in `folder` by name, the rows of its documents in pieces."""
+def write_origins(folder: Path, rows_of: Mapping[str, npt.NDArray[np.int64]], shard_rows: Sequence[int]) -> None:
+    """Write, for each store in `folder` by name, the row of each document, int64 [documents].
+    `shard_rows`: how many rows each shard has."""
     make_private(folder / FOLDER)
-    for name, pieces in rows_of.items():
+    for name, rows in rows_of.items():
         with private_file(folder / FOLDER / f"{name}.bin") as file:
-            for piece in pieces:
-                file.write(np.ascontiguousarray(piece, "<i8").data)
+            file.write(np.ascontiguousarray(rows, "<i8").data)
     write_json(folder / FOLDER / "shards.json", {"rows": list(shard_rows)})
+    sync_folder(folder / FOLDER)
 
 
 class _Shards(TypedDict):
@@ -80,7 +82,7 @@ class Origins:
 
     def documents_of(self, row: int) -> npt.NDArray[np.int64]:
         """Return the documents of the store that came from a row, int64 [documents]."""
-        found = [begin + np.flatnonzero(self.rows[begin : begin + _READ] == row) for begin in range(0, len(self.rows), _READ)]
+        found = [begin + np.flatnonzero(self.rows[begin : begin + READ] == row) for begin in range(0, len(self.rows), READ)]
         return np.concatenate(found).astype(np.int64)
 
     def place(self, row: int) -> str:
@@ -111,9 +113,6 @@ class Origins:
     def _shard_of(self, row: int) -> tuple[int, int]:
         number = int(np.searchsorted(self.firsts, row, side="right")) - 1
         return number, row - self.firsts[number]
-
-
-_READ = 1 << 20  # rows read at once
 
 
 def _records(shard: Shard) -> Iterator[Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from trainer.data.origins import FOLDER as ROWS
 from trainer.data.store import StoreWriter, TokenStore
 from trainer.data.tokenizer import Tokenizer
+from trainer.files.durable import private_file, sync_folder
 
 MAIN = "main"
 HELD_OUT = "held_out"
@@ -41,8 +42,9 @@ def hold_out_tail(folder: Path, tokenizer: Tokenizer, fraction: float) -> None:
             writer.finish(replace(whole.contents, text_bytes=text_bytes))
     shutil.rmtree(folder / MAIN)
     os.rename(beginning, folder / MAIN)
-    origins = folder / ROWS
-    shutil.copyfile(origins / f"{MAIN}.bin", origins / f"{HELD_OUT}.bin")
+    with private_file(folder / ROWS / f"{HELD_OUT}.bin") as file:
+        file.write((folder / ROWS / f"{MAIN}.bin").read_bytes())
+    sync_folder(folder / ROWS)
 
 
 def _cut(store: TokenStore, tokenizer: Tokenizer, fraction: float) -> int:

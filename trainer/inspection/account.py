@@ -25,8 +25,15 @@ def account(data: Data, prepared: PreparedData) -> Iterator[str]:
         trained, held = num_examples(store), num_examples(other) if other else 0
         read = counts_of(store.path.parent)["read"] or trained + held
         left_out = f", {read - trained - held:,} of them left out" if read > trained + held else ""
-        yield f"{name}: {read:,} {noun} read{left_out}: {trained:,} to train, {held:,} held out"
+        sides = f"{trained:,} to train, {held:,} held out"
+        if trained + held > read:  # a single text
+            sides = f"{trained:,} to train, of which the end is held out"
+        yield f"{name}: {read:,} {_counted(read, noun)} read{left_out}: {sides}"
         yield f"{name}: {_packed(store, data, noun)}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return noun.removesuffix("s") if number == 1 else noun
 
 
 def num_examples(store: TokenStore) -> int:
@@ -40,13 +47,13 @@ def _packed(store: TokenStore, data: Data, noun: str) -> str:
         rows = store.num_tokens // size
         learned, filler = (count / store.num_tokens for count in (store.packing.targets, store.packing.filler))
         return (
-            f"those {kept:,} {noun} are packed, each whole, into {rows:,} sequences of {size:,} tokens, {kept / rows:.2f} in "
-            f"each on average; {learned:.1%} of the tokens are targets, {filler:.1%} fill up sequences"
+            f"{kept:,} {_counted(kept, noun)} packed, each whole, into {rows:,} sequences of {size:,} tokens, "
+            f"{kept / rows:.2f} in each on average; {learned:.1%} of the tokens are targets, {filler:.1%} fill up sequences"
         )
     windows = num_windows(store.num_tokens, size, tails=data.tails == "train")
     return (
-        f"those {kept:,} {noun}, {store.num_tokens:,} tokens, are laid end to end and cut into {windows:,} sequences of "
-        f"{size:,} tokens; {_divided(store, size):,} of them are in more than one"
+        f"{kept:,} {_counted(kept, noun)}, {store.num_tokens:,} tokens, laid end to end and cut into {windows:,} sequences of "
+        f"{size:,} tokens; in more than one sequence: {_divided(store, size):,}"
     )
 
 
