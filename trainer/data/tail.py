@@ -17,6 +17,7 @@ from trainer.files.durable import private_file, sync_folder
 
 MAIN = "main"
 HELD_OUT = "held_out"
+LOOKED_AT = 4096  # tokens, for the beginning of a line
 SHORTEST = 64  # tokens: the end of a shorter text says nothing about a model
 
 
@@ -48,11 +49,14 @@ def hold_out_tail(folder: Path, tokenizer: Tokenizer, fraction: float) -> None:
 
 
 def _cut(store: TokenStore, tokenizer: Tokenizer, fraction: float) -> int:
-    """Return the first token of the tail: the first that begins a line, in the first quarter of
-    `fraction` of the tokens; else the first that follows white space; else where that begins."""
+    """Return the first token of the tail.
+
+    It is the first that begins a line in the first quarter of `fraction` of the tokens, though not
+    thousands of tokens away; else the first that follows a space; else the first.
+    """
     size = store.num_tokens
     begin = min(size - math.ceil(size * fraction), size - 2)
-    looked_at = range(begin, begin + (size - begin) // 4 + 1)
+    looked_at = range(begin, begin + min((size - begin) // 4, LOOKED_AT) + 1)
     before = [tokenizer.decode([token]) for token in store.slice(begin - 1, looked_at.stop - 1).tolist()]
     for end in ("\n", " "):
         if (found := next((at for at, text in zip(looked_at, before, strict=True) if text.endswith(end)), None)) is not None:
