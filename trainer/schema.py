@@ -301,11 +301,25 @@ class Data(Section):
         description="Share of the documents held out for evaluation, chosen by a hash of their content; "
         "0 = none. Not used when eval_sources is given.",
     )
+    hold_out_tail: bool = Field(
+        True,
+        description="Where a source is a single document, such as one text file, eval_fraction of its tokens are held "
+        "out at its end; false: nothing of it is held out.",
+        json_schema_extra=only("data.task", *LEARN_FROM_TEXTS),
+    )
     tokenizer: str = Field(
         "bytes",
         min_length=1,
         description="'bytes' (256 symbols + end of document), 'bpe:4096' (byte-level BPE of that size trained on the "
         "sources), or a Hugging Face folder or hub name.",
+    )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="The form of conversations: a name (alpaca, chatml, gemma2, gemma3, llama2, llama3, mistral, phi3, "
+        "qwen2.5, vicuna, zephyr), or the path of a .jinja file; absent: the tokenizer's own, or a plain one if it has "
+        "none. It takes the place of the tokenizer's own, and is exported.",
+        json_schema_extra=only("data.task", *(name for name, task in TASKS.items() if task.answers)),
     )
     bos: bool | None = Field(
         None,

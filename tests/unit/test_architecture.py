@@ -141,9 +141,9 @@ def nobody_borrows_from_a_test(source: Source) -> list[str]:
 # The parts of `trainer/`, a folder or a loose file each, from the ground up: a part may import those that stand before it.
 LAYERS = (
     *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "tasks", "fine_tuning"),
-    *("update_rules", "schema", "learning_rate", "passes", "run_folder", "launch", "data", "model", "costs", "tuning"),
-    *("convert", "recipe", "watchdog", "engine", "track", "checkpoint", "inference"),
-    *("guard", "cluster", "run", "verify", "loop", "commands", "cli", "__main__", "requeue"),
+    *("update_rules", "schema", "chat_templates", "learning_rate", "passes", "run_folder", "launch", "data", "model"),
+    *("costs", "tuning", "convert", "recipe", "watchdog", "engine", "track", "checkpoint", "inference"),
+    *("guard", "cluster", "run", "inspection", "verify", "loop", "commands", "cli", "__main__", "requeue"),
 )
 
 

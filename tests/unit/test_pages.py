@@ -500,7 +500,9 @@ def test_the_guides_are_not_shipped() -> None:
     """Without a MANIFEST.in setuptools packs what package-data lists."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert not (ROOT / "MANIFEST.in").exists()
-    assert setuptools["package-data"] == {"trainer": ["track/*.html.j2"]}
+    assert setuptools["package-data"] == {
+        "trainer": ["track/*.html.j2", "inspection/*.html.j2", "chat_templates/*.jinja", "chat_templates/*.json"]
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- the key reference

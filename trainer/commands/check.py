@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from trainer.commands.arguments import add_recipe, whole
-from trainer.commands.network import known_network, show_model, show_stages
+from trainer.commands.network import known_network, show_model, show_stages, show_template
 from trainer.commands.output import open_console, say
 from trainer.commands.ranks import divide
 from trainer.errors import EXIT_OK
@@ -80,6 +80,7 @@ def _show_what_matters(
     say(console, _layout(resolved.recipe, plan))
     show_model(console, resolved, network)
     show_stages(console, resolved, network)
+    show_template(console, resolved.recipe)
     for line in _passes(resolved.recipe, passes):
         say(console, line)
 

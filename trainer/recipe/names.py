@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.chat_templates.named import KEY, is_file, names
 from trainer.files.paths import expanded, occupied, wrong_with
 from trainer.recipe.marks import KeyPath, dotted, leaves, pattern, put
 from trainer.redaction import shown
@@ -25,7 +26,7 @@ WRITTEN_TO = ("run.dir", "data.cache_dir", "zero.offload_optimizer.nvme_path", "
 PATHS = (
     *WRITTEN_TO,
     *(f"data.{sources}[].{key}" for sources in ("sources", "eval_sources") for key in ("path", "target_path")),
-    *("data.tokenizer", "model.from_pretrained", "parallel.schedule"),
+    *("data.tokenizer", "data.chat_template", "model.from_pretrained", "parallel.schedule"),
 )
 
 
@@ -95,6 +96,7 @@ def name_findings(recipe: Recipe) -> Iterator[Finding]:
                 message = f"{key} = {json.dumps(source.target_path)} does not exist (looked from {Path.cwd()})"
                 yield Finding((key,), message)
     yield from _tokenizer_findings(recipe.data.tokenizer)
+    yield from _template_findings(recipe.data.chat_template)
     if recipe.model.from_pretrained is not None:
         yield from _missing("model.from_pretrained", recipe.model.from_pretrained, ())
         if recipe.model.revision is not None and exists(recipe.model.from_pretrained):
@@ -130,6 +132,19 @@ def _missing(key: str, name: str, words: tuple[str, ...]) -> Iterator[Finding]:
         yield Finding((key,), f"{said} does not exist here; did you mean {json.dumps(meant)}?")
     elif looks_local(name):
         yield Finding((key,), f"{said} does not exist (looked from {Path.cwd()})")
+
+
+def _template_findings(chosen: str | None) -> Iterator[Finding]:
+    if chosen is None or wrong_with(chosen) or chosen in names():
+        return
+    said = f"{KEY} = {json.dumps(chosen)}"
+    if is_file(chosen):
+        if not exists(chosen):
+            yield Finding((KEY,), f"{said} does not exist (looked from {Path.cwd()})")
+    elif meant := nearest(chosen, names()):
+        yield Finding((KEY,), f"{said}: did you mean {json.dumps(meant)}?")
+    else:
+        yield Finding((KEY,), f"{said}: legal: {', '.join(names())}, or the path of a .jinja file")
 
 
 def _tokenizer_findings(name: str) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trainer.chat_templates.named import tokens_of
 from trainer.convert.tools import TOOLS, command_for, recognised
 from trainer.errors import RecipeError
 from trainer.fine_tuning import BY_DEVICE
@@ -15,7 +16,7 @@ from trainer.model.config import TransformerConfig
 from trainer.model.new_tokens import number_at_the_end, stand_ins
 from trainer.recipe.keys import validate
 from trainer.recipe.marks import KeyPath, Problem, dotted, first_mark, leaves
-from trainer.recipe.names import name_findings, with_paths
+from trainer.recipe.names import name_findings, tokenizer_is_ours, with_paths
 from trainer.recipe.network import fit_findings, network_from, read_network, with_head
 from trainer.recipe.overlay import Layer, read_chain
 from trainer.recipe.pipeline import pipeline_findings
@@ -153,6 +154,9 @@ def _resolve(recipe: Recipe, layer: Layer, hf_config: dict[str, Any] | None, by_
     derived: dict[tuple[str, str], Any] = {}
     if recipe.data.cache_dir is None:
         derived["data", "cache_dir"] = str(Path(recipe.run.dir) / "data")
+    if tokenizer_is_ours(recipe.data.tokenizer):  # it is made for this run, and cannot have them
+        lacking = [token for token in tokens_of(recipe.data.chat_template) if token not in recipe.data.new_tokens]
+        derived |= {("data", "new_tokens"): [*recipe.data.new_tokens, *lacking]} if lacking else {}
     if recipe.parallel.sequence_parallel is None:
         derived["parallel", "sequence_parallel"] = recipe.parallel.divides_tokens
     if recipe.train.steps is None:  # epochs.py settles them when the data is known

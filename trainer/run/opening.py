@@ -20,6 +20,7 @@ from trainer.checkpoint.resume import Found
 from trainer.checkpoint.resume_check import Resume, as_json
 from trainer.cluster.lease import JobStart, Lease, leased
 from trainer.data import PreparedData, prepare
+from trainer.data.foreign_tokenizer import not_of_model
 from trainer.data.handed_on_tokenizer import beside_model
 from trainer.data.tokenizer import Tokenizer
 from trainer.engine.execution import DTYPES
@@ -132,6 +133,8 @@ def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
         network, fill = first_weights(opened.resolved, prepared.tokenizer, prepared.classes, resumed=found is not None)
         if recipe.model.from_pretrained is not None and found is None:
             remarks += unread_weights(local_folder(recipe.model.from_pretrained, recipe.model.revision))
+        if group.is_first:
+            remarks += _foreign_tokenizer(recipe, prepared.tokenizer)
         if prepared.chat and recipe.train.sample_prompt is not None:
             prepared.chat.prompt(recipe.train.sample_prompt)
         _require_compared(recipe, network, prepared)
@@ -185,6 +188,15 @@ def _files(recipe: Recipe, network: Network, prepared: PreparedData) -> ModelFil
         end_of_turn=prepared.chat.end_of_turn if prepared.chat else None,
         origin=_origin(recipe, prepared.tokenizer),
     )
+
+
+def _foreign_tokenizer(recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
+    """Return a warning where the tokenizer is not the one that came with the weights."""
+    name = recipe.model.from_pretrained
+    if name is None or name == recipe.data.tokenizer:
+        return []
+    folder = local_folder(name, recipe.model.revision, code=recipe.model.trust_remote_code)
+    return not_of_model(recipe.data.tokenizer, tokenizer, folder, name)
 
 
 def _origin(recipe: Recipe, tokenizer: Tokenizer) -> Origin | None:

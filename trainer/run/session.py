@@ -21,8 +21,7 @@ from trainer.checkpoint.resume import Found
 from trainer.checkpoint.resume_check import Resume
 from trainer.cluster.lease import Lease
 from trainer.data import PreparedData, prepare_summary
-from trainer.data.loader import EvalData, TrainData
-from trainer.data.targets import Part, Targets, targets_of
+from trainer.data.loader import EvalData
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
 from trainer.engine.group import Joined, joined
@@ -36,7 +35,6 @@ from trainer.guard.inspector import Inspector
 from trainer.launch.ranks import PeerFailed, Place, together
 from trainer.launch.stop_request import LOST, WANTED
 from trainer.model.model_files import ModelFiles
-from trainer.model.network import Network
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.run.account import Account
@@ -46,7 +44,7 @@ from trainer.run.meter import Meter
 from trainer.run.opening import LoadedRun, OpenFolder, evaluations_so_far, opened_folder, read_data
 from trainer.run.reference import with_reference
 from trainer.run.start import leave_behind, make_room
-from trainer.run.step_data import StepData
+from trainer.run.step_data import StepData, evaluation_data, targets_for, training_data
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
 from trainer.track import RunInfo, Tracker, make_tracker, read_metrics, truncate_after
@@ -161,7 +159,8 @@ class Session:
         the report."""
         recipe, engine, steps = self.recipe, self.engine, summary["steps"]
         if self.eval_data is not None and self.place.is_first and engine.measures.predicts_tokens:
-            summary |= baseline(recipe, self.prepared, targets_for(recipe, self.prepared, engine.network, "evaluation"))
+            targets = targets_for(recipe, self.prepared, "evaluation", causal=engine.network.causal)
+            summary |= baseline(recipe, self.prepared, targets)
         summary |= sampled(recipe, self.prepared, engine.evaluator)
         if self.place.is_first:
             summary |= translated(recipe, self.folder.export, tick=engine.watch.tick, note=self.tracker.note)
@@ -313,7 +312,7 @@ def _session(
 ) -> Session:
     recipe, mesh = opened.resolved.recipe, opened.mesh
     skipped: int = checkpoints.memory.get("data", {}).get("skipped_steps", 0)
-    train_data = _train_data(recipe, prepared, loaded.network)
+    train_data = training_data(recipe, prepared, causal=loaded.network.causal)
     peak_flops, peak_source = device_peak(group.device, recipe.precision.settled)
     return Session(
         recipe=recipe,
@@ -323,7 +322,7 @@ def _session(
         files=loaded.files,
         prepared=prepared,
         data=StepData(train_data, mesh.data, engine.plan, engine.execution.reads_tokens, skipped),
-        eval_data=_eval_data(recipe, prepared, loaded.network),
+        eval_data=evaluation_data(recipe, prepared, causal=loaded.network.causal),
         engine=engine,
         counts=ParameterCounts.of(engine.specs, mesh.replica, group.device, engine.quantized),
         tracker=tracker,
@@ -374,36 +373,6 @@ def _clear_the_way(opened: OpenFolder, loaded: LoadedRun) -> list[str]:
         truncate_after(history, found.manifest.step if found else 0)
     folder.write_given(opened.resolved.given)
     return remarks
-
-
-def targets_for(recipe: Recipe, prepared: PreparedData, network: Network, part: Part) -> Targets:
-    """Return the rule that gives the positions of this run's rows their labels."""
-    return targets_of(recipe.data, prepared.tokenizer, causal=network.causal, seed=recipe.run.seed, part=part)
-
-
-def _train_data(recipe: Recipe, prepared: PreparedData, network: Network) -> TrainData:
-    return TrainData(
-        prepared.train,
-        prepared.weights,
-        row_tokens=recipe.data.row_tokens,
-        seed=recipe.run.seed,
-        isolate_documents=recipe.data.isolate_documents,
-        tails=recipe.data.tails == "train",
-        global_sequences=recipe.batch.global_sequences,
-        targets=targets_for(recipe, prepared, network, "training"),
-    )
-
-
-def _eval_data(recipe: Recipe, prepared: PreparedData, network: Network) -> EvalData | None:
-    if not prepared.evaluation:
-        return None
-    return EvalData(
-        prepared.evaluation,
-        row_tokens=recipe.data.row_tokens,
-        isolate_documents=recipe.data.isolate_documents,
-        sequences=recipe.train.eval_sequences,
-        targets=targets_for(recipe, prepared, network, "evaluation"),
-    )
 
 
 def _machine(place: Place) -> Machine:
