@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from trainer.checkpoint.best import storable
 from trainer.checkpoint.resume_check import Resume
 from trainer.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE
 from trainer.guard.guard import Guard
@@ -64,9 +63,7 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
 def save(run: Session, meter: Meter, guard: Guard, *, steps_done: int) -> None:
     with run.engine.watch("saving"):
         memory = {"meter": meter.state(), "guard": guard.state(), "data": {"skipped_steps": run.data.skipped}}
-        if measured := storable(run.evaluations.of(steps_done)):
-            memory["evaluation"] = measured
-        run.say(run.checkpoints.save(steps_done, run.engine, memory))
+        run.say(run.checkpoints.save(steps_done, run.engine, memory, run.evaluations.of(steps_done)))
         run.account.write(steps_done, always=True)
     meter.restart()
 

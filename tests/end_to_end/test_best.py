@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from tools.campaign.cases import WAYS, Way, arguments, digests, numbers, write_recipe
 from tools.campaign.ranks import Ended, run_ranks, train
+from trainer.checkpoint.best import evaluation
 from trainer.checkpoint.manifest import Manifest
 from trainer.cli import main
 from trainer.cluster import requeue
@@ -117,7 +118,7 @@ def test_the_best_is_kept_beside_the_newest_and_exported(done: tuple[Path, Path,
     assert 2 * EVERY < best < STEPS - 3 * EVERY, losses
     assert best % SAVED_EVERY, "it was saved for its evaluation, not because it was due"
     assert kept(run_dir) == [best, STEPS]
-    assert Manifest.read(checkpoint(run_dir, best)).state["memory"]["evaluation"]["eval_loss"] == losses[best]
+    assert evaluation(Manifest.read(checkpoint(run_dir, best)))["eval_loss"] == losses[best]
     assert f"exported: step {best}, the best eval_loss {losses[best]:.5g}; the last step had {losses[STEPS]:.5g}" in said
     closing = summary(run_dir)
     assert (closing["steps"], closing["best_step"], closing["eval_loss"]) == (STEPS, best, losses[best])

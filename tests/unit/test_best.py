@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.unit.checkpoints import ALONE, State, blank, save, write_checkpoint
-from trainer.checkpoint.best import Best, Contest, storable
+from trainer.checkpoint.best import Best, Contest, to_remember
 from trainer.checkpoint.choice import weights_of
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.listing import survey
@@ -59,7 +59,7 @@ def test_what_is_not_finite_is_never_the_best(value: float | None) -> None:
         assert not aim.improves(found, None)
         assert not aim.improves(found, 1e9)
         assert aim.improves(1e9, None), "the first finite one is"
-    assert storable({"eval_loss": value, "eval_targets": 3}) == {"eval_targets": 3}
+    assert to_remember({"eval_loss": value, "eval_targets": 3}, "d") == {"data": "d", "figures": {"eval_targets": 3}}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -112,24 +112,25 @@ def test_a_rewind_forgets_what_was_measured_after_it() -> None:
 # ------------------------------------------------------------------------------------------------- which checkpoint
 
 
-def evaluated(checkpoints: Path, losses: dict[int, float | None], **changes: Any) -> CheckpointFolder:
-    """Whole checkpoints with the evaluation that their manifests remember; `changes` to the recipe of them all."""
-    recipe = asking(**changes).model_dump(mode="json")
+def evaluated(checkpoints: Path, losses: dict[int, float | None], *, data: str = "held out") -> CheckpointFolder:
+    """Whole checkpoints with the evaluation that their manifests remember."""
+    recipe = asking().model_dump(mode="json")
     for step, loss in losses.items():
-        memory = {} if loss is None else {"evaluation": {"eval_loss": loss, "eval_targets": 296}}
+        figures = {} if loss is None else {"eval_loss": loss, "eval_targets": 296}
+        memory = {"evaluation": to_remember(figures, data)}
         write_checkpoint(checkpoints, step, change=lambda manifest, memory=memory: replace(
             manifest, recipe=recipe, state={**manifest.state, "memory": memory}
         ))  # fmt: skip
     return CheckpointFolder(checkpoints)
 
 
-def asking(best: str = "eval_loss", **changes: Any) -> Recipe:
-    given = {"train": {"eval_every": 5, **changes}, "checkpoint": {"best": best}, "model": {"family": "gpt2"}}
+def asking(best: str = "eval_loss") -> Recipe:
+    given = {"train": {"eval_every": 5}, "checkpoint": {"best": best}, "model": {"family": "gpt2"}}
     return load_given(given, Path("given")).recipe
 
 
-def contest(recipe: Recipe) -> Contest:
-    found = Contest.of(recipe, {})
+def contest(recipe: Recipe, data: str = "held out") -> Contest:
+    found = Contest.of(recipe, data)
     assert found is not None
     return found
 
@@ -142,15 +143,15 @@ def test_the_best_is_read_from_the_checkpoints_that_are_there(tmp_path: Path) ->
     folder.set_aside(folder.of_step(30), "damaged", "a test")
     assert compared.best(folder) == Best(50, 2.5)
     assert compared.best(CheckpointFolder(tmp_path / "none")) is None
-    assert Contest.of(Recipe(), {}) is None
+    assert Contest.of(Recipe(), "held out") is None
 
 
 def test_what_was_measured_on_other_data_is_not_compared(tmp_path: Path) -> None:
     """A loss on 8 sequences says nothing beside one on 256."""
-    folder = evaluated(tmp_path, {10: 1.0}, eval_sequences=8)
+    folder = evaluated(tmp_path, {10: 1.0}, data="8 sequences of it")
     evaluated(tmp_path, {20: 2.0})
     assert contest(asking()).best(folder) == Best(20, 2.0)
-    assert contest(asking(eval_sequences=8)).best(folder) == Best(10, 1.0)
+    assert contest(asking(), "8 sequences of it").best(folder) == Best(10, 1.0)
     assert contest(asking("eval_accuracy")).best(folder) is None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from parallel.messages import Messages
 from parallel.topology import Layout
-from trainer.checkpoint.best import Best, Contest, evaluation
+from trainer.checkpoint.best import Best, Contest, to_remember
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.resume import CheckpointSource, Found, first_whole, newest_whole
@@ -32,13 +32,15 @@ PACKAGES = ("triaxis", "torch", "deepspeed", "transformers")
 class Checkpoints:
     """The checkpoints of a run. Every rank must call its methods together.
 
-    `facts`: see `facts.py`. `found`: the checkpoint that the run last went on from.
+    `facts`: see `facts.py`. `evaluated_on`: the fingerprint of the held-out data. `found`: the
+    checkpoint that the run last went on from.
     """
 
     recipe: Recipe
     plan: BatchPlan
     layout: Layout
     facts: Mapping[str, Any]
+    evaluated_on: str
     folder: CheckpointFolder
     messages: Messages
     found: Found | None
@@ -124,10 +126,13 @@ class Checkpoints:
             return False
         return self._contest.improves(self._contest.aim.value(measured), self._better or self.best)
 
-    def save(self, steps_done: int, engine: Engine, memory: Mapping[str, Any]) -> list[str]:
+    def save(
+        self, steps_done: int, engine: Engine, memory: Mapping[str, Any], measured: Mapping[str, float | int | None]
+    ) -> list[str]:
         """Save at the end of a step, and return lines to show. `memory`: JSON that the run gets
-        back when it goes on."""
+        back when it goes on. `measured`: the step's evaluation, {} without one."""
         lines = self.wait()
+        memory = {**memory, "evaluation": to_remember(measured, self.evaluated_on)}
         manifest = Manifest(
             step=steps_done,
             sequences=(steps_done + memory.get("data", {}).get("skipped_steps", 0)) * self.plan.global_sequences,
@@ -135,11 +140,12 @@ class Checkpoints:
             recipe=redact(self.recipe.model_dump(mode="json")),
             facts=dict(self.facts),
             layout={**asdict(self.layout), "zero": self.recipe.zero.stage},
-            state={"updates": engine.state.updates, "loss_scale": engine.scaler.state(), "memory": dict(memory)},
+            state={"updates": engine.state.updates, "loss_scale": engine.scaler.state(), "memory": memory},
             versions={name: importlib.metadata.version(name) for name in PACKAGES},
         )
-        if self._contest is not None and self.improved_by(measured := evaluation(manifest)):
-            self._better = Best(steps_done, self._contest.aim.value(measured) or 0.0)
+        value = self._contest.aim.value(measured) if self._contest else None
+        if value is not None and self.improved_by(measured):
+            self._better = Best(steps_done, value)
         best = self._better or self.best
         saves = self._saver.save(manifest, engine.state, save_beside=self.save_beside, spared=[best.step] if best else [])
         return [*lines, *self._told(saves)]
@@ -150,7 +156,7 @@ class Checkpoints:
 
     @cached_property
     def _contest(self) -> Contest | None:
-        return Contest.of(self.recipe, self.facts)
+        return Contest.of(self.recipe, self.evaluated_on)
 
     @cached_property
     def _saver(self) -> Saver:

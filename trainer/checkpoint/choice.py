@@ -54,6 +54,6 @@ def weights_of(name: str, *, option: str, also: str = "", last: bool = False) ->
 
 def _figure(contest: Contest, checkpoint: Path) -> float | None:
     try:
-        return contest.figure(checkpoint, Manifest.read(checkpoint))
+        return contest.figure(Manifest.read(checkpoint))
     except DataError:
         return None

@@ -100,7 +100,7 @@ def _look_at(path: Path, contest: Contest | None, *, verify: bool) -> Entry:
         check_files(path, manifest.files if verify else ())
     except DataError as error:
         return Entry(path, None, f"DAMAGED: {error}")
-    return Entry(path, manifest, "", figure=contest.figure(path, manifest) if contest else None)
+    return Entry(path, manifest, "", figure=contest.figure(manifest) if contest else None)
 
 
 def _aside(path: Path) -> Entry:

@@ -64,12 +64,19 @@ class _GuardMemory(TypedDict, total=False):
     grad_norm: list[Number]
 
 
+class _Evaluation(TypedDict):
+    """The evaluation after the step; figures {} without one."""
+
+    data: str
+    figures: dict[str, Figure]
+
+
 @with_config(OPEN)
 class _Memory(TypedDict, total=False):
     guard: _GuardMemory
     meter: dict[Literal["skipped"], Count]
     data: dict[Literal["skipped_steps"], Count]
-    evaluation: dict[str, Figure]  # after this step
+    evaluation: _Evaluation
 
 
 class _LossScale(TypedDict):

@@ -20,8 +20,10 @@ from trainer.checkpoint.resume import Found
 from trainer.checkpoint.resume_check import Resume, as_json
 from trainer.cluster.lease import JobStart, Lease, leased
 from trainer.data import PreparedData, prepare
+from trainer.data.digests import fingerprint_of
 from trainer.data.foreign_tokenizer import not_of_model
 from trainer.data.handed_on_tokenizer import beside_model
+from trainer.data.rows import order_fingerprint
 from trainer.data.tokenizer import Tokenizer
 from trainer.engine.execution import DTYPES
 from trainer.engine.first_weights import first_weights
@@ -107,7 +109,8 @@ def opened_folder(
 @dataclass(frozen=True)
 class LoadedRun:
     """The data of a run, the network with the function that fills it, and the checkpoint to
-    continue from. `facts` must be equal to those of that checkpoint."""
+    continue from. `facts` must be equal to those of that checkpoint. `evaluated_on`: the
+    fingerprint of the held-out data."""
 
     prepared: PreparedData
     found: Found | None
@@ -115,6 +118,7 @@ class LoadedRun:
     fill: Callable[[nn.Module], None]
     files: ModelFiles
     facts: dict[str, Any]
+    evaluated_on: str
     remarks: list[str]
 
 
@@ -145,7 +149,7 @@ def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
         if found is not None:
             agree(found, facts, resume)
             remarks += _changed_length(found, recipe)
-    return LoadedRun(prepared, found, network, fill, files, facts, remarks)
+    return LoadedRun(prepared, found, network, fill, files, facts, _evaluated_on(recipe, prepared), remarks)
 
 
 def _changed_length(found: Found, recipe: Recipe) -> list[str]:
@@ -213,3 +217,16 @@ def _origin(recipe: Recipe, tokenizer: Tokenizer) -> Origin | None:
 def _facts(recipe: Recipe, files: ModelFiles, prepared: PreparedData) -> dict[str, Any]:
     data = data_facts(tokenizer=prepared.tokenizer.fingerprint, samples=prepared.fingerprint)
     return as_json({**recipe_facts(recipe), **model_facts(files.config), **data})
+
+
+def _evaluated_on(recipe: Recipe, prepared: PreparedData) -> str:
+    """Return a fingerprint that is equal if every evaluation is of the same samples and tokens."""
+    samples = order_fingerprint(
+        prepared.evaluation,
+        None,
+        row_tokens=recipe.data.row_tokens,
+        seed=recipe.run.seed,
+        isolate_documents=recipe.data.isolate_documents,
+        tails=False,
+    )
+    return fingerprint_of([samples, recipe.train.eval_sequences, prepared.tokenizer.fingerprint])

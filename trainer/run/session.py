@@ -221,6 +221,7 @@ def _ready(group: Joined, opened: OpenFolder, loaded: LoadedRun, plan: BatchPlan
             plan,
             opened.mesh.layout,
             loaded.facts,
+            loaded.evaluated_on,
             CheckpointFolder(folder.checkpoints),
             opened.messages,
             loaded.found,
@@ -368,7 +369,7 @@ def _clear_the_way(opened: OpenFolder, loaded: LoadedRun) -> list[str]:
     Nothing of an earlier start is changed before this call.
     """
     folder, found, recipe = opened.folder, loaded.found, opened.resolved.recipe
-    remarks = [*leave_behind(found, folder), *make_room(folder, recipe, loaded.facts)] if found else []
+    remarks = [*leave_behind(found, folder), *make_room(folder, recipe, loaded.evaluated_on)] if found else []
     for history in (folder.metrics, folder.evaluations):
         truncate_after(history, found.manifest.step if found else 0)
     folder.write_given(opened.resolved.given)

@@ -121,13 +121,13 @@ def leave_behind(found: Found, folder: RunFolder) -> list[str]:
     ]
 
 
-def make_room(folder: RunFolder, recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
+def make_room(folder: RunFolder, recipe: Recipe, evaluated_on: str) -> list[str]:
     """Remove, on the first rank, the checkpoints that a run does not keep; return remarks.
 
     A start that was killed after its last save may not have removed the checkpoint that the save
     replaced. Called when the newest checkpoint is known to be whole.
     """
-    checkpoints, contest = CheckpointFolder(folder.checkpoints), Contest.of(recipe, facts)
+    checkpoints, contest = CheckpointFolder(folder.checkpoints), Contest.of(recipe, evaluated_on)
     try:
         best = contest.best(checkpoints) if contest else None
         gone = checkpoints.prune(recipe.checkpoint.keep, spared=[best.step] if best else [])
