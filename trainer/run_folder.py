@@ -95,13 +95,18 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def translating(self) -> Path:
+        """The model whose translations are being measured; it is gone afterwards."""
+        return self.path / "translating"
+
+    @property
     def reference(self) -> Path:
         return self.path / "reference"
 
     @property
     def replaced_whole(self) -> tuple[Path, ...]:
         """The folders that are removed when the run writes them anew."""
-        return (self.export, self.reference)
+        return (self.export, self.reference, self.translating)
 
     @property
     def checkpoints(self) -> Path:
@@ -112,14 +117,17 @@ class RunFolder:
         return self.metrics.exists()
 
     @property
-    def is_finished(self) -> bool:
-        """Return whether the run here came to its end: it closed its history, and wrote its report,
-        which comes last."""
+    def finished_step(self) -> int | None:
+        """The step with which the run here came to its end: it closed its history, and wrote its
+        report, which comes last. None if it did not."""
         try:
             summary = read_json(self.path / "summary.json")
         except (OSError, ValueError):
-            return False
-        return "ended_by" not in summary and self.report.exists()
+            return None
+        if not isinstance(summary, dict) or "ended_by" in summary or not self.report.exists():
+            return None
+        step = summary.get("steps")
+        return step if isinstance(step, int) else None
 
     def create(self) -> None:
         """Create the folder. RecipeError if that fails."""

@@ -590,6 +590,11 @@ class Train(Section):
     log_every: PositiveInt = Field(1, description="Steps between records in metrics.jsonl [steps].")
     eval_every: Count = Field(0, description="Steps between evaluations; 0 = only after the last step [steps].")
     eval_sequences: PositiveInt = Field(256, description="Held-out sequences per evaluation, at most.")
+    patience: PositiveInt | None = Field(
+        None,
+        description="Evaluations in a row without a better checkpoint.best, or without that key a better eval_loss, after "
+        "which the run ends; absent: it goes on to its last step.",
+    )
     label_smoothing: Fraction = Field(
         0.0,
         lt=1.0,
@@ -597,7 +602,8 @@ class Train(Section):
     )
     eval_translations: Count = Field(
         0,
-        description="Pairs of data.eval_sources that are translated after the last step, for BLEU and chrF; 0 = none.",
+        description="Pairs of data.eval_sources that are translated after the last step, for BLEU and chrF, and at each "
+        "evaluation if checkpoint.best is eval_bleu or eval_chrf; 0 = none.",
         json_schema_extra=only("data.task", "translate"),
     )
     beams: int = Field(
@@ -759,6 +765,12 @@ class Checkpoint(Section):
         2,
         description="Newest checkpoints that are kept; older ones are removed when a newer one has been read back "
         "from the disk.",
+    )
+    best: str | None = Field(
+        None,
+        min_length=1,
+        description="Figure in evaluations.jsonl, such as eval_loss: the checkpoint with the best value is kept beside the "
+        "newest, saved at its evaluation, and exported at the end; absent: the last step is exported.",
     )
     asynchronous: bool = Field(
         False,

@@ -142,7 +142,7 @@ def nobody_borrows_from_a_test(source: Source) -> list[str]:
 LAYERS = (
     *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "tasks", "update_rules", "schema"),
     *("learning_rate", "run_folder", "launch", "data", "model", "costs", "tuning", "recipe", "watchdog", "engine"),
-    *("checkpoint", "track", "inference"),
+    *("track", "checkpoint", "inference"),
     *("guard", "cluster", "run", "verify", "loop", "commands", "cli", "__main__", "requeue"),
 )
 

@@ -592,7 +592,17 @@ def test_a_finished_run_is_exit_0_and_nothing_is_touched(
 
 
 @pytest.mark.parametrize(
-    "why", ["no checkpoint", "not at the end", "killed at the end", "not closed", "no report", "named", "damaged"]
+    "why",
+    [
+        "no checkpoint",
+        "not at the end",
+        "killed at the end",
+        "killed at a later end",
+        "not closed",
+        "no report",
+        "named",
+        "damaged",
+    ],
 )
 def test_a_run_that_is_not_finished(why: str, run: RunFolder, resolved: ResolvedRecipe) -> None:
     resume = Resume()
@@ -600,6 +610,8 @@ def test_a_run_that_is_not_finished(why: str, run: RunFolder, resolved: Resolved
         newest = ended(
             run, resolved, reached=4 if why == "not at the end" else STEPS, ended_by="x" * (why == "killed at the end")
         )
+    if why == "killed at a later end":  # the files are those of the end before
+        (run.path / "summary.json").write_text(json.dumps({"steps": 4}))
     if why == "not closed":
         (run.path / "summary.json").unlink()
     if why == "no report":

@@ -15,6 +15,8 @@ from trainer.errors import DataError, RecipeError
 from trainer.model.auto_rules import AUTO
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
 from trainer.run_folder import RunFolder
+from trainer.schema import Recipe
+from trainer.track.evaluations import Evaluations, out_of_patience
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def checkpoint_named(name: str, *, option: str = "--resume") -> Path:
 
 
 def finished(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> str:
-    """Return the line to show if the run has reached its last step already, else "".
+    """Return the line to show if the run has come to its end already, else "".
 
     RecipeError if the recipe shows that it must not go on from its newest checkpoint.
     """
@@ -71,11 +73,28 @@ def finished(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> s
     given = as_json({**recipe_facts(resolved.recipe), **_model_facts(resolved)})
     if lines := refusals(str(newest), manifest.step, manifest.facts, given, resume.allowed):
         raise RecipeError(lines)
-    if resume.path is not None or manifest.step < resolved.recipe.train.steps or not folder.is_finished:
+    return "" if resume.path is not None else _said_finished(folder, resolved.recipe, manifest.step)
+
+
+def _said_finished(folder: RunFolder, recipe: Recipe, reached: int) -> str:
+    """Return the line if the run came to its end with the checkpoint of the step that it reached,
+    and if the recipe does not let it go on."""
+    steps = recipe.train.steps
+    # An earlier end does not count: the run has gone on from it, and was killed since.
+    if folder.finished_step is None or folder.finished_step < min(reached, steps):
+        return ""
+    otherwise = "for a new run, choose another run.name or --resume never"
+    if reached >= steps:
+        return f"{folder.path} has reached step {reached} of {steps}: nothing to do; to go on, raise train.steps; {otherwise}"
+    try:
+        why = out_of_patience(recipe, Evaluations.read(folder.evaluations))
+    except DataError:
+        return ""  # opening the run reports the damage
+    if not why:
         return ""
     return (
-        f"{folder.path} has reached step {manifest.step} of {resolved.recipe.train.steps}: nothing to do; to go on, raise "
-        "train.steps; for a new run, choose another run.name or --resume never"
+        f"{folder.path} ended by patience at step {reached} of {steps}: {why}: nothing to do; to go on, raise or remove "
+        f"train.patience; {otherwise}"
     )
 
 

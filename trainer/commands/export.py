@@ -13,9 +13,13 @@ SUMMARY = "Write a checkpoint's weights as a Hugging Face folder, in one process
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", type=path_name, metavar="CHECKPOINT", help="a checkpoint's folder, or a run's for its newest"
+        "checkpoint",
+        type=path_name,
+        metavar="CHECKPOINT",
+        help="a checkpoint's folder, or a run's for its newest, or its best by checkpoint.best",
     )
     parser.add_argument("out", type=path, metavar="OUT", help="a new folder, or an empty one")
+    parser.add_argument("--last", action="store_true", help="of a run: its newest, also where it has a best one")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the format of training")
     parser.add_argument(
         "--merge",
@@ -26,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from trainer.checkpoint.resume_check import checkpoint_named
+    from trainer.checkpoint.choice import weights_of
 
-    checkpoint = checkpoint_named(arguments.checkpoint, option="CHECKPOINT")
+    chosen = weights_of(arguments.checkpoint, option="CHECKPOINT", last=arguments.last)
+    checkpoint = chosen.path
     from trainer.checkpoint.export import LOGITS_TOLERANCE, compare_logits, export, require_mergeable
 
     if arguments.merge:
@@ -40,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{exported.folder}: {exported.tensors} tensors of step {exported.step} in {exported.dtype}, "
         f"{exported.num_bytes:,} bytes, read back and equal",
     )
+    if chosen.why:
+        say(console, f"exported: {chosen.why}")
     if not arguments.verify:
         return EXIT_OK
     difference = compare_logits(checkpoint, arguments.out, exported.dtype)

@@ -22,10 +22,10 @@ from torch import nn
 from parallel.mesh import Mesh
 from parallel.params import owned_specs
 from trainer.checkpoint.check import read_sound
+from trainer.checkpoint.choice import weights_of
 from trainer.checkpoint.folder import HUGGING_FACE
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.resume import examine
-from trainer.checkpoint.resume_check import checkpoint_named
 from trainer.checkpoint.weights import Filling
 from trainer.data.tokenizer import Tokenizer, make_tokenizer, reopen_tokenizer
 from trainer.engine.evaluator import Evaluator
@@ -73,7 +73,7 @@ class Weights:
         path = Path(name)
         if (path / CONFIG).is_file():
             return cls(path, path, None)
-        checkpoint = checkpoint_named(name, option="WEIGHTS")
+        checkpoint = weights_of(name, option="WEIGHTS").path
         return cls(checkpoint, checkpoint / HUGGING_FACE, read_sound(checkpoint))
 
     @property

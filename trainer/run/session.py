@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -40,16 +40,17 @@ from trainer.model.network import Network
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.run.account import Account
-from trainer.run.closing import baseline, export, sampled, translated
+from trainer.run.closing import baseline, export, exported, sampled, translated, translated_meanwhile
 from trainer.run.least_memory import Machine, host_bytes, require_memory
 from trainer.run.meter import Meter
-from trainer.run.opening import LoadedRun, OpenFolder, opened_folder, read_data
+from trainer.run.opening import LoadedRun, OpenFolder, evaluations_so_far, opened_folder, read_data
 from trainer.run.reference import with_reference
 from trainer.run.start import leave_behind, make_room
 from trainer.run.step_data import StepData
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
 from trainer.track import RunInfo, Tracker, make_tracker, read_metrics, truncate_after
+from trainer.track.evaluations import Evaluations, out_of_patience
 from trainer.track.goodput import Ledger, lost_s
 from trainer.track.progress import work_progress
 from trainer.track.report import write_report
@@ -76,6 +77,7 @@ class Session:
     counts: ParameterCounts
     tracker: Tracker
     checkpoints: Checkpoints
+    evaluations: Evaluations
     messages: Messages  # for messages at the end of a step
     watchdog: Watchdog
     lease: Lease | None  # on the first rank
@@ -131,14 +133,33 @@ class Session:
             note=self.tracker.note,
         )
 
-    def export(self) -> None:
-        """Write the weights, or the adapter, as a Hugging Face folder."""
-        export(self.engine, self.files, self.folder, is_first=self.place.is_first, note=self.tracker.note)
+    @property
+    def out_of_patience(self) -> str:
+        """The reason for which train.patience ends the run now, the same on all ranks; "" while it
+        goes on."""
+        return out_of_patience(self.recipe, self.evaluations)
 
-    def finish(self, summary: dict[str, object]) -> None:
+    def translations(self, steps_done: int) -> dict[str, float]:
+        """Return the figures of translations at an evaluation, on the first rank; {} unless
+        checkpoint.best is one of them."""
+        is_first, note = self.place.is_first, self.tracker.note
+        return translated_meanwhile(self.engine, self.files, self.folder, step=steps_done, is_first=is_first, note=note)
+
+    def export(self, steps_done: int) -> Mapping[str, object]:
+        """Write the weights of the best checkpoint, or else of the last step, as a Hugging Face
+        folder, and return what was measured of them for the summary."""
+        with together(lambda: self.engine.watch.doing):
+            best, remarks = self.checkpoints.restore_best(self.engine, steps_done)
+        told = exported(self.recipe, best, self.evaluations.of(steps_done), steps_done)
+        step = best.manifest.step if best else steps_done
+        export(self.engine, self.files, self.folder, step=step, is_first=self.place.is_first, note=self.tracker.note)
+        self.say([*remarks, *told.lines])
+        return told.figures
+
+    def finish(self, summary: dict[str, Any]) -> None:
         """Add the closing results to the summary (the baseline, a sample, translations), and write
         the report."""
-        recipe, engine, steps = self.recipe, self.engine, self.recipe.train.steps
+        recipe, engine, steps = self.recipe, self.engine, summary["steps"]
         if self.eval_data is not None and self.place.is_first and engine.measures.predicts_tokens:
             summary |= baseline(recipe, self.prepared, targets_for(recipe, self.prepared, engine.network, "evaluation"))
         summary |= sampled(recipe, self.prepared, engine.evaluator)
@@ -160,6 +181,7 @@ class Session:
         step = self.checkpoints.start_step
         self.data.skipped += steps_done - step
         self.tracker.rewind(step)
+        self.evaluations.rewind(step)
         if self.account.ledger is not None:
             self.account.ledger.lose(lost_s(times, step))
         sequences = (steps_done - step) * self.plan.global_sequences
@@ -183,7 +205,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             require_memory(opened.resolved.recipe, plan, loaded.network, _machine(group.place))
             ledger = _open_ledger(opened.folder, loaded.found) if group.is_first else None
             if group.is_first:
-                opened.remarks += _clear_the_way(opened.folder, loaded.found, opened.resolved)
+                opened.remarks += _clear_the_way(opened, loaded)
         yield stack.enter_context(_ready(group, opened, loaded, plan, ledger))
 
 
@@ -200,6 +222,7 @@ def _ready(group: Joined, opened: OpenFolder, loaded: LoadedRun, plan: BatchPlan
             plan,
             opened.mesh.layout,
             loaded.facts,
+            loaded.evaluated_on,
             CheckpointFolder(folder.checkpoints),
             opened.messages,
             loaded.found,
@@ -306,6 +329,7 @@ def _session(
         counts=ParameterCounts.of(engine.specs, mesh.replica, group.device, engine.quantized),
         tracker=tracker,
         checkpoints=checkpoints,
+        evaluations=evaluations_so_far(opened),
         messages=group.messages(),
         watchdog=opened.watchdog,
         lease=opened.lease,
@@ -339,16 +363,17 @@ def _times_of_steps(folder: RunFolder) -> dict[int, float]:
     return {int(record["step"] or 0): float(record["time"] or 0.0) for record in read_metrics(folder.metrics)}
 
 
-def _clear_the_way(folder: RunFolder, found: Found | None, resolved: ResolvedRecipe) -> list[str]:
+def _clear_the_way(opened: OpenFolder, loaded: LoadedRun) -> list[str]:
     """Remove what an earlier start left after the step from which this one continues; return
     remarks.
 
     Nothing of an earlier start is changed before this call.
     """
-    remarks = [*leave_behind(found, folder), *make_room(folder, resolved.recipe.checkpoint.keep)] if found else []
+    folder, found, recipe = opened.folder, loaded.found, opened.resolved.recipe
+    remarks = [*leave_behind(found, folder), *make_room(folder, recipe, loaded.evaluated_on)] if found else []
     for history in (folder.metrics, folder.evaluations):
         truncate_after(history, found.manifest.step if found else 0)
-    folder.write_given(resolved.given)
+    folder.write_given(opened.resolved.given)
     return remarks
 
 

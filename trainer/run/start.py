@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.messages import Messages
+from trainer.checkpoint.best import Contest
 from trainer.checkpoint.facts import refusals
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest
@@ -17,6 +18,7 @@ from trainer.errors import DataError, RecipeError
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.earlier import as_begun, rules_of_checkpoint, rules_of_run
 from trainer.run_folder import RunFolder, read_resolved
+from trainer.schema import Recipe
 from trainer.track.jsonl import read_metrics
 
 
@@ -124,17 +126,17 @@ def leave_behind(found: Found, folder: RunFolder) -> list[str]:
     ]
 
 
-def make_room(folder: RunFolder, keep: int) -> list[str]:
-    """Remove, on the first rank, the checkpoints beyond the newest `keep`; return remarks.
+def make_room(folder: RunFolder, recipe: Recipe, evaluated_on: str) -> list[str]:
+    """Remove, on the first rank, the checkpoints that a run does not keep; return remarks.
 
     A start that was killed after its last save may not have removed the checkpoint that the save
     replaced. Called when the newest checkpoint is known to be whole.
     """
+    checkpoints, contest = CheckpointFolder(folder.checkpoints), Contest.of(recipe, evaluated_on)
     try:
-        return [
-            f"{path.name} was to be removed before the run was ended"
-            for path in CheckpointFolder(folder.checkpoints).prune(keep)
-        ]
+        best = contest.best(checkpoints) if contest else None
+        gone = checkpoints.prune(recipe.checkpoint.keep, spared=[best.step] if best else [])
+        return [f"{path.name} was to be removed before the run was ended" for path in gone]
     except OSError as error:
         return [f"warning: older checkpoints stay: {error}; the next save removes them"]
 

@@ -150,6 +150,8 @@ EVAL_WORDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "eval_f1": ("macro F1", percent),
     "eval_rewards/margins": ("reward margin", short),
     "eval_rewards/accuracies": ("reward accuracy", percent),
+    "eval_bleu": ("BLEU", short),
+    "eval_chrf": ("chrF", short),
 }
 
 # Key of the summary → its name and format, in the order of the table. Other keys are for the report
@@ -157,6 +159,7 @@ EVAL_WORDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
 SUMMARY_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "steps": ("steps", scaled),
     "final_loss": ("final loss", short),
+    "best_step": ("best step, which is exported", scaled),
     "eval_loss": ("eval loss", short),
     "eval_perplexity": ("eval perplexity", short),
     "eval_accuracy": ("eval accuracy", percent),
