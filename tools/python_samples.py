@@ -19,15 +19,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SAMPLES = 50
-NEW_TOKENS = 64
-TEMPERATURE, TOP_K = 0.8, 50  # those of `triaxis generate`
+# Two blank lines and a def are the top level of a module. A bare def says nothing of its place,
+# and most functions that the model has seen are methods.
+PROMPT = "\n\n\ndef "
+NEW_TOKENS = 96
+TEMPERATURE, TOP_K = 0.5, 50
 INCOMPLETE = "incomplete input"  # the parser's message where more text could still make it valid
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a Hugging Face folder, such as RUN_DIR/export")
-    parser.add_argument("--prompt", default="def ")
+    parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--max-new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--temperature", type=float, default=TEMPERATURE)

@@ -57,5 +57,5 @@ def test_the_share_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=tokenizer.vocab_size, **sizes)).save_pretrained(tmp_path)
-    assert main([str(tmp_path), "--samples", "3", "--max-new-tokens", "8"]) == 0
+    assert main([str(tmp_path), "--prompt", "def ", "--samples", "3", "--max-new-tokens", "8"]) == 0
     assert capsys.readouterr().out.startswith("0 of 3 samples of 'def ' are Python (")
