@@ -140,7 +140,19 @@ def nobody_borrows_from_a_test(source: Source) -> list[str]:
 
 # The parts of `trainer/`, a folder or a loose file each, from the ground up: a part may import those that stand before it.
 LAYERS = (
-    *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "tasks", "update_rules", "schema"),
+    *(
+        "redaction",
+        "errors",
+        "spelling",
+        "stopwatch",
+        "versions",
+        "outputs",
+        "files",
+        "exhausted",
+        "tasks",
+        "update_rules",
+        "schema",
+    ),
     *("learning_rate", "run_folder", "launch", "data", "model", "costs", "tuning", "recipe", "watchdog", "engine"),
     *("checkpoint", "track", "inference"),
     *("guard", "cluster", "run", "verify", "loop", "commands", "cli", "__main__", "requeue"),
@@ -211,7 +223,10 @@ OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
             "trainer/model/auto_stage.py",
         ),
     ),
-    "huggingface_hub": (True, ("trainer/model/hugging_face.py",)),
+    "huggingface_hub": (
+        True,
+        ("trainer/checkpoint/hub.py", "trainer/model/hugging_face.py", "trainer/track/model_card.py"),
+    ),
     "zstandard": (True, ("trainer/data/files.py",)),
 }
 

@@ -31,6 +31,7 @@ from trainer.errors import DataError, RecipeError
 from trainer.files.decoding import read_as
 from trainer.files.durable import write_json
 from trainer.files.reading import told
+from trainer.run_folder import SourcePart
 from trainer.tasks import TASKS
 
 CLASSES = "classes.json"
@@ -76,6 +77,10 @@ class SourceRow:
     text_bytes: int
     packing: Packing | None
     noun: str
+
+    def as_json(self) -> SourcePart:
+        """Return what is recorded of it."""
+        return SourcePart(source=self.source, part=self.part, noun=self.noun, documents=self.documents, tokens=self.tokens)
 
     def __str__(self) -> str:
         name = f"{self.source} ({self.part})"
