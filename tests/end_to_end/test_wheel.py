@@ -108,11 +108,11 @@ def test_it_works_where_nothing_of_the_checkout_is(wheel: Path, tmp_path: Path) 
     assert _run(installed, folder, "-m", "trainer", "--version").startswith("triaxis ")
     assert "train.steps" in _run(installed, folder, "-m", "trainer", "check", "recipe.json")
     assert json.loads(_run(installed, folder, "-m", "trainer", "schema"))["title"] == "Recipe"
+    words = ("submit", "recipe.json", "--nodes", "1", "--ranks-per-node", "1", "--dry-run")
+    assert "#SBATCH" in _run(installed, folder, "-m", "trainer", *words)
     _run(installed, folder, "-m", "trainer", "train", "recipe.json")  # the corpus is Python's own library
     assert (folder / "runs" / "run" / "report.html").stat().st_size > 1000  # by the template in the wheel
     assert "# run" in (folder / "runs" / "run" / "export" / "README.md").read_text()
-    words = ("submit", "recipe.json", "--nodes", "1", "--ranks-per-node", "1", "--dry-run")
-    assert "#SBATCH" in _run(installed, folder, "-m", "trainer", *words)
 
 
 def _run(installed: Path, folder: Path, *words: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -150,9 +151,12 @@ def files_of_export(folder: Path) -> list[str] | None:
 def require_export(folder: Path) -> None:
     """Raise RecipeError unless the folder is missing or empty, or holds an export and nothing
     else."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not os.path.lexists(folder):
         return
-    if not folder.is_dir() or (files := files_of_export(folder)) is None:
+    is_folder = folder.is_dir() and not folder.is_symlink()
+    if is_folder and not any(folder.iterdir()):
+        return
+    if not is_folder or (files := files_of_export(folder)) is None:
         raise RecipeError(f"--replace: {folder} is no export with a card of triaxis: remove it, or give another folder")
     there = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
     if others := sorted(set(there) - set(files)):
