@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.hub import READS, WRITES, Hub, Repo, stand_in
-from tests.end_to_end.runs import start, write_recipe
+from tests.end_to_end.runs import start, write_bert_recipe, write_recipe
 from trainer import cli
 
 # huggingface_hub 2.4 and peft 0.21 ask their neighbours by names that are going away.
@@ -23,6 +23,10 @@ pytestmark = [
 ]
 
 STEPS = 6
+MARIAN = {
+    **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
+    **{"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64},
+}
 SECRET = "hf_abcdefghijklmnopqrstuvwx"
 
 
@@ -132,6 +136,57 @@ def test_a_checkpoint_without_its_run_has_a_card(run: Path, tmp_path: Path) -> N
     card = card_of(tmp_path / "out")
     assert card.data.eval_results is None
     assert "corpus.jsonl`" in card.text
+
+
+def of_kind(task: str, folder: Path) -> Path:
+    """Write a recipe of a small run of the task."""
+    if task in ("classify", "mlm"):
+        return write_bert_recipe(folder, task)
+    texts = [(f"the house {i} is red", f"das Haus {i} ist rot") for i in range(200)]
+    if task == "translate":
+        for side, name in enumerate(("t.en", "t.de")):
+            (folder / name).write_text("\n".join(text[side] for text in texts))
+        sources = [{"path": str(folder / "t.en"), "target_path": str(folder / "t.de")}]
+        keys = {"data__eval_sources": sources, "train__eval_translations": 3, "train__sample_prompt": None}
+        keys |= {"model__family": "marian", "model__config": MARIAN, "data__eval_fraction": 0.0}
+    else:
+        rows = [{"messages": [turn("user", english), turn("assistant", german)]} for english, german in texts]
+        (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources, keys = [{"path": str(folder / "chats.jsonl")}], {}
+    return write_recipe(folder, data__task=task, data__sources=sources, **keys)
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize(
+    ("task", "pipeline_tag", "used_by", "measure"),
+    [
+        ("classify", "text-classification", "eval", "accuracy"),
+        ("mlm", "fill-mask", "eval", "perplexity"),
+        ("sft", "text-generation", "chat", "exact_match"),
+        ("translate", "translation", "generate", "bleu"),
+    ],
+)
+def test_the_code_of_a_card_loads_every_kind_of_model(
+    task: str, pipeline_tag: str, used_by: str, measure: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = of_kind(task, tmp_path)
+    words = ("train", str(recipe), "--run-dir", "run", "--set", "train.steps=2", "--set", "train.eval_every=1")
+    extra = ("--set", "data.eval_fraction=0.1") if task in ("classify", "mlm") else ()
+    done = start(sys.executable, "-m", "trainer", *words, *extra, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"next: triaxis {used_by} run/export" in done.stdout
+    export = tmp_path / "run" / "export"
+    card = card_of(export)
+    assert card.data.pipeline_tag == pipeline_tag
+    assert measure in {result.metric_type for result in card.data.eval_results}
+    assert all(line.count(" | ") == 1 for line in card.text.splitlines() if line.startswith("| sacreBLEU"))
+    (tmp_path / "load.py").write_text(code_of(export))
+    asked = start(sys.executable, "load.py", cwd=tmp_path)
+    assert (asked.returncode, bool(asked.stdout)) == (0, True), asked.stderr
 
 
 # --------------------------------------------------------------------------------------------------- an adapter's base

@@ -174,11 +174,12 @@ def _front_matter(kind: str, trained: Trained, files: Sequence[str]) -> str:
             dataset_type=_identifier(_eval_data(trained)),
             dataset_name=_eval_data(trained),
             dataset_split="held-out",
-            metric_type=key.removeprefix("eval_"),
+            metric_type=key.removeprefix("eval_").replace("/", "_"),
             metric_name=label,
             metric_value=value,
         )
         for key, label, value, _ in _measures(trained)
+        if key != "eval_majority"  # of no model
     ]
     data: Any = ModelCardData(
         license=trained.stated_license,
@@ -290,7 +291,7 @@ def _figures(trained: Trained) -> Iterator[tuple[str, str]]:
     for _, label, _, written in _measures(trained):
         yield f"{label}, held out", written
     if signature := trained.closing.get("sacrebleu"):
-        yield "sacreBLEU", f"`{signature}`"
+        yield "sacreBLEU", _cell(signature)
     degrees = " × ".join(f"{word} {layout[axis]}" for axis, word in AXES.items() if layout.get(axis, 1) > 1 or axis == "dp")
     yield "layout", f"{degrees}, ZeRO-{layout.get('zero', 0)}, {recipe.precision.dtype}"
     yield "versions", ", ".join(f"{package} {version}" for package, version in trained.versions.items() if version)
@@ -321,8 +322,9 @@ def _data(trained: Trained) -> Iterator[str]:
     yield ""
 
 
-def _cell(path: str) -> str:
-    return f"`{_in_line(path).replace('`', '').replace('|', chr(92) + '|')}`"
+def _cell(text: str) -> str:
+    """Return a text as code in a cell of a table."""
+    return f"`{_in_line(text).replace('`', '').replace('|', chr(92) + '|')}`"
 
 
 def _in_line(text: str) -> str:
