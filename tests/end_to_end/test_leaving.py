@@ -183,7 +183,7 @@ def test_the_code_of_a_card_loads_every_kind_of_model(
     card = card_of(export)
     assert card.data.pipeline_tag == pipeline_tag
     assert measure in {result.metric_type for result in card.data.eval_results}
-    assert all(line.count(" | ") == 1 for line in card.text.splitlines() if line.startswith("| sacreBLEU"))
+    assert ("BLEU and chrF are those of sacreBLEU: `BLEU nrefs:1|" in card.text) == (task == "translate")
     (tmp_path / "load.py").write_text(code_of(export))
     asked = start(sys.executable, "load.py", cwd=tmp_path)
     assert (asked.returncode, bool(asked.stdout)) == (0, True), asked.stderr

@@ -51,7 +51,8 @@ def _translation(name: str) -> str:
     return f"""\
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-tokenizer, model = AutoTokenizer.from_pretrained({name}), AutoModelForSeq2SeqLM.from_pretrained({name})
+tokenizer = AutoTokenizer.from_pretrained({name})
+model = AutoModelForSeq2SeqLM.from_pretrained({name})
 tokens = model.generate(**tokenizer("A text.", return_tensors="pt"), num_beams=4, max_new_tokens=64)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))"""
 

@@ -244,6 +244,9 @@ def _body(folder: Path, trained: Trained, name: str) -> Iterator[str]:
     yield "## Figures"
     yield ""
     yield from _table(("", "value"), _figures(trained))
+    if signature := trained.closing.get("sacrebleu"):
+        yield f"BLEU and chrF are those of sacreBLEU: `{_in_line(signature)}`."
+        yield ""
     yield from _evaluations(trained)
     yield "## Data"
     yield ""
@@ -290,8 +293,6 @@ def _figures(trained: Trained) -> Iterator[tuple[str, str]]:
         yield f"training loss, step {_step(trained.last):,}", short(loss)
     for _, label, _, written in _measures(trained):
         yield f"{label}, held out", written
-    if signature := trained.closing.get("sacrebleu"):
-        yield "sacreBLEU", _cell(signature)
     degrees = " × ".join(f"{word} {layout[axis]}" for axis, word in AXES.items() if layout.get(axis, 1) > 1 or axis == "dp")
     yield "layout", f"{degrees}, ZeRO-{layout.get('zero', 0)}, {recipe.precision.dtype}"
     yield "versions", ", ".join(f"{package} {version}" for package, version in trained.versions.items() if version)
