@@ -47,7 +47,7 @@ Computed = TypedDict(
 
 @with_config(OPEN)
 class SourcePart(TypedDict):
-    """An entry of `data.json`: a source's training part, or what was held out of it.
+    """An entry of `data-read.json`: a source's training part, or what was held out of it.
 
     `part`: "train" or "held out". `noun`: the word for its documents.
     """
@@ -60,7 +60,7 @@ class SourcePart(TypedDict):
 
 
 def read_data(path: Path) -> list[SourcePart]:
-    """Return the content of a data.json; [] where there is none, as in runs of earlier versions.
+    """Return the content of a data-read.json; [] where there is none, as in runs of earlier versions.
     DataError if it is damaged."""
     try:
         return read_as(list[SourcePart], path)
@@ -113,7 +113,7 @@ class RunFolder:
 
     @property
     def data(self) -> Path:
-        return self.path / "data.json"
+        return self.path / "data-read.json"
 
     @property
     def export(self) -> Path:
