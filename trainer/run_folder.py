@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import (
@@ -47,6 +47,31 @@ Computed = TypedDict(
 )
 
 
+@with_config(OPEN)
+class SourcePart(TypedDict):
+    """An entry of `data-read.json`: a source's training part, or what was held out of it.
+
+    `part`: "train" or "held out". `noun`: the word for its documents.
+    """
+
+    source: str
+    part: str
+    noun: str
+    documents: int
+    tokens: int
+
+
+def read_data(path: Path) -> list[SourcePart]:
+    """Return the content of a data-read.json; [] where there is none, as in runs of earlier versions.
+    DataError if it is damaged."""
+    try:
+        return read_as(list[SourcePart], path)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: damaged ({told(error)}): remove it") from error
+
+
 def read_resolved(path: Path) -> Resolved:
     """Return the content of a resolved.json. RecipeError if it is not there, DataError if it is
     damaged."""
@@ -87,6 +112,10 @@ class RunFolder:
     @property
     def resolved(self) -> Path:
         return self.path / "resolved.json"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data-read.json"
 
     @property
     def export(self) -> Path:
@@ -150,6 +179,10 @@ class RunFolder:
     def write_given(self, recipe: Mapping[str, Any]) -> None:
         """Write the recipe as its author wrote it, after `extends` and `--set`."""
         write_json(self.path / "recipe.json", redact(recipe))
+
+    def write_data(self, parts: Sequence[SourcePart]) -> None:
+        """Write what the sources held."""
+        write_json(self.data, redact(list(parts)))
 
     def write_resolved(self, resolved: Mapping[str, Any]) -> None:
         """Write every value with its origin, and the exact dict that DeepSpeed got."""

@@ -31,7 +31,7 @@ Seconds = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-
+LICENSE = r"^[a-z0-9][a-z0-9.-]*$"  # an identifier of a licence on the hub
 STDLIB = "stdlib"  # a source on every machine: the files of the standard library
 
 
@@ -96,6 +96,12 @@ class Model(Section):
         False,
         description="Run the Python code that comes with from_pretrained; a hub name then needs a revision of 40 hex digits.",
         json_schema_extra=only("model.family", "auto", idle=False),
+    )
+    license: str | None = Field(
+        None,
+        max_length=100,
+        pattern=LICENSE,
+        description="Licence of the trained model, for the card in its export: an identifier of the hub, such as apache-2.0.",
     )
     config: dict[str, Any] = Field(
         default_factory=dict,

@@ -140,7 +140,7 @@ def nobody_borrows_from_a_test(source: Source) -> list[str]:
 
 # The parts of `trainer/`, a folder or a loose file each, from the ground up: a part may import those that stand before it.
 LAYERS = (
-    *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "tasks", "fine_tuning"),
+    *("redaction", "errors", "spelling", "stopwatch", "versions", "outputs", "files", "exhausted", "tasks", "fine_tuning"),
     *("update_rules", "schema", "chat_templates", "learning_rate", "passes", "run_folder", "launch", "data", "model"),
     *("costs", "tuning", "convert", "recipe", "watchdog", "engine", "track", "checkpoint", "inference"),
     *("guard", "cluster", "run", "inspection", "verify", "loop", "commands", "cli", "__main__", "requeue"),
@@ -220,7 +220,10 @@ OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
             "trainer/model/auto_stage.py",
         ),
     ),
-    "huggingface_hub": (True, ("trainer/model/hugging_face.py",)),
+    "huggingface_hub": (
+        True,
+        ("trainer/checkpoint/hub.py", "trainer/model/hugging_face.py", "trainer/track/model_card.py"),
+    ),
     "zstandard": (True, ("trainer/data/files.py",)),
 }
 

@@ -32,6 +32,7 @@ from trainer.model.hf_config import to_hf
 from trainer.recipe import ResolvedRecipe, load
 from trainer.run.start import agree, begin_again, claim, find, leave_behind
 from trainer.run_folder import RunFolder
+from trainer.track.model_card import require_export
 
 ALONE = Messages.alone()
 
@@ -716,10 +717,13 @@ def test_an_export_goes_into_a_new_folder(out: str, tmp_path: Path, monkeypatch:
     (tmp_path / "link").symlink_to("home")
     monkeypatch.chdir(tmp_path / "home")
     before = sorted(tmp_path.rglob("*"))
+    folder = Path(out) if out.startswith(".") else tmp_path / out
     with pytest.raises(
-        RecipeError, match="something is there already, and is not overwritten: give a new folder, or remove it"
+        RecipeError, match="something is there already, and is not overwritten: give a new folder, or --replace"
     ):
-        export(checkpoint, Path(out) if out.startswith(".") else tmp_path / out)
+        export(checkpoint, folder)
+    with pytest.raises(RecipeError, match="is no export with a card of triaxis: remove it, or give another folder"):
+        require_export(folder)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,19 @@ def test_values_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], tmp_pa
     out = capsys.readouterr().out
     assert "[red]x[/red] \\u001b[31m :smile:" in out
     assert "\x1b" not in out
+
+
+def test_version_names_what_it_stands_on_and_imports_none_of_it() -> None:
+    import torch
+
+    program = (
+        "import sys; from trainer.cli import main; code = main(['--version']); "
+        f"sys.stderr.write(','.join(name for name in {HEAVY} if name in sys.modules)); sys.exit(code)"
+    )
+    done = python("-c", program)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"triaxis \d+\.\d+\.\d+ \(torch \S+, deepspeed \S+, transformers \S+, Python \S+\)\n", done.stdout)
+    assert f"torch {torch.__version__}," in done.stdout
 
 
 def test_schema_is_json_with_units(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,13 +18,13 @@ from trainer.checkpoint.resume import CheckpointSource, Found, first_whole, newe
 from trainer.checkpoint.save import Saved, Saver
 from trainer.engine.engine import Engine
 from trainer.errors import DataError, NotFinite
+from trainer.files.paths import as_loaded
 from trainer.launch.ranks import PeerFailed
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.redaction import redact
 from trainer.schema import Recipe
 from trainer.update_rules import states_of
-
-PACKAGES = ("triaxis", "torch", "deepspeed", "transformers")
+from trainer.versions import versions
 
 
 @dataclass
@@ -137,11 +136,11 @@ class Checkpoints:
             step=steps_done,
             sequences=(steps_done + memory.get("data", {}).get("skipped_steps", 0)) * self.plan.global_sequences,
             time=time.time(),
-            recipe=redact(self.recipe.model_dump(mode="json")),
+            recipe=_described(self.recipe),
             facts=dict(self.facts),
             layout={**asdict(self.layout), "zero": self.recipe.zero.stage},
-            state={"updates": engine.state.updates, "loss_scale": engine.scaler.state(), "memory": memory},
-            versions={name: importlib.metadata.version(name) for name in PACKAGES},
+            state={"updates": engine.state.updates, "loss_scale": engine.scaler.state(), "memory": dict(memory)},
+            versions=versions(),
         )
         value = self._contest.aim.value(measured) if self._contest else None
         if value is not None and self.improved_by(measured):
@@ -179,3 +178,12 @@ class Checkpoints:
             for saved in saves
             if saved.failure or saved.litter
         ]
+
+
+def _described(recipe: Recipe) -> dict[str, Any]:
+    """Return every value of the recipe without secrets, and the folder that the run started from by
+    its absolute path: an export may be made from elsewhere."""
+    values = recipe.model_dump(mode="json")
+    values["model"]["from_pretrained"] = as_loaded(recipe.model.from_pretrained)
+    described: dict[str, Any] = redact(values)
+    return described

@@ -34,6 +34,7 @@ from trainer.files.decoding import read_as
 from trainer.files.durable import write_json
 from trainer.files.reading import told
 from trainer.passes import Drawn, Passes, keep, request_of, stamp_of
+from trainer.run_folder import SourcePart
 from trainer.tasks import TASKS
 
 CLASSES = "classes.json"
@@ -92,6 +93,10 @@ class SourceRow:
     text_bytes: int
     packing: Packing | None
     noun: str
+
+    def as_json(self) -> SourcePart:
+        """Return what is recorded of it."""
+        return SourcePart(source=self.source, part=self.part, noun=self.noun, documents=self.documents, tokens=self.tokens)
 
     def __str__(self) -> str:
         name = f"{self.source} ({self.part})"

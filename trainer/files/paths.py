@@ -16,6 +16,12 @@ def expanded(name: str) -> str:
     return os.path.expanduser(name) if name.startswith("~") else name
 
 
+def as_loaded(name: str | None) -> str | None:
+    """Return the absolute path of a folder that is here, so that it is found from any folder; a hub
+    name, and None, as it is."""
+    return os.path.abspath(name) if name is not None and os.path.isdir(name) else name
+
+
 def wrong_with(name: str) -> str:
     """Return why no file or folder of this machine can have that name, with the remedy; "" if one
     can."""

@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
+from shlex import quote
 from typing import Any, NoReturn
 
 import torch
@@ -50,8 +51,10 @@ from trainer.schema import Recipe
 from trainer.track import RunInfo, Tracker, make_tracker, read_metrics, truncate_after
 from trainer.track.evaluations import Evaluations, out_of_patience
 from trainer.track.goodput import Ledger, lost_s
+from trainer.track.model_card import CARD, Trained, write_card
 from trainer.track.progress import work_progress
 from trainer.track.report import write_report
+from trainer.versions import versions
 from trainer.watchdog.beats import Limits
 from trainer.watchdog.lost import among_ranks
 from trainer.watchdog.watchdog import Watchdog
@@ -169,8 +172,17 @@ class Session:
         self.tracker.finish(summary)
         self.account.end(steps)
         if self.place.is_first:
-            with Spare(self.folder.report, "triaxis report writes it again").written():
-                write_report(self.folder.path)
+            self._leave(summary.get("best_step", steps))
+
+    def _leave(self, exported_step: int) -> None:
+        """Write the export's card and the report, and say what a user does next."""
+        recipe, layout = self.recipe, {**asdict(self.engine.mesh.layout), "zero": self.recipe.zero.stage}
+        trained = Trained(recipe=recipe, step=exported_step, layout=layout, versions=versions())
+        with Spare(self.folder.export / CARD, "triaxis export writes a folder with one").written():
+            write_card(self.folder.export, trained.with_history(self.folder), name=str(self.folder.export))
+        with Spare(self.folder.report, "triaxis report writes it again").written():
+            write_report(self.folder.path)
+        self.say([f"report: {self.folder.report}", f"next: {trained.task.used_by.format(quote(str(self.folder.export)))}"])
 
     def rewind(self, steps_done: int) -> int:
         """Restore the newest checkpoint after a spike in the last of `steps_done` steps, but
@@ -229,6 +241,7 @@ def _ready(group: Joined, opened: OpenFolder, loaded: LoadedRun, plan: BatchPlan
         )
         dict_for_deepspeed = deepspeed_config(recipe, plan, largest_weight=loaded.network.largest_weight)
         if is_first:
+            folder.write_data([row.as_json() for row in prepare_summary(loaded.prepared)])
             folder.write_resolved(opened.resolved.as_resolved_json(dict_for_deepspeed))
         with together(lambda: watch.doing):
             tracker = make_tracker(

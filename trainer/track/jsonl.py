@@ -212,6 +212,7 @@ class Summary(TypedDict, total=False):
     skipped: Shown
     bleu: Shown
     chrf: Shown
+    sacrebleu: str
     eval_perplexity: Shown
     unigram_perplexity: Shown
 
