@@ -62,8 +62,8 @@ class SourcePart(TypedDict):
 
 
 def read_data(path: Path) -> list[SourcePart]:
-    """Return the content of a data-read.json; [] where there is none, as in runs of earlier versions.
-    DataError if it is damaged."""
+    """Return the content of a data-read.json; [] where there is none, as in runs of earlier
+    versions. DataError if it is damaged."""
     try:
         return read_as(list[SourcePart], path)
     except FileNotFoundError:

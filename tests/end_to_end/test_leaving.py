@@ -259,7 +259,7 @@ def test_an_export_that_fails_leaves_the_old_one(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainer.track.model_card.write_card", full)
+    monkeypatch.setattr("trainer.checkpoint.model_card.write_card", full)
     capsys.readouterr()
     assert cli.main(["export", str(run), str(out), "--replace", "--dtype", "bf16"]) == 78
     assert "No space left on device" in said(capsys)

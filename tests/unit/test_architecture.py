@@ -222,7 +222,7 @@ OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
     ),
     "huggingface_hub": (
         True,
-        ("trainer/checkpoint/hub.py", "trainer/model/hugging_face.py", "trainer/track/model_card.py"),
+        ("trainer/checkpoint/hub.py", "trainer/model/hugging_face.py", "trainer/checkpoint/model_card.py"),
     ),
     "zstandard": (True, ("trainer/data/files.py",)),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from trainer.checkpoint.manifest import MANIFEST
 from trainer.checkpoint.save import Saver
 from trainer.errors import RecipeError
 from trainer.model.measures import MEASURES, OF_TRANSLATIONS, Aim, EvalResult
-from trainer.recipe import load_given
+from trainer.recipe import load, load_given
 from trainer.recipe.best import aim_of
 from trainer.schema import Recipe
 from trainer.tasks import TASKS
@@ -233,8 +234,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_keys_that_cannot_be_followed_are_one_line(changes: dict[str, Any], line: str, here: Path) -> None:
+    (here / "recipe.json").write_text(json.dumps({"model": {"family": "gpt2"}, "train": {"eval_every": 5}} | changes))
     with pytest.raises(RecipeError) as caught:
-        load_given({"model": {"family": "gpt2"}, "train": {"eval_every": 5}} | changes, here / "recipe.json")
+        load(here / "recipe.json")
     assert [said.partition("recipe.json")[2].partition(": ")[2] or said for said in caught.value.lines] == [line]
 
 

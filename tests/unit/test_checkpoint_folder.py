@@ -24,6 +24,7 @@ from trainer.checkpoint.export import export
 from trainer.checkpoint.facts import CHANGES, NOT_OF_THE_MODEL, data_facts, model_facts, recipe_facts, refusals
 from trainer.checkpoint.folder import REASON, CheckpointFolder, files_in
 from trainer.checkpoint.manifest import MANIFEST, File, LogicalTensor, Manifest, Stored
+from trainer.checkpoint.model_card import require_export
 from trainer.checkpoint.resume import Found, newest_whole
 from trainer.checkpoint.resume_check import Resume, as_json, checkpoint_named, finished
 from trainer.engine.loss_scale import LossScaler
@@ -32,7 +33,6 @@ from trainer.model.hf_config import to_hf
 from trainer.recipe import ResolvedRecipe, load
 from trainer.run.start import agree, begin_again, claim, find, leave_behind
 from trainer.run_folder import RunFolder
-from trainer.track.model_card import require_export
 
 ALONE = Messages.alone()
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from trainer.checkpoint.hub import Repository
-    from trainer.track.model_card import Trained
+    from trainer.checkpoint.model_card import Trained
 
 SUMMARY = "Write a checkpoint's weights as a Hugging Face folder, in one process, and upload it if asked to."
 
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = weights_of(arguments.checkpoint, option="CHECKPOINT", last=arguments.last)
     checkpoint = chosen.path
     from trainer.checkpoint.export import LOGITS_TOLERANCE, compare_logits, export, require_free, require_mergeable
-    from trainer.track.model_card import Trained, require_export, write_card
+    from trainer.checkpoint.model_card import Trained, require_export, write_card
 
     if arguments.merge:
         require_mergeable(checkpoint)

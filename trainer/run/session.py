@@ -18,6 +18,7 @@ from parallel.messages import Messages
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.disk_space import bytes_of_one, disk_space
 from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.model_card import CARD, Trained, write_card
 from trainer.checkpoint.resume import Found
 from trainer.checkpoint.resume_check import Resume
 from trainer.cluster.lease import Lease
@@ -51,7 +52,6 @@ from trainer.schema import Recipe
 from trainer.track import RunInfo, Tracker, make_tracker, read_metrics, truncate_after
 from trainer.track.evaluations import Evaluations, out_of_patience
 from trainer.track.goodput import Ledger, lost_s
-from trainer.track.model_card import CARD, Trained, write_card
 from trainer.track.progress import work_progress
 from trainer.track.report import write_report
 from trainer.versions import versions

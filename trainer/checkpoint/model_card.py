@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint.load_code import kind_of, load_code
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.tensor_file import TensorFile
 from trainer.errors import RecipeError
@@ -30,7 +31,6 @@ from trainer.schema import STDLIB, Recipe
 from trainer.tasks import TASKS, Task
 from trainer.track.console import EVAL_WORDS
 from trainer.track.jsonl import Number, Summary, read_metrics, read_summary
-from trainer.track.load_code import kind_of, load_code
 from trainer.track.text import printable, scaled, short
 
 CARD = "README.md"
