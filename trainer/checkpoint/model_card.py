@@ -35,6 +35,12 @@ from trainer.track.text import printable, scaled, short
 
 CARD = "README.md"
 OURS = "triaxis"  # the tag of our cards, and the key of what only we read
+# Sections with the keys whose default is the task's where a model is gone on from.
+BY_TASK = {
+    "optimizer": ("lr", "weight_decay"),
+    "schedule": ("name", "min_lr_ratio", "warmup_ratio", "warmup_steps"),
+    "precision": ("dtype",),
+}
 LIBRARIES = {"model": "transformers", "peft": "peft"}
 
 
@@ -256,9 +262,20 @@ def _body(folder: Path, trained: Trained, name: str) -> Iterator[str]:
     yield "For `triaxis train`. Every key that is not here has its default."
     yield ""
     yield "```json"
-    given = redact(recipe.model_dump(mode="json", exclude_defaults=True))
-    yield json.dumps(given, indent=2, ensure_ascii=False)
+    yield json.dumps(redact(_as_written(recipe)), indent=2, ensure_ascii=False)
     yield "```"
+
+
+def _as_written(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as somebody would write it to train the same: without defaults, but with
+    the rates of a model that is gone on from, whose defaults are those of its task."""
+    given: dict[str, Any] = recipe.model_dump(mode="json", exclude_defaults=True)
+    if recipe.train.epochs is not None:
+        given["train"].pop("steps", None)  # they follow from the epochs, and only one may be written
+    if recipe.model.from_pretrained is not None:
+        for section, keys in BY_TASK.items():
+            given[section] = getattr(recipe, section).model_dump(mode="json", include=set(keys)) | given.get(section, {})
+    return given
 
 
 def _what_it_is(folder: Path, trained: Trained) -> str:
