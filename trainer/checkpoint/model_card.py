@@ -274,7 +274,8 @@ def _as_written(recipe: Recipe) -> dict[str, Any]:
         given["train"].pop("steps", None)  # they follow from the epochs, and only one may be written
     if recipe.model.from_pretrained is not None:
         for section, keys in BY_TASK.items():
-            given[section] = getattr(recipe, section).model_dump(mode="json", include=set(keys)) | given.get(section, {})
+            rates = getattr(recipe, section).model_dump(mode="json", include=set(keys))
+            given[section] = rates | given.get(section, {})
     return given
 
 
