@@ -271,7 +271,7 @@ def _as_written(recipe: Recipe) -> dict[str, Any]:
     the rates of a model that is gone on from, whose defaults are those of its task."""
     given: dict[str, Any] = recipe.model_dump(mode="json", exclude_defaults=True)
     if recipe.train.epochs is not None:
-        given["train"].pop("steps", None)  # they follow from the epochs, and only one may be written
+        given["train"].pop("steps", None)  # they follow from the epochs, and only one is legal
     if recipe.model.from_pretrained is not None:
         for section, keys in BY_TASK.items():
             rates = getattr(recipe, section).model_dump(mode="json", include=set(keys))
