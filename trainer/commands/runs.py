@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "List the runs in a folder: state, step, loss, best, and the keys in which they differ."
 NARROW = 90  # columns of a terminal; below, a run is a block of lines instead of a row
+UNSET = ("null", "–")  # another run has a value there
 MOST_SHOWN = 40  # characters of a value in the table; --json has all
 
 
@@ -75,7 +76,7 @@ def _show_table(console: Console, runs: Sequence[Run], differ: dict[str, list[st
     for title in (*TITLES, "differs in"):
         table.add_column(title, overflow="fold", justify="right" if title in ("step", "loss") else "left")
     for index, one in enumerate(runs):
-        own = ", ".join(f"{key}={_cut(values[index])}" for key, values in differ.items())
+        own = ", ".join(f"{key}={_cut(values[index])}" for key, values in differ.items() if values[index] not in UNSET)
         table.add_row(*(Text(cell) for cell in (*_words(one), own)))
     console.print(table)
 

@@ -63,7 +63,7 @@ class Run:
         if not self.history.num_records:
             return "not begun"
         # A summary of fewer steps is an earlier start's.
-        if self.step > (self.summary.get("steps") or 0):
+        if self._logged_step > self._closed_step:
             return "cut off"
         if reason := self.summary.get("ended_by"):
             return f"ended by {printable(reason).splitlines()[0]}"
@@ -71,7 +71,16 @@ class Run:
 
     @property
     def step(self) -> int:
+        """The last step that is known; a run may end between two that are logged."""
+        return max(self._logged_step, self._closed_step)
+
+    @property
+    def _logged_step(self) -> int:
         return int(self.history.last("step") or 0)
+
+    @property
+    def _closed_step(self) -> int:
+        return int(self.summary.get("steps") or 0)
 
     @property
     def total_steps(self) -> int | None:
