@@ -144,7 +144,7 @@ LAYERS = (
     *("update_rules", "schema", "learning_rate", "passes", "run_folder", "launch", "data", "model", "costs", "tuning"),
     *("recipe", "watchdog", "engine"),
     *("checkpoint", "track", "inference"),
-    *("guard", "cluster", "run", "verify", "loop", "commands", "cli", "__main__", "requeue"),
+    *("guard", "cluster", "doctor", "run", "verify", "loop", "commands", "cli", "__main__", "requeue"),
 )
 
 
@@ -191,6 +191,8 @@ OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
         False,
         (
             "trainer/engine/deepspeed_start.py",
+            "trainer/doctor/deepspeed_ops.py",
+            "trainer/engine/built_ops.py",
             "trainer/engine/threaded_io.py",
             "trainer/engine/optimizers.py",
             "trainer/engine/master_weights.py",
@@ -261,7 +263,11 @@ WITHOUT_TORCH = {
     "trainer.checkpoint.disk_space",
     "trainer.cli",
     "trainer.commands",
+    "trainer.doctor.build",
+    "trainer.doctor.checks",
+    "trainer.doctor.sheet",
     "trainer.engine.deepspeed_config",
+    "trainer.engine.extension_folder",
     "trainer.files.durable",
     "trainer.fine_tuning",
     "trainer.errors",

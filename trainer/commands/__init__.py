@@ -11,6 +11,7 @@ from trainer.commands import (
     check,
     checkpoints,
     data,
+    doctor,
     evaluate,
     export,
     generate,
@@ -49,5 +50,6 @@ COMMANDS: dict[str, Command] = {
     "chat": chat,
     "eval": evaluate,
     "submit": submit,
+    "doctor": doctor,
     "data": data,
 }

@@ -1,0 +1,125 @@
+"""The check of folders: can they be written, how fast, is there room, does their clock agree. No
+torch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer.doctor.case import Case
+from trainer.doctor.findings import Finding, broken, fallback, ready
+from trainer.files.mounts import existing, mount_of
+from trainer.files.reading import told
+
+TRIAL_BYTES = 4 << 20
+TRIAL_FILES = 8
+SLOW_BYTES_PER_S = 30e6  # a checkpoint of 1 GB would take half a minute
+SLOW_FILE_S = 0.05  # to create, sync and remove one
+LEAST_FREE = 1 << 30
+LEAST_INODES = 10_000
+SKEW_S = 2.0  # file systems without fractions of seconds are within 1
+
+
+class Place(NamedTuple):
+    """A folder that a run writes to.
+
+    `needed`: whether the run fails without it. `key`: what to change to name another one.
+    """
+
+    name: str
+    path: Path
+    needed: bool
+    elsewhere: str
+
+
+def check_folders(case: Case) -> Iterator[Finding]:
+    """Yield a finding for each folder: written, fast enough, with room."""
+    for place in places(case):
+        yield _look_at(place)
+
+
+def places(case: Case) -> Iterator[Place]:
+    """Yield the folders that a run of this case writes to."""
+    yield Place("run folder", case.run_dir, True, "triaxis train RECIPE --set run.dir=/a/folder/of/yours")
+    if case.recipe and case.recipe.data.cache_dir:
+        cache = Path(case.recipe.data.cache_dir)
+        yield Place("data cache", cache, True, "triaxis train RECIPE --set data.cache_dir=/a/folder/of/yours")
+    for path in case.nvme_paths:
+        yield Place("NVMe", Path(path), True, "triaxis train RECIPE --set zero.offload_optimizer.nvme_path=/a/local/disk")
+    yield Place("temporary files", Path(case.environment.get("TMPDIR") or "/tmp"), True, "export TMPDIR=/a/folder/of/yours")
+    yield Place("home", case.home, False, 'export XDG_CACHE_HOME="${TMPDIR:-/tmp}/cache-$(id -u)"')
+    yield Place("extensions", case.extensions, False, 'export TORCH_EXTENSIONS_DIR="${TMPDIR:-/tmp}/extensions-$(id -u)"')
+
+
+def _look_at(place: Place) -> Finding:
+    above = existing(place.path)
+    try:
+        if not above.is_dir():
+            raise NotADirectoryError(0, "a file is in its place")
+        write_s, file_s = _tried(above)
+    except OSError as error:
+        seen = f"{place.path} cannot be written: {above}: {told(error)}"
+        return broken(place.name, seen, place.elsewhere) if place.needed else fallback(place.name, seen, place.elsewhere)
+    if lack := lack_of_room(above):
+        seen = f"{place.path}: {lack}"
+        return broken(place.name, seen, place.elsewhere) if place.needed else fallback(place.name, seen, place.elsewhere)
+    rate, kind = TRIAL_BYTES / write_s, mount_of(above).kind or "unknown file system"
+    seen = f"{place.path}, {kind}, {rate / 1e6:,.0f} MB/s, {free_bytes(above) / 1e9:,.0f} GB free"
+    if rate < SLOW_BYTES_PER_S or file_s > SLOW_FILE_S:
+        return fallback(place.name, f"slow: {seen}, {file_s * 1e3:,.0f} ms for a file", place.elsewhere)
+    return ready(place.name, seen)
+
+
+def _tried(folder: Path) -> tuple[float, float]:
+    """Return the seconds of a file of `TRIAL_BYTES`, and of an empty one, both synced and
+    removed. OSError if there can be none."""
+    with tempfile.TemporaryDirectory(prefix=".triaxis-doctor-", dir=folder) as trial:
+        start = time.perf_counter()
+        with open(f"{trial}/large", "wb") as file:
+            file.write(bytes(TRIAL_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        written = time.perf_counter()
+        for number in range(TRIAL_FILES):
+            with open(f"{trial}/{number}", "wb") as file:
+                os.fsync(file.fileno())
+            os.remove(f"{trial}/{number}")
+        return written - start, (time.perf_counter() - written) / TRIAL_FILES
+
+
+def free_bytes(folder: Path) -> int:
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+def lack_of_room(folder: Path) -> str:
+    """Return what there is too little of on the folder's disk; "" for nothing."""
+    found = os.statvfs(folder)
+    if (free := found.f_bavail * found.f_frsize) < LEAST_FREE:
+        return f"{free / 1e6:,.0f} MB are free, less than 1 GiB"
+    if found.f_files and found.f_favail < LEAST_INODES:
+        return f"{found.f_favail:,} more files can be made there (inodes; df -i)"
+    return ""
+
+
+def check_clock(case: Case) -> Iterator[Finding]:
+    """Yield whether the disk of the run folder stamps files with this machine's time."""
+    above = existing(case.run_dir)
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".triaxis-doctor-", dir=above) as file:
+            skew = os.stat(file.name).st_mtime - time.time()
+    except OSError:
+        return  # said of the folder already
+    if abs(skew) <= SKEW_S:
+        yield ready("clock", f"agrees with that of {above}, to {max(abs(skew), 0.1):.1f} s")
+    else:
+        yield fallback(
+            "clock",
+            f"{abs(skew):,.0f} s {'behind' if skew > 0 else 'before'} that of {above}: the times of logs, and builds of "
+            "extensions, which go by them, are wrong",
+            "sudo chronyc makestep",
+        )
