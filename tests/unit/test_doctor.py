@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -180,6 +181,14 @@ def test_the_file_system_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert mounts.mount_of(Path("/homework/x")).kind == "tmpfs"
     assert mounts.mount_of(Path("/x")) == ("/", "ext4")
     assert [mounts.mount_of(Path(path)).is_shared for path in ("/home/me", "/home/a b", "/x")] == [True, True, False]
+
+
+def test_a_folder_for_builds_on_a_disk_of_many_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.doctor.folders.mount_of", lambda _: mounts.Mount("/home", "nfs4"))
+    found = {one.name: one for one in check_folders(case({"HOME": str(tmp_path)}, write(tmp_path)))}
+    assert "nfs4" in found["extensions"].seen
+    assert found["extensions"].fix == 'export TORCH_EXTENSIONS_DIR="/tmp/extensions-$(id -u)"'
+    assert "shared by machines" not in found["run folder"].seen, "runs belong there"
 
 
 # ---------------------------------------------------------------------------------------------- locks of builds, and builds
@@ -479,11 +488,58 @@ def test_limits_that_are_low(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_an_interface_that_is_not_here_and_more_threads_than_cores() -> None:
     found = {one.name: one for one in check_network(case({"NCCL_SOCKET_IFNAME": "ib7", "OMP_NUM_THREADS": "100000"}))}
     assert found["network"].state in (State.READY, State.ABSENT)
+    assert not any(one.stops for one in check_network(case({"NCCL_SOCKET_IFNAME": "ib7"}))), "no GPU wants NCCL"
+    assert any(one.stops for one in check_network(case({"NCCL_SOCKET_IFNAME": "ib7"}, **gpus(H100))))
     states = [one.fix for one in check_network(case({"NCCL_SOCKET_IFNAME": "ib7", "GLOO_SOCKET_IFNAME": "lo"}))]
     assert "unset NCCL_SOCKET_IFNAME" in states
     assert "unset GLOO_SOCKET_IFNAME" not in states
     assert [one for one in check_network(case({"NCCL_SOCKET_IFNAME": "^docker0"})) if one.state is State.BROKEN] == []
     assert found["threads"].fix == "unset OMP_NUM_THREADS"
+
+
+@pytest.mark.parametrize(
+    ("environment", "wrong", "fix"),
+    [
+        ({"RANK": "0", "MASTER_PORT": "1"}, "RANK is set but LOCAL_RANK is not", "unset RANK MASTER_PORT"),
+        ({"DS_ACCELERATOR": "cuda", "RANK": "0"}, "DS_ACCELERATOR=cuda, but torch", "unset DS_ACCELERATOR"),
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "WORLD_SIZE": "4"},
+            "WORLD_SIZE=4 contradicts SLURM_NTASKS=2",
+            "unset WORLD_SIZE",
+        ),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "4"}, "SLURM_PROCID=4 is outside", "srun python -m trainer train RECIPE"),
+    ],
+)
+def test_the_command_against_variables(environment: dict[str, str], wrong: str, fix: str) -> None:
+    found = only(check_launcher(case(environment, place={"wrong": wrong})))
+    assert found.stops
+    assert found.fix == fix
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen(1)
+        port = other.getsockname()[1]
+        place = {"how": "RANK=0", "rank": 0, "world_size": 2, "port": port}
+        found = [*check_launcher(case({"MASTER_PORT": str(port)}, place=place))][-1]
+    assert found.stops
+    assert found.fix.startswith("export MASTER_PORT=")
+
+
+def test_a_container_with_less_than_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("CPU_QUOTA", "CGROUP_LIMITS"):
+        monkeypatch.setattr(limits, name, tmp_path / "cpu.max" if name == "CPU_QUOTA" else (tmp_path / "memory.max",))
+    assert [one.name for one in limits.check_host(case())] == ["host"]
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    (tmp_path / "memory.max").write_text(str(3 << 30))
+    host, cores = limits.check_host(case())
+    assert host.state is State.ABSENT
+    assert "3.0 GiB" in host.seen
+    assert cores.fix == "export OMP_NUM_THREADS=1"
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert len([*limits.check_host(case())]) == 1
 
 
 def test_variables_left_over_from_a_job_and_the_shell_of_one() -> None:

@@ -70,7 +70,7 @@ def _case(arguments: argparse.Namespace) -> Case:
 
     resolved = load(arguments.recipe, arguments.set) if arguments.recipe else None
     network = known_network(resolved) if resolved else None
-    return Case(dict(os.environ), start_looking(os.environ), resolved, network)
+    return Case(dict(os.environ), start_looking(os.environ), resolved, network, arguments.recipe)
 
 
 def _measured(arguments: argparse.Namespace, case: Case) -> dict[str, Any]:

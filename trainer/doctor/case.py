@@ -31,6 +31,7 @@ class Case:
     look: Callable[[], Mapping[str, Any]]
     resolved: ResolvedRecipe | None = None
     network: TransformerConfig | None = None
+    file: Path | None = None  # of the recipe
 
     @property
     def recipe(self) -> Recipe | None:
@@ -46,12 +47,13 @@ class Case:
         return RunFolder.of(self.recipe, None).path if self.recipe else Path("runs")
 
     @property
-    def nvme_paths(self) -> list[str]:
-        """The folders of NVMe that the recipe offloads to."""
+    def nvme_paths(self) -> dict[str, str]:
+        """The folders of NVMe that the recipe offloads to, each with a key that names it."""
         if self.recipe is None:
-            return []
-        keys = (self.recipe.zero.offload_optimizer, self.recipe.zero.offload_param)
-        return list(dict.fromkeys(str(key.nvme_path) for key in keys if key.device == "nvme"))
+            return {}
+        states, weights = self.recipe.zero.offload_optimizer, self.recipe.zero.offload_param
+        found = {str(weights.nvme_path): "zero.offload_param.nvme_path"} if weights.device == "nvme" else {}
+        return found | ({str(states.nvme_path): "zero.offload_optimizer.nvme_path"} if states.device == "nvme" else {})
 
     @property
     def pins_memory(self) -> bool:

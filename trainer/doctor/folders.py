@@ -3,6 +3,7 @@ torch."""
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import time
@@ -27,13 +28,15 @@ SKEW_S = 2.0  # file systems without fractions of seconds are within 1
 class Place(NamedTuple):
     """A folder that a run writes to.
 
-    `needed`: whether the run fails without it. `key`: what to change to name another one.
+    `elsewhere`: the command that names another one. `needed`: whether the run fails without it.
+    `alone`: why it should be on a disk of this machine alone; "" where that does not matter.
     """
 
     name: str
     path: Path
-    needed: bool
     elsewhere: str
+    needed: bool = True
+    alone: str = ""
 
 
 def check_folders(case: Case) -> Iterator[Finding]:
@@ -44,34 +47,44 @@ def check_folders(case: Case) -> Iterator[Finding]:
 
 def places(case: Case) -> Iterator[Place]:
     """Yield the folders that a run of this case writes to."""
-    yield Place("run folder", case.run_dir, True, "triaxis train RECIPE --set run.dir=/a/folder/of/yours")
+    yield Place("run folder", case.run_dir, 'triaxis train RECIPE --set run.dir="$HOME/runs"')
     if case.recipe and case.recipe.data.cache_dir:
-        cache = Path(case.recipe.data.cache_dir)
-        yield Place("data cache", cache, True, "triaxis train RECIPE --set data.cache_dir=/a/folder/of/yours")
-    for path in case.nvme_paths:
-        yield Place("NVMe", Path(path), True, "triaxis train RECIPE --set zero.offload_optimizer.nvme_path=/a/local/disk")
-    yield Place("temporary files", Path(case.environment.get("TMPDIR") or "/tmp"), True, "export TMPDIR=/a/folder/of/yours")
-    yield Place("home", case.home, False, 'export XDG_CACHE_HOME="${TMPDIR:-/tmp}/cache-$(id -u)"')
-    yield Place("extensions", case.extensions, False, 'export TORCH_EXTENSIONS_DIR="${TMPDIR:-/tmp}/extensions-$(id -u)"')
+        yield Place("data cache", Path(case.recipe.data.cache_dir), 'triaxis train RECIPE --set data.cache_dir="$HOME/data"')
+    for path, key in case.nvme_paths.items():
+        change = f'triaxis train RECIPE --set {key}="/tmp/nvme-$(id -u)"'
+        yield Place("NVMe", Path(path), change, alone="every step reads and writes the state")
+    temporary = case.environment.get("TMPDIR") or "/tmp"
+    yield Place("temporary files", Path(temporary), 'mkdir -p "$HOME/tmp" && export TMPDIR="$HOME/tmp"')
+    yield Place("home", case.home, 'export XDG_CACHE_HOME="/tmp/cache-$(id -u)"', needed=False)
+    change = 'export TORCH_EXTENSIONS_DIR="/tmp/extensions-$(id -u)"'
+    yield Place("extensions", case.extensions, change, needed=False, alone="a build's lock there stops all machines")
 
 
 def _look_at(place: Place) -> Finding:
     above = existing(place.path)
     try:
         if not above.is_dir():
-            raise NotADirectoryError(0, "a file is in its place")
+            raise NotADirectoryError(errno.ENOTDIR, "a file is in its place")
         write_s, file_s = _tried(above)
     except OSError as error:
-        seen = f"{place.path} cannot be written: {above}: {told(error)}"
-        return broken(place.name, seen, place.elsewhere) if place.needed else fallback(place.name, seen, place.elsewhere)
+        return _unusable(place, f"{place.path} cannot be written: {above}: {told(error)}")
     if lack := lack_of_room(above):
-        seen = f"{place.path}: {lack}"
-        return broken(place.name, seen, place.elsewhere) if place.needed else fallback(place.name, seen, place.elsewhere)
-    rate, kind = TRIAL_BYTES / write_s, mount_of(above).kind or "unknown file system"
-    seen = f"{place.path}, {kind}, {rate / 1e6:,.0f} MB/s, {free_bytes(above) / 1e9:,.0f} GB free"
+        return _unusable(place, f"{place.path}: {lack}")
+    rate, mount = TRIAL_BYTES / write_s, mount_of(above)
+    seen = (
+        f"{place.path}, {mount.kind or 'unknown file system'}, {rate / 1e6:,.0f} MB/s, {free_bytes(above) / 1e9:,.0f} GB free"
+    )
+    if place.alone and mount.is_shared:
+        return fallback(place.name, f"{seen}: shared by machines, and {place.alone}", place.elsewhere)
     if rate < SLOW_BYTES_PER_S or file_s > SLOW_FILE_S:
         return fallback(place.name, f"slow: {seen}, {file_s * 1e3:,.0f} ms for a file", place.elsewhere)
     return ready(place.name, seen)
+
+
+def _unusable(place: Place, seen: str) -> Finding:
+    if place.needed:
+        return broken(place.name, seen, place.elsewhere)
+    return fallback(place.name, seen, place.elsewhere)
 
 
 def _tried(folder: Path) -> tuple[float, float]:

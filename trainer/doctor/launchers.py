@@ -8,14 +8,14 @@ import re
 import socket
 from collections.abc import Iterator
 
-from trainer.doctor.case import Case
+from trainer.doctor.case import Case, Environment
 from trainer.doctor.findings import Finding, absent, broken, fallback, ready
 from trainer.launch.environment import in_a_step, job_name
 from trainer.launch.ports import held_port
 
-INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-LEADING = re.compile(r"^([A-Z][A-Z0-9_]*)=")
-NAMED = re.compile(r"\b([A-Z][A-Z0-9_]{4,})(?:=| is)")
+INTERFACES = {"GLOO_SOCKET_IFNAME": False, "NCCL_SOCKET_IFNAME": True}  # whether GPUs need it
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+WORD = re.compile(r"[A-Z][A-Z0-9_]+")
 
 
 def check_launcher(case: Case) -> Iterator[Finding]:
@@ -23,7 +23,7 @@ def check_launcher(case: Case) -> Iterator[Finding]:
     and a port that there are."""
     place = case.seen.get("place", {})
     if wrong := place.get("wrong") or place.get("error"):
-        yield broken("launcher", wrong.removesuffix("."), _unset(wrong))
+        yield broken("launcher", wrong.removesuffix("."), _against(wrong, case.environment))
         return
     if not place:
         return
@@ -47,15 +47,17 @@ def check_launcher(case: Case) -> Iterator[Finding]:
             yield broken("port", f"MASTER_PORT={place['port']}: {said}", f"export MASTER_PORT={free}")
 
 
-def _unset(wrong: str) -> str:
-    """Return the command that takes away the variable at fault; for a step of SLURM a new start of
-    it."""
-    named = [name for name in NAMED.findall(wrong) if name in os.environ]
-    if not named:
-        return "env | grep -E 'RANK|WORLD_SIZE|MASTER_|SLURM_'"
-    if named[0].startswith("SLURM_"):
+def _against(wrong: str, environment: Environment) -> str:
+    """Return the command against a line about the launcher's variables: a new start by srun, or
+    their removal."""
+    named = [name for name in WORD.findall(wrong) if name in environment]
+    if named and named[0] in VARIABLES:
+        in_step = in_a_step(environment) and named[0] != "DS_ACCELERATOR"
+        others = [] if in_step or named[0] == "DS_ACCELERATOR" else [name for name in VARIABLES[:-1] if name in environment]
+        return f"unset {' '.join(dict.fromkeys([named[0], *others]))}"
+    if in_a_step(environment):
         return "srun python -m trainer train RECIPE"
-    return f"unset {named[0]}"
+    return "mpirun -n 2 python -m trainer train RECIPE"
 
 
 def _taken(port: int) -> str:
@@ -73,13 +75,14 @@ def _taken(port: int) -> str:
 def check_network(case: Case) -> Iterator[Finding]:
     """Yield the variables that name a network interface which is not here."""
     here = {name for _, name in socket.if_nameindex()}
-    for variable in INTERFACES:
+    for variable, of_gpus in INTERFACES.items():
         named = case.environment.get(variable, "")
         wanted = [name.lstrip("^=").partition(":")[0] for name in named.split(",") if name]
         # NCCL takes the beginning of a name, and ^ excludes.
         missing = [name for name in wanted if not any(one.startswith(name) for one in here)]
         if missing and not named.startswith("^"):
-            yield broken("network", f"{variable}={named}, and this machine has {', '.join(sorted(here))}", f"unset {variable}")
+            seen = f"{variable}={named}, and this machine has {', '.join(sorted(here))}"
+            yield broken("network", seen, f"unset {variable}", needed=of_gpus == bool(case.gpus))
     others = sorted(here - {"lo"})
     yield ready("network", ", ".join(others)) if others else absent("network", "no interface but the loopback: one machine")
     threads = case.environment.get("OMP_NUM_THREADS", "")

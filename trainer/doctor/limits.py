@@ -17,6 +17,7 @@ from trainer.doctor.findings import Finding, absent, broken, fallback, ready
 SHM = "/dev/shm"
 LEAST_SHM = 1 << 30  # Docker gives 64 MiB
 INFINIBAND = Path("/sys/class/infiniband")
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -67,7 +68,7 @@ def check_limits(case: Case) -> Iterator[Finding]:
 
 def _low(limit: Limit) -> Finding:
     soft, hard = (_value(value) for value in resource.getrlimit(limit.number))
-    seen = f"at most {soft:,} ({limit.why})" if limit.unit == 1 else f"at most {soft / 2**30:,.3g} GiB ({limit.why})"
+    seen = f"at most {soft:,} ({limit.why})" if limit.unit == 1 else f"at most {soft / 2**20:,.0f} MiB ({limit.why})"
     aim = "unlimited" if limit.unit > 1 else str(limit.least)
     if hard >= limit.least:
         if hard < sys.maxsize and limit.unit > 1:
@@ -118,18 +119,29 @@ def check_shared_memory(case: Case) -> Iterator[Finding]:
 _REMOUNT = f"sudo mount -o remount,size=8G {SHM}"
 
 
-def check_memory(_: Case) -> Iterator[Finding]:
-    """Yield the memory of the host that this process may use."""
+def check_host(_: Case) -> Iterator[Finding]:
+    """Yield the memory and the cores of the host that this process may use."""
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = memory_limit(there)
-    cores = len(os.sched_getaffinity(0))
+    limit, cores, quota = memory_limit(there), len(os.sched_getaffinity(0)), core_quota()
     seen = f"{limit / 2**30:,.1f} GiB, {cores} core{'s' if cores > 1 else ''}"
     if limit < there:
-        yield ready("host", f"{seen}; the machine has {there / 2**30:,.1f} GiB, and the container or job gets that part")
-    elif limit < 4 * LEAST_SHM:
-        yield absent("host", f"{seen}: small models only")
-    else:
-        yield ready("host", seen)
+        seen += f"; the machine has {there / 2**30:,.1f} GiB, of which the container or job gets that part"
+    yield absent("host", f"{seen}: small models only") if limit < 4 * LEAST_SHM else ready("host", seen)
+    if quota is not None and quota < cores and "OMP_NUM_THREADS" not in os.environ:
+        yield fallback(
+            "cores",
+            f"the container or job gets the time of {quota:.3g} of {cores} cores, and a thread for each would be started",
+            f"export OMP_NUM_THREADS={max(1, int(quota))}",
+        )
+
+
+def core_quota() -> float | None:
+    """Return the number of cores of which this process's group gets the time; None for all."""
+    try:
+        most, _, period = CPU_QUOTA.read_text().strip().partition(" ")
+        return int(most) / int(period)
+    except (OSError, ValueError):  # not here, or "max"
+        return None
 
 
 def memory_limit(there: int) -> int:

@@ -38,7 +38,7 @@ OPS = (
     Op("cpu_lion", "lion with its state in host memory", ""),
     Op("fused_lion", "lion on a GPU", "", on=("cuda",)),
     Op("cpu_adam", "Adam with its state in host memory", "torch's fused Adam, which was measured no slower", built=False),
-    Op("fused_adam", "Adam on a GPU", "torch's fused Adam", built=False),
+    Op("fused_adam", "Adam in one kernel", "torch's fused Adam", built=False),
     Op(
         "deepspeed_shm_comm",
         "collectives of CPU ranks in shared memory",

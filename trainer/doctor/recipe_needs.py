@@ -22,9 +22,7 @@ def check_recipe(case: Case) -> Iterator[Finding]:
     """Yield what the recipe needs before it starts, and what its owner may want to know."""
     if case.recipe is None:
         return
-    yield ready("recipe", "valid")
-    said = list(remarks(case.recipe, case.network, case.run_dir))
-    for line in said:
+    for line in remarks(case.recipe, case.network, case.run_dir):
         yield fallback("recipe", line, _against(line))
 
 
