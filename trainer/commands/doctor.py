@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "Say what works on this machine, and give one command for each thing that does not."
 COLUMNS = 80
-NAME_COLUMNS = 19
+NAME_COLUMNS = 21  # of the longest name that is usual
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,9 +107,8 @@ def _show(console: Console, findings: Sequence[Finding]) -> None:
 def lines_of(finding: Finding) -> list[str]:
     """Return a finding as lines of at most 80 columns; its command on a line of its own, whole."""
     head = f"{finding.state.value:<10}{finding.name:<{NAME_COLUMNS}}"
-    seen = " ".join(finding.seen.split())
     lines = textwrap.wrap(
-        seen,
+        finding.seen,
         COLUMNS,
         initial_indent=head + " " * (len(head) > 10 + NAME_COLUMNS),
         subsequent_indent=" " * (10 + NAME_COLUMNS),

@@ -18,7 +18,9 @@ NVIDIA = Path("/proc/driver/nvidia/gpus")
 TAKEN_SHARE = 0.1  # of a GPU's memory, by others, that is worth a line
 SLOW_IMPORT_S = 15.0
 FIRST_WITH_BF16 = (8, 0)  # compute capability: Ampere
-CUDA_WHEELS = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
+# PyPI's torch for Linux is built for the newest CUDA; the other index has those for older drivers.
+CUDA_WHEEL = "pip install --force-reinstall torch"
+OLD_DRIVER_WHEEL = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
 USERS = "nvidia-smi --query-compute-apps=pid,name,used_memory --format=csv"
 
 
@@ -67,7 +69,7 @@ def _devices(case: Case, devices: list[Mapping[str, Any]], built_for: list[str])
                 if architecture not in built_for
                 else ""
             )
-            yield broken(name, f"runs no kernel: {error}{known}", CUDA_WHEELS if known else "nvidia-smi")
+            yield broken(name, f"runs no kernel: {error}{known}", CUDA_WHEEL if known else "nvidia-smi")
         elif device["memory"] - device["free"] > max(TAKEN_SHARE * device["memory"], 2 << 30):
             taken = (device["memory"] - device["free"]) / 2**30
             yield fallback(name, f"{taken:.0f} of its {device['memory'] / 2**30:.0f} GiB are taken, by others", USERS)
@@ -93,18 +95,17 @@ def _none_seen(case: Case) -> Finding:
     if not there:
         return absent("accelerators", "no GPU here: training runs on the CPU")
     hidden = case.environment.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None:
-        if not hidden.strip():
-            return absent("accelerators", f"{there}, hidden by CUDA_VISIBLE_DEVICES=", "unset CUDA_VISIBLE_DEVICES")
-        return broken(
-            "accelerators", f"{there}, but CUDA_VISIBLE_DEVICES={hidden} names none of them", "unset CUDA_VISIBLE_DEVICES"
-        )
+    if hidden is not None and not hidden.strip():
+        return absent("accelerators", f"{there}, hidden by CUDA_VISIBLE_DEVICES=", "unset CUDA_VISIBLE_DEVICES")
     if case.seen["torch"]["cuda"] is None:
-        return broken("accelerators", f"{there}, but this torch is built for CPUs alone", CUDA_WHEELS)
+        return broken("accelerators", f"{there}, but this torch is built for CPUs alone", CUDA_WHEEL)
+    if hidden is not None:
+        seen = f"{there}, but CUDA_VISIBLE_DEVICES={hidden} names none of them"
+        return broken("accelerators", seen, "unset CUDA_VISIBLE_DEVICES")
     return broken(
         "accelerators",
         f"{there}, but torch {case.seen['torch']['version']} cannot use it: is the driver new enough?",
-        CUDA_WHEELS,
+        OLD_DRIVER_WHEEL,
     )
 
 
@@ -143,7 +144,7 @@ def check_backends(case: Case) -> Iterator[Finding]:
     if there["nccl"]:
         yield ready("NCCL", "in this torch")
     elif gpus:
-        yield broken("NCCL", "this torch has none: ranks on GPUs cannot talk", CUDA_WHEELS)
+        yield broken("NCCL", "this torch has none: ranks on GPUs cannot talk", CUDA_WHEEL)
     else:
         yield absent("NCCL", "not in this torch, and there is no GPU")
     if not there["mpi"]:

@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
+from trainer.errors import printable
+from trainer.redaction import redact_text
+
 
 class State(Enum):
     """The state of a thing; in this order findings are shown."""
@@ -37,6 +40,11 @@ class Finding:
     seen: str
     fix: str = ""
     needed: bool = False
+
+    def __post_init__(self) -> None:
+        # A variable or a compiler's line may hold a secret, or drive the terminal.
+        object.__setattr__(self, "seen", printable(redact_text(" ".join(self.seen.split()))))
+        object.__setattr__(self, "fix", printable(redact_text(self.fix)))
 
     @property
     def stops(self) -> bool:

@@ -17,7 +17,7 @@ from trainer.files.mounts import existing, mount_of
 from trainer.files.reading import told
 
 TRIAL_BYTES = 4 << 20
-TRIAL_FILES = 8
+TRIALS = 4
 SLOW_BYTES_PER_S = 30e6  # a checkpoint of 1 GB would take half a minute
 SLOW_FILE_S = 0.05  # to create, sync and remove one
 LEAST_FREE = 1 << 30
@@ -88,20 +88,23 @@ def _unusable(place: Place, seen: str) -> Finding:
 
 
 def _tried(folder: Path) -> tuple[float, float]:
-    """Return the seconds of a file of `TRIAL_BYTES`, and of an empty one, both synced and
-    removed. OSError if there can be none."""
+    """Return the seconds of a file of `TRIAL_BYTES`, and of an empty one, both synced: the least of
+    a few, as others use the disk too. OSError if there can be none."""
     with tempfile.TemporaryDirectory(prefix=".triaxis-doctor-", dir=folder) as trial:
-        start = time.perf_counter()
-        with open(f"{trial}/large", "wb") as file:
-            file.write(bytes(TRIAL_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        written = time.perf_counter()
-        for number in range(TRIAL_FILES):
-            with open(f"{trial}/{number}", "wb") as file:
-                os.fsync(file.fileno())
-            os.remove(f"{trial}/{number}")
-        return written - start, (time.perf_counter() - written) / TRIAL_FILES
+        file = Path(trial) / "file"
+        large, empty = (min(_written_s(file, size) for _ in range(TRIALS)) for size in (TRIAL_BYTES, 0))
+        return large, empty
+
+
+def _written_s(path: Path, size: int) -> float:
+    content = bytes(size)
+    start = time.perf_counter()
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    path.unlink()
+    return time.perf_counter() - start
 
 
 def free_bytes(folder: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import locale
 import os
+import platform
 import resource
 import sys
 from collections.abc import Iterator
@@ -123,7 +124,7 @@ def check_host(_: Case) -> Iterator[Finding]:
     """Yield the memory and the cores of the host that this process may use."""
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit, cores, quota = memory_limit(there), len(os.sched_getaffinity(0)), core_quota()
-    seen = f"{limit / 2**30:,.1f} GiB, {cores} core{'s' if cores > 1 else ''}"
+    seen = f"{platform.node()}: {limit / 2**30:,.1f} GiB, {cores} core{'s' if cores > 1 else ''}"
     if limit < there:
         seen += f"; the machine has {there / 2**30:,.1f} GiB, of which the container or job gets that part"
     yield absent("host", f"{seen}: small models only") if limit < 4 * LEAST_SHM else ready("host", seen)
