@@ -4,6 +4,7 @@ No torch: each is compiled in a process of its own."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,6 @@ from trainer.engine.extension_folder import break_stale_locks
 from trainer.files.durable import make_private, write_json
 from trainer.files.reading import told
 
-PATIENCE_S = 1800.0
 LOG = "build.log"
 
 Say = Callable[[str], None]
@@ -51,7 +51,7 @@ def _build(op: Op, root: Path, case: Case, say: Say) -> None:
     folder = root / op.name
     try:
         make_private(folder)
-        for lock in break_stale_locks(case.extensions, op.name):
+        for lock in [*break_stale_locks(root), *break_stale_locks(case.extensions, op.name)]:
             say(f"removed {lock}, which a killed build had left")
         say(f"{op.name}: compiling into {folder}, which takes minutes")
         start = time.monotonic()
@@ -69,13 +69,16 @@ def _compiled(name: str, folder: Path, case: Case) -> str:
     beside = str(Path(sys.executable).parent)  # where pip has put ninja
     environment = {**case.environment, "PATH": f"{case.environment.get('PATH', os.defpath)}{os.pathsep}{beside}"}
     with (folder / LOG).open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        # A session of its own, so that its compilers can be ended with it.
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
         try:
-            code = process.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            return f"did not end in {PATIENCE_S / 60:.0f} minutes ({folder / LOG})"
-        finally:
-            process.kill()
+            code = process.wait()
+        except BaseException:  # the user has seen enough
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
     if code == 0:
         return ""
     return f"{first_error((folder / LOG).read_text(encoding='utf-8', errors='replace'))} ({folder / LOG})"

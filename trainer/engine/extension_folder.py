@@ -35,8 +35,9 @@ def locks(folder: Path, name: str | None = None) -> Iterator[Path]:
             yield path
 
 
-def break_stale_locks(folder: Path, name: str) -> list[Path]:
-    """Remove the locks on one extension that no build holds, and return their paths."""
+def break_stale_locks(folder: Path, name: str | None = None) -> list[Path]:
+    """Remove the locks that no build holds, of one extension if it is named, and return their
+    paths."""
     stale = [lock for lock in locks(folder, name) if is_stale(lock)]
     for lock in stale:
         with suppress(FileNotFoundError):  # another rank was faster
