@@ -306,6 +306,7 @@ def test_each_extension_is_ready_or_has_a_fallback_or_is_broken(tmp_path: Path) 
     assert found["async_io"].state is State.FALLBACK
     assert "is built, and cannot be loaded" in found["async_io"].seen
     assert "threads read and write" in found["async_io"].seen
+    assert found["async_io"].fix == "pip install --no-build-isolation --force-reinstall --no-deps deepspeed"
     assert found["cpu_adam"].state is State.FALLBACK
     assert found["cpu_lion"].stops
     assert "no c++ on the PATH" in found["cpu_lion"].seen

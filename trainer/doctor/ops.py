@@ -16,6 +16,7 @@ from trainer.engine.extension_folder import holder_of, is_stale, locks
 from trainer.files.reading import read_json
 
 BUILD = "triaxis doctor --build"
+REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps deepspeed"
 RECORD = "triaxis.json"
 
 
@@ -79,7 +80,8 @@ def _op(op: Op, facts: Mapping[str, Any], root: Path, case: Case, obstacle: Find
     if facts["installed"] or facts["built"]:
         if not facts["error"]:
             return ready(op.name, f"{'came with DeepSpeed' if facts['installed'] else root / op.name}: {op.purpose}")
-        return _useless(op, f"is built, and cannot be loaded: {first_error(facts['error'])}", BUILD, needed)
+        fix = REINSTALL if facts["installed"] else BUILD
+        return _useless(op, f"is built, and cannot be loaded: {first_error(facts['error'])}", fix, needed)
     if failed := last_failure(root, op.name):
         return _useless(op, f"could not be compiled: {failed}", BUILD, needed)
     if op.instead:
