@@ -143,7 +143,7 @@ LAYERS = (
     *("redaction", "errors", "spelling", "stopwatch", "versions", "outputs", "files", "exhausted", "tasks", "fine_tuning"),
     *("update_rules", "schema", "chat_templates", "learning_rate", "passes", "run_folder", "launch", "data", "model"),
     *("costs", "tuning", "convert", "recipe", "watchdog", "engine", "track", "checkpoint", "inference"),
-    *("guard", "cluster", "run", "inspection", "verify", "loop", "commands", "cli", "__main__", "requeue"),
+    *("guard", "cluster", "doctor", "run", "inspection", "verify", "loop", "commands", "cli", "__main__", "requeue"),
 )
 
 
@@ -190,6 +190,8 @@ OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
         False,
         (
             "trainer/engine/deepspeed_start.py",
+            "trainer/doctor/deepspeed_ops.py",
+            "trainer/engine/built_ops.py",
             "trainer/engine/threaded_io.py",
             "trainer/engine/optimizers.py",
             "trainer/engine/master_weights.py",
@@ -264,7 +266,11 @@ WITHOUT_TORCH = {
     "trainer.cli",
     "trainer.commands",
     "trainer.convert",
+    "trainer.doctor.build",
+    "trainer.doctor.checks",
+    "trainer.doctor.sheet",
     "trainer.engine.deepspeed_config",
+    "trainer.engine.extension_folder",
     "trainer.files.durable",
     "trainer.fine_tuning",
     "trainer.errors",

@@ -12,6 +12,7 @@ from trainer.commands import (
     checkpoints,
     convert,
     data,
+    doctor,
     evaluate,
     export,
     generate,
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Command] = {
     "chat": chat,
     "eval": evaluate,
     "submit": submit,
+    "doctor": doctor,
     "data": data,
     "convert": convert,
 }
