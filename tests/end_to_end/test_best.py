@@ -309,7 +309,8 @@ def test_nothing_held_out_is_nothing_to_compare(tmp_path: Path) -> None:
     recipe = overfitting(tmp_path)
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": "A document of its own. " * 40}))
     value = json.loads(recipe.read_text())
-    value["data"] = {"sources": [{"path": str(tmp_path / "one.jsonl")}], "seq_len": 32, "tokenizer": "bytes"}
+    sources = [{"path": str(tmp_path / "one.jsonl")}]
+    value["data"] = {"sources": sources, "seq_len": 32, "tokenizer": "bytes", "hold_out_tail": False}
     recipe.write_text(json.dumps(value))
     ended = run(recipe, tmp_path / "run", "data.eval_fraction=0.1")
     assert ended.codes == (78,), ended.said

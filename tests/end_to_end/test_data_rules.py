@@ -114,7 +114,7 @@ def test_a_run_that_learned_all_of_a_single_text_goes_on_with_all_of_it(tmp_path
     del resolved["values"]["data.hold_out_tail"]  # as a version without the key left it
     (run_dir / "resolved.json").write_text(json.dumps(resolved))
     said = run(recipe, run_dir, "train.steps=5").said
-    assert "keeps the rules of the data that it began with: data.hold_out_tail = false" in said
+    assert "keeps the rules that it began with: data.hold_out_tail = false" in said
     assert "resumed after step 4" in said
     assert "so nothing of it is held out" in said
 
