@@ -120,7 +120,9 @@ def bigscience() -> Iterator[Measured]:
         if int(row["dp"]) * int(row["tp"]) * int(row["pp"]) != gpus or int(row["hidden_size"]) % heads:
             continue
         batch = {**row, "global_batch_seqs": row["global_batch"]}
-        job = _job(batch, heads=heads, micro=int(row["micro_batch"]), length=2048, symbols=250880, recompute="full", zero_stage=1)
+        job = _job(
+            batch, heads=heads, micro=int(row["micro_batch"]), length=2048, symbols=250880, recompute="full", zero_stage=1
+        )
         yield Measured(f"line {row['line']}", float(row["sec_per_iter"]), job, gpus)
 
 
