@@ -8,6 +8,7 @@ step, for what lasts.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ from parallel.topology import Layout
 from tests.parallel.held_memory import held_by
 from tests.parallel.training import ADAMW, CPU, CPU_ALL, Case, make_engine, micro_batches
 from tests.spawn import spawn
-from trainer.planner.items import Item, Phase, total
+from trainer.planner.items import Item, Phase, Place, total
 from trainer.planner.memory import model_states
-from trainer.planner.states import BUCKETS, COPIES, GRADIENTS, MASTERS, PERSISTENT, STATES, WEIGHTS
+from trainer.planner.states import BUCKETS, COPIES, GRADIENTS, MASTERS, PERSISTENT, STATES, SWAP_BUFFERS, WEIGHTS
 
 
 def held(mesh: Mesh, case: Case) -> tuple[dict[str, int], dict[str, int]]:
@@ -75,6 +76,29 @@ EVERY_DAY = {("2", "fp32"), ("1", "bf16"), ("1-cpu", "bf16"), ("3-cpu-all", "bf1
 def test_every_stage_format_and_offload(name: str, dtype: str) -> None:
     stage, zero = STAGES[name]
     assert_exact(Case(dp=2, stage=stage, zero=zero, dtype=dtype, optimizer=ADAMW))
+
+
+def swapped(mesh: Mesh, case: Case, folder: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The bytes of this rank's swap files and of its swap buffers, and what the planner says."""
+    engine = make_engine(mesh, case)
+    for step in range(2):
+        engine.step(micro_batches(mesh, engine.plan, step), step=step, lr=ADAMW["lr"])
+    files = sum(path.stat().st_size for path in Path(folder).rglob("*.swp") if f"rank{mesh.rank}" in path.parts)
+    buffers = [*engine.optimizer.optimizer_swapper.swap_buffer_manager.all_buffers, engine.specs[0][0].nvme_swapper.buffers]
+    items = model_states(engine.recipe, engine.plan, engine.network, mesh.layout, data_rank=mesh.data.rank)[0].items()
+    on_disk = sum(item.num_bytes for item in items if item.place is Place.NVME)
+    return (files, sum(buffer.nbytes for buffer in buffers)), (on_disk, total(items, SWAP_BUFFERS))
+
+
+@pytest.mark.grid
+def test_what_is_on_nvme(tmp_path: Path) -> None:
+    """Files of tensors of at least 1 MiB; smaller ones stay in memory."""
+    on_disk = {"device": "nvme", "nvme_path": str(tmp_path)}
+    zero = {"offload_optimizer": on_disk, "offload_param": on_disk, "sub_group_size": 400_000}
+    wide = {"hidden_size": 512, "intermediate_size": 1024}
+    case = Case(dp=2, stage=3, zero=zero, dtype="bf16", config=wide, optimizer=ADAMW, accumulation=2)
+    for real, said in spawn(swapped, Layout(dp=2), case, str(tmp_path)):
+        assert said == real
 
 
 LORA = {"method": "lora", "rank": 3}

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 from trainer.model.blocks import Block
 from trainer.model.config import TransformerConfig
 from trainer.model.names import WeightNames, names_of
+from trainer.tuning.targets import modules_by_role
 
 Recompute = Literal["none", "selective", "full"]
 NORMS, INPUTS, ATTENTION, MLP = "norms", "inputs of matrices", "attention", "mlp"
@@ -41,9 +42,23 @@ class Rows(NamedTuple):
         return self.number * sum(self.lengths)
 
     @property
-    def half(self) -> Rows:
-        """Return one side of rows that hold sources and their targets."""
-        return Rows(self.number, tuple(length // 2 for length in self.lengths))
+    def side(self) -> Rows:
+        """The sources of rows that hold sources and then their targets, which are as long."""
+        middle, cut = sum(self.lengths) // 2, 0
+        while sum(self.lengths[:cut]) < middle:
+            cut += 1
+        return Rows(self.number, self.lengths[:cut])
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The things that tuning puts beside projections: the roles of those whose inputs and those
+    whose outputs are kept, their inner features, and the dropout on their inputs."""
+
+    inputs: frozenset[str]
+    outputs: frozenset[str]
+    features: int
+    dropout: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +66,7 @@ class Saving:
     """The way a rank computes a micro-batch.
 
     `casts`: weights are held wider than the compute format and converted where they are used.
-    `trains_model`: the model's own weights are trained; `adapted`: matrices see their inputs again
-    in what tuning puts beside them, of so many inner features.
+    `beside`: what tuning trains beside frozen weights; None: the model's own weights are trained.
     """
 
     network: TransformerConfig
@@ -62,9 +76,7 @@ class Saving:
     itemsize: int
     recompute: Recompute
     casts: bool = False
-    trains_model: bool = True
-    adapted: int = 0
-    defers_weights: bool = False
+    beside: Beside | None = None
 
     # ------------------------------------------------------------------------ sizes
 
@@ -98,6 +110,8 @@ class Saving:
         if self.network.positions == "rope":
             kept[TABLES] += self._features(self.network.head_dim)
         of_layer: dict[tuple[object, ...], Counter[str]] = {}
+        if self.network.encoder_layers:
+            return self._of_sides(blocks)
         for block in blocks:
             match block.kind:
                 case "embedding":
@@ -107,8 +121,48 @@ class Saving:
                     if key not in of_layer:
                         of_layer[key] = self.of_layer(block.layer)
                     kept.update(of_layer[key])
+                    if self.beside is not None and block.layer == 0 and self.recompute != "full":
+                        # nothing before it is trained
+                        kept.subtract(self._norm(names_of(self.network).attention_norm, self._hidden))
                 case "head":
                     kept.update(self.of_head())
+        return kept
+
+    def _of_sides(self, blocks: Sequence[Block]) -> Counter[str]:
+        """Return what blocks of a translation keep, each of which works on one side of the rows.
+
+        Both sides pass through every layer as one tensor, of which a view is enough to keep it.
+        """
+        side, kept = replace(self, rows=self.rows.side), Counter[str]()
+        for block in blocks:
+            match block.kind:
+                case "embedding":
+                    kept.update({kind: 2 * num_bytes for kind, num_bytes in side.of_embedding().items()})
+                case "layer":
+                    kept.update(side.of_layer(block.layer))
+                    reads_source = block.layer >= self.network.encoder_layers
+                    if self.recompute == "full":
+                        kept[LAYER_INPUTS] += side._hidden  # the other side
+                    elif self.network.norm == "layernorm" or reads_source:
+                        kept[INPUTS] += (2 if self.network.norm == "rmsnorm" else 1) * side._hidden
+                    if reads_source and self.recompute != "full":
+                        kept.update(side._cross_attention())
+                case "head":
+                    kept.update(side.of_head())
+        return kept
+
+    def _cross_attention(self) -> Counter[str]:
+        """Return what a target's attention to its source keeps, beside the source itself."""
+        network, K = self.network, self.network.head_dim
+        names = names_of(network)
+        kept = self._norm(names.cross_norm, self._hidden)
+        kept.update(self._norm(names.cross_residual_norm, self._hidden))
+        kept[INPUTS] += self._hidden + self._features(self._heads * K)
+        kept[ATTENTION] += self._features((self._heads + 2 * self._kv_heads) * K)
+        kept[MASKS] += self._mask(network.residual_dropout)
+        if self.recompute == "none" and not self._written_out:
+            kept[ATTENTION] += FP32_BYTES * self.rows.tokens * self._heads
+            kept[ATTENTION] += self._features(self._heads * K) * (len(self.rows.lengths) > 1)
         return kept
 
     def while_recomputed(self, blocks: Sequence[Block]) -> int:
@@ -192,7 +246,8 @@ class Saving:
             kept.update(self._norm(names.head_transform_norm, self._hidden))
         rows = -(-network.vocab_size // self.tensor)
         kept[LOSS] += self._features(network.hidden_size)
-        kept[LOSS] += FP32_BYTES * rows * (network.hidden_size + (names.head_bias is not None)) * self.trains_model
+        trains = self.beside is None
+        kept[LOSS] += FP32_BYTES * rows * (network.hidden_size + (names.head_bias is not None)) * trains
         return kept
 
     # ------------------------------------------------------------------------ parts of a layer
@@ -208,15 +263,31 @@ class Saving:
     def _mask(self, rate: float) -> int:
         return self._own * self.network.hidden_size * BOOL_BYTES if rate else 0
 
-    def _input(self, num_bytes: int) -> int:
-        """Return the bytes of the input of a matrix, which is kept for its gradient."""
-        return num_bytes if self.trains_model or self.adapted else 0
+    def _input(self, num_bytes: int, *roles: str) -> int:
+        """Return the bytes of the input of these projections, which is kept for the gradients of
+        what is trained there; where it is dropped, each module keeps what it sees, and the mask."""
+        if self.beside is None:
+            return num_bytes
+        modules = modules_by_role(self.network, 0)
+        adapted = {modules[role] for role in roles if role in modules and role in self.beside.inputs}
+        inner = self._features(self.beside.features) * len(adapted)
+        if self.beside.dropout:
+            return inner + (num_bytes + num_bytes // self.itemsize * BOOL_BYTES) * len(adapted)
+        return inner + num_bytes * bool(adapted)
+
+    def _output(self, num_bytes: int, *roles: str) -> int:
+        """Return the bytes of the output of these projections, where something beside them is
+        multiplied with it, and what such a thing keeps inside."""
+        if self.beside is None or self.beside.outputs.isdisjoint(roles):
+            return 0
+        inside = 2 * self.beside.features * (not self.beside.inputs)
+        return num_bytes + self._own * inside * self.itemsize
 
     def _attention(self, index: int, names: WeightNames) -> Counter[str]:
         network, N, K = self.network, self.rows.tokens, self.network.head_dim
         H, G = self._heads, self._kv_heads
         core = self._core(index)
-        kept = Counter({INPUTS: self._input(self._hidden), ATTENTION: self._features((H + 2 * G) * K)})
+        kept = Counter({INPUTS: self._input(self._hidden, *"qkv"), ATTENTION: self._features((H + 2 * G) * K)})
         if network.qk_norm:
             weights = (H + G) * K * (FP32_BYTES if self.casts else self.itemsize)
             kept[NORMS] += self._features((H + G) * K) + FP32_BYTES * N * (H + G) + weights
@@ -224,8 +295,12 @@ class Saving:
         keeps_core = self.recompute == "none" or self._written_out
         kept[ATTENTION] += self._features((H + G) * K) * (network.qk_norm or (keeps_core and network.positions == "rope"))
         kept[ATTENTION] += core * keeps_core
-        kept[INPUTS] += self._features(H * K)  # the input of the last projection
-        kept[INPUTS] += self._beside(2)
+        kept[INPUTS] += self._output(self._features((H + 2 * G) * K), *"qkv") + self._output(self._hidden, "o")
+        # the result, which attention itself keeps too, unless it is computed again
+        result = self._features(H * K)
+        fused = result * (self.recompute == "none" and not self._written_out)
+        dropped = self.beside is not None and self.beside.dropout
+        kept[INPUTS] += self._input(result, "o") + fused if dropped else max(self._input(result, "o"), fused)
         return kept
 
     def _core(self, index: int) -> int:
@@ -255,17 +330,15 @@ class Saving:
         width = F * (2 if network.gated_mlp else 1)
         before = 0 if keeps_result and not network.gated_mlp else width
         after = F if network.gated_mlp or (keeps_result and network.mlp_dropout) else 0
-        kept = Counter({MLP: self._features(before + after), INPUTS: self._input(self._hidden)})
-        kept[INPUTS] += self._input(self._features(F)) + self._beside(2)
+        kept = Counter({MLP: self._features(before + after), INPUTS: self._input(self._hidden, "gate", "up")})
+        kept[INPUTS] += self._input(self._features(F), "down") + self._output(self._hidden, "down")
+        kept[INPUTS] += self._output(self._features(width), "gate", "up")
         kept[MASKS] += self.rows.tokens * F * BOOL_BYTES if network.mlp_dropout else 0
         return kept
 
-    def _beside(self, modules: int) -> int:
-        return self._features(self.adapted) * modules
-
     def _casts(self) -> int:
         """Return the bytes of a layer's weights in the compute format, if they are held wider."""
-        if not self.casts or self.defers_weights:
+        if not self.casts:
             return 0
         network, D, K = self.network, self.network.hidden_size, self.network.head_dim
         F = network.ffn_size // self.tensor

@@ -17,7 +17,7 @@ from trainer.checkpoint.disk_space import bytes_of_one
 from trainer.engine.tiling import Tiling
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import TransformerConfig
-from trainer.planner.activations import Rows, Saving
+from trainer.planner.activations import Beside, Rows, Saving
 from trainer.planner.in_flight import InFlight, Kept, by_name, most_in_flight
 from trainer.planner.items import Item, Phase, Place, peak
 from trainer.planner.states import ITEMSIZE, ModelStates
@@ -25,7 +25,9 @@ from trainer.planner.weights import FP32_BYTES, RankWeights
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.recipe.pipeline import rank_of_stage, schedule_table
 from trainer.recipe.stages import stages_of
-from trainer.schema import Recipe
+from trainer.schema import Recipe, Tuning
+from trainer.tuning.methods import method_of
+from trainer.tuning.targets import roles_of
 
 Stages = Mapping[int, Sequence[Block]]  # the blocks of a rank's stages, by the numbers of these
 
@@ -41,9 +43,11 @@ WORKSPACE_BYTES = 32 << 20
 # What torch's allocator reserves beyond what is allocated, on average: the peaks that nanotron's
 # runs logged (1.009 to 1.090 over 18 layouts, mean 1.027).
 RESERVE = 0.027
-# The resident memory of a rank before its model: Python, torch and DeepSpeed, with their libraries.
-PROCESS_BYTES = 900 << 20
+# The resident memory of a rank beside tensors: Python, torch (for CPUs) and DeepSpeed, as measured;
+# libraries of CUDA take more. Ranks that talk to each other by gloo take the second as well.
+PROCESS_BYTES, GLOO_BYTES = 440 << 20, 140 << 20
 INDEX_BYTES = 8  # a token, and its label
+ROW_PARALLEL = frozenset(("o", "down"))
 
 RESERVED, CONTEXT, COMMUNICATORS, WORKSPACE = "allocator's reserve", "CUDA context", "NCCL buffers", "cuBLAS workspace"
 ACTIVATIONS, RECOMPUTED, TEMPORARIES, PASSED_ON = "activations", "recomputed layer", "logits and gradients", "pipeline messages"
@@ -75,6 +79,8 @@ def memory(
         items += _host(recipe, plan, state)
         if on_gpu:
             items += _of_device(layout, peak(items, Place.DEVICE))
+        elif layout.world_size > 1:
+            items.append(Item(PROCESS, GLOO_BYTES, Place.HOST, note="gloo"))
         found.append(RankMemory(rank, stages, tuple(item for item in items if item.num_bytes)))
     return found
 
@@ -134,15 +140,14 @@ def disk_bytes(recipe: Recipe, network: TransformerConfig) -> int:
 def rows_of(recipe: Recipe) -> Rows:
     """Return the rows of a micro-batch as the worst of them are: where documents are packed, one
     that fills nearly all of a row, and another."""
-    length = recipe.data.row_tokens
+    length, parts = recipe.data.seq_len, recipe.data.row_tokens // recipe.data.seq_len
     lengths = (length - 1, 1) if recipe.data.isolate_documents and length > 1 else (length,)
-    return Rows(recipe.batch.micro_sequences, lengths)
+    return Rows(recipe.batch.micro_sequences, lengths * parts)
 
 
 def saving(recipe: Recipe, network: TransformerConfig, layout: Layout, rows: Rows) -> Saving:
     """Return the way a rank computes micro-batches of such rows."""
-    itemsize = ITEMSIZE[recipe.precision.settled]
-    tuned = recipe.tuning.method is not None
+    itemsize, tuned = ITEMSIZE[recipe.precision.settled], recipe.tuning.method is not None
     return Saving(
         network=network,
         rows=rows,
@@ -151,9 +156,19 @@ def saving(recipe: Recipe, network: TransformerConfig, layout: Layout, rows: Row
         itemsize=itemsize,
         recompute=recipe.train.recompute,
         casts=recipe.zero.stage == 0 and itemsize < FP32_BYTES and not tuned,
-        trains_model=not tuned,
-        adapted=recipe.tuning.rank if tuned else 0,
+        beside=_beside(recipe.tuning) if tuned else None,
     )
+
+
+def _beside(tuning: Tuning) -> Beside:
+    method, adapted = method_of(tuning), roles_of(tuning)
+    kinds = (adapted - ROW_PARALLEL, adapted & ROW_PARALLEL)
+    inputs, outputs = (
+        frozenset().union(*(roles for roles, keeps in zip(kinds, kept, strict=True) if keeps))
+        for kept in (method.keeps_inputs, method.keeps_outputs)
+    )
+    features = tuning.rank if method.is_low_rank else tuning.bottleneck if method.has_bottleneck else 0
+    return Beside(inputs, outputs, features, tuning.dropout if method.is_low_rank else 0.0)
 
 
 def _activations(

@@ -221,23 +221,33 @@ class ModelStates:
         yield from self._divided_weights(tiles)
         yield Item(PERSISTENT, itemsize * sum(persistent))
         yield Item(GATHERED, itemsize * self._live(sum(every) - sum(persistent)), phase=Phase.BACKWARD)
-        on_disk = [elements for elements in tiles if self._swaps(elements, FP32_BYTES, zero.offload_optimizer.device)]
-        in_memory = list(tiles)
-        for elements in on_disk:
-            in_memory.remove(elements)
-        for place, there in ((self._place, in_memory), (Place.NVME, on_disk)):
-            yield Item(MASTERS, FP32_BYTES * sum(there), place)
-            yield Item(STATES, self._states([(elements,) for elements in there]), place)
-            yield Item(GRADIENTS, FP32_BYTES * sum(there) * self._offloads, place)
-        if on_disk:
-            buffers = zero.offload_optimizer.buffer_count * FP32_BYTES * self._aligned(max(tiles), FP32_BYTES)
-            yield Item(SWAP_BUFFERS, buffers, Place.HOST)
+        in_memory = [elements for elements in tiles if not self._swaps(elements, FP32_BYTES, zero.offload_optimizer.device)]
+        yield Item(MASTERS, FP32_BYTES * sum(in_memory), self._place)
+        yield Item(STATES, self._states([(elements,) for elements in in_memory]), self._place)
+        yield Item(GRADIENTS, FP32_BYTES * sum(in_memory) * self._offloads, self._place)
+        if len(in_memory) < len(tiles):
+            yield from self._swapped_states()
         yield Item(GRADIENTS, FP32_BYTES * sum(tiles), self._place)
         reduced_in = ITEMSIZE[self.recipe.deepspeed.communication_data_type or self.recipe.precision.settled]
         yield Item(BUCKETS, reduced_in * self._bucket() * zero.contiguous_gradients)
         yield Item(REDUCED, reduced_in * (self._bucket() + self._share(self._bucket())), phase=Phase.BACKWARD)
         if not self._offloads:
             yield Item(REDUCED, FP32_BYTES * max(tiles, default=0), phase=Phase.UPDATE)
+
+    def _swapped_states(self) -> Iterator[Item]:
+        """Yield the tiles that are on NVMe, and the buffers that they are swapped through."""
+        keys = self.recipe.zero.offload_optimizer
+        tiles = [[self._here(weight) for weight in group] for group in self.groups]
+        swapped = [tile for tile in tiles if self._swaps(sum(tile), FP32_BYTES, keys.device)]
+        elements = sum(map(sum, swapped))
+        counters = COUNTER_BYTES * len(swapped) * (rule_of(self.recipe.optimizer).count is StepCount.TENSOR)
+        yield Item(MASTERS, FP32_BYTES * elements, Place.NVME)
+        yield Item(STATES, self._states([(sum(tile),) for tile in swapped]) - counters, Place.NVME)
+        yield Item(STATES, counters, Place.HOST)
+        gradients = [share for tile in swapped for share in tile if self._swaps(share, FP32_BYTES, keys.device)]
+        yield Item(GRADIENTS, FP32_BYTES * sum(gradients), Place.NVME)
+        buffers = keys.buffer_count * FP32_BYTES * self._aligned(max(map(sum, tiles)), FP32_BYTES)
+        yield Item(SWAP_BUFFERS, buffers, Place.HOST)
 
     def _divided_weights(self, tiles: Sequence[int]) -> Iterator[Item]:
         """Yield this rank's shares of the weights, in the memory that the recipe names."""
@@ -250,9 +260,12 @@ class ModelStates:
         for elements in tiles:  # whole tiles stay in host memory as long as there is room
             in_host += elements * (elements <= left)
             left -= elements * (elements <= left)
-        on_disk = [share for share in frozen if self._swaps(share, itemsize, keys.device)]
-        yield Item(WEIGHTS, itemsize * (in_host + sum(frozen) - sum(on_disk)), Place.HOST)
-        yield Item(WEIGHTS, itemsize * (sum(tiles) - in_host + sum(on_disk)), Place.NVME)
+        shares = [*(self._share(weight.elements) for weight in self.trained), *frozen]
+        on_disk = [share for share in shares if self._swaps(share, itemsize, keys.device)]
+        small = [share for share in frozen if not self._swaps(share, itemsize, keys.device)]
+        yield Item(WEIGHTS, itemsize * (in_host + sum(small)), Place.HOST)
+        # Files of weights that have moved to host memory stay.
+        yield Item(WEIGHTS, itemsize * sum(on_disk), Place.NVME)
         each = keys.buffer_size or self._share(max(weight.elements for weight in self.weights))
         yield Item(SWAP_BUFFERS, keys.buffer_count * itemsize * self._aligned(each, itemsize), Place.HOST)
 

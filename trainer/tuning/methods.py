@@ -38,6 +38,7 @@ class Method:
     | `trains_biases` | whether the model's own biases are trained |
     | `not_merged` | why the parts cannot be merged into weights; "" where they can |
     | `beside_column`, `beside_row` | sizes of what is put beside a layer of that kind; None: nothing |
+    | `keeps_inputs`, `keeps_outputs` | whether a (column-parallel, row-parallel) layer's are kept for its gradients |
     | `findings` | what is wrong with a recipe that has this method |
     """
 
@@ -48,7 +49,19 @@ class Method:
     not_merged: str = ""
     beside_column: Column | None = None
     beside_row: Row | None = None
+    keeps_inputs: tuple[bool, bool] = (False, False)
+    keeps_outputs: tuple[bool, bool] = (False, False)
     findings: Callable[[Recipe], Iterable[Finding]] = _nothing
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Return whether its parts are factors of tuning.rank inner features."""
+        return any("lora_A" in part for part in self.parts)
+
+    @property
+    def has_bottleneck(self) -> bool:
+        """Return whether its parts are a network of tuning.bottleneck inner features."""
+        return any("adapter_down" in part for part in self.parts)
 
     @property
     def merges(self) -> bool:
@@ -86,6 +99,7 @@ METHODS: Mapping[str, Method] = {
         targets=("attention", "mlp"),
         beside_column=_lora[0],
         beside_row=_lora[1],
+        keeps_inputs=(True, True),
     ),
     "dora": Method(
         parts=(".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"),
@@ -93,6 +107,8 @@ METHODS: Mapping[str, Method] = {
         targets=("attention", "mlp"),
         beside_column=_dora[0],
         beside_row=_dora[1],
+        keeps_inputs=(True, True),
+        keeps_outputs=(True, True),
     ),
     "adalora": Method(
         parts=(".lora_A", ".lora_B", ".lora_E"),
@@ -100,6 +116,7 @@ METHODS: Mapping[str, Method] = {
         targets=("attention", "mlp"),
         beside_column=_adalora[0],
         beside_row=_adalora[1],
+        keeps_inputs=(True, True),
         findings=budget_findings,
     ),
     "ia3": Method(
@@ -108,12 +125,15 @@ METHODS: Mapping[str, Method] = {
         targets=("k", "v", "down"),
         beside_column=rescaled_outputs,
         beside_row=rescaled_inputs,
+        keeps_inputs=(False, True),
+        keeps_outputs=(True, False),
     ),
     "adapter": Method(
         parts=(".adapter_down.weight", ".adapter_down.bias", ".adapter_up.weight", ".adapter_up.bias"),
         words=LAST,
         targets=("attention", "mlp"),
         beside_row=bottleneck,
+        keeps_outputs=(False, True),
         not_merged="an adapter has a nonlinearity between its projections, so no weight can take it up",
     ),
     "bitfit": Method(words={}, trains_biases=True),
