@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Make an environment, install Triaxis, and train a GPT-style model on the sources of Python's standard library with the
-# deepspeed launcher, two ranks, ZeRO-1, fp32. Arguments go to `train`, as in: bash tools/quickstart.sh --set train.steps=50
+# Make an environment, install Triaxis, and train a small Llama on the sources of Python's standard library with the deepspeed
+# launcher, two ranks, ZeRO-1, fp32. It ends with the share of its samples that are Python. Arguments go to `train`, as in:
+#   bash tools/quickstart.sh --set train.steps=500
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/environment.sh
@@ -23,5 +24,7 @@ deepspeed "${ranks[@]}" --log_level error --no_local_rank --module trainer \
     train ds_configs/quickstart.json --set run.name="$name" "$@" || status=$?
 [ "$status" -eq 0 ] || exit "$status"
 echo
+PYTHONPATH=. python tools/python_samples.py "runs/$name/export"
+echo
 echo "Report:  runs/$name/report.html"
-echo "Sample:  .venv/bin/triaxis generate runs/$name/export --prompt 'import '"
+echo "Sample:  .venv/bin/triaxis generate runs/$name --prompt 'import '"

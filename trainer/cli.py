@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import platform
 import re
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from trainer.commands import COMMANDS
 from trainer.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_INTERRUPTED, RecipeError, UserError
@@ -108,6 +109,17 @@ class _Parser(argparse.ArgumentParser):
         return found
 
 
+class _Version(argparse.Action):
+    """The flag that shows the versions of this package and of those under it, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from trainer.versions import versions
+
+        own, *others = (f"{name} {version or '(not installed)'}" for name, version in versions().items())
+        sys.stdout.write(f"{own} ({', '.join(others)}, Python {platform.python_version()})\n")
+        parser.exit()
+
+
 def _did_you_mean(word: str, names: list[str]) -> str:
     from trainer.spelling import nearest
 
@@ -118,6 +130,9 @@ def _did_you_mean(word: str, names: list[str]) -> str:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return what the words of a command line mean. RecipeError for words that mean nothing."""
     parser = _Parser(prog="triaxis", description="3D-parallel training of transformers on DeepSpeed.", allow_abbrev=False)
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="show the versions of triaxis and what it stands on, and end"
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, command in COMMANDS.items():
         added = commands.add_parser(name, help=command.SUMMARY, description=command.SUMMARY, allow_abbrev=False)

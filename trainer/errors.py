@@ -30,11 +30,11 @@ class UserError(Exception):
 
     def __init__(self, *lines: str | Sequence[str]) -> None:
         flat = [line for item in lines for line in ([item] if isinstance(item, str) else item)]
-        self.lines = [_printable(redact_text(" ".join(line.split()))) for line in flat]
+        self.lines = [printable(redact_text(" ".join(line.split()))) for line in flat]
         super().__init__("\n".join(self.lines))
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
     """Escape control characters: a name in a recipe or a file must not control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 

@@ -87,7 +87,7 @@ def schedule_findings(schedule: Schedule, train: Train) -> Iterator[Finding]:
         room = train.steps - warmup
         yield Finding(
             ("schedule.decay_steps", "schedule.warmup_steps", "schedule.warmup_ratio", "train.steps"),
-            f"schedule.warmup_steps {warmup} + schedule.decay_steps {schedule.decay_steps} is more than "
+            f"a warm-up of {warmup} steps + schedule.decay_steps {schedule.decay_steps} is more than "
             f"train.steps = {train.steps}; legal decay_steps: 0 to {room}",
         )
 

@@ -22,9 +22,8 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
         started = time.monotonic()
         keys, steps = run.recipe.train, run.recipe.train.total_steps
         meter, guard = run.meter(), run.guard()
-        evaluation: dict[str, float] = {}
-        step = run.checkpoints.start_step
-        while step < steps:
+        step, ended = run.checkpoints.start_step, run.out_of_patience
+        while step < steps and not ended:
             run.engine.watch.begin_step(step + 1)
             if reason := stop.agreed(run.messages, run.reason_to_end):
                 return interrupt(run, reason, meter, guard, steps_done=step)
@@ -42,25 +41,29 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
                 continue
             if step + 1 == steps or (keys.eval_every and (step + 1) % keys.eval_every == 0):
                 with run.engine.watch("evaluation"):
-                    evaluation = evaluate(run, steps_done=step + 1)
+                    evaluate(run, steps_done=step + 1)
                 meter.restart()
-            if run.checkpoints.due(step + 1):
+                ended = run.out_of_patience
+            last = step + 1 == steps or ended != ""
+            if run.checkpoints.due(step + 1, run.evaluations.of(step + 1), last=last):
                 save(run, meter, guard, steps_done=step + 1)
             step += 1
         with run.engine.watch("saving"):
             run.say(run.checkpoints.wait())
-        guard.require_finite(steps)
+        guard.require_finite(step)
+        early = {"ended_early": ended} if step < steps else {}
+        run.say(f"ended by patience at step {step} of {steps}: {why}" for why in early.values())
         with run.engine.watch("export"):
-            run.export()
-            summary = {"steps": steps, "wall_s": time.monotonic() - started}
-            run.finish({**summary, **meter.summary(), **evaluation})
+            figures = run.export(steps_done=step)
+            summary = {"steps": step, **early, "wall_s": time.monotonic() - started}
+            run.finish({**summary, **meter.summary(), **figures})
     return EXIT_OK
 
 
 def save(run: Session, meter: Meter, guard: Guard, *, steps_done: int) -> None:
     with run.engine.watch("saving"):
         memory = {"meter": meter.state(), "guard": guard.state(), "data": {"skipped_steps": run.data.skipped}}
-        run.say(run.checkpoints.save(steps_done, run.engine, memory))
+        run.say(run.checkpoints.save(steps_done, run.engine, memory, run.evaluations.of(steps_done)))
         run.account.write(steps_done, always=True)
     meter.restart()
 
@@ -81,12 +84,13 @@ def interrupt(run: Session, reason: str, meter: Meter, guard: Guard, *, steps_do
     return EXIT_REQUEUE if goes_on else EXIT_INTERRUPTED
 
 
-def evaluate(run: Session, *, steps_done: int) -> dict[str, float]:
-    """Return what the task measures on held-out data; {} if nothing is held out."""
+def evaluate(run: Session, *, steps_done: int) -> None:
+    """Record what the task measures on held-out data, if any is held out, alike on every rank."""
     if run.eval_data is None:
-        return {}
+        return
     group = run.data.group
     batches = run.eval_data.micro_batches(dp_rank=group.rank, dp=group.size, micro_sequences=run.plan.micro_sequences)
-    record = run.engine.measures.record(run.engine.evaluator.evaluate(batches))
-    run.tracker.evaluate({"step": steps_done, **record})
-    return record
+    record = run.engine.measures.record(run.engine.evaluator.evaluate(batches, run.prepared.tokens_per_byte))
+    record |= run.translations(steps_done)
+    run.evaluations.add(run.messages.broadcast({"step": steps_done, **record}))
+    run.tracker.evaluate(run.evaluations.records[-1])

@@ -59,19 +59,31 @@ class Passes:
         return ceil(Fraction(repr(epochs)) * self.sequences / global_sequences)
 
     def lines(self, recipe: Recipe) -> Iterator[str]:
-        """Yield how often the steps of a recipe pass over the data, and a warning where that is
-        more than its task is known to gain from."""
-        keys, drawn = recipe.train, recipe.train.total_steps * recipe.batch.global_sequences
-        passes = drawn / self.sequences
-        of_each = [(drawn * source.share / source.sequences, source.name) for source in self.sources]
+        """Yield how often the steps of a recipe pass over the data, and its warnings."""
+        keys, passes = recipe.train, _drawn(recipe) / self.sequences
         steps = f"{keys.total_steps:,} step{'s' if keys.total_steps > 1 else ''}"
         epochs = "" if keys.epochs is None else f" (train.epochs {_spoken(keys.epochs)})"
-        yield f"{steps}{epochs} = {_counted(passes)} over {self.sequences:,} sequences{_apart(of_each, passes)}"
-        most, name = max(of_each)
+        apart = _apart(self._of_each(recipe), passes)
+        yield f"{steps}{epochs} = {_counted(passes)} over {self.sequences:,} sequences{apart}"
+        yield from self.warnings(recipe)
+
+    def warnings(self, recipe: Recipe) -> Iterator[str]:
+        """Yield a warning where a source is seen more often than the task is known to gain from."""
+        most, name = max(self._of_each(recipe))
         repeats = TASKS[recipe.data.task].repeats
         # a whole number of passes is rounded up to whole steps
         if most > repeats.most + recipe.batch.global_sequences / self.sequences:
-            yield f"warning: {_counted(most)} over {name}: {repeats.reason}; watch the held-out loss, or add data"
+            place = name if _apart(self._of_each(recipe), _drawn(recipe) / self.sequences) else "the data"
+            yield f"warning: {_counted(most)} over {place}: {repeats.reason}; watch the held-out loss, or add data"
+
+    def _of_each(self, recipe: Recipe) -> list[tuple[float, str]]:
+        """Return the passes over each source, with its name."""
+        drawn = _drawn(recipe)
+        return [(drawn * source.share / source.sequences, source.name) for source in self.sources]
+
+
+def _drawn(recipe: Recipe) -> int:
+    return recipe.train.total_steps * recipe.batch.global_sequences
 
 
 def _apart(of_each: Sequence[tuple[float, str]], passes: float) -> str:
@@ -127,7 +139,7 @@ def _path(cache_dir: Path, data: Data) -> Path:
 
 def stamp_of(data: Data) -> str:
     """Return the stamp of the files that a data section reads: another one when a file is added,
-    removed or written. OSError if they cannot be looked at."""
+    removed or written."""
     named = [name for source in data.sources for name in (source.path, source.target_path) if name is not None]
     stamps = [[name, *_stamps(name)] for name in (*named, data.tokenizer)]
     return hashlib.blake2b(json.dumps(stamps).encode(), digest_size=16).hexdigest()
@@ -145,10 +157,15 @@ def _stamps(name: str) -> Iterator[object]:
 
 
 def _files_in(folder: str) -> Iterable[str]:
-    for place, _, names in os.walk(folder):
-        yield from (os.path.join(place, name) for name in names)
+    """Yield the paths below a folder, without hidden ones, which no source reads."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (os.path.join(place, name) for name in names if not name.startswith("."))
 
 
 def _stamp(path: str) -> tuple[int, int]:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError:  # a link to nothing; who reads it says so
+        return 0, 0
     return status.st_size, status.st_mtime_ns

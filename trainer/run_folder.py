@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import (
@@ -47,6 +47,31 @@ Computed = TypedDict(
 )
 
 
+@with_config(OPEN)
+class SourcePart(TypedDict):
+    """An entry of `data-read.json`: a source's training part, or what was held out of it.
+
+    `part`: "train" or "held out". `noun`: the word for its documents.
+    """
+
+    source: str
+    part: str
+    noun: str
+    documents: int
+    tokens: int
+
+
+def read_data(path: Path) -> list[SourcePart]:
+    """Return the content of a data-read.json; [] where there is none, as in runs of earlier
+    versions. DataError if it is damaged."""
+    try:
+        return read_as(list[SourcePart], path)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: damaged ({told(error)}): remove it") from error
+
+
 def read_resolved(path: Path) -> Resolved:
     """Return the content of a resolved.json. RecipeError if it is not there, DataError if it is
     damaged."""
@@ -89,6 +114,10 @@ class RunFolder:
         return self.path / "resolved.json"
 
     @property
+    def data(self) -> Path:
+        return self.path / "data-read.json"
+
+    @property
     def export(self) -> Path:
         return self.path / "export"
 
@@ -97,13 +126,18 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def translating(self) -> Path:
+        """The model whose translations are being measured; it is gone afterwards."""
+        return self.path / "translating"
+
+    @property
     def reference(self) -> Path:
         return self.path / "reference"
 
     @property
     def replaced_whole(self) -> tuple[Path, ...]:
         """The folders that are removed when the run writes them anew."""
-        return (self.export, self.reference)
+        return (self.export, self.reference, self.translating)
 
     @property
     def checkpoints(self) -> Path:
@@ -114,14 +148,17 @@ class RunFolder:
         return self.metrics.exists()
 
     @property
-    def is_finished(self) -> bool:
-        """Return whether the run here came to its end: it closed its history, and wrote its report,
-        which comes last."""
+    def finished_step(self) -> int | None:
+        """The step with which the run here came to its end: it closed its history, and wrote its
+        report, which comes last. None if it did not."""
         try:
             summary = read_json(self.path / "summary.json")
         except (OSError, ValueError):
-            return False
-        return "ended_by" not in summary and self.report.exists()
+            return None
+        if not isinstance(summary, dict) or "ended_by" in summary or not self.report.exists():
+            return None
+        step = summary.get("steps")
+        return step if isinstance(step, int) else None
 
     def create(self) -> None:
         """Create the folder. RecipeError if that fails."""
@@ -142,6 +179,10 @@ class RunFolder:
     def write_given(self, recipe: Mapping[str, Any]) -> None:
         """Write the recipe as its author wrote it, after `extends` and `--set`."""
         write_json(self.path / "recipe.json", redact(recipe))
+
+    def write_data(self, parts: Sequence[SourcePart]) -> None:
+        """Write what the sources held."""
+        write_json(self.data, redact(list(parts)))
 
     def write_resolved(self, resolved: Mapping[str, Any]) -> None:
         """Write every value with its origin, and the exact dict that DeepSpeed got."""

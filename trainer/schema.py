@@ -31,7 +31,7 @@ Seconds = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-
+LICENSE = r"^[a-z0-9][a-z0-9.-]*$"  # an identifier of a licence on the hub
 STDLIB = "stdlib"  # a source on every machine: the files of the standard library
 
 
@@ -96,6 +96,12 @@ class Model(Section):
         False,
         description="Run the Python code that comes with from_pretrained; a hub name then needs a revision of 40 hex digits.",
         json_schema_extra=only("model.family", "auto", idle=False),
+    )
+    license: str | None = Field(
+        None,
+        max_length=100,
+        pattern=LICENSE,
+        description="Licence of the trained model, for the card in its export: an identifier of the hub, such as apache-2.0.",
     )
     config: dict[str, Any] = Field(
         default_factory=dict,
@@ -234,6 +240,11 @@ class Source(Section):
         default_factory=list,
         description="Names of the columns of .csv and .tsv files; empty: the first line of each file has them.",
     )
+    exclude: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description='Files of a folder, or of stdlib, that are left out: patterns of their paths inside it, such as "tests/*" '
+        'or "*.min.js", where * also stands for /.',
+    )
 
     @property
     def text_field(self) -> str:
@@ -296,11 +307,25 @@ class Data(Section):
         description="Share of the documents held out for evaluation, chosen by a hash of their content; "
         "0 = none. Not used when eval_sources is given.",
     )
+    hold_out_tail: bool = Field(
+        True,
+        description="Where a source is a single document, such as one text file, eval_fraction of its tokens are held "
+        "out at its end; false: nothing of it is held out.",
+        json_schema_extra=only("data.task", *LEARN_FROM_TEXTS),
+    )
     tokenizer: str = Field(
         "bytes",
         min_length=1,
         description="'bytes' (256 symbols + end of document), 'bpe:4096' (byte-level BPE of that size trained on the "
         "sources), or a Hugging Face folder or hub name.",
+    )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="The form of conversations: a name (alpaca, chatml, gemma2, gemma3, llama2, llama3, mistral, phi3, "
+        "qwen2.5, vicuna, zephyr), or the path of a .jinja file; absent: the tokenizer's own, or a plain one if it has "
+        "none. It takes the place of the tokenizer's own, and is exported.",
+        json_schema_extra=only("data.task", *(name for name, task in TASKS.items() if task.answers)),
     )
     bos: bool | None = Field(
         None,
@@ -643,6 +668,12 @@ class Train(Section):
     log_every: PositiveInt = Field(1, description="Steps between records in metrics.jsonl [steps].")
     eval_every: Count = Field(0, description="Steps between evaluations; 0 = only after the last step [steps].")
     eval_sequences: PositiveInt = Field(256, description="Held-out sequences per evaluation, at most.")
+    patience: PositiveInt | None = Field(
+        None,
+        description="Evaluations in a row without a better checkpoint.best, or without that key a better eval_loss, after "
+        "which the run ends; absent: it goes on to its last step.",
+        json_schema_extra=only("train.eval_every", least=1),
+    )
     label_smoothing: Fraction = Field(
         0.0,
         lt=1.0,
@@ -650,7 +681,8 @@ class Train(Section):
     )
     eval_translations: Count = Field(
         0,
-        description="Pairs of data.eval_sources that are translated after the last step, for BLEU and chrF; 0 = none.",
+        description="Pairs of data.eval_sources that are translated after the last step, for BLEU and chrF, and at each "
+        "evaluation if checkpoint.best is eval_bleu or eval_chrf; 0 = none.",
         json_schema_extra=only("data.task", "translate"),
     )
     beams: int = Field(
@@ -827,6 +859,13 @@ class Checkpoint(Section):
         2,
         description="Newest checkpoints that are kept; older ones are removed when a newer one has been read back "
         "from the disk.",
+    )
+    best: str | None = Field(
+        None,
+        min_length=1,
+        description="Figure in evaluations.jsonl, such as eval_loss: the checkpoint with the best value is kept beside the "
+        "newest, saved at its evaluation, and exported at the end; absent: the last step is exported.",
+        json_schema_extra=only("train.eval_every", least=1),
     )
     asynchronous: bool = Field(
         False,

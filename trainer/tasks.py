@@ -54,6 +54,8 @@ class Task:
     | `answers` | the trained model answers a user |
     | `shortest` | the least data.seq_len [tokens], and what needs it |
     | `problem_type` | transformers' word for what a head over texts was trained for; "": has none |
+    | `pipeline_tag` | the hub's word for what its models do |
+    | `used_by` | the command that uses its model next, {} for the model's folder |
     | `auto_class` | transformers' Auto class of its models; "": it needs a network built here |
     | `built_here` | the part that family "auto" lacks for it |
     | `legal` | keys of other sections of which it allows only one value |
@@ -73,6 +75,8 @@ class Task:
     answers: bool = False
     shortest: tuple[int, str] = (1, "a token")
     problem_type: str = ""
+    pipeline_tag: str = "text-generation"
+    used_by: str = 'triaxis generate {} --prompt "…"'
     auto_class: str = ""
     built_here: str = ""
     legal: Mapping[str, Legal] = field(default_factory=dict)
@@ -112,6 +116,7 @@ TASKS: Mapping[TaskName, Task] = {
             "alpaca": ("instruction", "input", "output", "history", *OF_CONVERSATIONS),
         },
         answers=True,
+        used_by="triaxis chat {}",
         auto_class="AutoModelForCausalLM",
     ),
     "preference": Task(
@@ -121,6 +126,7 @@ TASKS: Mapping[TaskName, Task] = {
         shapes={"pairs": ("prompt", "chosen", "rejected", *OF_CONVERSATIONS)},
         compares=True,
         answers=True,
+        used_by="triaxis chat {}",
         built_here="an output layer that sums over each answer",
         legal={
             "data.isolate_documents": Legal(True, "the answers that are compared lie in one row and must not see each other"),
@@ -132,11 +138,12 @@ TASKS: Mapping[TaskName, Task] = {
     "translate": Task(
         "the targets of packed pairs, by an encoder and a decoder",
         # 300,000 steps of 25,000 target tokens over 4.5 million pairs
-        Repeats(50, "the Transformer itself was trained with about 50 (Vaswani et al. 2017, arXiv:1706.03762)"),
+        Repeats(50, "the big Transformer saw its 4.5 M pairs about 50 times (Vaswani et al. 2017, arXiv:1706.03762)"),
         rows="translations",
         shapes={"pairs": ("source", "target")},
         sources='[{"path": "train.en", "target_path": "train.de"}]',
         translates=True,
+        pipeline_tag="translation",
         shortest=(3, "a source and its end, or a target and its start, beside the filler"),
         built_here="an encoder and a decoder of our own",
         legal={
@@ -151,6 +158,8 @@ TASKS: Mapping[TaskName, Task] = {
         Repeats(40, "BERT itself was trained with 40 (Devlin et al. 2018, arXiv:1810.04805)"),
         target="masked",
         sight="both",
+        pipeline_tag="fill-mask",
+        used_by="triaxis eval {} FILE",
         built_here="a head of its own",
         legal={"train.sample_prompt": Legal(None, "only models of the next token continue a text")},
     ),
@@ -163,6 +172,8 @@ TASKS: Mapping[TaskName, Task] = {
         outputs=("0", "1"),  # a head is small, however many classes there are
         learns_classes=True,
         problem_type="single_label_classification",
+        pipeline_tag="text-classification",
+        used_by="triaxis eval {} FILE",
         sight="either",
         built_here="a head of its own",
         legal={

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 RuleName = Literal["adamw", "adam", "sgd", "lion", "adafactor"]
 
@@ -59,6 +59,13 @@ class State:
     of_vectors: bool = False
 
 
+class Extensions(NamedTuple):
+    """The names of DeepSpeed's compiled extensions, by the place of the states."""
+
+    on_host: str
+    on_gpu: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class UpdateRule:
     """An update rule, described without its class.
@@ -72,6 +79,7 @@ class UpdateRule:
     | `on_nvme` | whether DeepSpeed can swap its states, which takes exactly those of Adam |
     | `in_float64` | whether its class computes in float64, as `triaxis verify` wants it to |
     | `not_divided` | why it works at zero.stage 0 only ({}: the stage asked for); "": at every stage |
+    | `extensions` | DeepSpeed's compiled extensions that compute it; None: torch computes it |
     | `not_sharded` | why it works at parallel.tensor 1 only ({}: the degree asked for); "": at any |
     """
 
@@ -81,6 +89,7 @@ class UpdateRule:
     lr_beside_adamw: float | None = None
     on_nvme: bool = False
     in_float64: bool = True
+    extensions: Extensions | None = None
     not_divided: str = ""
     not_sharded: str = ""
 
@@ -103,6 +112,7 @@ RULES: dict[RuleName, UpdateRule] = {
         # 3 to 10 times less, with as much more decay (Chen et al. 2023, arXiv:2302.06675, §5)
         lr_beside_adamw=0.1,
         in_float64=False,  # DeepSpeed's extension
+        extensions=Extensions(on_host="cpu_lion", on_gpu="fused_lion"),
     ),
     "adafactor": UpdateRule(
         states=(State("row_var", Shape.ROWS), State("col_var", Shape.COLUMNS), State("variance", of_vectors=True)),

@@ -103,6 +103,22 @@ def test_a_run_that_began_with_other_rules_keeps_them(recipe: Path, earlier: Pat
         assert numbers(other, after=2) == numbers(own, after=2)[:2] == undisturbed[2:]
 
 
+def test_a_run_that_learned_all_of_a_single_text_goes_on_with_all_of_it(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("".join(f"{n} squared is {n * n}\n" for n in range(200)))
+    recipe = write_recipe(
+        tmp_path, steps=4, every=2, keep=9, data={"sources": [{"path": str(tmp_path / "one.txt")}], "eval_fraction": 0.02}
+    )
+    run_dir = tmp_path / "run"
+    run(recipe, run_dir, "data.hold_out_tail=false")
+    resolved = json.loads((run_dir / "resolved.json").read_text())
+    del resolved["values"]["data.hold_out_tail"]  # as a version without the key left it
+    (run_dir / "resolved.json").write_text(json.dumps(resolved))
+    said = run(recipe, run_dir, "train.steps=5").said
+    assert "keeps the rules that it began with: data.hold_out_tail = false" in said
+    assert "resumed after step 4" in said
+    assert "so nothing of it is held out" in said
+
+
 def test_what_the_recipe_writes_is_done_or_refused(recipe: Path, earlier: Path) -> None:
     command = arguments(recipe, earlier, ONE, "data.tails=train", "train.steps=5")
     ended = run_ranks(train, command, world_size=1, log=earlier.parent / "log")

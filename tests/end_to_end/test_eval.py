@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.end_to_end.runs import HEADS, write_bert_recipe
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.cli import main
+from trainer.data.tokenizer import train_bpe
 from trainer.inference.model_folder import load_folder
 from trainer.track import read_metrics
 
@@ -124,9 +127,58 @@ def assert_measured_as_said(recipe: Path, run: Path, *settings: str) -> dict[str
     return measured
 
 
+TEXTS = ["def add(a, b):\n    return a + b\n", "größer als — é", "x", "四 🙂 " * 9]
+
+
+@pytest.mark.parametrize("opening", [False, True], ids=["plain", "opened"])
+def test_bits_per_byte_are_those_of_transformers_own_losses(opening: bool, tmp_path: Path) -> None:
+    """A text's first token has nothing before it, unless it is opened: it is counted at the mean of the others."""
+    tokenizer = train_bpe(iter(TEXTS * 9), 290)
+    config = LlamaConfig(vocab_size=291, **{**SIZES, "max_position_embeddings": 256}, **HEADS, initializer_range=0.5)
+    tokenizer.save(tmp_path / "model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    if opening:
+        add_opening(tmp_path / "model")
+    model, theirs = load_folder(tmp_path / "model")
+    nats, predicted, tokens = 0.0, 0, 0
+    for text in TEXTS:
+        ids = [*theirs(text)["input_ids"], theirs.eos_token_id]
+        with torch.no_grad():
+            loss = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss
+        nats, predicted = nats + float(loss) * (len(ids) - 1), predicted + len(ids) - 1
+        tokens += len(ids) - opening
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    measured = found(
+        str(tmp_path / "model"), str(tmp_path / "texts.jsonl"), "--set=data.seq_len=256", log=tmp_path / "log", world_size=2
+    )
+    bits = nats / predicted * tokens / math.log(2)
+    assert measured["bits_per_byte"] == pytest.approx(bits / len("".join(TEXTS).encode()), rel=RELATIVE)
+    assert (measured["targets"] == tokens) is opening
+
+
+def add_opening(folder: Path) -> None:
+    """Have a tokenizer write a token before each text, as that of Llama 3 does."""
+    path = folder / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    bos = {**whole["added_tokens"][0], "id": 290, "content": "<s>"}
+    first = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    whole["added_tokens"].append(bos)
+    whole["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [290], "tokens": ["<s>"]}},
+    }
+    path.write_text(json.dumps(whole))
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "bos_token": "<s>"}))
+
+
 def test_tokens_that_a_run_masked_are_masked_again(tmp_path: Path) -> None:
     recipe = write_bert_recipe(tmp_path, "mlm")
-    assert_measured_as_said(recipe, tmp_path / "runs" / "mlm", "data.eval_fraction=0.2")
+    measured = assert_measured_as_said(recipe, tmp_path / "runs" / "mlm", "data.eval_fraction=0.2")
+    assert "bits_per_byte" not in measured, "most bytes of its texts are not predicted"
 
 
 def test_an_adapter_is_measured_with_its_model_as_its_run_did(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_stdout_is_ours(runs: Any) -> None:
     done, _ = runs["torchrun"]
     assert f"step {STEPS}/{STEPS}" in done.stdout
     assert "perplexity" in done.stdout
+    assert "bits per byte" in done.stdout
     assert "\x1b" not in done.stdout
     assert "[INFO]" not in done.stdout
     assert "MA 0." not in done.stdout
@@ -130,6 +131,7 @@ def test_the_export_loads_in_transformers_and_has_the_evaluated_loss(runs: Any) 
     # The same documents, one by one, through transformers: isolated documents are what the evaluation measured.
     last = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
     assert evaluated_by(model, folder) == pytest.approx(last["eval_loss"], rel=1e-5)
+    assert last["eval_bits_per_byte"] == summary["eval_bits_per_byte"] > last["eval_loss"] / math.log(2), "ends count too"
 
 
 def evaluated_by(model: torch.nn.Module, folder: Path) -> float:

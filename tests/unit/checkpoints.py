@@ -34,7 +34,14 @@ def values_of(name: str, state: str, seed: int) -> Tensor:
     return torch.randn(SHAPES[name], generator=generator)
 
 
-def write_checkpoint(checkpoints: Path, step: int, *, seed: int | None = None, facts: dict[str, Any] = FACTS) -> Path:
+def write_checkpoint(
+    checkpoints: Path,
+    step: int,
+    *,
+    seed: int | None = None,
+    facts: dict[str, Any] = FACTS,
+    change: Callable[[Manifest], Manifest] = lambda manifest: manifest,
+) -> Path:
     """A whole checkpoint of that step; each tensor is two ranges, one in each file."""
     seed = step if seed is None else seed
     folder = CheckpointFolder(checkpoints)
@@ -57,7 +64,7 @@ def write_checkpoint(checkpoints: Path, step: int, *, seed: int | None = None, f
         files=tuple(files),
         tensors={name: LogicalTensor(shape, dict(STATES), stored[name]) for name, shape in SHAPES.items()},
     )
-    return folder.commit(draft, step, manifest.encode())
+    return folder.commit(draft, step, change(manifest).encode())
 
 
 def blank(step: int = 0) -> Manifest:

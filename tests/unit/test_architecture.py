@@ -140,11 +140,10 @@ def nobody_borrows_from_a_test(source: Source) -> list[str]:
 
 # The parts of `trainer/`, a folder or a loose file each, from the ground up: a part may import those that stand before it.
 LAYERS = (
-    *("redaction", "errors", "spelling", "stopwatch", "outputs", "files", "exhausted", "tasks", "fine_tuning"),
-    *("update_rules", "schema", "learning_rate", "passes", "run_folder", "launch", "data", "model", "costs", "tuning"),
-    *("recipe", "watchdog", "engine"),
-    *("checkpoint", "track", "inference", "planner"),
-    *("guard", "cluster", "run", "verify", "loop", "commands", "cli", "__main__", "requeue"),
+    *("redaction", "errors", "spelling", "stopwatch", "versions", "outputs", "files", "exhausted", "tasks", "fine_tuning"),
+    *("update_rules", "schema", "chat_templates", "learning_rate", "passes", "run_folder", "launch", "data", "model"),
+    *("costs", "tuning", "convert", "recipe", "watchdog", "engine", "track", "checkpoint", "inference", "planner"),
+    *("guard", "cluster", "doctor", "run", "inspection", "verify", "loop", "commands", "cli", "__main__", "requeue"),
 )
 
 
@@ -191,6 +190,8 @@ OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
         False,
         (
             "trainer/engine/deepspeed_start.py",
+            "trainer/doctor/deepspeed_ops.py",
+            "trainer/engine/built_ops.py",
             "trainer/engine/threaded_io.py",
             "trainer/engine/optimizers.py",
             "trainer/engine/master_weights.py",
@@ -221,7 +222,10 @@ OWNERS: dict[str, tuple[bool, tuple[str, ...]]] = {
             "trainer/model/auto_stage.py",
         ),
     ),
-    "huggingface_hub": (True, ("trainer/model/hugging_face.py",)),
+    "huggingface_hub": (
+        True,
+        ("trainer/checkpoint/hub.py", "trainer/model/hugging_face.py", "trainer/checkpoint/model_card.py"),
+    ),
     "zstandard": (True, ("trainer/data/files.py",)),
 }
 
@@ -261,7 +265,12 @@ WITHOUT_TORCH = {
     "trainer.checkpoint.disk_space",
     "trainer.cli",
     "trainer.commands",
+    "trainer.convert",
+    "trainer.doctor.build",
+    "trainer.doctor.checks",
+    "trainer.doctor.sheet",
     "trainer.engine.deepspeed_config",
+    "trainer.engine.extension_folder",
     "trainer.engine.tiling",
     "trainer.files.durable",
     "trainer.fine_tuning",

@@ -24,6 +24,7 @@ from trainer.checkpoint.export import export
 from trainer.checkpoint.facts import CHANGES, NOT_OF_THE_MODEL, data_facts, model_facts, recipe_facts, refusals
 from trainer.checkpoint.folder import REASON, CheckpointFolder, files_in
 from trainer.checkpoint.manifest import MANIFEST, File, LogicalTensor, Manifest, Stored
+from trainer.checkpoint.model_card import require_export
 from trainer.checkpoint.resume import Found, newest_whole
 from trainer.checkpoint.resume_check import Resume, as_json, checkpoint_named, finished
 from trainer.engine.loss_scale import LossScaler
@@ -592,7 +593,17 @@ def test_a_finished_run_is_exit_0_and_nothing_is_touched(
 
 
 @pytest.mark.parametrize(
-    "why", ["no checkpoint", "not at the end", "killed at the end", "not closed", "no report", "named", "damaged"]
+    "why",
+    [
+        "no checkpoint",
+        "not at the end",
+        "killed at the end",
+        "killed at a later end",
+        "not closed",
+        "no report",
+        "named",
+        "damaged",
+    ],
 )
 def test_a_run_that_is_not_finished(why: str, run: RunFolder, resolved: ResolvedRecipe) -> None:
     resume = Resume()
@@ -600,6 +611,8 @@ def test_a_run_that_is_not_finished(why: str, run: RunFolder, resolved: Resolved
         newest = ended(
             run, resolved, reached=4 if why == "not at the end" else STEPS, ended_by="x" * (why == "killed at the end")
         )
+    if why == "killed at a later end":  # the files are those of the end before
+        (run.path / "summary.json").write_text(json.dumps({"steps": 4}))
     if why == "not closed":
         (run.path / "summary.json").unlink()
     if why == "no report":
@@ -704,10 +717,13 @@ def test_an_export_goes_into_a_new_folder(out: str, tmp_path: Path, monkeypatch:
     (tmp_path / "link").symlink_to("home")
     monkeypatch.chdir(tmp_path / "home")
     before = sorted(tmp_path.rglob("*"))
+    folder = Path(out) if out.startswith(".") else tmp_path / out
     with pytest.raises(
-        RecipeError, match="something is there already, and is not overwritten: give a new folder, or remove it"
+        RecipeError, match="something is there already, and is not overwritten: give a new folder, or --replace"
     ):
-        export(checkpoint, Path(out) if out.startswith(".") else tmp_path / out)
+        export(checkpoint, folder)
+    with pytest.raises(RecipeError, match="is no export with a card of triaxis: remove it, or give another folder"):
+        require_export(folder)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,10 +61,10 @@ def test_check_prints_values_model_and_deepspeed_s_dict(capsys: pytest.CaptureFi
     assert rows["run.name"][1:] == ['"x"', "--set"]
     assert rows["zero.stage"][1:3] == ["1", "file"]
     assert rows["train.log_every"][0] == "train.log_every"
-    # (4096 + 256) · 320 embeddings + 8 layers of 12 · 320² + 13 · 320 + the last norm's 2 · 320
-    assert "11,256,960 parameters" in out
+    # 2048 · 128 tied embeddings + 4 layers of 4 · 128² + 3 · 128 · 352 + 2 · 128 + the last norm's 128
+    assert "1,066,112 parameters" in out
     assert "data-parallel 2" in out
-    assert '"train_batch_size": 8' in out
+    assert '"train_batch_size": 4' in out
 
 
 def test_check_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,6 +86,19 @@ def test_values_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "\x1b" not in out
 
 
+def test_version_names_what_it_stands_on_and_imports_none_of_it() -> None:
+    import torch
+
+    program = (
+        "import sys; from trainer.cli import main; code = main(['--version']); "
+        f"sys.stderr.write(','.join(name for name in {HEAVY} if name in sys.modules)); sys.exit(code)"
+    )
+    done = python("-c", program)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"triaxis \d+\.\d+\.\d+ \(torch \S+, deepspeed \S+, transformers \S+, Python \S+\)\n", done.stdout)
+    assert f"torch {torch.__version__}," in done.stdout
+
+
 def test_schema_is_json_with_units(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
@@ -103,7 +117,7 @@ def test_schema_is_json_with_units(capsys: pytest.CaptureFixture[str]) -> None:
         (["check"], "the following arguments are required: RECIPE"),
         ([], "the following arguments are required: COMMAND"),
         (["check", "none.json"], "none.json: no such file"),
-        (["check", QUICKSTART, "--world-size", "3"], "batch.global_sequences = 8 is not micro_sequences 4 × data-parallel 3"),
+        (["check", QUICKSTART, "--world-size", "3"], "batch.global_sequences = 4 is not micro_sequences 2 × data-parallel 3"),
         (
             ["check", QUICKSTART, "--set", "train.stepz=3"],
             "--set train.stepz: unknown key train.stepz; did you mean train.steps?",

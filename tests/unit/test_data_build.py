@@ -92,7 +92,7 @@ def test_every_document_once_in_order_and_held_out_ones_apart(corpus: Path, tmp_
         (str(corpus), "held out", len(held_out)),
     ]
     assert sum(row.text_bytes for row in rows) == sum(len(text.encode()) for text in TEXTS)
-    assert not list((tmp_path / "cache").rglob("shards"))
+    assert not list((tmp_path / "cache").rglob("shards-*"))
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     assert modes == {0o600}
 
@@ -145,11 +145,48 @@ def test_both_sides_have_a_document(hashes: list[int], fraction: float) -> None:
 
 def test_nothing_is_held_out_of_one_document_and_that_is_said(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("just one document, long enough")
-    found = prepared(tmp_path / "one.txt", tmp_path / "cache")
+    found = prepared(tmp_path / "one.txt", tmp_path / "cache", hold_out_tail=False)
     assert found.evaluation == ()
     assert found.notes[1:] == (
-        f"data.sources[0]: {tmp_path / 'one.txt'} is a single document, so nothing of it is held out for evaluation",
+        f"data.sources[0]: {tmp_path / 'one.txt'} is a single document, so nothing of it is held out for evaluation "
+        "(data.hold_out_tail)",
     )
+
+
+def test_the_end_of_a_single_document_is_held_out(tmp_path: Path) -> None:
+    text = "".join(f"line {number}, naïvely 🙂\n" for number in range(400))
+    path = tmp_path / "one.txt"
+    path.write_text(text)
+    found = prepared(path, tmp_path / "cache", eval_fraction=0.1)
+    train, held_out = found.train[0], found.evaluation[0]
+    beginning, end = (found.tokenizer.decode(store.tokens[:].tolist()) for store in (train, held_out))
+    assert beginning + end == text + "<|endoftext|>"  # nothing is in both, and nothing is lost
+    assert beginning.endswith("\n")
+    assert 0.075 < held_out.num_tokens / (train.num_tokens + held_out.num_tokens) <= 0.1
+    assert (train.contents.text_bytes, held_out.contents.text_bytes) == (len(beginning.encode()), len(end.encode()) - 13)
+    said = f"its last {held_out.num_tokens:,} of {len(text.encode()) + 1:,} tokens are held out for evaluation"
+    assert said in found.notes[-1]
+    again = prepared(path, tmp_path / "elsewhere", eval_fraction=0.1)
+    assert [store.fingerprint for store in (*again.train, *again.evaluation)] == [train.fingerprint, held_out.fingerprint]
+    assert prepared(path, tmp_path / "cache", eval_fraction=0.0).evaluation == ()
+    whole = prepared(path, tmp_path / "cache", eval_fraction=0.1, hold_out_tail=False)
+    assert found.tokenizer.decode(whole.train[0].tokens[:].tolist()) == text + "<|endoftext|>"
+
+
+@pytest.mark.parametrize("text", ["ab", "x" * 62, "é" * 40, "x" * 999, "\n" * 63])
+def test_the_end_of_any_single_document(text: str, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text(text)
+    found = prepared(tmp_path / "one.txt", tmp_path / "cache", eval_fraction=0.02)
+    tokens = [t for store in (*found.train, *found.evaluation) for t in store.tokens[:].tolist()]
+    assert tokens == [*text.encode(), 256]
+    assert len(found.evaluation) == (len(tokens) >= 64)
+    assert all(store.num_tokens >= 2 for store in found.evaluation)
+
+
+def test_several_documents_tokenized_before_are_used_again(corpus: Path, tmp_path: Path) -> None:
+    before = prepared(corpus, tmp_path / "cache", hold_out_tail=False)
+    after = prepared(corpus, tmp_path / "cache")
+    assert [store.path for store in after.train] == [store.path for store in before.train]
 
 
 def test_eval_sources_are_held_out_whole_and_sources_train_whole(corpus: Path, tmp_path: Path) -> None:
@@ -289,7 +326,7 @@ def test_a_full_disk_is_one_clear_line(corpus: Path, tmp_path: Path, limit_bytes
     assert ended.returncode != 0
     last_line = ended.stderr.strip().splitlines()[-1]
     assert last_line.startswith(f"trainer.errors.DataError: {tmp_path / 'cache'}")
-    assert bool(list((tmp_path / "cache").glob("*.building/shards"))) == (limit_bytes > 1_000)
+    assert bool(list((tmp_path / "cache").glob("*.building/shards-2"))) == (limit_bytes > 1_000)
     assert bool(list((tmp_path / "cache").glob("*.building/main"))) == (limit_bytes == 40_000)
     assert last_line.endswith("File too large; make room there, or set data.cache_dir")
 
@@ -319,7 +356,7 @@ def test_killed_build_resumes_with_unfinished_shards_only(corpus: Path, tmp_path
     assert killed.returncode == -signal.SIGKILL
     assert eventually(lambda: not processes_of(tmp_path / "cache")), "workers outlive the build"
     # Not those whose last file was written when their folder had not yet its name.
-    finished = len(list((tmp_path / "cache").glob("*.building/shards/" + "[0-9]" * 5 + "/shard.json")))
+    finished = len(list((tmp_path / "cache").glob("*.building/shards-2/" + "[0-9]" * 5 + "/shard.json")))
     assert finished >= kill_after - 1
     whole, resumed = Heard(), Heard()
     undisturbed = prepared(corpus, tmp_path / "undisturbed", whole)
@@ -359,7 +396,7 @@ def test_second_builder_says_that_it_waits(tmp_path: Path) -> None:
 def test_damage_between_tokenizing_and_finishing_is_found(corpus: Path, tmp_path: Path) -> None:
     killed = start(corpus, tmp_path / "cache", 4)
     killed.communicate(timeout=60)
-    shard = next((tmp_path / "cache").glob("*.building/shards/*/tokens.bin"))
+    shard = next((tmp_path / "cache").glob("*.building/shards-2/*/tokens.bin"))
     content = bytearray(shard.read_bytes())
     content[10] ^= 1
     shard.write_bytes(content)

@@ -128,7 +128,8 @@ def test_what_is_cut_or_left_out_is_counted_and_said_at_every_start(tmp_path: Pa
     path, lost = write(tmp_path, rows), prompt_tokens + 101 - 80
     for _ in range(2):
         found = prepared(path)
-        assert found.notes == (
+        assert found.notes[0].startswith("data: chat template: the tokenizer has none: a plain one")
+        assert found.notes[1:] == (
             f"data: {path}: 1 of 7 conversations were longer than 80 tokens: truncated, {lost} answer tokens lost",
             f"data: {path}: 1 of 7 conversations left out: the first answer begins beyond 80 tokens",
             f"data: {path}: 2 of 7 conversations left out: no answer, or only empty ones",
@@ -137,7 +138,7 @@ def test_what_is_cut_or_left_out_is_counted_and_said_at_every_start(tmp_path: Pa
         assert found.train[0].packing.examples == 4
     cut = next(batch for batch in epoch(found) if batch.labels_BS[0, -2] == ord("a"))
     assert cut.num_targets == 80 - prompt_tokens
-    assert prepared(path, seq_len=256).notes[0].startswith(f"data: {path}: 2 of 7 conversations left out: no answer")
+    assert prepared(path, seq_len=256).notes[1].startswith(f"data: {path}: 2 of 7 conversations left out: no answer")
 
 
 def test_a_source_of_nothing_to_learn(tmp_path: Path) -> None:

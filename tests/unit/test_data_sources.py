@@ -118,6 +118,41 @@ def test_folder_is_read_sorted_and_says_what_it_passes_over(tmp_path: Path, dige
     assert corpus.notes == (f"data.sources[0]: files of unknown kind passed over in {root}: 1 × .png",)
 
 
+def test_files_of_a_folder_can_be_left_out(tmp_path: Path, digests: Digests) -> None:
+    root = tmp_path / "corpus"
+    (root / "a" / "tests").mkdir(parents=True)
+    for name in ("a/x.txt", "a/tests/y.txt", "z.txt"):
+        (root / name).write_text(name)
+
+    def excluding(*patterns: str) -> Corpus:
+        return look_at(schema.Source(path=str(root), exclude=list(patterns)), where="data.sources[0]", digests=digests)
+
+    corpus = excluding("*/tests/*", "z.TXT")
+    assert texts_of(corpus) == ["a/x.txt", "z.txt"]
+    assert corpus.notes == (
+        f"data.sources[0].exclude leaves out 1 of 3 files of {root}",
+        f"data.sources[0].exclude: no file of {root} matches 'z.TXT'",
+    )
+    everything = corpus_of(root, digests)
+    assert excluding("no*").fingerprint == everything.fingerprint != corpus.fingerprint, "equal documents are equal data"
+    with pytest.raises(DataError, match="holds no document"):
+        excluding("*")
+
+
+def test_files_of_a_saved_data_set_cannot_be_left_out(tmp_path: Path, digests: Digests) -> None:
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    source = schema.Source(path=str(tmp_path / "saved"), exclude=["*.arrow"])
+    with pytest.raises(RecipeError, match=r"data.sources\[0\].exclude leaves out files, and .* is a saved data set: remove it"):
+        look_at(source, where="data.sources[0]", digests=digests)
+
+
+def test_modules_of_stdlib_can_be_left_out(digests: Digests) -> None:
+    source = schema.Source(path="stdlib", exclude=["encodings/*", "argparse.py"])
+    names = [file.name for shard in look_at(source, where="", digests=digests).shards for file in shard.files]
+    assert "ast.py" in names
+    assert not any(name == "argparse.py" or name.startswith("encodings/") for name in names)
+
+
 def test_stdlib_is_decoded_as_python_decodes_it(digests: Digests) -> None:
     corpus = corpus_of("stdlib", digests)
     names = [file.name for shard in corpus.shards for file in shard.files]

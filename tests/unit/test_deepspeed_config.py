@@ -4,10 +4,10 @@ from typing import Any, ClassVar
 
 import pytest
 
+from trainer.convert.deepspeed_keys import REFUSED, refusal
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.errors import RecipeError
 from trainer.recipe.batch_plan import BatchPlan
-from trainer.recipe.deepspeed_keys import REFUSED, refusal
 from trainer.schema import (
     Aio,
     CommsLogger,

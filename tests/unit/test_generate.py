@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from parallel.attention import Documents
 from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel
 from trainer.data.loader import MicroBatch
-from trainer.data.tokenizer import Tokenizer, make_tokenizer
+from trainer.data.tokenizer import Tokenizer, make_tokenizer, train_bpe
 from trainer.errors import DataError, RecipeError, UserError
 from trainer.inference.generate import sample, write_text
+from trainer.inference.last_space import without_last_space
 from trainer.inference.model_folder import opened
 from trainer.inference.text_model import Writing
 from trainer.model.blocks import blocks_of
@@ -65,6 +67,11 @@ def test_sampling_depends_on_the_seed_and_nothing_else() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_top_k_leaves_only_the_likeliest(seed: int) -> None:
     assert run(temperature=5.0, top_k=1, seed=seed) == run()
+
+
+def test_the_first_token_can_be_chosen_among_some() -> None:
+    assert run(first=[7, 9]) == [7, 8, 9], "the likeliest of both at temperature 0: they are equal, and end after 9"
+    assert {run(first=[7, 9], temperature=5.0, new_tokens=1, seed=seed)[0] for seed in range(20)} == {7, 9}
 
 
 def test_every_token_is_drawn_as_often_as_the_model_says() -> None:
@@ -146,6 +153,33 @@ def test_a_folder_continues_as_the_model_that_was_exported(family: str, exports:
     tokens = sample(logits, prompt, new_tokens=9, context=POSITIONS, end=end, temperature=0.0, top_k=1, seed=0)
     assert len(tokens) > 3
     assert continue_text(folder) == tokenizer.decode([*prompt, *tokens])
+
+
+CODE = ["def first(a):\n    return a\n", "def fold(function, values):\n    return values\n"]
+
+
+def test_a_space_at_the_end_of_a_prompt_belongs_to_the_word_behind_it() -> None:
+    tokenizer = train_bpe(iter(CODE), 270)
+    given, first = without_last_space(tokenizer.encode("def "), tokenizer.spellings)
+    assert given == tokenizer.encode("def")
+    assert tokenizer.encode(" first")[0] in first
+    assert all(tokenizer.decode([token]).startswith(" ") for token in first)
+    for prompt in ("def", "def f", "def\n"):
+        assert without_last_space(tokenizer.encode(prompt), tokenizer.spellings) == (tokenizer.encode(prompt), [])
+    alone = make_tokenizer("bytes")  # in which no token has more than the space
+    assert without_last_space(alone.encode("def "), alone.spellings) == (alone.encode("def "), [])
+
+
+def test_a_folder_continues_a_space_with_words(tmp_path: Path) -> None:
+    tokenizer = train_bpe(iter(CODE), 270)
+    tokenizer.save(tmp_path)
+    config = transformers.LlamaConfig(vocab_size=270, **{**SHAPES["llama"], "initializer_range": 1.0})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    _, first = without_last_space(tokenizer.encode("def "), tokenizer.spellings)
+    starts = {tokenizer.decode([token]) for token in first}
+    found = {continue_text(tmp_path, "def ", new_tokens=1, temperature=1.0, seed=seed) for seed in range(8)}
+    assert found <= {f"def{start}" for start in starts}
+    assert len(found) > 1
 
 
 def test_a_folder_s_continuation_depends_on_the_seed_only(exports: Exports) -> None:

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -119,6 +120,20 @@ def test_lion_without_a_compiler_is_one_line_with_the_remedy(monkeypatch: pytest
         "optimizer.name = lion needs DeepSpeed's DeepSpeedCPULion, which could not be compiled here (c++ not found): "
         "install a C++ compiler (and nvcc for GPUs), or use adamw"
     ]
+
+
+def test_lion_does_not_wait_for_a_build_that_was_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lock = tmp_path / "py311_cpu" / "cpu_lion" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+
+    def compiled(parameters: object, **keys: object) -> torch.optim.Optimizer:
+        assert not lock.exists()
+        return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+
+    monkeypatch.setattr("deepspeed.ops.lion.DeepSpeedCPULion", compiled)
+    make_optimizer(recipe(name="lion"), parameters(), CPU)
 
 
 def test_the_recipe_s_numbers_reach_the_update_rule() -> None:

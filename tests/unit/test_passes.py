@@ -19,7 +19,7 @@ from trainer.data import PreparedData, prepare
 from trainer.data.loader import TrainData
 from trainer.errors import RecipeError
 from trainer.learning_rate import changed_length, lr_at
-from trainer.passes import Drawn, Passes, kept
+from trainer.passes import Drawn, Passes, kept, stamp_of
 from trainer.recipe import load
 from trainer.recipe.epochs import settled
 from trainer.schema import Recipe
@@ -251,6 +251,16 @@ def test_check_says_the_passes_where_the_cache_knows_them(folder: Path, capsys: 
     assert said() == before, "other data than was tokenized"
 
 
+@pytest.mark.usefixtures("folder")
+def test_submit_warns_and_refuses_before_the_queue(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["submit", "r.json", "--nodes", "1", "--ranks-per-node", "1", "--dry-run"]
+    assert main(["data", "prepare", "r.json"]) == 0
+    assert main([*command, "--set", "train.epochs=9"]) == 0
+    assert "triaxis: warning: 9 passes over the data: up to 4" in capsys.readouterr().err
+    assert main([*command, "--set", "schedule.warmup_steps=34"]) == 78
+    assert "is 33 steps: schedule.warmup_steps = 34 is longer" in capsys.readouterr().err
+
+
 def test_check_of_steps_without_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "r.json", "--set", "train.epochs=null", "--set", "train.steps=1000"]) == 0
     line = "1,000 steps draw 4,000 sequences; the passes over the data are known after `triaxis data prepare` with this recipe"
@@ -264,6 +274,21 @@ def test_a_damaged_note_is_no_note(folder: Path) -> None:
     (note,) = (folder / "cache").glob("*.passes.json")
     note.write_text(note.read_text().replace("48", "x").replace("36", '"36"'))
     assert kept(folder / "cache", data) is None
+
+
+def test_the_stamp_is_of_the_files_that_are_read(tmp_path: Path) -> None:
+    (tmp_path / "texts" / ".git").mkdir(parents=True)
+    data = schema.Data.model_validate({"sources": [{"path": str(tmp_path / "texts")}]})
+    stamps = [stamp_of(data)]
+    for name in ("a.txt", "b.txt", ".git/index"):
+        (tmp_path / "texts" / name).write_text(name)
+        stamps.append(stamp_of(data))
+    (tmp_path / "texts" / "link").symlink_to("nowhere")
+    stamps.append(stamp_of(data))
+    (tmp_path / "texts" / "a.txt").write_text("another")
+    stamps.append(stamp_of(data))
+    assert stamps[3] == stamps[2], "hidden files are not read"
+    assert len(set(stamps)) == len(stamps) - 1
 
 
 # ------------------------------------------------------------------------------------------------ a run that goes on

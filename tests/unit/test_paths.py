@@ -12,8 +12,8 @@ from trainer.cli import main
 from trainer.errors import RecipeError
 from trainer.files.paths import occupied, wrong_with
 from trainer.recipe import load
-from trainer.recipe.keys import json_schema
 from trainer.recipe.names import PATHS
+from trainer.recipe.wording import json_schema
 
 NO_PATH = [
     ("s3://bucket/runs", r"an address \(s3://\)"),
@@ -88,9 +88,8 @@ def test_no_key_that_names_a_path_is_forgotten() -> None:
         if key.rpartition(".")[2] in ("dir", "path", "target_path", "nvme_path", "cache_dir")
     }
     assert named <= set(PATHS)
-    assert set(PATHS) - named == {"data.tokenizer", "model.from_pretrained", "parallel.schedule"}, (
-        "which may be other names too"
-    )
+    names_too = {"data.tokenizer", "data.chat_template", "model.from_pretrained", "parallel.schedule"}
+    assert set(PATHS) - named == names_too
 
 
 def _texts(schema: dict[str, Any]) -> set[str]:

@@ -14,7 +14,7 @@ from trainer.schema import Parallel, Recipe, Section, only
 VALUES: dict[str, Any] = {  # that a key may have, where its schema has no default to write
     **{"path": "corpus.txt", "fields": {}, "shape": "prompt", "balance": [2], "targets": ["mlp"], "quantize": "nf4"},
     **{"decay_steps": 1, "sequence_parallel": True, "overlap": True, "bos": True, "merge": True, "trust_remote_code": True},
-    **{"pipeline_read": True, "pipeline_write": True, "betas": [0.9, 0.9]},
+    **{"pipeline_read": True, "pipeline_write": True, "betas": [0.9, 0.9], "patience": 2},
 }
 
 

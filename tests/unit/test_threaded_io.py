@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.engine import threaded_io
+from trainer.engine import built_ops, threaded_io
 from trainer.engine.threaded_io import ThreadedHandle
 
 BLOCK = 1024
@@ -185,15 +185,16 @@ def test_pinned_is_what_lies_in_our_buffers(handle: ThreadedHandle) -> None:
     assert not handle.free_cpu_locked_tensor(buffer)
 
 
-def test_what_is_installed_is_used_and_nothing_is_ever_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_installed_is_used_and_nothing_is_ever_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A build in torch's cache does not count: another environment's flags would start a compiler, for minutes."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     builder = threaded_io.AsyncIOBuilder
     monkeypatch.setattr(builder, "load", builder.load)  # put back at the end
     before = builder.load
-    monkeypatch.setitem(threaded_io.installed_ops, builder.NAME, True)
+    monkeypatch.setitem(built_ops.installed_ops, builder.NAME, True)
     assert threaded_io.use_threads_where_async_io_is_missing() is None
     assert builder.load is before
-    monkeypatch.setitem(threaded_io.installed_ops, builder.NAME, False)
+    monkeypatch.setitem(built_ops.installed_ops, builder.NAME, False)
     remark = threaded_io.use_threads_where_async_io_is_missing()
     assert remark is not None
     assert threaded_io.BUILD_COMMAND in remark

@@ -12,7 +12,7 @@ from trainer import cli
 from trainer.commands.timeline import draw, save
 from trainer.recipe import rules
 
-QUICKSTART = str(Path(__file__).parents[2] / "ds_configs" / "quickstart.json")
+EIGHT_LAYERS = str(Path(__file__).parent / "eight_layers.json")
 
 
 def lines(name: str, width: int, *, ranks: int = 2, virtual_stages: int = 1, micro_batches: int = 3) -> list[str]:
@@ -74,7 +74,7 @@ def pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def schedule(*arguments: str) -> int:
     settings = ("parallel.pipeline=4", "batch.micro_sequences=1")
-    return cli.main(["schedule", QUICKSTART, *(f"--set={setting}" for setting in settings), *arguments])
+    return cli.main(["schedule", EIGHT_LAYERS, *(f"--set={setting}" for setting in settings), *arguments])
 
 
 @pytest.mark.usefixtures("pipelines")
@@ -96,7 +96,7 @@ def test_the_command_draws_and_counts(capsys: pytest.CaptureFixture[str], tmp_pa
 @pytest.mark.parametrize("command", ["schedule", "check"])
 def test_stages_are_shown(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--set=parallel.pipeline=2", "--set=batch.micro_sequences=1", "--set=parallel.balance=[5,3]"]
-    assert cli.main([command, QUICKSTART, *arguments]) == 0
+    assert cli.main([command, EIGHT_LAYERS, *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     begin = next(n for n, line in enumerate(lines) if line.startswith("stage 0"))
     first, second, imbalance = lines[begin : begin + 3]
@@ -174,6 +174,6 @@ def test_wrong_words_are_one_line(arguments: list[str], said: str, capsys: pytes
 def test_check_knows_the_schedule_s_micro_batches(capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = ["--set=parallel.pipeline=2", '--set=parallel.schedule="dualpipev"', "--set=parallel.virtual_stages=2"]
     settings = [*pipeline, "--set=batch.micro_sequences=1"]
-    assert cli.main(["check", QUICKSTART, *settings, "--world-size", "4"]) == 0
-    assert cli.main(["check", QUICKSTART, *settings, "--world-size", "8"]) == 78
+    assert cli.main(["check", EIGHT_LAYERS, *settings, "--world-size", "4"]) == 0
+    assert cli.main(["check", EIGHT_LAYERS, *settings, "--world-size", "8"]) == 78
     assert "needs at least 2 · 2 micro-batches" in capsys.readouterr().err

@@ -58,6 +58,12 @@ def test_the_list_has_every_run_with_its_state_and_best(runs: Path, capsys: pyte
     assert "hunter2" not in json.dumps(rows)
 
 
+def test_a_run_that_ended_between_two_logged_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "patient", 60, summary={"ended_early": "no better eval_loss", "steps": 64})
+    row = listed(tmp_path, capsys)["patient"]
+    assert (row["state"], row["step"]) == ("ended by patience", 64)
+
+
 def test_a_run_that_trains_is_running_and_looking_takes_nothing_from_it(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lock = Lock(runs / "base" / LOCK)
     assert lock.acquired(0.0)

@@ -74,6 +74,23 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert "clip at 1" in page.source
 
 
+def test_a_run_that_exported_its_best_step_shows_that_step_s_figures(tmp_path: Path) -> None:
+    early = {"steps": 200, "best_step": 100, "ended_early": "3 evaluations …", "eval_perplexity": 9.03}
+    run = write_run(tmp_path, 200, summary=SUMMARY | early)
+    measured = [(20 * n, 0.5 + 0.01 * n * (10 - n)) for n in range(1, 11)]
+    with (run / "evaluations.jsonl").open("w") as file:
+        for step, accuracy in measured:
+            file.write(json.dumps({"step": step, "eval_accuracy": accuracy, "eval_majority": 0.5}) + "\n")
+    resolved = json.loads((run / "resolved.json").read_text())
+    for key, value in {"train.steps": 1000, "checkpoint.best": "eval_accuracy"}.items():
+        resolved["values"][key] = {"value": value, "origin": "--set"}
+    (run / "resolved.json").write_text(json.dumps(resolved))
+    page = Page(write_report(run))
+    assert page.headline("Steps") == ("200", "of 1000; ended by patience")
+    assert page.headline("Best step") == ("100", "by eval_accuracy; it is exported")
+    assert page.headline("Eval accuracy")[0] == "75.0 %"
+
+
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     page = Page(write_report(write_run(tmp_path, 50, summary=SUMMARY)))
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.elements}

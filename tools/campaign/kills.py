@@ -35,7 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from multiprocessing import connection as waiting
 from pathlib import Path
@@ -54,7 +54,8 @@ LAYOUTS = ("one", "dp2-zero1", "dp2-zero3", "tp2", "pp2", "tp2xpp2")
 SCENES = tuple(f"{layout}:{mode}" for layout in LAYOUTS for mode in ("async", "sync"))
 KEYS = (
     *("guard.timeout_s=6", "guard.long_timeout_s=12", "guard.check_every=2"),
-    *("checkpoint.every=2", "train.eval_every=3", "train.eval_sequences=4", "data.eval_fraction=0.05"),
+    *("checkpoint.every=2", "checkpoint.best=eval_loss"),
+    *("train.eval_every=3", "train.eval_sequences=4"),
 )
 WARNED_AT = 4  # the step before which the signal comes
 SPIKE_AT = 9  # steps are judged only after the guard's smallest window
@@ -153,7 +154,9 @@ class Stage:
     """A scene, in which every story is run undisturbed once, when it is first needed."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.scene = Scene.named(name, folder, steps=STORIES["anew"].steps, keep=1, keys=KEYS)
+        scene = Scene.named(name, folder, steps=STORIES["anew"].steps, keep=1)
+        evaluated = json.dumps([{"path": str(scene.folder / "text.txt")}])
+        self.scene = replace(scene, keys=(*KEYS, f"data.eval_sources={evaluated}"))
         write_small_recipe(self.scene.folder, steps=self.scene.steps, keep=1)
         # The hash of a file that has just been written is not remembered, and then its file is
         # missing.

@@ -65,6 +65,7 @@ SMALL: Mapping[str, Sequence[Any]] = {
     "train.steps": (1, 2),
     "train.eval_translations": (0, 1, 3),
     "train.beams": (1, 2, 4),
+    "checkpoint.best": ("eval_loss", "eval_accuracy", "eval_rewards/margins", "eval_f1", "eval_chrf"),
     "tuning.rank": (1, 2, 8, 40),
     "tuning.bottleneck": (1, 8, 64),
     "preference.beta": (1e-6, 0.1, 10.0),

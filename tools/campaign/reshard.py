@@ -40,7 +40,7 @@ def prepare(way: Way, recipe: Path, folder: Path, steps: int) -> Path:
 def save_again(recipe: str, run_dir: str, keys: Sequence[str], checkpoint: str) -> int:
     """Load a checkpoint on this rank and save it, without a step between."""
     with open_session(load(recipe, keys), run_dir, Resume(checkpoint)) as run:
-        run.checkpoints.save(run.checkpoints.start_step, run.engine, {})
+        run.checkpoints.save(run.checkpoints.start_step, run.engine, {}, {})
         run.checkpoints.wait()
     return 0
 

@@ -29,10 +29,12 @@ def disk_space(recipe: Recipe, folder: CheckpointFolder, one: int) -> DiskSpace:
     keys = recipe.checkpoint
     if not keys.every:
         return DiskSpace("checkpoints: none (checkpoint.every = 0): the run cannot be resumed", False)
+    kept = keys.keep + (keys.best is not None)
     # A new one is written before the oldest goes.
-    need = one * max(0, keys.keep + 1 - len(folder.steps()))
+    need = one * max(0, kept + 1 - len(folder.steps()))
     free = folder.free_bytes()
-    line = f"checkpoints: every {keys.every} steps, {keys.keep} kept, {_size(one)} each"
+    best = f" and the best by {keys.best}" if keys.best else ""
+    line = f"checkpoints: every {keys.every} steps, {keys.keep} kept{best}, {_size(one)} each"
     if need <= free:
         return DiskSpace(f"{line}; {_size(free)} free", True)
     return DiskSpace(

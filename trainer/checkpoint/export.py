@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,14 @@ def require_mergeable(checkpoint: Path) -> None:
         raise RecipeError(f"--merge: {checkpoint}: {why}: export it without")
 
 
+def require_free(out: Path) -> None:
+    """Raise RecipeError if something is there that is not an empty folder."""
+    try:
+        require_new(out)
+    except OSError as error:
+        raise RecipeError(f"{out}: {told(error)}: give a new folder, or --replace if it is an export") from None
+
+
 @dataclass(frozen=True)
 class Exported:
     folder: Path
@@ -54,9 +62,19 @@ class Exported:
 
 
 def export(
-    checkpoint: Path, out: Path, *, dtype: str | None = None, whole: bool = False, shard_bytes: int = SHARD_BYTES
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    whole: bool = False,
+    replace: bool = False,
+    write_beside: Callable[[Path], None] = lambda folder: None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Exported:
     """Write `out`, a new folder, whole or not at all, and read it back.
+
+    With `replace` it may be there, and is gone when the new one is whole; the caller has made sure
+    that it is an export. `write_beside` adds to the folder when the other files are in it.
 
     `dtype`: "fp32", "bf16", "fp16"; None: the format of training. For a tuned model an adapter is
     written. With `whole` it is the model, with what was learned added to its weights, or in the
@@ -66,10 +84,8 @@ def export(
     back different, or if transformers would tokenize differently there; NotFinite if a weight is
     not finite.
     """
-    try:
-        require_new(out)
-    except OSError as error:
-        raise RecipeError(f"{out}: {told(error)}: give a new folder, or remove it") from None
+    if not replace:
+        require_free(out)
     manifest = read_sound(checkpoint)
     check_files(checkpoint, manifest.files)
     chosen = dtype or str(manifest.recipe["precision"]["dtype"])
@@ -88,6 +104,7 @@ def export(
                 (draft / "config.json").unlink()  # an adapter's folder must not look like a model's
             if beside is not None and tuned is not None:
                 sizes |= _write_adapter(beside, tuned.form, draft, chosen)
+            write_beside(draft)
             for path in (draft, *draft.rglob("*")):  # a folder to hand on, unlike the checkpoint
                 path.chmod(0o755 if path.is_dir() else 0o644)
     except OSError as error:

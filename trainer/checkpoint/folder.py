@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from trainer.checkpoint.manifest import MANIFEST
@@ -99,16 +99,19 @@ class CheckpointFolder:
         sync_folder(self.path)
         return aside
 
-    def prune(self, keep: int) -> list[Path]:
-        """Remove all but the newest `keep`, and what a crash left of removing others; return the
-        removed ones.
+    def surplus(self, keep: int, spared: Collection[int] = ()) -> list[tuple[int, Path]]:
+        """Return (step, folder) of all but the newest `keep` and those of the `spared` steps."""
+        return [(step, path) for step, path in self.steps()[keep:] if step not in spared]
+
+    def prune(self, keep: int, spared: Collection[int] = ()) -> list[Path]:
+        """Remove the surplus, and what a crash left of removing others; return the removed ones.
 
         Each is renamed before its first file goes, so that it no longer counts as a checkpoint.
         """
         gone = []
         for left in self.path.glob(".step-*.removed"):
             remove(left)
-        for step, path in self.steps()[keep:]:
+        for step, path in self.surplus(keep, spared):
             doomed = self.path / f".step-{step:08d}.removed"
             os.rename(path, doomed)
             sync_folder(self.path)

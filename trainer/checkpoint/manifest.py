@@ -49,6 +49,7 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16
 # manifest needs to check them again.
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Figure = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)] | Number
 # A file's number; start and size of a box, offset and count of the range in it, and 1 if
 # transposed.
 StoredJSON = tuple[Count, list[Count], list[Count], Count, Count, Annotated[int, Field(ge=0, le=1, strict=True)]]
@@ -63,11 +64,19 @@ class _GuardMemory(TypedDict, total=False):
     grad_norm: list[Number]
 
 
+class _Evaluation(TypedDict):
+    """The evaluation after the step; figures {} without one."""
+
+    data: str
+    figures: dict[str, Figure]
+
+
 @with_config(OPEN)
 class _Memory(TypedDict, total=False):
     guard: _GuardMemory
     meter: dict[Literal["skipped"], Count]
     data: dict[Literal["skipped_steps"], Count]
+    evaluation: _Evaluation
 
 
 class _LossScale(TypedDict):

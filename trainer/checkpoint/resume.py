@@ -6,7 +6,7 @@ whole; only then is any tensor set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,19 +37,9 @@ def newest_whole(folder: CheckpointFolder, messages: Messages) -> tuple[Found | 
     None if there never was a checkpoint. DataError if there were some and none is whole, because a
     run never starts from scratch by itself. Collective.
     """
-    remarks: list[str] = []
-    while True:
-        steps = folder.steps() if messages.is_first else []
-        newest = messages.broadcast(str(steps[0][1]) if steps else None)
-        if newest is None:
-            break
-        path = Path(newest)
-        try:
-            return Found(path, examine(path, messages)), remarks
-        except DataError as error:
-            reason = str(error)
-        aside = messages.broadcast(str(folder.set_aside(path, "damaged", reason)) if messages.is_first else None)
-        remarks.append(f"warning: checkpoint {path.name} is not used: {reason}; set aside as {Path(aside).name}")
+    found, remarks = first_whole(folder, messages, lambda: next((path for _, path in folder.steps()), None))
+    if found is not None:
+        return found, remarks
     lost = messages.broadcast([path.name for path in folder.set_aside_ones()])
     if lost:
         raise DataError(
@@ -58,6 +48,30 @@ def newest_whole(folder: CheckpointFolder, messages: Messages) -> tuple[Found | 
             "of one, or start from scratch with --resume never",
         )
     return None, remarks
+
+
+def first_whole(
+    folder: CheckpointFolder, messages: Messages, choose: Callable[[], Path | None]
+) -> tuple[Found | None, list[str]]:
+    """Return the first chosen checkpoint that every rank finds whole, None if nothing is chosen any
+    more, and remarks on those set aside on the way.
+
+    `choose` is called on the first rank, again after each that was set aside. Collective.
+    """
+    remarks: list[str] = []
+    while (chosen := messages.broadcast(_name(choose()) if messages.is_first else None)) is not None:
+        path = Path(chosen)
+        try:
+            return Found(path, examine(path, messages)), remarks
+        except DataError as error:
+            reason = str(error)
+        aside = messages.broadcast(str(folder.set_aside(path, "damaged", reason)) if messages.is_first else None)
+        remarks.append(f"warning: checkpoint {path.name} is not used: {reason}; set aside as {Path(aside).name}")
+    return None, remarks
+
+
+def _name(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def examine(path: Path, messages: Messages) -> Manifest:

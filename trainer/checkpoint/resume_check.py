@@ -14,10 +14,11 @@ from trainer.checkpoint.manifest import MANIFEST, Manifest
 from trainer.errors import DataError, RecipeError
 from trainer.model.auto_rules import AUTO
 from trainer.recipe import ResolvedRecipe, tokenizer_vocab_size
-from trainer.recipe.earlier import OPEN, recipe_of
+from trainer.recipe.earlier import Rules, as_begun, recipe_of, rules_of_checkpoint, rules_of_run
 from trainer.recipe.task_defaults import FORMAT
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
+from trainer.track.evaluations import Evaluations, out_of_patience
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,25 @@ def checkpoint_named(name: str, *, option: str = "--resume", also: str = "") -> 
     return found[0]
 
 
+def rules_begun_with(folder: RunFolder, resume: Resume) -> tuple[Rules, str] | None:
+    """Return the rules of the named checkpoint, else those of the run in the folder, and the name
+    of that; None for a new run."""
+    if resume.how == "never":
+        return None
+    if resume.path is None and folder.holds_a_run and (rules := rules_of_run(folder.resolved)) is not None:
+        return rules, f"the run in {folder.path}"
+    steps = [] if resume.path else CheckpointFolder(folder.checkpoints).steps()
+    found = checkpoint_named(resume.path) if resume.path else steps[0][1] if steps else None
+    if found is None:
+        return None
+    try:
+        return rules_of_checkpoint(Manifest.read(found).recipe), str(found)
+    except DataError:
+        return None  # opening the run finds another checkpoint, or reports that there is none
+
+
 def finished(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> str:
-    """Return the line to show if the run has reached its last step already, else "".
+    """Return the line to show if the run has come to its end already, else "".
 
     RecipeError if the recipe shows that it must not go on from its newest checkpoint.
     """
@@ -71,18 +89,38 @@ def finished(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> s
         manifest = Manifest.read(newest)
     except DataError:
         return ""  # opening the run finds another one, or reports the damage
-    given = as_json({**recipe_facts(resolved.recipe), **_model_facts(resolved)})
-    if resolved.origins[FORMAT] in OPEN:
-        del given[FORMAT]  # the run keeps its own
+    begun = rules_begun_with(folder, resume)
+    kept = resolved if begun is None else as_begun(resolved, *begun)[0]
+    given = as_json({**recipe_facts(kept.recipe), **_model_facts(resolved)})
+    if given[FORMAT] is None:
+        del given[FORMAT]  # known where the devices are
     if lines := refusals(str(newest), manifest.step, manifest.facts, given, resume.allowed):
         raise RecipeError(lines)
-    last = _last_step(resolved.recipe, newest, manifest, resume)
-    if resume.path is not None or last is None or manifest.step < last or not folder.is_finished:
+    if resume.path is not None:
         return ""
-    length = "train.steps" if resolved.recipe.train.epochs is None else "train.epochs"
+    last = _last_step(resolved.recipe, newest, manifest, resume)
+    return "" if last is None else _said_finished(folder, resolved.recipe, manifest.step, last)
+
+
+def _said_finished(folder: RunFolder, recipe: Recipe, reached: int, last: int) -> str:
+    """Return the line if the run came to its end with the checkpoint of the step that it reached,
+    and if the recipe, whose last step is `last`, does not let it go on."""
+    # An earlier end does not count: the run has gone on from it, and was killed since.
+    if folder.finished_step is None or folder.finished_step < min(reached, last):
+        return ""
+    otherwise = "for a new run, choose another run.name or --resume never"
+    if reached >= last:
+        length = "train.steps" if recipe.train.epochs is None else "train.epochs"
+        return f"{folder.path} has reached step {reached} of {last}: nothing to do; to go on, raise {length}; {otherwise}"
+    try:
+        why = out_of_patience(recipe, Evaluations.read(folder.evaluations))
+    except DataError:
+        return ""  # opening the run reports the damage
+    if not why:
+        return ""
     return (
-        f"{folder.path} has reached step {manifest.step} of {last}: nothing to do; to go on, raise {length}; for a new run, "
-        "choose another run.name or --resume never"
+        f"{folder.path} ended by patience at step {reached} of {last}: {why}: nothing to do; to go on, raise or remove "
+        f"train.patience; {otherwise}"
     )
 
 

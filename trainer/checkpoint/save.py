@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,19 +70,26 @@ class Saver:
     _thread: threading.Thread | None = field(default=None, init=False)
     _outcome: Saved | BaseException | None = field(default=None, init=False)
 
-    def save(self, manifest: Manifest, state: ZeroState, *, save_beside: Callable[[Path], None]) -> list[Saved]:
+    def save(
+        self,
+        manifest: Manifest,
+        state: ZeroState,
+        *,
+        save_beside: Callable[[Path], None],
+        spared: Collection[int] = (),
+    ) -> list[Saved]:
         """Save at a step's end, and return the outcomes that are known by now.
 
         They are those of an earlier save behind the run, and of this one. `manifest` has no files
         and tensors yet. `save_beside` puts the Hugging Face config, tokenizer and code into a
-        folder.
+        folder. `spared`: the steps of checkpoints that stay, however old they are.
         """
         earlier = self.wait()
         started = time.monotonic()
         fragments = state.fragments()
         tensors: Iterable[Tensor] = state.tensors()
         if not self.asynchronous:
-            saved = self._write(manifest, fragments, tensors, save_beside)
+            saved = self._write(manifest, fragments, tensors, save_beside, spared)
             self._remember(saved)
             return [*earlier, replace(saved, blocked_s=time.monotonic() - started, total_s=time.monotonic() - started)]
         copied = [tensor.to("cpu", copy=True) for tensor in tensors]
@@ -90,7 +97,7 @@ class Saver:
 
         def behind() -> None:
             try:
-                saved = self._write(manifest, fragments, copied, save_beside)
+                saved = self._write(manifest, fragments, copied, save_beside, spared)
                 self._outcome = replace(saved, blocked_s=blocked_s, total_s=time.monotonic() - started)
             except BaseException as error:
                 self._outcome = error
@@ -127,6 +134,7 @@ class Saver:
         fragments: Sequence[StateFragment],
         tensors: Iterable[Tensor],
         save_beside: Callable[[Path], None],
+        spared: Collection[int],
     ) -> Saved:
         messages, step = self.messages, manifest.step
         slots = _slots(fragments)
@@ -141,7 +149,7 @@ class Saver:
             began = manifest.not_finite_since
             return Saved(step, verdict["failure"], not_finite=verdict.get("not_finite", ""), began=began)
         files = [File(*entry) for entry in verdict["files"]]
-        outcome = self._make_room(self.folder.of_step(step), files)
+        outcome = self._make_room(self.folder.of_step(step), files, spared)
         num_bytes = sum(file.num_bytes for file in files)
         return Saved(step, outcome.get("failure", ""), litter=outcome.get("litter", ""), num_bytes=num_bytes)
 
@@ -195,20 +203,20 @@ class Saver:
             shutil.rmtree(draft, ignore_errors=True)
         return verdict
 
-    def _count(self) -> dict[str, Any]:
-        return {"there": len(self.folder.steps())}
-
-    def _make_room(self, newest: Path, files: Sequence[File]) -> dict[str, str]:
+    def _make_room(self, newest: Path, files: Sequence[File], spared: Collection[int]) -> dict[str, str]:
         """Remove older checkpoints, once the ranks have read the newest back from disk.
 
         Each rank reads its own file. Return {"failure": why the newest is not a checkpoint after
         all}, {"litter": why older ones stayed}, or {}.
         """
-        counted = _tried(self._count, self.folder.path) if self.messages.is_first else None
-        number = self.messages.broadcast(counted)
-        if "failure" in number:
-            return {"litter": number["failure"]}
-        if number["there"] <= self.keep:
+
+        def count() -> dict[str, Any]:
+            return {"surplus": len(self.folder.surplus(self.keep, spared))}
+
+        counted = self.messages.broadcast(_tried(count, self.folder.path) if self.messages.is_first else None)
+        if "failure" in counted:
+            return {"litter": counted["failure"]}
+        if not counted["surplus"]:
             return {}
         mine = _file_name(self.messages.rank)
         own = [file for file in files if file.name == mine or ("/" in file.name and self.messages.is_first)]
@@ -218,7 +226,7 @@ class Saver:
             if bad := [verdict["failure"] for verdict in verdicts if verdict]:
                 self.folder.set_aside(newest, "damaged", bad[0])
                 raise OSError(bad[0])
-            pruned = _tried(lambda: {"gone": self.folder.prune(self.keep)}, self.folder.path)
+            pruned = _tried(lambda: {"gone": self.folder.prune(self.keep, spared)}, self.folder.path)
             return {"litter": pruned["failure"]} if "failure" in pruned else {}
 
         judged = _tried(lambda: judge(verdicts), self.folder.path) if verdicts is not None else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -148,6 +149,11 @@ class TensorFile:
             position = end
         if position != num_bytes:
             raise ValueError(f"{num_bytes} bytes of values where {position} are described")
+
+    @property
+    def numel(self) -> int:
+        """The number of elements of all its tensors."""
+        return sum(math.prod(slot["shape"]) for slot in self._slots.values())
 
     def dtype(self, name: str) -> torch.dtype:
         return TORCH_DTYPES[self._slots[name]["dtype"]]

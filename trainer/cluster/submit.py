@@ -29,7 +29,8 @@ from trainer.redaction import holds_secret
 from trainer.schema import PositiveInt, Section
 from trainer.spelling import nearest
 
-TEMPLATES = Path(__file__).parents[2] / "slurm"
+# A link to slurm/ at the top of a checkout: a wheel has the templates under this name.
+TEMPLATES = Path(__file__).parent / "templates"
 ENDING = ".sbatch.j2"
 SCRIPT = "job.sbatch"
 OURS = "# Written by `triaxis submit` "  # in each template of slurm/

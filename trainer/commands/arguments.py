@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=path, metavar="RECIPE", help="a JSON file")
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         action="append",

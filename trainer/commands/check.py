@@ -6,11 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.commands.arguments import add_recipe, whole
-from trainer.commands.network import known_network, show_model, show_stages
+from trainer.commands.network import known_network, show_model, show_stages, show_template
 from trainer.commands.output import open_console, say
 from trainer.commands.ranks import divide
 from trainer.errors import EXIT_OK
@@ -37,15 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from trainer.passes import kept
     from trainer.recipe import load
-    from trainer.recipe.epochs import settled
+    from trainer.recipe.epochs import as_tokenized
 
-    resolved = load(arguments.recipe, arguments.set)
-    data = resolved.recipe.data
-    passes = kept(Path(str(data.cache_dir)), data)
-    if passes is not None:
-        resolved = settled(resolved, passes)
+    resolved, passes = as_tokenized(load(arguments.recipe, arguments.set))
     network = known_network(resolved)
     plan = config = None
     if arguments.world_size is not None:
@@ -86,6 +80,7 @@ def _show_what_matters(
     say(console, _layout(resolved.recipe, plan))
     show_model(console, resolved, network)
     show_stages(console, resolved, network)
+    show_template(console, resolved.recipe)
     for line in _passes(resolved.recipe, passes):
         say(console, line)
 

@@ -14,7 +14,9 @@ SUMMARY = "List a run's checkpoints; verify every byte of them; remove old ones.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=path, metavar="RUN_DIR")
     parser.add_argument("--verify", action="store_true", help="read and hash all files; exit 65 if one is damaged")
-    parser.add_argument("--prune", type=whole(1), metavar="KEEP", help="verify the newest, then keep only so many")
+    parser.add_argument(
+        "--prune", type=whole(1), metavar="KEEP", help="verify the newest, then keep only so many, and the best"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.commands.output import say
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
     from trainer.model.config import TransformerConfig
     from trainer.recipe import ResolvedRecipe
+    from trainer.schema import Recipe
 
 
 def known_network(resolved: ResolvedRecipe) -> TransformerConfig | None:
@@ -54,6 +56,34 @@ def show_stages(console: Console, resolved: ResolvedRecipe, network: Transformer
 
     for line in division(resolved.recipe, network):
         say(console, line)
+
+
+def show_template(console: Console, recipe: Recipe) -> None:
+    """Say which chat template conversations are written with, where there are some."""
+    from trainer.chat_templates.named import said
+    from trainer.tasks import TASKS
+
+    if TASKS[recipe.data.task].answers:
+        say(console, said(recipe.data.chat_template, has_own=_has_template(recipe.data.tokenizer)))
+
+
+def _has_template(tokenizer: str) -> bool | None:
+    """Return whether a tokenizer brings a chat template; None if it must be fetched to know."""
+    from trainer.files.reading import read_json
+    from trainer.recipe.names import tokenizer_is_ours
+
+    folder = Path(tokenizer)
+    if tokenizer_is_ours(tokenizer):
+        return False
+    if not folder.is_dir():
+        return None
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    try:
+        return config.is_file() and bool(read_json(config).get("chat_template"))
+    except (OSError, ValueError):
+        return None
 
 
 def _missing_part(resolved: ResolvedRecipe) -> str:

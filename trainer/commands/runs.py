@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "List the runs in a folder: state, step, loss, best, and the keys in which they differ."
 NARROW = 90  # columns of a terminal; below, a run is a block of lines instead of a row
+UNSET = ("null", "–")  # another run has a value there
 MOST_SHOWN = 40  # characters of a value in the table; --json has all
 
 
@@ -52,7 +53,7 @@ def _facts(one: Run) -> dict[str, object]:
         "step": one.step,
         "steps": one.total_steps,
         "loss": one.loss,
-        "best": best and {"eval_loss": best[0], "step": best[1]},
+        "best": best and {one.aim.figure: best[1], "step": best[0]},
     }
 
 
@@ -60,10 +61,11 @@ def _words(one: Run) -> tuple[str, ...]:
     from trainer.track.text import short
 
     step = f"{one.step:,}" + (f" of {one.total_steps:,}" if one.total_steps else "")
-    return one.name, one.state, step, short(one.loss), f"{short(one.best[0])} at {one.best[1]:,}" if one.best else "–"
+    best = f"{one.aim.figure} {short(one.best[1])} at {one.best[0]:,}" if one.best else "–"
+    return one.name, one.state, step, short(one.loss), best
 
 
-TITLES = ("run", "state", "step", "loss", "best eval loss")
+TITLES = ("run", "state", "step", "loss", "best")
 
 
 def _show_table(console: Console, runs: Sequence[Run], differ: dict[str, list[str]]) -> None:
@@ -74,7 +76,7 @@ def _show_table(console: Console, runs: Sequence[Run], differ: dict[str, list[st
     for title in (*TITLES, "differs in"):
         table.add_column(title, overflow="fold", justify="right" if title in ("step", "loss") else "left")
     for index, one in enumerate(runs):
-        own = ", ".join(f"{key}={_cut(values[index])}" for key, values in differ.items())
+        own = ", ".join(f"{key}={_cut(values[index])}" for key, values in differ.items() if values[index] not in UNSET)
         table.add_row(*(Text(cell) for cell in (*_words(one), own)))
     console.print(table)
 

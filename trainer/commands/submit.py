@@ -80,10 +80,14 @@ def _look_before(resolved: ResolvedRecipe, order: Order, run_dir: Path) -> tuple
     """Return, for one task, a line if the run has ended already (else "") and remarks."""
     from trainer.checkpoint.resume_check import Resume, finished
     from trainer.cluster.preflight import remarks
+    from trainer.recipe.epochs import as_tokenized
 
+    done = finished(resolved, str(run_dir), Resume())
+    resolved, passes = as_tokenized(resolved)
+    warnings = [] if passes is None else [*passes.warnings(resolved.recipe)]
     network = known_network(resolved)
     divide(resolved.recipe, network, order.nodes * order.ranks_per_node, "--nodes × --ranks-per-node")
-    return finished(resolved, str(run_dir), Resume()), list(remarks(resolved.recipe, network, run_dir))
+    return done, [*warnings, *remarks(resolved.recipe, network, run_dir)]
 
 
 def _remark(line: str) -> None:

@@ -4,8 +4,9 @@ or a task's examples packed into rows.
 Inside the folder being built:
 
     tokenizer/      the tokenizer that the workers load; stays with the stores
-    shards/00042/   one tokenized shard; appears whole, so a killed build redoes only the unfinished
-    counts.json     of rows: keys that were not read; of examples: how many were left out or cut
+    shards-2/00042/ one tokenized shard; appears whole, so a killed build redoes only the unfinished
+    counts.json     how many rows there were, were left out or cut, and had keys that were not read
+    rows/           the row of each document (`origins.py`)
     main/           the store of the documents that are not held out
     held_out/       the store of the documents that are; absent if there are none
 """
@@ -26,19 +27,20 @@ import numpy.typing as npt
 
 from trainer.data.cache import Progress
 from trainer.data.examples import NO_LABEL, Examples, RowLayout
+from trainer.data.origins import NO_ROW, write_origins
 from trainer.data.packing import pack
 from trainer.data.shards import TokenizedShard, shard_folder
 from trainer.data.sources import Corpus, first_rows
 from trainer.data.store import Contents, Packing, StoreWriter
+from trainer.data.tail import HELD_OUT, MAIN, hold_out_tail
 from trainer.data.texts import Texts
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.workers import tokenize_shards
 from trainer.errors import DataError
 from trainer.files.durable import make_private, write_json
 
-MAIN = "main"
-HELD_OUT = "held_out"
 COUNTS = "counts.json"
+SHARDS = "shards-2"  # raise the number when what a worker leaves there changes
 
 
 def build_stores(
@@ -49,6 +51,7 @@ def build_stores(
     task: str,
     written: Texts | Examples,
     held_out_fraction: float,
+    tail_fraction: float,
     max_rows: int | None,
     workers: int,
     progress: Progress,
@@ -56,9 +59,10 @@ def build_stores(
     """Fill `folder` with the stores of `corpus`, using the finished shards of an earlier build that
     was killed.
 
-    `written`: the way in which `task` writes its texts or examples. `max_rows`: the first rows that
-    are used; None: all. `workers`: processes that tokenize; 0 = one per core that this process may
-    use. DataError if the corpus is damaged, changes during the build, or holds nothing to learn.
+    `written`: the way in which `task` writes its texts or examples. `tail_fraction`: the share of
+    its tokens that a single text has held out at its end. `max_rows`: the first rows that are used;
+    None: all. `workers`: processes that tokenize; 0 = one per core that this process may use.
+    DataError if the corpus is damaged, changes during the build, or holds nothing to learn.
     """
     tokenizer.save(folder / "tokenizer")
     counts: Counter[str] = Counter()
@@ -66,7 +70,7 @@ def build_stores(
         first = first_rows(corpus, max_rows, progress)
         corpus = first.corpus
         counts.update(first.counts)
-    shards = make_private(folder / "shards")
+    shards = make_private(folder / SHARDS)
     todo = {number: shard for number, shard in enumerate(corpus.shards) if not shard_folder(shards, number).is_dir()}
     done = corpus.size - sum(shard.size for shard in todo.values())
     what = f"tokenizing {corpus.name}"
@@ -83,7 +87,10 @@ def build_stores(
         done += todo[number].size
         progress(done, corpus.size, what)
     _lay_out(folder, corpus, tokenizer, written if isinstance(written, Examples) else None, held_out_fraction, counts)
-    shutil.rmtree(shards)
+    if tail_fraction:
+        hold_out_tail(folder, tokenizer, tail_fraction)
+    for left in folder.glob("shards*"):  # another version's too, whose build was killed
+        shutil.rmtree(left)
 
 
 def _usable_cores() -> int:
@@ -118,7 +125,7 @@ def _lay_out(
     held_out_fraction: float,
     counts: Counter[str],
 ) -> None:
-    paths = [shard_folder(folder / "shards", number) for number in range(len(corpus.shards))]
+    paths = [shard_folder(folder / SHARDS, number) for number in range(len(corpus.shards))]
     shards = [TokenizedShard.open(path, tokenizer.vocab_size) for path in paths]
     documents = np.concatenate([shard.documents for shard in shards])
     counts = sum((shard.counts for shard in shards), counts)
@@ -140,14 +147,20 @@ def _lay_out(
         )
         for side in parts
     }
+    shard_rows = [shard.counts["read"] for shard in shards]
+    firsts = np.cumsum([0, *shard_rows[:-1]])
+    row_of = np.concatenate([shard.documents["row"] + first for shard, first in zip(shards, firsts, strict=True)])
+    rows: dict[str, npt.NDArray[np.int64]] = {}
     if examples is None:
         _lay_end_to_end(folder, shards, held_out, parts, contents)
-        write_json(folder / COUNTS, counts)
-        return
-    tokenized = _TokenizedDocuments(shards)
-    for side, name in parts.items():
-        chosen = np.flatnonzero(held_out[::each] == side)
-        _lay_in_rows(folder / name, tokenized, chosen, examples.layout, contents[side])
+        rows = {name: row_of[held_out == side] for side, name in parts.items()}
+    else:
+        tokenized = _TokenizedDocuments(shards)
+        row_or_none = np.append(row_of, NO_ROW)  # the last, which -1 takes
+        for side, name in parts.items():
+            chosen = np.flatnonzero(held_out[::each] == side)
+            rows[name] = row_or_none[_lay_in_rows(folder / name, tokenized, chosen, examples.layout, contents[side])]
+    write_origins(folder, rows, shard_rows)
     write_json(folder / COUNTS, counts)
 
 
@@ -190,8 +203,10 @@ class _TokenizedDocuments:
 
 def _lay_in_rows(
     path: Path, documents: _TokenizedDocuments, chosen: npt.NDArray[np.int64], layout: RowLayout, contents: Contents
-) -> None:
-    """Write the chosen examples, numbered over all shards, as a store of rows."""
+) -> npt.NDArray[np.int64]:
+    """Write the chosen examples, numbered over all shards, as a store of rows. Return the numbers
+    of the documents in it, int64 [documents], -1 for what fills up a row."""
+    laid: list[npt.NDArray[np.int64]] = []
     rows = pack(layout.room(documents.lengths)[chosen], layout.capacity)
     targets = filler = 0
     with StoreWriter(path, contents.vocab_size, with_targets=True, with_labels=layout.labelled) as writer:
@@ -201,6 +216,7 @@ def _lay_in_rows(
                 is_end = number == len(rows) - 1 and part == len(parts) - 1
                 # The last part has one token more, the one after the last row.
                 left = layout.part_tokens - int(documents.lengths[inside].sum()) + is_end
+                laid.append(np.append(inside, -1) if left else inside)
                 pieces, marks = zip(*map(documents.read, inside.tolist()), strict=True)
                 lengths, labels = documents.lengths[inside], documents.labels[inside]
                 if left:
@@ -214,6 +230,7 @@ def _lay_in_rows(
             row_tokens=layout.row_tokens, parts=layout.parts, examples=len(chosen), targets=targets, filler=filler
         )
         writer.finish(contents, packing)
+    return np.concatenate(laid)
 
 
 def _runs(

@@ -81,6 +81,11 @@ class Cache:
                 sync_folder(self.root)
         return final
 
+    def has(self, fingerprint: str, name: str) -> bool:
+        """Return whether the folder of a fingerprint is there already, with a folder of that name
+        in it."""
+        return (self.root / fingerprint[:16] / name).is_dir()
+
     @contextmanager
     def reporting_outcome(self) -> Iterator[None]:
         """Report the outcome of the work inside, success or failure, to those who wait.

@@ -25,6 +25,8 @@ from trainer.data.sampling import num_windows, order_of
 from trainer.data.store import TokenStore
 from trainer.data.targets import NextToken, Targets
 
+LOOKED_AT = 1 << 16  # global samples located at once in a search
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -108,6 +110,20 @@ class TrainData:
                 f"{drawn * share / size:.3g} passes in {steps:,} steps"
                 + (f'; data.tails "drop" leaves out its last {left_out:,} tokens' if left_out else "")
             )
+
+    def place_of(self, number: int) -> tuple[int, int]:
+        """Return which store a global sample is from, and which of its sequences it is."""
+        sources, samples = self._order.locate([number])
+        return int(sources[0]), int(samples[0])
+
+    def first_time(self, source: int, sample: int, *, within: int) -> int | None:
+        """Return the number of the first global sample that is this sequence of a store; None if
+        none of the first `within` is."""
+        for begin in range(0, within, LOOKED_AT):
+            sources, samples = self._order.locate(np.arange(begin, min(begin + LOOKED_AT, within)))
+            if len(found := np.flatnonzero((sources == source) & (samples == sample))):
+                return begin + int(found[0])
+        return None
 
     def micro_batches(
         self, step: int, *, dp_rank: int, dp: int, micro_sequences: int, read: bool = True

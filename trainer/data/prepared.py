@@ -4,7 +4,7 @@ found in the cache."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from trainer import schema
-from trainer.data.build import COUNTS, HELD_OUT, MAIN, build_stores
+from trainer.chat_templates.named import require_tokens, said, source_of, template_named, tokens_of
+from trainer.data.build import COUNTS, build_stores
 from trainer.data.cache import Cache, Progress, was_built
 from trainer.data.digests import Digests, fingerprint_of
 from trainer.data.examples import Conversing, Examples
@@ -23,6 +24,7 @@ from trainer.data.rows import order_fingerprint
 from trainer.data.sampling import num_windows, order_of
 from trainer.data.sources import Corpus, look_at, rows_left_out
 from trainer.data.store import VERSION, Packing, TokenStore, Verify
+from trainer.data.tail import HELD_OUT, MAIN
 from trainer.data.tasks import examples_of
 from trainer.data.texts import Texts
 from trainer.data.tokenizer import Tokenizer, bpe_size, make_tokenizer, reopen_tokenizer, train_bpe
@@ -32,6 +34,7 @@ from trainer.files.decoding import read_as
 from trainer.files.durable import write_json
 from trainer.files.reading import told
 from trainer.passes import Drawn, Passes, keep, request_of, stamp_of
+from trainer.run_folder import SourcePart
 from trainer.tasks import TASKS
 
 CLASSES = "classes.json"
@@ -51,15 +54,27 @@ class PreparedData:
     weights: tuple[float, ...] | None  # one per training store; None: by size
     evaluation: tuple[TokenStore, ...]  # empty: nothing is held out
     eval_sources: tuple[str, ...]  # names, one per evaluation store
-    passes: Passes  # over the training data
+    passes: Passes  # over the training data; without sources where only evaluations are read
     fingerprint: str  # equal if every training sample is equal; saved with checkpoints
     notes: tuple[str, ...]  # one-line remarks for the console
+    corpora: tuple[Corpus, ...]  # the source of each training store
+    eval_corpora: tuple[Corpus, ...]  # the source of each evaluation store
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes that texts are sorted into; () if the task learns something
         else."""
         return self.examples.classes if isinstance(self.examples, Labelled) else ()
+
+    @property
+    def tokens_per_byte(self) -> float | None:
+        """The tokens of all held-out texts, their ends included and their openings not, for each
+        byte of UTF-8; None where no texts are held out."""
+        text_bytes = sum(store.contents.text_bytes for store in self.evaluation)
+        if self.texts is None or not text_bytes:
+            return None
+        opening = len(self.texts.opening)
+        return sum(store.num_tokens - opening * store.num_documents for store in self.evaluation) / text_bytes
 
     @property
     def chat(self) -> Conversing | None:
@@ -78,6 +93,10 @@ class SourceRow:
     text_bytes: int
     packing: Packing | None
     noun: str
+
+    def as_json(self) -> SourcePart:
+        """Return what is recorded of it."""
+        return SourcePart(source=self.source, part=self.part, noun=self.noun, documents=self.documents, tokens=self.tokens)
 
     def __str__(self) -> str:
         name = f"{self.source} ({self.part})"
@@ -104,12 +123,17 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
         digests = Digests(cache_dir)
         corpora, eval_corpora = (_look(data, group, digests) for group in ("sources", "eval_sources"))
         own = _tokenizer(data.tokenizer, corpora, cache, progress)
-        tokenizer = own.with_new_tokens(data.new_tokens)
+        around_turns = tokens_of(data.chat_template)
+        tokenizer = own.with_new_tokens(data.new_tokens, unspelt=around_turns)
+        if data.chat_template is not None:
+            require_tokens(data.chat_template, list(tokenizer.added_tokens))
+            tokenizer = tokenizer.changed(chat_template=source_of(data.chat_template))
         if TASKS[data.task].target == "masked":
             tokenizer = tokenizer.for_masking()
         if TASKS[data.task].learns_classes and not data.classes:
             data = data.model_copy(update={"classes": _classes((*corpora, *eval_corpora), cache, progress)})
-        examples, texts = examples_of(data, tokenizer), None
+        with template_named(data.chat_template):
+            examples, texts = examples_of(data, tokenizer), None
         if examples is not None:
             tokenizer = examples.tokenizer
         else:
@@ -117,10 +141,12 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
             tokenizer = tokenizer.reading_special() if texts.parse else tokenizer
         held_out_fraction = 0.0 if eval_corpora else data.eval_fraction
 
-        notes = [*tokenizer.notes, *_new_token_notes(own, tokenizer, data.new_tokens)]
+        notes = [*tokenizer.notes, *_new_token_notes(own, tokenizer, data.new_tokens, around_turns)]
+        notes += [said(data.chat_template, has_own=own.has_template)] if TASKS[data.task].answers else []
         notes += [texts.note(tokenizer)] if texts else []
 
         def stores(corpus: Corpus, fraction: float, max_rows: int | None) -> dict[str, TokenStore]:
+            tail_fraction = fraction if texts and data.hold_out_tail else 0.0
             make = partial(
                 build_stores,
                 corpus=corpus,
@@ -128,6 +154,7 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
                 task=data.task,
                 written=examples or texts or Texts(),
                 held_out_fraction=fraction,
+                tail_fraction=tail_fraction,
                 max_rows=max_rows,
                 workers=data.workers,
                 progress=progress,
@@ -141,30 +168,37 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
                 *(texts.facts if texts else []),
                 *([] if max_rows is None else ["max_rows", max_rows]),
             ]
+            # Of several documents the rule changes nothing: what is there already is used again.
+            if tail_fraction and not cache.has(fingerprint_of(facts), HELD_OUT):
+                facts.append("tail")
             folder = cache.folder(fingerprint_of(facts), make, what=f"tokenizing {corpus.name}")
-            counts = _counts(folder)
+            counts = counts_of(folder)
             remarks = [
                 *filter(None, [rows_left_out(counts), unread_keys(counts)]),
                 *(examples.remarks(counts) if examples else ()),
             ]
             notes.extend(f"data: {corpus.name}: {remark}" for remark in remarks)
-            return _open(folder, corpus, tokenizer, verify="sampled" if build else "header")
+            found = _open(folder, corpus, tokenizer, verify="sampled" if build else "header")
+            if tail_fraction and counts["read"] - counts["empty"] == 1 and HELD_OUT in found:
+                notes.append(_tail_note(corpus, found))
+            return found
 
         opened = [stores(corpus, held_out_fraction, data.max_rows) for corpus in corpora]
         train = [found[MAIN] for found in opened]
         for corpus, store in zip(corpora, train, strict=True):
             _require_one_sequence(corpus, store, data)
-        held_out = [(corpus.name, found[HELD_OUT]) for corpus, found in zip(corpora, opened, strict=True) if HELD_OUT in found]
-        held_out += [(corpus.name, stores(corpus, 0.0, None)[MAIN]) for corpus in eval_corpora]
+        held_out = [(corpus, found[HELD_OUT]) for corpus, found in zip(corpora, opened, strict=True) if HELD_OUT in found]
+        held_out += [(corpus, stores(corpus, 0.0, None)[MAIN]) for corpus in eval_corpora]
         weights = _weights(data.sources)
         passes = _passes([corpus.name for corpus in corpora], train, weights, data)
-        if build:
+        if build and passes.sources:
             keep(cache_dir, asked, passes, stamp)
     notes += [note for corpus in (*corpora, *eval_corpora) for note in corpus.notes]
     if held_out_fraction:
         noun = examples.noun if examples else "documents"
         notes += [
             f"{corpus.where}: {corpus.name} is a single {noun.removesuffix('s')}, so nothing of it is held out for evaluation"
+            + ("" if examples or data.hold_out_tail else " (data.hold_out_tail)")
             for corpus, found in zip(corpora, opened, strict=True)
             if HELD_OUT not in found
         ]
@@ -176,7 +210,7 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
         train=tuple(train),
         weights=weights,
         evaluation=tuple(store for _, store in held_out),
-        eval_sources=tuple(name for name, _ in held_out),
+        eval_sources=tuple(corpus.name for corpus, _ in held_out),
         passes=passes,
         fingerprint=order_fingerprint(
             train,
@@ -187,6 +221,8 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
             tails=data.tails == "train",
         ),
         notes=tuple(notes),
+        corpora=tuple(corpora),
+        eval_corpora=tuple(corpus for corpus, _ in held_out),
     )
 
 
@@ -276,12 +312,18 @@ def _tokenizer(spec: str, corpora: Sequence[Corpus], cache: Cache, progress: Pro
     return reopen_tokenizer(folder)
 
 
-def _new_token_notes(own: Tokenizer, tokenizer: Tokenizer, tokens: Sequence[str]) -> Iterator[str]:
+def _new_token_notes(
+    own: Tokenizer, tokenizer: Tokenizer, tokens: Sequence[str], around_turns: Collection[str]
+) -> Iterator[str]:
     known, found = own.ids_of(tokens), tokenizer.ids_of(tokens)
-    for said, group in (("added", found.keys() - known.keys()), ("in the tokenizer already", known.keys())):
-        if group:
-            listed = ", ".join(f"{token} = {found[token]}" for token in tokens if token in group)
-            yield f"data.new_tokens: {said}, and read wherever a text spells them: {listed}"
+    for state, group in (("added", found.keys() - known.keys()), ("in the tokenizer already", known.keys())):
+        for how, chosen in (
+            ("read wherever a text spells them", group - set(around_turns)),
+            ("written by the chat template alone", group & set(around_turns)),
+        ):
+            if chosen:
+                listed = ", ".join(f"{token} = {found[token]}" for token in tokens if token in chosen)
+                yield f"data.new_tokens: {state}, and {how}: {listed}"
 
 
 def _sample(corpora: Sequence[Corpus], progress: Progress, what: str) -> Iterator[str]:
@@ -298,6 +340,14 @@ def _sample(corpora: Sequence[Corpus], progress: Progress, what: str) -> Iterato
     progress(done, total, what)
 
 
+def _tail_note(corpus: Corpus, found: Mapping[str, TokenStore]) -> str:
+    held_out = found[HELD_OUT].num_tokens
+    return (
+        f"{corpus.where}: {corpus.name} is a single document: its last {held_out:,} of {found[MAIN].num_tokens + held_out:,} "
+        "tokens are held out for evaluation (data.hold_out_tail, data.eval_fraction)"
+    )
+
+
 def _open(folder: Path, corpus: Corpus, tokenizer: Tokenizer, verify: Verify) -> dict[str, TokenStore]:
     """Return the stores in a cached folder, which must be of this corpus and this tokenizer."""
     parts = [MAIN, HELD_OUT] if (folder / HELD_OUT).is_dir() else [MAIN]
@@ -308,8 +358,8 @@ def _open(folder: Path, corpus: Corpus, tokenizer: Tokenizer, verify: Verify) ->
     return found
 
 
-def _counts(folder: Path) -> Counter[str]:
-    """Return the counts of what became of the rows of a source."""
+def counts_of(folder: Path) -> Counter[str]:
+    """Return the counts of what became of the rows of a source, which are beside its stores."""
     try:
         return Counter(read_as(dict[str, int], folder / COUNTS))
     except FileNotFoundError:  # of texts whose store was made before rows were counted
@@ -327,6 +377,8 @@ def _weights(sources: Sequence[schema.Source]) -> tuple[float, ...] | None:
 
 
 def _passes(names: Sequence[str], stores: Sequence[TokenStore], weights: Sequence[float] | None, data: schema.Data) -> Passes:
+    if not stores:
+        return Passes(())
     sizes = [num_windows(store.num_tokens, data.row_tokens, tails=data.tails == "train") for store in stores]
     shares = order_of(weights, sizes, seed=0).shares  # the same with every seed
     return Passes(tuple(Drawn(*found) for found in zip(names, sizes, shares, strict=True)))

@@ -148,7 +148,8 @@ class Shard:
         return sum(1 for _ in islice(READERS[self.kind](self, lambda row: row), most))
 
     def _read(self, of_row: Callable[[Row], Any]) -> Iterator[Any]:
-        yield from islice(READERS[self.kind](self, of_row), self.limit)
+        rows = READERS[self.kind](self, of_row)
+        yield from rows if self.limit is None else islice(rows, self.limit)
         for file in self.files:
             file.stamp.require_unchanged(file.path)
 

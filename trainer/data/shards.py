@@ -3,7 +3,7 @@
 tokens.bin      the tokens of the documents: texts with the tokens around them, or examples
 targets.bin     of examples: u1, 1 for a token that is to be predicted, 0 for another
 documents.bin   one DOCUMENT record per document
-shard.json      the SHA-256 of each; of rows, counts of unread keys; of examples, their outcomes
+shard.json      the SHA-256 of each; counts: of rows, of their unread keys, of what became of them
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from trainer.files.durable import appearing_folder, private_file, write_json
 from trainer.files.reading import open_regular, told
 
 # The number of tokens, those around a text included; the hash that decides whether the document is
-# held out; the length in UTF-8 (an example's first document has that of all of them); the label.
-DOCUMENT = np.dtype([("tokens", "<i8"), ("hash", "<u8"), ("text_bytes", "<i8"), ("label", "<i4")])
+# held out; the length in UTF-8 (an example's first document has that of all of them); the label;
+# the number of its row in the shard.
+DOCUMENT = np.dtype([("tokens", "<i8"), ("hash", "<u8"), ("text_bytes", "<i8"), ("label", "<i4"), ("row", "<i8")])
 HASH_KEY = b"triaxis held-out documents"
 Record = TypeVar("Record")
 BATCH_CHARACTERS = 1 << 20  # tokenized at a time, which bounds the memory of a worker
@@ -105,14 +106,17 @@ class TokenizedShard:
 def _encoded_texts(shard: Shard, tokenizer: Tokenizer, written: Texts) -> Iterator[Batch]:
     dtype = token_dtype(tokenizer.vocab_size)
     unread: Counter[str] = Counter()
+    first = 0
     for texts in _batches(shard.documents(unread), len):
         tokens, documents = [], []
-        for text, ids in zip(texts, written.documents(tokenizer, texts), strict=True):
+        for row, (text, ids) in enumerate(zip(texts, written.documents(tokenizer, texts), strict=True), first):
             if ids:
                 content = text.encode()
                 tokens.append(np.array(ids, dtype).tobytes())
-                documents.append((len(ids), _hash(content), len(content), NO_LABEL))
+                documents.append((len(ids), _hash(content), len(content), NO_LABEL, row))
+        first += len(texts)
         counts = Counter(unread)
+        counts.update(read=len(texts), empty=len(texts) - len(documents))
         unread.clear()
         yield (b"".join(tokens), np.array(documents, DOCUMENT).tobytes()), counts
 
@@ -120,18 +124,20 @@ def _encoded_texts(shard: Shard, tokenizer: Tokenizer, written: Texts) -> Iterat
 def _encoded_examples(shard: Shard, tokenizer: Tokenizer, examples: Examples) -> Iterator[Batch]:
     dtype = token_dtype(tokenizer.vocab_size)
     unread: Counter[str] = Counter()
+    first = 0
     for batch in _batches(shard.examples(examples.tokenize, unread), lambda tokenized: len(tokenized.content)):
         tokens, targets, documents = [], [], []
         counts = Counter(unread)
         unread.clear()
-        for tokenized in batch:
+        for row, tokenized in enumerate(batch, first):
             counts.update(tokenized.counts)
             digest, text_bytes = _hash(tokenized.content), len(tokenized.content)
             for document in tokenized.documents:
                 tokens.append(np.array(document.ids, dtype).tobytes())
                 targets.append(document.is_target.astype("u1").tobytes())
-                documents.append((len(document.ids), digest, text_bytes, document.label))
+                documents.append((len(document.ids), digest, text_bytes, document.label, row))
                 text_bytes = 0
+        first += len(batch)
         yield (b"".join(tokens), b"".join(targets), np.array(documents, DOCUMENT).tobytes()), counts
 
 

@@ -7,6 +7,7 @@ over. The documents or examples of a source are those of its shards in order, wh
 from __future__ import annotations
 
 import errno
+import fnmatch
 import os
 import re
 import sysconfig
@@ -120,7 +121,9 @@ def _found(source: schema.Source, where: str, digests: Digests, *, in_rows: bool
     if source.path == schema.STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         files = [path for path in _walk(root, skip=NOT_LIBRARY) if path.suffix == ".py"]
-        return _corpus_of_files(source, where, root, files, digests, python=True)
+        kept, notes = _without_excluded(files, root, source, where)
+        corpus = _corpus_of_files(source, where, root, kept, digests, python=True)
+        return replace(corpus, notes=(*notes, *corpus.notes))
     path = Path(source.path)
     if source.target_path is not None:
         return _corpus_of_lines(source, where, [path, Path(source.target_path)], digests)
@@ -168,15 +171,28 @@ def _corpus_of_folder(source: schema.Source, where: str, root: Path, digests: Di
     if not os.access(root, os.R_OK | os.X_OK):  # else the message would name the first file in it
         raise unreadable(root, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+        if source.exclude:
+            raise RecipeError(f"{where}.exclude leaves out files, and {source.path!r} is a saved data set: remove it")
         return _corpus_of_saved(source, where, root, digests)
-    found = list(_walk(root))
+    found, notes = _without_excluded(list(_walk(root)), root, source, where)
     known = [path for path in found if is_known(path.name)]
     corpus = _corpus_of_files(source, where, root, known, digests, in_rows=in_rows)
-    skipped = Counter(path.suffix or path.name for path in set(found) - set(known))
-    if not skipped:
-        return corpus
-    kinds = ", ".join(f"{count} × {suffix}" for suffix, count in sorted(skipped.items()))
-    return replace(corpus, notes=(f"{where}: files of unknown kind passed over in {source.path}: {kinds}", *corpus.notes))
+    if skipped := Counter(path.suffix or path.name for path in set(found) - set(known)):
+        kinds = ", ".join(f"{count} × {suffix}" for suffix, count in sorted(skipped.items()))
+        notes.append(f"{where}: files of unknown kind passed over in {source.path}: {kinds}")
+    return replace(corpus, notes=(*notes, *corpus.notes))
+
+
+def _without_excluded(paths: list[Path], root: Path, source: schema.Source, where: str) -> tuple[list[Path], list[str]]:
+    """Return the files that no pattern of `exclude` matches, and remarks: how many it leaves out,
+    and which patterns match nothing."""
+    names = {path: path.relative_to(root).as_posix() for path in paths}
+    matched = {pattern: {path for path in paths if fnmatch.fnmatchcase(names[path], pattern)} for pattern in source.exclude}
+    excluded = set().union(*matched.values())
+    notes = [f"{where}.exclude leaves out {len(excluded):,} of {len(paths):,} files of {source.path}"] if excluded else []
+    if idle := [pattern for pattern, found in matched.items() if not found]:
+        notes.append(f"{where}.exclude: no file of {source.path} matches {', '.join(map(repr, idle))}")
+    return [path for path in paths if path not in excluded], notes
 
 
 def _walk(root: Path, skip: frozenset[str] = frozenset()) -> Iterator[Path]:

@@ -205,9 +205,9 @@ class Tokenizer:
             backend.post_processor = processors.TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
         return self.changed(backend, **self._padded)
 
-    def with_new_tokens(self, tokens: Sequence[str]) -> Tokenizer:
-        """Return this tokenizer with these special tokens, which a text may spell. Tokens that it
-        has already keep their numbers.
+    def with_new_tokens(self, tokens: Sequence[str], *, unspelt: Collection[str] = ()) -> Tokenizer:
+        """Return this tokenizer with these special tokens, which a text may spell, except those
+        `unspelt`. Tokens that it has already keep their numbers.
 
         RecipeError if its numbers leave no room for them.
         """
@@ -221,8 +221,8 @@ class Tokenizer:
                 "data.new_tokens: this tokenizer leaves numbers out, and would give a new token the number of another "
                 "symbol: add the tokens to its folder, and name them here all the same"
             )
-        named = list(dict.fromkeys([*self.new_tokens, *tokens]))
-        return self.changed(backend, **{NEW_TOKENS: named}, **self._reading_special)
+        named = list(dict.fromkeys([*self.new_tokens, *(token for token in tokens if token not in unspelt)]))
+        return self.changed(backend, **({NEW_TOKENS: named} if named else {}), **self._reading_special)
 
     def ids_of(self, tokens: Iterable[str]) -> dict[str, int]:
         """Return the numbers of those of these symbols that it has."""
@@ -373,6 +373,11 @@ class Tokenizer:
 
     def spelling_of(self, token: int) -> str:
         return str(self._backend.id_to_token(token))
+
+    @property
+    def spellings(self) -> list[str | None]:
+        """The spelling of each token in the vocabulary, None for a number without one."""
+        return [self._backend.id_to_token(token) for token in range(self.vocab_size)]
 
     def spells_as(self, folder: Path, tokens: Sequence[int]) -> bool:
         """Return whether a folder also has a tokenizer, in which these tokens are the same."""

@@ -34,9 +34,9 @@ class Evaluator:
         self._execution, self._measures, self._watch = execution, measures, watch
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Iterator[MicroBatch]) -> EvalResult:
-        """Return the task's statistics over all ranks' micro-batches. Each rank must bring the same
-        number of micro-batches."""
+    def evaluate(self, micro_batches: Iterator[MicroBatch], tokens_per_byte: float | None = None) -> EvalResult:
+        """Return the task's statistics over all ranks' micro-batches, and what their texts are in
+        tokens per byte. Each rank must bring the same number of micro-batches."""
         self._execution.module.eval()
         sums = torch.zeros(self._measures.num_sums, dtype=torch.float64, device=self.device)
         targets = 0
@@ -47,7 +47,7 @@ class Evaluator:
         num_targets = int(all_reduce(torch.tensor(targets, device=self.device), self.mesh.reduction))
         if num_targets == 0:
             raise DataError("the evaluation has no target: every label is masked")
-        return EvalResult(tuple(all_reduce(sums, self.mesh.reduction).tolist()), num_targets)
+        return EvalResult(tuple(all_reduce(sums, self.mesh.reduction).tolist()), num_targets, tokens_per_byte)
 
     @torch.no_grad()
     def scores(self, batch: MicroBatch) -> Tensor:

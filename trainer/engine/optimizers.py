@@ -8,6 +8,7 @@ compiler. DeepSpeed's CPU Adam needs one, and was measured no faster (see
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from parallel.params import Role, ShardSpec
+from trainer.engine.built_ops import use_built
+from trainer.engine.extension_folder import break_stale_locks, extensions_folder
 from trainer.engine.tiling import ALONE, Tiling
 from trainer.errors import RecipeError
 from trainer.schema import Recipe
-from trainer.update_rules import RuleName, rule_of
+from trainer.update_rules import RULES, RuleName, rule_of
 
 Specified = Sequence[tuple[nn.Parameter, ShardSpec]]
 Groups = list[dict[str, Any]]
@@ -63,11 +66,12 @@ def _torch(rule: Callable[..., Optimizer], **always: Any) -> Maker:
 
 
 def _lion(groups: Groups, *, on_host: bool, **keys: Any) -> Optimizer:
-    """Make DeepSpeed's Lion. RecipeError if its extension is not built and cannot be compiled
-    here."""
+    """Make DeepSpeed's Lion, whose extension is compiled now unless it is built. RecipeError if
+    that fails."""
     name = "DeepSpeedCPULion" if on_host else "FusedLion"
     rule: Callable[..., Optimizer] = getattr(importlib.import_module("deepspeed.ops.lion"), name)
     try:
+        _prepare_extension("lion", on_host=on_host)
         rule([nn.Parameter(torch.zeros(1))])
     except Exception as error:  # a compiler fails in too many ways to name them
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -76,6 +80,16 @@ def _lion(groups: Groups, *, on_host: bool, **keys: Any) -> Optimizer:
             "compiler (and nvcc for GPUs), or use adamw"
         ) from error
     return rule(groups, **keys)
+
+
+def _prepare_extension(rule: RuleName, *, on_host: bool) -> None:
+    """Load what `triaxis doctor --build` compiled. Where there is nothing, DeepSpeed compiles, and
+    must not wait for a build that was killed."""
+    extensions = RULES[rule].extensions
+    if extensions is not None:
+        extension = extensions.on_host if on_host else extensions.on_gpu
+        if not use_built(extension):
+            break_stale_locks(extensions_folder(os.environ), extension)
 
 
 # The class of each rule is called with groups of parameters and the keys that its row in

@@ -3,8 +3,8 @@ and pwrite.
 
 DeepSpeed would compile its `async_io` extension at first use. That takes minutes, a compiler and
 libaio's headers, and a build that was killed leaves a lock on which every later start waits for
-ever. So the extension is used where it is already built, and these threads everywhere else. Reads
-and writes release the GIL, so both overlap with computation.
+ever. So the extension is used where it is already built (`built_ops.py`), and these threads
+everywhere else. Reads and writes release the GIL, so both overlap with computation.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import Tensor
 
-BUILD_COMMAND = "DS_BUILD_AIO=1 pip install --no-build-isolation --force-reinstall --no-deps deepspeed"
+from trainer.engine.built_ops import use_built
+
+BUILD_COMMAND = "triaxis doctor --build"
 
 
 class ThreadedHandle:
@@ -125,10 +126,14 @@ def _write_block(file: int, memory: memoryview, offset: int) -> None:
 def use_threads_where_async_io_is_missing() -> str | None:
     """Give DeepSpeed this handle unless its extension is built. Return a remark for the console
     when it is not."""
-    if installed_ops.get(AsyncIOBuilder.NAME):
-        return None
+    try:
+        if use_built(AsyncIOBuilder.NAME):
+            return None
+        state = "is not built here"
+    except (ImportError, OSError) as error:  # built for what is no longer here
+        state = f"cannot be loaded here ({str(error).splitlines()[0]})"
     AsyncIOBuilder.load = lambda self, verbose=True: SimpleNamespace(aio_handle=ThreadedHandle)
     return (
-        "DeepSpeed's async_io is not built here: NVMe offload reads and writes with threads, which is slower on fast disks; "
+        f"DeepSpeed's async_io {state}: NVMe offload reads and writes with threads, which is slower on fast disks; "
         f"to build it (needs a compiler and libaio-dev): {BUILD_COMMAND}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -14,6 +15,12 @@ LONGEST = 4096 - 256  # bytes of a path: Linux's PATH_MAX, less what is written 
 def expanded(name: str) -> str:
     """Return the path with the home folder in place of ~."""
     return os.path.expanduser(name) if name.startswith("~") else name
+
+
+def as_loaded(name: str | None) -> str | None:
+    """Return the absolute path of a folder that is here, so that it is found from any folder; a hub
+    name, and None, as it is."""
+    return os.path.abspath(name) if name is not None and os.path.isdir(name) else name
 
 
 def wrong_with(name: str) -> str:
@@ -30,6 +37,15 @@ def wrong_with(name: str) -> str:
     if len(encoded) > LONGEST or any(len(part) > LONGEST_NAME for part in encoded.split(b"/")):
         return f"is too long: a name has at most {LONGEST_NAME} bytes, a path {LONGEST:,}"
     return ""
+
+
+def here_sheet(environment: Mapping[str, str]) -> Path:
+    """Return the file with the figures of this machine, among this user's settings (XDG).
+
+    `triaxis doctor --measure` writes it, and planning for the device "here" reads it.
+    """
+    home = Path(environment.get("HOME") or "~").expanduser()
+    return Path(environment.get("XDG_CONFIG_HOME") or home / ".config") / "triaxis" / "here.json"
 
 
 def occupied(folder: str) -> str:

@@ -67,7 +67,7 @@ def evaluate(request: Request) -> Found | None:
             rows = _rows(model, prepared, request)
         dp = model.mesh.data
         micro_batches = rows.micro_batches(dp_rank=dp.rank, dp=dp.size, micro_sequences=model.plan.micro_sequences)
-        result = model.evaluator.evaluate(micro_batches)
+        result = model.evaluator.evaluate(micro_batches, prepared.tokens_per_byte)
     if not model.place.is_first:
         return None
     asked = {"task": data.task, "data": list(prepared.eval_sources), "sequences": rows.num_sequences}

@@ -13,6 +13,7 @@ from trainer.data.chat import Chat
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import DataError, RecipeError
 from trainer.files.reading import read_json
+from trainer.inference.last_space import only, without_last_space
 from trainer.inference.model_folder import ModelFolder
 from trainer.inference.shown import TextStream
 from trainer.inference.text_model import TextModel, Writing
@@ -34,16 +35,18 @@ def sample(
     temperature: float,
     top_k: int,
     seed: int,
+    first: Sequence[int] = (),
 ) -> list[int]:
-    """Continue `prompt` by at most `new_tokens` tokens, up to `end`.
+    """Continue `prompt` by at most `new_tokens` tokens, up to `end`. The first of them is one of
+    `first`, if that is given.
 
     The model sees the last `context` tokens. Every rank that takes part draws the same tokens,
     because the random stream depends on the seed only. temperature 0 takes the likeliest token.
     """
     stream = torch.Generator().manual_seed(derive_seed(seed, "sample"))
     tokens = list(prompt)
-    for _ in range(new_tokens):
-        logits = next_logits(tokens[-context:])
+    for number in range(new_tokens):
+        logits = only(next_logits(tokens[-context:]), () if number else first)
         if temperature == 0.0:
             token = int(logits.argmax())
         else:
@@ -151,12 +154,12 @@ def write_text(
     model = TextModel(found, seed=seed)
     if not prompt:
         raise RecipeError(f"{key} is empty: give at least one character")
-    ends = ends_of(found)
+    ends, first = ends_of(found), list[int]()
     if way == "chat":
         chat = template_of(found)
         tokens, ends = chat.prompt(prompt, key=key), ends_of_answers(found, chat)
     else:
-        tokens = _begun(model.tokenizer, prompt)
+        tokens, first = begun(model.tokenizer, prompt)
     if len(tokens) >= model.positions:
         raise RecipeError(
             f"{key} has {len(tokens)} tokens, but the model has {model.positions} positions: give fewer than that"
@@ -164,17 +167,20 @@ def write_text(
     stream = TextStream(model.tokenizer, show)
     if way == "raw":
         stream.put(tokens)
-    model.more(tokens, writing, ends=ends, hear=stream.put)
+    model.more(tokens, writing, ends=ends, first=first, hear=stream.put)
     stream.end()
 
 
-def _begun(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the tokens of a text that goes on: with what the tokenizer writes before it, without
-    what it writes after."""
+def begun(tokenizer: Any, prompt: str) -> tuple[list[int], list[int]]:
+    """Return the tokens of a text that goes on, and those of which the next must be one; [] for
+    any.
+
+    What the tokenizer writes before a text is there, what it writes after is not.
+    """
     tokens: list[int] = tokenizer(prompt)["input_ids"]
     bare: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     after = next((n for n in range(len(tokens) - len(bare) + 1) if tokens[n : n + len(bare)] == bare), 0) + len(bare)
-    return tokens[:after]
+    return without_last_space(tokens[:after], tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
 
 
 def translates(found: ModelFolder) -> bool:

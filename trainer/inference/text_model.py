@@ -12,6 +12,7 @@ import torch
 
 from parallel.rng import derive_seed
 from trainer.errors import RecipeError
+from trainer.inference.last_space import beginning_with
 from trainer.inference.model_folder import ModelFolder, load
 
 TEMPERATURE, TOP_K = 0.8, 50
@@ -92,10 +93,17 @@ class TextModel:
         return f"{size:,} parameters on {self.device.type}{context}"
 
     def more(
-        self, tokens: Sequence[int], writing: Writing, *, ends: Sequence[int], hear: Callable[[list[int]], None]
+        self,
+        tokens: Sequence[int],
+        writing: Writing,
+        *,
+        ends: Sequence[int],
+        hear: Callable[[list[int]], None],
+        first: Sequence[int] = (),
     ) -> Continued:
         """Return how the model goes on after `tokens`: until one of `ends`, the longest text, its
-        last position, or Ctrl-C. `hear` gets each token as it is written."""
+        last position, or Ctrl-C. `hear` gets each token as it is written; the first is one of
+        `first`, if that is given."""
         listener = _Listener(ends, hear)
         cache = self._cache_for(tokens)
         self._cache = None  # not whole if this fails
@@ -112,6 +120,7 @@ class TextModel:
                     past_key_values=cache,
                     return_dict_in_generate=True,
                     streamer=listener,
+                    logits_processor=[beginning_with(first, len(tokens))] if first else None,
                     **_sampling(writing, self._model.generation_config),
                 )
         except KeyboardInterrupt:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.check import read_sound
+from trainer.checkpoint.choice import weights_of
 from trainer.checkpoint.folder import HUGGING_FACE
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.resume_check import checkpoint_named
 from trainer.errors import RecipeError
 from trainer.model.auto_rules import AUTO
 from trainer.model.families import FAMILIES
@@ -44,7 +44,7 @@ class Weights:
         path = Path(name)
         if (path / CONFIG).is_file():
             return cls(path, path, None)
-        checkpoint = checkpoint_named(name, option=option, also="a Hugging Face folder, ")
+        checkpoint = weights_of(name, option=option, also="a Hugging Face folder, ").path
         return cls(checkpoint, checkpoint / HUGGING_FACE, read_sound(checkpoint))
 
     @property

@@ -135,7 +135,7 @@ def join(place: Place, timeout: timedelta) -> Neighbour | None:
     Its collectives wait for `timeout` at most. The neighbour is known before anybody is in the
     group, because the loss of a process that was never heard of could not be noticed.
     """
-    _check_host(place)
+    check_host(place)
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
     bind(place, _pci_address(place.device))
@@ -180,7 +180,7 @@ def _pci_address(device: torch.device) -> str | None:
     return f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"  # type: ignore[attr-defined]
 
 
-def _check_host(place: Place) -> None:
+def check_host(place: Place) -> None:
     """Raise RecipeError if the first rank's host has no address here: the store would try for
     `timeout`, without naming it."""
     try:

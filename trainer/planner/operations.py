@@ -15,16 +15,16 @@ from trainer.model.config import TransformerConfig
 
 
 class Product(NamedTuple):
-    """`count` matrix products [rows, inner] · [inner, columns]."""
+    """Matrix products [rows, inner] · [inner, columns], `times` of them."""
 
     rows: int
     columns: int
     inner: int
-    count: int = 1
+    times: int = 1
 
     @property
     def flops(self) -> int:
-        return 2 * self.rows * self.columns * self.inner * self.count
+        return 2 * self.rows * self.columns * self.inner * self.times
 
 
 class Move(NamedTuple):
@@ -67,11 +67,12 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """How a program computes a layer.
+    """The kernels with which a program computes a layer.
 
     `scores_written`: attention writes the scores of all pairs of tokens, where a fused kernel keeps
-    them on the chip (Dao et al. 2022, arXiv:2205.14135). `norm_passes` … count how often a feature
-    of the hidden size, or of the ffn size, is read or written forward; backward costs twice that.
+    them on the chip (Dao et al. 2022, arXiv:2205.14135). `hidden_passes`, `ffn_passes`: reads and
+    writes of a feature of the hidden size, or of the ffn size, forward; backward has twice as many.
+    `head_passes`: those of a logit.
     `calls`: operations that the host issues for a layer, forward and backward.
     """
 
@@ -85,7 +86,7 @@ class Kernels:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What of a layer one rank computes: of `sequences` sequences of `length` tokens, with
+    """The part of a layer that one rank computes: of `sequences` sequences of `length` tokens, with
     `itemsize` bytes a number and gradients of `gradient_bytes`."""
 
     sequences: int

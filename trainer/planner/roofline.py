@@ -23,7 +23,7 @@ SOFTNESS = 5
 
 def product_s(product: Product, device: Device, peak: float, itemsize: int) -> float:
     """Return the seconds of a product."""
-    rows, columns, inner, count = product
+    rows, columns, inner, times = product
     rate = peak * device.matmul_share
     compute = (
         product.flops / rate
@@ -40,12 +40,12 @@ def product_s(product: Product, device: Device, peak: float, itemsize: int) -> f
     )
     if device.cores:
         compute *= _misaligned(columns, inner)
-    moved = itemsize * count * (rows * inner + inner * columns + rows * columns)
+    moved = itemsize * times * (rows * inner + inner * columns + rows * columns)
     return max(compute, moved / (device.bandwidth * device.bandwidth_share)) + device.launch
 
 
 def _waves(product: Product, rows: int, columns: int, cores: int) -> int:
-    tiles = math.ceil(product.rows / rows) * math.ceil(product.columns / columns) * product.count
+    tiles = math.ceil(product.rows / rows) * math.ceil(product.columns / columns) * product.times
     return math.ceil(tiles / cores)
 
 
@@ -69,4 +69,4 @@ def work_s(work: Work, device: Device, peak: float, itemsize: int, communication
 
 
 def longer(one: float, other: float) -> float:
-    return (one**SOFTNESS + other**SOFTNESS) ** (1 / SOFTNESS)
+    return float((one**SOFTNESS + other**SOFTNESS) ** (1 / SOFTNESS))

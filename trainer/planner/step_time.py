@@ -27,7 +27,7 @@ SIMULATED_ROUNDS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be timed. `balance`: layers of each stage, in the order of the model.
+    """The training to be timed. `balance`: layers of each stage, in the order of the model.
     `gradient_bytes`: of a gradient that is summed over micro-batches, and sent over ranks."""
 
     network: TransformerConfig

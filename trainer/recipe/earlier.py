@@ -27,7 +27,12 @@ from trainer.schema import Recipe
 
 ORIGIN = "earlier version"
 # The behaviour before there was the key.
-EARLIER = {"data.tails": "drop", "data.bos": False, "schedule.warmup_ratio": None}
+EARLIER = {
+    "data.tails": "drop",
+    "data.bos": False,
+    "data.hold_out_tail": False,
+    "schedule.warmup_ratio": None,
+}
 # What the optimizer does with its rates depends on its name.
 OF_THE_OPTIMIZER = ("optimizer.lr", "optimizer.weight_decay")
 OPTIMIZER = "optimizer.name"
@@ -35,7 +40,7 @@ OPTIMIZER = "optimizer.name"
 # task, which a later version may have from a better source, and the format that its first devices
 # decided.
 KEPT = (
-    *("data.tails", "data.bos", "data.sources[].weight"),
+    *("data.tails", "data.bos", "data.hold_out_tail", "data.sources[].weight"),
     *OF_THE_OPTIMIZER,
     *("schedule.name", "schedule.min_lr_ratio", *WARMUP, FORMAT),
 )

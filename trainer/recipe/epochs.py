@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from trainer.errors import RecipeError
 from trainer.learning_rate import decay_steps, schedule_findings
-from trainer.passes import Passes
+from trainer.passes import Passes, kept
 from trainer.recipe.resolve import ResolvedRecipe
 from trainer.recipe.tuning import tuning_findings
 from trainer.schema import MOST_STEPS, Section
@@ -32,3 +33,11 @@ def settled(resolved: ResolvedRecipe, passes: Passes) -> ResolvedRecipe:
     if findings := [*schedule_findings(recipe.schedule, recipe.train), *tuning_findings(recipe)]:
         raise RecipeError([f"{where}: {finding.message}" for finding in findings])
     return replace(resolved, recipe=recipe, origins=origins)
+
+
+def as_tokenized(resolved: ResolvedRecipe) -> tuple[ResolvedRecipe, Passes | None]:
+    """Return the recipe, settled if its data is tokenized in the cache, and its passes; None if it
+    is not. Nothing of the data is read. RecipeError as of `settled`."""
+    data = resolved.recipe.data
+    passes = kept(Path(str(data.cache_dir)), data)
+    return (resolved, None) if passes is None else (settled(resolved, passes), passes)

@@ -52,6 +52,11 @@ def dotted(path: KeyPath) -> str:
     return "".join(parts).removeprefix(".")
 
 
+def path_of(key: str) -> KeyPath:
+    """Return the path that a dotted key stands for."""
+    return tuple(int(part) if part.isascii() and part.isdecimal() else part for part in re.findall(r"[^.\[\]]+", key))
+
+
 def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """Yield every value with its path. Objects and lists of objects are entered, other lists are
     values."""

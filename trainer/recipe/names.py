@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.chat_templates.named import KEY, is_file, names
 from trainer.files.paths import expanded, occupied, wrong_with
 from trainer.recipe.marks import KeyPath, dotted, leaves, pattern, put
 from trainer.redaction import shown
-from trainer.schema import STDLIB, Data, Finding, Recipe
+from trainer.schema import STDLIB, Data, Finding, Recipe, Source
 from trainer.spelling import nearest
 from trainer.tasks import TASKS
 
@@ -25,7 +26,7 @@ WRITTEN_TO = ("run.dir", "data.cache_dir", "zero.offload_optimizer.nvme_path", "
 PATHS = (
     *WRITTEN_TO,
     *(f"data.{sources}[].{key}" for sources in ("sources", "eval_sources") for key in ("path", "target_path")),
-    *("data.tokenizer", "model.from_pretrained", "parallel.schedule"),
+    *("data.tokenizer", "data.chat_template", "model.from_pretrained", "parallel.schedule"),
 )
 
 
@@ -87,12 +88,15 @@ def _stands_in_the_way(key: str, name: str) -> str:
 def name_findings(recipe: Recipe) -> Iterator[Finding]:
     for group in ("sources", "eval_sources"):
         for index, source in enumerate(getattr(recipe.data, group)):
-            yield from _missing(f"data.{group}[{index}].path", source.path, (STDLIB,))
+            where = f"data.{group}[{index}]"
+            missing = list(_missing(f"{where}.path", source.path, (STDLIB,)))
+            yield from missing or _exclude_findings(source, where)
             if source.target_path is not None and not wrong_with(source.target_path) and not exists(source.target_path):
                 key = f"data.{group}[{index}].target_path"
                 message = f"{key} = {json.dumps(source.target_path)} does not exist (looked from {Path.cwd()})"
                 yield Finding((key,), message)
     yield from _tokenizer_findings(recipe.data.tokenizer)
+    yield from _template_findings(recipe.data.chat_template)
     if recipe.model.from_pretrained is not None:
         yield from _missing("model.from_pretrained", recipe.model.from_pretrained, ())
         if recipe.model.revision is not None and exists(recipe.model.from_pretrained):
@@ -109,6 +113,13 @@ def name_findings(recipe: Recipe) -> Iterator[Finding]:
             yield Finding((f"zero.{name}.nvme_path",), message)
 
 
+def _exclude_findings(source: Source, where: str) -> Iterator[Finding]:
+    if not source.exclude or source.path == STDLIB or wrong_with(source.path) or os.path.isdir(source.path):
+        return
+    message = f"{where}.exclude leaves out files of a folder, and {json.dumps(source.path)} is none: remove it"
+    yield Finding((f"{where}.exclude", f"{where}.path"), message)
+
+
 def exists(name: str) -> bool:
     return not wrong_with(name) and os.path.exists(name)
 
@@ -121,6 +132,19 @@ def _missing(key: str, name: str, words: tuple[str, ...]) -> Iterator[Finding]:
         yield Finding((key,), f"{said} does not exist here; did you mean {json.dumps(meant)}?")
     elif looks_local(name):
         yield Finding((key,), f"{said} does not exist (looked from {Path.cwd()})")
+
+
+def _template_findings(chosen: str | None) -> Iterator[Finding]:
+    if chosen is None or wrong_with(chosen) or chosen in names():
+        return
+    said = f"{KEY} = {json.dumps(chosen)}"
+    if is_file(chosen):
+        if not exists(chosen):
+            yield Finding((KEY,), f"{said} does not exist (looked from {Path.cwd()})")
+    elif meant := nearest(chosen, names()):
+        yield Finding((KEY,), f"{said}: did you mean {json.dumps(meant)}?")
+    else:
+        yield Finding((KEY,), f"{said}: legal: {', '.join(names())}, or the path of a .jinja file")
 
 
 def _tokenizer_findings(name: str) -> Iterator[Finding]:

@@ -12,14 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.convert.reading import YAML_ENDINGS
+from trainer.convert.tools import command_for
 from trainer.errors import RecipeError
 from trainer.files.paths import expanded, wrong_with
 from trainer.files.reading import RECIPE_BYTES, read_bytes, told
 from trainer.recipe.json_reader import JSONSyntaxError, Reader
-from trainer.recipe.marks import KeyPath, Mark, Problem, dotted, kind
+from trainer.recipe.marks import KeyPath, Mark, Problem, dotted, kind, path_of
 from trainer.redaction import shown
 from trainer.schema import Recipe
 
+# The first line of an object in YAML, behind comments.
+YAML = re.compile(r"(?:[ \t]*(?:#[^\n]*|---)?\n)*[A-Za-z_][\w-]*:(?:[ \t\n]|$)")
 MAX_CHAIN = 32  # files: in a longer chain nobody could tell where a value comes from
 
 
@@ -136,6 +140,8 @@ def _parse(text: str, name: str, path: Path, layer: int) -> Layer:
     try:
         value = reader.document()
     except JSONSyntaxError as error:
+        if path.suffix.lower() in YAML_ENDINGS or YAML.match(text):
+            raise RecipeError(f"{name} is YAML, and a recipe is JSON: {command_for(path)}") from None
         raise RecipeError(f"{mark(error.position)}: {error}") from None
     if not isinstance(value, dict):
         raise RecipeError(f"{name}:1:1: a recipe is one JSON object, not {kind(value)}")
@@ -166,7 +172,7 @@ def _forget(marks: dict[KeyPath, Mark], path: KeyPath) -> None:
 def _parse_path(name: str) -> KeyPath | None:
     if not re.fullmatch(r"[^.\[\]=]+(\[[0-9]{1,4}\]|\.[^.\[\]=]+)*", name):
         return None
-    return tuple(int(part) if part.isascii() and part.isdecimal() else part for part in re.findall(r"[^.\[\]]+", name))
+    return path_of(name)
 
 
 def _default_list(path: KeyPath) -> list[Any]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trainer.chat_templates.named import tokens_of
+from trainer.convert.tools import TOOLS, command_for, recognised
 from trainer.errors import RecipeError
 from trainer.fine_tuning import BY_DEVICE
 from trainer.learning_rate import decay_steps
@@ -14,7 +16,7 @@ from trainer.model.config import TransformerConfig
 from trainer.model.new_tokens import number_at_the_end, stand_ins
 from trainer.recipe.keys import validate
 from trainer.recipe.marks import KeyPath, Problem, dotted, first_mark, leaves
-from trainer.recipe.names import name_findings, with_paths
+from trainer.recipe.names import name_findings, tokenizer_is_ours, with_paths
 from trainer.recipe.network import fit_findings, network_from, read_network, with_head
 from trainer.recipe.overlay import Layer, read_chain
 from trainer.recipe.pipeline import pipeline_findings
@@ -132,15 +134,29 @@ def _admitted(layer: Layer, overrides: Sequence[str]) -> ResolvedRecipe:
     problems += [Problem(first_mark(finding.keys, marks), finding.message) for finding in sound]
     if problems := [*layer.problems, *problems]:
         lines = [str(p) for p in dict.fromkeys(sorted(problems, key=lambda p: (p.mark, p.message)))]
+        lines = [*_of_another_tool(layer), *lines]
         more = len(lines) - MAX_LINES
         raise RecipeError(lines[:MAX_LINES], [f"and {more} more"] * (more > 0))
     return _resolve(recipe, layer, hf_config, by_task)
+
+
+def _of_another_tool(layer: Layer) -> list[str]:
+    """Return the line about a file that is another tool's config, with the command that makes a
+    recipe of it; [] for a recipe with faults."""
+    tool = TOOLS.get(recognised(layer.value) or "")
+    if tool is None or len(layer.sources) > 1 or not layer.marks:
+        return []
+    path = layer.sources[0]
+    return [f"{path} is a config of {tool.title}, and no recipe: {command_for(path)}"]
 
 
 def _resolve(recipe: Recipe, layer: Layer, hf_config: dict[str, Any] | None, by_task: Collection[KeyPath]) -> ResolvedRecipe:
     derived: dict[tuple[str, str], Any] = {}
     if recipe.data.cache_dir is None:
         derived["data", "cache_dir"] = str(Path(recipe.run.dir) / "data")
+    if tokenizer_is_ours(recipe.data.tokenizer):  # it is made for this run, and cannot have them
+        lacking = [token for token in tokens_of(recipe.data.chat_template) if token not in recipe.data.new_tokens]
+        derived |= {("data", "new_tokens"): [*recipe.data.new_tokens, *lacking]} if lacking else {}
     if recipe.parallel.sequence_parallel is None:
         derived["parallel", "sequence_parallel"] = recipe.parallel.divides_tokens
     if recipe.train.steps is None:  # epochs.py settles them when the data is known

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from trainer.learning_rate import schedule_findings
 from trainer.model.new_tokens import new_token_findings
 from trainer.recipe.auto import auto_findings
+from trainer.recipe.best import best_findings
 from trainer.recipe.numbers import number_findings
 from trainer.recipe.only import only_findings
 from trainer.recipe.tasks import task_findings
@@ -34,6 +35,7 @@ def section_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding
     yield from _loss_scale_findings(recipe, given)
     yield from number_findings(recipe)
     yield from _evaluation_findings(recipe, given)
+    yield from best_findings(recipe)
     yield from new_token_findings(recipe)
     yield from task_findings(recipe, given)
     yield from _guard_findings(recipe)

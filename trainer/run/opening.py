@@ -20,26 +20,32 @@ from trainer.checkpoint.resume import Found
 from trainer.checkpoint.resume_check import Resume, as_json
 from trainer.cluster.lease import JobStart, Lease, leased
 from trainer.data import PreparedData, prepare
+from trainer.data.digests import fingerprint_of
+from trainer.data.foreign_tokenizer import not_of_model
 from trainer.data.handed_on_tokenizer import beside_model
+from trainer.data.rows import order_fingerprint
 from trainer.data.tokenizer import Tokenizer
 from trainer.engine.execution import DTYPES
 from trainer.engine.first_weights import first_weights
 from trainer.engine.group import Joined
-from trainer.errors import DataError
+from trainer.errors import DataError, RecipeError
 from trainer.launch.binding import placed
 from trainer.launch.ranks import together
 from trainer.learning_rate import changed_length
 from trainer.model.hugging_face import local_folder, read_config, unread_weights
+from trainer.model.measures import measures_of
 from trainer.model.model_files import ModelFiles
 from trainer.model.network import Network
 from trainer.model.origin import Origin
 from trainer.recipe import ResolvedRecipe
+from trainer.recipe.best import BEST, PATIENCE, unmeasured
 from trainer.recipe.earlier import recipe_of
 from trainer.recipe.epochs import settled
 from trainer.run.start import agree, begin_again, claim, find, keep_rules, settle_format
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
 from trainer.track import open_rank_log
+from trainer.track.evaluations import Evaluations
 from trainer.track.log import RankLog
 from trainer.track.progress import work_progress
 from trainer.watchdog.beats import Limits
@@ -103,7 +109,8 @@ def opened_folder(
 @dataclass(frozen=True)
 class LoadedRun:
     """The data of a run, the network with the function that fills it, and the checkpoint to
-    continue from. `facts` must be equal to those of that checkpoint."""
+    continue from. `facts` must be equal to those of that checkpoint. `evaluated_on`: the
+    fingerprint of the held-out data."""
 
     prepared: PreparedData
     found: Found | None
@@ -111,6 +118,7 @@ class LoadedRun:
     fill: Callable[[nn.Module], None]
     files: ModelFiles
     facts: dict[str, Any]
+    evaluated_on: str
     remarks: list[str]
 
 
@@ -129,8 +137,11 @@ def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
         network, fill = first_weights(opened.resolved, prepared.tokenizer, prepared.classes, resumed=found is not None)
         if recipe.model.from_pretrained is not None and found is None:
             remarks += unread_weights(local_folder(recipe.model.from_pretrained, recipe.model.revision))
+        if group.is_first:
+            remarks += _foreign_tokenizer(recipe, prepared.tokenizer)
         if prepared.chat and recipe.train.sample_prompt is not None:
             prepared.chat.prompt(recipe.train.sample_prompt)
+        _require_compared(recipe, network, prepared)
         files = _files(recipe, network, prepared)
         if group.is_first:  # only this rank writes them
             files = replace(files, tokenizer=beside_model(prepared.tokenizer, files.config))
@@ -138,7 +149,7 @@ def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
         if found is not None:
             agree(found, facts, resume)
             remarks += _changed_length(found, recipe)
-    return LoadedRun(prepared, found, network, fill, files, facts, remarks)
+    return LoadedRun(prepared, found, network, fill, files, facts, _evaluated_on(recipe, prepared), remarks)
 
 
 def _changed_length(found: Found, recipe: Recipe) -> list[str]:
@@ -150,6 +161,28 @@ def _changed_length(found: Found, recipe: Recipe) -> list[str]:
     return list(filter(None, [changed_length(earlier, recipe, found.manifest.step)]))
 
 
+def evaluations_so_far(opened: OpenFolder) -> Evaluations:
+    """Return the evaluations up to the step from which the run continues, as the first rank has
+    them. All ranks must call it together."""
+    is_first, path = opened.messages.is_first, opened.folder.evaluations
+    return Evaluations(opened.messages.broadcast(Evaluations.read(path).records if is_first else None))
+
+
+def _require_compared(recipe: Recipe, network: Network, prepared: PreparedData) -> None:
+    """Raise RecipeError if the data and the network, once they are known, leave nothing to compare
+    evaluations by."""
+    best = recipe.checkpoint.best
+    asked = [key for key, value in ((BEST, best), (PATIENCE, recipe.train.patience)) if value is not None]
+    if asked and not prepared.evaluation:
+        raise RecipeError(
+            f"{asked[0]} compares evaluations, and data.eval_fraction {recipe.data.eval_fraction:g} holds out none of these "
+            f"documents: raise it, give data.eval_sources, or remove {asked[0]}"
+        )
+    legal = measures_of(recipe.data.task, network).figures
+    if best is not None and best not in legal:
+        raise RecipeError(unmeasured(best, legal, f"a model of {len(prepared.classes)} classes"))
+
+
 def _files(recipe: Recipe, network: Network, prepared: PreparedData) -> ModelFiles:
     return ModelFiles(
         network,
@@ -159,6 +192,15 @@ def _files(recipe: Recipe, network: Network, prepared: PreparedData) -> ModelFil
         end_of_turn=prepared.chat.end_of_turn if prepared.chat else None,
         origin=_origin(recipe, prepared.tokenizer),
     )
+
+
+def _foreign_tokenizer(recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
+    """Return a warning where the tokenizer is not the one that came with the weights."""
+    name = recipe.model.from_pretrained
+    if name is None or name == recipe.data.tokenizer:
+        return []
+    folder = local_folder(name, recipe.model.revision, code=recipe.model.trust_remote_code)
+    return not_of_model(recipe.data.tokenizer, tokenizer, folder, name)
 
 
 def _origin(recipe: Recipe, tokenizer: Tokenizer) -> Origin | None:
@@ -175,3 +217,16 @@ def _origin(recipe: Recipe, tokenizer: Tokenizer) -> Origin | None:
 def _facts(recipe: Recipe, files: ModelFiles, prepared: PreparedData) -> dict[str, Any]:
     data = data_facts(tokenizer=prepared.tokenizer.fingerprint, samples=prepared.fingerprint)
     return as_json({**recipe_facts(recipe), **model_facts(files.config), **data})
+
+
+def _evaluated_on(recipe: Recipe, prepared: PreparedData) -> str:
+    """Return a fingerprint that is equal if every evaluation is of the same samples and tokens."""
+    samples = order_fingerprint(
+        prepared.evaluation,
+        None,
+        row_tokens=recipe.data.row_tokens,
+        seed=recipe.run.seed,
+        isolate_documents=recipe.data.isolate_documents,
+        tails=False,
+    )
+    return fingerprint_of([samples, recipe.train.eval_sequences, prepared.tokenizer.fingerprint])

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import NoReturn
+from shlex import quote
+from typing import Any, NoReturn
 
 import torch
 
@@ -17,12 +18,12 @@ from parallel.messages import Messages
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.disk_space import bytes_of_one, disk_space
 from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.model_card import CARD, Trained, write_card
 from trainer.checkpoint.resume import Found
 from trainer.checkpoint.resume_check import Resume
 from trainer.cluster.lease import Lease
 from trainer.data import PreparedData, prepare_summary
-from trainer.data.loader import EvalData, TrainData
-from trainer.data.targets import Part, Targets, targets_of
+from trainer.data.loader import EvalData
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
 from trainer.engine.group import Joined, joined
@@ -36,23 +37,24 @@ from trainer.guard.inspector import Inspector
 from trainer.launch.ranks import PeerFailed, Place, together
 from trainer.launch.stop_request import LOST, WANTED
 from trainer.model.model_files import ModelFiles
-from trainer.model.network import Network
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.run.account import Account
-from trainer.run.closing import baseline, export, sampled, translated
+from trainer.run.closing import baseline, export, exported, sampled, translated, translated_meanwhile
 from trainer.run.least_memory import Machine, host_bytes, require_memory
 from trainer.run.meter import Meter
-from trainer.run.opening import LoadedRun, OpenFolder, opened_folder, read_data
+from trainer.run.opening import LoadedRun, OpenFolder, evaluations_so_far, opened_folder, read_data
 from trainer.run.reference import with_reference
 from trainer.run.start import leave_behind, make_room
-from trainer.run.step_data import StepData
+from trainer.run.step_data import StepData, evaluation_data, targets_for, training_data
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
 from trainer.track import RunInfo, Tracker, make_tracker, read_metrics, truncate_after
+from trainer.track.evaluations import Evaluations, out_of_patience
 from trainer.track.goodput import Ledger, lost_s
 from trainer.track.progress import work_progress
 from trainer.track.report import write_report
+from trainer.versions import versions
 from trainer.watchdog.beats import Limits
 from trainer.watchdog.lost import among_ranks
 from trainer.watchdog.watchdog import Watchdog
@@ -76,6 +78,7 @@ class Session:
     counts: ParameterCounts
     tracker: Tracker
     checkpoints: Checkpoints
+    evaluations: Evaluations
     messages: Messages  # for messages at the end of a step
     watchdog: Watchdog
     lease: Lease | None  # on the first rank
@@ -131,16 +134,36 @@ class Session:
             note=self.tracker.note,
         )
 
-    def export(self) -> None:
-        """Write the weights, or the adapter, as a Hugging Face folder."""
-        export(self.engine, self.files, self.folder, is_first=self.place.is_first, note=self.tracker.note)
+    @property
+    def out_of_patience(self) -> str:
+        """The reason for which train.patience ends the run now, the same on all ranks; "" while it
+        goes on."""
+        return out_of_patience(self.recipe, self.evaluations)
 
-    def finish(self, summary: dict[str, object]) -> None:
+    def translations(self, steps_done: int) -> dict[str, float]:
+        """Return the figures of translations at an evaluation, on the first rank; {} unless
+        checkpoint.best is one of them."""
+        is_first, note = self.place.is_first, self.tracker.note
+        return translated_meanwhile(self.engine, self.files, self.folder, step=steps_done, is_first=is_first, note=note)
+
+    def export(self, steps_done: int) -> Mapping[str, object]:
+        """Write the weights of the best checkpoint, or else of the last step, as a Hugging Face
+        folder, and return what was measured of them for the summary."""
+        with together(lambda: self.engine.watch.doing):
+            best, remarks = self.checkpoints.restore_best(self.engine, steps_done)
+        told = exported(self.recipe, best, self.evaluations.of(steps_done), steps_done)
+        step = best.manifest.step if best else steps_done
+        export(self.engine, self.files, self.folder, step=step, is_first=self.place.is_first, note=self.tracker.note)
+        self.say([*remarks, *told.lines])
+        return told.figures
+
+    def finish(self, summary: dict[str, Any]) -> None:
         """Add the closing results to the summary (the baseline, a sample, translations), and write
         the report."""
-        recipe, engine, steps = self.recipe, self.engine, self.recipe.train.total_steps
+        recipe, engine, steps = self.recipe, self.engine, summary["steps"]
         if self.eval_data is not None and self.place.is_first and engine.measures.predicts_tokens:
-            summary |= baseline(recipe, self.prepared, targets_for(recipe, self.prepared, engine.network, "evaluation"))
+            targets = targets_for(recipe, self.prepared, "evaluation", causal=engine.network.causal)
+            summary |= baseline(recipe, self.prepared, targets)
         summary |= sampled(recipe, self.prepared, engine.evaluator)
         if self.place.is_first:
             summary |= translated(recipe, self.folder.export, tick=engine.watch.tick, note=self.tracker.note)
@@ -149,8 +172,17 @@ class Session:
         self.tracker.finish(summary)
         self.account.end(steps)
         if self.place.is_first:
-            with Spare(self.folder.report, "triaxis report writes it again").written():
-                write_report(self.folder.path)
+            self._leave(summary.get("best_step", steps))
+
+    def _leave(self, exported_step: int) -> None:
+        """Write the export's card and the report, and say what a user does next."""
+        recipe, layout = self.recipe, {**asdict(self.engine.mesh.layout), "zero": self.recipe.zero.stage}
+        trained = Trained(recipe=recipe, step=exported_step, layout=layout, versions=versions())
+        with Spare(self.folder.export / CARD, "triaxis export writes a folder with one").written():
+            write_card(self.folder.export, trained.with_history(self.folder), name=str(self.folder.export))
+        with Spare(self.folder.report, "triaxis report writes it again").written():
+            write_report(self.folder.path)
+        self.say([f"report: {self.folder.report}", f"next: {trained.task.used_by.format(quote(str(self.folder.export)))}"])
 
     def rewind(self, steps_done: int) -> int:
         """Restore the newest checkpoint after a spike in the last of `steps_done` steps, but
@@ -160,6 +192,7 @@ class Session:
         step = self.checkpoints.start_step
         self.data.skipped += steps_done - step
         self.tracker.rewind(step)
+        self.evaluations.rewind(step)
         if self.account.ledger is not None:
             self.account.ledger.lose(lost_s(times, step))
         sequences = (steps_done - step) * self.plan.global_sequences
@@ -183,7 +216,7 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
             require_memory(opened.resolved.recipe, plan, loaded.network, _machine(group.place))
             ledger = _open_ledger(opened.folder, loaded.found) if group.is_first else None
             if group.is_first:
-                opened.remarks += _clear_the_way(opened.folder, loaded.found, opened.resolved)
+                opened.remarks += _clear_the_way(opened, loaded)
         yield stack.enter_context(_ready(group, opened, loaded, plan, ledger))
 
 
@@ -200,6 +233,7 @@ def _ready(group: Joined, opened: OpenFolder, loaded: LoadedRun, plan: BatchPlan
             plan,
             opened.mesh.layout,
             loaded.facts,
+            loaded.evaluated_on,
             CheckpointFolder(folder.checkpoints),
             opened.messages,
             loaded.found,
@@ -207,6 +241,7 @@ def _ready(group: Joined, opened: OpenFolder, loaded: LoadedRun, plan: BatchPlan
         )
         dict_for_deepspeed = deepspeed_config(recipe, plan, largest_weight=loaded.network.largest_weight)
         if is_first:
+            folder.write_data([row.as_json() for row in prepare_summary(loaded.prepared)])
             folder.write_resolved(opened.resolved.as_resolved_json(dict_for_deepspeed))
         with together(lambda: watch.doing):
             tracker = make_tracker(
@@ -291,7 +326,7 @@ def _session(
 ) -> Session:
     recipe, mesh = opened.resolved.recipe, opened.mesh
     skipped: int = checkpoints.memory.get("data", {}).get("skipped_steps", 0)
-    train_data = _train_data(recipe, prepared, loaded.network)
+    train_data = training_data(recipe, prepared, causal=loaded.network.causal)
     peak_flops, peak_source = device_peak(group.device, recipe.precision.settled)
     return Session(
         recipe=recipe,
@@ -301,11 +336,12 @@ def _session(
         files=loaded.files,
         prepared=prepared,
         data=StepData(train_data, mesh.data, engine.plan, engine.execution.reads_tokens, skipped),
-        eval_data=_eval_data(recipe, prepared, loaded.network),
+        eval_data=evaluation_data(recipe, prepared, causal=loaded.network.causal),
         engine=engine,
         counts=ParameterCounts.of(engine.specs, mesh.replica, group.device, engine.quantized),
         tracker=tracker,
         checkpoints=checkpoints,
+        evaluations=evaluations_so_far(opened),
         messages=group.messages(),
         watchdog=opened.watchdog,
         lease=opened.lease,
@@ -339,47 +375,18 @@ def _times_of_steps(folder: RunFolder) -> dict[int, float]:
     return {int(record["step"] or 0): float(record["time"] or 0.0) for record in read_metrics(folder.metrics)}
 
 
-def _clear_the_way(folder: RunFolder, found: Found | None, resolved: ResolvedRecipe) -> list[str]:
+def _clear_the_way(opened: OpenFolder, loaded: LoadedRun) -> list[str]:
     """Remove what an earlier start left after the step from which this one continues; return
     remarks.
 
     Nothing of an earlier start is changed before this call.
     """
-    remarks = [*leave_behind(found, folder), *make_room(folder, resolved.recipe.checkpoint.keep)] if found else []
+    folder, found, recipe = opened.folder, loaded.found, opened.resolved.recipe
+    remarks = [*leave_behind(found, folder), *make_room(folder, recipe, loaded.evaluated_on)] if found else []
     for history in (folder.metrics, folder.evaluations):
         truncate_after(history, found.manifest.step if found else 0)
-    folder.write_given(resolved.given)
+    folder.write_given(opened.resolved.given)
     return remarks
-
-
-def targets_for(recipe: Recipe, prepared: PreparedData, network: Network, part: Part) -> Targets:
-    """Return the rule that gives the positions of this run's rows their labels."""
-    return targets_of(recipe.data, prepared.tokenizer, causal=network.causal, seed=recipe.run.seed, part=part)
-
-
-def _train_data(recipe: Recipe, prepared: PreparedData, network: Network) -> TrainData:
-    return TrainData(
-        prepared.train,
-        prepared.weights,
-        row_tokens=recipe.data.row_tokens,
-        seed=recipe.run.seed,
-        isolate_documents=recipe.data.isolate_documents,
-        tails=recipe.data.tails == "train",
-        global_sequences=recipe.batch.global_sequences,
-        targets=targets_for(recipe, prepared, network, "training"),
-    )
-
-
-def _eval_data(recipe: Recipe, prepared: PreparedData, network: Network) -> EvalData | None:
-    if not prepared.evaluation:
-        return None
-    return EvalData(
-        prepared.evaluation,
-        row_tokens=recipe.data.row_tokens,
-        isolate_documents=recipe.data.isolate_documents,
-        sequences=recipe.train.eval_sequences,
-        targets=targets_for(recipe, prepared, network, "evaluation"),
-    )
 
 
 def _machine(place: Place) -> Machine:

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 
 from parallel.messages import Messages
+from trainer.checkpoint.best import Contest
 from trainer.checkpoint.facts import refusals
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.resume import Found, examine, newest_whole
-from trainer.checkpoint.resume_check import Resume, checkpoint_named
+from trainer.checkpoint.resume_check import Resume, checkpoint_named, rules_begun_with
 from trainer.cluster.lease import JobStart, leased
 from trainer.engine.compute_format import format_of_devices
 from trainer.errors import DataError, RecipeError
 from trainer.recipe import ResolvedRecipe
-from trainer.recipe.earlier import as_begun, rules_of_checkpoint, rules_of_run
+from trainer.recipe.earlier import as_begun
 from trainer.recipe.task_defaults import FORMAT, ORIGIN
 from trainer.run_folder import RunFolder, read_resolved
+from trainer.schema import Recipe
 from trainer.track.jsonl import read_metrics
 
 
@@ -75,8 +76,8 @@ def keep_rules(
 ) -> tuple[ResolvedRecipe, list[str]]:
     """Return the recipe with the rules of the run that it continues, where it leaves them open, and
     remarks. All ranks must call it together."""
-    begun = messages.broadcast(_rules(folder, resume) if messages.is_first else None)
-    return (resolved, []) if begun is None else as_begun(resolved, begun["rules"], begun["where"])
+    begun = messages.broadcast(rules_begun_with(folder, resume) if messages.is_first else None)
+    return (resolved, []) if begun is None else as_begun(resolved, *begun)
 
 
 def settle_format(resolved: ResolvedRecipe, device: torch.device, messages: Messages) -> tuple[ResolvedRecipe, list[str]]:
@@ -88,25 +89,6 @@ def settle_format(resolved: ResolvedRecipe, device: torch.device, messages: Mess
     kept = resolved.settled(of_devices).recipe.precision.settled
     told = [f"{FORMAT} stays {kept}, with which the run began; on these devices it would now begin with {of_devices}"]
     return resolved.settled(of_devices), told if kept != of_devices else []
-
-
-def _rules(folder: RunFolder, resume: Resume) -> dict[str, Any] | None:
-    """Return the rules of the named checkpoint, else those of the run in the folder."""
-    if resume.how == "never":
-        return None
-    if resume.path is None and folder.holds_a_run and (rules := rules_of_run(folder.resolved)) is not None:
-        return {"rules": rules, "where": f"the run in {folder.path}"}
-    found = (
-        checkpoint_named(resume.path)
-        if resume.path
-        else next((p for _, p in CheckpointFolder(folder.checkpoints).steps()), None)
-    )
-    if found is None:
-        return None
-    try:
-        return {"rules": rules_of_checkpoint(Manifest.read(found).recipe), "where": str(found)}
-    except DataError:
-        return None  # find another checkpoint, or report that there is none
 
 
 def find(folder: RunFolder, resume: Resume, messages: Messages) -> tuple[Found | None, list[str]]:
@@ -139,17 +121,17 @@ def leave_behind(found: Found, folder: RunFolder) -> list[str]:
     ]
 
 
-def make_room(folder: RunFolder, keep: int) -> list[str]:
-    """Remove, on the first rank, the checkpoints beyond the newest `keep`; return remarks.
+def make_room(folder: RunFolder, recipe: Recipe, evaluated_on: str) -> list[str]:
+    """Remove, on the first rank, the checkpoints that a run does not keep; return remarks.
 
     A start that was killed after its last save may not have removed the checkpoint that the save
     replaced. Called when the newest checkpoint is known to be whole.
     """
+    checkpoints, contest = CheckpointFolder(folder.checkpoints), Contest.of(recipe, evaluated_on)
     try:
-        return [
-            f"{path.name} was to be removed before the run was ended"
-            for path in CheckpointFolder(folder.checkpoints).prune(keep)
-        ]
+        best = contest.best(checkpoints) if contest else None
+        gone = checkpoints.prune(recipe.checkpoint.keep, spared=[best.step] if best else [])
+        return [f"{path.name} was to be removed before the run was ended" for path in gone]
     except OSError as error:
         return [f"warning: older checkpoints stay: {error}; the next save removes them"]
 

@@ -1,12 +1,47 @@
-"""The data of each step on this rank."""
+"""The data of a run, and of each of its steps on this rank."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from parallel.mesh import Group
-from trainer.data.loader import MicroBatch, TrainData
+from trainer.data import PreparedData
+from trainer.data.loader import EvalData, MicroBatch, TrainData
+from trainer.data.targets import Part, Targets, targets_of
 from trainer.recipe.batch_plan import BatchPlan
+from trainer.schema import Recipe
+
+
+def targets_for(recipe: Recipe, prepared: PreparedData, part: Part, *, causal: bool) -> Targets:
+    """Return the rule that gives the positions of this run's rows their labels. `causal`: its
+    network's tokens see only those before them."""
+    return targets_of(recipe.data, prepared.tokenizer, causal=causal, seed=recipe.run.seed, part=part)
+
+
+def training_data(recipe: Recipe, prepared: PreparedData, *, causal: bool) -> TrainData:
+    return TrainData(
+        prepared.train,
+        prepared.weights,
+        row_tokens=recipe.data.row_tokens,
+        seed=recipe.run.seed,
+        isolate_documents=recipe.data.isolate_documents,
+        tails=recipe.data.tails == "train",
+        global_sequences=recipe.batch.global_sequences,
+        targets=targets_for(recipe, prepared, "training", causal=causal),
+    )
+
+
+def evaluation_data(recipe: Recipe, prepared: PreparedData, *, causal: bool) -> EvalData | None:
+    """Return the held-out sequences of an evaluation; None if nothing is held out."""
+    if not prepared.evaluation:
+        return None
+    return EvalData(
+        prepared.evaluation,
+        row_tokens=recipe.data.row_tokens,
+        isolate_documents=recipe.data.isolate_documents,
+        sequences=recipe.train.eval_sequences,
+        targets=targets_for(recipe, prepared, "evaluation", causal=causal),
+    )
 
 
 @dataclass

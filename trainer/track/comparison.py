@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trainer.errors import RecipeError
 from trainer.files.durable import replacing_file
+from trainer.model.measures import LOSS
 from trainer.track.page import page
 from trainer.track.runs import Run, differing, runs_at
 from trainer.track.text import duration, scaled, short
@@ -30,7 +31,7 @@ class Line:
     cells: tuple[str, ...]
 
 
-COLUMNS = ("State", "Step", "Loss", "Best held-out loss", "Tokens/s", "Peak memory", "Wall time")
+COLUMNS = ("State", "Step", "Loss", "Best", "Tokens/s", "Peak memory", "Wall time")
 
 
 def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
@@ -64,13 +65,13 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
 
 def _cells(run: Run) -> tuple[str, ...]:
     of = f" of {run.total_steps:,}" if run.total_steps else ""
-    best = run.best
+    best, of_what = run.best, "" if run.aim.figure == LOSS else f" ({run.aim.figure})"
     memory = run.history.largest("memory_gib")
     return (
         run.state,
         f"{run.step:,}{of}",
         short(run.loss),
-        f"{short(best[0])} at step {best[1]:,}" if best else NONE,
+        f"{short(best[1])} at step {best[0]:,}{of_what}" if best else NONE,
         scaled(run.tokens_per_s),
         f"{memory:.2f} GiB" if memory is not None else NONE,
         duration(run.summary.get("wall_s")),

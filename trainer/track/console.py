@@ -144,12 +144,15 @@ class _Remaining(ProgressColumn):
 EVAL_WORDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "eval_loss": ("eval loss", short),
     "eval_perplexity": ("perplexity", short),
+    "eval_bits_per_byte": ("bits per byte", short),
     "eval_accuracy": ("accuracy", percent),
     "eval_exact_match": ("exact match", percent),
     "eval_majority": ("commonest class", percent),
     "eval_f1": ("macro F1", percent),
     "eval_rewards/margins": ("reward margin", short),
     "eval_rewards/accuracies": ("reward accuracy", percent),
+    "eval_bleu": ("BLEU", short),
+    "eval_chrf": ("chrF", short),
 }
 
 # Key of the summary → its name and format, in the order of the table. Other keys are for the report
@@ -157,8 +160,10 @@ EVAL_WORDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
 SUMMARY_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "steps": ("steps", scaled),
     "final_loss": ("final loss", short),
+    "best_step": ("best step, which is exported", scaled),
     "eval_loss": ("eval loss", short),
     "eval_perplexity": ("eval perplexity", short),
+    "eval_bits_per_byte": ("eval bits per byte", short),
     "eval_accuracy": ("eval accuracy", percent),
     "eval_majority": ("  of the commonest class", percent),
     "eval_f1": ("eval F1, mean over classes", percent),

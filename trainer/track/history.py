@@ -32,6 +32,13 @@ class History:
         column = self.columns.get(name)
         return np.full(self.num_records, np.nan) if column is None else column
 
+    def until(self, step: float | None) -> History:
+        """Return the records up to `step`; all of them for None."""
+        if step is None or not self.num_records:
+            return self
+        kept = self["step"] <= step
+        return History({name: column[kept] for name, column in self.columns.items()}, int(kept.sum()))
+
     def has(self, name: str) -> bool:
         """Return whether any record has a finite number there."""
         return bool(np.isfinite(self[name]).any())

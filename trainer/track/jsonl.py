@@ -72,12 +72,13 @@ class MetricsFile:
         self._waiting = b""
         self._synced = time.monotonic()
 
-    def append(self, record: Mapping[str, Number]) -> None:
-        """Append one line. When this returns, the operating system has it, if the disk has room."""
+    def append(self, record: Mapping[str, Number], *, durable: bool = False) -> None:
+        """Append one line. When this returns, the operating system has it, if the disk has room;
+        with `durable` it is on disk, and a power cut does not take it."""
         self._waiting += json.dumps(to_json(record), allow_nan=False).encode() + b"\n"
         with self._spare.written():
             self._write()
-            if time.monotonic() - self._synced >= SYNC_EVERY_S:
+            if durable or time.monotonic() - self._synced >= SYNC_EVERY_S:
                 self.sync()
 
     def sync(self) -> None:
@@ -199,16 +200,19 @@ class Summary(TypedDict, total=False):
     """The entries of `summary.json` that are used for more than showing them."""
 
     ended_by: str
+    ended_early: str
     devices: str
     sample_prompt: str
     sample: str
     steps: Shown
+    best_step: Shown
     final_loss: Shown
     num_params: Shown
     wall_s: Shown
     skipped: Shown
     bleu: Shown
     chrf: Shown
+    sacrebleu: str
     eval_perplexity: Shown
     unigram_perplexity: Shown
 
@@ -238,7 +242,7 @@ class JsonlTracker:
         self._metrics.append(record)
 
     def evaluate(self, record: Mapping[str, Number]) -> None:
-        self._evaluations.append(record)
+        self._evaluations.append(record, durable=True)
 
     def note(self, line: str) -> None:
         """Do nothing: notes are for people, and the history holds numbers."""

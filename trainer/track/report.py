@@ -73,11 +73,12 @@ def _render(run_dir: Path, resolved: Resolved, history: History, evaluations: Hi
 
     settings = list(_settings(resolved["values"]))
     value_of = {key: entry.get("value") for key, entry in resolved["values"].items()}
+    exported = evaluations.until(summary.get("best_step"))
     return page("report.html.j2").render(
         name=run_dir.resolve().name,
         description=value_of.get("description") or "",
         facts=list(_facts(history, summary)),
-        headlines=list(_headlines(history, evaluations, summary, value_of, shares_of(read_starts(run_dir)))),
+        headlines=list(_headlines(history, exported, summary, value_of, shares_of(read_starts(run_dir)))),
         figures=figures(history, evaluations, clip_norm=value_of.get("train.clip_norm")),
         num_records=history.num_records,
         evaluation_titles=[title for title, _ in _evaluation_columns(evaluations).values()],
@@ -109,12 +110,16 @@ def _headlines(
 ) -> Iterator[Headline]:
     if history.num_records:
         steps, total = history.last("step"), value_of.get("train.steps")
-        yield Headline("Steps", f"{steps:.0f}", f"of {total}" if total else "", "good" if steps == total else "")
+        early = "; ended by patience" if "ended_early" in summary else ""
+        done = steps == total or early
+        yield Headline("Steps", f"{steps:.0f}", f"of {total}{early}" if total else "", "good" if done else "")
     final_loss = summary.get("final_loss", history.last("loss"))
     if final_loss is not None:
         broken = int(np.count_nonzero(~np.isfinite(history["loss"])))
         detail = f"{broken} record{'s' if broken > 1 else ''} not finite" if broken else "training, last step"
         yield Headline("Final loss", short(final_loss), detail, "bad" if broken else "")
+    if (best_step := summary.get("best_step")) is not None:
+        yield Headline("Best step", f"{best_step:.0f}", f"by {value_of.get('checkpoint.best')}; it is exported")
     perplexity = summary.get("eval_perplexity", evaluations.last("eval_perplexity"))
     if perplexity is not None:
         baseline = summary.get("unigram_perplexity")

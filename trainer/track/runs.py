@@ -8,7 +8,6 @@ killed.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,10 @@ import numpy as np
 
 from trainer.errors import RecipeError, UserError
 from trainer.files.locks import is_held
+from trainer.model.measures import LOSS, Aim, figures_of
 from trainer.redaction import redact
 from trainer.run_folder import LOCK, RunFolder, read_resolved
+from trainer.track.evaluations import Evaluations
 from trainer.track.history import History
 from trainer.track.jsonl import Summary, read_metrics, read_summary
 from trainer.track.text import printable
@@ -38,7 +39,7 @@ class Run:
     folder: RunFolder
     values: Mapping[str, Any]
     history: History
-    evaluations: History
+    evaluated: Evaluations
     summary: Summary
 
     @classmethod
@@ -47,8 +48,12 @@ class Run:
         folder = RunFolder(path)
         resolved = read_resolved(folder.resolved)
         values = {key: redact(entry.get("value"), key) for key, entry in resolved["values"].items()}
-        history, evaluations = (History.of(read_metrics(file)) for file in (folder.metrics, folder.evaluations))
-        return cls(name, folder, values, history, evaluations, read_summary(path))
+        history = History.of(read_metrics(folder.metrics))
+        return cls(name, folder, values, history, Evaluations.read(folder.evaluations), read_summary(path))
+
+    @property
+    def evaluations(self) -> History:
+        return History.of(self.evaluated.records)
 
     @property
     def state(self) -> str:
@@ -58,15 +63,24 @@ class Run:
         if not self.history.num_records:
             return "not begun"
         # A summary of fewer steps is an earlier start's.
-        if self.step > (self.summary.get("steps") or 0):
+        if self._logged_step > self._closed_step:
             return "cut off"
         if reason := self.summary.get("ended_by"):
             return f"ended by {printable(reason).splitlines()[0]}"
-        return "finished"
+        return "ended by patience" if "ended_early" in self.summary else "finished"
 
     @property
     def step(self) -> int:
+        """The last step that is known; a run may end between two that are logged."""
+        return max(self._logged_step, self._closed_step)
+
+    @property
+    def _logged_step(self) -> int:
         return int(self.history.last("step") or 0)
+
+    @property
+    def _closed_step(self) -> int:
+        return int(self.summary.get("steps") or 0)
 
     @property
     def total_steps(self) -> int | None:
@@ -81,13 +95,18 @@ class Run:
         return float(finite.mean()) if finite.size else None
 
     @property
-    def best(self) -> tuple[float, int] | None:
-        """The lowest held-out loss and its step."""
-        losses = self.evaluations["eval_loss"]
-        if not np.isfinite(losses).any():
-            return None
-        at = int(np.nanargmin(np.where(np.isfinite(losses), losses, math.inf)))
-        return float(losses[at]), int(self.evaluations["step"][at])
+    def aim(self) -> Aim:
+        """The figure by which its evaluations are compared: checkpoint.best, or the held-out
+        loss."""
+        known = figures_of(self.values.get("data.task") or "pretrain", len(self.values.get("data.classes") or ()) or 2)
+        asked = str(self.values.get("checkpoint.best"))
+        figure = asked if asked in known else LOSS
+        return Aim(figure, known[figure])
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The step of its best evaluation, and the figure."""
+        return self.evaluated.best(self.aim)
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -29,6 +29,7 @@ from typing_extensions import TypedDict
 
 from trainer.errors import DataError
 from trainer.files.decoding import OPEN, read_as
+from trainer.files.paths import as_loaded
 from trainer.files.reading import require_regular, told
 from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
@@ -54,7 +55,7 @@ def bottleneck_config(recipe: Recipe, network: Network) -> dict[str, Any]:
     """Return the contents of bottleneck_config.json."""
     assert isinstance(network, TransformerConfig), "family auto has no tuning"
     return {
-        "base_model_name_or_path": recipe.model.from_pretrained,
+        "base_model_name_or_path": as_loaded(recipe.model.from_pretrained),
         "revision": recipe.model.revision,
         "bottleneck": recipe.tuning.bottleneck,
         "activation": "gelu",

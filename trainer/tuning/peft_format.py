@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer.files.paths import as_loaded
 from trainer.model.config import TransformerConfig
 from trainer.model.names import names_of
 from trainer.model.network import Network
@@ -27,7 +28,7 @@ def adapter_config(recipe: Recipe, network: Network) -> dict[str, Any]:
     return {
         "peft_type": own["peft_type"],
         "task_type": "CAUSAL_LM" if network.causal else None,
-        "base_model_name_or_path": recipe.model.from_pretrained,
+        "base_model_name_or_path": as_loaded(recipe.model.from_pretrained),
         "revision": recipe.model.revision,
         "inference_mode": True,
         "fan_in_fan_out": names_of(network).transposed,

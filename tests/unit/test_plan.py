@@ -1,0 +1,62 @@
+"""`triaxis plan`: what it shows is what the planner counts, and a device that is too small is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.cli import main
+from trainer.commands.network import known_network
+from trainer.planner.devices import SHEETS, device
+from trainer.planner.items import Place
+from trainer.planner.memory import memory
+from trainer.recipe import load
+from trainer.recipe.batch_plan import BatchPlan, layout_of
+
+ROOT = Path(__file__).parents[2]
+LARGE = str(ROOT / "ds_configs" / "llama_70b_3d.json")
+
+
+def planned(*words: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main(["plan", *words, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_numbers_are_the_planners(capsys: pytest.CaptureFixture[str]) -> None:
+    resolved = load(LARGE)
+    recipe, network = resolved.recipe, known_network(resolved)
+    assert network is not None
+    layout = layout_of(recipe.parallel, 64, "a test")
+    ranks = memory(recipe, BatchPlan.from_recipe(recipe, 64, "a test"), network, layout)
+    found = planned(LARGE, "--gpus", "64", capsys=capsys)
+    assert [rank["peak"]["device"] for rank in found["ranks"]] == [rank.peak(Place.DEVICE) for rank in ranks]
+    assert [len(rank["items"]) for rank in found["ranks"]] == [len(rank.items) for rank in ranks]
+    assert found["disk_bytes"] == found["checkpoint_bytes"] * (recipe.checkpoint.keep + 1)
+
+
+def test_more_data_parallel_ranks_need_less_each(capsys: pytest.CaptureFixture[str]) -> None:
+    peaks = [planned(LARGE, "--gpus", str(n), capsys=capsys)["ranks"][0]["peak"]["device"] for n in (32, 64, 128)]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+@pytest.mark.parametrize(("name", "code", "verdict"), [("h200", 0, "fits: "), ("rtx4090", 78, "does not fit: ")])
+def test_a_device_gets_a_verdict(name: str, code: int, verdict: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", LARGE, "--gpus", "64", "--device", name]) == code
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(verdict)]
+    assert f"{name} has {device(name).memory / 2**30:.0f} GiB" in line
+
+
+def test_a_device_that_has_no_sheet_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", LARGE, "--device", "h100-80gb"]) == 78
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no sheet has this name; did you mean h100-80g?" in line
+
+
+def test_every_sheet_names_its_sources() -> None:
+    for name, sheet in json.loads(SHEETS.read_text()).items():
+        assert sheet["sources"], name
+        assert device(name).matmul_share <= 1.0

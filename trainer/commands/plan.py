@@ -1,0 +1,139 @@
+"""`triaxis plan`: show the memory of every rank before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer.commands.arguments import add_recipe, whole
+from trainer.commands.network import known_network
+from trainer.commands.output import open_console, say
+from trainer.commands.ranks import divide
+from trainer.errors import EXIT_OK, EXIT_RECIPE, RecipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trainer.planner.devices import Device
+    from trainer.planner.memory import RankMemory
+
+SUMMARY = "Show what memory each rank needs, item by item, and whether it fits a device; needs no GPU and no torch."
+GIB = 1 << 30
+# The mean error on the runs of BigScience and nanotron is below it: tools/published_memory.py.
+BAND = 0.08
+COLUMNS = 6  # ranks of the pipeline that are shown beside each other
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--gpus", type=whole(1), metavar="N", help="GPUs, a rank on each; default: those of one model")
+    parser.add_argument("--device", metavar="NAME", help="of which kind they are, such as h100-80g; default: no verdict")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from trainer.planner.devices import device
+    from trainer.planner.memory import checkpoint_bytes, disk_bytes, memory
+    from trainer.recipe import load
+    from trainer.recipe.batch_plan import layout_of
+
+    resolved = load(arguments.recipe, arguments.set)
+    recipe, network = resolved.recipe, known_network(resolved)
+    if network is None:
+        raise RecipeError(
+            f"{arguments.recipe}: its network is not known before the tokenizer or the hub is opened: give folders, or a family"
+        )
+    if recipe.precision.dtype is None:
+        recipe = recipe.with_format("bf16")
+    on = device(arguments.device) if arguments.device else None
+    parallel = recipe.parallel
+    gpus = arguments.gpus or parallel.tensor * parallel.pipeline * parallel.context
+    plan, _ = divide(recipe, network, gpus, "--gpus")
+    ranks = memory(recipe, plan, network, layout_of(parallel, gpus, "--gpus"))
+    stored = {"checkpoint": checkpoint_bytes(recipe, network), "disk": disk_bytes(recipe, network)}
+    if arguments.json:
+        sys.stdout.write(json.dumps(_facts(ranks, stored), indent=2) + "\n")
+    else:
+        console = open_console()
+        say(console, plan.line)
+        _show(console, ranks)
+        say(console, f"checkpoint: {stored['checkpoint'] / GIB:,.2f} GiB each; {stored['disk'] / GIB:,.2f} GiB of disk in all")
+        if on is not None:
+            say(console, _verdict(ranks, on))
+    return EXIT_OK if on is None or _largest(ranks) <= (1 + BAND) * on.memory else EXIT_RECIPE
+
+
+def _largest(ranks: Sequence[RankMemory]) -> int:
+    from trainer.planner.items import Place
+
+    return max(rank.peak(Place.DEVICE) for rank in ranks)
+
+
+def _verdict(ranks: Sequence[RankMemory], on: Device) -> str:
+    """Return whether the fullest rank fits, with the three items that would free most where it does
+    not."""
+    from trainer.planner.items import Place
+
+    fullest = max(ranks, key=lambda rank: rank.peak(Place.DEVICE))
+    needs, has = fullest.peak(Place.DEVICE), on.memory
+    where = f"{needs / GIB:,.2f} GiB on the fullest rank of the pipeline, {fullest.rank}; {on.name} has {has / GIB:,.0f} GiB"
+    if needs <= (1 - BAND) * has:
+        return f"fits: {where}"
+    if needs <= (1 + BAND) * has:
+        return f"too close to tell: {where}, and the plan errs by {BAND:.0%}"
+    items = sorted((item for item in fullest.items if item.place is Place.DEVICE), key=lambda item: -item.num_bytes)[:3]
+    return f"does not fit: {where}; most of it: " + ", ".join(f"{item.name} {item.num_bytes / GIB:,.2f} GiB" for item in items)
+
+
+def _show(console: Console, ranks: Sequence[RankMemory]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from trainer.planner.items import Place
+
+    shown = ranks if len(ranks) <= COLUMNS else [*ranks[: COLUMNS - 1], ranks[-1]]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("GiB of a rank")
+    for rank in shown:
+        table.add_column(f"stage {', '.join(map(str, rank.stages))}", justify="right")
+    for place in Place:
+        names = dict.fromkeys(item.name for rank in shown for item in rank.items if item.place is place)
+        if not names:
+            continue
+        for name in names:
+            sizes = [sum(i.num_bytes for i in rank.items if (i.name, i.place) == (name, place)) for rank in shown]
+            table.add_row(*(Text(cell) for cell in (f"  {name}", *(f"{size / GIB:,.3f}" for size in sizes))))
+        peaks = (f"{rank.peak(place) / GIB:,.3f}" for rank in shown)
+        table.add_row(*(Text(cell, style="bold") for cell in (f"{place.value}, at the fullest moment", *peaks)))
+    console.print(table)
+    if len(shown) < len(ranks):
+        say(console, f"and {len(ranks) - len(shown)} more ranks of the pipeline between the last two; --json has all")
+
+
+def _facts(ranks: Sequence[RankMemory], stored: dict[str, int]) -> dict[str, Any]:
+    from trainer.planner.items import Place
+
+    return {
+        "ranks": [
+            {
+                "rank": rank.rank,
+                "stages": list(rank.stages),
+                "peak": {place.value: rank.peak(place) for place in Place},
+                "items": [
+                    {
+                        "name": item.name,
+                        "bytes": item.num_bytes,
+                        "place": item.place.value,
+                        "phase": item.phase.value,
+                        "note": item.note,
+                    }
+                    for item in rank.items
+                ],
+            }
+            for rank in ranks
+        ],
+        **{f"{name}_bytes": size for name, size in stored.items()},
+    }
