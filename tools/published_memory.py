@@ -333,9 +333,20 @@ def summary(found: list[Compared]) -> str:
     return f"{len(errors)} rows, mean |error| {mean(map(abs, errors)):.1%}, largest {largest:+.1%}, mean {mean(errors):+.1%}"
 
 
+def table() -> list[str]:
+    """Return the lines of the table in the planner's guide."""
+    lines = ["| memory | rows | mean error | largest | signed |", "|---|---|---|---|---|"]
+    for title, compared in TABLES.items():
+        errors = [one.error for one in compared()]
+        figures = f"{mean(map(abs, errors)):.1%} | {abs(max(errors, key=abs)):.1%} | {mean(errors):+.1%}"
+        lines.append(f"| {title} | {len(errors)} | {figures} |")
+    return lines
+
+
 def main() -> int:
-    for title, table in TABLES.items():
-        found = list(table())
+    sys.stdout.write("\n".join(table()) + "\n\n")
+    for title, compared in TABLES.items():
+        found = list(compared())
         sys.stdout.write(f"{title}: {summary(found)}\n")
         for one in found:
             sys.stdout.write(f"  {one.what:<58} {one.published:>10.2f} {one.ours:>10.2f} {one.error:>+8.1%}\n")

@@ -17,6 +17,7 @@ from tools.published_memory import (
     nanotron,
     rows_of,
     summary,
+    table,
     zero_table,
 )
 
@@ -65,4 +66,10 @@ def test_other_tables_are_read_from_the_folder_that_is_named(tmp_path: Path, mon
 def test_a_summary_has_the_signed_and_the_largest_error() -> None:
     found = [Compared("a", 10.0, 11.0), Compared("b", 10.0, 8.0)]
     assert summary(found) == "2 rows, mean |error| 15.0%, largest -20.0%, mean -5.0%"
-    assert all(summary(list(table())) for table in TABLES.values())
+    assert all(summary(list(compared())) for compared in TABLES.values())
+
+
+def test_the_guide_has_the_table() -> None:
+    """Written again with `python -m tools.published_memory`."""
+    guide = Path(__file__).parents[2] / "trainer" / "planner" / "README.md"
+    assert "\n".join(table()) in guide.read_text(encoding="utf-8")
