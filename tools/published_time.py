@@ -67,6 +67,11 @@ class Accuracy:
     rank: float
     null_mean: float
 
+    def __str__(self) -> str:
+        """Return the row of the guide's table."""
+        errors = f"{self.mean:.1%} | {self.largest:.1%} | {self.signed:+.1%}"
+        return f"| {self.table} | {self.rows} | {self.scalar:.3f} | {errors} | {self.rank:.2f} | {self.null_mean:.1%} |"
+
 
 def gpt(hidden: int, layers: int, heads: int, length: int, symbols: int) -> TransformerConfig:
     keys = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": length, "vocab_size": symbols}
@@ -191,11 +196,7 @@ def main() -> int:
     sys.stdout.write("| table | rows | scalar | mean error | largest | signed | rank | constant rate |\n")
     sys.stdout.write("|---|---|---|---|---|---|---|---|\n")
     for table in TABLES:
-        found = accuracy(table)
-        sys.stdout.write(
-            f"| {table} | {found.rows} | {found.scalar:.3f} | {found.mean:.1%} | {found.largest:.1%} | {found.signed:+.1%} | "
-            f"{found.rank:.2f} | {found.null_mean:.1%} |\n"
-        )
+        sys.stdout.write(f"{accuracy(table)}\n")
     return 0
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import trainer.planner
 from tools.published_time import TABLES, accuracy
+
+GUIDE = Path(trainer.planner.__path__[0]) / "README.md"
 
 # Mean and largest error that a table may have, and the least correlation of ranks: the goals of the
 # planner where it reaches them, else what it reached.
@@ -27,3 +32,4 @@ def test_the_errors_are_within_the_goals(table: str) -> None:
     assert found.largest <= largest
     assert found.rank >= rank
     assert found.mean < found.null_mean, "each row at the mean rate of the others does as well"
+    assert str(found) in GUIDE.read_text(encoding="utf-8"), "write the guide's table anew: python -m tools.published_time"
