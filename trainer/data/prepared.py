@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -123,89 +124,29 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
         digests = Digests(cache_dir)
         corpora, eval_corpora = (_look(data, group, digests) for group in ("sources", "eval_sources"))
         own = _tokenizer(data.tokenizer, corpora, cache, progress)
-        around_turns = tokens_of(data.chat_template)
-        tokenizer = own.with_new_tokens(data.new_tokens, unspelt=around_turns)
-        if data.chat_template is not None:
-            require_tokens(data.chat_template, list(tokenizer.added_tokens))
-            tokenizer = tokenizer.changed(chat_template=source_of(data.chat_template))
-        if TASKS[data.task].target == "masked":
-            tokenizer = tokenizer.for_masking()
         if TASKS[data.task].learns_classes and not data.classes:
             data = data.model_copy(update={"classes": _classes((*corpora, *eval_corpora), cache, progress)})
-        with template_named(data.chat_template):
-            examples, texts = examples_of(data, tokenizer), None
-        if examples is not None:
-            tokenizer = examples.tokenizer
-        else:
-            texts = Texts.from_recipe(data, tokenizer)
-            tokenizer = tokenizer.reading_special() if texts.parse else tokenizer
+        writer = _Writer.of(data, own)
+        stores = _Stores(data, writer, cache, build, progress, [*writer.notes])
         held_out_fraction = 0.0 if eval_corpora else data.eval_fraction
-
-        notes = [*tokenizer.notes, *_new_token_notes(own, tokenizer, data.new_tokens, around_turns)]
-        notes += [said(data.chat_template, has_own=own.has_template)] if TASKS[data.task].answers else []
-        notes += [texts.note(tokenizer)] if texts else []
-
-        def stores(corpus: Corpus, fraction: float, max_rows: int | None) -> dict[str, TokenStore]:
-            tail_fraction = fraction if texts and data.hold_out_tail else 0.0
-            make = partial(
-                build_stores,
-                corpus=corpus,
-                tokenizer=tokenizer,
-                task=data.task,
-                written=examples or texts or Texts(),
-                held_out_fraction=fraction,
-                tail_fraction=tail_fraction,
-                max_rows=max_rows,
-                workers=data.workers,
-                progress=progress,
-            )
-            facts = [
-                VERSION,
-                corpus.fingerprint,
-                tokenizer.fingerprint,
-                fraction,
-                *([examples.fingerprint] if examples else []),
-                *(texts.facts if texts else []),
-                *([] if max_rows is None else ["max_rows", max_rows]),
-            ]
-            # Of several documents the rule changes nothing: what is there already is used again.
-            if tail_fraction and not cache.has(fingerprint_of(facts), HELD_OUT):
-                facts.append("tail")
-            folder = cache.folder(fingerprint_of(facts), make, what=f"tokenizing {corpus.name}")
-            counts = counts_of(folder)
-            remarks = [
-                *filter(None, [rows_left_out(counts), unread_keys(counts)]),
-                *(examples.remarks(counts) if examples else ()),
-            ]
-            notes.extend(f"data: {corpus.name}: {remark}" for remark in remarks)
-            found = _open(folder, corpus, tokenizer, verify="sampled" if build else "header")
-            if tail_fraction and counts["read"] - counts["empty"] == 1 and HELD_OUT in found:
-                notes.append(_tail_note(corpus, found))
-            return found
-
-        opened = [stores(corpus, held_out_fraction, data.max_rows) for corpus in corpora]
+        opened = [stores.of(corpus, held_out_fraction, data.max_rows) for corpus in corpora]
         train = [found[MAIN] for found in opened]
         for corpus, store in zip(corpora, train, strict=True):
             _require_one_sequence(corpus, store, data)
         held_out = [(corpus, found[HELD_OUT]) for corpus, found in zip(corpora, opened, strict=True) if HELD_OUT in found]
-        held_out += [(corpus, stores(corpus, 0.0, None)[MAIN]) for corpus in eval_corpora]
+        held_out += [(corpus, stores.of(corpus, 0.0, None)[MAIN]) for corpus in eval_corpora]
         weights = _weights(data.sources)
         passes = _passes([corpus.name for corpus in corpora], train, weights, data)
         if build and passes.sources:
             keep(cache_dir, asked, passes, stamp)
-    notes += [note for corpus in (*corpora, *eval_corpora) for note in corpus.notes]
+    notes = [*stores.notes, *(note for corpus in (*corpora, *eval_corpora) for note in corpus.notes)]
     if held_out_fraction:
-        noun = examples.noun if examples else "documents"
-        notes += [
-            f"{corpus.where}: {corpus.name} is a single {noun.removesuffix('s')}, so nothing of it is held out for evaluation"
-            + ("" if examples or data.hold_out_tail else " (data.hold_out_tail)")
-            for corpus, found in zip(corpora, opened, strict=True)
-            if HELD_OUT not in found
-        ]
+        whole = [corpus for corpus, found in zip(corpora, opened, strict=True) if HELD_OUT not in found]
+        notes += [_nothing_held_out(corpus, writer, data) for corpus in whole]
     return PreparedData(
-        tokenizer=tokenizer,
-        examples=examples,
-        texts=texts,
+        tokenizer=writer.tokenizer,
+        examples=writer.examples,
+        texts=writer.texts,
         sources=tuple(corpus.name for corpus in corpora),
         train=tuple(train),
         weights=weights,
@@ -224,6 +165,96 @@ def prepare(data: schema.Data, *, seed: int, cache_dir: Path, build: bool, progr
         corpora=tuple(corpora),
         eval_corpora=tuple(corpus for corpus, _ in held_out),
     )
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """The tokenizer of a run, and what it writes: examples or texts. `notes`: remarks about it."""
+
+    tokenizer: Tokenizer
+    examples: Examples | None
+    texts: Texts | None
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, data: schema.Data, own: Tokenizer) -> _Writer:
+        """Return what writes the rows of a recipe. `own`: the tokenizer that it names, without what
+        the recipe adds."""
+        around_turns = tokens_of(data.chat_template)
+        tokenizer = own.with_new_tokens(data.new_tokens, unspelt=around_turns)
+        if data.chat_template is not None:
+            require_tokens(data.chat_template, list(tokenizer.added_tokens))
+            tokenizer = tokenizer.changed(chat_template=source_of(data.chat_template))
+        if TASKS[data.task].target == "masked":
+            tokenizer = tokenizer.for_masking()
+        with template_named(data.chat_template):
+            examples, texts = examples_of(data, tokenizer), None
+        if examples is not None:
+            tokenizer = examples.tokenizer
+        else:
+            texts = Texts.from_recipe(data, tokenizer)
+            tokenizer = tokenizer.reading_special() if texts.parse else tokenizer
+        notes = [*tokenizer.notes, *_new_token_notes(own, tokenizer, data.new_tokens, around_turns)]
+        notes += [said(data.chat_template, has_own=own.has_template)] if TASKS[data.task].answers else []
+        notes += [texts.note(tokenizer)] if texts else []
+        return cls(tokenizer, examples, texts, tuple(notes))
+
+    @property
+    def facts(self) -> list[Any]:
+        """What decides, beside the source, what is written."""
+        written = [self.examples.fingerprint] if self.examples else []
+        return [*written, *(self.texts.facts if self.texts else [])]
+
+
+@dataclass(frozen=True)
+class _Stores:
+    """The token stores of sources, made where the cache lacks them. `notes` collects remarks."""
+
+    data: schema.Data
+    writer: _Writer
+    cache: Cache
+    build: bool
+    progress: Progress
+    notes: list[str]
+
+    def of(self, corpus: Corpus, held_out_fraction: float, max_rows: int | None) -> dict[str, TokenStore]:
+        """Return the stores of a source: its main one, and what is held out of it."""
+        tail_fraction = held_out_fraction if self.writer.texts and self.data.hold_out_tail else 0.0
+        facts = [VERSION, corpus.fingerprint, self.writer.tokenizer.fingerprint, held_out_fraction, *self.writer.facts]
+        facts += [] if max_rows is None else ["max_rows", max_rows]
+        # Of several documents the rule changes nothing: what is there already is used again.
+        if tail_fraction and not self.cache.has(fingerprint_of(facts), HELD_OUT):
+            facts.append("tail")
+        make = partial(
+            build_stores,
+            corpus=corpus,
+            tokenizer=self.writer.tokenizer,
+            task=self.data.task,
+            written=self.writer.examples or self.writer.texts or Texts(),
+            held_out_fraction=held_out_fraction,
+            tail_fraction=tail_fraction,
+            max_rows=max_rows,
+            workers=self.data.workers,
+            progress=self.progress,
+        )
+        folder = self.cache.folder(fingerprint_of(facts), make, what=f"tokenizing {corpus.name}")
+        counts = counts_of(folder)
+        self.notes.extend(f"data: {corpus.name}: {remark}" for remark in self._remarks(counts))
+        found = _open(folder, corpus, self.writer.tokenizer, verify="sampled" if self.build else "header")
+        if tail_fraction and counts["read"] - counts["empty"] == 1 and HELD_OUT in found:
+            self.notes.append(_tail_note(corpus, found))
+        return found
+
+    def _remarks(self, counts: Counter[str]) -> Iterator[str]:
+        yield from filter(None, [rows_left_out(counts), unread_keys(counts)])
+        if self.writer.examples:
+            yield from self.writer.examples.remarks(counts)
+
+
+def _nothing_held_out(corpus: Corpus, writer: _Writer, data: schema.Data) -> str:
+    one = (writer.examples.noun if writer.examples else "documents").removesuffix("s")
+    key = "" if writer.examples or data.hold_out_tail else " (data.hold_out_tail)"
+    return f"{corpus.where}: {corpus.name} is a single {one}, so nothing of it is held out for evaluation{key}"
 
 
 def held_out_pairs(data: schema.Data, *, cache_dir: Path, limit: int) -> list[Translation]:
