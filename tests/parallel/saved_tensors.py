@@ -1,7 +1,8 @@
 """The bytes of tensors that autograd keeps at the same time, counted while a real step runs.
 
 A storage counts once, however many tensors lie in it, and weights and tokens not at all. What a recomputed part keeps as its
-inputs is not seen by autograd's hooks, so its inputs are taken where it is called.
+inputs, and what waits for the gradients of weights that are computed later, is not seen by autograd's hooks: these tensors
+are taken where the part is called, and where the products are left.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 import parallel.attention
 import parallel.cross_attention
 import trainer.model.transformer
+from parallel.deferred import WeightGradients
 
 RECOMPUTING = (parallel.attention, parallel.cross_attention, trainer.model.transformer)
 
@@ -59,6 +61,17 @@ def kept_tensors(ignored: set[int]) -> Iterator[Kept]:
     """Count what is kept inside the block. `ignored`: storages that do not count."""
     kept = Kept(ignored)
     real = {module: module.checkpoint for module in RECOMPUTING}
+    put = WeightGradients.put
+
+    def put_and_hold(queue: WeightGradients, weight: torch.nn.Parameter, product: Callable[[], Tensor]) -> None:
+        cells = [cell.cell_contents for cell in product.__closure__ or ()]
+        holders = [kept.hold(tensor) for tensor in tensors_of(cells)]
+
+        def holding() -> Tensor:
+            assert holders is not None
+            return product()
+
+        put(queue, weight, holding)
 
     def checkpoint_of(module: Any) -> Callable[..., Any]:
         def checkpoint(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
@@ -76,10 +89,12 @@ def kept_tensors(ignored: set[int]) -> Iterator[Kept]:
 
     for module in RECOMPUTING:
         module.checkpoint = checkpoint_of(module)  # type: ignore[attr-defined]
+    WeightGradients.put = put_and_hold  # type: ignore[method-assign]
     try:
         with torch.autograd.graph.saved_tensors_hooks(kept.hold, lambda held: getattr(held, "tensor", held)):
             yield kept
     finally:
+        WeightGradients.put = put  # type: ignore[method-assign]
         for module in RECOMPUTING:
             module.checkpoint = real[module]  # type: ignore[attr-defined]
 

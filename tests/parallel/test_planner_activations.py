@@ -1,7 +1,8 @@
 """The planner's activations are what autograd keeps in real steps, at their peak over the whole schedule, on every rank.
 
 Within 0.5 %: LayerNorm's means are counted in fp32, as GPUs keep them; the CPU keeps them in the format of its input.
-Within 3 % where a bias by distance, or what tuning puts beside a layer, keeps small tensors that are not counted.
+Within 3 % where a bias by distance, or what tuning puts beside a layer, keeps small tensors that are not counted, and where
+gradients of weights wait, whose tensors are there for a moment together with those that they replace.
 """
 
 from __future__ import annotations
@@ -13,14 +14,23 @@ import torch
 
 from parallel.attention import Documents
 from parallel.mesh import Mesh
+from parallel.params import initialise
+from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.parallel.saved_tensors import kept_tensors
-from tests.parallel.training import SHAPES, Case, V, make_engine, micro_batches
+from tests.parallel.training import SHAPES, Case, V, make_engine, micro_batches, rows_of_step
 from tests.spawn import spawn
-from trainer.planner.activations import Rows
+from trainer.data.loader import MicroBatch
+from trainer.model.blocks import blocks_of
+from trainer.model.heads import Objective
+from trainer.model.hf_config import from_hf
+from trainer.model.preference_losses import Pairs
+from trainer.model.transformer import Stage
+from trainer.planner.activations import Rows, Saving
 from trainer.planner.in_flight import Kept, most_in_flight
 from trainer.planner.memory import saving, stages_of_ranks
 from trainer.recipe.pipeline import schedule_table
+from trainer.schema import Preference
 
 TOLERANCE, ROUGH = 0.005, 0.03
 PACKED, WHOLE = (11, 5), (16,)
@@ -56,8 +66,6 @@ LAYOUTS: dict[str, tuple[Case, tuple[int, ...]]] = {
     "pipeline": (Case(**PIPELINE), PACKED),
     "pipeline-gpipe-full": (Case(**PIPELINE, schedule="gpipe", recompute="full"), PACKED),
     "pipeline-interleaved": (Case(**PIPELINE, schedule="interleaved_1f1b", virtual_stages=2), WHOLE),
-    "pipeline-zero-bubble": (Case(**PIPELINE, schedule="interleaved_zero_bubble", virtual_stages=2), WHOLE),
-    "pipeline-zbv": (Case(**PIPELINE, schedule="zbv", virtual_stages=2), WHOLE),
     "pipeline-tensor": (Case(**{**PIPELINE, "accumulation": 2}, tp=2, recompute="selective"), WHOLE),
 }
 BERT = {
@@ -88,6 +96,8 @@ ROUGHLY: dict[str, tuple[Case, tuple[int, ...]]] = {
     "lora-dropped": (Case(config=TALL, stage=1, tuning={**LORA, "dropout": 0.1}), WHOLE),
     "lora-tensor": (Case(config=TALL, stage=1, dtype="bf16", tuning=LORA, tp=2), WHOLE),
     "dora": (Case(config=TALL, stage=1, dtype="bf16", tuning={"method": "dora", "rank": 4}), WHOLE),
+    "zero-bubble": (Case(**PIPELINE, schedule="interleaved_zero_bubble", virtual_stages=2), WHOLE),
+    "zbv": (Case(**PIPELINE, schedule="zbv", virtual_stages=2), WHOLE),
     "ia3": (Case(config=TALL, stage=1, tuning={"method": "ia3"}), WHOLE),
 }
 EVERY_DAY = ("llama-packed", "gpt2-dropout", "tensor-sequence", "pipeline")
@@ -104,8 +114,7 @@ def kept(mesh: Mesh, case: Case, lengths: tuple[int, ...]) -> tuple[int, int]:
         engine.step(batches, step=0, lr=1e-3)
     counted = saving(recipe, network, mesh.layout, Rows(plan.micro_sequences, lengths))
     of_stage = {
-        # What waits for the gradients of weights alone is not seen by autograd.
-        stage: Kept(sum(counted.of_blocks(blocks).values()))
+        stage: Kept(counted.of_blocks(blocks).total(), counted.deferred(blocks))
         for stage, blocks in stages_of_ranks(recipe, network)[mesh.pp.rank].items()
     }
     if case.pp == 1:
@@ -126,7 +135,38 @@ def test_activations_of_real_steps(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.grid) for name in ROUGHLY])
-def test_activations_of_translations_and_of_tuning(name: str) -> None:
+def test_activations_of_translations_tuning_and_deferred_gradients(name: str) -> None:
     case, lengths = ROUGHLY[name]
-    for real, said in spawn(kept, Layout(tp=case.tp), case, lengths):
+    for real, said in spawn(kept, Layout(tp=case.tp, pp=case.pp), case, lengths):
+        assert said == pytest.approx(real, rel=ROUGH)
+
+
+def kept_of_pairs(mesh: Mesh) -> tuple[int, int]:
+    """The bytes that the loss of pairs keeps, and what the planner says."""
+    network = from_hf("llama", {**COMMON, "tie_word_embeddings": False})
+    stage = Stage(
+        network,
+        blocks_of(network),
+        dtype=torch.float32,
+        recompute="full",
+        tp=TensorParallel(mesh.tp, sequence=True),
+        device=torch.device("cpu"),
+        fill=lambda block: initialise(block, seed=0),
+        objective=Objective(of_tokens=Pairs(Preference.model_validate({"loss": "orpo"}))),
+    )
+    tokens, labels = rows_of_step(0, 4)
+    rows = Rows(4, (8, 8))  # a chosen and a rejected answer
+    batch = MicroBatch(tokens, Documents((rows.lengths,) * rows.number), labels)
+    ignored = address(*(p.data for p in stage.parameters()), tokens, labels)
+    with kept_tensors(ignored) as found:
+        sums = stage(tokens, batch=batch)
+    sums[0].backward()
+    sizes = {"tensor": mesh.tp.size, "divides_tokens": True, "itemsize": 4}
+    counted = Saving(network=network, rows=rows, recompute="full", by_token=True, **sizes)
+    return found.peak, counted.of_blocks(blocks_of(network)).total()
+
+
+@pytest.mark.grid
+def test_losses_of_pairs_keep_hidden_states_and_no_gradient() -> None:
+    for real, said in spawn(kept_of_pairs, Layout(tp=2)):
         assert said == pytest.approx(real, rel=ROUGH)

@@ -63,9 +63,10 @@ def test_a_peak_is_that_of_the_larger_phase() -> None:
 def test_what_a_user_lowers_lowers_the_device() -> None:
     none = on_device()
     assert on_device(train={"recompute": "full"}) < on_device(train={"recompute": "selective"}) < none
-    # With DeepSpeed's defaults, stage 3 keeps a billion gathered elements: all of this model.
+    # With DeepSpeed's defaults, stage 3 keeps a billion gathered elements, and a bucket for all gradients of this model.
+    bucket = {"reduce_bucket_size": 10_000_000}
     few = {"stage3_max_live_parameters": 1_000_000, "stage3_max_reuse_distance": 1_000_000, "stage3_prefetch_bucket_size": 0}
-    assert on_device(zero={"stage": 3, **few}) < on_device(zero={"stage": 2}) < none
+    assert on_device(zero={"stage": 3, **few, **bucket}) < on_device(zero={"stage": 2, **bucket}) < none
     assert on_device(zero={"stage": 2, "offload_optimizer": {"device": "cpu"}}) < on_device(zero={"stage": 2})
     assert on_device(parallel={"tensor": 4}) < on_device(parallel={"tensor": 2}) < none
     assert on_device(batch={"global_sequences": 64, "micro_sequences": 4}) > none

@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+import parallel.attention
+import parallel.loss
 from parallel.mesh import Group
 from parallel.params import Role, initialise, owned_specs
+from parallel.quantized import CODES_PER_BYTE
 from parallel.tensor import TensorParallel
 from tests.unit.shapes import T5, TRANSLATIONS
 from trainer.model.blocks import Block, blocks_of
 from trainer.model.config import TransformerConfig
 from trainer.model.hf_config import from_hf
 from trainer.model.transformer import Stage
-from trainer.planner.weights import RankWeights, Weight
+from trainer.planner import activations
+from trainer.planner.weights import QUANTIZED_BYTES, RankWeights, Weight
 from trainer.schema import Tuning
 from trainer.tuning.adapt import adaptation, quantized_weights, quantizing
 from trainer.tuning.methods import METHODS
@@ -68,7 +72,7 @@ def planned(network: TransformerConfig, tensor: int, tuning: Tuning, blocks: lis
     return [replace(weight, quantized=None) for weight in weights]
 
 
-@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("tensor", [pytest.param(1, marks=pytest.mark.grid), 2, pytest.param(4, marks=pytest.mark.grid)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_family_at_every_degree(name: str, tensor: int) -> None:
     network, tuning = network_of(name), Tuning()
@@ -78,18 +82,19 @@ def test_every_family_at_every_degree(name: str, tensor: int) -> None:
         assert planned(network, tensor, tuning, part) == list(declared(network, tensor, tuning, part, tied=True))
 
 
-@pytest.mark.parametrize("targets", [None, ["attention"]])
+TUNED = {name: [] if name == "qwen3" else [pytest.mark.grid] for name in ("gpt2", "llama-tied-biases", "qwen3", "phi3", "bert")}
+
+
+@pytest.mark.parametrize("partly", [False, pytest.param(True, marks=pytest.mark.grid)])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["gpt2", "llama-tied-biases", "qwen3", "phi3", "bert"])
-def test_every_tuning(name: str, method: str, targets: list[str] | None) -> None:
-    if method == "bitfit" and targets is not None:
-        pytest.skip("it has no targets")
-    if targets is not None and method == "ia3":
-        targets = ["q", "k", "v", "up"] if name in ("gpt2",) else ["k", "v", "down"]
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks) for name, marks in TUNED.items()])
+def test_every_tuning(name: str, method: str, partly: bool) -> None:
+    """`partly`: beside the attention alone."""
+    targets = ["attention"] if partly and METHODS[method].words else None
     network = replace(network_of(name), new_tokens=(3, 40, 41, 66))
     tuning = Tuning.model_validate({"method": method, "targets": targets, "rank": 3})
     blocks = blocks_of(network)
-    for tensor in (1, 2, 4):
+    for tensor in (2, 4) if network.num_kv_heads == 2 else (1, 2):  # with four ranks, two share a key/value head
         assert planned(network, tensor, tuning, blocks) == list(declared(network, tensor, tuning, blocks, tied=False))
 
 
@@ -98,6 +103,13 @@ def test_a_head_over_classes(name: str) -> None:
     network = replace(network_of(name), classes=("a", "b", "c"))
     blocks = blocks_of(network)
     assert planned(network, 2, Tuning(), blocks) == list(declared(network, 2, Tuning(), blocks, tied=False))
+
+
+def test_numbers_that_are_written_twice_are_equal() -> None:
+    """The planner does without torch, which their owners import."""
+    assert activations.QUERY_BLOCK == parallel.attention.QUERY_BLOCK
+    assert activations.CHUNK_BYTES == parallel.loss.CHUNK_BYTES
+    assert {form: 1 / codes for form, codes in CODES_PER_BYTE.items()} == QUANTIZED_BYTES
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])

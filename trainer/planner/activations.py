@@ -27,7 +27,7 @@ NORMS, INPUTS, ATTENTION, MLP = "norms", "inputs of matrices", "attention", "mlp
 MASKS, CASTS, TABLES, LOSS = "dropout masks", "weights in the compute format", "rotary tables", "loss"
 EMBEDDING, LAYER_INPUTS = "embedding", "inputs of layers"
 FP32_BYTES, INDEX_BYTES, BOOL_BYTES = 4, 8, 1
-# as parallel.attention and parallel.loss have them, which need torch
+# As parallel.attention and parallel.loss have them, which need torch.
 QUERY_BLOCK, CHUNK_BYTES = 512, 32 << 20
 
 
@@ -66,7 +66,8 @@ class Saving:
     """The way a rank computes a micro-batch.
 
     `casts`: weights are held wider than the compute format and converted where they are used.
-    `beside`: what tuning trains beside frozen weights; None: the model's own weights are trained.
+    `by_token`: the loss needs that of each token, as those of pairs do. `beside`: what tuning
+    trains beside frozen weights; None: the model's own weights are trained.
     """
 
     network: TransformerConfig
@@ -76,6 +77,7 @@ class Saving:
     itemsize: int
     recompute: Recompute
     casts: bool = False
+    by_token: bool = False
     beside: Beside | None = None
 
     # ------------------------------------------------------------------------ sizes
@@ -133,7 +135,7 @@ class Saving:
 
         Both sides pass through every layer as one tensor, of which a view is enough to keep it.
         """
-        side, kept = replace(self, rows=self.rows.side), Counter[str]()
+        side, kept = self._at_work, Counter[str]()
         for block in blocks:
             match block.kind:
                 case "embedding":
@@ -170,18 +172,25 @@ class Saving:
         layers = [block.layer for block in blocks if block.kind == "layer"]
         if self.recompute == "none" or not layers:
             return 0
-        kept = replace(self, recompute="none")
-        return max(kept.of_layer(index).total() - self.of_layer(index).total() for index in set(layers[:2]))
+        again, now = replace(self._at_work, recompute="none"), self._at_work
+        return max(again.of_layer(index).total() - now.of_layer(index).total() for index in set(layers[:2]))
+
+    @property
+    def _at_work(self) -> Saving:
+        """The tokens that a layer computes at a time: of a translation, one side."""
+        return replace(self, rows=self.rows.side) if self.network.encoder_layers else self
 
     def temporaries(self, blocks: Sequence[Block]) -> int:
         """Return the bytes that are there for a moment: the logits of a chunk of tokens with their
         gradients, or the gradients of a layer's MLP, whichever are more."""
-        network = self.network
-        if any(block.kind == "head" for block in blocks) and not network.classes:
-            rows = -(-network.vocab_size // self.tensor)
-            tokens = min(self.rows.tokens, max(1, CHUNK_BYTES // (FP32_BYTES * rows)))
-            return tokens * rows * (FP32_BYTES + 2 * self.itemsize) + 3 * self._features(network.hidden_size)
-        return self._hidden + self._features(network.ffn_size // self.tensor)
+        network, now = self.network, self._at_work
+        of_mlp = now._hidden + now._features(network.ffn_size // self.tensor)
+        if network.classes or all(block.kind != "head" for block in blocks):
+            return of_mlp
+        rows = -(-network.vocab_size // self.tensor)
+        tokens = min(now.rows.tokens, max(1, CHUNK_BYTES // (FP32_BYTES * rows)))
+        logits = tokens * rows * (FP32_BYTES + 2 * self.itemsize)
+        return max(of_mlp, logits + 3 * now._features(network.hidden_size) + self._head_gradients() * self.by_token)
 
     def passed_on(self, *, first: bool, last: bool) -> int:
         """Return the bytes that the runtime of a pipeline keeps of a micro-batch beside these: what
@@ -233,8 +242,8 @@ class Saving:
         return kept
 
     def of_head(self) -> Counter[str]:
-        """Return what the head keeps: the loss has its gradients already, of the hidden states and
-        of its weight."""
+        """Return what the head keeps. The loss has its gradients already, of the hidden states and
+        of its weight; losses of tokens keep the hidden states, and a number or two each."""
         network, names = self.network, names_of(self.network)
         kept = self._norm(names.final_norm, self._hidden)
         kept[MASKS] += self._mask(network.final_dropout)
@@ -244,11 +253,16 @@ class Saving:
             kept[INPUTS] += self._hidden
             kept[LOSS] += self._hidden
             kept.update(self._norm(names.head_transform_norm, self._hidden))
-        rows = -(-network.vocab_size // self.tensor)
         kept[LOSS] += self._features(network.hidden_size)
-        trains = self.beside is None
-        kept[LOSS] += FP32_BYTES * rows * (network.hidden_size + (names.head_bias is not None)) * trains
+        kept[LOSS] += 2 * FP32_BYTES * self.rows.tokens if self.by_token else self._head_gradients()
         return kept
+
+    def _head_gradients(self) -> int:
+        """Return the bytes of the gradients of the head's weight and bias, which are summed in
+        fp32."""
+        rows = -(-self.network.vocab_size // self.tensor)
+        has_bias = names_of(self.network).head_bias is not None
+        return FP32_BYTES * rows * (self.network.hidden_size + has_bias) * (self.beside is None)
 
     # ------------------------------------------------------------------------ parts of a layer
 

@@ -26,6 +26,7 @@ from trainer.recipe.batch_plan import BatchPlan
 from trainer.recipe.pipeline import rank_of_stage, schedule_table
 from trainer.recipe.stages import stages_of
 from trainer.schema import Recipe, Tuning
+from trainer.tasks import TASKS
 from trainer.tuning.methods import method_of
 from trainer.tuning.targets import roles_of
 
@@ -155,6 +156,9 @@ def rows_of(recipe: Recipe) -> Rows:
 def saving(recipe: Recipe, network: TransformerConfig, layout: Layout, rows: Rows) -> Saving:
     """Return the way a rank computes micro-batches of such rows."""
     itemsize, tuned = ITEMSIZE[recipe.precision.settled], recipe.tuning.method is not None
+    schedule = SCHEDULES.get(recipe.parallel.schedule)
+    # Layers that leave the gradients of their weights for later convert them anew.
+    defers = recipe.parallel.pipeline > 1 and (schedule is None or schedule.splits_backward)
     return Saving(
         network=network,
         rows=rows,
@@ -162,7 +166,8 @@ def saving(recipe: Recipe, network: TransformerConfig, layout: Layout, rows: Row
         divides_tokens=recipe.parallel.divides_tokens,
         itemsize=itemsize,
         recompute=recipe.train.recompute,
-        casts=recipe.zero.stage == 0 and itemsize < FP32_BYTES and not tuned,
+        casts=recipe.zero.stage == 0 and itemsize < FP32_BYTES and not tuned and not defers,
+        by_token=TASKS[recipe.data.task].compares,
         beside=_beside(recipe.tuning) if tuned else None,
     )
 

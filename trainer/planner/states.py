@@ -137,6 +137,19 @@ class ModelStates:
         elements = sum(prod(state.shape.beside(shape)) for state in states_of(keys) for shape in shapes if _has(state, shape))
         return FP32_BYTES * elements + COUNTER_BYTES * len(shapes) * (rule_of(keys).count is StepCount.TENSOR)
 
+    @property
+    def _summing(self) -> Phase:
+        """The part of a step in which gradients that are not kept between steps are there. With one
+        micro-batch they come as its activations go, and are all there when none is left."""
+        return Phase.ALWAYS if self.accumulates else Phase.UPDATE
+
+    @property
+    def _reducing(self) -> Phase:
+        """The part of a step in which a full bucket is reduced: within the backward, unless all
+        gradients fit into one."""
+        trained = sum(weight.elements for weight in self.trained)
+        return Phase.BACKWARD if self._bucket() < trained else Phase.UPDATE
+
     def _bucket(self) -> int:
         """Return the elements of a bucket of gradients."""
         return min(self.recipe.zero.reduce_bucket_size, sum(weight.elements for weight in self.trained))
@@ -149,7 +162,7 @@ class ModelStates:
         if self._stage == 0:
             yield Item(WEIGHTS, FP32_BYTES * trained)
             yield Item(STATES, self._states([weight.shape for weight in self.trained]))
-            yield Item(GRADIENTS, FP32_BYTES * trained)
+            yield Item(GRADIENTS, FP32_BYTES * trained, phase=self._summing)
             flat = FP32_BYTES * min(trained, REDUCED_AT_ONCE) * (self.data > 1)
             yield Item(REDUCED, flat, phase=Phase.UPDATE)
             return
@@ -179,21 +192,21 @@ class ModelStates:
         buckets = self._bucket() * (1 + self.recipe.zero.overlap_comm) * contiguous
         if self._in_flat_fp32:
             yield Item(GRADIENTS, FP32_BYTES * padded)
-            yield Item(GRADIENTS, itemsize * trained, phase=Phase.BACKWARD)
+            yield Item(GRADIENTS, itemsize * trained, phase=self._summing)
             yield Item(REDUCED, FP32_BYTES * padded * (padded <= REDUCED_AT_ONCE), phase=Phase.UPDATE)
             return
         if self._stage == 1:
-            yield Item(GRADIENTS, FP32_BYTES * trained)
+            yield Item(GRADIENTS, FP32_BYTES * trained, phase=self._summing)
             yield Item(REDUCED, FP32_BYTES * part, phase=Phase.UPDATE)
             yield Item(GRADIENTS, FP32_BYTES * part * self._offloads, Place.HOST)
             yield Item(BUCKETS, FP32_BYTES * buckets)
             return
-        yield Item(BUCKETS, itemsize * buckets, phase=Phase.BACKWARD)
+        yield Item(BUCKETS, itemsize * buckets)
         if itemsize < FP32_BYTES:
-            yield Item(GRADIENTS, FP32_BYTES * part)
-            yield Item(REDUCED, (itemsize + FP32_BYTES) * self._bucket(), phase=Phase.BACKWARD)
+            yield Item(GRADIENTS, FP32_BYTES * part, phase=self._summing)
+            yield Item(REDUCED, (itemsize + FP32_BYTES) * self._bucket(), phase=self._reducing)
         elif not self._offloads:
-            yield Item(GRADIENTS, FP32_BYTES * self._touched())
+            yield Item(GRADIENTS, FP32_BYTES * self._touched(), phase=self._summing)
         elif self.accumulates:
             yield Item(GRADIENTS, FP32_BYTES * self._touched(), Place.HOST)
         if self._offloads:
@@ -230,7 +243,7 @@ class ModelStates:
         yield Item(GRADIENTS, FP32_BYTES * sum(tiles), self._place)
         reduced_in = ITEMSIZE[self.recipe.deepspeed.communication_data_type or self.recipe.precision.settled]
         yield Item(BUCKETS, reduced_in * self._bucket() * zero.contiguous_gradients)
-        yield Item(REDUCED, reduced_in * (self._bucket() + self._share(self._bucket())), phase=Phase.BACKWARD)
+        yield Item(REDUCED, reduced_in * (self._bucket() + self._share(self._bucket())), phase=self._reducing)
         if not self._offloads:
             yield Item(REDUCED, FP32_BYTES * max(tiles, default=0), phase=Phase.UPDATE)
 
