@@ -23,8 +23,11 @@ def byte_level() -> Backend:
 
 
 def sentencepiece_like() -> Backend:
-    """As Llama 2 has it: a word's token has its leading space, the first one of a text is cut, unknown ones are bytes."""
-    words = ["▁the", "▁cat", "▁", "s", "▁\n", "é", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    """As Llama 2 has it: a word's token has its leading space, the first one of a text is cut, unknown ones are bytes.
+
+    A space is never written as a byte, so there is no token of it.
+    """
+    words = ["▁the", "▁cat", "▁", "s", "▁\n", "é", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256) if byte != 0x20)]
     backend = Backend(
         models.BPE({word: number for number, word in enumerate(words)}, [], byte_fallback=True, unk_token="<unk>")
     )
@@ -64,8 +67,21 @@ def test_the_pieces_are_the_text_of_any_tokens(name: str, data: st.DataObject) -
     tokens = data.draw(st.lists(ids, min_size=1, max_size=12))
     prompt = data.draw(st.integers(0, len(tokens)))
     shown, text = "".join(pieces_of(tokenizer, tokens, prompt)), text_of(tokenizer, tokens)
-    # A byte that is no character makes unknown ones of those before it too, for this decoder: they have been shown by then.
-    assert shown == text or (name == "sentencepiece" and UNKNOWN in text and len(shown) == len(text))
+    # A byte that is no character makes unknown ones of all bytes before it too, for this decoder: they have been shown by
+    # then, as the characters that they are.
+    assert shown == text or (name == "sentencepiece" and UNKNOWN in text and num_bytes(shown) == num_bytes(text))
+
+
+def num_bytes(text: str) -> int:
+    """How many bytes a text was written with, each unknown character in place of one."""
+    return sum(1 if letter == UNKNOWN else len(letter.encode()) for letter in text)
+
+
+def test_bytes_that_were_characters_when_they_were_shown() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=BACKENDS["sentencepiece"])
+    tokens = [BACKENDS["sentencepiece"].token_to_id(f"<0x{byte:02X}>") for byte in (0xC2, 0x80, 0x00, 0x80)]
+    assert text_of(tokenizer, tokens) == UNKNOWN * 4
+    assert pieces_of(tokenizer, tokens) == ["\x80", "\x00", UNKNOWN]
 
 
 @settings(max_examples=60, deadline=None)

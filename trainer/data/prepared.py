@@ -201,7 +201,7 @@ class _Writer:
 
     @property
     def facts(self) -> list[Any]:
-        """What decides, beside the source, what is written."""
+        """The facts that decide, beside the source, what is written."""
         written = [self.examples.fingerprint] if self.examples else []
         return [*written, *(self.texts.facts if self.texts else [])]
 

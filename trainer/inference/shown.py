@@ -42,8 +42,12 @@ class TextStream:
             self._show(piece)
 
     def _piece(self) -> str:
-        before = text_of(self._tokenizer, self._ids[self._last : self._next])
-        return text_of(self._tokenizer, self._ids[self._last :])[len(before) :]
+        before, whole = (text_of(self._tokenizer, self._ids[self._last : end]) for end in (self._next, None))
+        if whole.startswith(before):
+            return whole[len(before) :]
+        # SentencePiece's decoder makes unknown ones of a character that has been shown, where a byte
+        # that is none follows.
+        return text_of(self._tokenizer, self._ids[self._next :])
 
 
 def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
