@@ -267,6 +267,14 @@ class Screen:
         found, _, self.seen = self.seen.partition(text)
         return found
 
+    def settle(self) -> None:
+        """Wait until the program waits: a signal between readline's prompt and its wait is heard with the next key."""
+        asleep = 0
+        while asleep < 20:
+            time.sleep(0.01)
+            state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2][0]
+            asleep = asleep + 1 if state == "S" else 0
+
     def type(self, text: str) -> None:
         os.write(self._ours, text.encode())
 
@@ -305,6 +313,7 @@ def test_a_conversation_at_a_terminal(screen: Callable[..., Screen], tmp_path: P
     controls = {letter for letter in answer if ord(letter) < 32} - {"\n", "\r", "\t"}
     assert controls == set()
     terminal.until("> ")
+    terminal.settle()
     os.killpg(terminal.process.pid, signal.SIGINT)
     terminal.until("(Ctrl-D or /quit ends)")
     terminal.type("/nothing\n")

@@ -42,11 +42,12 @@ class TextStream:
             self._show(piece)
 
     def _piece(self) -> str:
-        before, whole = (text_of(self._tokenizer, self._ids[self._last : end]) for end in (self._next, None))
+        before = text_of(self._tokenizer, self._ids[self._last : self._next])
+        whole = text_of(self._tokenizer, self._ids[self._last :])
         if whole.startswith(before):
             return whole[len(before) :]
-        # SentencePiece's decoder makes unknown ones of a character that has been shown, where a byte
-        # that is none follows.
+        # A decoder of bytes makes unknown ones of a character that has been shown, if a byte
+        # that is no character follows.
         return text_of(self._tokenizer, self._ids[self._next :])
 
 
