@@ -84,7 +84,8 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 def test_the_card_of_a_run_says_what_it_is(run: Path) -> None:
     card = card_of(run / "export")
     assert card.data.license == "apache-2.0"
-    assert (card.data.pipeline_tag, card.data.library_name, card.data.base_model) == ("text-generation", "transformers", None)
+    front = card.data.to_dict()
+    assert (front["pipeline_tag"], front["library_name"], card.data.base_model) == ("text-generation", "transformers", None)
     last = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert found["loss"] == last["eval_loss"]
@@ -215,7 +216,7 @@ def test_an_adapter_names_its_base_by_what_it_was_loaded_from(
     for folder in (Path("adapter"), tmp_path / "runs" / "tuned" / "export"):
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(tmp_path / "base")
-    assert card_of(Path("adapter")).data.library_name == "peft"
+    assert card_of(Path("adapter")).data.to_dict()["library_name"] == "peft"
     downloaded(hub, "ada/tuned", Path.cwd())
     loaded: dict[str, Any] = {}
     exec(code_of(Path("ada/tuned")), loaded)

@@ -239,7 +239,7 @@ def test_what_was_built_ahead_is_what_deepspeed_loads(tmp_path: Path, monkeypatc
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(built_ops.OpBuilder, "_loaded_ops", {})
     assert not built_ops.use_built("cpu_lion")
-    library = built_ops.library("cpu_lion")
+    library = built_ops.built_file("cpu_lion")
     library.parent.mkdir(parents=True)
     include = sysconfig.get_path("include")
     words = ["cc", "-shared", "-fPIC", f"-I{include}", "-x", "c", "-", "-o", str(library)]
@@ -248,20 +248,20 @@ def test_what_was_built_ahead_is_what_deepspeed_loads(tmp_path: Path, monkeypatc
     assert CPULionBuilder().load().answer == 42
     assert built_ops.root().parent == tmp_path
     monkeypatch.setattr(built_ops, "version", "0.0.1")
-    assert not built_ops.library("cpu_lion").exists(), "another version has another folder"
+    assert not built_ops.built_file("cpu_lion").exists(), "another version has another folder"
 
 
 def test_an_extension_of_another_machine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(built_ops.OpBuilder, "_loaded_ops", {})
-    library = built_ops.library("cpu_lion")
+    library = built_ops.built_file("cpu_lion")
     library.parent.mkdir(parents=True)
     library.write_bytes(b"not for this machine")
     with pytest.raises(OSError, match=r"cpu_lion\.so"):
         built_ops.use_built("cpu_lion")
     library.rename(library.parent.parent / "async_io.so")
     monkeypatch.setattr(built_ops, "LOADED_FIRST", {})
-    monkeypatch.setattr(built_ops, "library", lambda name: library.parent.parent / f"{name}.so")
+    monkeypatch.setattr(built_ops, "built_file", lambda name: library.parent.parent / f"{name}.so")
     monkeypatch.setattr(threaded_io.AsyncIOBuilder, "load", threaded_io.AsyncIOBuilder.load)  # put back at the end
     assert "cannot be loaded here" in str(threaded_io.use_threads_where_async_io_is_missing())
 
@@ -330,9 +330,11 @@ def test_a_process_that_dies_or_hangs_is_a_finding(tmp_path: Path, monkeypatch: 
     assert facts["torch"]["error"].startswith("ended the process by SIGILL")
     found = [*check_torch(Case(environment, lambda: facts)), *check_deepspeed(Case(environment, lambda: facts))]
     assert [one.stops for one in found] == [True]
-    (tmp_path / "torch.py").write_text("import time\ntime.sleep(60)\n")
-    monkeypatch.setattr("trainer.doctor.looking.PATIENCE_S", 1.0)
-    assert start_looking(environment)()["torch"]["error"] == "did not end in 1 s"
+    hangs = f"import os, pathlib, time\npathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\ntime.sleep(600)\n"
+    (tmp_path / "torch.py").write_text(hangs)
+    monkeypatch.setattr("trainer.doctor.looking.PATIENCE_S", 6.0)  # a busy machine may take seconds to come to the import
+    assert start_looking(environment)()["torch"]["error"] == "did not end in 6 s"
+    assert not Path("/proc", (tmp_path / "pid").read_text()).exists(), "who hangs is ended"
 
 
 # ------------------------------------------------------------------------------------------------------------ toolchain

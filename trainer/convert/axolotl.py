@@ -8,7 +8,7 @@ from trainer.convert import rules
 from trainer.convert.axolotl_data import sources
 from trainer.convert.beside import deepspeed, fsdp
 from trainer.convert.draft import Draft, Tool
-from trainer.convert.rows import Row, Set, if_true, joint, key, listed, none, number, text, whole, words, yes
+from trainer.convert.rows import Row, Set, if_true, joint, key, listed, none, number, several, text, whole, words, yes
 from trainer.convert.trainer_arguments import HUB, OPTIMIZERS, RESUME, SCHEDULES
 from trainer.convert.trainer_arguments import ROWS as TRAINER
 from trainer.convert.tuning_words import EVERYTHING, METHODS, targets, use_dora
@@ -51,10 +51,6 @@ DISTILLATION = "there is no distillation"
 BOUNDARIES = "a row that is longer than data.seq_len is cut there"
 
 
-def _several(why: str, *names: str) -> dict[str, Row]:
-    return {name: none(why) for name in names}
-
-
 def _bf16(value: object) -> Set:
     """Return bf16 for true, "full" and "auto", of which the last means: where the GPU has it."""
     return Set({"precision.dtype": "bf16"} if value in (True, "full", "auto") else {})
@@ -80,7 +76,7 @@ ROWS: Mapping[str, Row] = {
     "base_model": key("model.from_pretrained", text),
     "tokenizer_config": key("data.tokenizer", text),
     "revision_of_model": key("model.revision", text),
-    **_several(
+    **several(
         'from_pretrained\'s config.json says it; model.family "auto" takes any model',
         *("base_model_config", "cls_model_config", "model_type", "type_of_model", "processor_type", "processor_kwargs"),
     ),
@@ -89,7 +85,7 @@ ROWS: Mapping[str, Row] = {
         for name, default in (("model_type", "AutoModelForCausalLM"), ("type_of_model", "AutoModelForCausalLM"))
     },
     "tokenizer_type": none(TOKENIZER, default="AutoTokenizer"),
-    **_several(TOKENIZER, "tokenizer_legacy", "tokenizer_use_mistral_common", "added_tokens_overrides", "fix_untrained_tokens"),
+    **several(TOKENIZER, "tokenizer_legacy", "tokenizer_use_mistral_common", "added_tokens_overrides", "fix_untrained_tokens"),
     "tokenizer_use_fast": none(TOKENIZER, default=True),
     "tokenizer_save_jinja_files": none(TOKENIZER, default=True),
     "trust_remote_code": none(
@@ -100,8 +96,8 @@ ROWS: Mapping[str, Row] = {
     "reinit_weights": none("write model.family and model.config in place of model.from_pretrained", near="model.family"),
     "low_cpu_mem_usage": none("weights are read tensor by tensor", default=True),
     "experimental_skip_move_to_device": none("weights are read tensor by tensor", default=True),
-    **_several("rows of new tokens are added as data.new_tokens needs them", "resize_token_embeddings_to_32x"),
-    **_several("rows of new tokens are added as data.new_tokens needs them", "mean_resizing_embeddings", "shrink_embeddings"),
+    **several("rows of new tokens are added as data.new_tokens needs them", "resize_token_embeddings_to_32x"),
+    **several("rows of new tokens are added as data.new_tokens needs them", "mean_resizing_embeddings", "shrink_embeddings"),
     "embeddings_skip_upcast": none("master weights are fp32"),
     "rope_scaling": none("positions are those of model.from_pretrained; a new model has model.config.rope_scaling"),
     "special_tokens.pad_token": key("", _filler),
@@ -111,23 +107,23 @@ ROWS: Mapping[str, Row] = {
     "special_tokens.additional_special_tokens": key("data.new_tokens", listed),
     "tokens": key("data.new_tokens", listed),
     "eot_tokens": none("an answer ends with the token that the template writes there"),
-    **_several("base weights are quantized here, as they are loaded", "gptq", "model_quantization_config", "use_onebitllms"),
-    **_several("base weights are quantized here, as they are loaded", "model_quantization_config_kwargs", "bnb_config_kwargs"),
-    **_several(KERNELS, "use_kernels", "xformers_attention", "sdp_attention", "flex_attention", "flex_attn_compile_kwargs"),
-    **_several(KERNELS, "flash_attention", "flash_attn_cross_entropy", "flash_attn_fuse_mlp", "flash_attn_rms_norm"),
-    **_several(KERNELS, "flash_optimum", "sage_attention", "eager_attention", "attn_implementation", "s2_attention"),
-    **_several(KERNELS, "gemma4_hybrid_attn_impl", "large_head_attention", "flash_attn_d512", "sdpa_varlen"),
-    **_several(KERNELS, "fused_attn_kernel", "experts_implementation", "scaling_softmax", "scaling_softmax_factor"),
-    **_several(KERNELS, "scaling_softmax_bias", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"),
-    **_several(KERNELS, "chunked_cross_entropy", "chunked_cross_entropy_num_chunks", "cut_cross_entropy", "tiled_mlp"),
-    **_several(KERNELS, "tiled_mlp_num_shards", "llama4_linearized_experts", "quantize_moe_experts", "dense_mixer"),
+    **several("base weights are quantized here, as they are loaded", "gptq", "model_quantization_config", "use_onebitllms"),
+    **several("base weights are quantized here, as they are loaded", "model_quantization_config_kwargs", "bnb_config_kwargs"),
+    **several(KERNELS, "use_kernels", "xformers_attention", "sdp_attention", "flex_attention", "flex_attn_compile_kwargs"),
+    **several(KERNELS, "flash_attention", "flash_attn_cross_entropy", "flash_attn_fuse_mlp", "flash_attn_rms_norm"),
+    **several(KERNELS, "flash_optimum", "sage_attention", "eager_attention", "attn_implementation", "s2_attention"),
+    **several(KERNELS, "gemma4_hybrid_attn_impl", "large_head_attention", "flash_attn_d512", "sdpa_varlen"),
+    **several(KERNELS, "fused_attn_kernel", "experts_implementation", "scaling_softmax", "scaling_softmax_factor"),
+    **several(KERNELS, "scaling_softmax_bias", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"),
+    **several(KERNELS, "chunked_cross_entropy", "chunked_cross_entropy_num_chunks", "cut_cross_entropy", "tiled_mlp"),
+    **several(KERNELS, "tiled_mlp_num_shards", "llama4_linearized_experts", "quantize_moe_experts", "dense_mixer"),
     "tiled_mlp_use_original_mlp": none(KERNELS, default=True),
-    **_several(
+    **several(
         KERNELS,
         *("liger_rope", "liger_rms_norm", "liger_rms_norm_gated", "liger_layer_norm", "liger_swiglu", "liger_glu_activation"),
         *("liger_cross_entropy", "liger_fused_linear_cross_entropy", "liger_use_token_scaling"),
     ),
-    **_several(KERNELS, "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_compile_options", "deepcompile"),
+    **several(KERNELS, "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_compile_options", "deepcompile"),
     "plugins": none("there are no plugins: what has a key of a recipe is there"),
     # tuning
     "adapter": key("tuning.method", words(METHODS, "tuning.method has lora, dora, adalora, ia3, adapter and bitfit")),
@@ -145,14 +141,14 @@ ROWS: Mapping[str, Row] = {
     "lora_model_dir": none(MERGE_FIRST),
     "lora_modules_to_save": none("only the rows of data.new_tokens are trained beside an adapter", near="data.new_tokens"),
     "peft_trainable_token_indices": none("the rows of data.new_tokens are trained", near="data.new_tokens"),
-    **_several(LORA_ONLY, "lora_target_parameters", "lora_fan_in_fan_out", "lora_rank_pattern", "lora_alpha_pattern"),
-    **_several(LORA_ONLY, "peft_layers_to_transform", "peft_layers_pattern", "peft", "peft_layer_replication"),
-    **_several(LORA_ONLY, "peft_init_lora_weights", "peft_ensure_weight_tying", "lora_on_cpu", "qlora_sharded_model_loading"),
+    **several(LORA_ONLY, "lora_target_parameters", "lora_fan_in_fan_out", "lora_rank_pattern", "lora_alpha_pattern"),
+    **several(LORA_ONLY, "peft_layers_to_transform", "peft_layers_pattern", "peft", "peft_layer_replication"),
+    **several(LORA_ONLY, "peft_init_lora_weights", "peft_ensure_weight_tying", "lora_on_cpu", "qlora_sharded_model_loading"),
     "peft_autocast_adapter_dtype": none("factors are fp32", default=True),
     "loraplus_lr_ratio": none("both factors have one learning rate"),
     "loraplus_lr_embedding": none("both factors have one learning rate", default=1e-6),
-    **_several(LORA_ONLY, "relora", "relora_prune_ratio", "relora_cpu_offload", "lisa_n_layers", "lisa_step_interval"),
-    **_several(LORA_ONLY, "jagged_restart_steps", "jagged_restart_warmup_steps", "jagged_restart_anneal_steps", "mora"),
+    **several(LORA_ONLY, "relora", "relora_prune_ratio", "relora_cpu_offload", "lisa_n_layers", "lisa_step_interval"),
+    **several(LORA_ONLY, "jagged_restart_steps", "jagged_restart_warmup_steps", "jagged_restart_anneal_steps", "mora"),
     "relora_prune_method": none(LORA_ONLY, default="magnitude"),
     "lisa_layers_attribute": none(LORA_ONLY, default="model.layers"),
     "unfrozen_parameters": none("single parameters cannot be frozen: tuning.method trains fewer", near="tuning.method"),
@@ -173,8 +169,8 @@ ROWS: Mapping[str, Row] = {
     "eval_sample_packing": none(PACKED, default=True),
     "sample_packing_group_size": none(PACKED, default=100000),
     "sample_packing_bin_size": none(PACKED, default=200),
-    **_several(PACKED, "sample_packing_sequentially", "sample_packing_mp_start_method", "sample_packing_eff_est"),
-    **_several(PACKED, "pad_to_multiple_of", "multipack_real_batches", "batch_flattening", "pretrain_multipack_buffer_size"),
+    **several(PACKED, "sample_packing_sequentially", "sample_packing_mp_start_method", "sample_packing_eff_est"),
+    **several(PACKED, "pad_to_multiple_of", "multipack_real_batches", "batch_flattening", "pretrain_multipack_buffer_size"),
     "pad_to_sequence_len": none(PACKED, default=True),
     "pretrain_multipack_attn": key("data.isolate_documents", yes),
     "pretraining_sample_concatenation": none(PACKED, default=True),
@@ -182,8 +178,8 @@ ROWS: Mapping[str, Row] = {
     "curriculum_sampling": none("sequences are drawn at random, by run.seed", near="run.seed"),
     "shuffle_merged_datasets": none("sequences are drawn at random, by run.seed", default=True),
     "shuffle_before_merging_datasets": none("sequences are drawn at random, by run.seed"),
-    **_several("positions restart in each document, and are not stretched", "use_pose", "pose_split_on_token_ids"),
-    **_several("positions restart in each document, and are not stretched", "pose_max_context_len", "pose_num_chunks"),
+    **several("positions restart in each document, and are not stretched", "use_pose", "pose_split_on_token_ids"),
+    **several("positions restart in each document, and are not stretched", "pose_max_context_len", "pose_num_chunks"),
     "train_on_inputs": key("data.learn", if_true({"data.learn": "all"})),
     "chat_template": joint("data.chat_template"),
     "chat_template_jinja": none("conversations are written by the tokenizer's own chat template"),
@@ -193,10 +189,10 @@ ROWS: Mapping[str, Row] = {
     "dataset_processes": key("data.workers", whole),
     "dataset_num_proc": key("data.workers", whole),
     "dataset_exact_deduplication": none("rows are read as they are: remove repeated ones in the file"),
-    **_several("rows are tokenized ahead of training, to the disk", "dataset_shard_num", "dataset_shard_idx", "streaming"),
-    **_several("rows are tokenized ahead of training, to the disk", "skip_prepare_dataset", "num_dataset_shards_to_save"),
-    **_several("rows are tokenized ahead of training, to the disk", "dataset_keep_in_memory", "is_preprocess"),
-    **_several("rows are tokenized ahead of training, to the disk", "preprocess_iterable"),
+    **several("rows are tokenized ahead of training, to the disk", "dataset_shard_num", "dataset_shard_idx", "streaming"),
+    **several("rows are tokenized ahead of training, to the disk", "skip_prepare_dataset", "num_dataset_shards_to_save"),
+    **several("rows are tokenized ahead of training, to the disk", "dataset_keep_in_memory", "is_preprocess"),
+    **several("rows are tokenized ahead of training, to the disk", "preprocess_iterable"),
     "streaming_multipack_buffer_size": none("rows are tokenized ahead of training, to the disk", default=10000),
     "push_dataset_to_hub": none(HUB),
     "hf_use_auth_token": none("HF_TOKEN in the environment is read"),
@@ -204,21 +200,21 @@ ROWS: Mapping[str, Row] = {
     **{name: TRAINER[name] for name in ("remove_unused_columns", "neftune_noise_alpha")},
     "accelerator_config": none("collectives are set up here, for every layout"),
     "noisy_embedding_alpha": TRAINER["neftune_noise_alpha"],
-    **_several(NO_MEDIA, "image_size", "image_resize_algorithm", "role_boundaries", "freeze_mm_modules"),
+    **several(NO_MEDIA, "image_size", "image_resize_algorithm", "role_boundaries", "freeze_mm_modules"),
     # preferences and rewards
     "rl": key("preference.loss", words(LOSSES)),
     "rl_beta": key("preference.beta", number),
     "dpo_beta": key("preference.beta", number),
     "orpo_alpha": key("preference.beta", number),
     "dpo_label_smoothing": key("preference.label_smoothing", number),
-    **_several("preference.loss has dpo, ipo and orpo", "simpo_gamma", "cpo_alpha", "rpo_alpha", "dpo_norm_loss"),
-    **_several("preference.loss has dpo, ipo and orpo", "kto_desirable_weight", "kto_undesirable_weight", "dpo_use_weighting"),
-    **_several("preference.loss has dpo, ipo and orpo", "dpo_loss_type", "dpo_loss_weights"),
-    **_several("the reference's log-probabilities are always computed once, ahead", "precompute_ref_log_probs"),
-    **_several("answers are packed, and heads need no full logits", "dpo_use_liger_kernel", "dpo_padding_free"),
-    **_several("answers are packed, and heads need no full logits", "dpo_use_logits_to_keep", "dpo_generate_during_eval"),
-    **_several("reward models and reinforcement learning are not there", "trl", "vllm", "ebft", "reward_model"),
-    **_several("reward models and reinforcement learning are not there", "process_reward_model", "center_rewards_coefficient"),
+    **several("preference.loss has dpo, ipo and orpo", "simpo_gamma", "cpo_alpha", "rpo_alpha", "dpo_norm_loss"),
+    **several("preference.loss has dpo, ipo and orpo", "kto_desirable_weight", "kto_undesirable_weight", "dpo_use_weighting"),
+    **several("preference.loss has dpo, ipo and orpo", "dpo_loss_type", "dpo_loss_weights"),
+    **several("the reference's log-probabilities are always computed once, ahead", "precompute_ref_log_probs"),
+    **several("answers are packed, and heads need no full logits", "dpo_use_liger_kernel", "dpo_padding_free"),
+    **several("answers are packed, and heads need no full logits", "dpo_use_logits_to_keep", "dpo_generate_during_eval"),
+    **several("reward models and reinforcement learning are not there", "trl", "vllm", "ebft", "reward_model"),
+    **several("reward models and reinforcement learning are not there", "process_reward_model", "center_rewards_coefficient"),
     "num_labels": none("data.classes names the classes of data.task classify", near="data.classes"),
     # how long, and by how much at once
     "micro_batch_size": joint("batch.micro_sequences", default=1),
@@ -243,10 +239,10 @@ ROWS: Mapping[str, Row] = {
     "lr_scheduler_kwargs": none(SCHEDULE),
     "warmup_steps": joint("schedule.warmup_steps", default=0),
     "warmup_ratio": joint("schedule.warmup_steps", default=0.0),
-    **_several(SCHEDULE, "lr_quadratic_warmup", "cosine_constant_lr_ratio", "lr_div_factor"),
-    **_several("all weights have one learning rate", "embedding_lr", "embedding_lr_scale", "lr_groups"),
-    **_several(ONE_RULE, "optim_args", "optim_target_modules", "torchdistx_path", "adam_epsilon2", "adam_beta3", "dion_lr"),
-    **_several(ONE_RULE, "dion_momentum", "grokfast_alpha", "grokfast_lamb"),
+    **several(SCHEDULE, "lr_quadratic_warmup", "cosine_constant_lr_ratio", "lr_div_factor"),
+    **several("all weights have one learning rate", "embedding_lr", "embedding_lr_scale", "lr_groups"),
+    **several(ONE_RULE, "optim_args", "optim_target_modules", "torchdistx_path", "adam_epsilon2", "adam_beta3", "dion_lr"),
+    **several(ONE_RULE, "dion_momentum", "grokfast_alpha", "grokfast_lamb"),
     **{
         name: none(ONE_RULE, default=default)
         for name, default in {
@@ -255,11 +251,11 @@ ROWS: Mapping[str, Row] = {
             **{"qgalore_proj_group_size": 256, "qgalore_cos_threshold": 0.4, "qgalore_gamma_proj": 2, "qgalore_queue_size": 5},
         }.items()
     },
-    **_several(OTHER_LOSSES, "use_eaft", "diffusion"),
+    **several(OTHER_LOSSES, "use_eaft", "diffusion"),
     "eaft_alpha": none(OTHER_LOSSES, default=1.0),
     "eaft_k": none(OTHER_LOSSES, default=20),
-    **_several(DISTILLATION, "kd_trainer", "kd_ce_alpha", "kd_alpha", "kd_temperature", "kd_normalize_topk", "kd_beta"),
-    **_several(DISTILLATION, "kd_online_server_base_url", "kd_online_topk", "kd_online_server", "kd_temperature_min"),
+    **several(DISTILLATION, "kd_trainer", "kd_ce_alpha", "kd_alpha", "kd_temperature", "kd_normalize_topk", "kd_beta"),
+    **several(DISTILLATION, "kd_online_server_base_url", "kd_online_topk", "kd_online_server", "kd_temperature_min"),
     "kd_online_timeout": none(DISTILLATION, default=120),
     # formats and memory
     "bf16": key("precision.dtype", _bf16, default="auto"),
@@ -267,17 +263,17 @@ ROWS: Mapping[str, Row] = {
     "fp16": key("precision.dtype", if_true({"precision.dtype": "fp16"})),
     "float16": key("precision.dtype", if_true({"precision.dtype": "fp16"})),
     "float32": key("precision.dtype", if_true({"precision.dtype": "fp32"})),
-    **_several("fp8 is not there", "fp8", "fp8_enable_fsdp_float8_all_gather"),
+    **several("fp8 is not there", "fp8", "fp8_enable_fsdp_float8_all_gather"),
     "tf32": none("torch's own setting is kept", default="auto"),
     "gradient_checkpointing": key("train.recompute", _recompute, default=False),
     "gradient_checkpointing_kwargs": none("train.recompute has no further keys"),
     "selective_checkpointing": none('train.recompute "selective" recomputes the attention core', near="train.recompute"),
-    **_several("activations are recomputed (train.recompute) or kept, not moved", "activation_offloading"),
+    **several("activations are recomputed (train.recompute) or kept, not moved", "activation_offloading"),
     "layer_offloading": none('zero.offload_param {"device": "cpu"} moves weights', near="zero.offload_param"),
-    **_several("sections parallel and zero place weights", "device", "device_map", "max_memory", "gpu_memory_limit"),
-    **_several("torch's allocator is left alone", "gc_steps", "torch_empty_cache_steps", "gc_collect_steps"),
-    **_several("norms are computed in fp32", "fp32_norms", "fp32_norm_classes"),
-    **_several("a trained model is not quantized here", "qat", "quantization", "llmcompressor"),
+    **several("sections parallel and zero place weights", "device", "device_map", "max_memory", "gpu_memory_limit"),
+    **several("torch's allocator is left alone", "gc_steps", "torch_empty_cache_steps", "gc_collect_steps"),
+    **several("norms are computed in fp32", "fp32_norms", "fp32_norm_classes"),
+    **several("a trained model is not quantized here", "qat", "quantization", "llmcompressor"),
     # devices
     "deepspeed": joint("zero"),
     "fsdp": joint("zero.stage"),
@@ -291,8 +287,8 @@ ROWS: Mapping[str, Row] = {
     "ring_attn_func": none("sequences are not divided over ranks yet"),
     "dp_shard_size": none("the data-parallel degree follows from the number of ranks"),
     "dp_replicate_size": none("the data-parallel degree follows from the number of ranks", default=1),
-    **_several("mixtures of experts are not trained here", "expert_parallel_size", "expert_parallel_backend"),
-    **_several(
+    **several("mixtures of experts are not trained here", "expert_parallel_size", "expert_parallel_backend"),
+    **several(
         "mixtures of experts are not trained here",
         *("expert_parallel_num_nvl_bytes", "expert_parallel_num_rdma_bytes", "expert_parallel_token_capacity"),
         *("expert_parallel_fallback_on_unsupported", "expert_backend", "nonexpert_quantization", "moe_grouped_backend"),
@@ -301,15 +297,15 @@ ROWS: Mapping[str, Row] = {
         *("dsv4_fp8_nonexpert_mode", "dsv4_shared_mlp_lora_kernel", "gemma4_fp8_nonexpert", "gemma4_nf4_nonexpert"),
         *("nvfp4_merge_aware", "nvfp4_merge_aware_start_step"),
     ),
-    **_several(
+    **several(
         "reward models and reinforcement learning are not there",
         *("nemo_gym_enabled", "nemo_gym_dir", "nemo_gym_auto_clone", "nemo_gym_auto_start", "nemo_gym_config_paths"),
         *("nemo_gym_head_port", "nemo_gym_server_timeout", "nemo_gym_verify_timeout", "nemo_gym_run_timeout"),
         *("nemo_gym_datasets", "nemo_gym_model_name", "nemo_gym_multi_turn", "nemo_gym_max_turns"),
     ),
-    **_several("the launcher says it", "world_size", "local_rank", "ddp"),
+    **several("the launcher says it", "world_size", "local_rank", "ddp"),
     **{name: TRAINER[name] for name in TRAINER if name.startswith("ddp_")},
-    **_several("`triaxis submit` starts a run on a cluster", "use_ray", "ray_run_name", "resources_per_worker"),
+    **several("`triaxis submit` starts a run on a cluster", "use_ray", "ray_run_name", "resources_per_worker"),
     "ray_num_workers": none("`triaxis submit` starts a run on a cluster", default=1),
     # records, evaluations, checkpoints
     "output_dir": joint("run.dir", default="./model-out"),
@@ -344,21 +340,21 @@ ROWS: Mapping[str, Row] = {
     "wandb_name": joint("run.name"),
     "wandb_watch": none("the gradient norm is recorded, and no histograms"),
     "wandb_log_model": none("W&B gets records, not models"),
-    **_several(NOT_TRACKED, "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name"),
-    **_several(NOT_TRACKED, "hf_mlflow_log_artifacts", "use_comet", "comet_api_key", "comet_workspace", "comet_project_name"),
-    **_several(NOT_TRACKED, "comet_experiment_key", "comet_mode", "comet_online", "comet_experiment_config", "use_trackio"),
-    **_several(NOT_TRACKED, "trackio_project_name", "trackio_run_name", "trackio_space_id", "use_otel_metrics"),
-    **_several(NOT_TRACKED, "use_swanlab", "swanlab_project", "swanlab_experiment_name", "swanlab_mode", "swanlab_workspace"),
-    **_several(NOT_TRACKED, "swanlab_api_key", "swanlab_description", "swanlab_log_model"),
-    **_several(NOT_TRACKED, "swanlab_api_host", "swanlab_web_host", "swanlab_lark_secret", "swanlab_lark_webhook_url"),
-    **_several(NOT_TRACKED, "swanlab_log_completions", "swanlab_completion_log_interval", "swanlab_completion_max_buffer"),
+    **several(NOT_TRACKED, "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name"),
+    **several(NOT_TRACKED, "hf_mlflow_log_artifacts", "use_comet", "comet_api_key", "comet_workspace", "comet_project_name"),
+    **several(NOT_TRACKED, "comet_experiment_key", "comet_mode", "comet_online", "comet_experiment_config", "use_trackio"),
+    **several(NOT_TRACKED, "trackio_project_name", "trackio_run_name", "trackio_space_id", "use_otel_metrics"),
+    **several(NOT_TRACKED, "use_swanlab", "swanlab_project", "swanlab_experiment_name", "swanlab_mode", "swanlab_workspace"),
+    **several(NOT_TRACKED, "swanlab_api_key", "swanlab_description", "swanlab_log_model"),
+    **several(NOT_TRACKED, "swanlab_api_host", "swanlab_web_host", "swanlab_lark_secret", "swanlab_lark_webhook_url"),
+    **several(NOT_TRACKED, "swanlab_log_completions", "swanlab_completion_log_interval", "swanlab_completion_max_buffer"),
     "otel_metrics_host": none(NOT_TRACKED, default="localhost"),
     "otel_metrics_port": none(NOT_TRACKED, default=8000),
-    **_several("`triaxis eval --harness` measures a trained model", "lm_eval_tasks", "lm_eval_batch_size", "lm_eval_model"),
+    **several("`triaxis eval --harness` measures a trained model", "lm_eval_tasks", "lm_eval_batch_size", "lm_eval_model"),
     "lm_eval_post_train": none("`triaxis eval --harness` measures a trained model", default=True),
-    **_several("`triaxis eval` gives the task's figures", "do_causal_lm_eval", "eval_causal_lm_metrics", "do_bench_eval"),
-    **_several("`triaxis eval` gives the task's figures", "bench_dataset", "bench_split", "eval_table_size"),
-    **_several(SAMPLES, "eval_max_new_tokens", "generate_samples", "generation_top_p", "generation_top_k"),
+    **several("`triaxis eval` gives the task's figures", "do_causal_lm_eval", "eval_causal_lm_metrics", "do_bench_eval"),
+    **several("`triaxis eval` gives the task's figures", "bench_dataset", "bench_split", "eval_table_size"),
+    **several(SAMPLES, "eval_max_new_tokens", "generate_samples", "generation_top_p", "generation_top_k"),
     **{
         name: none(SAMPLES, default=default)
         for name, default in {
@@ -373,12 +369,12 @@ ROWS: Mapping[str, Row] = {
     "seed": key("run.seed", whole, default=42),
     "strict": none("every key is checked"),
     "trainer_cls": none("there is one trainer"),
-    **_several(
+    **several(
         "`triaxis generate` has its own flags", "gradio_title", "gradio_share", "gradio_server_name", "gradio_server_port"
     ),
-    **_several("`triaxis generate` has its own flags", "gradio_max_new_tokens", "gradio_temperature"),
-    **_several(DETECTED, "total_num_tokens", "total_supervised_tokens", "axolotl_config_path", "is_falcon_derived_model"),
-    **_several(DETECTED, "is_llama_derived_model", "is_mistral_derived_model", "is_qwen_derived_model"),
+    **several("`triaxis generate` has its own flags", "gradio_max_new_tokens", "gradio_temperature"),
+    **several(DETECTED, "total_num_tokens", "total_supervised_tokens", "axolotl_config_path", "is_falcon_derived_model"),
+    **several(DETECTED, "is_llama_derived_model", "is_mistral_derived_model", "is_qwen_derived_model"),
 }
 
 

@@ -16,6 +16,7 @@ from trainer.convert.rows import (
     listed,
     none,
     number,
+    several,
     text,
     whole,
     words,
@@ -70,16 +71,12 @@ CLUSTERS = "`triaxis submit` starts a run on a cluster"
 NO_SWANLAB = "there is no mirror of metrics.jsonl in swanlab"
 
 
-def _several(why: str, *names: str) -> dict[str, Row]:
-    return {name: none(why) for name in names}
-
-
 def _ordinary_tokens(value: object) -> Set:
     return Set({"data.new_tokens": listed(value)}, "tokens that are added are special ones here")
 
 
 def _with_prefix(why: str, prefix: str, names: str) -> dict[str, Row]:
-    return _several(why, *(f"{prefix}_{name}" for name in names.split()))
+    return several(why, *(f"{prefix}_{name}" for name in names.split()))
 
 
 def _revision(value: object) -> str | Set:
@@ -93,7 +90,7 @@ OWN: Mapping[str, Row] = {
     "trust_remote_code": none(
         'code of a model runs only with model.family "auto" and a model.revision; our families need none'
     ),
-    **_several(MERGE_FIRST, "adapter_name_or_path", "adapter_folder", "create_new_adapter"),
+    **several(MERGE_FIRST, "adapter_name_or_path", "adapter_folder", "create_new_adapter"),
     "cache_dir": none("HF_HOME in the environment says where downloads are kept"),
     "use_fast_tokenizer": none("tokenizers are those of the library tokenizers", default=True),
     "resize_vocab": none("rows of new tokens are added as data.new_tokens needs them"),
@@ -112,9 +109,9 @@ OWN: Mapping[str, Row] = {
     "moe_aux_loss_coef": none("mixtures of experts are not trained here"),
     "use_reentrant_gc": none("train.recompute has no further keys", default=True),
     "print_param_status": none("the start of a run says what is trained"),
-    **_several(KERNELS, "use_unsloth", "use_unsloth_gc", "enable_liger_kernel", "use_v1_kernels"),
-    **_several("attention sees the whole sequence", "shift_attn", "mixture_of_depths"),
-    **_several("HF_TOKEN in the environment is read", "hf_hub_token", "ms_hub_token", "om_hub_token"),
+    **several(KERNELS, "use_unsloth", "use_unsloth_gc", "enable_liger_kernel", "use_v1_kernels"),
+    **several("attention sees the whole sequence", "shift_attn", "mixture_of_depths"),
+    **several("HF_TOKEN in the environment is read", "hf_hub_token", "ms_hub_token", "om_hub_token"),
     "quantization_bit": key("tuning.quantize", words(BITS, "weights are frozen in 4 or 8 bits: set tuning.quantize")),
     "quantization_method": none("weights are quantized here, without a library", default="bnb"),
     "quantization_type": none('4 bits are "nf4"', default="nf4", near="tuning.quantize"),
@@ -130,7 +127,7 @@ OWN: Mapping[str, Row] = {
     "use_rslora": key("tuning.rank_stabilized", yes),
     "use_dora": joint("tuning.method"),
     "additional_target": none("only the rows of data.new_tokens are trained beside an adapter", near="data.new_tokens"),
-    **_several("both factors have one learning rate", "loraplus_lr_ratio"),
+    **several("both factors have one learning rate", "loraplus_lr_ratio"),
     "loraplus_lr_embedding": none("both factors have one learning rate", default=1e-6),
     "pissa_init": none("factors begin as in LoRA: one at random, one at 0"),
     "pissa_iter": none("factors begin as in LoRA: one at random, one at 0", default=16),
@@ -155,15 +152,15 @@ OWN: Mapping[str, Row] = {
     "ld_alpha": none("preference.loss has dpo, ipo and orpo"),
     "kto_chosen_weight": none("preference.loss has dpo, ipo and orpo", default=1.0),
     "kto_rejected_weight": none("preference.loss has dpo, ipo and orpo", default=1.0),
-    **_several("the reference is the model before training", "ref_model", "ref_model_adapters", "ref_model_quantization_bit"),
-    **_several(RL, "reward_model", "reward_model_adapters", "reward_model_quantization_bit"),
+    **several("the reference is the model before training", "ref_model", "ref_model_adapters", "ref_model_quantization_bit"),
+    **several(RL, "reward_model", "reward_model_adapters", "reward_model_quantization_bit"),
     "reward_model_type": none(RL, default="lora"),
-    **_several(RL, "ppo_score_norm", "ppo_whiten_rewards"),
+    **several(RL, "ppo_score_norm", "ppo_whiten_rewards"),
     "ppo_buffer_size": none(RL, default=1),
     "ppo_epochs": none(RL, default=4),
     "ppo_target": none(RL, default=6.0),
-    **_several(OTHER_RULES, "use_galore", "use_apollo", "use_badam"),
-    **_several(OTHER_RULES, "use_adam_mini", "use_muon"),
+    **several(OTHER_RULES, "use_galore", "use_apollo", "use_badam"),
+    **several(OTHER_RULES, "use_adam_mini", "use_muon"),
     **_with_prefix(OTHER_RULES, "galore", "target rank update_interval scale proj_type layerwise"),
     **_with_prefix(OTHER_RULES, "apollo", "target rank update_interval scale proj proj_type scale_type layerwise scale_front"),
     **_with_prefix(OTHER_RULES, "badam", "mode start_block switch_mode switch_interval update_ratio mask_mode verbose"),
@@ -173,10 +170,10 @@ OWN: Mapping[str, Row] = {
         "cpu_activation weight_path non_expert_weight_path expert_checkpoint_path use_lora_experts lora_expert_num "
         "lora_expert_intermediate_size",
     ),
-    **_several(OTHER_LOSSES, "use_dft_loss", "use_asft_loss", "use_eaft_loss"),
+    **several(OTHER_LOSSES, "use_dft_loss", "use_asft_loss", "use_eaft_loss"),
     "asft_alpha": none(OTHER_LOSSES, default=0.1),
     "eaft_alpha": none(OTHER_LOSSES, default=1.0),
-    **_several(OTHER_BACKENDS, "use_mca", "use_megatron_bridge", "use_hyper_parallel", "hyper_parallel_args", "use_kt"),
+    **several(OTHER_BACKENDS, "use_mca", "use_megatron_bridge", "use_hyper_parallel", "hyper_parallel_args", "use_kt"),
     "hyper_parallel_cp_size": none("sequences are not divided over ranks yet", default=1),
     "freeze_vision_tower": none(NO_MEDIA, default=True),
     "freeze_multi_modal_projector": none(NO_MEDIA, default=True),
@@ -190,8 +187,8 @@ OWN: Mapping[str, Row] = {
     "use_swanlab": none(NO_SWANLAB),
     "swanlab_project": none(NO_SWANLAB, default="llamafactory"),
     "swanlab_mode": none(NO_SWANLAB, default="cloud"),
-    **_several(NO_SWANLAB, "swanlab_workspace", "swanlab_run_name", "swanlab_api_key", "swanlab_logdir"),
-    **_several(NO_SWANLAB, "swanlab_lark_webhook_url", "swanlab_lark_secret"),
+    **several(NO_SWANLAB, "swanlab_workspace", "swanlab_run_name", "swanlab_api_key", "swanlab_logdir"),
+    **several(NO_SWANLAB, "swanlab_lark_webhook_url", "swanlab_lark_secret"),
     # data
     "dataset": joint("data.sources"),
     "eval_dataset": joint("data.eval_sources"),
@@ -228,22 +225,22 @@ OWN: Mapping[str, Row] = {
     "video_fps": none(NO_MEDIA, default=2.0),
     "video_maxlen": none(NO_MEDIA, default=128),
     "audio_sampling_rate": none(NO_MEDIA, default=16000),
-    **_several(NO_MEDIA, "image_do_pan_and_scan", "crop_to_patches", "use_audio_in_video"),
+    **several(NO_MEDIA, "image_do_pan_and_scan", "crop_to_patches", "use_audio_in_video"),
     # what is done afterwards, and elsewhere
-    **_several(SERVING, "do_sample", "temperature", "top_p", "top_k", "num_beams", "max_length", "max_new_tokens"),
-    **_several(SERVING, "repetition_penalty", "length_penalty", "skip_special_tokens", "infer_backend", "infer_dtype"),
-    **_several(SERVING, "offload_folder", "use_kv_cache", "vllm_maxlen", "vllm_gpu_util", "vllm_enforce_eager"),
-    **_several(SERVING, "vllm_max_lora_rank", "vllm_config", "sglang_maxlen", "sglang_mem_fraction", "sglang_tp_size"),
-    **_several(SERVING, "sglang_config", "sglang_lora_backend"),
-    **_several(EXPORTS, "export_dir", "export_size", "export_device", "export_quantization_bit", "export_legacy_format"),
-    **_several(EXPORTS, "export_quantization_dataset", "export_quantization_nsamples", "export_quantization_maxlen"),
-    **_several(EXPORTS, "export_hub_model_id"),
+    **several(SERVING, "do_sample", "temperature", "top_p", "top_k", "num_beams", "max_length", "max_new_tokens"),
+    **several(SERVING, "repetition_penalty", "length_penalty", "skip_special_tokens", "infer_backend", "infer_dtype"),
+    **several(SERVING, "offload_folder", "use_kv_cache", "vllm_maxlen", "vllm_gpu_util", "vllm_enforce_eager"),
+    **several(SERVING, "vllm_max_lora_rank", "vllm_config", "sglang_maxlen", "sglang_mem_fraction", "sglang_tp_size"),
+    **several(SERVING, "sglang_config", "sglang_lora_backend"),
+    **several(EXPORTS, "export_dir", "export_size", "export_device", "export_quantization_bit", "export_legacy_format"),
+    **several(EXPORTS, "export_quantization_dataset", "export_quantization_nsamples", "export_quantization_maxlen"),
+    **several(EXPORTS, "export_hub_model_id"),
     "ray_num_workers": none(CLUSTERS, default=1),
-    **_several(CLUSTERS, "ray_init_kwargs", "master_addr", "master_port"),
-    **_several("fp8 is not there", "fp8", "fp8_enable_fsdp_float8_all_gather"),
+    **several(CLUSTERS, "ray_init_kwargs", "master_addr", "master_port"),
+    **several("fp8 is not there", "fp8", "fp8_enable_fsdp_float8_all_gather"),
     "fp8_backend": none("fp8 is not there", default="auto"),
     **_with_prefix(TIMERS, "profiler", "wait_steps warmup_steps active_steps repeat record_shapes profile_memory with_stack"),
-    **_several(TIMERS, "enable_torch_profiler", "profiler_output_dir", "profile_modules"),
+    **several(TIMERS, "enable_torch_profiler", "profiler_output_dir", "profile_modules"),
 }
 
 

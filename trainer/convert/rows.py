@@ -145,3 +145,8 @@ def words(meanings: Mapping[Any, Any], otherwise: str = "") -> Reader:
         return meanings[name]
 
     return read
+
+
+def several(why: str, *names: str) -> dict[str, Row]:
+    """Return the rows of keys that have no counterpart, for the same reason."""
+    return {name: none(why) for name in names}

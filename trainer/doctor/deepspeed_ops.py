@@ -31,7 +31,7 @@ def _state(name: str) -> dict[str, Any]:
     """Return whether the extension came with DeepSpeed or was built here, and why it cannot be
     loaded."""
     installed = bool(installed_ops.get(name))
-    there = installed or built_ops.library(name).is_file()
+    there = installed or built_ops.built_file(name).is_file()
     error = ""
     if there:
         try:

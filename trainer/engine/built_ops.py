@@ -55,7 +55,7 @@ def _processor() -> str:
     return " ".join(sorted(flags[1].split())) if flags else ""
 
 
-def library(name: str) -> Path:
+def built_file(name: str) -> Path:
     """Return the path of an extension that was, or will be, built here."""
     return root() / name / f"{name}.so"
 
@@ -71,7 +71,7 @@ def use_built(name: str) -> bool:
     if first := LOADED_FIRST.get(name):
         use_built(first)
     if name not in OpBuilder._loaded_ops:
-        path = library(name)
+        path = built_file(name)
         if not path.is_file():
             return False
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
