@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from trainer.commands.arguments import add_recipe, whole
 from trainer.commands.network import known_network
 from trainer.commands.output import open_console, say
-from trainer.commands.ranks import divide
 from trainer.errors import EXIT_OK, EXIT_RECIPE, RecipeError
 
 if TYPE_CHECKING:
@@ -19,11 +18,10 @@ if TYPE_CHECKING:
 
     from trainer.planner.devices import Device
     from trainer.planner.memory import RankMemory
+    from trainer.planner.prediction import Prediction
 
 SUMMARY = "Show what memory each rank needs, item by item, and whether it fits a device; needs no GPU and no torch."
 GIB = 1 << 30
-# The mean error on the runs of BigScience and nanotron is below it: tools/published_memory.py.
-BAND = 0.08
 COLUMNS = 6  # ranks of the pipeline that are shown beside each other
 
 
@@ -36,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from trainer.planner.devices import device
-    from trainer.planner.memory import checkpoint_bytes, disk_bytes, memory
+    from trainer.planner.memory import checkpoint_bytes, disk_bytes
+    from trainer.planner.prediction import predict
     from trainer.recipe import load
-    from trainer.recipe.batch_plan import layout_of
 
     resolved = load(arguments.recipe, arguments.set)
     recipe, network = resolved.recipe, known_network(resolved)
@@ -48,42 +46,34 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if recipe.precision.dtype is None:
         recipe = recipe.with_format("bf16")
-    on = device(arguments.device) if arguments.device else None
     parallel = recipe.parallel
     gpus = arguments.gpus or parallel.tensor * parallel.pipeline * parallel.context
-    plan, _ = divide(recipe, network, gpus, "--gpus")
-    ranks = memory(recipe, plan, network, layout_of(parallel, gpus, "--gpus"))
+    prediction = predict(recipe, network, gpus, device(arguments.device) if arguments.device else None)
     stored = {"checkpoint": checkpoint_bytes(recipe, network), "disk": disk_bytes(recipe, network)}
     if arguments.json:
-        sys.stdout.write(json.dumps(_facts(ranks, stored), indent=2) + "\n")
+        sys.stdout.write(json.dumps(_facts(prediction.ranks, stored), indent=2) + "\n")
     else:
         console = open_console()
-        say(console, plan.line)
-        _show(console, ranks)
+        say(console, prediction.batch.line)
+        _show(console, prediction.ranks)
         say(console, f"checkpoint: {stored['checkpoint'] / GIB:,.2f} GiB each; {stored['disk'] / GIB:,.2f} GiB of disk in all")
-        if on is not None:
-            say(console, _verdict(ranks, on))
-    return EXIT_OK if on is None or _largest(ranks) <= (1 + BAND) * on.memory else EXIT_RECIPE
+        if prediction.device is not None:
+            say(console, _verdict(prediction, prediction.device))
+    return EXIT_RECIPE if prediction.fits is False else EXIT_OK
 
 
-def _largest(ranks: Sequence[RankMemory]) -> int:
-    from trainer.planner.items import Place
-
-    return max(rank.peak(Place.DEVICE) for rank in ranks)
-
-
-def _verdict(ranks: Sequence[RankMemory], on: Device) -> str:
+def _verdict(prediction: Prediction, on: Device) -> str:
     """Return whether the fullest rank fits, with the three items that would free most where it does
     not."""
     from trainer.planner.items import Place
+    from trainer.planner.prediction import MEMORY_BAND
 
-    fullest = max(ranks, key=lambda rank: rank.peak(Place.DEVICE))
-    needs, has = fullest.peak(Place.DEVICE), on.memory
+    fullest, needs, has = prediction.fullest, prediction.device_bytes, on.memory
     where = f"{needs / GIB:,.2f} GiB on the fullest rank of the pipeline, {fullest.rank}; {on.name} has {has / GIB:,.0f} GiB"
-    if needs <= (1 - BAND) * has:
+    if prediction.fits:
         return f"fits: {where}"
-    if needs <= (1 + BAND) * has:
-        return f"too close to tell: {where}, and the plan errs by {BAND:.0%}"
+    if prediction.fits is None:
+        return f"too close to tell: {where}, and the plan errs by {MEMORY_BAND:.0%}"
     items = sorted((item for item in fullest.items if item.place is Place.DEVICE), key=lambda item: -item.num_bytes)[:3]
     return f"does not fit: {where}; most of it: " + ", ".join(f"{item.name} {item.num_bytes / GIB:,.2f} GiB" for item in items)
 

@@ -1,0 +1,72 @@
+"""The plan of a recipe on a number of devices: the memory of each rank, and the time of a step.
+No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallel.topology import Layout
+from trainer.model.config import TransformerConfig
+from trainer.planner.devices import Device
+from trainer.planner.items import Place
+from trainer.planner.job import job_of
+from trainer.planner.memory import RankMemory, memory
+from trainer.planner.step_time import StepTime, step_time
+from trainer.recipe.batch_plan import BatchPlan, layout_of
+from trainer.recipe.pipeline import check_micro_batches
+from trainer.schema import Recipe
+
+# The mean error of memory on the runs of BigScience and nanotron is below it (the guide's table).
+MEMORY_BAND = 0.08
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The plan of a recipe on devices of one kind; without a kind there is no time.
+
+    `ranks`: the memory of each rank of the pipeline.
+    """
+
+    batch: BatchPlan
+    layout: Layout
+    device: Device | None
+    ranks: list[RankMemory]
+    time: StepTime | None
+
+    @property
+    def fullest(self) -> RankMemory:
+        """The rank of the pipeline that needs the most of its device."""
+        return max(self.ranks, key=lambda rank: rank.peak(Place.DEVICE))
+
+    @property
+    def device_bytes(self) -> int:
+        """The bytes that the fullest rank needs of its device."""
+        return self.fullest.peak(Place.DEVICE)
+
+    @property
+    def fits(self) -> bool | None:
+        """Return whether every rank fits its device; None where the plan cannot tell."""
+        if self.device is None:
+            return None
+        if self.device_bytes > (1 + MEMORY_BAND) * self.device.memory:
+            return False
+        return True if self.device_bytes <= (1 - MEMORY_BAND) * self.device.memory else None
+
+
+def predict(
+    recipe: Recipe, network: TransformerConfig, world_size: int, device: Device | None, how: str = "--gpus"
+) -> Prediction:
+    """Return the plan of a recipe on so many devices; for those with bf16, where they decide the
+    compute format. RecipeError if `world_size` ranks, known from `how`, cannot train it."""
+    if recipe.precision.dtype is None:
+        recipe = recipe.with_format("bf16")
+    batch = BatchPlan.from_recipe(recipe, world_size, how)
+    check_micro_batches(recipe, batch)
+    layout = layout_of(recipe.parallel, world_size, how)
+    return Prediction(
+        batch=batch,
+        layout=layout,
+        device=device,
+        ranks=memory(recipe, batch, network, layout),
+        time=step_time(job_of(recipe, batch, network, layout), device) if device else None,
+    )
