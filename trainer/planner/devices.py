@@ -88,12 +88,13 @@ def sheets() -> dict[str, dict[str, Any]]:
     return found
 
 
-def device(name: str) -> Device:
-    """Return the device of that name. RecipeError with the nearest names if there is none."""
+def device(name: str, how: str = "--device") -> Device:
+    """Return the device of that name, which is known from `how`. RecipeError with the nearest names
+    if there is none."""
     if name not in sheets():
         meant = nearest(name, list(sheets()))
         guess = f"; did you mean {meant}?" if meant else ""
-        raise RecipeError(f"--device {name}: no sheet has this name{guess}; legal: {', '.join(sheets())}")
+        raise RecipeError(f"{how} {name}: no sheet has this name{guess}; legal: {', '.join(sheets())}")
     sheet = {key: value for key, value in sheets()[name].items() if key != "sources"}
     return Device(name=name, **{**sheet, "inside": Link(**sheet["inside"]), "outside": Link(**sheet["outside"])})
 
