@@ -23,11 +23,12 @@ from trainer.recipe import ResolvedRecipe
 T = TypeVar("T")
 # The rough time of a layout is this close to its plan's, so that one that is slower by more than it
 # cannot be the best; the rough memory is off by more where stages are uneven.
-CLOSE_S, CLOSE_BYTES = 0.02, 0.15
+CLOSE_S, CLOSE_BYTES = 0.02, 0.08
 MOST_PLANNED = 96  # layouts that are planned while the best is sought
 RANKED = 10  # meshes in the ranking
 EACH_MESH = 3  # layouts of a mesh that are planned for the ranking
 ON_FRONT = 24  # rough steps of the front that are planned
+SLOWEST = 2.0  # times the best's time, beyond which the front is of no use
 WHOLE = 256  # spaces of so few layouts are planned whole
 
 
@@ -159,11 +160,13 @@ class Search:
         """The layouts of which none is both faster and smaller, from the fastest to the smallest."""
         if self.best is None:
             return []
-        rough = [*_front(self.rough, lambda one: one.num_bytes)]
+        bearable = [one for one in self.rough if one.seconds <= SLOWEST * self.best.seconds]
+        rough = [*_front(bearable, lambda one: one.num_bytes)]
         step = max(1, len(rough) // ON_FRONT)
         for _ in self.fitting(one.choice for one in [*rough[::step], *rough[-1:]]):
             pass
-        return [*_front(self.planned, lambda one: one.num_bytes)]
+        bearable = [one for one in self.planned if one.seconds <= SLOWEST * self.best.seconds]
+        return [*_front(sorted(bearable, key=lambda one: one.seconds), lambda one: one.num_bytes)]
 
 
 def _order(planned: Planned) -> tuple[bool, float, int]:
