@@ -87,9 +87,7 @@ def _continued(first: int, second: int, short: int, long: int, count: int) -> in
 
 
 @lru_cache(maxsize=8192)  # layouts that differ in what is divided have the same in flight
-def _at_peak(
-    name: str, ranks: int, virtual_stages: int, count: int, rank: int, kept: tuple[tuple[int, Kept], ...]
-) -> InFlight:
+def _at_peak(name: str, ranks: int, virtual_stages: int, count: int, rank: int, kept: tuple[tuple[int, Kept], ...]) -> InFlight:
     return most_in_flight(_table(name, ranks, virtual_stages, count).steps[rank], dict(kept))
 
 

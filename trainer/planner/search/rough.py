@@ -8,7 +8,7 @@ in flight, and the idle time of a schedule whose stages are alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -90,8 +90,9 @@ class Roughly:
     _states: dict[object, list[Held]] = field(default_factory=dict)
     _beside: dict[object, float] = field(default_factory=dict)
 
-    def __iter__(self) -> Iterator[Rough]:
-        for passes in self.space.passes:
+    def of(self, ways: Iterable[Passes]) -> Iterator[Rough]:
+        """Yield the figures of the layouts that compute micro-batches in these ways."""
+        for passes in ways:
             pipelines = self.space.pipelines(passes)
             for schedule, virtual in pipelines:
                 pipeline_s = self._pipeline(passes, schedule, virtual)
@@ -258,7 +259,7 @@ class Roughly:
 
 # Schedules that run all forwards of a stage before its first backward.
 BREADTH_FIRST = frozenset(("gpipe", "looped_bfs"))
-_PASSES = [name for name in Costs.__dataclass_fields__]
+_PASSES = [*Costs.__dataclass_fields__]
 
 
 def in_flight(schedule: str, ranks: int, virtual: int, count: int, rank: int) -> int:
