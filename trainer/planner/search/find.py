@@ -7,19 +7,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, get_args
 
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.planner.devices import Device
-from trainer.planner.prediction import MEMORY_BAND, predict
+from trainer.planner.prediction import MEMORY_BAND, has_rate, predict, settled_for
 from trainer.planner.search.choice import Choice
 from trainer.planner.search.near import Near, neighbours
 from trainer.planner.search.planned import Planned
 from trainer.planner.search.reasons import Reason, reason
 from trainer.planner.search.rough import Rough, Roughly
-from trainer.planner.search.space import Space, admitted
+from trainer.planner.search.space import Space, admits
 from trainer.recipe import ResolvedRecipe
+from trainer.schema import Dtype
 
 T = TypeVar("T")
 # The rough time of a layout is this close to its plan's, so that one that is slower by more than it
@@ -44,7 +45,8 @@ class Neighbour(NamedTuple):
 
 @dataclass
 class Search:
-    """A search for the best layout of a recipe on so many devices of one kind."""
+    """A search for the best layout of a recipe on so many devices of one kind. RecipeError if its
+    sheet has no rate for the recipe's compute format."""
 
     resolved: ResolvedRecipe
     network: TransformerConfig
@@ -53,9 +55,17 @@ class Search:
     most_planned: int = MOST_PLANNED
     _planned: dict[Choice, Planned | None] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        recipe = settled_for(self.resolved.recipe, self.device)
+        if not has_rate(recipe, self.device):
+            raise RecipeError(
+                f"precision.dtype = {recipe.precision.settled}: {self.device.name} has no rate for it, so that layouts cannot "
+                f"be compared; legal there: {', '.join(format for format in self.device.peaks if format in get_args(Dtype))}"
+            )
+
     @cached_property
     def space(self) -> Space:
-        return Space(self.resolved, self.network, self.world_size)
+        return Space(self.resolved, self.network, self.world_size, self.device)
 
     @cached_property
     def rough(self) -> list[Rough]:
@@ -77,7 +87,7 @@ class Search:
         return self._planned[choice]
 
     def _plan(self, choice: Choice) -> Planned | None:
-        if admitted(self.resolved, self.network, choice, self.world_size) is None:
+        if not admits(self.space, choice):
             return None
         try:
             recipe = choice.recipe(self.space.base)
@@ -112,6 +122,11 @@ class Search:
                 break
             best = better
         return best
+
+    @cached_property
+    def own(self) -> Planned | None:
+        """The recipe as it is; None if it cannot run on so many devices."""
+        return self.plan(Choice.of(self.resolved.recipe))
 
     def _first_best(self) -> Planned | None:
         """Return the best of the layouts whose rough time is close to the best's."""
