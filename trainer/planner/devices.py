@@ -45,6 +45,7 @@ class Device:
     | `call` | the host's time to issue an operation from Python [s] |
     | `inside`, `outside` | the links to devices of the same node and of others |
     | `per_node` | devices in a node |
+    | `asynchronous` | whether it works while the host issues; not so a CPU, or under `CUDA_LAUNCH_BLOCKING=1` |
     | `calibration` | the measured time of a step over the computed one, taken from one run |
     """
 
@@ -60,6 +61,7 @@ class Device:
     inside: Link
     outside: Link
     per_node: int
+    asynchronous: bool = True
     calibration: float = 1.0
 
 
