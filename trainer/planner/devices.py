@@ -4,6 +4,7 @@ torch."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,23 @@ from trainer.errors import RecipeError
 from trainer.spelling import nearest
 
 SHEETS = Path(__file__).with_name("devices.json")
+# A word in the driver's name of a card, and the sheets of its sizes of memory. Variants of a chip
+# with other rates have no sheet.
+CARDS = {
+    "V100": ("v100-32g", "v100-16g"),
+    "A100": ("a100-80g", "a100-40g"),
+    "H100": ("h100-80g",),
+    "H200": ("h200",),
+    "B200": ("b200",),
+    "GB200": ("gb200",),
+    "MI300X": ("mi300x",),
+    "L40S": ("l40s",),
+    "4090": ("rtx4090",),
+    "3090": ("rtx3090",),
+    "5090": ("rtx5090",),
+}
+VARIANTS = frozenset(("PCIE", "NVL", "MIG", "TI", "D", "LAPTOP", "MOBILE", "VF"))
+NEARLY = 0.1  # what a driver reports is a little less than the size in a card's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +90,22 @@ def sheets() -> dict[str, dict[str, Any]]:
     return found
 
 
-def device(name: str) -> Device:
-    """Return the device of that name. RecipeError with the nearest names if there is none."""
+def device(name: str, how: str = "--device") -> Device:
+    """Return the device of that name, which is known from `how`. RecipeError with the nearest names
+    if there is none."""
     if name not in sheets():
         meant = nearest(name, list(sheets()))
         guess = f"; did you mean {meant}?" if meant else ""
-        raise RecipeError(f"--device {name}: no sheet has this name{guess}; legal: {', '.join(sheets())}")
+        raise RecipeError(f"{how} {name}: no sheet has this name{guess}; legal: {', '.join(sheets())}")
     sheet = {key: value for key, value in sheets()[name].items() if key != "sources"}
     return Device(name=name, **{**sheet, "inside": Link(**sheet["inside"]), "outside": Link(**sheet["outside"])})
+
+
+def device_named_by_driver(card: str, memory: int) -> Device | None:
+    """Return the device of a card with so many bytes, by the driver's name, such as "NVIDIA
+    A100-SXM4-80GB"; None where no sheet is of this card."""
+    words = set(re.split(r"[\s-]+", card.upper()))
+    if words & VARIANTS:
+        return None
+    known = (device(name) for word, names in CARDS.items() if word in words for name in names)
+    return next((one for one in known if abs(memory - one.memory) < NEARLY * one.memory), None)
