@@ -14,10 +14,10 @@ from trainer.run.meter import Meter
 from trainer.run.session import Session, open_session
 
 
-def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: StopRequest) -> int:
+def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: StopRequest, *, plan_check: bool = True) -> int:
     """Run a recipe to its last step, or to the end of the step in which `stop` is requested; return
-    the exit code."""
-    with open_session(resolved, run_dir, resume) as run:
+    the exit code. `plan_check`: see `open_session`."""
+    with open_session(resolved, run_dir, resume, plan_check=plan_check) as run:
         stop.trains()
         started = time.monotonic()
         keys, steps = run.recipe.train, run.recipe.train.total_steps

@@ -12,8 +12,6 @@ from datetime import timedelta
 from shlex import quote
 from typing import Any, NoReturn
 
-import torch
-
 from parallel.messages import Messages
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.disk_space import bytes_of_one, disk_space
@@ -37,14 +35,17 @@ from trainer.guard.inspector import Inspector
 from trainer.launch.ranks import PeerFailed, Place, together
 from trainer.launch.stop_request import LOST, WANTED
 from trainer.model.model_files import ModelFiles
+from trainer.model.network import Network
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.run.account import Account
 from trainer.run.closing import baseline, export, exported, sampled, translated, translated_meanwhile
-from trainer.run.least_memory import Machine, host_bytes, require_memory
+from trainer.run.devices import devices_of, machine_of, sheet_of
+from trainer.run.memory_check import require_memory
 from trainer.run.meter import Meter
 from trainer.run.opening import LoadedRun, OpenFolder, evaluations_so_far, opened_folder, read_data
 from trainer.run.reference import with_reference
+from trainer.run.run_plan import RunPlan, explained, plan_of
 from trainer.run.start import leave_behind, make_room
 from trainer.run.step_data import StepData, evaluation_data, targets_for, training_data
 from trainer.run_folder import RunFolder
@@ -201,8 +202,11 @@ class Session:
 
 
 @contextmanager
-def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> Iterator[Session]:
-    """Open everything on every rank, and close it when the run ends, however it ends."""
+def open_session(
+    resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, *, plan_check: bool = True
+) -> Iterator[Session]:
+    """Open everything on every rank, and close it when the run ends, however it ends. `plan_check`:
+    what is planned beyond the memory that is there is refused."""
     guard = resolved.recipe.guard
     limits = Limits(step_s=guard.timeout_s, long_s=guard.long_timeout_s)
     timeout = timedelta(seconds=limits.longest_s + BACKSTOP_S)
@@ -213,18 +217,29 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         opened = stack.enter_context(opened_folder(group, resolved, run_dir, resume, limits))
         loaded = read_data(group, opened, resume)
         with together(lambda: group.watch.doing):
-            require_memory(opened.resolved.recipe, plan, loaded.network, _machine(group.place))
+            planned = _planned(group, opened.resolved.recipe, loaded.network)
+            machine = machine_of(group.place, opened.mesh.layout)
+            require_memory(opened.resolved.recipe, plan, loaded.network, machine, planned if plan_check else None)
             ledger = _open_ledger(opened.folder, loaded.found) if group.is_first else None
             if group.is_first:
                 opened.remarks += _clear_the_way(opened, loaded)
-        yield stack.enter_context(_ready(group, opened, loaded, plan, ledger))
+        stack.enter_context(explained(planned, group.watch))
+        yield stack.enter_context(_ready(group, opened, loaded, plan, ledger, planned))
+
+
+def _planned(group: Joined, recipe: Recipe, network: Network) -> RunPlan | None:
+    place = group.place
+    on_gpu = place.device.type == "cuda"
+    return plan_of(network, recipe, place.world_size, place.how, on_gpu=on_gpu, device=sheet_of(place), rank=place.rank)
 
 
 @contextmanager
-def _ready(group: Joined, opened: OpenFolder, loaded: LoadedRun, plan: BatchPlan, ledger: Ledger | None) -> Iterator[Session]:
+def _ready(
+    group: Joined, opened: OpenFolder, loaded: LoadedRun, plan: BatchPlan, ledger: Ledger | None, planned: RunPlan | None
+) -> Iterator[Session]:
     """Build the engine and the objects around it, on every rank."""
     recipe, folder, watch, is_first = opened.resolved.recipe, opened.folder, group.watch, group.is_first
-    devices = _devices(group.place)
+    devices = devices_of(group.place)
     with ExitStack() as stack:
         if ledger is not None:
             stack.callback(lambda: ledger.end(watch.step, watch.totals(), opened.watchdog.waiting()))
@@ -387,22 +402,6 @@ def _clear_the_way(opened: OpenFolder, loaded: LoadedRun) -> list[str]:
         truncate_after(history, found.manifest.step if found else 0)
     folder.write_given(opened.resolved.given)
     return remarks
-
-
-def _machine(place: Place) -> Machine:
-    on_gpu = place.device.type == "cuda"
-    gpu_bytes = torch.cuda.get_device_properties(place.device).total_memory if on_gpu else None
-    return Machine(host_bytes(), place.local_world_size, gpu_bytes)
-
-
-def _devices(place: Place) -> str:
-    if place.device.type == "cuda":
-        return f"{place.world_size} × {torch.cuda.get_device_name(place.device)}"
-    threads = torch.get_num_threads()
-    return (
-        f"{place.world_size} CPU process{'es' if place.world_size > 1 else ''}, "
-        f"{threads} thread{'s' if threads > 1 else ''} each"
-    )
 
 
 def _introduce(run: Session, remarks: Iterable[str]) -> None:
