@@ -80,7 +80,7 @@ def interrupt(run: Session, reason: str, meter: Meter, guard: Guard, *, steps_do
     goes_on = saved is not None or steps_done == 0
     advice = f"the same command goes on after step {saved or 0}" if goes_on else "nothing is saved (checkpoint.every = 0)"
     run.tracker.note(f"{reason}: ended after step {steps_done}; {advice}")
-    run.tracker.finish({"ended_by": reason, "steps": steps_done, **meter.summary(), **run.account.goodput(steps_done)})
+    run.end_tracking({"ended_by": reason, "steps": steps_done, **meter.summary(), **run.account.goodput(steps_done)})
     return EXIT_REQUEUE if goes_on else EXIT_INTERRUPTED
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from tests.end_to_end.runs import write_recipe
 from tools.campaign.ranks import run_ranks, train
 from trainer.run.memory_check import host_bytes
+from trainer.track import read_metrics
 
 MIB = 2**20
 # 64 rows of 512 tokens: their activations are some hundred MiB.
@@ -50,3 +54,20 @@ def test_what_does_not_fit_is_refused_before_it_is_built(tmp_path: Path) -> None
     assert ended.codes == (78,), ended.said
     assert "by the plan " in ended.said
     assert "and this machine has" in ended.said
+
+
+def test_a_run_records_its_plan_beside_what_was_measured(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, train__steps=3, zero__stage=1)
+    ended = run_ranks(train, [str(recipe)], world_size=2, log=tmp_path / "log")
+    assert ended.codes == (0, 0), ended.said
+    assert "plan: " in ended.said
+    assert " ± 8% on a rank" in ended.said
+    summary = json.loads((tmp_path / "runs" / "small" / "summary.json").read_text())
+    predicted, measured = summary["plan"]["predicted"], summary["plan"]["measured"]
+    # Nearly all of so small a run is what its processes take, which are forked here.
+    assert 0.3 < measured["memory_bytes"] / predicted["memory_bytes"] < 3.0
+    assert measured["memory_bytes"] / 2**30 == pytest.approx(summary["memory_gib"], rel=0.2)
+    records = read_metrics(tmp_path / "runs" / "small" / "metrics.jsonl")
+    assert measured["step_time_s"] == sorted(float(record["step_time_s"] or 0.0) for record in records)[1]
+    assert predicted["step_time_s"] is None  # nothing was measured of this machine
+    assert ended.said.count(", measured ") == 1

@@ -4,6 +4,8 @@ reads."""
 from __future__ import annotations
 
 import os
+import resource
+import sys
 
 import torch
 
@@ -43,3 +45,19 @@ def devices_of(place: Place) -> str:
 
 def _gpu_bytes(place: Place) -> int:
     return torch.cuda.get_device_properties(place.device).total_memory
+
+
+def footprint(device: torch.device) -> int:
+    """Return the most bytes that this rank has taken so far: of its GPU, with what is there beside
+    torch's tensors, or of the host."""
+    if device.type != "cuda":
+        return resident_bytes()
+    free, whole = torch.cuda.mem_get_info(device)
+    beside = whole - free - torch.cuda.memory_reserved(device)
+    return torch.cuda.max_memory_reserved(device) + beside
+
+
+def resident_bytes() -> int:
+    """Return the most memory that this process has had resident."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -52,6 +52,10 @@ class RunPlan:
         return self.ranks[self.place]
 
     @property
+    def device_name(self) -> str:
+        return self.prediction.device.name if self.prediction.device else "a device without a sheet"
+
+    @property
     def fullest(self) -> RankMemory:
         return max(self.ranks, key=self.device_bytes)
 
@@ -108,6 +112,8 @@ def plan_of(
 def _(
     network: TransformerConfig, recipe: Recipe, world_size: int, how: str, *, on_gpu: bool, device: Device | None, rank: int
 ) -> RunPlan | None:
+    if device is not None and recipe.precision.settled not in device.peaks:
+        device = None  # its sheet says nothing of this format
     prediction = predict(recipe, network, world_size, device, how, on_gpu=on_gpu)
     place = prediction.layout.coord(rank).pp
     return RunPlan(recipe=recipe, network=network, prediction=prediction, on_gpu=on_gpu, place=place)
