@@ -362,7 +362,7 @@ def _session(
     recipe, mesh = opened.resolved.recipe, opened.mesh
     skipped: int = checkpoints.memory.get("data", {}).get("skipped_steps", 0)
     train_data = training_data(recipe, prepared, causal=loaded.network.causal)
-    peak_flops, peak_source = device_peak(group.device, recipe.precision.settled)
+    peak_flops, peak_source = device_peak(group.device, recipe.precision.products)
     return Session(
         recipe=recipe,
         place=group.place,
