@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,17 +25,28 @@ COLUMNS = 6  # ranks of the pipeline that are shown beside each other
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe(parser)
+    add_recipe(parser, required=False)
     parser.add_argument("--gpus", type=whole(1), metavar="N", help="GPUs, a rank on each; default: those of one model")
     parser.add_argument(
         "--device", metavar="NAME", help="of which kind they are, such as h100-80g; default: the site's, or this machine's"
     )
     parser.add_argument("--site", type=path, metavar="FILE", help="the settings of a cluster, which may name its device")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--calibrate", type=path, metavar="RUN", help="instead of a recipe: take the factor of its device from a finished run"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+<<<<<<< HEAD
     from trainer.cluster.submit import read_site
+=======
+    if arguments.calibrate is not None:
+        return _calibrate(arguments)
+    if arguments.recipe is None:
+        raise RecipeError("plan: give a RECIPE, or --calibrate and the folder of a finished run")
+    from trainer.planner.devices import device
+>>>>>>> h-run
     from trainer.planner.memory import checkpoint_bytes, disk_bytes
     from trainer.planner.prediction import predict
     from trainer.planner.verdict import chosen_device, verdict
@@ -60,10 +72,50 @@ def run(arguments: argparse.Namespace) -> int:
         _show(console, prediction.ranks)
         say(console, f"checkpoint: {stored['checkpoint'] / GIB:,.2f} GiB each; {stored['disk'] / GIB:,.2f} GiB of disk in all")
         if prediction.device is not None:
+<<<<<<< HEAD
             say(console, verdict(prediction))
     return EXIT_RECIPE if prediction.fits is False else EXIT_OK
 
 
+=======
+            say(console, _verdict(prediction, prediction.device))
+            _say_calibrated(console, prediction.device)
+    return EXIT_RECIPE if prediction.fits is False else EXIT_OK
+
+
+def _verdict(prediction: Prediction, on: Device) -> str:
+    """Return whether the fullest rank fits, with the three items that would free most where it does
+    not."""
+    from trainer.planner.items import Place
+    from trainer.planner.prediction import MEMORY_BAND
+
+    fullest, needs, has = prediction.fullest, prediction.device_bytes, on.memory
+    where = f"{needs / GIB:,.2f} GiB on the fullest rank of the pipeline, {fullest.rank}; {on.name} has {has / GIB:,.0f} GiB"
+    if prediction.fits:
+        return f"fits: {where}"
+    if prediction.fits is None:
+        return f"too close to tell: {where}, and the plan errs by {MEMORY_BAND:.0%}"
+    items = sorted((item for item in fullest.items if item.place is Place.DEVICE), key=lambda item: -item.num_bytes)[:3]
+    return f"does not fit: {where}; most of it: " + ", ".join(f"{item.name} {item.num_bytes / GIB:,.2f} GiB" for item in items)
+
+
+def _say_calibrated(console: Console, on: Device) -> None:
+    from trainer.planner.calibration import said_of
+
+    if line := said_of(on.name, os.environ):
+        say(console, line)
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from trainer.planner.calibration import calibrate
+
+    if arguments.recipe is not None:
+        raise RecipeError(f"--calibrate {arguments.calibrate}: a run has its own recipe: leave {arguments.recipe} out")
+    say(open_console(), calibrate(arguments.calibrate, os.environ))
+    return EXIT_OK
+
+
+>>>>>>> h-run
 def _show(console: Console, ranks: Sequence[RankMemory]) -> None:
     from rich.table import Table
     from rich.text import Text
