@@ -387,12 +387,12 @@ class Parallel(Section):
         min_length=1,
         description="Order of forwards and backwards in the pipeline: gpipe, 1f1b, interleaved_1f1b, looped_bfs, "
         "interleaved_zero_bubble, zbv, dualpipev, or a CSV file with the actions of each rank.",
-        json_schema_extra=only("parallel.pipeline", least=2),
+        json_schema_extra=only("parallel.pipeline", least=2, idle="1f1b"),
     )
     virtual_stages: NumStages = Field(
         1,
         description="Stages on each pipeline rank; zbv and dualpipev have exactly 2.",
-        json_schema_extra=only("parallel.pipeline", least=2),
+        json_schema_extra=only("parallel.pipeline", least=2, idle=1),
     )
 
     balance: list[NumStages] | None = Field(

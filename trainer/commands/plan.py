@@ -17,9 +17,7 @@ from trainer.errors import EXIT_OK, EXIT_RECIPE, RecipeError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trainer.planner.devices import Device
     from trainer.planner.memory import RankMemory
-    from trainer.planner.prediction import Prediction
 
 SUMMARY = "Show what memory each rank needs, item by item, and whether it fits a device; needs no GPU and no torch."
 GIB = 1 << 30
@@ -29,7 +27,10 @@ COLUMNS = 6  # ranks of the pipeline that are shown beside each other
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser, required=False)
     parser.add_argument("--gpus", type=whole(1), metavar="N", help="GPUs, a rank on each; default: those of one model")
-    parser.add_argument("--device", metavar="NAME", help="of which kind they are, such as h100-80g; default: no verdict")
+    parser.add_argument(
+        "--device", metavar="NAME", help="of which kind they are, such as h100-80g; default: the site's, or this machine's"
+    )
+    parser.add_argument("--site", type=path, metavar="FILE", help="the settings of a cluster, which may name its device")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--calibrate", type=path, metavar="RUN", help="instead of a recipe: take the factor of its device from a finished run"
@@ -37,13 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+<<<<<<< HEAD
+    from trainer.cluster.submit import read_site
+=======
     if arguments.calibrate is not None:
         return _calibrate(arguments)
     if arguments.recipe is None:
         raise RecipeError("plan: give a RECIPE, or --calibrate and the folder of a finished run")
     from trainer.planner.devices import device
+>>>>>>> h-run
     from trainer.planner.memory import checkpoint_bytes, disk_bytes
     from trainer.planner.prediction import predict
+    from trainer.planner.verdict import chosen_device, verdict
     from trainer.recipe import load
 
     resolved = load(arguments.recipe, arguments.set)
@@ -56,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         recipe = recipe.with_format("bf16")
     parallel = recipe.parallel
     gpus = arguments.gpus or parallel.tensor * parallel.pipeline * parallel.context
-    prediction = predict(recipe, network, gpus, device(arguments.device) if arguments.device else None)
+    prediction = predict(recipe, network, gpus, chosen_device(arguments.device, read_site(arguments.site).device))
     stored = {"checkpoint": checkpoint_bytes(recipe, network), "disk": disk_bytes(recipe, network)}
     if arguments.json:
         sys.stdout.write(json.dumps(_facts(prediction.ranks, stored), indent=2) + "\n")
@@ -66,6 +72,12 @@ def run(arguments: argparse.Namespace) -> int:
         _show(console, prediction.ranks)
         say(console, f"checkpoint: {stored['checkpoint'] / GIB:,.2f} GiB each; {stored['disk'] / GIB:,.2f} GiB of disk in all")
         if prediction.device is not None:
+<<<<<<< HEAD
+            say(console, verdict(prediction))
+    return EXIT_RECIPE if prediction.fits is False else EXIT_OK
+
+
+=======
             say(console, _verdict(prediction, prediction.device))
             _say_calibrated(console, prediction.device)
     return EXIT_RECIPE if prediction.fits is False else EXIT_OK
@@ -103,6 +115,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+>>>>>>> h-run
 def _show(console: Console, ranks: Sequence[RankMemory]) -> None:
     from rich.table import Table
     from rich.text import Text

@@ -65,6 +65,7 @@ class Device:
     | `call` | the host's time to issue an operation from Python [s] |
     | `inside`, `outside` | the links to devices of the same node and of others |
     | `per_node` | devices in a node |
+    | `asynchronous` | whether it works while the host issues; not so a CPU, or under `CUDA_LAUNCH_BLOCKING=1` |
     | `calibration` | the measured time of a step over the computed one, taken from one run |
     """
 
@@ -80,6 +81,7 @@ class Device:
     inside: Link
     outside: Link
     per_node: int
+    asynchronous: bool = True
     calibration: float = 1.0
 
 
@@ -90,18 +92,18 @@ def sheets() -> dict[str, dict[str, Any]]:
     return found
 
 
-def device(name: str) -> Device:
-    """Return the device of that name, calibrated by a run of this user if there was one.
-    RecipeError with the nearest names if there is none."""
-    return replace(listed(name), calibration=factor_of(name, os.environ))
+def device(name: str, how: str = "--device") -> Device:
+    """Return the device of that name, which is known from `how`, calibrated by a run of this user
+    if there was one. RecipeError with the nearest names if there is none."""
+    return replace(listed(name, how), calibration=factor_of(name, os.environ))
 
 
-def listed(name: str) -> Device:
+def listed(name: str, how: str = "--device") -> Device:
     """Return the device of that name as its sheet has it."""
     if name not in sheets():
         meant = nearest(name, list(sheets()))
         guess = f"; did you mean {meant}?" if meant else ""
-        raise RecipeError(f"--device {name}: no sheet has this name{guess}; legal: {', '.join(sheets())}")
+        raise RecipeError(f"{how} {name}: no sheet has this name{guess}; legal: {', '.join(sheets())}")
     sheet = {key: value for key, value in sheets()[name].items() if key != "sources"}
     return Device(name=name, **{**sheet, "inside": Link(**sheet["inside"]), "outside": Link(**sheet["outside"])})
 

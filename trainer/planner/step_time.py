@@ -5,6 +5,7 @@ No torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -84,6 +85,17 @@ class StepTime:
     def total(self) -> float:
         return self.pipeline + self.reduction + self.optimizer
 
+    @property
+    def parts(self) -> dict[str, float]:
+        """The parts that sum to the whole step, by what the time is spent on."""
+        return {
+            "compute": self.pipeline - self.bubble - self.sums,
+            "bubble": self.bubble,
+            "tensor sums": self.sums,
+            "gradient reduction": self.reduction,
+            "update": self.optimizer,
+        }
+
 
 def step_time(job: Job, device: Device) -> StepTime:
     """Return the time of a step, every rank of `layout` on such a device."""
@@ -106,8 +118,9 @@ def step_time(job: Job, device: Device) -> StepTime:
 def stage_costs(job: Job, device: Device) -> list[Costs]:
     """Return the time of each stage's actions on a micro-batch [s]."""
     share, network = job.share, job.network
-    layer = [_timed(job, device, layer_pass(network, share, window)) for window in _windows(network)]
-    average = [sum(times) / len(layer) for times in zip(*layer, strict=True)]
+    windows = Counter(_windows(network))
+    layer = [[n * time for time in _timed(job, device, layer_pass(network, share, window))] for window, n in windows.items()]
+    average = [sum(times) / windows.total() for times in zip(*layer, strict=True)]
     embedding = _timed(job, device, embedding_pass(network, share), recomputes=False)
     head = _timed(job, device, head_pass(network, share), recomputes=False)
     costs = []
