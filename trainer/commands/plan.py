@@ -17,6 +17,7 @@ from trainer.errors import EXIT_OK, EXIT_RECIPE, RecipeError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from trainer.planner.devices import Device
     from trainer.planner.memory import RankMemory
 
 SUMMARY = "Show what memory each rank needs, item by item, and whether it fits a device; needs no GPU and no torch."
@@ -38,15 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-<<<<<<< HEAD
-    from trainer.cluster.submit import read_site
-=======
     if arguments.calibrate is not None:
         return _calibrate(arguments)
     if arguments.recipe is None:
         raise RecipeError("plan: give a RECIPE, or --calibrate and the folder of a finished run")
-    from trainer.planner.devices import device
->>>>>>> h-run
+    from trainer.cluster.submit import read_site
     from trainer.planner.memory import checkpoint_bytes, disk_bytes
     from trainer.planner.prediction import predict
     from trainer.planner.verdict import chosen_device, verdict
@@ -72,31 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
         _show(console, prediction.ranks)
         say(console, f"checkpoint: {stored['checkpoint'] / GIB:,.2f} GiB each; {stored['disk'] / GIB:,.2f} GiB of disk in all")
         if prediction.device is not None:
-<<<<<<< HEAD
             say(console, verdict(prediction))
-    return EXIT_RECIPE if prediction.fits is False else EXIT_OK
-
-
-=======
-            say(console, _verdict(prediction, prediction.device))
             _say_calibrated(console, prediction.device)
     return EXIT_RECIPE if prediction.fits is False else EXIT_OK
-
-
-def _verdict(prediction: Prediction, on: Device) -> str:
-    """Return whether the fullest rank fits, with the three items that would free most where it does
-    not."""
-    from trainer.planner.items import Place
-    from trainer.planner.prediction import MEMORY_BAND
-
-    fullest, needs, has = prediction.fullest, prediction.device_bytes, on.memory
-    where = f"{needs / GIB:,.2f} GiB on the fullest rank of the pipeline, {fullest.rank}; {on.name} has {has / GIB:,.0f} GiB"
-    if prediction.fits:
-        return f"fits: {where}"
-    if prediction.fits is None:
-        return f"too close to tell: {where}, and the plan errs by {MEMORY_BAND:.0%}"
-    items = sorted((item for item in fullest.items if item.place is Place.DEVICE), key=lambda item: -item.num_bytes)[:3]
-    return f"does not fit: {where}; most of it: " + ", ".join(f"{item.name} {item.num_bytes / GIB:,.2f} GiB" for item in items)
 
 
 def _say_calibrated(console: Console, on: Device) -> None:
@@ -115,7 +90,6 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
->>>>>>> h-run
 def _show(console: Console, ranks: Sequence[RankMemory]) -> None:
     from rich.table import Table
     from rich.text import Text
