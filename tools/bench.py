@@ -43,7 +43,7 @@ from parallel.gather import logical_tensors
 from parallel.mesh import Mesh
 from parallel.params import Role, initialise
 from parallel.topology import Layout
-from trainer.costs.flops import Dtype, training_flops
+from trainer.costs.flops import training_flops
 from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
@@ -54,7 +54,7 @@ from trainer.launch import ranks
 from trainer.model.config import TransformerConfig
 from trainer.model.hf_config import from_hf, to_hf
 from trainer.recipe.batch_plan import BatchPlan
-from trainer.schema import Recipe
+from trainer.schema import Dtype, Recipe
 
 SEED = 0
 LR = 3e-4

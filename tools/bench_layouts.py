@@ -65,7 +65,6 @@ from parallel.mesh import Mesh
 from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
-from trainer.costs.flops import Dtype
 from trainer.data.loader import MicroBatch
 from trainer.engine.engine import Engine
 from trainer.engine.execution import DTYPES
@@ -73,7 +72,7 @@ from trainer.engine.optimizers import make_optimizer
 from trainer.errors import UserError
 from trainer.model.blocks import blocks_of
 from trainer.model.transformer import Stage
-from trainer.schema import Recipe
+from trainer.schema import Dtype, Recipe
 
 PAIR = 2
 CPU = torch.device("cpu")

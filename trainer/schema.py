@@ -31,6 +31,7 @@ Seconds = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+ProductFormat = Literal["fp32", "bf16", "fp16", "tf32"]
 LICENSE = r"^[a-z0-9][a-z0-9.-]*$"  # an identifier of a licence on the hub
 STDLIB = "stdlib"  # a source on every machine: the files of the standard library
 
@@ -436,6 +437,12 @@ class Precision(Section):
         description="Format of weights and activations in forward and backward; master weights are always fp32. Absent "
         f"with model.from_pretrained: {BY_DEVICE}, which the first start decides for the whole run.",
     )
+    matmul: Literal["exact", "tf32"] = Field(
+        "exact",
+        description="Format in which GPUs multiply fp32 matrices; tf32 rounds their factors to 10 bits of mantissa, and is "
+        "several times faster from Ampere on.",
+        json_schema_extra=only("precision.dtype", "fp32", idle="exact"),
+    )
     loss_scale: LossScale = Field(
         default_factory=LossScale, description="Loss scaling.", json_schema_extra=only("precision.dtype", "fp16")
     )
@@ -446,6 +453,11 @@ class Precision(Section):
         if self.dtype is None:
             raise ValueError("precision.dtype is open until the first start")
         return self.dtype
+
+    @property
+    def products(self) -> ProductFormat:
+        """The format in which GPUs multiply matrices. ValueError as for `settled`."""
+        return "tf32" if self.matmul == "tf32" else self.settled
 
 
 MOST_BUFFERS = 2**10  # buffers of a swap pool, which allocates all of them at once
@@ -705,6 +717,11 @@ class Train(Section):
         "none",
         description="Activations computed again in backward instead of kept: none, selective (the attention core) "
         "or full (each layer).",
+    )
+    worst_case_first: bool | None = Field(
+        None,
+        description="Take the memory of the fullest step, and of an evaluation, before the first step, so that what does not "
+        "fit is seen at once; the training stays the same to the bit. Absent: on GPUs.",
     )
     sample_prompt: str | None = Field(
         None, description="After the last step, print a continuation of this text, or with task sft the answer to it."

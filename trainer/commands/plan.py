@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,8 @@ from trainer.commands.output import open_console, say
 from trainer.errors import EXIT_OK, EXIT_RECIPE, RecipeError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from trainer.model.config import TransformerConfig
     from trainer.planner.devices import Device
     from trainer.planner.memory import RankMemory
@@ -27,7 +30,7 @@ GIB = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe(parser)
+    add_recipe(parser, required=False)
     parser.add_argument(
         "--gpus",
         type=numbers,
@@ -45,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=path, metavar="FILE", help="with --search: write the best layout as a recipe that extends it"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--calibrate", type=path, metavar="RUN", help="instead of a recipe: take the factor of its device from a finished run"
+    )
 
 
 def numbers(text: str) -> list[int]:
@@ -57,6 +63,10 @@ def numbers(text: str) -> list[int]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.calibrate is not None:
+        return _calibrate(arguments)
+    if arguments.recipe is None:
+        raise RecipeError("plan: give a RECIPE, or --calibrate and the folder of a finished run")
     from trainer.cluster.submit import read_site
     from trainer.planner.verdict import chosen_device
     from trainer.recipe import load
@@ -126,7 +136,25 @@ def _plan(arguments: argparse.Namespace, resolved: ResolvedRecipe, network: Tran
         say(console, f"checkpoint: {stored['checkpoint'] / GIB:,.2f} GiB each; {stored['disk'] / GIB:,.2f} GiB of disk in all")
         for line in filter(None, (verdict(prediction), *ways)):
             say(console, line)
+        if device is not None:
+            _say_calibrated(console, device)
     return EXIT_RECIPE if prediction.fits is False else EXIT_OK
+
+
+def _say_calibrated(console: Console, on: Device) -> None:
+    from trainer.planner.calibration import said_of
+
+    if line := said_of(on.name, os.environ):
+        say(console, line)
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from trainer.planner.calibration import calibrate
+
+    if arguments.recipe is not None:
+        raise RecipeError(f"--calibrate {arguments.calibrate}: a run has its own recipe: leave {arguments.recipe} out")
+    say(open_console(), calibrate(arguments.calibrate, os.environ))
+    return EXIT_OK
 
 
 def _facts(ranks: Sequence[RankMemory], stored: dict[str, int]) -> dict[str, Any]:

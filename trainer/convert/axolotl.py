@@ -264,7 +264,7 @@ ROWS: Mapping[str, Row] = {
     "float16": key("precision.dtype", if_true({"precision.dtype": "fp16"})),
     "float32": key("precision.dtype", if_true({"precision.dtype": "fp32"})),
     **several("fp8 is not there", "fp8", "fp8_enable_fsdp_float8_all_gather"),
-    "tf32": none("torch's own setting is kept", default="auto"),
+    "tf32": joint("precision.matmul", default="auto"),
     "gradient_checkpointing": key("train.recompute", _recompute, default=False),
     "gradient_checkpointing_kwargs": none("train.recompute has no further keys"),
     "selective_checkpointing": none('train.recompute "selective" recomputes the attention core', near="train.recompute"),

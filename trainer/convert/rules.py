@@ -111,13 +111,21 @@ def pair(to: str, one: str, other: str) -> Rule:
 
 
 def precision(*switches: str) -> Rule:
-    """Return the rule that without any of these switches everything is fp32."""
+    """Return the rule that without any of these switches everything is fp32, and then tf32 counts:
+    half formats leave no fp32 product."""
 
     def rule(draft: Draft) -> None:
         if "precision.dtype" not in draft.values:
             draft.put("precision.dtype", "fp32", *switches)
+        if draft.read("tf32", _wants_tf32) and draft.values["precision.dtype"] == "fp32":
+            draft.put("precision.matmul", "tf32", "tf32")
 
     return rule
+
+
+def _wants_tf32(value: object) -> bool:
+    """Return true also for "auto", where the GPU decides."""
+    return value == "auto" or yes(value)
 
 
 def measure(name: object) -> str:

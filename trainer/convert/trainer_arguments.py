@@ -123,7 +123,7 @@ ROWS: Mapping[str, Row] = {
     "fp16": key("precision.dtype", words({True: Set({"precision.dtype": "fp16"}), False: Set()}), default=False),
     "bf16_full_eval": none("evaluation has the format of training", default=False),
     "fp16_full_eval": none("evaluation has the format of training", default=False),
-    "tf32": none("torch's own setting is kept"),
+    "tf32": joint("precision.matmul"),
     "fp16_opt_level": none("precision.dtype is all there is", default="O1"),
     "half_precision_backend": none("precision.dtype is all there is", default="auto"),
     "gradient_checkpointing": key("train.recompute", words({True: Set({"train.recompute": "full"}), False: Set()})),

@@ -33,18 +33,18 @@ from functools import singledispatch
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
-from trainer.schema import Dtype
+from trainer.schema import ProductFormat
 
 # Dense peaks of matrix products in FLOP/s, from the vendors' data sheets: never the "with sparsity"
-# figures, which are twice as high. fp32 is torch's default: TF32 off. A name is found by its words;
-# a variant stands before the model whose name it contains.
-PEAKS: dict[str, dict[Dtype, float]] = {
-    "H200 NVL": {"bf16": 835e12, "fp16": 835e12, "fp32": 60e12},
-    "H200": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
-    "H100 PCIe": {"bf16": 756e12, "fp16": 756e12, "fp32": 51e12},
-    "H100 NVL": {"bf16": 835e12, "fp16": 835e12, "fp32": 60e12},
-    "H100": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
-    "A100": {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12},
+# figures, which are twice as high. fp32 is the exact one, without TF32. A name is found by its
+# words; a variant stands before the model whose name it contains.
+PEAKS: dict[str, dict[ProductFormat, float]] = {
+    "H200 NVL": {"bf16": 835e12, "fp16": 835e12, "tf32": 417e12, "fp32": 60e12},
+    "H200": {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12},
+    "H100 PCIe": {"bf16": 756e12, "fp16": 756e12, "tf32": 378e12, "fp32": 51e12},
+    "H100 NVL": {"bf16": 835e12, "fp16": 835e12, "tf32": 417e12, "fp32": 60e12},
+    "H100": {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12},
+    "A100": {"bf16": 312e12, "fp16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
     "V100S": {"fp16": 130e12, "fp32": 16.4e12},
     "V100 PCIE": {"fp16": 112e12, "fp32": 14e12},
     "V100": {"fp16": 125e12, "fp32": 15.7e12},
@@ -159,7 +159,7 @@ def _(network: TransformerConfig, lengths: Iterable[int], trained_beside: int | 
     return 6 * matmul_weights(network) * tokens + attention
 
 
-def listed_peak(device_name: str, dtype: Dtype) -> float | None:
+def listed_peak(device_name: str, dtype: ProductFormat) -> float | None:
     """Return the FLOP/s of one device; None if it is not listed, or only a slice of a device
     (MIG)."""
     if "MIG" in device_name.split():

@@ -23,7 +23,7 @@ from torch import nn
 from parallel.mesh import Group, Mesh
 from trainer.engine.threaded_io import use_threads_where_async_io_is_missing
 from trainer.errors import RecipeError
-from trainer.schema import LARGEST, Recipe
+from trainer.schema import LARGEST, Precision, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +164,30 @@ def prepare(recipe: Recipe, dtype: torch.dtype, notes: list[str]) -> None:
         notes += [remark] if remark else []
     if recipe.run.deterministic:
         torch.use_deterministic_algorithms(True)
+    notes += set_matmul_format(recipe.precision)
+
+
+def set_matmul_format(precision: Precision) -> list[str]:
+    """Set the format in which this process multiplies fp32 matrices on GPUs; return a remark where
+    the device does not have it. NVIDIA's have TF32 from Ampere on."""
+    tf32 = precision.matmul == "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    if not tf32 or (torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() >= (8, 0)):
+        return []
+    return ["precision.matmul tf32: the devices here have no TF32; fp32 products stay exact"]
+
+
+def reading_once(swap_in: Callable[..., None]) -> Callable[..., None]:
+    """Return a `swap_in` that reads a weight once where it is named twice.
+
+    DeepSpeed's prefetch names the weights of the next operations, the last of a forward and the
+    first of its backward among them, and asserts that none has a buffer already.
+    """
+
+    def once(params: Sequence[nn.Parameter], *rest: Any, **named: Any) -> None:
+        swap_in(list(dict.fromkeys(params)), *rest, **named)
+
+    return once
 
 
 def partitioning(deepspeed_config: dict[str, Any], units: Units) -> Callable[[nn.Module], None]:
@@ -182,6 +206,7 @@ def partitioning(deepspeed_config: dict[str, Any], units: Units) -> Callable[[nn
             mpu=units,
         )
         if init.param_swapper is not None and not swapper:
+            init.param_swapper.swap_in = reading_once(init.param_swapper.swap_in)
             swapper.append(init.param_swapper)
 
     return partition

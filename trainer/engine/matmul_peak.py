@@ -9,17 +9,19 @@ import torch
 
 from trainer.costs.flops import listed_peak
 from trainer.engine.execution import DTYPES
-from trainer.schema import Dtype
+from trainer.schema import Dtype, ProductFormat
 
 
-def device_peak(device: torch.device, dtype: Dtype) -> tuple[float, str]:
-    """Return the peak [FLOP/s] of this rank's device, and the source of the figure."""
+def device_peak(device: torch.device, products: ProductFormat) -> tuple[float, str]:
+    """Return the peak [FLOP/s] of this rank's device in the format that it is set to multiply
+    matrices in, and the source of the figure."""
+    dtype: Dtype = "fp32" if products == "tf32" else products
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        listed = listed_peak(name, dtype)
+        listed = listed_peak(name, products)
         if listed is not None:
-            return listed, f"{name}, {dtype} data sheet"
-        return measured_peak(device, dtype), f"{name}, {dtype} matrix product measured"
+            return listed, f"{name}, {products} data sheet"
+        return measured_peak(device, dtype), f"{name}, {products} matrix product measured"
     threads = torch.get_num_threads()
     return measured_peak(device, dtype), f"CPU, {threads} thread{'s' if threads > 1 else ''}, {dtype} matrix product measured"
 

@@ -4,14 +4,16 @@ torch."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import RecipeError
+from trainer.planner.calibration import factor_of
 from trainer.spelling import nearest
 
 SHEETS = Path(__file__).with_name("devices.json")
@@ -63,6 +65,7 @@ class Device:
     | `call` | the host's time to issue an operation from Python [s] |
     | `inside`, `outside` | the links to devices of the same node and of others |
     | `per_node` | devices in a node |
+    | `asynchronous` | whether it works while the host issues; not so a CPU, or under `CUDA_LAUNCH_BLOCKING=1` |
     | `calibration` | the measured time of a step over the computed one, taken from one run |
     """
 
@@ -78,6 +81,7 @@ class Device:
     inside: Link
     outside: Link
     per_node: int
+    asynchronous: bool = True
     calibration: float = 1.0
 
 
@@ -89,8 +93,13 @@ def sheets() -> dict[str, dict[str, Any]]:
 
 
 def device(name: str, how: str = "--device") -> Device:
-    """Return the device of that name, which is known from `how`. RecipeError with the nearest names
-    if there is none."""
+    """Return the device of that name, which is known from `how`, calibrated by a run of this user
+    if there was one. RecipeError with the nearest names if there is none."""
+    return replace(listed(name, how), calibration=factor_of(name, os.environ))
+
+
+def listed(name: str, how: str = "--device") -> Device:
+    """Return the device of that name as its sheet has it."""
     if name not in sheets():
         meant = nearest(name, list(sheets()))
         guess = f"; did you mean {meant}?" if meant else ""

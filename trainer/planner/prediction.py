@@ -55,10 +55,17 @@ class Prediction:
 
 
 def predict(
-    recipe: Recipe, network: TransformerConfig, world_size: int, device: Device | None, how: str = "--gpus"
+    recipe: Recipe,
+    network: TransformerConfig,
+    world_size: int,
+    device: Device | None,
+    how: str = "--gpus",
+    *,
+    on_gpu: bool = True,
 ) -> Prediction:
     """Return the plan of a recipe on so many devices; where they decide the compute format, in bf16
-    if they have it. RecipeError if `world_size` ranks, known from `how`, cannot train it."""
+    if they have it. `on_gpu`: they are GPUs, with what CUDA and NCCL take. RecipeError if
+    `world_size` ranks, known from `how`, cannot train it."""
     recipe = settled_for(recipe, device)
     batch = BatchPlan.from_recipe(recipe, world_size, how)
     check_micro_batches(recipe, batch)
@@ -67,7 +74,7 @@ def predict(
         batch=batch,
         layout=layout,
         device=device,
-        ranks=memory(recipe, batch, network, layout),
+        ranks=memory(recipe, batch, network, layout, on_gpu=on_gpu),
         time=step_time(job_of(recipe, batch, network, layout), device) if device and has_rate(recipe, device) else None,
     )
 

@@ -65,7 +65,8 @@ def work_s(work: Work, device: Device, peak: float, itemsize: int, communication
     """Return the seconds of a block's operations, with the communication between them, on a device
     that waits for its host where that is slower."""
     on_device = sum(product_s(one, device, peak, itemsize) for one in work.products) + moves_s(work.moves, device)
-    return longer(on_device + communication, work.calls * device.call)
+    host = work.calls * device.call
+    return longer(on_device + communication, host) if device.asynchronous else on_device + communication + host
 
 
 def longer(one: float, other: float) -> float:

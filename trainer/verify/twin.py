@@ -161,6 +161,8 @@ def _other_changes(resolved: ResolvedRecipe) -> Iterator[str]:
         yield f"train.epochs {recipe.train.epochs:g} → train.steps {_steps(recipe)}, because no data is read"
     if (dtype := recipe.precision.dtype) != "fp32":
         yield f"precision.dtype {dtype or BY_DEVICE} → fp32: rounding to {dtype or 'bf16'} would hide small mistakes"
+    if recipe.precision.matmul != "exact":
+        yield f"precision.matmul {recipe.precision.matmul} → exact"
     if "nvme" in (recipe.zero.offload_optimizer.device, recipe.zero.offload_param.device):
         yield "offload to nvme → cpu"
     if recipe.model.from_pretrained is not None:

@@ -12,7 +12,7 @@ from trainer.recipe import ResolvedRecipe
 
 
 def facts_of(planned: Planned, resolved: ResolvedRecipe) -> dict[str, Any]:
-    """Return a layout: what it is, as settings of --set too, what it needs and how long it takes."""
+    """Return a layout: what it is, also as settings of --set, what it needs, how long it takes."""
     batch = planned.prediction.batch
     return {
         "settings": planned.choice.settings(resolved),

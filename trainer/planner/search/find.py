@@ -176,7 +176,7 @@ class Search:
 
     @cached_property
     def front(self) -> list[Planned]:
-        """The layouts of which none is both faster and smaller, from the fastest to the smallest."""
+        """The layouts than which none is both faster and smaller, the fastest first."""
         if self.best is None:
             return []
         most = SLOWEST * self.best.seconds

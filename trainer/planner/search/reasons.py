@@ -13,8 +13,8 @@ SAME = 0.0005  # of a step's time
 
 
 class Reason(NamedTuple):
-    """Why a layout loses against the best: its time against the best's, and the parts that sum to
-    the difference, both as shares of the best's time."""
+    """The reason why a layout loses against the best: how much slower it is, and the parts that sum
+    to the difference, both as shares of the best's time."""
 
     slower: float
     parts: dict[str, float]

@@ -227,7 +227,7 @@ class Space:
 
     @cached_property
     def _may_split(self) -> list[bool]:
-        """Whether a schedule may split the backward, by ZeRO stage."""
+        """The answers, by ZeRO stage, to whether a schedule may split the backward."""
         name = next(name for name, schedule in SCHEDULES.items() if schedule.splits_backward and not schedule.v_shaped)
         choices = (replace(self.plain, pipeline=2, schedule=name, zero_stage=stage) for stage in ZERO_STAGES)
         return [

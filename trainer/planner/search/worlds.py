@@ -1,4 +1,4 @@
-"""What each number of devices costs: the best layout on it, or why there is none. No torch."""
+"""The cost of each number of devices: the best layout on it, or why there is none. No torch."""
 
 from __future__ import annotations
 
