@@ -113,6 +113,8 @@ def layout_words(planned: Planned) -> str:
     words += [f"data {data}", f"micro {choice.micro_sequences}", f"ZeRO-{choice.zero_stage}"]
     words += [f"optimizer on {choice.offload_optimizer}"] * (choice.offload_optimizer != "none")
     words += [f"weights on {choice.offload_param}"] * (choice.offload_param != "none")
+    if {choice.offload_optimizer, choice.offload_param} != {"none"}:
+        words.append(f"{planned.host_bytes / GIB:,.0f} GiB of host memory a rank")
     words += [f"recompute {choice.recompute}"] * (choice.recompute != "none")
     return ", ".join(words)
 

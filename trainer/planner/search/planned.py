@@ -42,5 +42,5 @@ class Planned:
 
     @property
     def order(self) -> tuple[bool, float, int]:
-        """The key by which layouts are ranked: one that surely fits first, then time, then memory."""
+        """The key of the ranking: whether it surely fits, then time, then memory."""
         return self.prediction.fits is not True, self.seconds, self.num_bytes

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from trainer.model.config import TransformerConfig
-from trainer.planner.prediction import MEMORY_BAND, Prediction
+from trainer.planner.prediction import Prediction
 from trainer.planner.search.choice import Choice, as_words
 from trainer.planner.search.find import Search
 from trainer.planner.search.near import roughly_near
@@ -18,7 +17,8 @@ from trainer.recipe import ResolvedRecipe
 GIB = 1 << 30
 SHOWN = 3
 MOST_CHANGED = 3
-TRIED = 40  # layouts that are planned for the changes of one, of two or of three keys
+TRIED = 120  # layouts that are looked at
+WORTH_A_KEY = 0.02  # the time that a change of another key must save
 
 
 @dataclass(frozen=True)
@@ -36,37 +36,33 @@ class Remedy:
         return f"{as_words(self.settings)}: {self.planned.num_bytes / GIB:,.1f} GiB, {percent(self.slower)} of time"
 
 
-def remedies(resolved: ResolvedRecipe, network: TransformerConfig, prediction: Prediction, shown: int = SHOWN) -> list[Remedy]:
-    """Return the cheapest changes of as few keys as possible with which a plan fits its device; []
-    where no change of a few keys does."""
+def remedies(resolved: ResolvedRecipe, network: TransformerConfig, prediction: Prediction) -> list[Remedy]:
+    """Return the cheapest changes of a few keys with which a plan fits its device; [] where none
+    does."""
     assert prediction.device is not None, "only a plan for a device can be refused"
     if prediction.time is None:
         return []
     search = Search(resolved, network, prediction.layout.world_size, prediction.device)
-    own = Choice.of(resolved.recipe)
-    of_keys: dict[int, dict[tuple[str, ...], list[Rough]]] = {}
-    roughly = Roughly(search.space, prediction.device, (1 + MEMORY_BAND) * prediction.device.memory)
-    for changed, one in roughly_near(roughly, own, MOST_CHANGED):
-        of_keys.setdefault(len(changed), {}).setdefault(changed, []).append(one)
-    found: list[Remedy] = []
-    for number in sorted(of_keys):
-        fits = sorted(_fastest_of_each(search, of_keys[number]), key=lambda one: one.order)
-        for planned in fits[: shown - len(found)]:
-            settings = tuple(planned.choice.settings(resolved))
-            found.append(Remedy(planned, settings, planned.seconds / prediction.time.total - 1))
-    return found
-
-
-def _fastest_of_each(search: Search, of_keys: dict[tuple[str, ...], list[Rough]]) -> Iterator[Planned]:
-    """Yield, for each set of changed keys, the fastest layout that surely fits."""
-    ordered = sorted(
-        (one.seconds, changed, number, one) for changed, ones in of_keys.items() for number, one in enumerate(ones)
-    )
-    done: set[tuple[str, ...]] = set()
-    for _, changed, _, one in ordered[: TRIED * SHOWN]:
-        if changed in done or len(done) == SHOWN:
+    own, found, done = Choice.of(resolved.recipe), [], list[frozenset[str]]()
+    for changed, one in _cheapest_first(search, own)[:TRIED]:
+        if any(keys <= set(changed) for keys in done):
             continue
         for planned in search.fitting([one.choice]):
             if planned.prediction.fits:
-                done.add(changed)
-                yield planned
+                done.append(frozenset(changed))
+                slower = planned.seconds / prediction.time.total - 1
+                found.append(Remedy(planned, tuple(planned.choice.settings(resolved)), slower))
+        if len(found) == SHOWN:
+            break
+    return sorted(found, key=lambda one: one.slower)
+
+
+def _cheapest_first(search: Search, own: Choice) -> list[tuple[tuple[str, ...], Rough]]:
+    """Return the layouts near the recipe's that may fit, with the keys that they change; each
+    further key counts as if it took more time."""
+    roughly = Roughly(search.space, search.device, search.device.memory)
+    near = enumerate(roughly_near(roughly, own, MOST_CHANGED))
+    ordered = sorted(
+        (one.seconds * (1 + WORTH_A_KEY * (len(changed) - 1)), number, changed, one) for number, (changed, one) in near
+    )
+    return [(changed, one) for _, _, changed, one in ordered]
