@@ -343,7 +343,7 @@ class Saving:
         keeps_result = network.activation == "relu"
         width = F * (2 if network.gated_mlp else 1)
         before = 0 if keeps_result and not network.gated_mlp else width
-        after = F if network.gated_mlp or (keeps_result and network.mlp_dropout) else 0
+        after = F if not network.gated_mlp and keeps_result and network.mlp_dropout else 0
         kept = Counter({MLP: self._features(before + after), INPUTS: self._input(self._hidden, "gate", "up")})
         kept[INPUTS] += self._input(self._features(F), "down") + self._output(self._hidden, "down")
         kept[INPUTS] += self._output(self._features(width), "gate", "up")
