@@ -301,13 +301,14 @@ class Saving:
         network, N, K = self.network, self.rows.tokens, self.network.head_dim
         H, G = self._heads, self._kv_heads
         core = self._core(index)
+        # queries, keys and values as they are projected, or rotated, which are tensors of their own
         kept = Counter({INPUTS: self._input(self._hidden, *"qkv"), ATTENTION: self._features((H + 2 * G) * K)})
         if network.qk_norm:
             weights = (H + G) * K * (FP32_BYTES if self.casts else self.itemsize)
             kept[NORMS] += self._features((H + G) * K) + FP32_BYTES * N * (H + G) + weights
         # What is computed again block by block keeps its inputs also where all is computed again.
         keeps_core = self.recompute == "none" or self._written_out
-        kept[ATTENTION] += self._features((H + G) * K) * (network.qk_norm or (keeps_core and network.positions == "rope"))
+        kept[ATTENTION] += self._features((H + G) * K) * network.qk_norm
         kept[ATTENTION] += core * keeps_core
         kept[INPUTS] += self._output(self._features((H + 2 * G) * K), *"qkv") + self._output(self._hidden, "o")
         # the result, which attention itself keeps too, unless it is computed again
