@@ -22,7 +22,8 @@ MEMORY_BAND = 0.08
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The plan of a recipe on devices of one kind; without a kind there is no time.
+    """The plan of a recipe on devices of one kind. There is no time without a kind, and on one that
+    has no rate for the compute format.
 
     `ranks`: the memory of each rank of the pipeline.
     """
@@ -62,11 +63,10 @@ def predict(
     *,
     on_gpu: bool = True,
 ) -> Prediction:
-    """Return the plan of a recipe on so many devices; for those with bf16, where they decide the
-    compute format. `on_gpu`: they are GPUs, with what CUDA and NCCL take. RecipeError if
+    """Return the plan of a recipe on so many devices; where they decide the compute format, in bf16
+    if they have it. `on_gpu`: they are GPUs, with what CUDA and NCCL take. RecipeError if
     `world_size` ranks, known from `how`, cannot train it."""
-    if recipe.precision.dtype is None:
-        recipe = recipe.with_format("bf16")
+    recipe = settled_for(recipe, device)
     batch = BatchPlan.from_recipe(recipe, world_size, how)
     check_micro_batches(recipe, batch)
     layout = layout_of(recipe.parallel, world_size, how)
@@ -75,5 +75,18 @@ def predict(
         layout=layout,
         device=device,
         ranks=memory(recipe, batch, network, layout, on_gpu=on_gpu),
-        time=step_time(job_of(recipe, batch, network, layout), device) if device else None,
+        time=step_time(job_of(recipe, batch, network, layout), device) if device and has_rate(recipe, device) else None,
     )
+
+
+def settled_for(recipe: Recipe, device: Device | None) -> Recipe:
+    """Return the recipe in the compute format that its devices decide, where it leaves that open:
+    bf16, if they have it."""
+    if recipe.precision.dtype is not None:
+        return recipe
+    return recipe.with_format("bf16" if device is None or "bf16" in device.peaks else "fp32")
+
+
+def has_rate(recipe: Recipe, device: Device) -> bool:
+    """Return whether the device's sheet has a rate for the recipe's compute format."""
+    return recipe.precision.settled in device.peaks
