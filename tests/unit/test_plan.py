@@ -56,6 +56,16 @@ def test_a_device_that_has_no_sheet_is_one_line(capsys: pytest.CaptureFixture[st
     assert "no sheet has this name; did you mean h100-80g?" in line
 
 
+def test_a_format_that_a_device_does_not_have_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the devices decide, those without bf16 compute in fp32."""
+    small = str(ROOT / "ds_configs" / "gpt2_pretrain.json")
+    assert main(["plan", small, "--device", "v100-32g"]) == 0
+    capsys.readouterr()
+    assert main(["plan", small, "--device", "v100-32g", "--set", "precision.dtype=bf16"]) == 78
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "precision.dtype = bf16: v100-32g multiplies in fp16, fp32 alone; give one of these" in line
+
+
 def test_every_sheet_names_its_sources() -> None:
     for name, sheet in json.loads(SHEETS.read_text()).items():
         assert sheet["sources"], name

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.commands.arguments import add_recipe, path, whole
+from trainer.commands.arguments import add_recipe, path, positive, tokens, whole
 from trainer.commands.network import known_network
 from trainer.commands.output import open_console, say
 from trainer.errors import EXIT_OK, EXIT_RECIPE, RecipeError
@@ -32,6 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", metavar="NAME", help="of which kind they are, such as h100-80g; default: the site's, or this machine's"
     )
     parser.add_argument("--site", type=path, metavar="FILE", help="the settings of a cluster, which may name its device")
+    parser.add_argument("--tokens", type=tokens, metavar="N", help="of the whole training, as 15T; default: train.steps'")
+    parser.add_argument(
+        "--mtbf-hours",
+        type=positive,
+        metavar="H",
+        help="mean time between failures of one device, for the best checkpoint interval",
+    )
+    parser.add_argument(
+        "--disk-rate", type=positive, default=1.0, metavar="GB/S", help="at which a checkpoint is written; default: 1"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--calibrate", type=path, metavar="RUN", help="instead of a recipe: take the factor of its device from a finished run"
@@ -44,8 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.recipe is None:
         raise RecipeError("plan: give a RECIPE, or --calibrate and the folder of a finished run")
     from trainer.cluster.submit import read_site
+    from trainer.planner.explain import Failures, explain
     from trainer.planner.memory import checkpoint_bytes, disk_bytes
-    from trainer.planner.prediction import predict
+    from trainer.planner.prediction import predict, with_format_of
     from trainer.planner.verdict import chosen_device, verdict
     from trainer.recipe import load
 
@@ -55,19 +66,24 @@ def run(arguments: argparse.Namespace) -> int:
         raise RecipeError(
             f"{arguments.recipe}: its network is not known before the tokenizer or the hub is opened: give folders, or a family"
         )
-    if recipe.precision.dtype is None:
-        recipe = recipe.with_format("bf16")
+    on = chosen_device(arguments.device, read_site(arguments.site).device)
+    recipe = with_format_of(recipe, on)
     parallel = recipe.parallel
     gpus = arguments.gpus or parallel.tensor * parallel.pipeline * parallel.context
-    prediction = predict(recipe, network, gpus, chosen_device(arguments.device, read_site(arguments.site).device))
+    prediction = predict(recipe, network, gpus, on)
+    hours = arguments.mtbf_hours
+    failures = Failures(mtbf_hours=hours, disk_rate=arguments.disk_rate * 1e9) if hours else None
+    explained = explain(recipe, network, prediction, tokens=arguments.tokens, failures=failures)
     stored = {"checkpoint": checkpoint_bytes(recipe, network), "disk": disk_bytes(recipe, network)}
     if arguments.json:
-        sys.stdout.write(json.dumps(_facts(prediction.ranks, stored), indent=2) + "\n")
+        facts = {**_facts(prediction.ranks, stored), "step": explained.as_json()}
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
     else:
         console = open_console()
         say(console, prediction.batch.line)
         _show(console, prediction.ranks)
         say(console, f"checkpoint: {stored['checkpoint'] / GIB:,.2f} GiB each; {stored['disk'] / GIB:,.2f} GiB of disk in all")
+        say(console, "\n".join(explained.lines()))
         if prediction.device is not None:
             say(console, verdict(prediction))
             _say_calibrated(console, prediction.device)
