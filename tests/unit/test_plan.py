@@ -13,6 +13,7 @@ from trainer.commands.network import known_network
 from trainer.planner.devices import CARDS, SHEETS, device, device_named_by_driver
 from trainer.planner.items import Place
 from trainer.planner.memory import memory
+from trainer.planner.prediction import with_format_of
 from trainer.recipe import load
 from trainer.recipe.batch_plan import BatchPlan, layout_of
 
@@ -57,13 +58,16 @@ def test_a_device_that_has_no_sheet_is_one_line(capsys: pytest.CaptureFixture[st
 
 
 def test_a_format_that_a_device_does_not_have_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the devices decide, those without bf16 compute in fp32."""
-    small = str(ROOT / "ds_configs" / "gpt2_pretrain.json")
-    assert main(["plan", small, "--device", "v100-32g"]) == 0
-    capsys.readouterr()
-    assert main(["plan", small, "--device", "v100-32g", "--set", "precision.dtype=bf16"]) == 78
+    assert main(["plan", str(ROOT / "ds_configs" / "gpt2_pretrain.json"), "--device", "v100-32g"]) == 78
     (line,) = capsys.readouterr().err.splitlines()
-    assert "precision.dtype = bf16: v100-32g multiplies in fp16, fp32 alone; give one of these" in line
+    assert "precision.dtype = bf16: v100-32g has no products in it; legal: fp16, fp32" in line
+
+
+def test_devices_without_bf16_compute_in_fp32_where_they_decide() -> None:
+    recipe = load(LARGE).recipe
+    undecided = recipe.model_copy(update={"precision": recipe.precision.model_copy(update={"dtype": None})})
+    formats = [with_format_of(undecided, on).precision.dtype for on in (None, device("h100-80g"), device("v100-32g"))]
+    assert formats == ["bf16", "bf16", "fp32"]
 
 
 def test_every_sheet_names_its_sources() -> None:

@@ -70,7 +70,7 @@ def with_format_of(recipe: Recipe, device: Device | None) -> Recipe:
     dtype = recipe.precision.dtype
     if device is not None and dtype not in device.peaks:
         legal = ", ".join(device.peaks)
-        raise RecipeError(f"precision.dtype = {dtype}: {device.name} multiplies in {legal} alone; give one of these")
+        raise RecipeError(f"precision.dtype = {dtype}: {device.name} has no products in it; legal: {legal}")
     return recipe
 
 
