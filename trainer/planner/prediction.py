@@ -83,8 +83,8 @@ def predict(
     *,
     on_gpu: bool = True,
 ) -> Prediction:
-    """Return the plan of a recipe on so many devices. `on_gpu`: they are GPUs, with what CUDA and NCCL take. RecipeError if
-    `world_size` ranks, known from `how`, cannot train it."""
+    """Return the plan of a recipe on so many devices. `on_gpu`: they are GPUs, with what CUDA and
+    NCCL take. RecipeError if `world_size` ranks, known from `how`, cannot train it."""
     recipe = with_format_of(recipe, device)
     batch = BatchPlan.from_recipe(recipe, world_size, how)
     check_micro_batches(recipe, batch)
