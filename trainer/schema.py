@@ -718,6 +718,11 @@ class Train(Section):
         description="Activations computed again in backward instead of kept: none, selective (the attention core) "
         "or full (each layer).",
     )
+    worst_case_first: bool | None = Field(
+        None,
+        description="Take the memory of the fullest step, and of an evaluation, before the first step, so that what does not "
+        "fit is seen at once; the training stays the same to the bit. Absent: on GPUs.",
+    )
     sample_prompt: str | None = Field(
         None, description="After the last step, print a continuation of this text, or with task sft the answer to it."
     )

@@ -32,13 +32,14 @@ def settings(**keys: object) -> list[str]:
     return [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
 
 
-def test_exhausted_memory_names_what_fills_it_and_what_frees_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first", "when"), [("true", "the worst case, before step 1"), ("false", "step 1")])
+def test_exhausted_memory_names_what_fills_it_and_what_frees_it(first: str, when: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, **LARGE)
-    command = [str(recipe), *settings(**LONG)]
+    command = [str(recipe), *settings(**LONG, **{"train.worst_case_first": first})]
     ended = run_ranks(limited, 400 * MIB, command, world_size=1, log=tmp_path / "log")
     assert ended.codes == (78,), ended.said
     (line,) = [line for line in ended.said.splitlines() if "error" in line]
-    assert "rank 0: forward of step 1: out of memory: " in line
+    assert f"rank 0: forward of {when}: out of memory: " in line
     assert "by the plan a rank now holds " in line
     assert "activations: mlp" in line
     assert "batch.micro_sequences=32 frees " in line
@@ -71,3 +72,22 @@ def test_a_run_records_its_plan_beside_what_was_measured(tmp_path: Path) -> None
     assert measured["step_time_s"] == sorted(float(record["step_time_s"] or 0.0) for record in records)[1]
     assert predicted["step_time_s"] is None  # nothing was measured of this machine
     assert ended.said.count(", measured ") == 1
+
+
+def test_a_copy_for_a_save_that_has_no_room_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    ended = run_ranks(
+        without_room, [str(recipe), *settings(**{"checkpoint.async": "true"})], world_size=1, log=tmp_path / "log"
+    )
+    assert ended.codes == (78,), ended.said
+    (line,) = [line for line in ended.said.splitlines() if "error" in line]
+    assert "a save copies" in line
+    assert "set checkpoint.async to false" in line
+
+
+def without_room(arguments: Sequence[str]) -> int:
+    """`train` on a machine that has no memory to spare."""
+    import trainer.run.worst_case
+
+    trainer.run.worst_case.available_bytes = lambda: 1000
+    return train(arguments)

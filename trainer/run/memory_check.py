@@ -149,23 +149,37 @@ def least_demands(recipe: Recipe, plan: BatchPlan, network: Network) -> Iterator
 def host_bytes() -> int:
     """Return the memory [bytes] of this machine, or the limit of this process's control group if it
     is smaller, and the machine's swap."""
-    found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    total, swap = (int(found[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
-    return min(total, *_group_limits(total)) + swap
+    found = _meminfo()
+    return min([found["MemTotal"], *(limit for _, limit in _limits())]) + found["SwapTotal"]
 
 
-def _group_limits(total: int) -> list[int]:
-    """Return the limits [bytes] of this process's control group and of those above it; `total`
-    where there is none."""
-    limits = [total]
+def available_bytes() -> int:
+    """Return the memory [bytes] that processes of this machine, or of this control group, can still
+    take without swapping."""
+    there = _meminfo()["MemAvailable"]
+    for group, limit in _limits():
+        taken = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        there = min(there, limit - taken + int(stat.get("inactive_file", 0)))
+    return there
+
+
+def _meminfo() -> dict[str, int]:
+    """Return the lines of /proc/meminfo [bytes]."""
+    lines = (line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return {name: int(value.split()[0]) * 1024 for name, value in lines if value.endswith("kB")}
+
+
+def _limits() -> Iterator[tuple[Path, int]]:
+    """Yield the folder of this process's control group, and of each above it, that has a limit, and
+    the limit [bytes]."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         hierarchy, _, name = line.split(":", 2)
         group = Path("/sys/fs/cgroup") / name.lstrip("/")
         for folder in (group, *group.parents) if hierarchy == "0" else ():
             limit = folder / "memory.max"
             if os.access(limit, os.R_OK) and (text := limit.read_text().strip()) != "max":
-                limits.append(int(text))
-    return limits
+                yield folder, int(text)
 
 
 @singledispatch

@@ -47,6 +47,7 @@ from trainer.run.plan_outcome import introduced, outcome
 from trainer.run.reference import with_reference
 from trainer.run.run_plan import RunPlan, explained, plan_of
 from trainer.run.step_data import StepData, evaluation_data, targets_for, training_data
+from trainer.run.worst_case import require_staging, tries, try_worst_case
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
 from trainer.track import RunInfo, Tracker, make_tracker, read_metrics
@@ -300,7 +301,16 @@ def _ready(
         stack.enter_context(among_ranks(opened.watchdog, lambda: watch.doing))
         session = _session(group, opened, loaded, prepared, engine, tracker, checkpoints, ledger, devices, planned)
         _introduce(session, [*opened.remarks, *loaded.remarks])
+        _try_first(session)
         yield session
+
+
+def _try_first(run: Session) -> None:
+    """Take the memory of the worst case, where the recipe wants it."""
+    require_staging(run.engine, run.place.local_world_size)
+    step = run.checkpoints.start_step
+    if tries(run.recipe, run.place.device) and step < run.recipe.train.total_steps:
+        try_worst_case(run.engine, run.data.micro_batches(step), run.planned, evaluates=run.eval_data is not None)
 
 
 @contextmanager
