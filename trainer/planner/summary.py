@@ -1,4 +1,4 @@
-"""The plan in three lines: whether it fits, the memory of each rank, the time of a step. No torch."""
+"""The plan in three lines: whether it fits, the memory of a rank, the time of a step. No torch."""
 
 from __future__ import annotations
 
