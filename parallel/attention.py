@@ -7,7 +7,7 @@ head dim, X distances from a query to a key; a capital keeps its letter when it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, groupby
@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from parallel.autograd import TensorFunction
+from parallel.autograd import TensorsFunction
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Group
 from parallel.norm import QueryKeyNorm
@@ -97,32 +98,43 @@ def _spans(lengths: tuple[int, ...]) -> list[slice]:
     return [slice(end - n, end) for end, n in zip(accumulate(lengths), lengths, strict=True)]
 
 
-class _Rotate(TensorFunction):
-    """A rotation of the halves of the last dim: (a, b) → (a cos − b sin, b cos + a sin). Backward
+class _Rotate(TensorsFunction):
+    """The parts [B, S, size, K] of X [B, S, Σ sizes, K], of which the first two, queries and keys,
+    are rotated: the halves of the last dim (a, b) → (a cos − b sin, b cos + a sin). Backward
     rotates the other way.
 
     Written out because autograd would keep four intermediates per layer, of which only cos and sin
-    are needed.
+    are needed. The parts are copies, so that X itself need not be kept for the one that is not
+    rotated, and backward writes their gradients into one tensor.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BSNK: Tensor, cos: Tensor, sin: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        ctx.sizes = sizes
+        parts = [torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in x_BSNK.split(sizes, dim=2)]
+        _rotate(parts, x_BSNK.split(sizes, dim=2), cos, sin)
+        return tuple(parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin), None, None
+        B, S, _, K = grads[0].shape
+        grad_BSNK = torch.empty(B, S, sum(ctx.sizes), K, dtype=grads[0].dtype, device=grads[0].device)
+        _rotate(grad_BSNK.split(ctx.sizes, dim=2), grads, cos, -sin)
+        return grad_BSNK, None, None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out_a, out_b = out.chunk(2, dim=-1)
-    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1.0)
-    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
-    return out
+def _rotate(into: Sequence[Tensor], parts: Sequence[Tensor], cos: Tensor, sin: Tensor) -> None:
+    """Write the first two parts rotated, and the others as they are."""
+    for out, x in zip(into[:2], parts[:2], strict=True):
+        a, b = x.chunk(2, dim=-1)
+        out_a, out_b = out.chunk(2, dim=-1)
+        torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1.0)
+        torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+    for out, x in zip(into[2:], parts[2:], strict=True):
+        out.copy_(x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,11 +415,12 @@ class ParallelAttention(torch.nn.Module):
         """Return [N, D], or this rank's tokens of it. With `streams` None nothing is dropped."""
         H, G = self.num_heads, self.num_kv_heads
         qkv_BSNK = self.qkv(x_ND, streams).view(*documents.shape, H + 2 * G, self.head_dim)
-        qk, v_BSGK = qkv_BSNK.split([H + G, G], dim=2)
-        if self.qk_norm is not None:
-            qk = self.qk_norm(qk, H)
         bias_HX = None if self.relative_bias is None else self.relative_bias(documents.shape[1])
-        core = qk, v_BSGK, bias_HX, documents, rotation, streams
+        v_BSGK = None
+        if self.qk_norm is not None:
+            qk, v_BSGK = qkv_BSNK.split([H + G, G], dim=2)
+            qkv_BSNK = self.qk_norm(qk, H)
+        core = qkv_BSNK, v_BSGK, bias_HX, documents, rotation, streams
         if self.recompute and torch.is_grad_enabled():
             y_BSHK = checkpoint(self._core, *core, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -416,16 +429,17 @@ class ParallelAttention(torch.nn.Module):
 
     def _core(
         self,
-        qk: Tensor,
-        v_BSGK: Tensor,
+        qkv_BSNK: Tensor,
+        v_BSGK: Tensor | None,
         bias_HX: Tensor | None,
         documents: Documents,
         rotation: Rotation | None,
         streams: Streams | None,
     ) -> Tensor:
-        if rotation is not None:
-            qk = _Rotate.apply(qk, *rotation)
-        q_BSHK, k_BSGK = qk.split([self.num_heads, self.num_kv_heads], dim=2)
+        """Attend. `qkv_BSNK` holds queries and keys, and the values where `v_BSGK` is None."""
+        sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads][: 3 if v_BSGK is None else 2]
+        parts = list(qkv_BSNK.split(sizes, dim=2) if rotation is None else _Rotate.apply(qkv_BSNK, *rotation, sizes))
+        q_BSHK, k_BSGK, v_BSGK = parts if v_BSGK is None else [*parts, v_BSGK]
         dropped = None
         if self.dropout and streams is not None:
             dropped = WeightDropout(rate=self.dropout, streams=streams, site=self.site, heads=self.heads)
