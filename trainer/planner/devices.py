@@ -101,7 +101,8 @@ def device(name: str, how: str = "--device") -> Device:
 def listed(name: str, how: str = "--device") -> Device:
     """Return the device of that name as its sheet has it."""
     if name not in sheets():
-        meant = nearest(name, list(sheets()))
+        begun = [known for known in sheets() if name and known.startswith(name)]
+        meant = " or ".join(begun) or nearest(name, list(sheets()))
         guess = f"; did you mean {meant}?" if meant else ""
         raise RecipeError(f"{how} {name}: no sheet has this name{guess}; legal: {', '.join(sheets())}")
     sheet = {key: value for key, value in sheets()[name].items() if key != "sources"}
