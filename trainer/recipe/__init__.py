@@ -14,4 +14,13 @@ from trainer.recipe.resolve import ResolvedRecipe, load, load_changed, load_give
 from trainer.recipe.unknown_keys import known_keys
 from trainer.recipe.wording import json_schema
 
-__all__ = ["ResolvedRecipe", "json_schema", "known_keys", "load", "load_changed", "load_given", "looks_local", "tokenizer_vocab_size"]
+__all__ = [
+    "ResolvedRecipe",
+    "json_schema",
+    "known_keys",
+    "load",
+    "load_changed",
+    "load_given",
+    "looks_local",
+    "tokenizer_vocab_size",
+]

@@ -229,7 +229,8 @@ class Space:
         name = next(name for name, schedule in SCHEDULES.items() if schedule.splits_backward and not schedule.v_shaped)
         choices = (replace(self.plain, pipeline=2, schedule=name, zero_stage=stage) for stage in ZERO_STAGES)
         return [
-            not any("zero.stage" in finding.keys for finding in pipeline_findings(choice.recipe(self.base))) for choice in choices
+            not any("zero.stage" in finding.keys for finding in pipeline_findings(choice.recipe(self.base)))
+            for choice in choices
         ]
 
 
