@@ -15,7 +15,7 @@ reproduces their published bubble rates.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,11 +108,10 @@ def simulate(table: ScheduleTable, costs: Costs | Sequence[Costs] | None = None,
         for rank, steps in enumerate(table.steps):
             while len(spans[rank]) < len(steps):
                 step = steps[len(spans[rank])]
-                needed = list(needs(step, table))
-                if any(action not in ended for action in needed):
+                arrived = _arrived(step, rank, table, ended, latency)
+                if arrived is None:
                     break
-                free = spans[rank][-1].end if spans[rank] else 0.0
-                start = max([free, *(ended[a] + latency * (table.rank_of_stage[a.stage] != rank) for a in needed)])
+                start = max(arrived, spans[rank][-1].end if spans[rank] else 0.0)
                 end = start + sum(of_stage[action.stage].of(action.kind) for action in actions_of(step))
                 spans[rank].append(Span(step, start, end))
                 ended |= dict.fromkeys(actions_of(step), end)
@@ -179,8 +178,22 @@ class Flow:
         return max(ends)
 
 
+def _arrived(step: Step, rank: int, table: ScheduleTable, ended: Mapping[Action, float], latency: float) -> float | None:
+    """Return when a step's inputs are on its rank; None if one of them is not computed yet."""
+    arrived = 0.0
+    for action in needs(step, table):
+        end = ended.get(action)
+        if end is None:
+            return None
+        arrived = max(arrived, end + latency * (table.rank_of_stage[action.stage] != rank))
+    return arrived
+
+
 def needs(step: Step, table: ScheduleTable) -> Iterator[Action]:
     """Yield the actions that must have run before this step."""
+    if isinstance(step, Action):
+        yield from _needs(step, table)
+        return
     inside = actions_of(step)
     for action in inside:
         yield from (needed for needed in _needs(action, table) if needed not in inside)

@@ -360,7 +360,7 @@ def test_what_does_not_fit_gets_changes_that_do(capsys: pytest.CaptureFixture[st
     [
         (["--search"], "layouts are compared on a device: give --device NAME"),
         (["--gpus", "8..9"], "layouts are compared on a device: give --device NAME"),
-        (["--search", "--device", "v100-32g", "--gpus", "8"], "v100-32g has no rate for it"),
+        (["--search", "--device", "v100-32g", "--gpus", "8"], "v100-32g has no products in it; legal: fp16, fp32"),
         (["--search", "--device", "h100-80g", "--gpus", "7"], "--gpus 7: no layout divides it"),
         (["--device", "h100-80g", "--gpus", "4", "--out", "x.json"], "--out FILE takes the best layout for one number"),
         (["--device", "h100-80g", "--search", "--out", "x.json"], "--out FILE takes the best layout for one number"),

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.commands.arguments import add_recipe, path
+from trainer.commands.arguments import add_recipe, path, positive, tokens
 from trainer.commands.network import known_network
 from trainer.commands.output import open_console, say
 from trainer.errors import EXIT_OK, EXIT_RECIPE, RecipeError
@@ -46,6 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out", type=path, metavar="FILE", help="with --search: write the best layout as a recipe that extends it"
+    )
+    parser.add_argument("--tokens", type=tokens, metavar="N", help="of the whole training, as 15T; default: train.steps'")
+    parser.add_argument(
+        "--mtbf-hours",
+        type=positive,
+        metavar="H",
+        help="mean time between failures of one device, for the best checkpoint interval",
+    )
+    parser.add_argument(
+        "--disk-rate", type=positive, default=1.0, metavar="GB/S", help="at which a checkpoint is written; default: 1"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
@@ -110,20 +120,25 @@ def _network(arguments: argparse.Namespace, resolved: ResolvedRecipe) -> Transfo
 
 
 def _plan(arguments: argparse.Namespace, resolved: ResolvedRecipe, network: TransformerConfig, device: Device | None) -> int:
+    from trainer.planner.explain import Failures, explain
     from trainer.planner.memory import checkpoint_bytes, disk_bytes
-    from trainer.planner.prediction import predict, settled_for
+    from trainer.planner.prediction import predict, with_format_of
     from trainer.planner.shown import show_ranks
     from trainer.planner.verdict import verdict, ways_to_fit
 
-    recipe = settled_for(resolved.recipe, device)
+    recipe = with_format_of(resolved.recipe, device)
     parallel = recipe.parallel
     gpus = arguments.gpus[0] if arguments.gpus else parallel.tensor * parallel.pipeline * parallel.context
     prediction = predict(recipe, network, gpus, device)
+    hours = arguments.mtbf_hours
+    failures = Failures(mtbf_hours=hours, disk_rate=arguments.disk_rate * 1e9) if hours else None
+    explained = explain(recipe, network, prediction, tokens=arguments.tokens, failures=failures)
     stored = {"checkpoint": checkpoint_bytes(recipe, network), "disk": disk_bytes(recipe, network)}
     ways = ways_to_fit(resolved, network, prediction) if prediction.fits is False else []
     if arguments.json:
         told = {
             **_facts(prediction.ranks, stored),
+            "step": explained.as_json(),
             "fits": prediction.fits,
             "device": device and device.name,
             "ways_to_fit": ways,
@@ -134,6 +149,7 @@ def _plan(arguments: argparse.Namespace, resolved: ResolvedRecipe, network: Tran
         say(console, prediction.batch.line)
         show_ranks(console, prediction.ranks)
         say(console, f"checkpoint: {stored['checkpoint'] / GIB:,.2f} GiB each; {stored['disk'] / GIB:,.2f} GiB of disk in all")
+        say(console, "\n".join(explained.lines()))
         for line in filter(None, (verdict(prediction), *ways)):
             say(console, line)
         if device is not None:

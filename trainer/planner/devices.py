@@ -74,8 +74,8 @@ class Device:
     | `call` | the host's time to issue an operation from Python [s] |
     | `inside`, `outside` | the links to devices of the same node and of others |
     | `per_node` | devices in a node |
-    | `asynchronous` | whether the host issues operations ahead of the device, and collectives can run beside products: not on CPUs |
-    | `to_device`, `to_host` | between the host's page-locked memory and the device's [bytes/s]; None: the host's is the device's |
+    | `asynchronous` | whether the host issues ahead of the device, and collectives run beside products: not on CPUs |
+    | `to_device`, `to_host` | between the host's page-locked memory and the device's [bytes/s]; None: they are one |
     | `host_adam` | weights that Adam updates in the host's memory, for this device [weights/s] |
     | `nvme_read`, `nvme_write` | of the node's disks, for this device [bytes/s] |
     | `speeds` | of ranks on the cores of a machine, by how many work at once; (): the device is a GPU |
@@ -139,7 +139,8 @@ def listed(name: str, how: str = "--device") -> Device:
         return here(here_sheet(os.environ))
     if name not in sheets():
         names = [*sheets(), HERE]
-        meant = nearest(name, names)
+        begun = [known for known in names if name and known.startswith(name)]
+        meant = " or ".join(begun) or nearest(name, names)
         guess = f"; did you mean {meant}?" if meant else ""
         raise RecipeError(f"{how} {name}: no sheet has this name{guess}; legal: {', '.join(names)}")
     sheet = {key: value for key, value in sheets()[name].items() if key != "sources"}

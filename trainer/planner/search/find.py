@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, TypeVar, get_args
+from typing import NamedTuple, TypeVar
 
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.planner.devices import Device
-from trainer.planner.prediction import MEMORY_BAND, has_rate, predict, settled_for
+from trainer.planner.prediction import MEMORY_BAND, predict, with_format_of
 from trainer.planner.search.choice import Choice
 from trainer.planner.search.near import Near, neighbours
 from trainer.planner.search.planned import Planned
@@ -20,7 +20,6 @@ from trainer.planner.search.reasons import Reason, reason
 from trainer.planner.search.rough import Rough, Roughly
 from trainer.planner.search.space import Space, admits
 from trainer.recipe import ResolvedRecipe
-from trainer.schema import Dtype
 
 T = TypeVar("T")
 # The rough time of a layout is this close to its plan's, so that one that is slower by more than it
@@ -56,12 +55,7 @@ class Search:
     _planned: dict[Choice, Planned | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        recipe = settled_for(self.resolved.recipe, self.device)
-        if not has_rate(recipe, self.device):
-            raise RecipeError(
-                f"precision.dtype = {recipe.precision.settled}: {self.device.name} has no rate for it, so that layouts cannot "
-                f"be compared; legal there: {', '.join(format for format in self.device.peaks if format in get_args(Dtype))}"
-            )
+        with_format_of(self.resolved.recipe, self.device)
 
     @cached_property
     def space(self) -> Space:

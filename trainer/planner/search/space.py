@@ -17,7 +17,7 @@ from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.planner.devices import Device
-from trainer.planner.prediction import settled_for
+from trainer.planner.prediction import with_format_of
 from trainer.planner.search.choice import OF_ONE_STAGE, Choice, Offload, Recompute
 from trainer.recipe import ResolvedRecipe, load_changed
 from trainer.recipe.batch_plan import BatchPlan, divisors
@@ -88,7 +88,7 @@ class Space:
     @cached_property
     def base(self) -> Recipe:
         """The recipe in the compute format that is planned for."""
-        return settled_for(self.resolved.recipe, self.device)
+        return with_format_of(self.resolved.recipe, self.device)
 
     @cached_property
     def plain(self) -> Choice:
@@ -240,7 +240,7 @@ def admits(space: Space, choice: Choice) -> bool:
     """Return whether `check` accepts the recipe with a choice for so many ranks."""
     try:
         found = load_changed(space.resolved, choice.settings(space.resolved))
-        recipe = settled_for(found.recipe, space.device)
+        recipe = with_format_of(found.recipe, space.device)
         plan = BatchPlan.from_recipe(recipe, space.world_size, "--gpus")
         check_micro_batches(recipe, plan)
         deepspeed_config(recipe, plan, largest_weight=space.network.largest_weight)
