@@ -30,6 +30,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+PATIENCE = 16  # steps, after which a price is sought by halving
+
 
 def balance(costs: Sequence[int], rank_of_stage: Sequence[int]) -> list[range]:
     """Return the blocks of each stage. ValueError if a cost is negative or a stage would have no
@@ -131,7 +133,7 @@ def _smoothest(sums: Sequence[int], stages: int, limit: int) -> list[int]:
     prices. At the even price between the last odd one that allows too many parts and the first that
     does not, `stages` is among the best numbers.
     """
-    half = (_least(0, sums[-1] ** 2, lambda half: _cheapest(sums, limit, 2 * half + 1)[0].parts <= stages)) * 2
+    half = 2 * _half_price(sums, stages, limit)
     few, many = _cheapest(sums, limit, half + 1), _cheapest(sums, limit, half - 1)
     total = [tail.total - tail.parts for tail in few]  # at the price between the two
     cuts = [0]
@@ -146,6 +148,38 @@ def _smoothest(sums: Sequence[int], stages: int, limit: int) -> list[int]:
             )
         )
     return cuts
+
+
+def _half_price(sums: Sequence[int], stages: int, limit: int) -> int:
+    """Return the least h such that the price 2 h + 1 allows no more than `stages` parts.
+
+    Between a price that allows too many parts and one that does not, the next one tried is that at
+    which both numbers of parts cost the same: it finds the price after a few steps, where halving
+    would take one for each bit of a square.
+    """
+    low, high = 0, sums[-1] ** 2
+    many = _Tail(2 * _squares(_costs_of(sums, range(len(sums)))), len(sums) - 1)  # squares, without a price
+    few = _unpriced(sums, limit, high)
+    steps = 0
+    while low < high:
+        steps += 1
+        if steps > PATIENCE or few.parts >= many.parts:
+            half = (low + high) // 2
+        else:
+            price = -(-(few.total - many.total) // (many.parts - few.parts))
+            half = min(max(price // 2, low), high - 1)
+        found = _unpriced(sums, limit, half)
+        if found.parts <= stages:
+            high, few = half, found
+        else:
+            low, many = half + 1, found
+    return low
+
+
+def _unpriced(sums: Sequence[int], limit: int, half: int) -> _Tail:
+    """Return the cheapest division of all blocks at the price 2 `half` + 1, without that price."""
+    total, parts = _cheapest(sums, limit, 2 * half + 1)[0]
+    return _Tail(total - (2 * half + 1) * parts, parts)
 
 
 class _Tail(NamedTuple):

@@ -20,7 +20,7 @@ from parallel.topology import Layout
 from tools.published_memory import Row, rows_of
 from trainer.model.config import TransformerConfig
 from trainer.model.hf_config import from_hf
-from trainer.planner.devices import Device, Link, device
+from trainer.planner.devices import Device, Link, listed
 from trainer.planner.operations import Kernels
 from trainer.planner.step_time import Job, step_time
 
@@ -154,10 +154,10 @@ def _job(row: Row, *, heads: int, micro: int, length: int, symbols: int, virtual
 
 # For each table its rows, the machine, and the row that gives the scalar; "" for none.
 TABLES: dict[str, tuple[Callable[[], Iterator[Measured]], Device, str]] = {
-    "SC'21, table 1": (selene, device("a100-80g"), "1.7B"),
-    "Korthikanti, tables 3 and 5": (korthikanti, device("a100-80g"), "22B, full recompute, no SP, 8 GPUs"),
-    "vTrain, one node": (vtrain, device("a100-40g"), ""),
-    "BigScience, A100": (bigscience, replace(device("a100-80g"), outside=OMNI_PATH), BLOOM),
+    "SC'21, table 1": (selene, listed("a100-80g"), "1.7B"),
+    "Korthikanti, tables 3 and 5": (korthikanti, listed("a100-80g"), "22B, full recompute, no SP, 8 GPUs"),
+    "vTrain, one node": (vtrain, listed("a100-40g"), ""),
+    "BigScience, A100": (bigscience, replace(listed("a100-80g"), outside=OMNI_PATH), BLOOM),
 }
 
 

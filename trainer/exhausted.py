@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from trainer.errors import DataError, RecipeError, UserError
 from trainer.files.reading import NotAFile
 
-# The messages of torch's host allocator; device allocators raise a class of their own.
+# The messages of torch's host allocator. Device allocators raise a class of their own, and the
+# libraries of devices have only words.
 HOST = re.compile(r"can't allocate memory|not enough memory|cannot allocate memory", re.IGNORECASE)
+DEVICE = re.compile(r"(CUDA|HIP) (error: )?out of memory|CU\w+_STATUS_ALLOC_FAILED|failure.*'out of memory'", re.IGNORECASE)
 ASKED = re.compile(r"you tried to allocate (\d+) bytes")
 MORE_MEMORY = (
     "lower batch.micro_sequences or data.seq_len, set train.recompute, raise zero.stage or offload (zero.offload_optimizer, "
@@ -44,7 +46,16 @@ WORD = re.compile("|".join(map(re.escape, WORDS)), re.IGNORECASE)  # torch write
 
 
 class OutOfMemory(RecipeError):
-    """The recipe asks for more memory than this machine has."""
+    """The recipe asks for more memory than this machine has. `said`: what was asked for, and where;
+    `on_device`: of a GPU, not of the host."""
+
+    def __init__(self, said: str, *, on_device: bool, remedy: str = MORE_MEMORY) -> None:
+        super().__init__(f"{said}; {remedy}")
+        self.said, self.on_device = said, on_device
+
+    def remedied(self, remedy: str) -> OutOfMemory:
+        """Return the same error with a remedy that somebody knows better."""
+        return OutOfMemory(self.said, on_device=self.on_device, remedy=remedy)
 
 
 def exhausted(error: BaseException | None, doing: str) -> UserError | None:
@@ -55,7 +66,7 @@ def exhausted(error: BaseException | None, doing: str) -> UserError | None:
     """
     for cause in _causes(error, also_before=True):
         if asked := _memory_asked(cause):
-            return OutOfMemory(f"{doing}: out of memory: {asked}; {MORE_MEMORY}")
+            return OutOfMemory(f"{doing}: out of memory: {asked}", on_device=_is_of_device(cause))
     # An error that was handled before another one came up is not the cause of that one.
     return next(filter(None, (_said_of_disk(cause, doing) for cause in _causes(error, also_before=False))), None)
 
@@ -67,13 +78,18 @@ def _causes(error: BaseException | None, *, also_before: bool) -> Iterator[BaseE
 
 
 def _memory_asked(error: BaseException) -> str:
-    is_device = type(error).__name__ == "OutOfMemoryError"
-    if not (is_device or isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and HOST.search(str(error)))):
+    in_words = isinstance(error, RuntimeError) and HOST.search(str(error))
+    if not (_is_of_device(error) or isinstance(error, MemoryError) or in_words):
         return ""
     if asked := ASKED.search(str(error)):
         return f"{int(asked[1]) / 2**30:.3g} GiB of host memory were asked for at once"
     lines = str(error).strip().splitlines() or ["no memory was left"]
     return lines[0][:300]
+
+
+def _is_of_device(error: BaseException) -> bool:
+    in_words = isinstance(error, RuntimeError) and DEVICE.search(str(error))
+    return type(error).__name__ == "OutOfMemoryError" or bool(in_words)
 
 
 def _said_of_disk(error: BaseException, doing: str) -> UserError | None:

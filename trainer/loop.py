@@ -14,10 +14,10 @@ from trainer.run.meter import Meter
 from trainer.run.session import Session, open_session
 
 
-def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: StopRequest) -> int:
+def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: StopRequest, *, plan_check: bool = True) -> int:
     """Run a recipe to its last step, or to the end of the step in which `stop` is requested; return
-    the exit code."""
-    with open_session(resolved, run_dir, resume) as run:
+    the exit code. `plan_check`: see `open_session`."""
+    with open_session(resolved, run_dir, resume, plan_check=plan_check) as run:
         stop.trains()
         started = time.monotonic()
         keys, steps = run.recipe.train, run.recipe.train.total_steps
@@ -80,7 +80,7 @@ def interrupt(run: Session, reason: str, meter: Meter, guard: Guard, *, steps_do
     goes_on = saved is not None or steps_done == 0
     advice = f"the same command goes on after step {saved or 0}" if goes_on else "nothing is saved (checkpoint.every = 0)"
     run.tracker.note(f"{reason}: ended after step {steps_done}; {advice}")
-    run.tracker.finish({"ended_by": reason, "steps": steps_done, **meter.summary(), **run.account.goodput(steps_done)})
+    run.end_tracking({"ended_by": reason, "steps": steps_done, **meter.summary(), **run.account.goodput(steps_done)})
     return EXIT_REQUEUE if goes_on else EXIT_INTERRUPTED
 
 

@@ -387,12 +387,12 @@ class Parallel(Section):
         min_length=1,
         description="Order of forwards and backwards in the pipeline: gpipe, 1f1b, interleaved_1f1b, looped_bfs, "
         "interleaved_zero_bubble, zbv, dualpipev, or a CSV file with the actions of each rank.",
-        json_schema_extra=only("parallel.pipeline", least=2),
+        json_schema_extra=only("parallel.pipeline", least=2, idle="1f1b"),
     )
     virtual_stages: NumStages = Field(
         1,
         description="Stages on each pipeline rank; zbv and dualpipev have exactly 2.",
-        json_schema_extra=only("parallel.pipeline", least=2),
+        json_schema_extra=only("parallel.pipeline", least=2, idle=1),
     )
 
     balance: list[NumStages] | None = Field(
@@ -717,6 +717,11 @@ class Train(Section):
         "none",
         description="Activations computed again in backward instead of kept: none, selective (the attention core) "
         "or full (each layer).",
+    )
+    worst_case_first: bool | None = Field(
+        None,
+        description="Take the memory of the fullest step, and of an evaluation, before the first step, so that what does not "
+        "fit is seen at once; the training stays the same to the bit. Absent: on GPUs.",
     )
     sample_prompt: str | None = Field(
         None, description="After the last step, print a continuation of this text, or with task sft the answer to it."

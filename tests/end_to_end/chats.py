@@ -12,7 +12,8 @@ from tokenizers import AddedToken
 
 from tools.campaign.cases import WAYS, arguments
 from tools.campaign.ranks import run_ranks, train
-from trainer.data.tokenizer import Tokenizer, make_tokenizer
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_loading import make_tokenizer
 
 END = "<|end|>"
 # Ends turns with a token that is not the end of a document.

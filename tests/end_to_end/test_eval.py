@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.end_to_end.runs import HEADS, write_bert_recipe
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.cli import main
-from trainer.data.tokenizer import train_bpe
+from trainer.data.tokenizer_loading import train_bpe
 from trainer.inference.model_folder import load_folder
 from trainer.track import read_metrics
 

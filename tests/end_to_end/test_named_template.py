@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tools.campaign.cases import WAYS, arguments
 from tools.campaign.ranks import Ended, run_ranks, train
-from trainer.data.tokenizer import make_tokenizer, train_bpe
+from trainer.data.tokenizer_loading import make_tokenizer, train_bpe
 
 ONE = WAYS[0]
 TURNS = [{"role": "user", "content": "q <|im_end|>"}, {"role": "assistant", "content": "a"}]

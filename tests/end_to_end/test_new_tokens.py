@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tools.campaign.cases import WAYS, Way, arguments
 from tools.campaign.ranks import Ended, run_ranks, train
 from trainer.cli import main
-from trainer.data.tokenizer import load_tokenizer, make_tokenizer
+from trainer.data.tokenizer_loading import load_tokenizer, make_tokenizer
 
 # peft 0.21 asks transformers 5 by a name that is going away.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

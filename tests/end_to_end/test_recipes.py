@@ -12,7 +12,7 @@ import transformers
 
 from parallel.topology import Layout
 from tools.campaign.ranks import run_ranks, train
-from trainer.data.tokenizer import make_tokenizer
+from trainer.data.tokenizer_loading import make_tokenizer
 from trainer.recipe import ResolvedRecipe, load
 from trainer.track import read_metrics
 

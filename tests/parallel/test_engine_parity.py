@@ -8,6 +8,7 @@ micro-batch means differs from the step's mean in the second digit.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,17 +66,20 @@ def adamw_reference() -> Outcome:
 
 def test_nvme_offload_changes_no_bit_and_really_swaps(tmp_path: Path) -> None:
     # A rank's share must exceed 1 MiB, or DeepSpeed keeps it in memory.
-    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    wide = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 2}
     on_disk = {"device": "nvme", "nvme_path": str(tmp_path)}
-    case = Case(dp=2, stage=3, optimizer=ADAMW, config=wide, zero={"offload_optimizer": on_disk, "offload_param": on_disk})
-    got = outcome(case)
-    in_memory = outcome(Case(dp=2, stage=3, optimizer=ADAMW, config=wide))
+    # Weights as well, and several micro-batches: the last weights of a forward are the first of its backward.
+    weights = on_disk | {"max_in_cpu": 0, "buffer_count": 16}
+    case = Case(dp=2, accumulation=4, stage=3, optimizer=ADAMW, config=wide)
+    got = outcome(replace(case, zero={"offload_optimizer": on_disk, "offload_param": weights}))
+    in_memory = outcome(case)
     assert got.losses == in_memory.losses
     for name, weight in in_memory.weights.items():
         np.testing.assert_array_equal(got.weights[name], weight, err_msg=name)
     swapped = sum(path.stat().st_size for path in tmp_path.rglob("*.swp"))
-    # fp32 master weights and two moments of a 1.6 M parameter model.
-    assert swapped > 10e6, f"only {swapped} bytes in {tmp_path}"
+    # fp32 master weights and two moments of a 5 M parameter model.
+    assert swapped > 30e6, f"only {swapped} bytes in {tmp_path}"
+    assert list(tmp_path.rglob("*param.tensor.swp")), "no weight was swapped"
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -31,7 +31,8 @@ from tests.unit.tokenizer_folders import (
 )
 from trainer.data.auto_tokenizer import AUTO_MAP
 from trainer.data.handed_on_tokenizer import beside_model, require_same
-from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, reopen_tokenizer, train_bpe
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_loading import load_tokenizer, make_tokenizer, reopen_tokenizer, train_bpe
 from trainer.errors import DataError, RecipeError
 from trainer.model.families import FAMILIES
 from trainer.model.hf_config import from_hf

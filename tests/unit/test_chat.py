@@ -18,7 +18,8 @@ from trainer.data.chat import Chat, Encoded
 from trainer.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, Request
 from trainer.data.conversations import Conversation, Message, Turns
 from trainer.data.fault import Fault
-from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, train_bpe
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_loading import load_tokenizer, make_tokenizer, train_bpe
 from trainer.errors import DataError, RecipeError
 
 CHATML = (

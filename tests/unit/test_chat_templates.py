@@ -24,7 +24,8 @@ from trainer.data.chat import Chat
 from trainer.data.conversations import ChatRows
 from trainer.data.fault import Fault
 from trainer.data.template_sandbox import TODAY
-from trainer.data.tokenizer import Tokenizer, train_bpe
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_loading import train_bpe
 
 trl = pytest.importorskip("trl", reason="trl carries the templates")
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

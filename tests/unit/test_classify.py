@@ -20,7 +20,7 @@ from trainer.data import PreparedData, prepare
 from trainer.data.labelled import in_order
 from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.targets import targets_of
-from trainer.data.tokenizer import load_tokenizer
+from trainer.data.tokenizer_loading import load_tokenizer
 from trainer.errors import DataError, RecipeError
 from trainer.inference.weights import Weights
 from trainer.model import heads, measures

@@ -270,7 +270,7 @@ TEMPLATE = (
 
 def chat_tokenizer(folder: Path, template: str = TEMPLATE) -> str:
     """A folder with byte tokens and a template."""
-    from trainer.data.tokenizer import make_tokenizer
+    from trainer.data.tokenizer_loading import make_tokenizer
 
     make_tokenizer("bytes").for_chat().save(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())

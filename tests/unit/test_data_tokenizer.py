@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tests.unit.tokenizer_folders import write_word_level
-from trainer.data.tokenizer import END_OF_DOCUMENT, Tokenizer, bpe_size, load_tokenizer, make_tokenizer, train_bpe
+from trainer.data.backends import END_OF_DOCUMENT
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_loading import bpe_size, load_tokenizer, make_tokenizer, train_bpe
 from trainer.errors import DataError, RecipeError
 
 CORPUS = [f"the {a} {b}\n    return {a}{b} + {i}\n" for i in range(40) for a, b in [("cat", "dog"), ("näive", "self.x")]]
@@ -56,7 +58,7 @@ def test_bpe_round_trips_and_never_ends_a_document(bpe: Tokenizer, text: str) ->
 
 def test_bpe_is_the_same_in_another_process(bpe: Tokenizer) -> None:
     program = (
-        "import sys, json; from trainer.data.tokenizer import train_bpe\n"
+        "import sys, json; from trainer.data.tokenizer_loading import train_bpe\n"
         "sys.stdout.write(train_bpe(json.load(sys.stdin), 300).fingerprint)"
     )
     run = subprocess.run([sys.executable, "-c", program], input=json.dumps(CORPUS), capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ from tests.unit.tokenizer_folders import write_word_level
 from trainer.data import prepare
 from trainer.data.loader import EvalData, TrainData
 from trainer.data.prepared import PreparedData, held_out_pairs
-from trainer.data.tokenizer import make_tokenizer
+from trainer.data.tokenizer_loading import make_tokenizer
 from trainer.data.translations import Translation, TranslationRows, Translations
 from trainer.errors import DataError, RecipeError
 from trainer.schema import Data

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from parallel.tensor import TensorParallel
-from trainer.data.tokenizer import make_tokenizer
+from trainer.data.tokenizer_loading import make_tokenizer
 from trainer.engine.first_weights import first_weights
 from trainer.model.blocks import blocks_of
 from trainer.model.transformer import Stage

@@ -12,7 +12,8 @@ from parallel.attention import Documents
 from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel
 from trainer.data.loader import MicroBatch
-from trainer.data.tokenizer import Tokenizer, make_tokenizer, train_bpe
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_loading import make_tokenizer, train_bpe
 from trainer.errors import DataError, RecipeError, UserError
 from trainer.inference.generate import sample, write_text
 from trainer.inference.last_space import without_last_space

@@ -10,7 +10,7 @@ from tests.unit.stores import S, make_store
 from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.rows import Row
 from trainer.data.targets import MaskedTokens, targets_of
-from trainer.data.tokenizer import make_tokenizer
+from trainer.data.tokenizer_loading import make_tokenizer
 from trainer.schema import Data
 
 SIZE, END, MASK = 20_000, 256, 257

@@ -191,7 +191,7 @@ def test_a_broken_file_is_said_of_the_key(inspected: Callable[..., tuple[int, st
 
 
 def test_tokens_that_a_folder_lacks_are_named(inspected: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
-    from trainer.data.tokenizer import make_tokenizer
+    from trainer.data.tokenizer_loading import make_tokenizer
 
     make_tokenizer("bytes").save(tmp_path / "base")
     code, out = inspected(chat_template="chatml", tokenizer=str(tmp_path / "base"))

@@ -16,7 +16,8 @@ from tokenizers import models, pre_tokenizers
 from trainer import schema
 from trainer.data import native
 from trainer.data.prepared import prepare
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_loading import load_tokenizer
 from trainer.errors import DataError, RecipeError
 
 TEXT = "a" * 400
@@ -86,7 +87,7 @@ def test_a_text_that_doubles_is_left(tmp_path: Path) -> None:
     """In a process of its own, for what is left goes on: a core and, in minutes, all of the machine's memory."""
     folder = put(tmp_path / "it", state(normalizer={"type": "Sequence", "normalizers": [DOUBLES] * 40}))
     program = (
-        "import sys; from trainer.data import native; from trainer.data.tokenizer import load_tokenizer\n"
+        "import sys; from trainer.data import native; from trainer.data.tokenizer_loading import load_tokenizer\n"
         "native.ROOM_BYTES = 1 << 26; load_tokenizer(sys.argv[1])"
     )
     done = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, timeout=120, check=False)
@@ -164,7 +165,7 @@ def test_a_fault_of_ours_stays_one() -> None:
 
 def test_a_forked_child_has_a_thread_of_its_own() -> None:
     program = (
-        "import os; from trainer.data.tokenizer import make_tokenizer, train_bpe; t = train_bpe(['a b'] * 9, 257)\n"
+        "import os; from trainer.data.tokenizer_loading import make_tokenizer, train_bpe; t = train_bpe(['a b'] * 9, 257)\n"
         "assert t.encode('a') == t.encode('a')\n"
         "child = os.fork()\n"
         "if not child: os._exit(0 if t.decode(t.encode('ab')) == 'ab' else 1)\n"

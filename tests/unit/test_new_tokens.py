@@ -23,7 +23,8 @@ from trainer.checkpoint.facts import recipe_facts, refusals
 from trainer.data.chat import Chat
 from trainer.data.conversations import Conversation, Message
 from trainer.data.loader import MicroBatch
-from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, train_bpe
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_loading import load_tokenizer, make_tokenizer, train_bpe
 from trainer.engine.parameter_counts import ParameterCounts
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig

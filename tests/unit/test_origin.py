@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPT
 
 from tests.unit.shapes import TINY, TINY_DECODER
 from tests.unit.tokenizer_folders import begins, chat, word_piece
-from trainer.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_loading import load_tokenizer, make_tokenizer
 from trainer.errors import DataError
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.families import FAMILIES

@@ -10,7 +10,7 @@ import pytest
 
 from trainer.cli import main
 from trainer.commands.network import known_network
-from trainer.planner.devices import SHEETS, device
+from trainer.planner.devices import CARDS, SHEETS, device, device_named_by_driver
 from trainer.planner.items import Place
 from trainer.planner.memory import memory
 from trainer.recipe import load
@@ -60,3 +60,30 @@ def test_every_sheet_names_its_sources() -> None:
     for name, sheet in json.loads(SHEETS.read_text()).items():
         assert sheet["sources"], name
         assert device(name).matmul_share <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("card", "gib", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 79.1, "a100-80g"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40g"),
+        ("NVIDIA A100-PCIE-40GB", 39.4, None),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 39.4, None),
+        ("Tesla V100-SXM2-16GB", 15.8, "v100-16g"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100-80g"),
+        ("NVIDIA H200", 139.8, "h200"),
+        ("NVIDIA H200 NVL", 139.8, None),
+        ("AMD Instinct MI300X", 191.5, "mi300x"),
+        ("NVIDIA GeForce RTX 3090 Ti", 23.7, None),
+        ("NVIDIA GeForce RTX 4090", 23.6, "rtx4090"),
+        ("NVIDIA GB200", 184.0, "gb200"),
+        ("NVIDIA GeForce GTX 1080", 7.9, None),
+    ],
+)
+def test_a_card_is_known_by_the_drivers_name(card: str, gib: float, name: str | None) -> None:
+    found = device_named_by_driver(card, int(gib * 2**30))
+    assert (found.name if found else None) == name
+
+
+def test_the_cards_are_those_of_sheets() -> None:
+    assert {name for names in CARDS.values() for name in names} <= {*json.loads(SHEETS.read_text())}

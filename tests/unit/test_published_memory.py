@@ -1,4 +1,4 @@
-"""The planner's formulas against memory that others printed: the targets of each table, and what the summary says."""
+"""The planner's formulas against memory that others printed: the targets of each table."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from statistics import mean
 
 import pytest
 
-from tools.published_memory import (
-    TABLES,
-    Compared,
+from tools.published.comparison import FOLDER, Compared, given_folder, rows_of
+from tools.published.memory import (
     agrees_as_printed,
     bigscience,
     korthikanti_bytes,
     korthikanti_ratios,
     nanotron,
-    rows_of,
-    summary,
-    table,
     zero_table,
 )
+from tools.published.pipeline import peaks
 
 
 def mean_error(found: list[Compared]) -> float:
@@ -28,21 +25,21 @@ def mean_error(found: list[Compared]) -> float:
 
 def test_every_figure_of_the_zero_table_is_exact() -> None:
     """As printed: some are rounded to their last digit, and some are cut."""
-    printed = [row["model_state_gb_per_device"] for row in rows_of("zero_table1_model_states")]
-    found = list(zero_table())
+    printed = [row["model_state_gb_per_device"] for row in rows_of(FOLDER, "zero_table1_model_states")]
+    found = list(zero_table(FOLDER))
     assert len(found) == len(printed) == 54
     assert [one.what for one, text in zip(found, printed, strict=True) if not agrees_as_printed(one, text)] == []
-    assert not agrees_as_printed(Compared("", 41.3, 41.2), "41.3")
+    assert not agrees_as_printed(Compared(what="", published=41.3, ours=41.2), "41.3")
 
 
 def test_korthikanti() -> None:
     """Bytes agree to the printed digits; the shares were read off a figure: within 0.15 points."""
-    assert all(one.ours == pytest.approx(one.published, rel=2e-4) for one in korthikanti_bytes())
-    assert all(one.ours == pytest.approx(one.published, abs=0.15) for one in korthikanti_ratios())
+    assert all(one.ours == pytest.approx(one.published, rel=2e-4) for one in korthikanti_bytes(FOLDER))
+    assert all(one.ours == pytest.approx(one.published, abs=0.15) for one in korthikanti_ratios(FOLDER))
 
 
 def test_nanotron_peaks() -> None:
-    found = list(nanotron())
+    found = list(nanotron(FOLDER))
     assert len(found) == 16
     assert mean_error(found) <= 0.01
     assert max(abs(one.error) for one in found) <= 0.03
@@ -50,26 +47,21 @@ def test_nanotron_peaks() -> None:
 
 def test_bigscience_memory() -> None:
     """One row, 65 GB between one of 44 and one of 56 for fewer tokens, is a slip of the log: it has the largest error."""
-    found = list(bigscience())
+    found = list(bigscience(FOLDER))
     assert len(found) >= 80
     assert mean_error(found) <= 0.06
     assert abs(mean(one.error for one in found)) <= 0.02
+
+
+def test_peaks_of_zero_bubble_pipelines() -> None:
+    """Printed in whole gigabytes, the least of them 30."""
+    found = list(peaks(FOLDER))
+    assert len(found) == 24
+    assert max(abs(one.error) for one in found) <= 0.06
 
 
 def test_other_tables_are_read_from_the_folder_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "model,dp,stage,model_state_gb_per_device\n7.5B,4,Pos (ZeRO-1),52.5\n"
     (tmp_path / "zero_table1_model_states.csv").write_text(text)
     monkeypatch.setenv("TRIAXIS_DATA", str(tmp_path))
-    assert [one.ours for one in zero_table()] == [52.5]
-
-
-def test_a_summary_has_the_signed_and_the_largest_error() -> None:
-    found = [Compared("a", 10.0, 11.0), Compared("b", 10.0, 8.0)]
-    assert summary(found) == "2 rows, mean |error| 15.0%, largest -20.0%, mean -5.0%"
-    assert all(summary(list(compared())) for compared in TABLES.values())
-
-
-def test_the_guide_has_the_table() -> None:
-    """Written again with `python -m tools.published_memory`."""
-    guide = Path(__file__).parents[2] / "trainer" / "planner" / "README.md"
-    assert "\n".join(table()) in guide.read_text(encoding="utf-8")
+    assert [one.ours for one in zero_table(given_folder())] == [52.5]

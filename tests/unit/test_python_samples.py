@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from tools.python_samples import is_python, main, whole_statements
-from trainer.data.tokenizer import make_tokenizer
+from trainer.data.tokenizer_loading import make_tokenizer
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")  # of '\\d'

@@ -15,7 +15,7 @@ from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.recipe import ResolvedRecipe, load
 from trainer.recipe.batch_plan import BatchPlan
-from trainer.run.least_memory import Machine, require_memory
+from trainer.run.memory_check import Machine, require_memory
 from trainer.schema import STDLIB
 from trainer.tasks import TASKS
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
-from trainer.data.tokenizer import make_tokenizer
+from trainer.data.tokenizer_loading import make_tokenizer
 from trainer.inference.shown import UNKNOWN, TextStream, harmless, text_of
 
 

@@ -13,7 +13,7 @@ from tokenizers import processors
 from tests.unit.tokenizer_folders import begins, byte_level, chat, put, word_piece
 from trainer.data import prepare
 from trainer.data.texts import Texts
-from trainer.data.tokenizer import load_tokenizer
+from trainer.data.tokenizer_loading import load_tokenizer
 from trainer.errors import RecipeError
 from trainer.recipe import load
 from trainer.schema import Data

@@ -13,7 +13,7 @@ from tests.unit.oracle import random_translator
 from tests.unit.shapes import MARIAN, T5
 from tests.unit.stages import stage_from
 from trainer.cli import main
-from trainer.data.tokenizer import make_tokenizer
+from trainer.data.tokenizer_loading import make_tokenizer
 from trainer.data.translations import Translation
 from trainer.errors import RecipeError
 from trainer.inference.translator import Search, Translator, scores

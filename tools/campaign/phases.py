@@ -28,7 +28,7 @@ PARTS = {
     "joining the group": "trainer.launch.ranks.join",
     "making the groups": "trainer.engine.group.Mesh.build",
     "claiming the folder": "trainer.run.opening.claim",
-    "clearing the way": "trainer.run.session._clear_the_way",
+    "clearing the way": "trainer.run.session.clear_the_way",
     "ending for a signal": "trainer.loop.interrupt",
     "copying for a save": "trainer.checkpoint.save.Saver.save",
     "agreeing on a save": "trainer.checkpoint.save.Saver._write",

@@ -19,7 +19,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.tensor_file import TORCH_DTYPES, Slot, TensorFile, as_bytes, chunks, write_tensor_file
 from trainer.checkpoint.weights import FORMATS, Contents, Filling, Tuned
 from trainer.data.handed_on_tokenizer import beside_model, require_same
-from trainer.data.tokenizer import reopen_tokenizer
+from trainer.data.tokenizer_loading import reopen_tokenizer
 from trainer.errors import DataError, NotFinite, RecipeError
 from trainer.files.durable import replacing_folder, require_new
 from trainer.files.reading import told

@@ -17,7 +17,7 @@ from trainer.checkpoint.folder import HUGGING_FACE
 from trainer.checkpoint.manifest import LogicalTensor, Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import Slot
-from trainer.data.tokenizer import reopen_tokenizer
+from trainer.data.tokenizer_loading import reopen_tokenizer
 from trainer.model.config import TransformerConfig
 from trainer.model.hf_config import from_hf
 from trainer.model.hugging_face import read_config

@@ -73,6 +73,7 @@ class Site(Section):
     constraint: str | None = Field(None, description="#SBATCH --constraint")
     memory: str | None = Field(None, description="#SBATCH --mem, as 64G")
     gpus_per_node: PositiveInt | None = Field(None, description="#SBATCH --gpus-per-node")
+    device: str | None = Field(None, description="The kind of the GPUs, such as h100-80g, for plan, check and submit.")
     cpus_per_rank: PositiveInt | None = Field(None, description="#SBATCH --cpus-per-task, times the ranks that a task starts")
     exclusive: bool = Field(False, description="#SBATCH --exclusive")
     modules: list[str] = Field(default_factory=list, description="Environment modules to load.")

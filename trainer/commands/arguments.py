@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from trainer.inference.text_model import Writing
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=path, metavar="RECIPE", help="a JSON file")
+def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument("recipe", type=path, metavar="RECIPE", nargs=None if required else "?", help="a JSON file")
     add_overrides(parser)
 
 

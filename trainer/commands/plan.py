@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.commands.arguments import add_recipe, whole
+from trainer.commands.arguments import add_recipe, path, whole
 from trainer.commands.network import known_network
 from trainer.commands.output import open_console, say
 from trainer.errors import EXIT_OK, EXIT_RECIPE, RecipeError
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from trainer.planner.devices import Device
     from trainer.planner.memory import RankMemory
-    from trainer.planner.prediction import Prediction
 
 SUMMARY = "Show what memory each rank needs, item by item, and whether it fits a device; needs no GPU and no torch."
 GIB = 1 << 30
@@ -26,16 +26,27 @@ COLUMNS = 6  # ranks of the pipeline that are shown beside each other
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe(parser)
+    add_recipe(parser, required=False)
     parser.add_argument("--gpus", type=whole(1), metavar="N", help="GPUs, a rank on each; default: those of one model")
-    parser.add_argument("--device", metavar="NAME", help="of which kind they are, such as h100-80g; default: no verdict")
+    parser.add_argument(
+        "--device", metavar="NAME", help="of which kind they are, such as h100-80g; default: the site's, or this machine's"
+    )
+    parser.add_argument("--site", type=path, metavar="FILE", help="the settings of a cluster, which may name its device")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--calibrate", type=path, metavar="RUN", help="instead of a recipe: take the factor of its device from a finished run"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from trainer.planner.devices import device
+    if arguments.calibrate is not None:
+        return _calibrate(arguments)
+    if arguments.recipe is None:
+        raise RecipeError("plan: give a RECIPE, or --calibrate and the folder of a finished run")
+    from trainer.cluster.submit import read_site
     from trainer.planner.memory import checkpoint_bytes, disk_bytes
     from trainer.planner.prediction import predict
+    from trainer.planner.verdict import chosen_device, verdict
     from trainer.recipe import load
 
     resolved = load(arguments.recipe, arguments.set)
@@ -48,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         recipe = recipe.with_format("bf16")
     parallel = recipe.parallel
     gpus = arguments.gpus or parallel.tensor * parallel.pipeline * parallel.context
-    prediction = predict(recipe, network, gpus, device(arguments.device) if arguments.device else None)
+    prediction = predict(recipe, network, gpus, chosen_device(arguments.device, read_site(arguments.site).device))
     stored = {"checkpoint": checkpoint_bytes(recipe, network), "disk": disk_bytes(recipe, network)}
     if arguments.json:
         sys.stdout.write(json.dumps(_facts(prediction.ranks, stored), indent=2) + "\n")
@@ -58,24 +69,25 @@ def run(arguments: argparse.Namespace) -> int:
         _show(console, prediction.ranks)
         say(console, f"checkpoint: {stored['checkpoint'] / GIB:,.2f} GiB each; {stored['disk'] / GIB:,.2f} GiB of disk in all")
         if prediction.device is not None:
-            say(console, _verdict(prediction, prediction.device))
+            say(console, verdict(prediction))
+            _say_calibrated(console, prediction.device)
     return EXIT_RECIPE if prediction.fits is False else EXIT_OK
 
 
-def _verdict(prediction: Prediction, on: Device) -> str:
-    """Return whether the fullest rank fits, with the three items that would free most where it does
-    not."""
-    from trainer.planner.items import Place
-    from trainer.planner.prediction import MEMORY_BAND
+def _say_calibrated(console: Console, on: Device) -> None:
+    from trainer.planner.calibration import said_of
 
-    fullest, needs, has = prediction.fullest, prediction.device_bytes, on.memory
-    where = f"{needs / GIB:,.2f} GiB on the fullest rank of the pipeline, {fullest.rank}; {on.name} has {has / GIB:,.0f} GiB"
-    if prediction.fits:
-        return f"fits: {where}"
-    if prediction.fits is None:
-        return f"too close to tell: {where}, and the plan errs by {MEMORY_BAND:.0%}"
-    items = sorted((item for item in fullest.items if item.place is Place.DEVICE), key=lambda item: -item.num_bytes)[:3]
-    return f"does not fit: {where}; most of it: " + ", ".join(f"{item.name} {item.num_bytes / GIB:,.2f} GiB" for item in items)
+    if line := said_of(on.name, os.environ):
+        say(console, line)
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from trainer.planner.calibration import calibrate
+
+    if arguments.recipe is not None:
+        raise RecipeError(f"--calibrate {arguments.calibrate}: a run has its own recipe: leave {arguments.recipe} out")
+    say(open_console(), calibrate(arguments.calibrate, os.environ))
+    return EXIT_OK
 
 
 def _show(console: Console, ranks: Sequence[RankMemory]) -> None:

@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("precision", "optimizer", "tokenizer", "data"),
         help="let this differ from what the checkpoint was saved with; may be repeated",
     )
+    parser.add_argument(
+        "--no-plan-check", action="store_true", help="start also where the plan needs more memory than there is"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     from trainer.loop import train
 
     try:
-        return train(resolved, arguments.run_dir, resume, stop)
+        return train(resolved, arguments.run_dir, resume, stop, plan_check=not arguments.no_plan_check)
     except Interrupted as error:
         if not speaks_first(os.environ):
             return error.exit_code

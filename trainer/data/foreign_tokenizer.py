@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_loading import load_tokenizer
 from trainer.errors import UserError
 
 # Files by which a folder has a tokenizer.

@@ -28,7 +28,8 @@ from trainer.data.store import VERSION, Packing, TokenStore, Verify
 from trainer.data.tail import HELD_OUT, MAIN
 from trainer.data.tasks import examples_of
 from trainer.data.texts import Texts
-from trainer.data.tokenizer import Tokenizer, bpe_size, make_tokenizer, reopen_tokenizer, train_bpe
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_loading import bpe_size, make_tokenizer, reopen_tokenizer, train_bpe
 from trainer.data.translations import Translation
 from trainer.errors import DataError, RecipeError
 from trainer.files.decoding import read_as

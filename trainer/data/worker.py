@@ -21,7 +21,7 @@ from trainer.data.native import TokenizerFails
 from trainer.data.readers import Shard
 from trainer.data.shards import shard_folder, tokenize_shard
 from trainer.data.tasks import ROW_TASKS, written_again
-from trainer.data.tokenizer import reopen_tokenizer
+from trainer.data.tokenizer_loading import reopen_tokenizer
 from trainer.errors import DataError, RecipeError, UserError
 from trainer.redaction import redact_text
 

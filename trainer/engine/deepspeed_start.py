@@ -177,6 +177,19 @@ def set_matmul_format(precision: Precision) -> list[str]:
     return ["precision.matmul tf32: the devices here have no TF32; fp32 products stay exact"]
 
 
+def reading_once(swap_in: Callable[..., None]) -> Callable[..., None]:
+    """Return a `swap_in` that reads a weight once where it is named twice.
+
+    DeepSpeed's prefetch names the weights of the next operations, the last of a forward and the
+    first of its backward among them, and asserts that none has a buffer already.
+    """
+
+    def once(params: Sequence[nn.Parameter], *rest: Any, **named: Any) -> None:
+        swap_in(list(dict.fromkeys(params)), *rest, **named)
+
+    return once
+
+
 def partitioning(deepspeed_config: dict[str, Any], units: Units) -> Callable[[nn.Module], None]:
     """Return a function that divides a block's weights over the data-parallel ranks (ZeRO-3).
 
@@ -193,6 +206,7 @@ def partitioning(deepspeed_config: dict[str, Any], units: Units) -> Callable[[nn
             mpu=units,
         )
         if init.param_swapper is not None and not swapper:
+            init.param_swapper.swap_in = reading_once(init.param_swapper.swap_in)
             swapper.append(init.param_swapper)
 
     return partition

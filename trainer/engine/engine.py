@@ -192,14 +192,24 @@ class Engine:
             for spoiler in spoilers:
                 spoiler.remove()
 
-    def _gradients(self, micro_batches: Sequence[MicroBatch], step: int, scale: float) -> tuple[Tensor, int]:
+    def rehearse(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Run forward and backward of micro-batches, and leave everything as it was: the loss is
+        multiplied with NaN, so that this update is skipped at any ZeRO stage."""
+        scale = self.scaler.scale
+        self._gradients(micro_batches, 0, scale, factor=math.nan)
+        self._update(scale, math.inf)
+
+    def _gradients(
+        self, micro_batches: Sequence[MicroBatch], step: int, scale: float, factor: float | None = None
+    ) -> tuple[Tensor, int]:
         """Run forward and backward. Return this data-parallel rank's sums over its targets, and the
-        number of targets of the step."""
+        number of targets of the step. `factor`: of the loss, in place of the plan's."""
         self.deepspeed.train()
         num_targets = self._total(sum(map(self.measures.num_targets, micro_batches)), self.mesh.reduction)
         if num_targets == 0:
             raise DataError(f"step {step} has no target: every label of its {self.plan.global_sequences} sequences is masked")
-        factor = self.plan.loss_factor(num_targets, averaged_over=self.mesh.reduction.size)
+        if factor is None:
+            factor = self.plan.loss_factor(num_targets, averaged_over=self.mesh.reduction.size)
         if self.zero_stage and self.recipe.precision.settled == "fp16":
             self.optimizer.override_loss_scale(scale)
         batches = [batch.on(self.device, self._streams(step, index)) for index, batch in enumerate(micro_batches)]

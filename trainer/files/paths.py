@@ -44,8 +44,17 @@ def here_sheet(environment: Mapping[str, str]) -> Path:
 
     `triaxis doctor --measure` writes it, and planning for the device "here" reads it.
     """
+    return _settings(environment) / "here.json"
+
+
+def calibration_file(environment: Mapping[str, str]) -> Path:
+    """Return the file with what runs have shown of the plans' times, among this user's settings."""
+    return _settings(environment) / "calibration.json"
+
+
+def _settings(environment: Mapping[str, str]) -> Path:
     home = Path(environment.get("HOME") or "~").expanduser()
-    return Path(environment.get("XDG_CONFIG_HOME") or home / ".config") / "triaxis" / "here.json"
+    return Path(environment.get("XDG_CONFIG_HOME") or home / ".config") / "triaxis"
 
 
 def occupied(folder: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from trainer.data.chat import Chat
 from trainer.data.conversations import SHAPES, Turns
 from trainer.data.fault import Fault
-from trainer.data.tokenizer import load_tokenizer
+from trainer.data.tokenizer_loading import load_tokenizer
 from trainer.errors import RecipeError
 from trainer.inference.generate import ends_of_answers, taught_to_answer, template_of
 from trainer.inference.model_folder import ModelFolder

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from parallel.rng import derive_seed
 from trainer.data.chat import Chat
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_loading import load_tokenizer
 from trainer.errors import DataError, RecipeError
 from trainer.files.reading import read_json
 from trainer.inference.last_space import only, without_last_space

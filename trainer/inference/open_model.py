@@ -22,7 +22,8 @@ from parallel.mesh import Mesh
 from parallel.params import owned_specs
 from trainer.checkpoint.resume import examine
 from trainer.checkpoint.weights import Filling
-from trainer.data.tokenizer import Tokenizer, make_tokenizer, reopen_tokenizer
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_loading import make_tokenizer, reopen_tokenizer
 from trainer.engine.compute_format import format_of_devices
 from trainer.engine.evaluator import Evaluator
 from trainer.engine.execution import DTYPES, make_execution

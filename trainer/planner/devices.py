@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,12 +14,30 @@ from typing import Any
 
 from trainer.errors import RecipeError
 from trainer.files.paths import here_sheet
+from trainer.planner.calibration import factor_of
 from trainer.planner.speeds import Speeds, Table
 from trainer.spelling import nearest
 
 HERE = "here"  # the name of this machine
 HERE_VERSION = 2  # of the sheet that `triaxis doctor --measure` writes
 SHEETS = Path(__file__).with_name("devices.json")
+# A word in the driver's name of a card, and the sheets of its sizes of memory. Variants of a chip
+# with other rates have no sheet.
+CARDS = {
+    "V100": ("v100-32g", "v100-16g"),
+    "A100": ("a100-80g", "a100-40g"),
+    "H100": ("h100-80g",),
+    "H200": ("h200",),
+    "B200": ("b200",),
+    "GB200": ("gb200",),
+    "MI300X": ("mi300x",),
+    "L40S": ("l40s",),
+    "4090": ("rtx4090",),
+    "3090": ("rtx3090",),
+    "5090": ("rtx5090",),
+}
+VARIANTS = frozenset(("PCIE", "NVL", "MIG", "TI", "D", "LAPTOP", "MOBILE", "VF"))
+NEARLY = 0.1  # what a driver reports is a little less than the size in a card's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +74,8 @@ class Device:
     | `call` | the host's time to issue an operation from Python [s] |
     | `inside`, `outside` | the links to devices of the same node and of others |
     | `per_node` | devices in a node |
-    | `asynchronous` | whether the host issues operations ahead of the device, and collectives can run beside products: not on CPUs |
-    | `to_device`, `to_host` | between the host's page-locked memory and the device's [bytes/s]; None: the host's is the device's |
+    | `asynchronous` | whether it works while the host issues; not so a CPU, or under `CUDA_LAUNCH_BLOCKING=1` |
+    | `to_device`, `to_host` | from the host's page-locked memory to the device's, and back [bytes/s] |
     | `host_adam` | weights that Adam updates in the host's memory, for this device [weights/s] |
     | `nvme_read`, `nvme_write` | of the node's disks, for this device [bytes/s] |
     | `speeds` | of ranks on the cores of a machine, by how many work at once; (): the device is a GPU |
@@ -107,36 +126,36 @@ def sheets() -> dict[str, dict[str, Any]]:
     return found
 
 
-def device(name: str, environment: Mapping[str, str] = os.environ) -> Device:
-    """Return the device of that name; "here": this machine, as `triaxis doctor --measure` found it.
-    RecipeError with the nearest names if there is none, or if nothing was measured."""
-    if name == HERE:
-        return here(here_sheet(environment))
+def device(name: str, how: str = "--device") -> Device:
+    """Return the device of that name, which is known from `how`, calibrated by a run of this user
+    if there was one. RecipeError with the nearest names if there is none."""
+    found = here(here_sheet(os.environ), how) if name == HERE else listed(name, how)
+    return replace(found, calibration=factor_of(name, os.environ))
+
+
+def listed(name: str, how: str = "--device") -> Device:
+    """Return the device of that name as its sheet has it."""
     if name not in sheets():
         names = [*sheets(), HERE]
         meant = nearest(name, names)
         guess = f"; did you mean {meant}?" if meant else ""
-        raise RecipeError(f"--device {name}: no sheet has this name{guess}; legal: {', '.join(names)}")
+        raise RecipeError(f"{how} {name}: no sheet has this name{guess}; legal: {', '.join(names)}")
     sheet = {key: value for key, value in sheets()[name].items() if key != "sources"}
     return Device(name=name, **{**sheet, "inside": Link(**sheet["inside"]), "outside": Link(**sheet["outside"])})
 
 
-def here(path: Path) -> Device:
+def here(path: Path, how: str = "--device") -> Device:
     """Return this machine from its sheet. RecipeError if there is none that can be read."""
-    remedy = "run `triaxis doctor --measure`"
+    where, remedy = f"{how} {HERE}: {path}", "run `triaxis doctor --measure`"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != HERE_VERSION:
-            raise RecipeError(
-                f"--device {HERE}: {path} has version {content['version']} of the sheet, not {HERE_VERSION}: {remedy}"
-            )
+            raise RecipeError(f"{where} has version {content['version']} of the sheet, not {HERE_VERSION}: {remedy}")
         return measured_device(content)
     except FileNotFoundError:
-        raise RecipeError(f"--device {HERE}: {path} is not there, because this machine was not measured: {remedy}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(
-            f"--device {HERE}: {path} cannot be read as a sheet ({type(error).__name__}: {error}): {remedy}"
-        ) from error
+        raise RecipeError(f"{where} is not there, because this machine was not measured: {remedy}") from None
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise RecipeError(f"{where} cannot be read as a sheet ({type(error).__name__}: {error}): {remedy}") from error
 
 
 def measured_device(content: Mapping[str, Any]) -> Device:
@@ -149,3 +168,13 @@ def measured_device(content: Mapping[str, Any]) -> Device:
     link = Link(**sheet["inside"], measured={kind: Table.of(found) for kind, found in times.items()})
     on_cores = [] if sheet["asynchronous"] else [alone, *([pair] if pair else [])]
     return Device(name=HERE, **{**sheet, "inside": link, "outside": link}, speeds=tuple(map(Speeds.of, on_cores)))
+
+
+def device_named_by_driver(card: str, memory: int) -> Device | None:
+    """Return the device of a card with so many bytes, by the driver's name, such as "NVIDIA
+    A100-SXM4-80GB"; None where no sheet is of this card."""
+    words = set(re.split(r"[\s-]+", card.upper()))
+    if words & VARIANTS:
+        return None
+    known = (device(name) for word, names in CARDS.items() if word in words for name in names)
+    return next((one for one in known if abs(memory - one.memory) < NEARLY * one.memory), None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -42,6 +43,16 @@ def peak(items: Iterable[Item], place: Place) -> int:
         if item.place is place:
             held[item.phase] += item.num_bytes
     return held[Phase.ALWAYS] + max(held[Phase.BACKWARD], held[Phase.UPDATE])
+
+
+def held_at(items: Iterable[Item], places: Container[Place], phase: Phase) -> list[Item]:
+    """Return the items that are in some memories during a part of a step, the largest first; those
+    of one name in one memory together."""
+    sizes: Counter[tuple[str, Place]] = Counter()
+    for item in items:
+        if item.place in places and item.phase in (Phase.ALWAYS, phase):
+            sizes[item.name, item.place] += item.num_bytes
+    return [Item(name, num_bytes, place) for (name, place), num_bytes in sizes.most_common() if num_bytes]
 
 
 def total(items: Iterable[Item], *names: str, place: Place | None = None) -> int:

@@ -80,7 +80,7 @@ def memory(
         items = [*state.items(), *_activations(recipe, plan, network, layout, rank, stages)]
         items += _host(recipe, plan, state)
         if on_gpu:
-            items += _of_device(layout, peak(items, Place.DEVICE))
+            items += of_device(layout, peak(items, Place.DEVICE))
         elif layout.world_size > 1:
             items.append(Item(PROCESS, GLOO_BYTES, Place.HOST, note="gloo"))
         found.append(RankMemory(rank, stages, tuple(item for item in items if item.num_bytes)))
@@ -236,7 +236,7 @@ def _host(recipe: Recipe, plan: BatchPlan, states: ModelStates) -> Iterator[Item
         yield Item(STAGING, states.saved_bytes, Place.HOST)
 
 
-def _of_device(layout: Layout, allocated: int) -> Iterator[Item]:
+def of_device(layout: Layout, allocated: int) -> Iterator[Item]:
     """Yield what a GPU holds beside tensors."""
     yield Item(WORKSPACE, WORKSPACE_BYTES)
     yield Item(RESERVED, int(RESERVE * allocated))

@@ -54,10 +54,17 @@ class Prediction:
 
 
 def predict(
-    recipe: Recipe, network: TransformerConfig, world_size: int, device: Device | None, how: str = "--gpus"
+    recipe: Recipe,
+    network: TransformerConfig,
+    world_size: int,
+    device: Device | None,
+    how: str = "--gpus",
+    *,
+    on_gpu: bool = True,
 ) -> Prediction:
     """Return the plan of a recipe on so many devices; for those with bf16, where they decide the
-    compute format. RecipeError if `world_size` ranks, known from `how`, cannot train it."""
+    compute format. `on_gpu`: they are GPUs, with what CUDA and NCCL take. RecipeError if
+    `world_size` ranks, known from `how`, cannot train it."""
     if recipe.precision.dtype is None:
         recipe = recipe.with_format("bf16")
     batch = BatchPlan.from_recipe(recipe, world_size, how)
@@ -67,6 +74,6 @@ def predict(
         batch=batch,
         layout=layout,
         device=device,
-        ranks=memory(recipe, batch, network, layout),
+        ranks=memory(recipe, batch, network, layout, on_gpu=on_gpu),
         time=step_time(job_of(recipe, batch, network, layout), device) if device else None,
     )

@@ -88,9 +88,8 @@ def work_s(work: Work, device: Device, peak: float, itemsize: int, communication
         products = sum(product_s(one, device, peak, itemsize) for one in work.products)
     attention = sum(attention_s(one, device, peak, itemsize, dtype) for one in work.attention)
     on_device = products + attention + moves_s(work.moves, device, dtype)
-    if speed is not None:
-        return on_device + communication + speed.calls_s(work.calls)
-    return longer(on_device + communication, work.calls * device.call)
+    host = work.calls * device.call if speed is None else speed.calls_s(work.calls)
+    return longer(on_device + communication, host) if device.asynchronous else on_device + communication + host
 
 
 def longer(one: float, other: float) -> float:

@@ -18,9 +18,9 @@ from parallel.topology import Layout
 from trainer.costs.blocks import count_parameters
 from trainer.model.blocks import Block
 from trainer.model.config import TransformerConfig
+from trainer.planner import our_layers
 from trainer.planner.collectives import all_reduce, link_of, reduce_scatter, send
 from trainer.planner.devices import Device
-from trainer.planner import our_layers
 from trainer.planner.operations import Kernels, Move, Pass, Share, counted_embedding, counted_head, counted_layer
 from trainer.planner.roofline import longer, moves_s, work_s
 from trainer.planner.zero_step import ZeroJob, ZeroStep
@@ -107,6 +107,19 @@ class StepTime:
     def total(self) -> float:
         return self.pipeline + self.reduction + self.optimizer + self.jitter
 
+    @property
+    def parts(self) -> dict[str, float]:
+        """The parts that sum to the whole step, by what the time is spent on."""
+        return {
+            "compute": self.pipeline - self.bubble - self.sums - self.gathers,
+            "bubble": self.bubble,
+            "tensor sums": self.sums,
+            "weight gathers": self.gathers,
+            "gradient reduction": self.reduction,
+            "update": self.optimizer,
+            "slowest rank": self.jitter,
+        }
+
 
 def step_time(job: Job, device: Device) -> StepTime:
     """Return the time of a step, every rank of `layout` on such a device."""
@@ -146,10 +159,10 @@ def stage_costs(job: Job, device: Device) -> list[Costs]:
         parts = [[layers * time for time in layer]]
         parts += [embedding] * (stage == 0) + [head] * (stage == len(job.stages) - 1)
         forward, input_grad, weight_grad = (sum(times) for times in zip(*parts, strict=True))
-        if zero:  # a rank's stages share its weights evenly
-            share = 1 / job.virtual_stages
-            forward += share * zero.forward(forward / share)
-            weight_grad += share * zero.backward((input_grad + weight_grad) / share)
+        if zero:
+            own = zero.with_share(_weights_of(job, stage) / job.layout.tp)
+            forward += own.forward(forward)
+            weight_grad += own.backward(input_grad + weight_grad)
         costs.append(Costs(forward=forward, input_grad=input_grad, weight_grad=weight_grad))
     return costs
 
@@ -247,15 +260,15 @@ def _simulated(schedule: str, ranks: int, virtual_stages: int, count: int, costs
 
 def _largest_share(job: Job) -> float:
     """Return the parameters of the rank that has the most."""
-    layers = job.stages
-    largest = 0.0
-    for rank in range(job.layout.pp):
-        blocks: list[Block] = []
-        for stage in range(rank, len(layers), job.layout.pp):
-            blocks += [Block("layer", index) for index in range(layers[stage])]
-            blocks += [Block("embedding")] * (stage == 0) + [Block("head")] * (stage == len(layers) - 1)
-        largest = max(largest, count_parameters(job.network, blocks) / job.layout.tp)
-    return largest
+    ranks = (range(rank, len(job.stages), job.layout.pp) for rank in range(job.layout.pp))
+    return max(sum(_weights_of(job, stage) for stage in stages) for stages in ranks) / job.layout.tp
+
+
+def _weights_of(job: Job, stage: int) -> float:
+    """Return the parameters of a stage, over all tensor ranks."""
+    blocks = [Block("layer", index) for index in range(job.stages[stage])]
+    blocks += [Block("embedding")] * (stage == 0) + [Block("head")] * (stage == len(job.stages) - 1)
+    return count_parameters(job.network, blocks)
 
 
 def _reduction(job: Job, device: Device, params: float) -> float:

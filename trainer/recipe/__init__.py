@@ -10,8 +10,17 @@ fraction of a second.
 """
 
 from trainer.recipe.names import looks_local, tokenizer_vocab_size
-from trainer.recipe.resolve import ResolvedRecipe, load, load_given
+from trainer.recipe.resolve import ResolvedRecipe, load, load_changed, load_given
 from trainer.recipe.unknown_keys import known_keys
 from trainer.recipe.wording import json_schema
 
-__all__ = ["ResolvedRecipe", "json_schema", "known_keys", "load", "load_given", "looks_local", "tokenizer_vocab_size"]
+__all__ = [
+    "ResolvedRecipe",
+    "json_schema",
+    "known_keys",
+    "load",
+    "load_changed",
+    "load_given",
+    "looks_local",
+    "tokenizer_vocab_size",
+]

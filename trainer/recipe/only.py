@@ -28,7 +28,9 @@ def only_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding]:
 
 
 def _asks_for_nothing(value: Any, said: Mapping[str, Any]) -> bool:
-    return value is None or value is said.get("idle") or (isinstance(value, Section) and not value.model_fields_set)
+    idle = said.get("idle")
+    is_idle = type(value) is type(idle) and value == idle
+    return value is None or is_idle or (isinstance(value, Section) and not value.model_fields_set)
 
 
 def keys_only_with(section: type[Section], other: str) -> set[str]:

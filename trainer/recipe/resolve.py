@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from trainer.learning_rate import decay_steps
 from trainer.model.config import TransformerConfig
 from trainer.model.new_tokens import number_at_the_end, stand_ins
 from trainer.recipe.keys import validate
-from trainer.recipe.marks import KeyPath, Problem, dotted, first_mark, leaves
+from trainer.recipe.marks import KeyPath, Mark, Problem, dotted, first_mark, leaves
 from trainer.recipe.names import name_findings, tokenizer_is_ours, with_paths
 from trainer.recipe.network import fit_findings, network_from, read_network, with_head
 from trainer.recipe.overlay import Layer, read_chain
@@ -113,6 +114,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
 def load_given(given: Mapping[str, Any], where: Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
     """Load a value that is in no file; `where` stands for the file in messages."""
     return _admitted(Layer(dict(given), {}, [where]), overrides)
+
+
+def load_changed(resolved: ResolvedRecipe, settings: Sequence[str]) -> ResolvedRecipe:
+    """Return a recipe with further settings of --set over it, by the same rules as the first
+    time."""
+    where = resolved.sources[-1]
+    paths = [path for path, _ in leaves(resolved.given)]
+    marks = {path[:length]: Mark(0, 0, 0, str(where)) for path in paths for length in range(1, len(path) + 1)}
+    return _admitted(Layer(copy.deepcopy(resolved.given), marks, [*resolved.sources]), settings)
 
 
 def _admitted(layer: Layer, overrides: Sequence[str]) -> ResolvedRecipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from parallel.balance import balance
@@ -29,10 +30,15 @@ def stages_of(recipe: Recipe, network: TransformerConfig) -> list[list[Block]]:
 def layers_by_cost(recipe: Recipe, network: TransformerConfig) -> list[int]:
     """Return the number of layers on each stage, so that no rank has much more to do than the
     others."""
-    embedding, *layers, head = cost_of_blocks(recipe, network)
+    return [*_divided(tuple(cost_of_blocks(recipe, network)), tuple(rank_of_stage(recipe.parallel)))]
+
+
+@lru_cache(maxsize=1024)  # a plan asks for the same division several times, a search for each of many
+def _divided(costs: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[int, ...]:
+    embedding, *layers, head = costs
     layers[0] += embedding
     layers[-1] += head
-    return [len(part) for part in balance(layers, rank_of_stage(recipe.parallel))]
+    return tuple(len(part) for part in balance(layers, ranks))
 
 
 def cost_of_blocks(recipe: Recipe, network: TransformerConfig) -> list[int]:

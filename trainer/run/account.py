@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trainer.checkpoint.resume import Found
 from trainer.engine.engine import Engine
+from trainer.run_folder import RunFolder
+from trainer.track import read_metrics
 from trainer.track.goodput import Ledger
 from trainer.watchdog.watchdog import Watchdog
 
@@ -32,3 +35,13 @@ class Account:
             return {}
         shares = self.ledger.shares(step, self.engine.watch.totals(), self.watchdog.waiting())
         return {name: share for name, share in shares.items() if name == "goodput"}
+
+
+def open_ledger(folder: RunFolder, found: Found | None) -> Ledger:
+    from_step = found.manifest.step if found else 0
+    return Ledger(folder.path, from_step=from_step, times=times_of_steps(folder))
+
+
+def times_of_steps(folder: RunFolder) -> dict[int, float]:
+    """Return the time at which each step was logged."""
+    return {int(record["step"] or 0): float(record["time"] or 0.0) for record in read_metrics(folder.metrics)}

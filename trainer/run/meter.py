@@ -3,8 +3,6 @@ steps."""
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from trainer.costs.flops import row_flops
 from trainer.data.loader import MicroBatch
 from trainer.engine.engine import Engine, StepResult
 from trainer.engine.parameter_counts import ParameterCounts
+from trainer.run.devices import resident_bytes
 from trainer.track import Tracker, read_metrics
 from trainer.track.history import History
 
@@ -113,5 +112,4 @@ def peak_memory_gib(device: torch.device) -> float:
     process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resident_bytes() / 2**30

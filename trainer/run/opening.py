@@ -41,10 +41,10 @@ from trainer.recipe import ResolvedRecipe
 from trainer.recipe.best import BEST, PATIENCE, unmeasured
 from trainer.recipe.earlier import recipe_of
 from trainer.recipe.epochs import settled
-from trainer.run.start import agree, begin_again, claim, find, keep_rules, settle_format
+from trainer.run.start import agree, begin_again, claim, find, keep_rules, leave_behind, make_room, settle_format
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
-from trainer.track import open_rank_log
+from trainer.track import open_rank_log, truncate_after
 from trainer.track.evaluations import Evaluations
 from trainer.track.log import RankLog
 from trainer.track.progress import work_progress
@@ -150,6 +150,20 @@ def read_data(group: Joined, opened: OpenFolder, resume: Resume) -> LoadedRun:
             agree(found, facts, resume)
             remarks += _changed_length(found, recipe)
     return LoadedRun(prepared, found, network, fill, files, facts, _evaluated_on(recipe, prepared), remarks)
+
+
+def clear_the_way(opened: OpenFolder, loaded: LoadedRun) -> list[str]:
+    """Remove what an earlier start left after the step from which this one continues; return
+    remarks.
+
+    Nothing of an earlier start is changed before this call.
+    """
+    folder, found, recipe = opened.folder, loaded.found, opened.resolved.recipe
+    remarks = [*leave_behind(found, folder), *make_room(folder, recipe, loaded.evaluated_on)] if found else []
+    for history in (folder.metrics, folder.evaluations):
+        truncate_after(history, found.manifest.step if found else 0)
+    folder.write_given(opened.resolved.given)
+    return remarks
 
 
 def _changed_length(found: Found, recipe: Recipe) -> list[str]:

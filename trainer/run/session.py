@@ -12,14 +12,11 @@ from datetime import timedelta
 from shlex import quote
 from typing import Any, NoReturn
 
-import torch
-
 from parallel.messages import Messages
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.disk_space import bytes_of_one, disk_space
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.model_card import CARD, Trained, write_card
-from trainer.checkpoint.resume import Found
 from trainer.checkpoint.resume_check import Resume
 from trainer.cluster.lease import Lease
 from trainer.data import PreparedData, prepare_summary
@@ -37,21 +34,27 @@ from trainer.guard.inspector import Inspector
 from trainer.launch.ranks import PeerFailed, Place, together
 from trainer.launch.stop_request import LOST, WANTED
 from trainer.model.model_files import ModelFiles
+from trainer.model.network import Network
 from trainer.recipe import ResolvedRecipe
 from trainer.recipe.batch_plan import BatchPlan
-from trainer.run.account import Account
+from trainer.run.account import Account, open_ledger, times_of_steps
 from trainer.run.closing import baseline, export, exported, sampled, translated, translated_meanwhile
-from trainer.run.least_memory import Machine, host_bytes, require_memory
+from trainer.run.devices import devices_of, footprint, machine_of, sheet_of
+from trainer.run.memory_check import require_memory
 from trainer.run.meter import Meter
-from trainer.run.opening import LoadedRun, OpenFolder, evaluations_so_far, opened_folder, read_data
+from trainer.run.opening import LoadedRun, OpenFolder, clear_the_way, evaluations_so_far, opened_folder, read_data
+from trainer.run.plan_outcome import introduced, outcome
 from trainer.run.reference import with_reference
-from trainer.run.start import leave_behind, make_room
+from trainer.run.run_plan import RunPlan, explained, plan_of
 from trainer.run.step_data import StepData, evaluation_data, targets_for, training_data
+from trainer.run.worst_case import require_staging, tries, try_worst_case
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
-from trainer.track import RunInfo, Tracker, make_tracker, read_metrics, truncate_after
+from trainer.track import RunInfo, Tracker, make_tracker, read_metrics
 from trainer.track.evaluations import Evaluations, out_of_patience
 from trainer.track.goodput import Ledger, lost_s
+from trainer.track.history import History
+from trainer.track.plan_record import PlanRecord, line_of
 from trainer.track.progress import work_progress
 from trainer.track.report import write_report
 from trainer.versions import versions
@@ -86,6 +89,7 @@ class Session:
     devices: str
     peak_flops: float  # of this rank's device, FLOP/s
     peak_source: str  # the source of that figure
+    planned: RunPlan | None
 
     def say(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -106,6 +110,15 @@ class Session:
         sys.stderr.write(f"triaxis: error: run folder {self.folder.path}: {reason}: this one ends, and writes nothing more\n")
         sys.stderr.flush()
         os._exit(EXIT_REQUEUE)
+
+    def beside_plan(self) -> PlanRecord | None:
+        """Return what was predicted and measured of this run, on the first rank. All ranks must
+        call it together."""
+        planned = self.planned.device_bytes(self.planned.own) if self.planned else None
+        memories = self.messages.gather([planned, footprint(self.place.device)])
+        if memories is None:
+            return None
+        return outcome(self.planned, memories, History.of(read_metrics(self.folder.metrics)).median("step_time_s"))
 
     def meter(self) -> Meter:
         """Return a meter that continues from the checkpoint."""
@@ -169,10 +182,18 @@ class Session:
             summary |= translated(recipe, self.folder.export, tick=engine.watch.tick, note=self.tracker.note)
         summary |= self.account.goodput(steps)
         summary |= {"num_params": engine.num_params, "world_size": self.place.world_size, "devices": self.devices}
-        self.tracker.finish(summary)
+        self.end_tracking(summary)
         self.account.end(steps)
         if self.place.is_first:
             self._leave(summary.get("best_step", steps))
+
+    def end_tracking(self, summary: Mapping[str, Any]) -> None:
+        """Close the history with a summary, to which the run's plan is added. All ranks must call
+        it together."""
+        record = self.beside_plan()
+        if record is not None:
+            self.say(filter(None, [line_of(record)]))
+        self.tracker.finish({**summary, **({"plan": record} if record else {})})
 
     def _leave(self, exported_step: int) -> None:
         """Write the export's card and the report, and say what a user does next."""
@@ -187,7 +208,7 @@ class Session:
     def rewind(self, steps_done: int) -> int:
         """Restore the newest checkpoint after a spike in the last of `steps_done` steps, but
         continue with the data after the spike. Return the number of steps done now."""
-        times = _times_of_steps(self.folder)
+        times = times_of_steps(self.folder)
         lines = self.checkpoints.rewind(self.engine)
         step = self.checkpoints.start_step
         self.data.skipped += steps_done - step
@@ -201,8 +222,11 @@ class Session:
 
 
 @contextmanager
-def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) -> Iterator[Session]:
-    """Open everything on every rank, and close it when the run ends, however it ends."""
+def open_session(
+    resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, *, plan_check: bool = True
+) -> Iterator[Session]:
+    """Open everything on every rank, and close it when the run ends, however it ends. `plan_check`:
+    what is planned beyond the memory that is there is refused."""
     guard = resolved.recipe.guard
     limits = Limits(step_s=guard.timeout_s, long_s=guard.long_timeout_s)
     timeout = timedelta(seconds=limits.longest_s + BACKSTOP_S)
@@ -213,18 +237,29 @@ def open_session(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume) 
         opened = stack.enter_context(opened_folder(group, resolved, run_dir, resume, limits))
         loaded = read_data(group, opened, resume)
         with together(lambda: group.watch.doing):
-            require_memory(opened.resolved.recipe, plan, loaded.network, _machine(group.place))
-            ledger = _open_ledger(opened.folder, loaded.found) if group.is_first else None
+            planned = _planned(group, opened.resolved.recipe, loaded.network)
+            machine = machine_of(group.place, opened.mesh.layout)
+            require_memory(opened.resolved.recipe, plan, loaded.network, machine, planned if plan_check else None)
+            ledger = open_ledger(opened.folder, loaded.found) if group.is_first else None
             if group.is_first:
-                opened.remarks += _clear_the_way(opened, loaded)
-        yield stack.enter_context(_ready(group, opened, loaded, plan, ledger))
+                opened.remarks += clear_the_way(opened, loaded)
+        stack.enter_context(explained(planned, group.watch))
+        yield stack.enter_context(_ready(group, opened, loaded, plan, ledger, planned))
+
+
+def _planned(group: Joined, recipe: Recipe, network: Network) -> RunPlan | None:
+    place = group.place
+    on_gpu = place.device.type == "cuda"
+    return plan_of(network, recipe, place.world_size, place.how, on_gpu=on_gpu, device=sheet_of(place), rank=place.rank)
 
 
 @contextmanager
-def _ready(group: Joined, opened: OpenFolder, loaded: LoadedRun, plan: BatchPlan, ledger: Ledger | None) -> Iterator[Session]:
+def _ready(
+    group: Joined, opened: OpenFolder, loaded: LoadedRun, plan: BatchPlan, ledger: Ledger | None, planned: RunPlan | None
+) -> Iterator[Session]:
     """Build the engine and the objects around it, on every rank."""
     recipe, folder, watch, is_first = opened.resolved.recipe, opened.folder, group.watch, group.is_first
-    devices = _devices(group.place)
+    devices = devices_of(group.place)
     with ExitStack() as stack:
         if ledger is not None:
             stack.callback(lambda: ledger.end(watch.step, watch.totals(), opened.watchdog.waiting()))
@@ -264,9 +299,18 @@ def _ready(group: Joined, opened: OpenFolder, loaded: LoadedRun, plan: BatchPlan
         opened.log.capture()  # DeepSpeed has made loggers of its own by now
         # entered after the tracker, so that the tracker still records which rank was lost
         stack.enter_context(among_ranks(opened.watchdog, lambda: watch.doing))
-        session = _session(group, opened, loaded, prepared, engine, tracker, checkpoints, ledger, devices)
+        session = _session(group, opened, loaded, prepared, engine, tracker, checkpoints, ledger, devices, planned)
         _introduce(session, [*opened.remarks, *loaded.remarks])
+        _try_first(session)
         yield session
+
+
+def _try_first(run: Session) -> None:
+    """Take the memory of the worst case, where the recipe wants it."""
+    require_staging(run.engine, run.place.local_world_size)
+    step = run.checkpoints.start_step
+    if tries(run.recipe, run.place.device) and step < run.recipe.train.total_steps:
+        try_worst_case(run.engine, run.data.micro_batches(step), run.planned, evaluates=run.eval_data is not None)
 
 
 @contextmanager
@@ -323,6 +367,7 @@ def _session(
     checkpoints: Checkpoints,
     ledger: Ledger | None,
     devices: str,
+    planned: RunPlan | None,
 ) -> Session:
     recipe, mesh = opened.resolved.recipe, opened.mesh
     skipped: int = checkpoints.memory.get("data", {}).get("skipped_steps", 0)
@@ -349,6 +394,7 @@ def _session(
         devices=devices,
         peak_flops=peak_flops,
         peak_source=peak_source,
+        planned=planned,
     )
 
 
@@ -365,46 +411,6 @@ def _closing(tracker: Tracker) -> Callable[..., None]:
     return close
 
 
-def _open_ledger(folder: RunFolder, found: Found | None) -> Ledger:
-    from_step = found.manifest.step if found else 0
-    return Ledger(folder.path, from_step=from_step, times=_times_of_steps(folder))
-
-
-def _times_of_steps(folder: RunFolder) -> dict[int, float]:
-    """Return the time at which each step was logged."""
-    return {int(record["step"] or 0): float(record["time"] or 0.0) for record in read_metrics(folder.metrics)}
-
-
-def _clear_the_way(opened: OpenFolder, loaded: LoadedRun) -> list[str]:
-    """Remove what an earlier start left after the step from which this one continues; return
-    remarks.
-
-    Nothing of an earlier start is changed before this call.
-    """
-    folder, found, recipe = opened.folder, loaded.found, opened.resolved.recipe
-    remarks = [*leave_behind(found, folder), *make_room(folder, recipe, loaded.evaluated_on)] if found else []
-    for history in (folder.metrics, folder.evaluations):
-        truncate_after(history, found.manifest.step if found else 0)
-    folder.write_given(opened.resolved.given)
-    return remarks
-
-
-def _machine(place: Place) -> Machine:
-    on_gpu = place.device.type == "cuda"
-    gpu_bytes = torch.cuda.get_device_properties(place.device).total_memory if on_gpu else None
-    return Machine(host_bytes(), place.local_world_size, gpu_bytes)
-
-
-def _devices(place: Place) -> str:
-    if place.device.type == "cuda":
-        return f"{place.world_size} × {torch.cuda.get_device_name(place.device)}"
-    threads = torch.get_num_threads()
-    return (
-        f"{place.world_size} CPU process{'es' if place.world_size > 1 else ''}, "
-        f"{threads} thread{'s' if threads > 1 else ''} each"
-    )
-
-
 def _introduce(run: Session, remarks: Iterable[str]) -> None:
     """Write to the console what will be trained, on which devices, and the remarks so far."""
     recipe, engine, counts, note = run.recipe, run.engine, run.counts, run.tracker.note
@@ -417,6 +423,7 @@ def _introduce(run: Session, remarks: Iterable[str]) -> None:
     run.say(run.prepared.passes.lines(recipe))
     run.say([*run.prepared.notes, *engine.notes])
     note(run.plan.line)
+    run.say(introduced(run.planned))
     weights = "6 · matmul weights"
     if counts.frozen:
         whole = counts.trained + counts.frozen

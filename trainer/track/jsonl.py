@@ -32,6 +32,7 @@ from trainer.files.durable import replacing_file, write_json
 from trainer.files.reading import open_regular, open_to_append, read_json, told
 from trainer.files.spare import Spare
 from trainer.redaction import redact
+from trainer.track.plan_record import PlanRecord
 from trainer.track.run_info import RunInfo
 
 METRICS = "metrics.jsonl"
@@ -215,6 +216,7 @@ class Summary(TypedDict, total=False):
     sacrebleu: str
     eval_perplexity: Shown
     unigram_perplexity: Shown
+    plan: PlanRecord
 
 
 def read_summary(folder: Path) -> Summary:

@@ -24,6 +24,7 @@ from trainer.track.goodput import read_starts, shares_of
 from trainer.track.history import History
 from trainer.track.jsonl import EVALUATIONS, METRICS, Summary, read_metrics, read_summary
 from trainer.track.page import page
+from trainer.track.plan_record import rows_of
 from trainer.track.text import duration, percent, printable, scaled, short
 
 
@@ -83,6 +84,7 @@ def _render(run_dir: Path, resolved: Resolved, history: History, evaluations: Hi
         num_records=history.num_records,
         evaluation_titles=[title for title, _ in _evaluation_columns(evaluations).values()],
         evaluations=list(_evaluation_rows(evaluations)),
+        plan=rows_of(summary["plan"]) if "plan" in summary else [],
         sample_prompt=printable(str(summary.get("sample_prompt") or "")),
         sample=printable(str(summary.get("sample") or "")),
         chosen=[setting for setting in settings if setting.origin != "default" and setting.key != "description"],

@@ -1,51 +1,23 @@
 """The memory that others measured or computed, next to what the planner's formulas give for their
 programs.
 
-    python -m tools.published_memory
-
 The programs are not ours: which tensors they keep is described here, and only what does not depend
 on the program (schedules, a GPU's context, NCCL, the allocator) is the planner's own. No constant
-is fitted on the rows of BigScience; two are on nanotron's, see `Nanotron`. The folder of the tables
-is TRIAXIS_DATA, else the copy among the tests.
+is fitted on the rows of BigScience; two are on nanotron's, see `Nanotron`.
 """
 
 from __future__ import annotations
 
-import csv
 import math
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
+from tools.published.comparison import Compared, Row, Table, rows_of
 from trainer.planner.in_flight import Kept, by_name
 from trainer.planner.memory import CONTEXT_BYTES, GROUP_BYTES, PAIR_BYTES, RESERVE
 
-FOLDER = Path(__file__).parents[1] / "tests" / "published"
-Row = dict[str, str]
 GIB, MIB = 1 << 30, 1 << 20
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A published figure, and ours, in the same unit."""
-
-    what: str
-    published: float
-    ours: float
-
-    @property
-    def error(self) -> float:
-        return self.ours / self.published - 1
-
-
-def rows_of(name: str) -> list[Row]:
-    folder = Path(os.environ.get("TRIAXIS_DATA", FOLDER))
-    with (folder / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
 
 # -------------------------------------------------------------------------------- ZeRO, table 1
 
@@ -57,12 +29,17 @@ def zero_states(params: float, data: int, stage: int) -> float:
     return params * sum(size / (data if stage >= 3 - place else 1) for place, size in enumerate(parts))
 
 
-def zero_table() -> Iterator[Compared]:
+def zero_table(folder: Path) -> Iterator[Compared]:
     params = {"7.5B": 7.5, "128B": 128.0, "1T": 1000.0}
-    for row in rows_of("zero_table1_model_states"):
+    for row in rows_of(folder, "zero_table1_model_states"):
         stage = int(row["stage"].rstrip(")")[-1])
         ours = zero_states(params[row["model"]], int(row["dp"]), stage)
-        yield Compared(f"{row['model']} dp {row['dp']} stage {stage}", float(row["model_state_gb_per_device"]), ours)
+        yield Compared(
+            what=f"{row['model']} dp {row['dp']} stage {stage}",
+            published=float(row["model_state_gb_per_device"]),
+            ours=ours,
+            work=params[row["model"]] / int(row["dp"]),
+        )
 
 
 def agrees_as_printed(compared: Compared, printed: str) -> bool:
@@ -125,9 +102,13 @@ class Megatron:
         return self.of_layer(technique) * per_chunk * sum(in_flight.whole.values())
 
     @property
+    def params(self) -> float:
+        """The parameters of a rank's layers: the paper leaves the embedding out."""
+        return self.layers * 12 * self.hidden**2 / (self.pipeline * self.tensor)
+
+    @property
     def states(self) -> float:
-        """The bytes of the layers' states, as the paper counts them: without the embedding."""
-        return self.state_bytes * self.layers * 12 * self.hidden**2 / (self.pipeline * self.tensor)
+        return self.state_bytes * self.params
 
 
 MEGATRON = {
@@ -146,23 +127,25 @@ TECHNIQUES = {
 }
 
 
-def korthikanti_ratios() -> Iterator[Compared]:
+def korthikanti_ratios(folder: Path) -> Iterator[Compared]:
     """Yield activations as a share of those with tensor parallelism alone [%]."""
-    for row in rows_of("korthikanti_memory"):
+    for row in rows_of(folder, "korthikanti_memory"):
         if row["unit"] == "%" and row["technique"] in TECHNIQUES:
             model, technique = MEGATRON[row["model"]], TECHNIQUES[row["technique"]]
             ours = 100 * model.of_layer(technique) / model.of_layer("tensor")
-            yield Compared(f"{row['model']} {technique}", float(row["value"]), ours)
+            yield Compared(what=f"{row['model']} {technique}", published=float(row["value"]), ours=ours)
 
 
-def korthikanti_bytes() -> Iterator[Compared]:
+def korthikanti_bytes(folder: Path) -> Iterator[Compared]:
     """Yield activations of the first stage, and model states [GiB]."""
-    for row in rows_of("korthikanti_memory"):
+    for row in rows_of(folder, "korthikanti_memory"):
         if row["unit"] != "GiB":
             continue
         model, technique = MEGATRON[row["model"]], TECHNIQUES.get(row["technique"])
         ours = model.states if technique is None else model.first_stage(technique)
-        yield Compared(f"{row['model']} {technique or 'states'}", float(row["value"]), ours / GIB)
+        yield Compared(
+            what=f"{row['model']} {technique or 'states'}", published=float(row["value"]), ours=ours / GIB, work=model.params
+        )
 
 
 # ------------------------------------------------------------------------------------- nanotron
@@ -199,10 +182,13 @@ class Nanotron:
         return math.floor((self._int("layers") + V * D / each) / ranks) + 1
 
     @property
-    def states(self) -> float:
+    def params(self) -> float:
         D, F = self._int("hidden_size"), self._int("intermediate_size")
-        params = (self.layers * (4 * D * D + 3 * D * F) + VOCABULARY * D) / self._int("tp")
-        return params * (2 + 4 + 12 / self._int("dp"))
+        return (self.layers * (4 * D * D + 3 * D * F) + VOCABULARY * D) / self._int("tp")
+
+    @property
+    def states(self) -> float:
+        return self.params * (2 + 4 + 12 / self._int("dp"))
 
     @property
     def activations(self) -> float:
@@ -232,15 +218,22 @@ TEMPORARIES, BESIDE = 28.7, 106 * MIB
 FITTED = {("1", "1", "8", "4"), ("1", "8", "1", "8")}
 
 
-def nanotron() -> Iterator[Compared]:
+def nanotron(folder: Path) -> Iterator[Compared]:
     """Yield peaks of allocated memory [MiB]."""
-    for row in rows_of("nanotron_old_bench"):
+    for row in rows_of(folder, "nanotron_old_bench"):
         if not row["peak_allocated_MiB"]:
             continue
         place = row["dp"], row["tp"], row["pp"], row["micro_batch"]
         if place not in FITTED:
             what = "dp {} tp {} pp {} micro {}".format(*place)
-            yield Compared(what, float(row["peak_allocated_MiB"]), Nanotron(row).peak / MIB)
+            ours = Nanotron(row)
+            yield Compared(
+                what=what,
+                published=float(row["peak_allocated_MiB"]),
+                ours=ours.peak / MIB,
+                work=ours.params,
+                sweep=f"{row['model']}, {row['gpus']} GPUs",
+            )
 
 
 # ----------------------------------------------------------------------------------- BigScience
@@ -306,52 +299,30 @@ class BigScience:
 NEEDED = ("hidden_size", "layers", "heads", "dp", "tp", "pp", "micro_batch", "seq_len")
 
 
-def bigscience() -> Iterator[Compared]:
+def bigscience(folder: Path) -> Iterator[Compared]:
     """Yield used memory, for the rows that say all that it takes [GB]."""
-    for row in rows_of("bigscience_megatron_deepspeed"):
+    for row in rows_of(folder, "bigscience_megatron_deepspeed"):
         if row["mem"].endswith("GB") and all(row[key] for key in NEEDED):
             what = f"line {row['line']}: h {row['hidden_size']} dp {row['dp']} tp {row['tp']} pp {row['pp']}"
+            D, ranks = int(row["hidden_size"]), int(row["tp"]) * int(row["pp"])
             yield Compared(
-                f"{what} micro {row['micro_batch']}", float(row["mem"].removesuffix("GB")), BigScience(row).peak / 1e9
+                what=f"{what} micro {row['micro_batch']}",
+                published=float(row["mem"].removesuffix("GB")),
+                ours=BigScience(row).peak / 1e9,
+                work=int(row["layers"]) * 12 * D * D / ranks,
+                sweep=f"h {D} layers {row['layers']} gpus {row['gpus']}",
             )
 
 
-# ---------------------------------------------------------------------------------------- tables
-
-TABLES: dict[str, Callable[[], Iterator[Compared]]] = {
-    "ZeRO table 1, model states [GB]": zero_table,
-    "Korthikanti, activations [% of tensor parallelism alone]": korthikanti_ratios,
-    "Korthikanti, first stage [GiB]": korthikanti_bytes,
-    "nanotron, peak allocated [MiB]": nanotron,
-    "BigScience, used memory [GB]": bigscience,
-}
-
-
-def summary(found: list[Compared]) -> str:
-    errors = [one.error for one in found]
-    largest = max(errors, key=abs)
-    return f"{len(errors)} rows, mean |error| {mean(map(abs, errors)):.1%}, largest {largest:+.1%}, mean {mean(errors):+.1%}"
-
-
-def table() -> list[str]:
-    """Return the lines of the table in the planner's guide."""
-    lines = ["| memory | rows | mean error | largest | signed |", "|---|---|---|---|---|"]
-    for title, compared in TABLES.items():
-        errors = [one.error for one in compared()]
-        figures = f"{mean(map(abs, errors)):.1%} | {abs(max(errors, key=abs)):.1%} | {mean(errors):+.1%}"
-        lines.append(f"| {title} | {len(errors)} | {figures} |")
-    return lines
-
-
-def main() -> int:
-    sys.stdout.write("\n".join(table()) + "\n\n")
-    for title, compared in TABLES.items():
-        found = list(compared())
-        sys.stdout.write(f"{title}: {summary(found)}\n")
-        for one in found:
-            sys.stdout.write(f"  {one.what:<58} {one.published:>10.2f} {one.ours:>10.2f} {one.error:>+8.1%}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+TABLES = (
+    Table(title="ZeRO, table 1", what="model states [GB]", rows=zero_table),
+    Table(title="Korthikanti, figure 7", what="activations [% of tensor parallelism alone]", rows=korthikanti_ratios),
+    Table(title="Korthikanti, figure 1", what="first stage [GiB]", rows=korthikanti_bytes),
+    Table(
+        title="nanotron",
+        what="peak allocated [MiB]",
+        rows=nanotron,
+        fitted="two constants of two rows",
+    ),
+    Table(title="BigScience", what="used memory [GB]", rows=bigscience),
+)

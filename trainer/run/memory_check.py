@@ -1,16 +1,20 @@
-"""The least memory that a rank needs, computed from the recipe, against the memory of its machine.
-No torch.
+"""The memory that a rank needs, computed from the recipe, against the memory of its machine. No
+torch.
 
 Linux promises more memory than it has, and kills a process without a message when it uses it. So a
-recipe that cannot fit is refused before anything is allocated. The estimate counts only tensors
-that exist at the same time in every layout: a step's data, the input of each layer that is kept for
-backward, the weights themselves, and the buffers of a swap pool.
+recipe that does not fit is refused before anything is allocated. Two figures are compared:
+
+* The least, for every network. It counts only tensors that exist at the same time in every layout:
+  a step's data, the input of each layer that is kept for backward, the weights themselves, and the
+  buffers of a swap pool. What is below it is impossible.
+* The plan, where one can be made. It counts everything, and errs by a known share, so only what is
+  beyond that is refused. `train --no-plan-check` starts it all the same.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import singledispatch
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +24,12 @@ from trainer.errors import RecipeError
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
+from trainer.planner.items import Place
+from trainer.planner.memory import RankMemory
+from trainer.planner.prediction import MEMORY_BAND
+from trainer.planner.reliefs import Held
 from trainer.recipe.batch_plan import BatchPlan
+from trainer.run.run_plan import RunPlan, freeing, gib
 from trainer.schema import Recipe
 
 TOKEN_BYTES = 16  # a token and its label, both int64
@@ -43,23 +52,57 @@ class Demand(NamedTuple):
 
 class Machine(NamedTuple):
     """The memory of the host, shared by `local_ranks` ranks, and of this rank's GPU; None: the rank
-    computes on the host."""
+    computes on the host. `places`: those of its ranks in their pipelines, for the plan."""
 
     host_bytes: int
     local_ranks: int
     gpu_bytes: int | None
+    places: Sequence[int] = ()
 
 
-def require_memory(recipe: Recipe, plan: BatchPlan, network: Network, machine: Machine) -> None:
-    """Raise RecipeError, with the largest demand, where a rank needs more memory than it can
-    have."""
-    demands = list(least_demands(recipe, plan, network))
+def require_memory(recipe: Recipe, plan: BatchPlan, network: Network, machine: Machine, planned: RunPlan | None = None) -> None:
+    """Raise RecipeError where a rank needs more memory than it can have: at least, with the largest
+    demand, or by its plan, with what frees most. `planned` None: the plan is not asked."""
+    _require_least(list(least_demands(recipe, plan, network)), machine)
+    if planned is not None:
+        _require_planned(planned, machine)
+
+
+def _require_planned(planned: RunPlan, machine: Machine) -> None:
+    if machine.gpu_bytes is not None:
+        _require_place(planned, planned.places, planned.fullest_bytes, ", and this GPU has", machine.gpu_bytes)
+    here = [planned.ranks[place] for place in machine.places]
+    places = frozenset((Place.HOST,)) if planned.on_gpu else planned.places
+    ranks = f" for the {len(here)} ranks here" if len(here) > 1 else ""
+
+    def of_node(ranks: Sequence[RankMemory]) -> int:
+        return planned.host_bytes([ranks[place] for place in machine.places])
+
+    _require_place(planned, places, of_node, f"{ranks}, and this machine has", machine.host_bytes)
+
+
+def _require_place(planned: RunPlan, places: frozenset[Place], count: Held, whose: str, there: int) -> None:
+    """Raise RecipeError where what is counted of the plan's ranks is more than is there."""
+    needed = count(planned.ranks)
+    if needed <= (1 + MEMORY_BAND) * there:
+        return
+    fullest = max(planned.ranks, key=lambda rank: sum(rank.peak(place) for place in places))
+    who = f"rank {fullest.rank} of the pipeline, the fullest," if len(planned.ranks) > 1 else "each rank"
+    settings = f"; {freeing(freed)}" if (freed := planned.reliefs(count)) else ""
+    raise RecipeError(
+        f"by the plan {needed / 2**30:,.2f} GiB are needed{whose} {there / 2**30:,.2f} GiB: most of {who} is "
+        f"{planned.largest(fullest, places)}{settings}; the plan errs by {MEMORY_BAND:.0%}: --no-plan-check starts it all "
+        "the same"
+    )
+
+
+def _require_least(demands: list[Demand], machine: Machine) -> None:
     in_host = [demand for demand in demands if demand.in_host or machine.gpu_bytes is None]
     in_gpu = [demand for demand in demands if demand not in in_host]
     share = machine.host_bytes // machine.local_ranks
-    _require(in_host, share, f"this machine has {_size(share)} of memory for each of its {machine.local_ranks} ranks")
+    _require(in_host, share, f"this machine has {gib(share)} of memory for each of its {machine.local_ranks} ranks")
     if machine.gpu_bytes is not None:
-        _require(in_gpu, machine.gpu_bytes, f"this GPU has {_size(machine.gpu_bytes)}")
+        _require(in_gpu, machine.gpu_bytes, f"this GPU has {gib(machine.gpu_bytes)}")
 
 
 def _require(demands: list[Demand], there: int, said: str) -> None:
@@ -67,7 +110,7 @@ def _require(demands: list[Demand], there: int, said: str) -> None:
     if needed > there:
         largest = max(demands, key=lambda demand: demand.num_bytes)
         raise RecipeError(
-            f"a rank needs at least {_size(needed)}, {_size(largest.num_bytes)} of them for {largest.what}, and {said}: lower "
+            f"a rank needs at least {gib(needed)}, {gib(largest.num_bytes)} of them for {largest.what}, and {said}: lower "
             "what is named, or divide it over more ranks"
         )
 
@@ -106,27 +149,37 @@ def least_demands(recipe: Recipe, plan: BatchPlan, network: Network) -> Iterator
 def host_bytes() -> int:
     """Return the memory [bytes] of this machine, or the limit of this process's control group if it
     is smaller, and the machine's swap."""
-    found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    total, swap = (int(found[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
-    return min(total, *_group_limits(total)) + swap
+    found = _meminfo()
+    return min([found["MemTotal"], *(limit for _, limit in _limits())]) + found["SwapTotal"]
 
 
-def _group_limits(total: int) -> list[int]:
-    """Return the limits [bytes] of this process's control group and of those above it; `total`
-    where there is none."""
-    limits = [total]
+def available_bytes() -> int:
+    """Return the memory [bytes] that processes of this machine, or of this control group, can still
+    take without swapping."""
+    there = _meminfo()["MemAvailable"]
+    for group, limit in _limits():
+        taken = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        there = min(there, limit - taken + int(stat.get("inactive_file", 0)))
+    return there
+
+
+def _meminfo() -> dict[str, int]:
+    """Return the lines of /proc/meminfo [bytes]."""
+    lines = (line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return {name: int(value.split()[0]) * 1024 for name, value in lines if value.endswith("kB")}
+
+
+def _limits() -> Iterator[tuple[Path, int]]:
+    """Yield the folder of this process's control group, and of each above it, that has a limit, and
+    the limit [bytes]."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         hierarchy, _, name = line.split(":", 2)
         group = Path("/sys/fs/cgroup") / name.lstrip("/")
         for folder in (group, *group.parents) if hierarchy == "0" else ():
             limit = folder / "memory.max"
             if os.access(limit, os.R_OK) and (text := limit.read_text().strip()) != "max":
-                limits.append(int(text))
-    return limits
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.3g} GiB" if num_bytes < 2**43 else f"{num_bytes / 2**40:,.0f} TiB"
+                yield folder, int(text)
 
 
 @singledispatch

@@ -1,0 +1,305 @@
+"""Rough figures of every layout, by which a search chooses those that are planned exactly. No
+torch.
+
+The blocks of a pass are timed and their tensors counted once for each way to compute it. What
+differs between layouts is put together from these by arithmetic: layers on a stage, micro-batches
+in flight, and the idle time of a schedule whose stages are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from parallel.schedules import SCHEDULES
+from parallel.simulator import Costs
+from parallel.topology import Layout
+from trainer.engine.tiling import Tiling
+from trainer.model.blocks import Block, blocks_of
+from trainer.planner.devices import Device
+from trainer.planner.items import Phase, Place
+from trainer.planner.job import job_of
+from trainer.planner.memory import of_device, rows_of, saving
+from trainer.planner.search.choice import Choice
+from trainer.planner.search.space import Mesh, Passes, Space, States
+from trainer.planner.states import ModelStates
+from trainer.planner.step_time import Job, stage_costs, step_time
+from trainer.planner.weights import RankWeights
+from trainer.recipe.batch_plan import BatchPlan
+from trainer.recipe.stages import layers_by_cost
+from trainer.schema import Recipe
+
+
+class Rough(NamedTuple):
+    """A layout with the seconds of its step and the bytes that its fullest rank needs of its
+    device, roughly."""
+
+    seconds: float
+    num_bytes: float
+    passes: Passes
+    schedule: str
+    virtual_stages: int
+    states: States
+
+    @property
+    def choice(self) -> Choice:
+        return self.passes.choice(self.schedule, self.virtual_stages, self.states)
+
+
+class Blocks(NamedTuple):
+    """Figures of the embedding, of a layer and of the head."""
+
+    embedding: float
+    layer: float
+    head: float
+
+    def of_all(self, layers: int) -> float:
+        return self.embedding + layers * self.layer + self.head
+
+
+class Division(NamedTuple):
+    """The layers of the first rank of a pipeline, of the ones between that have the most, and of
+    the last. `is_v`: the first rank has the head too."""
+
+    first: int
+    between: int
+    last: int
+    is_v: bool
+
+
+class Held(NamedTuple):
+    """The bytes of model states on a rank, in each part of a step."""
+
+    always: int
+    backward: int
+    update: int
+
+
+@dataclass(frozen=True)
+class Roughly:
+    """The rough figures of a space on a device."""
+
+    space: Space
+    device: Device
+    most_bytes: float  # layouts that surely need more are left out
+    _seconds: dict[object, tuple[Blocks, Blocks, Blocks]] = field(default_factory=dict)
+    _bytes: dict[object, tuple[Blocks, int, int, int]] = field(default_factory=dict)
+    _divisions: dict[object, Division] = field(default_factory=dict)
+    _states: dict[object, list[Held]] = field(default_factory=dict)
+    _beside: dict[object, float] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Rough]:
+        for passes in self.space.passes:
+            pipelines = self.space.pipelines(passes)
+            for schedule, virtual in pipelines:
+                pipeline_s = self._pipeline(passes, schedule, virtual)
+                activations = {casts: self._activations(passes, schedule, virtual, casts=casts) for casts in (True, False)}
+                for states in self.space.states(passes, schedule):
+                    held = self._states_of(passes, states)
+                    needs = max(
+                        one.always + max(one.backward + kept, one.update)
+                        for one, kept in zip(held, activations[states.stage == 0], strict=True)
+                    )
+                    if needs <= self.most_bytes:
+                        seconds = pipeline_s + self._beside_passes(passes, states)
+                        yield Rough(seconds, needs + self._around(passes.mesh, needs), passes, schedule, virtual, states)
+
+    # ------------------------------------------------------------------------ the time
+
+    def _pipeline(self, passes: Passes, schedule: str, virtual: int) -> float:
+        """Return the seconds from the first forward to the last backward."""
+        count, ranks = passes.num_micro_batches, passes.mesh.pipeline
+        parts = self._seconds_of(passes)
+        if ranks == 1:
+            layers = self.space.network.num_layers
+            return count * sum(part.of_all(layers) for part in parts)
+        division = self._division(ranks, schedule, virtual)
+        embedding, layer, head = map(sum, zip(*parts, strict=True))
+        together = embedding + self.space.network.num_layers * layer + head
+        of_first = embedding + division.first * layer + head * division.is_v
+        slowest = max(of_first, division.last * layer + head * (not division.is_v), division.between * layer)
+        if count < ranks:  # each micro-batch passes all stages before a rank has more to do
+            return (together + (count - 1) * slowest / virtual) * self._until_last(parts, schedule)
+        rest = (together - slowest) / virtual
+        return count * slowest + rest * self._waited(parts, schedule)
+
+    def _until_last(self, parts: tuple[Blocks, Blocks, Blocks], schedule: str) -> float:
+        """Return the share of a pass of which the ranks wait for each other."""
+        forward, input_grad, weight_grad = (part.layer for part in parts)
+        whole = forward + input_grad + weight_grad
+        return (forward + input_grad) / whole if SCHEDULES[schedule].splits_backward else 1.0
+
+    def _waited(self, parts: tuple[Blocks, Blocks, Blocks], schedule: str) -> float:
+        """Return the share of the other ranks' stages that the slowest one waits for."""
+        if not SCHEDULES[schedule].splits_backward:
+            return 1.0
+        forward, input_grad, weight_grad = (part.layer for part in parts)
+        waits = forward + input_grad - weight_grad * (2 if SCHEDULES[schedule].v_shaped else 1)
+        return max(0.0, waits / (forward + input_grad + weight_grad))
+
+    def _seconds_of(self, passes: Passes) -> tuple[Blocks, Blocks, Blocks]:
+        """Return the seconds of forward, of input gradients and of weight gradients."""
+        key = passes.mesh.tensor, passes.micro, passes.divides, passes.recompute
+        if key not in self._seconds:
+            job = self._job(passes, States(0, "none", "none"), pipeline=1)
+            layers = self.space.network.num_layers
+            costs = stage_costs(replace(job, layout=Layout(pp=3, tp=passes.mesh.tensor), balance=(1, layers, 1)), self.device)
+            self._seconds[key] = tuple(_blocks([getattr(cost, name) for cost in costs], layers) for name in _PASSES)  # type: ignore[assignment]
+        return self._seconds[key]
+
+    def _beside_passes(self, passes: Passes, states: States) -> float:
+        """Return the seconds of a step that are not the pipeline's: the reduction of gradients, the
+        update, what is offloaded."""
+        key = passes.mesh, states
+        if key not in self._beside:
+            time = step_time(replace(self._job(passes, states), num_micro_batches=1), self.device)
+            self._beside[key] = time.total - time.pipeline
+        return self._beside[key]
+
+    def _job(self, passes: Passes, states: States, pipeline: int | None = None) -> Job:
+        mesh = passes.mesh if pipeline is None else passes.mesh._replace(pipeline=pipeline)
+        choice = passes._replace(mesh=mesh).choice("1f1b", 1, states)
+        recipe = choice.recipe(self.space.base)
+        return job_of(recipe, _batch(recipe, passes), self.space.network, _layout(mesh))
+
+    def _division(self, ranks: int, schedule: str, virtual: int) -> Division:
+        is_v = SCHEDULES[schedule].v_shaped
+        key = ranks, virtual, is_v
+        if key not in self._divisions:
+            choice = replace(self.space.plain, pipeline=ranks, schedule=schedule, virtual_stages=virtual)
+            layers = [0] * ranks
+            stages = layers_by_cost(choice.recipe(self.space.base), self.space.network)
+            for rank, number in zip(SCHEDULES[schedule].rank_of_stage(ranks, virtual), stages, strict=True):
+                layers[rank] += number
+            self._divisions[key] = Division(layers[0], max(layers[1:-1], default=0), layers[-1], is_v)
+        return self._divisions[key]
+
+    # ------------------------------------------------------------------------ the memory
+
+    def _states_of(self, passes: Passes, states: States) -> list[Held]:
+        """Return the model states of the first and of the last rank of the pipeline."""
+        mesh = passes.mesh
+        key = mesh, states, passes.num_micro_batches > 1
+        if key not in self._states:
+            recipe = passes.choice("1f1b", 1, states).recipe(self.space.base)
+            weights = RankWeights(network=self.space.network, tensor=mesh.tensor, tuning=recipe.tuning)
+            self._states[key] = [
+                _held(
+                    ModelStates(
+                        recipe=recipe,
+                        weights=weights.of_stages({0: blocks}),
+                        data=mesh.data * mesh.context,
+                        tiling=Tiling.of(recipe),
+                        accumulates=passes.num_micro_batches > 1,
+                    )
+                )
+                for blocks in self._ends(mesh.pipeline)
+            ]
+        return self._states[key]
+
+    def _ends(self, ranks: int) -> list[list[Block]]:
+        """Return the blocks of the first and of the last rank."""
+        embedding, *layers, head = blocks_of(self.space.network)
+        if ranks == 1:
+            return [[embedding, *layers, head]]
+        division = self._division(ranks, "1f1b", 1)
+        return [[embedding, *layers[: division.first]], [*layers[-division.last :], head]]
+
+    def _activations(self, passes: Passes, schedule: str, virtual: int, *, casts: bool) -> list[float]:
+        """Return the bytes of activations of the first and of the last rank at the fullest moment
+        of a step."""
+        mesh, network = passes.mesh, self.space.network
+        kept, deferred, passed, moment = self._bytes_of(passes, casts=casts)
+        if mesh.pipeline == 1:
+            return [kept.of_all(network.num_layers) + moment]
+        division, count, end = self._division(mesh.pipeline, schedule, virtual), passes.num_micro_batches, mesh.pipeline - 1
+        first = kept.embedding + division.first * kept.layer + kept.head * division.is_v + virtual * passed
+        last = division.last * kept.layer + kept.head * (not division.is_v) + virtual * passed
+        flying = [in_flight(schedule, mesh.pipeline, virtual, count, rank) / virtual for rank in (0, end)]
+        puts_off = SCHEDULES[schedule].splits_backward and not division.is_v
+        waiting = deferred * division.last * end / virtual * puts_off
+        return [flying[0] * first + moment, flying[1] * last + waiting + moment]
+
+    def _bytes_of(self, passes: Passes, *, casts: bool) -> tuple[Blocks, int, int, int]:
+        """Return the bytes that blocks keep of a micro-batch, those of a layer that wait for the
+        gradients of weights, those of a stage's messages, and those that are there for a
+        moment."""
+        key = passes.mesh.tensor, passes.micro, passes.divides, passes.recompute, casts
+        if key not in self._bytes:
+            recipe = passes.choice("1f1b", 1, States(0, "none", "none")).recipe(self.space.base)
+            way = saving(recipe, self.space.network, _layout(passes.mesh), rows_of(recipe))
+            way = replace(way, casts=way.casts and casts)
+            embedding, *layers, head = blocks_of(self.space.network)
+            embeds, none, ends = (way.of_blocks(blocks).total() for blocks in ([embedding], [], [head]))
+            each = (way.of_blocks(layers).total() - none) / len(layers)
+            kept = Blocks(embeds, each, ends - none)
+            moment = max(way.temporaries([layers[0], head]), 0) + way.while_recomputed(layers[:1])
+            self._bytes[key] = kept, way.deferred(layers[:1]), way.passed_on(first=False, last=False), moment
+        return self._bytes[key]
+
+    def _around(self, mesh: Mesh, allocated: float) -> float:
+        """Return what a device holds beside tensors."""
+        if mesh not in self._fixed:
+            self._fixed[mesh] = sum(item.num_bytes for item in of_device(_layout(mesh), 0))
+        return self._fixed[mesh] + self._reserve * allocated
+
+    @cached_property
+    def _fixed(self) -> dict[Mesh, int]:
+        return {}
+
+    @cached_property
+    def _reserve(self) -> float:
+        """What the allocator reserves, as a share of what is allocated."""
+        none, much = (sum(item.num_bytes for item in of_device(Layout(), size)) for size in (0, 1 << 40))
+        return (much - none) / (1 << 40)
+
+
+# Schedules that run all forwards of a stage before its first backward.
+BREADTH_FIRST = frozenset(("gpipe", "looped_bfs"))
+_PASSES = [name for name in Costs.__dataclass_fields__]
+
+
+def in_flight(schedule: str, ranks: int, virtual: int, count: int, rank: int) -> int:
+    """Return the forwards of stages on a rank whose backward is not complete, at most."""
+    of_schedule, hops = SCHEDULES[schedule], ranks - 1 - rank
+    whole = count * virtual
+    if of_schedule.v_shaped:
+        return min(whole, 2 * ranks)
+    if schedule in BREADTH_FIRST:
+        return whole
+    if virtual == 1 and not of_schedule.splits_backward:
+        return min(whole, hops + 1)
+    per_round = count // max(1, count // ranks)
+    ahead = hops if of_schedule.splits_backward else 2 * hops
+    return min(whole, (virtual - 1) * per_round + ahead + 1)
+
+
+def _held(states: ModelStates) -> Held:
+    held = dict.fromkeys(Phase, 0)
+    for item in states.items():
+        if item.place is Place.DEVICE:
+            held[item.phase] += item.num_bytes
+    return Held(held[Phase.ALWAYS], held[Phase.BACKWARD], held[Phase.UPDATE])
+
+
+def _blocks(of_stages: list[float], layers: int) -> Blocks:
+    """Return the figures of blocks, from stages of the embedding with a layer, of `layers`, and of
+    a layer with the head."""
+    first, middle, last = of_stages
+    return Blocks(first - middle / layers, middle / layers, last - middle / layers)
+
+
+def _layout(mesh: Mesh) -> Layout:
+    return Layout(pp=mesh.pipeline, dp=mesh.data, cp=mesh.context, tp=mesh.tensor)
+
+
+def _batch(recipe: Recipe, passes: Passes) -> BatchPlan:
+    return BatchPlan(
+        global_sequences=recipe.batch.global_sequences,
+        micro_sequences=passes.micro,
+        dp=passes.mesh.data,
+        num_micro_batches=passes.num_micro_batches,
+        row_tokens=recipe.data.row_tokens,
+    )

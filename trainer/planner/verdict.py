@@ -1,0 +1,95 @@
+"""The verdict on a plan: whether it fits, on which device, and what would make it fit. No torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+
+from trainer.errors import RecipeError
+from trainer.files.paths import here_sheet
+from trainer.files.reading import RECIPE_BYTES, read_json
+from trainer.model.config import TransformerConfig
+from trainer.planner.devices import Device, device, device_named_by_driver
+from trainer.planner.items import Place
+from trainer.planner.prediction import MEMORY_BAND, Prediction
+from trainer.recipe import ResolvedRecipe
+
+GIB = 1 << 30
+NAMED = 3  # the largest items that a verdict names
+DRIVER_ANSWERS_S = 10
+ASK_THE_DRIVER = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
+
+
+def chosen_device(named: str | None, of_site: str | None = None, *, looks_here: bool = True) -> Device | None:
+    """Return the device that is planned for: that of --device, else the site's, else this machine's
+    where it may be meant; None where nobody knows it.
+
+    RecipeError if a name has no sheet.
+    """
+    if named is not None:
+        return device(named)
+    if of_site is not None:
+        return device(of_site, "the site's device")
+    return this_machine(os.environ) if looks_here else None
+
+
+def this_machine(environment: Mapping[str, str]) -> Device | None:
+    """Return the device of this machine: its GPU, or what `doctor --measure` has found on this very
+    machine; None where neither is known."""
+    return _gpu(environment) or _measured(environment)
+
+
+def verdict(prediction: Prediction) -> str:
+    """Return the line that says whether the fullest rank fits, with the items that would free most
+    where it does not; "" for an unknown device."""
+    on = prediction.device
+    if on is None:
+        return ""
+    fullest, needs = prediction.fullest, prediction.device_bytes
+    where = (
+        f"{needs / GIB:,.2f} GiB on the fullest rank of the pipeline, {fullest.rank}; {on.name} has {on.memory / GIB:,.0f} GiB"
+    )
+    if prediction.fits:
+        return f"fits: {where}"
+    if prediction.fits is None:
+        return f"too close to tell: {where}, and the plan errs by {MEMORY_BAND:.0%}"
+    items = sorted((item for item in fullest.items if item.place is Place.DEVICE), key=lambda item: -item.num_bytes)[:NAMED]
+    return f"does not fit: {where}; most of it: " + ", ".join(f"{item.name} {item.num_bytes / GIB:,.2f} GiB" for item in items)
+
+
+def require_fit(resolved: ResolvedRecipe, network: TransformerConfig, prediction: Prediction) -> None:
+    """Raise RecipeError where the plan is beyond its device by more than it errs: the verdict, and
+    what would make it fit."""
+    if prediction.fits is False:
+        raise RecipeError([verdict(prediction), *remedies(resolved, network, prediction)])
+
+
+def remedies(resolved: ResolvedRecipe, network: TransformerConfig, prediction: Prediction) -> list[str]:
+    """Return a line for each of the cheapest changes with which a plan fits that does not."""
+    return []
+
+
+def _gpu(environment: Mapping[str, str]) -> Device | None:
+    if environment.get("DS_ACCELERATOR", "cuda") != "cuda":
+        return None
+    try:
+        said = subprocess.run(ASK_THE_DRIVER, capture_output=True, text=True, timeout=DRIVER_ANSWERS_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    for line in said.splitlines():
+        card, _, mib = line.rpartition(",")
+        if mib.strip().isdecimal():
+            return device_named_by_driver(card.strip(), int(mib) << 20)
+    return None
+
+
+def _measured(environment: Mapping[str, str]) -> Device | None:
+    """Return the device "here" if it was measured on this machine: a home folder may be shared by
+    many."""
+    try:
+        host = read_json(here_sheet(environment), RECIPE_BYTES)["measured"]["machine"]["host"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return device("here") if host == platform.node() else None
