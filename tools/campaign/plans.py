@@ -112,7 +112,8 @@ def _grown(recipe: dict[str, Any], stream: random.Random) -> dict[str, Any]:
 def plan_one(
     path: Path, settings: list[str], stream: random.Random, found: Planned
 ) -> tuple[ResolvedRecipe, TransformerConfig] | None:
-    """Plan a recipe for a device and a number of them; return it if it can be planned."""
+    """Return a recipe and its network if they can be planned; it is, for a random number of random
+    devices."""
     found.totals["recipes"] += 1
     try:
         resolved = load(path, settings)
@@ -147,7 +148,7 @@ def plan_one(
 def search_one(
     path: Path, settings: list[str], resolved: ResolvedRecipe, network: TransformerConfig, gpus: int, on: str, found: Planned
 ) -> None:
-    """Search the layouts of a recipe, and require that `check` accepts all that is shown."""
+    """Count a search for the layouts of a recipe; `check` must accept all that is shown."""
     began = time.perf_counter()
     try:
         search = Search(resolved, network, gpus, device(on))
@@ -171,7 +172,7 @@ def _require_legal(path: Path, settings: list[str], gpus: int) -> None:
 
 
 def campaign(cases: int, searched: int, seed: int, supplies: Supplies, found: Planned) -> None:
-    """Plan so many recipes, and search some of them, spread evenly."""
+    """Count the plans of so many recipes, and searches of some of them, spread evenly."""
     stream = random.Random(f"plans {seed}")
     every = max(1, cases // max(1, searched))
     number = 0

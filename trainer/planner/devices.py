@@ -74,8 +74,8 @@ class Device:
     | `call` | the host's time to issue an operation from Python [s] |
     | `inside`, `outside` | the links to devices of the same node and of others |
     | `per_node` | devices in a node |
-    | `asynchronous` | whether the host issues ahead of the device, and collectives run beside products: not on CPUs |
-    | `to_device`, `to_host` | between the host's page-locked memory and the device's [bytes/s]; None: they are one |
+    | `asynchronous` | whether it works while the host issues; not so a CPU, or under `CUDA_LAUNCH_BLOCKING=1` |
+    | `to_device`, `to_host` | from the host's page-locked memory to the device's, and back [bytes/s] |
     | `host_adam` | weights that Adam updates in the host's memory, for this device [weights/s] |
     | `nvme_read`, `nvme_write` | of the node's disks, for this device [bytes/s] |
     | `speeds` | of ranks on the cores of a machine, by how many work at once; (): the device is a GPU |
@@ -128,15 +128,13 @@ def sheets() -> dict[str, dict[str, Any]]:
 
 def device(name: str, how: str = "--device") -> Device:
     """Return the device of that name, which is known from `how`, calibrated by a run of this user
-    if there was one; "here": this machine, as `triaxis doctor --measure` found it. RecipeError with
-    the nearest names if there is none, or if nothing was measured."""
-    return replace(listed(name, how), calibration=factor_of(name, os.environ))
+    if there was one. RecipeError with the nearest names if there is none."""
+    found = here(here_sheet(os.environ), how) if name == HERE else listed(name, how)
+    return replace(found, calibration=factor_of(name, os.environ))
 
 
 def listed(name: str, how: str = "--device") -> Device:
     """Return the device of that name as its sheet has it."""
-    if name == HERE:
-        return here(here_sheet(os.environ))
     if name not in sheets():
         names = [*sheets(), HERE]
         begun = [known for known in names if name and known.startswith(name)]
@@ -147,32 +145,18 @@ def listed(name: str, how: str = "--device") -> Device:
     return Device(name=name, **{**sheet, "inside": Link(**sheet["inside"]), "outside": Link(**sheet["outside"])})
 
 
-def device_named_by_driver(card: str, memory: int) -> Device | None:
-    """Return the device of a card with so many bytes, by the driver's name, such as "NVIDIA
-    A100-SXM4-80GB"; None where no sheet is of this card."""
-    words = set(re.split(r"[\s-]+", card.upper()))
-    if words & VARIANTS:
-        return None
-    known = (device(name) for word, names in CARDS.items() if word in words for name in names)
-    return next((one for one in known if abs(memory - one.memory) < NEARLY * one.memory), None)
-
-
-def here(path: Path) -> Device:
+def here(path: Path, how: str = "--device") -> Device:
     """Return this machine from its sheet. RecipeError if there is none that can be read."""
-    remedy = "run `triaxis doctor --measure`"
+    where, remedy = f"{how} {HERE}: {path}", "run `triaxis doctor --measure`"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != HERE_VERSION:
-            raise RecipeError(
-                f"--device {HERE}: {path} has version {content['version']} of the sheet, not {HERE_VERSION}: {remedy}"
-            )
+            raise RecipeError(f"{where} has version {content['version']} of the sheet, not {HERE_VERSION}: {remedy}")
         return measured_device(content)
     except FileNotFoundError:
-        raise RecipeError(f"--device {HERE}: {path} is not there, because this machine was not measured: {remedy}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(
-            f"--device {HERE}: {path} cannot be read as a sheet ({type(error).__name__}: {error}): {remedy}"
-        ) from error
+        raise RecipeError(f"{where} is not there, because this machine was not measured: {remedy}") from None
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise RecipeError(f"{where} cannot be read as a sheet ({type(error).__name__}: {error}): {remedy}") from error
 
 
 def measured_device(content: Mapping[str, Any]) -> Device:
@@ -185,3 +169,13 @@ def measured_device(content: Mapping[str, Any]) -> Device:
     link = Link(**sheet["inside"], measured={kind: Table.of(found) for kind, found in times.items()})
     on_cores = [] if sheet["asynchronous"] else [alone, *([pair] if pair else [])]
     return Device(name=HERE, **{**sheet, "inside": link, "outside": link}, speeds=tuple(map(Speeds.of, on_cores)))
+
+
+def device_named_by_driver(card: str, memory: int) -> Device | None:
+    """Return the device of a card with so many bytes, by the driver's name, such as "NVIDIA
+    A100-SXM4-80GB"; None where no sheet is of this card."""
+    words = set(re.split(r"[\s-]+", card.upper()))
+    if words & VARIANTS:
+        return None
+    known = (device(name) for word, names in CARDS.items() if word in words for name in names)
+    return next((one for one in known if abs(memory - one.memory) < NEARLY * one.memory), None)

@@ -80,8 +80,8 @@ def attention_s(attention: Attention, device: Device, peak: float, itemsize: int
 
 def work_s(work: Work, device: Device, peak: float, itemsize: int, communication: float = 0.0, dtype: str = "fp32") -> float:
     """Return the seconds of a block's operations, with the communication between them, on a device
-    that waits for its host where that is slower; where they do not work at once, and on CPUs, which
-    are their own host, one after another."""
+    that waits for its host where that is slower; on CPUs, which are their own host, one after
+    another."""
     speed = device.speed
     if speed is not None:
         products = sum(one.times * speed.product_s(one.rows, one.columns, one.inner, dtype) for one in work.products)
@@ -90,9 +90,7 @@ def work_s(work: Work, device: Device, peak: float, itemsize: int, communication
         products = sum(number * product_s(one, device, peak, itemsize) for one, number in Counter(work.products).items())
     attention = sum(attention_s(one, device, peak, itemsize, dtype) for one in work.attention)
     on_device = products + attention + moves_s(work.moves, device, dtype)
-    if speed is not None:
-        return on_device + communication + speed.calls_s(work.calls)
-    host = work.calls * device.call
+    host = work.calls * device.call if speed is None else speed.calls_s(work.calls)
     return longer(on_device + communication, host) if device.asynchronous else on_device + communication + host
 
 

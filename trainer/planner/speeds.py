@@ -50,7 +50,7 @@ class Speeds:
     | field | value, by sizes |
     |---|---|
     | `products` | FLOP/s of a matrix product, by format; rows, columns, inner |
-    | `attention` | FLOP/s of the fused causal attention, whole square counted, by format, direction; length, head dim |
+    | `attention` | FLOP/s of fused causal attention, whole squares counted, by format, direction; length, head dim |
     | `fresh`, `reused` | bytes/s of an operation into new memory, and into memory that is there, by format; bytes moved |
     | `joined` | bytes/s of laying tensors side by side, by format; bytes moved |
     | `functions` | evaluations/s of an activation, beside moving its tensors, by format |

@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 
 from parallel.schedule_table import ScheduleTable
 from parallel.schedules import SCHEDULES, build
-from parallel.simulator import Costs, Flow, simulate
+from parallel.simulator import Costs, Flow
 from parallel.topology import Layout
 from trainer.costs.blocks import count_parameters
 from trainer.model.blocks import Block
@@ -165,10 +165,10 @@ def _costs(job: Job, blocks: list[list[float]], zero: ZeroStep | None) -> list[C
         parts = [[layers * time for time in layer]]
         parts += [embedding] * (stage == 0) + [head] * (stage == len(job.stages) - 1)
         forward, input_grad, weight_grad = (sum(times) for times in zip(*parts, strict=True))
-        if zero:  # a rank's stages share its weights evenly
-            share = 1 / job.virtual_stages
-            forward += share * zero.forward(forward / share)
-            weight_grad += share * zero.backward((input_grad + weight_grad) / share)
+        if zero:
+            own = zero.with_share(_weights_of(job, stage) / job.layout.tp)
+            forward += own.forward(forward)
+            weight_grad += own.backward(input_grad + weight_grad)
         costs.append(Costs(forward=forward, input_grad=input_grad, weight_grad=weight_grad))
     return costs
 
@@ -266,7 +266,7 @@ def _makespan(job: Job, costs: tuple[Costs, ...], latency: float) -> float:
     if ranks == 1:
         return count * sum(cost.forward + cost.input_grad + cost.weight_grad for cost in costs)
     if job.table is not None:
-        return simulate(job.table, costs, latency=latency).makespan
+        return Flow.of(job.table).makespan(costs, latency)
     short, long = SIMULATED_ROUNDS * ranks, (SIMULATED_ROUNDS + 1) * ranks
     if count <= long:
         return _simulated(job.schedule, ranks, job.virtual_stages, count, costs, latency)
@@ -287,15 +287,15 @@ def _flow(schedule: str, ranks: int, virtual_stages: int, count: int) -> Flow:
 
 def _largest_share(job: Job) -> float:
     """Return the parameters of the rank that has the most."""
-    layers = job.stages
-    largest = 0.0
-    for rank in range(job.layout.pp):
-        blocks: list[Block] = []
-        for stage in range(rank, len(layers), job.layout.pp):
-            blocks += [Block("layer", index) for index in range(layers[stage])]
-            blocks += [Block("embedding")] * (stage == 0) + [Block("head")] * (stage == len(layers) - 1)
-        largest = max(largest, count_parameters(job.network, blocks) / job.layout.tp)
-    return largest
+    ranks = (range(rank, len(job.stages), job.layout.pp) for rank in range(job.layout.pp))
+    return max(sum(_weights_of(job, stage) for stage in stages) for stages in ranks) / job.layout.tp
+
+
+def _weights_of(job: Job, stage: int) -> float:
+    """Return the parameters of a stage, over all tensor ranks."""
+    blocks = [Block("layer", index) for index in range(job.stages[stage])]
+    blocks += [Block("embedding")] * (stage == 0) + [Block("head")] * (stage == len(job.stages) - 1)
+    return count_parameters(job.network, blocks)
 
 
 def _reduction(job: Job, device: Device, params: float) -> float:

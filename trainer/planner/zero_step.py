@@ -8,7 +8,7 @@ format, r: of one that is reduced. Gradients are summed over micro-batches in fp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from trainer.planner.collectives import all_gather, all_reduce, link_of, reduce_scatter
@@ -53,8 +53,8 @@ class ZeroJob:
     stride: int
     trained: float
     frozen: float
-    tensors: int
-    modules: int
+    tensors: float
+    modules: float
     divided: float
     live: float
     itemsize: int
@@ -73,6 +73,13 @@ class ZeroStep:
 
     job: ZeroJob
     device: Device
+
+    def with_share(self, elements: float) -> ZeroStep:
+        """Return those of a part of the rank's weights, such as a stage's."""
+        job = self.job
+        share = min(1.0, elements / max(1.0, job.trained + job.frozen))
+        keys = ("trained", "frozen", "tensors", "modules", "divided", "live")
+        return ZeroStep(replace(job, **{key: share * getattr(job, key) for key in keys}), self.device)
 
     # ------------------------------------------------------------------------ in each micro-batch
 
@@ -246,7 +253,7 @@ class ZeroStep:
             return self.device.speed.adam_s(elements)
         return elements / (self.device.host_adam or HOST_ADAM)
 
-    def _hooks(self, number: int) -> float:
+    def _hooks(self, number: float) -> float:
         return self._calls(HOOK_CALLS * number) if self.job.stage == 3 else 0.0
 
     def _calls(self, number: float) -> float:
