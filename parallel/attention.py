@@ -7,7 +7,7 @@ head dim, X distances from a query to a key; a capital keeps its letter when it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, groupby
@@ -99,42 +99,38 @@ def _spans(lengths: tuple[int, ...]) -> list[slice]:
 
 
 class _Rotate(TensorsFunction):
-    """The parts [B, S, size, K] of X [B, S, Σ sizes, K], of which the first two, queries and keys,
-    are rotated: the halves of the last dim (a, b) → (a cos − b sin, b cos + a sin). Backward
+    """The first `count` heads of X [B, S, N, K], the queries and keys, with the halves of the last
+    dim rotated, (a, b) → (a cos − b sin, b cos + a sin), and the others as they are. Backward
     rotates the other way.
 
     Written out because autograd would keep four intermediates per layer, of which only cos and sin
-    are needed. The parts are copies, so that X itself need not be kept for the one that is not
-    rotated, and backward writes their gradients into one tensor.
+    are needed. Both parts are copies: a view of the others would keep all of X.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_BSNK: Tensor, cos: Tensor, sin: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_BSNK: Tensor, cos: Tensor, sin: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        ctx.sizes = sizes
-        parts = [torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in x_BSNK.split(sizes, dim=2)]
-        _rotate(parts, x_BSNK.split(sizes, dim=2), cos, sin)
-        return tuple(parts)
+        rotated, others = x_BSNK[:, :, :count], x_BSNK[:, :, count:]
+        out = torch.empty(rotated.shape, dtype=x_BSNK.dtype, device=x_BSNK.device)
+        _rotate(out, rotated, cos, sin)
+        return out, others.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_rotated: Tensor, grad_others: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        B, S, _, K = grads[0].shape
-        grad_BSNK = torch.empty(B, S, sum(ctx.sizes), K, dtype=grads[0].dtype, device=grads[0].device)
-        _rotate(grad_BSNK.split(ctx.sizes, dim=2), grads, cos, -sin)
-        return grad_BSNK, None, None, None
+        B, S, count, K = grad_rotated.shape
+        grad = torch.empty(B, S, count + grad_others.shape[2], K, dtype=grad_rotated.dtype, device=grad_rotated.device)
+        _rotate(grad[:, :, :count], grad_rotated, cos, -sin)
+        grad[:, :, count:] = grad_others
+        return grad, None, None, None
 
 
-def _rotate(into: Sequence[Tensor], parts: Sequence[Tensor], cos: Tensor, sin: Tensor) -> None:
-    """Write the first two parts rotated, and the others as they are."""
-    for out, x in zip(into[:2], parts[:2], strict=True):
-        a, b = x.chunk(2, dim=-1)
-        out_a, out_b = out.chunk(2, dim=-1)
-        torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1.0)
-        torch.mul(b, cos, out=out_b).addcmul_(a, sin)
-    for out, x in zip(into[2:], parts[2:], strict=True):
-        out.copy_(x)
+def _rotate(into: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    a, b = x.chunk(2, dim=-1)
+    into_a, into_b = into.chunk(2, dim=-1)
+    torch.mul(a, cos, out=into_a).addcmul_(b, sin, value=-1.0)
+    torch.mul(b, cos, out=into_b).addcmul_(a, sin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,9 +433,10 @@ class ParallelAttention(torch.nn.Module):
         streams: Streams | None,
     ) -> Tensor:
         """Attend. `qkv_BSNK` holds queries and keys, and the values where `v_BSGK` is None."""
-        sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads][: 3 if v_BSGK is None else 2]
-        parts = list(qkv_BSNK.split(sizes, dim=2) if rotation is None else _Rotate.apply(qkv_BSNK, *rotation, sizes))
-        q_BSHK, k_BSGK, v_BSGK = parts if v_BSGK is None else [*parts, v_BSGK]
+        H, G = self.num_heads, self.num_kv_heads
+        qk, others = qkv_BSNK.tensor_split([H + G], dim=2) if rotation is None else _Rotate.apply(qkv_BSNK, *rotation, H + G)
+        q_BSHK, k_BSGK = qk.split([H, G], dim=2)
+        v_BSGK = others if v_BSGK is None else v_BSGK
         dropped = None
         if self.dropout and streams is not None:
             dropped = WeightDropout(rate=self.dropout, streams=streams, site=self.site, heads=self.heads)

@@ -14,6 +14,7 @@ reproduces their published bubble rates.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -118,6 +119,63 @@ def simulate(table: ScheduleTable, costs: Costs | Sequence[Costs] | None = None,
     if waits := _circle(table, [len(done) for done in spans], ended.keys()):
         raise Deadlock(waits)
     return Timeline(tuple(tuple(done) for done in spans))
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The steps of a table, each after those that it needs, to time them with many costs.
+
+    Of each step: the actions in it, the number of the one before it on its rank (-1: none), and the
+    numbers of those whose results it needs from its own rank, and from others.
+    """
+
+    actions: tuple[tuple[tuple[int, Kind], ...], ...]
+    before: tuple[int, ...]
+    needed: tuple[tuple[int, ...], ...]
+    received: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, table: ScheduleTable) -> Flow:
+        """Return the flow of a table. Raises Deadlock if it cannot run to its end."""
+        number: dict[Action, int] = {}
+        done, last = [0] * table.num_ranks, [-1] * table.num_ranks
+        actions, before, needed, received = [], [], [], []
+        waiting = deque(range(table.num_ranks))
+        idle = 0  # ranks in a row that could not go on
+        while waiting and idle < len(waiting):
+            rank = waiting.popleft()
+            idle += 1
+            for step in table.steps[rank][done[rank] :]:
+                inputs = [*needs(step, table)]
+                if any(action not in number for action in inputs):
+                    break
+                here = [number[action] for action in inputs if table.rank_of_stage[action.stage] == rank]
+                needed.append(tuple(n for n in here if n != last[rank]))
+                received.append(tuple(number[action] for action in inputs if table.rank_of_stage[action.stage] != rank))
+                actions.append(tuple((action.stage, action.kind) for action in actions_of(step)))
+                before.append(last[rank])
+                last[rank] = len(before) - 1
+                number |= dict.fromkeys(actions_of(step), last[rank])
+                done[rank] += 1
+                idle = 0
+            if done[rank] < len(table.steps[rank]):
+                waiting.append(rank)
+        if waiting:
+            simulate(table)  # raises Deadlock, with its circle
+        return cls(tuple(actions), tuple(before), tuple(needed), tuple(received))
+
+    def makespan(self, costs: Sequence[Costs], latency: float) -> float:
+        """Return the time from the first start to the last end, as `simulate` finds it."""
+        lasts = {part: sum(costs[stage].of(kind) for stage, kind in part) for part in set(self.actions)}
+        ends: list[float] = []
+        for part, before, needed, received in zip(self.actions, self.before, self.needed, self.received, strict=True):
+            start = ends[before] if before >= 0 else 0.0
+            for number in needed:
+                start = max(start, ends[number])
+            for number in received:
+                start = max(start, ends[number] + latency)
+            ends.append(start + lasts[part])
+        return max(ends)
 
 
 def _arrived(step: Step, rank: int, table: ScheduleTable, ended: Mapping[Action, float], latency: float) -> float | None:

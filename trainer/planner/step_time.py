@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from parallel.schedules import build
-from parallel.simulator import Costs, simulate
+from parallel.simulator import Costs, Flow
 from parallel.topology import Layout
 from trainer.costs.blocks import count_parameters
 from trainer.model.blocks import Block
@@ -180,8 +180,12 @@ def _makespan(job: Job, costs: tuple[Costs, ...], latency: float) -> float:
 
 @lru_cache(maxsize=4096)
 def _simulated(schedule: str, ranks: int, virtual_stages: int, count: int, costs: tuple[Costs, ...], latency: float) -> float:
-    table = build(schedule, ranks=ranks, virtual_stages=virtual_stages, num_micro_batches=count)
-    return simulate(table, costs, latency=latency).makespan
+    return _flow(schedule, ranks, virtual_stages, count).makespan(costs, latency)
+
+
+@lru_cache(maxsize=128)
+def _flow(schedule: str, ranks: int, virtual_stages: int, count: int) -> Flow:
+    return Flow.of(build(schedule, ranks=ranks, virtual_stages=virtual_stages, num_micro_batches=count))
 
 
 def _largest_share(job: Job) -> float:
