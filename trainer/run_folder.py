@@ -131,6 +131,11 @@ class RunFolder:
         return self.path / "translating"
 
     @property
+    def micro_batch(self) -> Path:
+        """The micro-batch that was found for the devices of the run."""
+        return self.path / "micro-batch.json"
+
+    @property
     def reference(self) -> Path:
         return self.path / "reference"
 

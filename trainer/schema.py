@@ -416,6 +416,15 @@ class Batch(Section):
     global_sequences: int = Field(8, ge=1, le=2**30, description="Sequences per optimizer step, over all ranks.")
     micro_sequences: int = Field(1, ge=1, le=2**30, description="Sequences per forward and backward on one data-parallel rank.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_back(cls, given: Any) -> Any:
+        """Take null as absent, so that train.auto_micro_batch can stand beside a recipe that is
+        extended."""
+        if isinstance(given, dict) and given.get("micro_sequences", 1) is None:
+            return {**given, "micro_sequences": cls.model_fields["micro_sequences"].default}
+        return given
+
 
 class LossScale(Section):
     """Loss scaling of fp16."""
@@ -717,6 +726,11 @@ class Train(Section):
         "none",
         description="Activations computed again in backward instead of kept: none, selective (the attention core) "
         "or full (each layer).",
+    )
+    auto_micro_batch: bool = Field(
+        False,
+        description="The first start finds the largest batch.micro_sequences that fits its devices, by the plan and then by "
+        "trials, and the run keeps it; the sequences of a step stay the same.",
     )
     worst_case_first: bool | None = Field(
         None,

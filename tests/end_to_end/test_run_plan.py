@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,3 +92,29 @@ def without_room(arguments: Sequence[str]) -> int:
 
     trainer.run.worst_case.available_bytes = lambda: 1000
     return train(arguments)
+
+
+def of_rank_1(left: int, arguments: Sequence[str]) -> int:
+    """`train` on ranks of which one may take less than the other."""
+    return limited(left, arguments) if os.environ["RANK"] == "1" else train(arguments)
+
+
+def test_the_largest_micro_batch_is_found_once_and_by_all_ranks(tmp_path: Path) -> None:
+    """One rank has less memory than the plan knows of; the trials on it decide."""
+    recipe = write_recipe(tmp_path, data__seq_len=512, train__steps=1, train__eval_sequences=2, checkpoint__every=1)
+    automatic = {"batch.micro_sequences": "null", "train.auto_micro_batch": "true", "batch.global_sequences": 128}
+    command = [str(recipe), *settings(**LONG, **automatic)]
+    first = run_ranks(of_rank_1, 400 * MIB, command, world_size=2, log=tmp_path / "log")
+    assert first.codes == (0, 0), first.said
+    run = tmp_path / "runs" / "small"
+    kept = json.loads((run / "micro-batch.json").read_text())
+    size, tried = kept["micro_sequences"], dict(kept["tried"])
+    assert size in (8, 16, 32)
+    assert tried[64] is False
+    assert tried[size] is True
+    assert f"step: 128 sequences = micro {size} × data-parallel 2 × {64 // size} micro-batches" in first.said
+    entry = json.loads((run / "resolved.json").read_text())["values"]["batch.micro_sequences"]
+    assert entry == {"value": size, "origin": "tried on the devices"}
+    again = run_ranks(train, [*command, "--set", "train.steps=2"], world_size=2, log=tmp_path / "log")
+    assert again.codes == (0, 0), again.said
+    assert f"batch.micro_sequences {size}: found by an earlier start of this run" in again.said

@@ -375,7 +375,7 @@ def test_derived_values_replace_what_was_left_open(folder: Path) -> None:
     assert values["values"]["schedule.decay_steps"] == {"value": 10, "origin": "derived"}
     assert values["values"]["data.cache_dir"] == {"value": "out/data", "origin": "derived"}
     assert values["deepspeed_config"] == {"train_batch_size": 8}
-    assert "auto" not in json.dumps(values)
+    assert '"auto"' not in json.dumps(values)
     assert json.loads(json.dumps(values)) == values
 
 

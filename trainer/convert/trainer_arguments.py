@@ -91,7 +91,9 @@ ROWS: Mapping[str, Row] = {
     "per_device_train_batch_size": joint("batch.micro_sequences", default=8),
     "per_gpu_train_batch_size": joint("batch.micro_sequences"),
     "gradient_accumulation_steps": joint("batch.global_sequences", default=1),
-    "auto_find_batch_size": none("a step that does not fit is not tried again smaller: lower batch.micro_sequences"),
+    "auto_find_batch_size": none(
+        "write train.auto_micro_batch true in place of batch.micro_sequences: the largest is then tried"
+    ),
     "num_train_epochs": joint("train.epochs", default=3.0),
     "max_steps": joint("train.steps", default=-1),
     # the update

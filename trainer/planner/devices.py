@@ -137,7 +137,8 @@ def listed(name: str, how: str = "--device") -> Device:
     """Return the device of that name as its sheet has it."""
     if name not in sheets():
         names = [*sheets(), HERE]
-        meant = nearest(name, names)
+        begun = [known for known in names if name and known.startswith(name)]
+        meant = " or ".join(begun) or nearest(name, names)
         guess = f"; did you mean {meant}?" if meant else ""
         raise RecipeError(f"{how} {name}: no sheet has this name{guess}; legal: {', '.join(names)}")
     sheet = {key: value for key, value in sheets()[name].items() if key != "sources"}

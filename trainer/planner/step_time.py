@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 
 from parallel.schedule_table import ScheduleTable
 from parallel.schedules import build
-from parallel.simulator import Costs, simulate
+from parallel.simulator import Costs, Flow
 from parallel.topology import Layout
 from trainer.costs.blocks import count_parameters
 from trainer.model.blocks import Block
@@ -243,7 +243,7 @@ def _makespan(job: Job, costs: tuple[Costs, ...], latency: float) -> float:
     if ranks == 1:
         return count * sum(cost.forward + cost.input_grad + cost.weight_grad for cost in costs)
     if job.table is not None:
-        return simulate(job.table, costs, latency=latency).makespan
+        return Flow.of(job.table).makespan(costs, latency)
     short, long = SIMULATED_ROUNDS * ranks, (SIMULATED_ROUNDS + 1) * ranks
     if count <= long:
         return _simulated(job.schedule, ranks, job.virtual_stages, count, costs, latency)
@@ -254,8 +254,12 @@ def _makespan(job: Job, costs: tuple[Costs, ...], latency: float) -> float:
 
 @lru_cache(maxsize=4096)
 def _simulated(schedule: str, ranks: int, virtual_stages: int, count: int, costs: tuple[Costs, ...], latency: float) -> float:
-    table = build(schedule, ranks=ranks, virtual_stages=virtual_stages, num_micro_batches=count)
-    return simulate(table, costs, latency=latency).makespan
+    return _flow(schedule, ranks, virtual_stages, count).makespan(costs, latency)
+
+
+@lru_cache(maxsize=128)
+def _flow(schedule: str, ranks: int, virtual_stages: int, count: int) -> Flow:
+    return Flow.of(build(schedule, ranks=ranks, virtual_stages=virtual_stages, num_micro_batches=count))
 
 
 def _largest_share(job: Job) -> float:

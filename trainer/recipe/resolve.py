@@ -28,6 +28,8 @@ from trainer.redaction import redact
 from trainer.schema import Dtype, Recipe
 
 MAX_LINES = 100  # of problems shown
+MICRO_BATCH = "batch.micro_sequences"
+TRIED = "tried on the devices"  # the origin of a micro-batch that the first start has found
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ResolvedRecipe:
     """A recipe that has passed every check.
 
     * `origins`: dotted key of every value → "default", "task default" (`task_defaults.py`), "file
-      NAME", "--set" or "derived".
+      NAME", "--set", "derived" or "tried on the devices".
     * `given`: what was written, after `extends` and `--set`.
     * `sources`: the files read, the one named by the user last.
     * `hf_config`: the network in Hugging Face's names, None while it is still on the hub.
@@ -87,6 +89,12 @@ class ResolvedRecipe:
         open."""
         return self if self.recipe.precision.dtype is not None else replace(self, recipe=self.recipe.with_format(dtype))
 
+    def with_micro_batch(self, sequences: int) -> ResolvedRecipe:
+        """Return the recipe with the micro-batch that was found on the devices."""
+        batch = self.recipe.batch.model_copy(update={"micro_sequences": sequences})
+        recipe = self.recipe.model_copy(update={"batch": batch})
+        return replace(self, recipe=recipe, origins=self.origins | {MICRO_BATCH: TRIED})
+
     def as_resolved_json(self, deepspeed_config: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the content of resolved.json, which is also shown on screen.
 
@@ -99,6 +107,8 @@ class ResolvedRecipe:
         }
         if self.recipe.precision.dtype is None:
             values[FORMAT]["at_start"] = BY_DEVICE
+        if self.recipe.train.auto_micro_batch and self.origins[MICRO_BATCH] != TRIED:
+            values[MICRO_BATCH]["at_start"] = "the largest that fits"
         resolved = {"values": values} | ({} if deepspeed_config is None else {"deepspeed_config": deepspeed_config})
         return dict(redact(resolved))
 

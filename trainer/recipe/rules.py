@@ -30,6 +30,7 @@ def section_findings(recipe: Recipe, given: Collection[str]) -> Iterator[Finding
     yield from zero_findings(recipe)
     yield from auto_findings(recipe)
     yield from _length_findings(recipe)
+    yield from _micro_batch_findings(recipe)
     yield from schedule_findings(recipe.schedule, recipe.train)
     yield from _parallel_findings(recipe)
     yield from _loss_scale_findings(recipe, given)
@@ -50,6 +51,17 @@ def _length_findings(recipe: Recipe) -> Iterator[Finding]:
             ("train.epochs", "train.steps"),
             f"train.epochs = {keys.epochs:g} and train.steps = {keys.steps} both say how long the run is: remove one of them; "
             "null takes back one that is inherited (--set train.steps=null)",
+        )
+
+
+def _micro_batch_findings(recipe: Recipe) -> Iterator[Finding]:
+    """Yield a finding where a recipe gives what the first start is to find."""
+    size = "batch.micro_sequences"
+    if recipe.train.auto_micro_batch and recipe.batch.micro_sequences > 1:
+        yield Finding(
+            ("train.auto_micro_batch", size),
+            f"train.auto_micro_batch finds {size}, but {size} = {recipe.batch.micro_sequences} is given: remove one of them; "
+            f"null takes back one that is inherited (--set {size}=null)",
         )
 
 

@@ -20,7 +20,7 @@ from trainer.planner.devices import Device
 from trainer.planner.items import Item, Phase, Place, held_at
 from trainer.planner.memory import PROCESS, RankMemory
 from trainer.planner.prediction import Prediction, predict
-from trainer.planner.reliefs import Held, Relief, reliefs
+from trainer.planner.reliefs import Held, Relief, reliefs, with_value
 from trainer.schema import Recipe
 
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ def _(
         device = None  # its sheet says nothing of this format
     prediction = predict(recipe, network, world_size, device, how, on_gpu=on_gpu)
     place = prediction.layout.coord(rank).pp
+    if recipe.train.auto_micro_batch:  # it is found by now
+        recipe = with_value(recipe, "train.auto_micro_batch", False)
     return RunPlan(recipe=recipe, network=network, prediction=prediction, on_gpu=on_gpu, place=place)
 
 

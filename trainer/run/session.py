@@ -42,6 +42,7 @@ from trainer.run.closing import baseline, export, exported, sampled, translated,
 from trainer.run.devices import devices_of, footprint, machine_of, sheet_of
 from trainer.run.memory_check import require_memory
 from trainer.run.meter import Meter
+from trainer.run.micro_batch import settle_micro_batch
 from trainer.run.opening import LoadedRun, OpenFolder, clear_the_way, evaluations_so_far, opened_folder, read_data
 from trainer.run.plan_outcome import introduced, outcome
 from trainer.run.reference import with_reference
@@ -233,12 +234,14 @@ def open_session(
     with ExitStack() as stack:
         group = stack.enter_context(joined(Place.from_environment(os.environ), timeout))
         with together():
-            plan = BatchPlan.from_recipe(resolved.recipe, group.place.world_size, group.place.how)
+            BatchPlan.from_recipe(resolved.recipe, group.place.world_size, group.place.how)
         opened = stack.enter_context(opened_folder(group, resolved, run_dir, resume, limits))
         loaded = read_data(group, opened, resume)
         with together(lambda: group.watch.doing):
-            planned = _planned(group, opened.resolved.recipe, loaded.network)
             machine = machine_of(group.place, opened.mesh.layout)
+            settle_micro_batch(group, opened, loaded.network, machine)
+            plan = BatchPlan.from_recipe(opened.resolved.recipe, group.place.world_size, group.place.how)
+            planned = _planned(group, opened.resolved.recipe, loaded.network)
             require_memory(opened.resolved.recipe, plan, loaded.network, machine, planned if plan_check else None)
             ledger = open_ledger(opened.folder, loaded.found) if group.is_first else None
             if group.is_first:
