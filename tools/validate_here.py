@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Case:
     length: int = 256
     sequences: tuple[int, int] = (8, 8)  # of a step, and of a micro-batch
     symbols: int = 4096
-    changes: Mapping[str, Mapping[str, Any]] = None  # type: ignore[assignment]
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def recipe(self, folder: Path, steps: int = STEPS) -> dict[str, Any]:
         given: dict[str, Any] = {
@@ -76,8 +76,11 @@ class Case:
             "train": {"steps": steps, "log_every": 1},
             "checkpoint": {"every": 0},
         }
-        for section, keys in (self.changes or {}).items():
+        for section, keys in self.changes.items():
             given.setdefault(section, {}).update(keys)
+        for key, value in given.get("zero", {}).items():
+            if value == ON_NVME:
+                given["zero"][key] = {**value, "nvme_path": str(folder / "swap")}
         return given
 
 
