@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from parallel.autograd import TensorFunction
+from parallel.autograd import TensorsFunction
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Group
 from parallel.norm import QueryKeyNorm
@@ -97,32 +98,39 @@ def _spans(lengths: tuple[int, ...]) -> list[slice]:
     return [slice(end - n, end) for end, n in zip(accumulate(lengths), lengths, strict=True)]
 
 
-class _Rotate(TensorFunction):
-    """A rotation of the halves of the last dim: (a, b) → (a cos − b sin, b cos + a sin). Backward
+class _Rotate(TensorsFunction):
+    """The first `count` heads of X [B, S, N, K], the queries and keys, with the halves of the last
+    dim rotated, (a, b) → (a cos − b sin, b cos + a sin), and the others as they are. Backward
     rotates the other way.
 
     Written out because autograd would keep four intermediates per layer, of which only cos and sin
-    are needed.
+    are needed. Both parts are copies: a view of the others would keep all of X.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BSNK: Tensor, cos: Tensor, sin: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        rotated, others = x_BSNK[:, :, :count], x_BSNK[:, :, count:]
+        out = torch.empty(rotated.shape, dtype=x_BSNK.dtype, device=x_BSNK.device)
+        _rotate(out, rotated, cos, sin)
+        return out, others.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad_rotated: Tensor, grad_others: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin), None, None
+        B, S, count, K = grad_rotated.shape
+        grad = torch.empty(B, S, count + grad_others.shape[2], K, dtype=grad_rotated.dtype, device=grad_rotated.device)
+        _rotate(grad[:, :, :count], grad_rotated, cos, -sin)
+        grad[:, :, count:] = grad_others
+        return grad, None, None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(into: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     a, b = x.chunk(2, dim=-1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out_a, out_b = out.chunk(2, dim=-1)
-    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1.0)
-    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
-    return out
+    into_a, into_b = into.chunk(2, dim=-1)
+    torch.mul(a, cos, out=into_a).addcmul_(b, sin, value=-1.0)
+    torch.mul(b, cos, out=into_b).addcmul_(a, sin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,11 +411,12 @@ class ParallelAttention(torch.nn.Module):
         """Return [N, D], or this rank's tokens of it. With `streams` None nothing is dropped."""
         H, G = self.num_heads, self.num_kv_heads
         qkv_BSNK = self.qkv(x_ND, streams).view(*documents.shape, H + 2 * G, self.head_dim)
-        qk, v_BSGK = qkv_BSNK.split([H + G, G], dim=2)
-        if self.qk_norm is not None:
-            qk = self.qk_norm(qk, H)
         bias_HX = None if self.relative_bias is None else self.relative_bias(documents.shape[1])
-        core = qk, v_BSGK, bias_HX, documents, rotation, streams
+        v_BSGK = None
+        if self.qk_norm is not None:
+            qk, v_BSGK = qkv_BSNK.split([H + G, G], dim=2)
+            qkv_BSNK = self.qk_norm(qk, H)
+        core = qkv_BSNK, v_BSGK, bias_HX, documents, rotation, streams
         if self.recompute and torch.is_grad_enabled():
             y_BSHK = checkpoint(self._core, *core, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -416,16 +425,18 @@ class ParallelAttention(torch.nn.Module):
 
     def _core(
         self,
-        qk: Tensor,
-        v_BSGK: Tensor,
+        qkv_BSNK: Tensor,
+        v_BSGK: Tensor | None,
         bias_HX: Tensor | None,
         documents: Documents,
         rotation: Rotation | None,
         streams: Streams | None,
     ) -> Tensor:
-        if rotation is not None:
-            qk = _Rotate.apply(qk, *rotation)
-        q_BSHK, k_BSGK = qk.split([self.num_heads, self.num_kv_heads], dim=2)
+        """Attend. `qkv_BSNK` holds queries and keys, and the values where `v_BSGK` is None."""
+        H, G = self.num_heads, self.num_kv_heads
+        qk, others = qkv_BSNK.tensor_split([H + G], dim=2) if rotation is None else _Rotate.apply(qkv_BSNK, *rotation, H + G)
+        q_BSHK, k_BSGK = qk.split([H, G], dim=2)
+        v_BSGK = others if v_BSGK is None else v_BSGK
         dropped = None
         if self.dropout and streams is not None:
             dropped = WeightDropout(rate=self.dropout, streams=streams, site=self.site, heads=self.heads)

@@ -15,3 +15,12 @@ class TensorFunction(torch.autograd.Function):
 
         @classmethod
         def apply(cls, *args: Any, **kwargs: Any) -> Tensor: ...
+
+
+class TensorsFunction(torch.autograd.Function):
+    """A differentiable function that has its own backward and returns several tensors."""
+
+    if TYPE_CHECKING:
+
+        @classmethod
+        def apply(cls, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]: ...

@@ -158,7 +158,7 @@ def _half_price(sums: Sequence[int], stages: int, limit: int) -> int:
     would take one for each bit of a square.
     """
     low, high = 0, sums[-1] ** 2
-    many = _Tail(2 * _squares(_costs_of(sums, range(len(sums)))), len(sums) - 1)  # squares, without a price
+    many = _Tail(2 * _squares(_costs_of(sums, range(len(sums)))), len(sums) - 1)  # without a price
     few = _unpriced(sums, limit, high)
     steps = 0
     while low < high:

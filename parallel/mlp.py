@@ -3,22 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from parallel.autograd import TensorFunction
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.outputs import Output
 from parallel.params import Init
 from parallel.rng import Streams, dropout
 from parallel.tensor import TensorParallel
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-    "silu": functional.silu,
+
+@dataclass(frozen=True)
+class Activation:
+    """A function of single numbers. `backward(grad, x, grad_input=out)` writes its gradient into a
+    tensor that is there."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[..., Tensor]
+
+
+ATEN = torch.ops.aten
+ACTIVATIONS = {
+    "gelu": Activation(functional.gelu, ATEN.gelu_backward.grad_input),
+    "gelu_tanh": Activation(
+        partial(functional.gelu, approximate="tanh"), partial(ATEN.gelu_backward.grad_input, approximate="tanh")
+    ),
+    "relu": Activation(functional.relu, partial(ATEN.threshold_backward.grad_input, threshold=0)),
+    "silu": Activation(functional.silu, ATEN.silu_backward.grad_input),
 }
+
+
+class _Gated(TensorFunction):
+    """The product act(G) · U of the halves of the last dim, [N, 2 F] → [N, F].
+
+    Written out because autograd would keep act(G) as well, a sixth of what a Llama layer keeps, and
+    join the gradients of the halves by a copy. Here backward computes act(G) again and writes both
+    into one tensor; the numbers are the same to the bit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h_NF: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(h_NF)
+        ctx.activation = activation
+        gate_NF, up_NF = h_NF.chunk(2, dim=-1)
+        return activation.forward(gate_NF).mul_(up_NF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, None]:
+        (h_NF,) = ctx.saved_tensors
+        gate_NF, up_NF = h_NF.chunk(2, dim=-1)
+        grad_h_NF = torch.empty_like(h_NF)
+        grad_gate_NF, grad_up_NF = grad_h_NF.chunk(2, dim=-1)
+        torch.mul(grad_NF, up_NF, out=grad_up_NF)  # for a moment
+        ctx.activation.backward(grad_up_NF, gate_NF, grad_input=grad_gate_NF)
+        torch.mul(grad_NF, ctx.activation.forward(gate_NF), out=grad_up_NF)
+        return grad_h_NF, None
 
 
 class ParallelMLP(nn.Module):
@@ -61,10 +108,9 @@ class ParallelMLP(nn.Module):
         """Return [N, D]. With `streams` None nothing is dropped."""
         h_NF = self.up(x_ND, streams)
         if self.gated:
-            gate_NF, up_NF = h_NF.chunk(2, dim=-1)
-            h_NF = self.activation(gate_NF) * up_NF
+            h_NF = _Gated.apply(h_NF, self.activation)
         else:
-            h_NF = self.activation(h_NF)
+            h_NF = self.activation.forward(h_NF)
         return self.down(self._dropped(h_NF, streams), streams)
 
     def _dropped(self, h_NF: Tensor, streams: Streams | None) -> Tensor:

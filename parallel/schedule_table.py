@@ -20,7 +20,7 @@ import csv
 import io
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -33,6 +33,10 @@ class Kind(StrEnum):
     BACKWARD = "B"
     INPUT_GRAD = "I"
     WEIGHT_GRAD = "W"
+
+
+WHOLE = (["B", "F"], ["F", "I", "W"])  # the kinds of a stage's actions on a micro-batch, sorted
+IN_ORDER = (["F", "B"], ["F", "I", "W"])  # as they mostly stand
 
 
 class Action(NamedTuple):
@@ -77,8 +81,13 @@ class ScheduleTable:
         if problem := next(self._problems(), None):
             raise ValueError(problem)
 
-    def actions(self, rank: int) -> Iterator[Action]:
-        return (action for step in self.steps[rank] for action in actions_of(step))
+    def actions(self, rank: int) -> Sequence[Action]:
+        return self._actions[rank]
+
+    @cached_property
+    def _actions(self) -> tuple[tuple[Action, ...], ...]:
+        """The actions of each rank: they are gone through many times."""
+        return tuple(tuple(action for step in steps for action in actions_of(step)) for steps in self.steps)
 
     @property
     def num_ranks(self) -> int:
@@ -126,7 +135,8 @@ class ScheduleTable:
         yield from (f"stage {stage} is on no rank" for stage in sorted(missing)[:1])
         for stage in sorted(self.rank_of_stage):
             for micro_batch in range(self.num_micro_batches):
-                if sorted(found := kinds[stage, micro_batch]) not in (["B", "F"], ["F", "I", "W"]):
+                found = kinds[stage, micro_batch]
+                if found not in IN_ORDER and sorted(found) not in WHOLE:
                     has = ", ".join(found) or "nothing"
                     yield f"stage {stage} has {has} of micro-batch {micro_batch}; it must have F and B or F, I and W, once each"
 

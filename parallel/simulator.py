@@ -14,7 +14,8 @@ reproduces their published bubble rates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,11 +108,10 @@ def simulate(table: ScheduleTable, costs: Costs | Sequence[Costs] | None = None,
         for rank, steps in enumerate(table.steps):
             while len(spans[rank]) < len(steps):
                 step = steps[len(spans[rank])]
-                needed = list(needs(step, table))
-                if any(action not in ended for action in needed):
+                arrived = _arrived(step, rank, table, ended, latency)
+                if arrived is None:
                     break
-                free = spans[rank][-1].end if spans[rank] else 0.0
-                start = max([free, *(ended[a] + latency * (table.rank_of_stage[a.stage] != rank) for a in needed)])
+                start = max(arrived, spans[rank][-1].end if spans[rank] else 0.0)
                 end = start + sum(of_stage[action.stage].of(action.kind) for action in actions_of(step))
                 spans[rank].append(Span(step, start, end))
                 ended |= dict.fromkeys(actions_of(step), end)
@@ -121,8 +121,79 @@ def simulate(table: ScheduleTable, costs: Costs | Sequence[Costs] | None = None,
     return Timeline(tuple(tuple(done) for done in spans))
 
 
+@dataclass(frozen=True)
+class Flow:
+    """The steps of a table, each after those that it needs, to time them with many costs.
+
+    Of each step: the actions in it, the number of the one before it on its rank (-1: none), and the
+    numbers of those whose results it needs from its own rank, and from others.
+    """
+
+    actions: tuple[tuple[tuple[int, Kind], ...], ...]
+    before: tuple[int, ...]
+    needed: tuple[tuple[int, ...], ...]
+    received: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, table: ScheduleTable) -> Flow:
+        """Return the flow of a table. Raises Deadlock if it cannot run to its end."""
+        number: dict[Action, int] = {}
+        done, last = [0] * table.num_ranks, [-1] * table.num_ranks
+        actions, before, needed, received = [], [], [], []
+        waiting = deque(range(table.num_ranks))
+        idle = 0  # ranks in a row that could not go on
+        while waiting and idle < len(waiting):
+            rank = waiting.popleft()
+            idle += 1
+            for step in table.steps[rank][done[rank] :]:
+                inputs = [*needs(step, table)]
+                if any(action not in number for action in inputs):
+                    break
+                here = [number[action] for action in inputs if table.rank_of_stage[action.stage] == rank]
+                needed.append(tuple(n for n in here if n != last[rank]))
+                received.append(tuple(number[action] for action in inputs if table.rank_of_stage[action.stage] != rank))
+                actions.append(tuple((action.stage, action.kind) for action in actions_of(step)))
+                before.append(last[rank])
+                last[rank] = len(before) - 1
+                number |= dict.fromkeys(actions_of(step), last[rank])
+                done[rank] += 1
+                idle = 0
+            if done[rank] < len(table.steps[rank]):
+                waiting.append(rank)
+        if waiting:
+            simulate(table)  # raises Deadlock, with its circle
+        return cls(tuple(actions), tuple(before), tuple(needed), tuple(received))
+
+    def makespan(self, costs: Sequence[Costs], latency: float) -> float:
+        """Return the time from the first start to the last end, as `simulate` finds it."""
+        lasts = {part: sum(costs[stage].of(kind) for stage, kind in part) for part in set(self.actions)}
+        ends: list[float] = []
+        for part, before, needed, received in zip(self.actions, self.before, self.needed, self.received, strict=True):
+            start = ends[before] if before >= 0 else 0.0
+            for number in needed:
+                start = max(start, ends[number])
+            for number in received:
+                start = max(start, ends[number] + latency)
+            ends.append(start + lasts[part])
+        return max(ends)
+
+
+def _arrived(step: Step, rank: int, table: ScheduleTable, ended: Mapping[Action, float], latency: float) -> float | None:
+    """Return when a step's inputs are on its rank; None if one of them is not computed yet."""
+    arrived = 0.0
+    for action in needs(step, table):
+        end = ended.get(action)
+        if end is None:
+            return None
+        arrived = max(arrived, end + latency * (table.rank_of_stage[action.stage] != rank))
+    return arrived
+
+
 def needs(step: Step, table: ScheduleTable) -> Iterator[Action]:
     """Yield the actions that must have run before this step."""
+    if isinstance(step, Action):
+        yield from _needs(step, table)
+        return
     inside = actions_of(step)
     for action in inside:
         yield from (needed for needed in _needs(action, table) if needed not in inside)

@@ -10,9 +10,11 @@ import pytest
 
 from trainer.cli import main
 from trainer.commands.network import known_network
-from trainer.planner.devices import CARDS, SHEETS, device, device_named_by_driver
+from trainer.costs.flops import listed_peak
+from trainer.planner.devices import CARDS, device, device_named_by_driver, sheets
 from trainer.planner.items import Place
 from trainer.planner.memory import memory
+from trainer.planner.prediction import with_format_of
 from trainer.recipe import load
 from trainer.recipe.batch_plan import BatchPlan, layout_of
 
@@ -56,10 +58,51 @@ def test_a_device_that_has_no_sheet_is_one_line(capsys: pytest.CaptureFixture[st
     assert "no sheet has this name; did you mean h100-80g?" in line
 
 
-def test_every_sheet_names_its_sources() -> None:
-    for name, sheet in json.loads(SHEETS.read_text()).items():
-        assert sheet["sources"], name
-        assert device(name).matmul_share <= 1.0
+def test_a_format_that_a_device_does_not_have_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(ROOT / "ds_configs" / "gpt2_pretrain.json"), "--device", "v100-32g"]) == 78
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "precision.dtype = bf16: v100-32g has no products in it; legal: fp16, fp32" in line
+
+
+def test_devices_without_bf16_compute_in_fp32_where_they_decide() -> None:
+    recipe = load(LARGE).recipe
+    undecided = recipe.model_copy(update={"precision": recipe.precision.model_copy(update={"dtype": None})})
+    formats = [with_format_of(undecided, on).precision.dtype for on in (None, device("h100-80g"), device("v100-32g"))]
+    assert formats == ["bf16", "bf16", "fp32"]
+
+
+def figures(sheet: dict[str, Any], above: str = "") -> list[str]:
+    """The dotted names of a sheet's figures; the formats of `peaks` come from one table."""
+    found = []
+    for key, value in sheet.items():
+        nested = isinstance(value, dict) and key != "peaks"
+        found += figures(value, f"{key}.") if nested else [above + key]
+    return found
+
+
+@pytest.mark.parametrize("name", sheets())
+def test_every_figure_of_a_sheet_has_its_source(name: str) -> None:
+    sheet = dict(sheets()[name])
+    sources = sheet.pop("sources")
+    assert sorted(figure for of_it in sources.values() for figure in of_it) == sorted(figures(sheet))
+    assert all(len(source) > 10 for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("v100-32g", "Tesla V100-SXM2-32GB"),
+        ("v100-16g", "Tesla V100-SXM2-16GB"),
+        ("a100-40g", "NVIDIA A100-SXM4-40GB"),
+        ("a100-80g", "NVIDIA A100-SXM4-80GB"),
+        ("h100-80g", "NVIDIA H100 80GB HBM3"),
+        ("h200", "NVIDIA H200"),
+    ],
+)
+def test_peaks_are_those_that_a_runs_mfu_is_taken_of(name: str, card: str) -> None:
+    peaks = device(name).peaks
+    for dtype in ("bf16", "fp16", "fp32"):
+        assert listed_peak(card, dtype) == peaks.get(dtype)
 
 
 @pytest.mark.parametrize(
@@ -86,4 +129,4 @@ def test_a_card_is_known_by_the_drivers_name(card: str, gib: float, name: str | 
 
 
 def test_the_cards_are_those_of_sheets() -> None:
-    assert {name for names in CARDS.values() for name in names} <= {*json.loads(SHEETS.read_text())}
+    assert {name for names in CARDS.values() for name in names} <= sheets().keys()

@@ -42,6 +42,8 @@ ORDER = Order(
     time="01:00:00",
     grace_s=90,
 )
+RECIPES = Path(__file__).parents[2] / "ds_configs"
+LARGE, SMALL = RECIPES / "llama_70b_3d.json", RECIPES / "gpt2_pretrain.json"
 TEMPLATES = ("array", "container", "debug", "multi-node", "preemptible", "single-node", "torchrun")
 
 
@@ -340,6 +342,44 @@ def test_what_its_owner_may_want_to_change_is_said_before_it_waits(
     monkeypatch.setattr(CheckpointFolder, "free_bytes", lambda _: 10)
     assert main(words) == 0
     assert "has 0.0 MB free; make room" in capsys.readouterr().err
+
+
+def of_site(folder: Path, device: str) -> list[str]:
+    site = folder / f"{device}.json"
+    site.write_text(json.dumps({"device": device}))
+    return ["--site", str(site), "--run-dir", str(folder / "run"), "--dry-run"]
+
+
+def test_what_does_not_fit_the_sites_device_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["submit", str(LARGE), "--nodes", "8", "--ranks-per-node", "8", *of_site(tmp_path, "rtx4090")]
+    assert main(words) == 78
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("triaxis: error: does not fit: ")
+    assert said[-1] == "triaxis: error: --anyway submits it all the same"
+    assert not (tmp_path / "run").exists()
+
+    assert main([*words, "--anyway"]) == 0
+    assert capsys.readouterr().err.startswith("triaxis: warning: does not fit: ")
+    assert (tmp_path / "run" / "job.sbatch").exists()
+
+
+def test_a_layout_that_is_beaten_by_far_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model of 110 M parameters loses on eight tensor ranks what it gains; what is named is a recipe that is legal."""
+    words = [str(SMALL), "--set", "parallel.tensor=4"]
+    order = ["--nodes", "1", "--ranks-per-node", "8", *of_site(tmp_path, "h100-80g")]
+    assert main(["submit", *words, *order]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if " faster by the plan, " in line]
+    named = shlex.split(line.split(": ")[-1])
+    assert main(["check", *words, *named, "--world-size", "8"]) == 0
+    capsys.readouterr()
+    assert main(["submit", *words, *named, *order]) == 0
+    assert "faster by the plan" not in capsys.readouterr().err
+
+
+def test_a_site_whose_device_has_no_sheet_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", str(SMALL), "--nodes", "1", "--ranks-per-node", "1", *of_site(tmp_path, "h100")]) == 78
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("triaxis: error: the site's device h100: no sheet has this name; did you mean h100-80g?")
 
 
 def test_a_run_that_has_ended_is_not_submitted(

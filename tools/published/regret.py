@@ -1,4 +1,4 @@
-"""What it costs to follow the planner: of each published model that was measured in several layouts
+"""The cost of following the planner: of each published model that was measured in several layouts
 on as many GPUs with the same batch, the layout that it ranks first against the best measured one.
 """
 

@@ -10,9 +10,19 @@ from trainer.checkpoint.disk_space import bytes_of_one, disk_space
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.costs.blocks import count_parameters
 from trainer.data import was_prepared
+from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
+from trainer.planner.devices import Device
+from trainer.planner.prediction import Prediction, predict
+from trainer.planner.search.choice import as_words
+from trainer.planner.search.find import Search
+from trainer.planner.summary import seconds
+from trainer.planner.verdict import require_fit, verdict
+from trainer.recipe import ResolvedRecipe
 from trainer.run_folder import RunFolder
 from trainer.schema import Recipe
+
+BEATEN = 1.2  # times the best layout's step, from where on an owner is told of the best
 
 
 def remarks(recipe: Recipe, network: TransformerConfig | None, run_dir: Path) -> Iterator[str]:
@@ -28,3 +38,36 @@ def remarks(recipe: Recipe, network: TransformerConfig | None, run_dir: Path) ->
         found = disk_space(recipe, CheckpointFolder(RunFolder(run_dir).checkpoints), one)
         if not found.enough:
             yield found.line
+
+
+def of_plan(
+    resolved: ResolvedRecipe,
+    network: TransformerConfig,
+    world_size: int,
+    device: Device,
+    *,
+    anyway: bool,
+    compares: bool,
+) -> Iterator[str]:
+    """Yield what the plan for the site's device says against a recipe, and, if it `compares`, which
+    layout is much faster. RecipeError if it does not fit, unless it is submitted `anyway`."""
+    prediction = predict(resolved.recipe, network, world_size, device, "--nodes × --ranks-per-node")
+    if prediction.fits is False and anyway:
+        yield f"warning: {verdict(prediction)}"
+        return
+    try:
+        require_fit(resolved, network, prediction)
+    except RecipeError as refused:
+        raise RecipeError([*refused.lines, "--anyway submits it all the same"]) from None
+    if compares:
+        yield from _beaten(Search(resolved, network, world_size, device), prediction)
+
+
+def _beaten(search: Search, prediction: Prediction) -> Iterator[str]:
+    best, time = search.best, prediction.time
+    if best is not None and time is not None and time.total > BEATEN * best.seconds:
+        settings = as_words(best.choice.settings(search.resolved))
+        yield (
+            f"warning: another layout is {time.total / best.seconds - 1:.0%} faster by the plan, {seconds(best.seconds)} for a "
+            f"step instead of {seconds(time.total)}: {settings}"
+        )

@@ -13,6 +13,8 @@ from trainer.files.paths import expanded, wrong_with
 if TYPE_CHECKING:
     from trainer.inference.text_model import Writing
 
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
 
 def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     parser.add_argument("recipe", type=path, metavar="RECIPE", nargs=None if required else "?", help="a JSON file")
@@ -88,3 +90,19 @@ def number(text: str) -> float:
     if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return float(text)
+
+
+def positive(text: str) -> float:
+    value = number(text)
+    if not 0 < value < 1e18:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def tokens(text: str) -> int:
+    """Return a number of tokens, as 15T, 300B, 1.5M or 2000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.upper(), re.ASCII)
+    count = round(float(match[1]) * UNITS[match[2]]) if match else 0
+    if not 0 < count < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens, as 15T, 300B or 1.5M")
+    return count

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from trainer.commands.arguments import add_recipe, whole
+from trainer.commands.arguments import add_recipe, path, whole
 from trainer.commands.network import known_network, show_model, show_stages, show_template
 from trainer.commands.output import open_console, say
 from trainer.commands.ranks import divide
-from trainer.errors import EXIT_OK
+from trainer.errors import EXIT_OK, RecipeError
 from trainer.fine_tuning import BY_DEVICE
 from trainer.redaction import redact
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from trainer.model.config import TransformerConfig
     from trainer.passes import Passes
+    from trainer.planner.prediction import Prediction
     from trainer.recipe import ResolvedRecipe
     from trainer.recipe.batch_plan import BatchPlan
     from trainer.schema import Recipe
@@ -31,11 +32,14 @@ SUMMARY = "Validate a recipe and show what it says, with origins; needs no GPU a
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument("--world-size", type=whole(1), metavar="N", help="also check the batch arithmetic for N ranks")
+    parser.add_argument("--device", metavar="NAME", help="to plan for, as h100-80g; default: the site's, or this machine's")
+    parser.add_argument("--site", type=path, metavar="FILE", help="the settings of a cluster, which may name its device")
     parser.add_argument("--all", action="store_true", help="show defaults too")
     parser.add_argument("--json", action="store_true", help="print all values as JSON, instead of a table")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from trainer.planner.summary import facts, summary
     from trainer.recipe import load
     from trainer.recipe.epochs import as_tokenized
 
@@ -45,12 +49,18 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.world_size is not None:
         plan, config = divide(resolved.recipe, network, arguments.world_size, "--world-size")
     elsewhere = _config_elsewhere(resolved, network, arguments.world_size)
+    prediction = None if network is None else _prediction(arguments, resolved.recipe, network)
     if arguments.json:
         shown = resolved.as_resolved_json(config) | ({"deepspeed_config_elsewhere": redact(elsewhere)} if elsewhere else {})
+        if network is not None and prediction is not None:
+            shown["plan"] = facts(resolved.recipe, network, prediction)
         sys.stdout.write(json.dumps(shown, indent=2) + "\n")
         return EXIT_OK
     console = open_console()
     _show_what_matters(console, resolved, plan, network, passes)
+    if network is not None and prediction is not None:
+        for line in summary(resolved.recipe, network, prediction):
+            say(console, line)
     console.print()
     _show_values(console, resolved, everything=arguments.all)
     if config is not None:
@@ -67,6 +77,23 @@ def _config_elsewhere(
     if world_size is None or resolved.recipe.precision.dtype is not None:
         return None
     return divide(resolved.recipe.with_format("fp32"), network, world_size, "--world-size")[1]
+
+
+def _prediction(arguments: argparse.Namespace, recipe: Recipe, network: TransformerConfig) -> Prediction | None:
+    """Return the plan on so many ranks, or on those of one model; None where only another number of
+    ranks, or another machine than this one, can train it."""
+    from trainer.cluster.submit import read_site
+    from trainer.planner.prediction import predict
+    from trainer.planner.verdict import chosen_device
+
+    named = arguments.device or read_site(arguments.site).device
+    ranks = arguments.world_size or _ranks_of_one_model(recipe)
+    try:
+        return predict(recipe, network, ranks, chosen_device(arguments.device, named), "--world-size")
+    except RecipeError:
+        if named or arguments.world_size:
+            raise
+        return None
 
 
 def _show_what_matters(

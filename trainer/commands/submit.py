@@ -17,6 +17,7 @@ from trainer.redaction import redact_text
 
 if TYPE_CHECKING:
     from trainer.cluster.submit import Order
+    from trainer.planner.devices import Device
     from trainer.recipe import ResolvedRecipe
 
 SUMMARY = "Write the sbatch script of a recipe for N nodes, check it, and hand it in to SLURM."
@@ -34,15 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sweep", type=path, metavar="FILE", help="for --template array: a JSON list of KEY=VALUE on each line"
     )
     parser.add_argument("--run-dir", type=path_name, metavar="DIR", help="the run folder; default: run.dir/run.name")
+    parser.add_argument("--anyway", action="store_true", help="also what does not fit the site's device by its plan")
     parser.add_argument("--dry-run", action="store_true", help="write and print the script; submit nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from trainer.cluster.submit import Order, hand_in, read_site, read_sweep, rehearse, render, task_folder, write_script
+    from trainer.planner.devices import device
     from trainer.recipe import load
     from trainer.run_folder import RunFolder
 
     site, sweep = read_site(arguments.site), read_sweep(arguments.sweep) if arguments.sweep else ()
+    on = None if site.device is None else device(site.device, "the site's device")
     resolved = load(arguments.recipe, arguments.set)
     recipe = resolved.recipe
     order = Order(
@@ -60,7 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
     text = render(order, site)
     of_sweep = (load(arguments.recipe, [*arguments.set, *settings]) for settings in sweep)
     tasks = [(task, task_folder(order, number)) for number, task in enumerate(of_sweep)] or [(resolved, order.run_dir)]
-    looked = [_look_before(task, order, folder) for task, folder in tasks]
+    # Tasks of a sweep rarely differ in what a layout depends on: one search is enough.
+    looked = [
+        _look_before(task, order, folder, on, anyway=arguments.anyway, compares=number == 0)
+        for number, (task, folder) in enumerate(tasks)
+    ]
     if all(done for done, _ in looked):
         say(open_console(), "\n".join(done for done, _ in looked))
         return EXIT_OK
@@ -76,17 +84,22 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _look_before(resolved: ResolvedRecipe, order: Order, run_dir: Path) -> tuple[str, list[str]]:
+def _look_before(
+    resolved: ResolvedRecipe, order: Order, run_dir: Path, on: Device | None, *, anyway: bool, compares: bool
+) -> tuple[str, list[str]]:
     """Return, for one task, a line if the run has ended already (else "") and remarks."""
     from trainer.checkpoint.resume_check import Resume, finished
-    from trainer.cluster.preflight import remarks
+    from trainer.cluster.preflight import of_plan, remarks
     from trainer.recipe.epochs import as_tokenized
 
     done = finished(resolved, str(run_dir), Resume())
     resolved, passes = as_tokenized(resolved)
     warnings = [] if passes is None else [*passes.warnings(resolved.recipe)]
     network = known_network(resolved)
-    divide(resolved.recipe, network, order.nodes * order.ranks_per_node, "--nodes × --ranks-per-node")
+    ranks = order.nodes * order.ranks_per_node
+    divide(resolved.recipe, network, ranks, "--nodes × --ranks-per-node")
+    if network is not None and on is not None and not done:
+        warnings += of_plan(resolved, network, ranks, on, anyway=anyway, compares=compares)
     return done, [*warnings, *remarks(resolved.recipe, network, run_dir)]
 
 

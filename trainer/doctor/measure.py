@@ -17,8 +17,9 @@ import torch
 
 from trainer.doctor.disk_speed import disk_speed
 from trainer.doctor.limits import memory_limit
+from trainer.doctor.rank_speed import rank_speed
 from trainer.doctor.sheet import sheet_of
-from trainer.doctor.speed import speed_of
+from trainer.doctor.speed import FORMATS, gpu_speed, operations, peaks_of
 from trainer.files.mounts import existing
 from trainer.files.reading import told
 from trainer.launch.ports import held_port
@@ -33,7 +34,7 @@ def measure(run_dir: Path, say: Callable[[str], None]) -> dict[str, Any]:
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # as `train` does
     start = time.monotonic()
     say(f"measuring {_device_name(device)}: matrix products, memory, operations")
-    alone = speed_of(device)
+    alone = _alone(device)
     busy = os.getloadavg()[0]
     if (cores := len(os.sched_getaffinity(0))) < busy:
         say(f"warning: {busy:.0f} processes share the {cores} cores here: figures are too low; measure again when it is quiet")
@@ -47,6 +48,12 @@ def measure(run_dir: Path, say: Callable[[str], None]) -> dict[str, Any]:
         say(f"{folder}: {told(error)}: no figures of the disk")
         disk = None
     return sheet_of(alone, pair, disk, _machine(device) | {"took_s": round(time.monotonic() - start, 1)})
+
+
+def _alone(device: torch.device) -> dict[str, Any]:
+    """Return the figures of one rank that has the machine for itself."""
+    speed = gpu_speed(device) if device.type == "cuda" else {**operations(device), **rank_speed(1, FORMATS)}
+    return {**speed, "peaks": peaks_of(speed["products"])}
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

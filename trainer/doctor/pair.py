@@ -12,18 +12,19 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from trainer.doctor.speed import ON_HOST, Shape, copy_rate, lower_quartile, product_s, timed_s
+from trainer.doctor.rank_speed import rank_speed
+from trainer.doctor.speed import lower_quartile, timed_s
+from trainer.schema import Dtype
 
 RANKS = 2
 SIZES = tuple(1 << n for n in (2, 12, 16, 20, 23, 26))
-SQUARES = tuple(shape for shape in ON_HOST if shape.rows == shape.columns == shape.inner and shape.rows >= 128)
+FORMATS: tuple[Dtype, ...] = ("fp32", "bf16")
 TIMEOUT = timedelta(seconds=60)
 BUDGET_S = 0.2
 
@@ -53,7 +54,7 @@ def _measured(rank: int, port: int) -> dict[str, Any]:
             "backend": backend,
             "threads": torch.get_num_threads(),
             "collectives": [_collective(kind, size, device) for kind in KINDS for size in SIZES],
-            **({} if on_gpus else _side_by_side(device)),
+            **({} if on_gpus else rank_speed(RANKS, FORMATS, dist.barrier)),
         }
     finally:
         dist.destroy_process_group()
@@ -82,6 +83,13 @@ def _all_gather(tensor: torch.Tensor) -> Callable[[], object]:
     return lambda: dist.all_gather_into_tensor(whole, own)
 
 
+def _reduce_scatter(tensor: torch.Tensor) -> Callable[[], object]:
+    """Return a reduce-scatter of the whole tensor."""
+    whole = tensor[: tensor.numel() // RANKS * RANKS] if tensor.numel() >= RANKS else tensor.repeat(RANKS)
+    own = torch.empty(whole.numel() // RANKS, device=tensor.device)
+    return lambda: dist.reduce_scatter_tensor(own, whole)
+
+
 def _send(tensor: torch.Tensor) -> Callable[[], object]:
     """Return a message there and one back, of half the tensor each."""
     half = tensor[: max(1, tensor.numel() // 2)].clone()
@@ -97,18 +105,9 @@ def _send(tensor: torch.Tensor) -> Callable[[], object]:
 KINDS: dict[str, Callable[[torch.Tensor], Callable[[], object]]] = {
     "all_reduce": _all_reduce,
     "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
     "send_and_back": _send,
 }
-
-
-def _side_by_side(device: torch.device) -> dict[str, Any]:
-    """Return this rank's rates while the other one measures the same."""
-    products = []
-    for shape in (*SQUARES, Shape(64, 1024, 1024)):
-        dist.barrier()
-        products.append({"dtype": "fp32", **asdict(shape), "flops_per_s": shape.flops / product_s(device, shape, "fp32")})
-    dist.barrier()
-    return {"products": products, "copies": [{"bytes": 1 << 27, "bytes_per_s": copy_rate(device, 1 << 27)}]}
 
 
 if __name__ == "__main__":

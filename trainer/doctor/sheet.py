@@ -11,9 +11,8 @@ from typing import Any
 from trainer.errors import RecipeError
 from trainer.files.durable import make_private, write_json
 from trainer.files.reading import told
+from trainer.planner.devices import HERE, HERE_VERSION
 
-VERSION = 1
-NAME = "here"  # of the device
 LARGE = 1 << 26  # bytes of a copy that no cache holds
 
 Figures = Mapping[str, Any]
@@ -23,7 +22,8 @@ def sheet_of(alone: Figures, pair: Figures | None, disk: Figures | None, machine
     """Return the content of the file.
 
     Under "here" is the device with one rank on the machine, as a planner takes it; its shares are
-    1, because its rates are measured and not listed. Under "measured" is all that was measured.
+    1, because its rates are measured and not listed. Under "measured" is all that was measured. On
+    CPUs the planner reads the speeds of ranks on the cores there too.
     """
     link = link_of(pair["collectives"], pair["ranks"]) if pair else {"rate": 1e9, "latency": 1e-4, "share": 1.0}
     device = {
@@ -38,6 +38,12 @@ def sheet_of(alone: Figures, pair: Figures | None, disk: Figures | None, machine
         "inside": link,
         "outside": link,
         "per_node": machine["per_node"],
+        "asynchronous": machine["cores"] > 0,
+        "host_adam": alone["adam_elements_per_s"],
+        "to_device": alone.get("to_device_bytes_per_s"),
+        "to_host": alone.get("to_host_bytes_per_s"),
+        "nvme_read": disk and disk["read_bytes_per_s"],
+        "nvme_write": disk and disk["write_bytes_per_s"],
         "sources": [
             f"triaxis doctor --measure on {machine['host']}, {machine['when']}: {machine['device']}, torch {machine['torch']}",
             "inside: two ranks on this machine" if pair else "inside: not measured, assumed",
@@ -45,7 +51,7 @@ def sheet_of(alone: Figures, pair: Figures | None, disk: Figures | None, machine
         ],
     }
     measured = {"alone": alone, "pair": pair, "disk": disk, "machine": machine}
-    return {"version": VERSION, NAME: device, "measured": measured}
+    return {"version": HERE_VERSION, HERE: device, "measured": measured}
 
 
 def _bandwidth(copies: Sequence[Figures]) -> float:
@@ -69,7 +75,7 @@ def link_of(collectives: Sequence[Figures], ranks: int) -> dict[str, float]:
 
 def summary(sheet: Figures) -> Iterator[str]:
     """Yield what the file says, in a few lines."""
-    device, measured = sheet[NAME], sheet["measured"]
+    device, measured = sheet[HERE], sheet["measured"]
     alone, pair, disk = (measured[name] for name in ("alone", "pair", "disk"))
     yield f"measured in {measured['machine']['took_s']:.0f} s: {measured['machine']['device']}"
     for dtype, peak in device["peaks"].items():

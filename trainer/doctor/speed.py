@@ -8,7 +8,7 @@ and no lucky single one decides.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,9 +40,9 @@ class Shape:
 # Squares tell the peak and how soon it is reached; the others are those of small models: few
 # tokens, a narrow hidden size, the gradient of a weight, attention by heads.
 ON_HOST = (
-    *(Shape(n, n, n) for n in (32, 64, 128, 256, 512, 1024, 2048)),
+    *(Shape(n, n, n) for n in (32, 64, 128, 256, 512, 1024)),
     *(Shape(64, 1024, 1024), Shape(512, 256, 64), Shape(64, 256, 512), Shape(1024, 64, 1024)),
-    *(Shape(64, 64, 16, 64), Shape(128, 128, 64, 16), Shape(512, 512, 64, 8)),
+    *(Shape(2048, 256, 256), Shape(256, 2048, 512), Shape(2048, 2048, 512), Shape(512, 512, 2048)),
 )
 ON_GPU = (
     *(Shape(n, n, n) for n in (256, 512, 1024, 2048, 4096, 8192)),
@@ -54,23 +54,39 @@ ADAM_ELEMENTS = 8_000_000
 CHAIN = 200  # operations, one after another
 
 
-def speed_of(device: torch.device) -> Figures:
-    """Return the figures of a device with this process's threads."""
-    products = list(_products(device))
+def gpu_speed(device: torch.device) -> Figures:
+    """Return the figures of a GPU, with its host's."""
+    size = 1 << 28
+    host = torch.zeros(size // 4, pin_memory=True)
+    there = torch.zeros(size // 4, device=device)
     return {
         "threads": torch.get_num_threads(),
-        "products": products,
-        "peaks": {dtype: max(found) for dtype in FORMATS if (found := _rates(products, dtype))},
+        "products": list(_products(device)),
+        **operations(device),
+        "to_device_bytes_per_s": size / typical_s(lambda: there.copy_(host, non_blocking=True), device),
+        "to_host_bytes_per_s": size / typical_s(lambda: host.copy_(there, non_blocking=True), device),
+        "adam_on_device_elements_per_s": adam_rate(device),
+    }
+
+
+def peaks_of(products: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the best rate of each format [FLOP/s]."""
+    return {dtype: max(found) for dtype in FORMATS if (found := _rates(products, dtype))}
+
+
+def operations(device: torch.device) -> Figures:
+    """Return what copies of any size and operations on next to nothing take, and updates of Adam on
+    the host."""
+    return {
         "copies": [{"bytes": size, "bytes_per_s": copy_rate(device, size)} for size in MOVED_BYTES],
         "call_s": call_s(device),
         "launch_s": launch_s(device),
         "autograd_s": autograd_s(device),
         "adam_elements_per_s": adam_rate(torch.device("cpu")),
-        **(_of_gpu(device) if device.type == "cuda" else {}),
     }
 
 
-def _rates(products: list[Figures], dtype: Dtype) -> list[float]:
+def _rates(products: Sequence[Mapping[str, Any]], dtype: Dtype) -> list[float]:
     return [product["flops_per_s"] for product in products if product["dtype"] == dtype]
 
 
@@ -79,7 +95,7 @@ def _products(device: torch.device) -> Iterator[Figures]:
     large shapes are left out."""
     for dtype in FORMATS:
         slowest = float("inf")
-        for shape in ON_GPU if device.type == "cuda" else ON_HOST:
+        for shape in ON_GPU:
             if shape.flops / slowest > 4 * BUDGET_S:
                 continue
             seconds = product_s(device, shape, dtype)
@@ -87,14 +103,14 @@ def _products(device: torch.device) -> Iterator[Figures]:
             yield {"dtype": dtype, **asdict(shape), "flops_per_s": shape.flops / seconds}
 
 
-def product_s(device: torch.device, shape: Shape, dtype: Dtype) -> float:
-    """Return the seconds of a product."""
+def product_s(device: torch.device, shape: Shape, dtype: Dtype, budget_s: float = BUDGET_S) -> float:
+    """Return the seconds of a product, measured for about `budget_s`."""
     kind = DTYPES[dtype]
     left = torch.ones(shape.count, shape.rows, shape.inner, dtype=kind, device=device)
     right = torch.ones(shape.count, shape.columns, shape.inner, dtype=kind, device=device)
     if shape.count == 1:
         left, right = left[0], right[0]
-    return typical_s(lambda: left @ right.mT, device)
+    return typical_s(lambda: left @ right.mT, device, budget_s)
 
 
 def copy_rate(device: torch.device, size: int) -> float:
@@ -152,25 +168,13 @@ def autograd_s(device: torch.device) -> dict[str, float]:
     return {"forward": forward, "backward": backward}
 
 
-def adam_rate(device: torch.device) -> float:
-    """Return the weights that torch's fused AdamW, with fp32 states, updates in a second."""
-    weight = torch.zeros(ADAM_ELEMENTS, device=device, requires_grad=True)
+def adam_rate(device: torch.device, elements: int = ADAM_ELEMENTS) -> float:
+    """Return the weights that torch's fused AdamW, with fp32 states, updates in a second, so many
+    at once."""
+    weight = torch.zeros(elements, device=device, requires_grad=True)
     weight.grad = torch.full_like(weight, 1e-3)
     rule = torch.optim.AdamW([weight], fused=True)
-    return ADAM_ELEMENTS / typical_s(rule.step, device)
-
-
-def _of_gpu(device: torch.device) -> Figures:
-    """Return the rates [bytes/s] between a GPU and page-locked memory of its host, and of Adam
-    there."""
-    size = 1 << 28
-    host = torch.zeros(size // 4, pin_memory=True)
-    there = torch.zeros(size // 4, device=device)
-    return {
-        "to_device_bytes_per_s": size / typical_s(lambda: there.copy_(host, non_blocking=True), device),
-        "to_host_bytes_per_s": size / typical_s(lambda: host.copy_(there, non_blocking=True), device),
-        "adam_on_device_elements_per_s": adam_rate(device),
-    }
+    return elements / typical_s(rule.step, device)
 
 
 def typical_s(action: Callable[[], object], device: torch.device, budget_s: float = BUDGET_S) -> float:

@@ -41,7 +41,7 @@ class HeadTransform(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.dense = ReplicatedLinear(D, D, name=name, init=Init(std=config.init_std), tp=tp)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation].forward
         self.norm = make_norm(config, norm, tp)
 
     def forward(self, x_ND: Tensor) -> Tensor:

@@ -301,13 +301,14 @@ class Saving:
         network, N, K = self.network, self.rows.tokens, self.network.head_dim
         H, G = self._heads, self._kv_heads
         core = self._core(index)
+        # queries, keys and values as they are projected, or rotated, which are tensors of their own
         kept = Counter({INPUTS: self._input(self._hidden, *"qkv"), ATTENTION: self._features((H + 2 * G) * K)})
         if network.qk_norm:
             weights = (H + G) * K * (FP32_BYTES if self.casts else self.itemsize)
             kept[NORMS] += self._features((H + G) * K) + FP32_BYTES * N * (H + G) + weights
         # What is computed again block by block keeps its inputs also where all is computed again.
         keeps_core = self.recompute == "none" or self._written_out
-        kept[ATTENTION] += self._features((H + G) * K) * (network.qk_norm or (keeps_core and network.positions == "rope"))
+        kept[ATTENTION] += self._features((H + G) * K) * network.qk_norm
         kept[ATTENTION] += core * keeps_core
         kept[INPUTS] += self._output(self._features((H + 2 * G) * K), *"qkv") + self._output(self._hidden, "o")
         # the result, which attention itself keeps too, unless it is computed again
@@ -343,7 +344,7 @@ class Saving:
         keeps_result = network.activation == "relu"
         width = F * (2 if network.gated_mlp else 1)
         before = 0 if keeps_result and not network.gated_mlp else width
-        after = F if network.gated_mlp or (keeps_result and network.mlp_dropout) else 0
+        after = F if not network.gated_mlp and keeps_result and network.mlp_dropout else 0
         kept = Counter({MLP: self._features(before + after), INPUTS: self._input(self._hidden, "gate", "up")})
         kept[INPUTS] += self._input(self._features(F), "down") + self._output(self._hidden, "down")
         kept[INPUTS] += self._output(self._features(width), "gate", "up")

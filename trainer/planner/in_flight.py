@@ -67,8 +67,10 @@ def by_name(
 ) -> InFlight:
     """Return the micro-batches in flight on a rank under the schedule of that name, at its peak."""
 
+    kept = tuple(of_stage.items())
+
     def at_peak(count: int) -> InFlight:
-        return most_in_flight(_table(name, ranks, virtual_stages, count).steps[rank], of_stage)
+        return _at_peak(name, ranks, virtual_stages, count, rank, kept)
 
     short, long = ROUNDS * ranks * virtual_stages, (ROUNDS + 1) * ranks * virtual_stages
     if num_micro_batches <= long:
@@ -84,6 +86,11 @@ def _continued(first: int, second: int, short: int, long: int, count: int) -> in
     return second + (second - first) * (count - long) // (long - short)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=8192)  # layouts that differ in what is divided have the same in flight
+def _at_peak(name: str, ranks: int, virtual_stages: int, count: int, rank: int, kept: tuple[tuple[int, Kept], ...]) -> InFlight:
+    return most_in_flight(_table(name, ranks, virtual_stages, count).steps[rank], dict(kept))
+
+
+@lru_cache(maxsize=128)
 def _table(name: str, ranks: int, virtual_stages: int, count: int) -> ScheduleTable:
     return build(name, ranks=ranks, virtual_stages=virtual_stages, num_micro_batches=count)

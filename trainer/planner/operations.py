@@ -28,10 +28,29 @@ class Product(NamedTuple):
 
 
 class Move(NamedTuple):
-    """`kernels` that read and write `num_bytes` in all, and multiply next to nothing."""
+    """`kernels` that read and write `num_bytes` in all, and multiply next to nothing.
+
+    On CPUs it matters what else they do. `kind`: they make a tensor ("fresh"), change one that is
+    there ("reused"), or lay parts of heads side by side ("joined"). `functions`: evaluations of an
+    activation in all. `dtype`: the format, if it is not that of the job.
+    """
 
     num_bytes: float
-    kernels: int
+    kernels: float
+    kind: str = "fresh"
+    functions: float = 0.0
+    dtype: str = ""
+
+
+class Attention(NamedTuple):
+    """A fused kernel of attention: `number` products like `product` (2 forward, 5 backward).
+    `square_flops`: of the two products of forward over whole squares of a causal mask."""
+
+    product: Product
+    number: int
+    square_flops: float
+    length: int
+    head_dim: int
 
 
 @dataclass
@@ -42,14 +61,22 @@ class Work:
     products: list[Product] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
     sums: list[int] = field(default_factory=list)
-    calls: int = 0
+    calls: float = 0
+    attention: list[Attention] = field(default_factory=list)
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.products + other.products, self.moves + other.moves, self.sums + other.sums, self.calls + other.calls)
+        return Work(
+            self.products + other.products,
+            self.moves + other.moves,
+            self.sums + other.sums,
+            self.calls + other.calls,
+            self.attention + other.attention,
+        )
 
     @property
     def flops(self) -> int:
-        return sum(product.flops for product in self.products)
+        in_kernels = sum(one.number * one.product.flops for one in self.attention)
+        return in_kernels + sum(product.flops for product in self.products)
 
     @property
     def num_bytes(self) -> float:
@@ -87,7 +114,11 @@ class Kernels:
 @dataclass(frozen=True, kw_only=True)
 class Share:
     """The part of a layer that one rank computes: of `sequences` sequences of `length` tokens, with
-    `itemsize` bytes a number and gradients of `gradient_bytes`."""
+    `itemsize` bytes a number and gradients of `gradient_bytes`.
+
+    Our own layers have no `kernels`; for them `stored_bytes` are those of a weight's number, which
+    is rounded where it is used, and `trains` says whether the weights have gradients.
+    """
 
     sequences: int
     length: int
@@ -95,7 +126,9 @@ class Share:
     divides_tokens: bool
     itemsize: int
     gradient_bytes: int
-    kernels: Kernels
+    kernels: Kernels | None
+    stored_bytes: int = 0
+    trains: bool = True
 
     @property
     def tokens(self) -> int:
@@ -107,8 +140,9 @@ class Share:
         return self.tokens / (self.tensor if self.divides_tokens else 1)
 
 
-def layer_pass(config: TransformerConfig, share: Share, window: int | None = None) -> Pass:
-    """Return the work of one layer on a micro-batch."""
+def counted_layer(config: TransformerConfig, share: Share, window: int | None = None) -> Pass:
+    """Return the work of one layer on a micro-batch, by counts of a program's kernels."""
+    assert share.kernels is not None
     N, D, K, T = share.tokens, config.hidden_size, config.head_dim, share.tensor
     H, G, F = max(1, config.num_heads // T), max(1, config.num_kv_heads // T), config.ffn_size // T
     size, kernels = share.itemsize, share.kernels
@@ -133,13 +167,14 @@ def layer_pass(config: TransformerConfig, share: Share, window: int | None = Non
     ]
     weights = sum(product.columns * product.inner for product in linear)
     accumulated = Move(2 * share.gradient_bytes * weights, 4)
-    doubled = [Move(2 * num_bytes, 2 * kernels_) for num_bytes, kernels_ in moves]
+    doubled = [Move(2 * move.num_bytes, 2 * move.kernels) for move in moves]
     backward = Work(gradients, [*doubled, accumulated], sums, kernels.calls[1]) + core_backward
     return Pass(forward, backward, core)
 
 
 def _attention(config: TransformerConfig, share: Share, heads: int, window: int | None) -> tuple[Work, Work]:
     """Return the work between the projections, forward and backward."""
+    assert share.kernels is not None
     S, K, batch, size = share.length, config.head_dim, share.sequences * heads, share.itemsize
     if share.kernels.scores_written:
         scores = batch * S * S * size
@@ -159,8 +194,9 @@ def _attention(config: TransformerConfig, share: Share, heads: int, window: int 
     return Work([once, once]), Work([once] * 5)
 
 
-def head_pass(config: TransformerConfig, share: Share) -> Pass:
+def counted_head(config: TransformerConfig, share: Share) -> Pass:
     """Return the work of the logits, the loss and its gradient."""
+    assert share.kernels is not None
     N, D, V = share.tokens, config.hidden_size, -(-config.vocab_size // share.tensor)
     logits = share.kernels.head_passes * N * V * share.itemsize
     forward = Work([Product(N, V, D)], [Move(logits, 4)], calls=20)
@@ -168,7 +204,7 @@ def head_pass(config: TransformerConfig, share: Share) -> Pass:
     return Pass(forward, backward, Work())
 
 
-def embedding_pass(config: TransformerConfig, share: Share) -> Pass:
+def counted_embedding(config: TransformerConfig, share: Share) -> Pass:
     """Return the work of looking tokens up and of adding their gradients."""
     looked_up = Move(2 * share.tokens * config.hidden_size * share.itemsize, 2)
     return Pass(Work([], [looked_up], calls=10), Work([], [looked_up, looked_up], calls=10), Work())

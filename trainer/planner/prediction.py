@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel.topology import Layout
+from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.planner.devices import Device
 from trainer.planner.items import Place
@@ -18,11 +19,20 @@ from trainer.schema import Recipe
 
 # The mean error of memory on the runs of BigScience and nanotron is below it (the guide's table).
 MEMORY_BAND = 0.08
+# Three quarters of the published steps are within it: as computed, and where one step on such a
+# device has given its calibration (the guide's table; a test holds the two).
+TIME_BAND, CALIBRATED_BAND = 0.20, 0.10
+
+
+def time_band(device: Device) -> float:
+    """Return how far the time of a step on such a device may be off, as a share."""
+    return TIME_BAND if device.calibration == 1.0 else CALIBRATED_BAND
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The plan of a recipe on devices of one kind; without a kind there is no time.
+    """The plan of a recipe on devices of one kind. There is no time without a kind, and on one that
+    has no rate for the compute format.
 
     `ranks`: the memory of each rank of the pipeline.
     """
@@ -53,6 +63,18 @@ class Prediction:
         return True if self.device_bytes <= (1 - MEMORY_BAND) * self.device.memory else None
 
 
+def with_format_of(recipe: Recipe, device: Device | None) -> Recipe:
+    """Return the recipe with the compute format that it has on such a device, bf16 for an unknown
+    one. RecipeError if the device cannot multiply in it."""
+    if recipe.precision.dtype is None:
+        return recipe.with_format("bf16" if device is None or "bf16" in device.peaks else "fp32")
+    dtype = recipe.precision.dtype
+    if device is not None and dtype not in device.peaks:
+        legal = ", ".join(device.peaks)
+        raise RecipeError(f"precision.dtype = {dtype}: {device.name} has no products in it; legal: {legal}")
+    return recipe
+
+
 def predict(
     recipe: Recipe,
     network: TransformerConfig,
@@ -62,11 +84,9 @@ def predict(
     *,
     on_gpu: bool = True,
 ) -> Prediction:
-    """Return the plan of a recipe on so many devices; for those with bf16, where they decide the
-    compute format. `on_gpu`: they are GPUs, with what CUDA and NCCL take. RecipeError if
-    `world_size` ranks, known from `how`, cannot train it."""
-    if recipe.precision.dtype is None:
-        recipe = recipe.with_format("bf16")
+    """Return the plan of a recipe on so many devices. `on_gpu`: they are GPUs, with what CUDA and
+    NCCL take. RecipeError if `world_size` ranks, known from `how`, cannot train it."""
+    recipe = with_format_of(recipe, device)
     batch = BatchPlan.from_recipe(recipe, world_size, how)
     check_micro_batches(recipe, batch)
     layout = layout_of(recipe.parallel, world_size, how)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 from trainer.planner.devices import Device
-from trainer.planner.operations import Move, Product, Work
+from trainer.planner.operations import Attention, Move, Product, Work
 
 # Tiles of a product [rows × columns] with the share of the rate that they reach: smaller tiles read
 # their inputs more often.
@@ -19,6 +19,7 @@ UNALIGNED_SLOWER, PARTLY_SLOWER = 3.0, 1.15
 # The device works while the host issues: of two durations the longer one counts, and a little of
 # the other where they are alike.
 SOFTNESS = 5
+FORWARD_PRODUCTS = 2  # of attention: Q Kᵀ and P V
 
 
 def product_s(product: Product, device: Device, peak: float, itemsize: int) -> float:
@@ -56,16 +57,38 @@ def _misaligned(*dims: int) -> float:
     return PARTLY_SLOWER if any(dim % FULLY_ALIGNED for dim in dims) else 1.0
 
 
-def moves_s(moves: Iterable[Move], device: Device) -> float:
-    reached = device.bandwidth * device.bandwidth_share
-    return sum(move.num_bytes / reached + move.kernels * device.launch for move in moves)
+def moves_s(moves: Iterable[Move], device: Device, dtype: str = "fp32") -> float:
+    """Return the seconds of moves; `dtype`: the format of those that name none."""
+    speed = device.speed
+    if speed is None:
+        reached = device.bandwidth * device.bandwidth_share
+        return sum(move.num_bytes / reached + move.kernels * device.launch for move in moves)
+    formats = [(move, move.dtype or dtype) for move in moves]
+    moved = (speed.move_s(move.num_bytes, move.kernels, format, move.kind) for move, format in formats)
+    return sum(moved, 0.0) + sum(speed.functions_s(move.functions, format) for move, format in formats)
 
 
-def work_s(work: Work, device: Device, peak: float, itemsize: int, communication: float = 0.0) -> float:
+def attention_s(attention: Attention, device: Device, peak: float, itemsize: int, dtype: str) -> float:
+    """Return the seconds of a fused kernel of attention."""
+    if device.speed is None:
+        return attention.number * product_s(attention.product, device, peak, itemsize)
+    direction = "forward" if attention.number == FORWARD_PRODUCTS else "backward"
+    flops = attention.number / FORWARD_PRODUCTS * attention.square_flops
+    return device.speed.attention_s(flops, attention.length, attention.head_dim, dtype, direction)
+
+
+def work_s(work: Work, device: Device, peak: float, itemsize: int, communication: float = 0.0, dtype: str = "fp32") -> float:
     """Return the seconds of a block's operations, with the communication between them, on a device
-    that waits for its host where that is slower."""
-    on_device = sum(product_s(one, device, peak, itemsize) for one in work.products) + moves_s(work.moves, device)
-    host = work.calls * device.call
+    that waits for its host where that is slower; on CPUs, which are their own host, one after
+    another."""
+    speed = device.speed
+    if speed is not None:
+        products = sum(one.times * speed.product_s(one.rows, one.columns, one.inner, dtype) for one in work.products)
+    else:
+        products = sum(product_s(one, device, peak, itemsize) for one in work.products)
+    attention = sum(attention_s(one, device, peak, itemsize, dtype) for one in work.attention)
+    on_device = products + attention + moves_s(work.moves, device, dtype)
+    host = work.calls * device.call if speed is None else speed.calls_s(work.calls)
     return longer(on_device + communication, host) if device.asynchronous else on_device + communication + host
 
 

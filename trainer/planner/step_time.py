@@ -5,21 +5,25 @@ No torch.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
+from parallel.schedule_table import ScheduleTable
 from parallel.schedules import build
-from parallel.simulator import Costs, simulate
+from parallel.simulator import Costs, Flow
 from parallel.topology import Layout
 from trainer.costs.blocks import count_parameters
 from trainer.model.blocks import Block
 from trainer.model.config import TransformerConfig
+from trainer.planner import our_layers
 from trainer.planner.collectives import all_reduce, link_of, reduce_scatter, send
 from trainer.planner.devices import Device
-from trainer.planner.operations import Kernels, Move, Pass, Share, embedding_pass, head_pass, layer_pass
-from trainer.planner.roofline import moves_s, work_s
+from trainer.planner.operations import Kernels, Move, Pass, Share, counted_embedding, counted_head, counted_layer
+from trainer.planner.roofline import longer, moves_s, work_s
+from trainer.planner.zero_step import ZeroJob, ZeroStep
 
 # A schedule in its steady state takes equally long for each further round of micro-batches, so long
 # ones are simulated for two short counts and continued in a straight line.
@@ -29,11 +33,16 @@ SIMULATED_ROUNDS = 3
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """The training to be timed. `balance`: layers of each stage, in the order of the model.
-    `gradient_bytes`: of a gradient that is summed over micro-batches, and sent over ranks."""
+    `gradient_bytes`: of a gradient that is summed over micro-batches, and sent over ranks.
+
+    Our own engine has no `kernels` but `zero`, and then `gradient_bytes` and `state_bytes` are not
+    read. `stored_bytes`, `trains`: see `Share`. `overlaps_sums`: sums over tensor ranks in backward
+    run beside its products.
+    """
 
     network: TransformerConfig
     layout: Layout
-    kernels: Kernels
+    kernels: Kernels | None
     dtype: str
     seq_len: int
     micro_sequences: int
@@ -47,17 +56,27 @@ class Job:
     itemsize: int = 2
     gradient_bytes: int = 4
     state_bytes: int = 12  # of a parameter in the optimizer: master weight and two moments
+    stored_bytes: int = 2
+    trains: bool = True
+    overlaps_sums: bool = False
+    zero: ZeroJob | None = None
+    table: ScheduleTable | None = None  # of a schedule that has no name
 
     @property
     def share(self) -> Share:
+        """The part of a rank. Of a translation's row, half are the source's tokens and half the
+        target's, and an encoder's layer sees as many as a decoder's."""
+        sides = 2 if self.network.encoder_layers else 1
         return Share(
             sequences=self.micro_sequences,
-            length=self.seq_len,
+            length=self.seq_len // (sides * self.layout.cp),
             tensor=self.layout.tp,
             divides_tokens=self.divides_tokens,
             itemsize=self.itemsize,
             gradient_bytes=self.gradient_bytes,
             kernels=self.kernels,
+            stored_bytes=self.stored_bytes,
+            trains=self.trains,
         )
 
     @property
@@ -73,79 +92,132 @@ class Job:
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
     """The parts of a step [s]. `pipeline`: from the first forward to the last backward, of which
-    `bubble` is idle; `sums`: the tensor-parallel communication of a stage's micro-batches in it."""
+    `bubble` is idle; `sums`: the tensor-parallel communication of a stage's micro-batches in it;
+    `gathers`: that of ZeRO-3's weights. `jitter`: the wait for the slowest data-parallel rank."""
 
     pipeline: float
     bubble: float
     sums: float
     reduction: float
     optimizer: float
+    gathers: float = 0.0
+    jitter: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.pipeline + self.reduction + self.optimizer
+        return self.pipeline + self.reduction + self.optimizer + self.jitter
 
     @property
     def parts(self) -> dict[str, float]:
         """The parts that sum to the whole step, by what the time is spent on."""
         return {
-            "compute": self.pipeline - self.bubble - self.sums,
+            "compute": self.pipeline - self.bubble - self.sums - self.gathers,
             "bubble": self.bubble,
             "tensor sums": self.sums,
+            "weight gathers": self.gathers,
             "gradient reduction": self.reduction,
             "update": self.optimizer,
+            "slowest rank": self.jitter,
         }
 
 
 def step_time(job: Job, device: Device) -> StepTime:
     """Return the time of a step, every rank of `layout` on such a device."""
+    device = device.shared_by(job.layout.world_size)
     costs = stage_costs(job, device)
     busy = [job.num_micro_batches * (cost.forward + cost.input_grad + cost.weight_grad) for cost in costs]
     of_rank = [sum(busy[rank :: job.layout.pp]) for rank in range(job.layout.pp)]
     makespan = _makespan(job, tuple(costs), _sending(job, device))
-    params = _largest_share(job)
     scale = device.calibration
     sums = 4 * _sum_s(job, device) * max(job.stages) * job.virtual_stages * job.num_micro_batches
+    zero = ZeroStep(job.zero, device) if job.zero else None
+    params = 0.0 if zero else _largest_share(job)
     return StepTime(
         pipeline=scale * makespan,
         bubble=scale * (makespan - max(of_rank)),
         sums=scale * sums,
-        reduction=scale * _reduction(job, device, params),
-        optimizer=scale * _optimizer(job, device, params),
+        reduction=scale * (zero.reduction if zero else _reduction(job, device, params)),
+        optimizer=scale * (zero.update if zero else _optimizer(job, device, params)),
+        gathers=scale * job.num_micro_batches * sum(zero.gathers) if zero else 0.0,
+        jitter=scale * makespan * _jitter(job, device) if zero else 0.0,
     )
+
+
+def _jitter(job: Job, device: Device) -> float:
+    """Return by which part of a step the slowest of the ranks that wait for each other is slower
+    than the others: the largest of n draws from a normal distribution."""
+    ranks = job.layout.dp * job.layout.cp
+    return device.jitter * math.sqrt(2 * math.log(ranks)) if ranks > 1 else 0.0
 
 
 def stage_costs(job: Job, device: Device) -> list[Costs]:
     """Return the time of each stage's actions on a micro-batch [s]."""
-    share, network = job.share, job.network
-    windows = Counter(_windows(network))
-    layer = [[n * time for time in _timed(job, device, layer_pass(network, share, window))] for window, n in windows.items()]
-    average = [sum(times) / windows.total() for times in zip(*layer, strict=True)]
-    embedding = _timed(job, device, embedding_pass(network, share), recomputes=False)
-    head = _timed(job, device, head_pass(network, share), recomputes=False)
+    embedding, layer, head = _blocks(job, device)
+    zero = ZeroStep(job.zero, device) if job.zero else None
     costs = []
     for stage, layers in enumerate(job.stages):
-        parts = [[layers * time for time in average]]
+        parts = [[layers * time for time in layer]]
         parts += [embedding] * (stage == 0) + [head] * (stage == len(job.stages) - 1)
         forward, input_grad, weight_grad = (sum(times) for times in zip(*parts, strict=True))
+        if zero:
+            own = zero.with_share(_weights_of(job, stage) / job.layout.tp)
+            forward += own.forward(forward)
+            weight_grad += own.backward(input_grad + weight_grad)
         costs.append(Costs(forward=forward, input_grad=input_grad, weight_grad=weight_grad))
     return costs
 
 
-def _windows(network: TransformerConfig) -> Sequence[int | None]:
-    return network.windows or (None,)
+def _blocks(job: Job, device: Device) -> list[list[float]]:
+    """Return the times of the embedding, of a layer on average, and of the head."""
+    embedding, layers, head = _passes(job)
+    average = [0.0] * 3
+    for one, count in layers:
+        times = _timed(job, device, one)
+        average = [sofar + count / job.network.num_layers * time for sofar, time in zip(average, times, strict=True)]
+    return [_timed(job, device, embedding, recomputes=False), average, _timed(job, device, head, recomputes=False)]
+
+
+def _passes(job: Job) -> tuple[Pass, list[tuple[Pass, int]], Pass]:
+    """Return the work of the embedding, of each kind of layer with the number of these, and of the
+    head."""
+    share, network = job.share, job.network
+    if job.kernels is not None:
+        windows = Counter(network.windows or (None,) * network.num_layers)
+        layers = [(counted_layer(network, share, window), count) for window, count in windows.items()]
+        return counted_embedding(network, share), layers, counted_head(network, share)
+    kinds = Counter((window, index >= network.encoder_layers > 0) for index, window in enumerate(network.windows))
+    layers = [
+        (our_layers.layer_pass(network, share, window, crosses=crosses), count) for (window, crosses), count in kinds.items()
+    ]
+    return our_layers.embedding_pass(network, share), layers, our_layers.head_pass(network, share)
 
 
 def _timed(job: Job, device: Device, work: Pass, *, recomputes: bool = True) -> list[float]:
     """Return the seconds of forward, of the gradients of inputs, and of those of weights."""
-    peak, summed = device.peaks[job.dtype], _sum_s(job, device)
-    forward = work_s(work.forward, device, peak, job.itemsize, len(work.forward.sums) * summed)
-    backward = work_s(work.backward, device, peak, job.itemsize, len(work.backward.sums) * summed)
+    peak, summed = device.peaks.get(job.dtype) or max(device.peaks.values()), _sum_s(job, device)
+    computed = partial(work_s, device=device, peak=peak, itemsize=job.itemsize, dtype=job.dtype)
+    forward = computed(work.forward, communication=len(work.forward.sums) * summed)
+    backward = _backward_s(job, device, work, computed, len(work.backward.sums) * summed)
     if recomputes and job.recompute == "full":
         backward += forward
     elif recomputes and job.recompute == "selective":
-        backward += work_s(work.core, device, peak, job.itemsize)
+        backward += computed(work.core)
     return [forward, 2 * backward / 3, backward / 3]
+
+
+def _backward_s(job: Job, device: Device, work: Pass, computed: Callable[..., float], summed: float) -> float:
+    """Return the seconds of a backward.
+
+    With sequence parallelism our row-parallel layers gather their gradient, and our column-parallel
+    ones their inputs again: half of a sum each. What column-parallel layers communicate can run
+    beside their products.
+    """
+    if job.kernels is not None or not summed:
+        return computed(work.backward, communication=summed)
+    alone = 0.5 * summed * job.divides_tokens
+    if job.overlaps_sums and device.asynchronous:
+        return longer(computed(work.backward), summed) + alone
+    return computed(work.backward, communication=summed + alone)
 
 
 def _sum_s(job: Job, device: Device) -> float:
@@ -170,6 +242,8 @@ def _makespan(job: Job, costs: tuple[Costs, ...], latency: float) -> float:
     ranks, count = job.layout.pp, job.num_micro_batches
     if ranks == 1:
         return count * sum(cost.forward + cost.input_grad + cost.weight_grad for cost in costs)
+    if job.table is not None:
+        return Flow.of(job.table).makespan(costs, latency)
     short, long = SIMULATED_ROUNDS * ranks, (SIMULATED_ROUNDS + 1) * ranks
     if count <= long:
         return _simulated(job.schedule, ranks, job.virtual_stages, count, costs, latency)
@@ -180,21 +254,25 @@ def _makespan(job: Job, costs: tuple[Costs, ...], latency: float) -> float:
 
 @lru_cache(maxsize=4096)
 def _simulated(schedule: str, ranks: int, virtual_stages: int, count: int, costs: tuple[Costs, ...], latency: float) -> float:
-    table = build(schedule, ranks=ranks, virtual_stages=virtual_stages, num_micro_batches=count)
-    return simulate(table, costs, latency=latency).makespan
+    return _flow(schedule, ranks, virtual_stages, count).makespan(costs, latency)
+
+
+@lru_cache(maxsize=128)
+def _flow(schedule: str, ranks: int, virtual_stages: int, count: int) -> Flow:
+    return Flow.of(build(schedule, ranks=ranks, virtual_stages=virtual_stages, num_micro_batches=count))
 
 
 def _largest_share(job: Job) -> float:
     """Return the parameters of the rank that has the most."""
-    layers = job.stages
-    largest = 0.0
-    for rank in range(job.layout.pp):
-        blocks: list[Block] = []
-        for stage in range(rank, len(layers), job.layout.pp):
-            blocks += [Block("layer", index) for index in range(layers[stage])]
-            blocks += [Block("embedding")] * (stage == 0) + [Block("head")] * (stage == len(layers) - 1)
-        largest = max(largest, count_parameters(job.network, blocks) / job.layout.tp)
-    return largest
+    ranks = (range(rank, len(job.stages), job.layout.pp) for rank in range(job.layout.pp))
+    return max(sum(_weights_of(job, stage) for stage in stages) for stages in ranks) / job.layout.tp
+
+
+def _weights_of(job: Job, stage: int) -> float:
+    """Return the parameters of a stage, over all tensor ranks."""
+    blocks = [Block("layer", index) for index in range(job.stages[stage])]
+    blocks += [Block("embedding")] * (stage == 0) + [Block("head")] * (stage == len(job.stages) - 1)
+    return count_parameters(job.network, blocks)
 
 
 def _reduction(job: Job, device: Device, params: float) -> float:

@@ -14,6 +14,7 @@ from trainer.model.config import TransformerConfig
 from trainer.planner.devices import Device, device, device_named_by_driver
 from trainer.planner.items import Place
 from trainer.planner.prediction import MEMORY_BAND, Prediction
+from trainer.planner.search.remedies import remedies
 from trainer.recipe import ResolvedRecipe
 
 GIB = 1 << 30
@@ -63,12 +64,12 @@ def require_fit(resolved: ResolvedRecipe, network: TransformerConfig, prediction
     """Raise RecipeError where the plan is beyond its device by more than it errs: the verdict, and
     what would make it fit."""
     if prediction.fits is False:
-        raise RecipeError([verdict(prediction), *remedies(resolved, network, prediction)])
+        raise RecipeError([verdict(prediction), *ways_to_fit(resolved, network, prediction)])
 
 
-def remedies(resolved: ResolvedRecipe, network: TransformerConfig, prediction: Prediction) -> list[str]:
+def ways_to_fit(resolved: ResolvedRecipe, network: TransformerConfig, prediction: Prediction) -> list[str]:
     """Return a line for each of the cheapest changes with which a plan fits that does not."""
-    return []
+    return [f"would fit: {remedy.line}" for remedy in remedies(resolved, network, prediction)]
 
 
 def _gpu(environment: Mapping[str, str]) -> Device | None:

@@ -33,7 +33,8 @@ def layers_by_cost(recipe: Recipe, network: TransformerConfig) -> list[int]:
     return [*_divided(tuple(cost_of_blocks(recipe, network)), tuple(rank_of_stage(recipe.parallel)))]
 
 
-@lru_cache(maxsize=1024)  # a plan asks for the same division several times, a search for each of many
+# A plan asks for a division several times, a search for each of many.
+@lru_cache(maxsize=1024)
 def _divided(costs: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[int, ...]:
     embedding, *layers, head = costs
     layers[0] += embedding

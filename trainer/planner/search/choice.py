@@ -79,6 +79,11 @@ class Choice:
         """Return the fields in which two choices differ."""
         return [field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
 
+    def changed_keys(self, other: Choice) -> dict[str, object]:
+        """Return the keys of a recipe in which this choice differs from another, with its
+        values."""
+        return {KEYS[name]: getattr(self, name) for name in self.differing(other)}
+
     def recipe(self, base: Recipe) -> Recipe:
         """Return the recipe with this choice. It is not validated: `settings` are."""
         return base.model_copy(

@@ -7,79 +7,65 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.planner.devices import Device
-from trainer.planner.items import Place
-from trainer.planner.prediction import MEMORY_BAND, Prediction, predict
+from trainer.planner.prediction import MEMORY_BAND, predict, with_format_of
 from trainer.planner.search.choice import Choice
+from trainer.planner.search.near import Near, neighbours
+from trainer.planner.search.planned import Planned
+from trainer.planner.search.reasons import Reason, reason
 from trainer.planner.search.rough import Rough, Roughly
-from trainer.planner.search.space import Space, admitted
-from trainer.planner.step_time import StepTime
+from trainer.planner.search.space import Space, admits
 from trainer.recipe import ResolvedRecipe
 
 T = TypeVar("T")
 # The rough time of a layout is this close to its plan's, so that one that is slower by more than it
 # cannot be the best; the rough memory is off by more where stages are uneven.
-CLOSE_S, CLOSE_BYTES = 0.02, 0.15
+CLOSE_S, CLOSE_BYTES = 0.02, 0.08
 MOST_PLANNED = 96  # layouts that are planned while the best is sought
 RANKED = 10  # meshes in the ranking
 EACH_MESH = 3  # layouts of a mesh that are planned for the ranking
 ON_FRONT = 24  # rough steps of the front that are planned
+SLOWEST = 2.0  # times the best's time, beyond which the front is of no use
 WHOLE = 256  # spaces of so few layouts are planned whole
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A layout with its plan."""
+class Neighbour(NamedTuple):
+    """A neighbour of the best layout, that differs in a key, and in what must change along."""
 
-    choice: Choice
-    prediction: Prediction
-
-    @property
-    def time(self) -> StepTime:
-        assert self.prediction.time is not None, "layouts are searched for a device"
-        return self.prediction.time
-
-    @property
-    def seconds(self) -> float:
-        return self.time.total
-
-    @property
-    def num_bytes(self) -> int:
-        """The bytes that the fullest rank needs of its device."""
-        return self.prediction.device_bytes
-
-    @property
-    def host_bytes(self) -> int:
-        return max(rank.peak(Place.HOST) for rank in self.prediction.ranks)
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.prediction.batch.tokens_per_step / self.seconds
+    key: str
+    near: Near
+    planned: Planned
+    reason: Reason
 
 
 @dataclass
 class Search:
-    """A search for the best layout of a recipe on so many devices of one kind."""
+    """A search for the best layout of a recipe on so many devices of one kind. RecipeError if its
+    sheet has no rate for the recipe's compute format."""
 
     resolved: ResolvedRecipe
     network: TransformerConfig
     world_size: int
     device: Device
+    most_planned: int = MOST_PLANNED
     _planned: dict[Choice, Planned | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        with_format_of(self.resolved.recipe, self.device)
 
     @cached_property
     def space(self) -> Space:
-        return Space(self.resolved, self.network, self.world_size)
+        return Space(self.resolved, self.network, self.world_size, self.device)
 
     @cached_property
     def rough(self) -> list[Rough]:
         """The layouts that may fit, the fastest first."""
         most = (1 + CLOSE_BYTES) * self._limit
-        found = [one for one in Roughly(self.space, self.device, most) if one.num_bytes <= most]
+        found = [one for one in Roughly(self.space, self.device, most).of(self.space.passes) if one.num_bytes <= most]
         return sorted(found, key=lambda one: (one.seconds, one.num_bytes))
 
     @property
@@ -95,7 +81,7 @@ class Search:
         return self._planned[choice]
 
     def _plan(self, choice: Choice) -> Planned | None:
-        if admitted(self.resolved, self.network, choice, self.world_size) is None:
+        if not admits(self.space, choice):
             return None
         try:
             recipe = choice.recipe(self.space.base)
@@ -114,25 +100,53 @@ class Search:
     def planned(self) -> list[Planned]:
         """Return all layouts that have been planned and fit, or may fit, the best first."""
         fit = (one for one in self._planned.values() if one is not None and one.prediction.fits is not False)
-        return sorted(fit, key=_order)
+        return sorted(fit, key=lambda one: one.order)
 
     # ------------------------------------------------------------------------ results
 
     @cached_property
     def best(self) -> Planned | None:
-        """The fastest layout that surely fits; without one, the fastest that may fit."""
+        """The fastest layout that surely fits; without one, the fastest that may fit. No neighbour
+        of it is better."""
+        best = self._first_best()
+        while best is not None:
+            near = [one.choice for ones in neighbours(self.space, best.choice).values() for one in ones]
+            better = min(self.fitting(near), key=lambda one: one.order, default=best)
+            if better.order >= best.order:
+                break
+            best = better
+        return best
+
+    @cached_property
+    def own(self) -> Planned | None:
+        """The recipe as it is; None if it cannot run on so many devices."""
+        return self.plan(Choice.of(self.resolved.recipe))
+
+    def _first_best(self) -> Planned | None:
+        """Return the best of the layouts whose rough time is close to the best's."""
         if len(self.rough) <= WHOLE:
-            return min(self.fitting(one.choice for one in self.rough), key=_order, default=None)
+            return min(self.fitting(one.choice for one in self.rough), key=lambda one: one.order, default=None)
         best: Planned | None = None
-        tries = 0
-        for one in self.rough:
-            sure = best is not None and best.prediction.fits
-            if best is not None and sure and (one.seconds * (1 - CLOSE_S) > best.seconds or tries >= MOST_PLANNED):
+        for tries, one in enumerate(self.rough):
+            sure = best is not None and best.prediction.fits is True
+            if best is not None and sure and (one.seconds * (1 - CLOSE_S) > best.seconds or tries >= self.most_planned):
                 break
             for planned in self.fitting([one.choice]):
-                best = min(filter(None, (best, planned)), key=_order)
-            tries += 1
+                best = planned if best is None else min(best, planned, key=lambda one: one.order)
         return best
+
+    @cached_property
+    def neighbours(self) -> list[Neighbour]:
+        """The neighbours of the best layout, each with the reason why it loses."""
+        if self.best is None:
+            return []
+        found = []
+        for key, ones in neighbours(self.space, self.best.choice).items():
+            for near in ones:
+                planned = self.plan(near.choice)
+                if planned is not None:
+                    found.append(Neighbour(key, near, planned, reason(self.best, planned)))
+        return found
 
     @cached_property
     def ranked(self) -> list[Planned]:
@@ -156,18 +170,16 @@ class Search:
 
     @cached_property
     def front(self) -> list[Planned]:
-        """The layouts of which none is both faster and smaller, from the fastest to the smallest."""
+        """The layouts than which none is both faster and smaller, the fastest first."""
         if self.best is None:
             return []
-        rough = [*_front(self.rough, lambda one: one.num_bytes)]
+        most = SLOWEST * self.best.seconds
+        rough = [*_front([one for one in self.rough if one.seconds <= most], lambda one: one.num_bytes)]
         step = max(1, len(rough) // ON_FRONT)
         for _ in self.fitting(one.choice for one in [*rough[::step], *rough[-1:]]):
             pass
-        return [*_front(self.planned, lambda one: one.num_bytes)]
-
-
-def _order(planned: Planned) -> tuple[bool, float, int]:
-    return planned.prediction.fits is not True, planned.seconds, planned.num_bytes
+        bearable = sorted((one for one in self.planned if one.seconds <= most), key=lambda one: one.seconds)
+        return [*_front(bearable, lambda one: one.num_bytes)]
 
 
 def _front(sorted_by_time: Sequence[T], size: Callable[[T], float]) -> Iterator[T]:

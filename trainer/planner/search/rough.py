@@ -8,13 +8,12 @@ in flight, and the idle time of a schedule whose stages are alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
 from parallel.schedules import SCHEDULES
-from parallel.simulator import Costs
 from parallel.topology import Layout
 from trainer.engine.tiling import Tiling
 from trainer.model.blocks import Block, blocks_of
@@ -90,8 +89,9 @@ class Roughly:
     _states: dict[object, list[Held]] = field(default_factory=dict)
     _beside: dict[object, float] = field(default_factory=dict)
 
-    def __iter__(self) -> Iterator[Rough]:
-        for passes in self.space.passes:
+    def of(self, ways: Iterable[Passes]) -> Iterator[Rough]:
+        """Yield the figures of the layouts that compute micro-batches in these ways."""
+        for passes in ways:
             pipelines = self.space.pipelines(passes)
             for schedule, virtual in pipelines:
                 pipeline_s = self._pipeline(passes, schedule, virtual)
@@ -146,7 +146,11 @@ class Roughly:
             job = self._job(passes, States(0, "none", "none"), pipeline=1)
             layers = self.space.network.num_layers
             costs = stage_costs(replace(job, layout=Layout(pp=3, tp=passes.mesh.tensor), balance=(1, layers, 1)), self.device)
-            self._seconds[key] = tuple(_blocks([getattr(cost, name) for cost in costs], layers) for name in _PASSES)  # type: ignore[assignment]
+            self._seconds[key] = (
+                _blocks([cost.forward for cost in costs], layers),
+                _blocks([cost.input_grad for cost in costs], layers),
+                _blocks([cost.weight_grad for cost in costs], layers),
+            )
         return self._seconds[key]
 
     def _beside_passes(self, passes: Passes, states: States) -> float:
@@ -251,14 +255,13 @@ class Roughly:
 
     @cached_property
     def _reserve(self) -> float:
-        """What the allocator reserves, as a share of what is allocated."""
+        """The share of what is allocated that the allocator reserves."""
         none, much = (sum(item.num_bytes for item in of_device(Layout(), size)) for size in (0, 1 << 40))
         return (much - none) / (1 << 40)
 
 
 # Schedules that run all forwards of a stage before its first backward.
 BREADTH_FIRST = frozenset(("gpipe", "looped_bfs"))
-_PASSES = [name for name in Costs.__dataclass_fields__]
 
 
 def in_flight(schedule: str, ranks: int, virtual: int, count: int, rank: int) -> int:

@@ -1,7 +1,7 @@
 """The layouts of a recipe on a number of devices that its rules allow. No torch.
 
 The rules are those of `trainer/recipe/`, asked once for each group of keys that they compare. What
-a search shows has passed all of them as a recipe again (`admitted`).
+a search shows has passed all of them as a recipe again (`admits`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from parallel.schedules import SCHEDULES
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
+from trainer.planner.devices import Device
+from trainer.planner.prediction import with_format_of
 from trainer.planner.search.choice import OF_ONE_STAGE, Choice, Offload, Recompute
 from trainer.recipe import ResolvedRecipe, load_changed
 from trainer.recipe.batch_plan import BatchPlan, divisors
@@ -76,17 +78,17 @@ class Passes(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """The layouts of a recipe with its global batch on a number of devices."""
+    """The layouts of a recipe with its global batch on a number of devices of one kind."""
 
     resolved: ResolvedRecipe
     network: TransformerConfig
     world_size: int
+    device: Device
 
     @cached_property
     def base(self) -> Recipe:
         """The recipe in the compute format that is planned for."""
-        recipe = self.resolved.recipe
-        return recipe if recipe.precision.dtype is not None else recipe.with_format("bf16")
+        return with_format_of(self.resolved.recipe, self.device)
 
     @cached_property
     def plain(self) -> Choice:
@@ -225,7 +227,7 @@ class Space:
 
     @cached_property
     def _may_split(self) -> list[bool]:
-        """Whether a schedule may split the backward, by ZeRO stage."""
+        """The answers, by ZeRO stage, to whether a schedule may split the backward."""
         name = next(name for name, schedule in SCHEDULES.items() if schedule.splits_backward and not schedule.v_shaped)
         choices = (replace(self.plain, pipeline=2, schedule=name, zero_stage=stage) for stage in ZERO_STAGES)
         return [
@@ -234,15 +236,14 @@ class Space:
         ]
 
 
-def admitted(resolved: ResolvedRecipe, network: TransformerConfig, choice: Choice, world_size: int) -> ResolvedRecipe | None:
-    """Return the recipe with a choice as `check` resolves it for so many ranks; None if it
-    refuses."""
+def admits(space: Space, choice: Choice) -> bool:
+    """Return whether `check` accepts the recipe with a choice for so many ranks."""
     try:
-        found = load_changed(resolved, choice.settings(resolved))
-        recipe = found.recipe if found.recipe.precision.dtype is not None else found.recipe.with_format("bf16")
-        plan = BatchPlan.from_recipe(recipe, world_size, "the search")
+        found = load_changed(space.resolved, choice.settings(space.resolved))
+        recipe = with_format_of(found.recipe, space.device)
+        plan = BatchPlan.from_recipe(recipe, space.world_size, "--gpus")
         check_micro_batches(recipe, plan)
-        deepspeed_config(recipe, plan, largest_weight=network.largest_weight)
+        deepspeed_config(recipe, plan, largest_weight=space.network.largest_weight)
     except RecipeError:
-        return None
-    return found
+        return False
+    return True

@@ -1,0 +1,60 @@
+"""The plan in three lines: whether it fits, the memory of a rank, the time of a step. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.model.config import TransformerConfig
+from trainer.planner.explain import Explanation, explain
+from trainer.planner.items import Place
+from trainer.planner.prediction import Prediction
+from trainer.planner.verdict import verdict
+from trainer.schema import Recipe
+
+GIB = 1 << 30
+SHOWN = 8  # ranks of the pipeline whose memory is shown each
+
+
+def summary(recipe: Recipe, network: TransformerConfig, prediction: Prediction) -> Iterator[str]:
+    """Yield the three lines; of an unknown device the memory alone."""
+    ranks = [rank.peak(Place.DEVICE) / GIB for rank in prediction.ranks]
+    if prediction.device is None:
+        yield f"{_memory(ranks)}; no device is known, which --device or a site's file names: no verdict and no time"
+        return
+    yield verdict(prediction)
+    yield _memory(ranks)
+    yield _time(explain(recipe, network, prediction))
+
+
+def facts(recipe: Recipe, network: TransformerConfig, prediction: Prediction) -> dict[str, Any]:
+    """Return what the lines say, for programs: bytes and seconds."""
+    explained = explain(recipe, network, prediction)
+    return {
+        "device": None if prediction.device is None else prediction.device.name,
+        "fits": prediction.fits,
+        "rank_bytes": [rank.peak(Place.DEVICE) for rank in prediction.ranks],
+        "step_s": explained.step_s,
+        "band": explained.band,
+        "mfu": explained.mfu,
+    }
+
+
+def _memory(ranks: list[float]) -> str:
+    if len(ranks) == 1:
+        return f"memory: {ranks[0]:,.2f} GiB on every rank"
+    if len(ranks) <= SHOWN:
+        return f"memory: {', '.join(f'{one:,.2f}' for one in ranks)} GiB on the ranks of the pipeline"
+    return f"memory: {min(ranks):,.2f} to {max(ranks):,.2f} GiB on the {len(ranks)} ranks of the pipeline"
+
+
+def _time(explained: Explanation) -> str:
+    assert explained.step_s is not None
+    assert explained.band is not None
+    rate = f"{explained.tokens_per_step / explained.step_s:,.0f} tokens in a second"
+    return f"time: {seconds(explained.step_s)} for a step ± {explained.band:.0%}; {rate}; MFU {explained.mfu:.0%}"
+
+
+def seconds(value: float) -> str:
+    """Return a duration with three digits."""
+    return f"{value:,.3g} s" if value >= 1 else f"{1e3 * value:,.3g} ms"
