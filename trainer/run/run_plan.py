@@ -52,10 +52,6 @@ class RunPlan:
         return self.ranks[self.place]
 
     @property
-    def device_name(self) -> str:
-        return self.prediction.device.name if self.prediction.device else "a device without a sheet"
-
-    @property
     def fullest(self) -> RankMemory:
         return max(self.ranks, key=self.device_bytes)
 
