@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,8 @@ from typing import Any
 
 from trainer.commands.network import known_network
 from trainer.errors import UserError
+from trainer.files.paths import here_sheet
+from trainer.files.reading import read_json
 from trainer.launch.ports import held_port
 from trainer.planner.devices import HERE, Device, device
 from trainer.planner.items import Place
@@ -243,26 +244,41 @@ def probed_s() -> float:
 # ---------------------------------------------------------------------------- the table
 
 
-def lines(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the table of the guide."""
+def lines_of(path: Path) -> list[str]:
+    """Return the guide's tables of a file that this tool has written; [] if it is not there."""
+    if not path.exists():
+        return []
+    told = read_json(path)
+    return [*lines([Row(**row) for row in told["rows"]], told["machine"]), ""]
+
+
+def lines(rows: Sequence[Row], machine: str) -> Iterator[str]:
+    """Yield the tables of the guide."""
     yield "| recipe | ranks | step predicted [ms] | measured [ms] | error | memory predicted [MiB] | measured [MiB] | error |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
         steps = f"{1e3 * row.predicted_s:.0f} | {1e3 * row.measured_s:.0f} | {_signed(row.error)}"
         memory = f"{row.predicted_bytes / 2**20:.0f} | {row.measured_bytes / 2**20:.0f} | {_signed(row.memory_error)}"
         yield f"| {row.name} | {row.ranks} | {steps} | {memory} |"
-    for what, errors in (("step", [row.error for row in rows]), ("memory", [row.memory_error for row in rows])):
+    yield ""
+    yield f"| on {machine} | mean error | largest | signed |"
+    yield "|---|---|---|---|"
+    for what, errors in (
+        ("time of a step", [row.error for row in rows]),
+        ("host memory of a rank", [row.memory_error for row in rows]),
+    ):
         sizes = [abs(error) for error in errors]
-        yield f"| {what}: mean {statistics.mean(sizes):.1%}, largest {max(sizes):.1%}, signed {_signed(statistics.mean(errors))} |"
+        yield f"| {what} | {statistics.mean(sizes):.1%} | {max(sizes):.1%} | {_signed(statistics.mean(errors))} |"
 
 
 def _signed(share: float) -> str:
     return f"{share:+.1%}".replace("-", "−")
 
 
-def rows_of(path: Path) -> list[Row]:
-    """Return the rows of a file that this tool has written."""
-    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+def _machine() -> str:
+    """Return the machine that was measured, as its sheet names it."""
+    measured = read_json(here_sheet(os.environ))["measured"]["machine"]
+    return f"{measured['device']}, {measured['host_cores']} cores, torch {measured['torch']}"
 
 
 def main() -> int:
@@ -287,14 +303,10 @@ def main() -> int:
             rows.append(validated(case, on, Path(folder), 6 if arguments.quick else STEPS))
         row = rows[-1]
         print(f"{row.name}: {row.predicted_s:.3f} s, measured {row.measured_s:.3f} s, {row.error:+.1%}", file=sys.stderr)
-    print("\n".join(lines(rows)))
+    print("\n".join(lines(rows, _machine())))
     if arguments.json:
-        machine = {
-            "machine": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "rows": [asdict(row) for row in rows],
-        }
-        arguments.json.write_text(json.dumps(machine, indent=1) + "\n", encoding="utf-8")
+        told = {"machine": _machine(), "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

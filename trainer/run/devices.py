@@ -10,9 +10,8 @@ import sys
 import torch
 
 from parallel.topology import Layout
-from trainer.files.paths import here_sheet
 from trainer.launch.ranks import Place
-from trainer.planner.devices import Device, device, device_named_by_driver
+from trainer.planner.devices import Device, device_named_by_driver, measured_here
 from trainer.run.memory_check import Machine, host_bytes
 
 
@@ -29,7 +28,7 @@ def sheet_of(place: Place) -> Device | None:
     measured; None where there are none."""
     if place.device.type == "cuda":
         return device_named_by_driver(torch.cuda.get_device_name(place.device), _gpu_bytes(place))
-    return device("here") if here_sheet(os.environ).is_file() else None
+    return measured_here(os.environ)
 
 
 def devices_of(place: Place) -> str:
