@@ -355,12 +355,13 @@ def test_what_does_not_fit_the_sites_device_is_refused(tmp_path: Path, capsys: p
     assert main(words) == 78
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("triaxis: error: does not fit: ")
-    assert said[-1] == "triaxis: error: --anyway submits it all the same"
+    assert said[-1] == "triaxis: error: --no-plan-check submits it all the same"
     assert not (tmp_path / "run").exists()
 
-    assert main([*words, "--anyway"]) == 0
+    assert main([*words, "--no-plan-check"]) == 0
     assert capsys.readouterr().err.startswith("triaxis: warning: does not fit: ")
-    assert (tmp_path / "run" / "job.sbatch").exists()
+    (line,) = [line for line in (tmp_path / "run" / "job.sbatch").read_text().splitlines() if " -m trainer train " in line]
+    assert " --no-plan-check " in line
 
 
 def test_a_layout_that_is_beaten_by_far_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from parallel.simulator import simulate
 from tools import validate_planner
 from tools.published import comparison, regret
 from tools.published.comparison import FOLDER, Accuracy, Compared, Table, ranks, sweeps
+from tools.published.pipeline import zb_h2
 from tools.validate_planner import BEGIN, BUBBLES, END, GUIDE, MEMORY, TIME, accuracy, compared, guide_with, tables
 
 # Mean and largest error that a table of times may have: the goals of the planner where it reaches
@@ -56,6 +58,13 @@ def test_bubble_rates_are_those_that_were_printed() -> None:
     assert found is not None
     assert found.rows == 36
     assert found.largest <= 1e-4
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_zb_h2_has_no_bubble_between_equal_actions(ranks: int) -> None:
+    """Each rank works without a pause from its first step to its last (the paper, section 2.2)."""
+    for spans in simulate(zb_h2(ranks, 4 * ranks)).spans:
+        assert spans[-1].end - spans[0].start == 3 * 4 * ranks
 
 
 def test_the_planners_pick_is_near_the_best_measured_layout() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 from tools.published.comparison import Compared, rows_of
-from trainer.planner.devices import device
+from trainer.planner.devices import listed
 
 # The names of the source for devices that have a sheet.
 SHEETS = {
@@ -33,19 +33,19 @@ def rows(folder: Path) -> Iterator[tuple[str, Compared]]:
     for row in rows_of(folder, "hardware_reference"):
         name = SHEETS.get(row["device"])
         if row["kind"] == "max achievable matmul" and name:
-            on, peak = device(name), float(row["peak_tflops"]) * 1e12
+            on, peak = listed(name), float(row["peak_tflops"]) * 1e12
             yield "matmul peak", Compared(what=f"{name} {row['dtype']}", published=peak, ours=on.peaks[row["dtype"]])
             if row["dtype"] == "bf16":
                 reached = float(row["mamf_tflops"]) * 1e12
                 yield "matmul reached", Compared(what=name, published=reached, ours=on.peaks["bf16"] * on.matmul_share)
         elif row["kind"] == "memory" and name:
-            on = device(name)
+            on = listed(name)
             rate = float(row["mem_bandwidth_tb_s"]) * 1e12
             yield "memory bandwidth", Compared(what=name, published=rate, ours=on.bandwidth)
         elif row["kind"] == "interconnect uni-directional":
             for sheet in LINKS.get(row["device"], ()):
                 published = float(row["uni_gb_s"]) * 1e9
-                yield "link inside a node", Compared(what=sheet, published=published, ours=device(sheet).inside.rate)
+                yield "link inside a node", Compared(what=sheet, published=published, ours=listed(sheet).inside.rate)
 
 
 def lines(folder: Path) -> Iterator[str]:

@@ -3,18 +3,20 @@ schedules, simulator and step times.
 
 Their bubble rate is (cost - m (F + B + W)) / cost, where cost is the time of the whole schedule
 with every stage as long as a middle one, and a result reaches the next rank T_comm after it is
-there. Each of their schedules is one of ours, or has no name here: ZB-H2 and ZB-2p run with twice
-the memory. ZB-1p is the best order that a search finds in 1F1B's memory; at these durations it is
-as good as ZB-H1.
+there. 1F1B, its interleaved form, ZB-H1 and ZB-V are ours. ZB-H2, which is not, is written out here.
+ZB-1p and ZB-2p are the best orders that a search finds in 1F1B's memory and in twice that: at these
+durations the first is as good as ZB-H1, and the second has no rows here.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from parallel.schedule_table import Action, Kind, ScheduleTable
 from parallel.schedules import build
 from parallel.simulator import Costs, simulate
 from parallel.topology import Layout
@@ -31,6 +33,7 @@ OURS = {
     "ZB-1p": "interleaved_zero_bubble",
     "ZB-V": "zbv",
 }
+H2 = "ZB-H2"
 # Their nodes of eight are joined by RoCE at an unknown rate; T_comm is that of one message.
 ROCE = replace(A100_80, outside=Link(rate=25e9, latency=25e-6, share=0.85))
 SYMBOLS = 50304
@@ -51,7 +54,7 @@ class Point(NamedTuple):
         chunks = int(row["vpp_chunks"])
         forward, input_grad, weight_grad = (float(row[key]) / chunks for key in ("T_F_ms", "T_B_ms", "T_W_ms"))
         return cls(
-            OURS[row["schedule"]],
+            row["schedule"],
             int(row["pp"]),
             chunks,
             int(row["num_microbatches"]),
@@ -60,12 +63,37 @@ class Point(NamedTuple):
         )
 
     @property
+    def table(self) -> ScheduleTable:
+        if self.schedule == H2:
+            return zb_h2(self.ranks, self.micro_batches)
+        named, stages = OURS[self.schedule], self.virtual_stages
+        return build(named, ranks=self.ranks, virtual_stages=stages, num_micro_batches=self.micro_batches)
+
+    @property
     def bubble_rate(self) -> float:
-        table = build(self.schedule, ranks=self.ranks, virtual_stages=self.virtual_stages, num_micro_batches=self.micro_batches)
         costs = self.costs
         whole = self.virtual_stages * self.micro_batches * (costs.forward + costs.input_grad + costs.weight_grad)
-        cost = simulate(table, costs, latency=self.latency).makespan
+        cost = simulate(self.table, costs, latency=self.latency).makespan
         return (cost - whole) / cost
+
+
+def zb_h2(ranks: int, micro_batches: int) -> ScheduleTable:
+    """Return ZB-H2 (the paper, section 2.2): so many forwards run ahead that the last rank's are
+    never late, and as many weight gradients are put off as fill the end."""
+    steps = []
+    for rank in range(ranks):
+        ahead = min(2 * (ranks - rank) - 1, micro_batches)
+        forwards = deque(range(ahead, micro_batches))
+        order = [Action(rank, Kind.FORWARD, number) for number in range(ahead)]
+        for number in range(micro_batches):
+            order.append(Action(rank, Kind.INPUT_GRAD, number))
+            if number >= 2 * rank:
+                order.append(Action(rank, Kind.WEIGHT_GRAD, number - 2 * rank))
+            if forwards:
+                order.append(Action(rank, Kind.FORWARD, forwards.popleft()))
+        order += [Action(rank, Kind.WEIGHT_GRAD, n) for n in range(max(0, micro_batches - 2 * rank), micro_batches)]
+        steps.append(tuple(order))
+    return ScheduleTable(tuple(steps))
 
 
 def rows(folder: Path) -> list[Row]:
@@ -74,7 +102,9 @@ def rows(folder: Path) -> list[Row]:
 
 def bubble_rates(folder: Path) -> Iterator[Compared]:
     """Yield the share of the schedule's time that is idle."""
-    for row in rows(folder):
+    for row in rows_of(folder, "zero_bubble_schedules_half"):
+        if row["schedule"] not in (*OURS, H2):
+            continue
         yield Compared(what=_what(row), published=float(row["bubble_rate"]), ours=Point.of(row).bubble_rate)
 
 

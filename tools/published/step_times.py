@@ -16,7 +16,7 @@ from parallel.topology import Layout
 from tools.published.comparison import Compared, Reference, Row, Table, rows_of
 from trainer.model.config import TransformerConfig
 from trainer.model.hf_config import from_hf
-from trainer.planner.devices import Device, Link, device
+from trainer.planner.devices import Device, Link, listed
 from trainer.planner.operations import Kernels
 from trainer.planner.step_time import Job, stage_costs, step_time
 
@@ -170,7 +170,7 @@ def _job(row: Row, *, heads: int, micro: int, length: int, symbols: int, virtual
     )
 
 
-A100_40, A100_80, H100 = (device(name) for name in ("a100-40g", "a100-80g", "h100-80g"))
+A100_40, A100_80, H100 = (listed(name) for name in ("a100-40g", "a100-80g", "h100-80g"))
 # The nodes of Jean Zay share four Omni-Path ports of 100 Gbit/s among eight GPUs, and these runs
 # hung without CUDA_LAUNCH_BLOCKING=1 (train/tr11-176B-ml/chronicles-prequel.md of the source).
 JEAN_ZAY = replace(A100_80, outside=Link(rate=6.25e9, latency=25e-6, share=0.85), asynchronous=False)

@@ -46,19 +46,19 @@ def of_plan(
     world_size: int,
     device: Device,
     *,
-    anyway: bool,
+    refuses: bool,
     compares: bool,
 ) -> Iterator[str]:
     """Yield what the plan for the site's device says against a recipe, and, if it `compares`, which
-    layout is much faster. RecipeError if it does not fit, unless it is submitted `anyway`."""
+    layout is much faster. RecipeError if it does not fit and the check `refuses` that."""
     prediction = predict(resolved.recipe, network, world_size, device, "--nodes × --ranks-per-node")
-    if prediction.fits is False and anyway:
+    if prediction.fits is False and not refuses:
         yield f"warning: {verdict(prediction)}"
         return
     try:
         require_fit(resolved, network, prediction)
     except RecipeError as refused:
-        raise RecipeError([*refused.lines, "--anyway submits it all the same"]) from None
+        raise RecipeError([*refused.lines, "--no-plan-check submits it all the same"]) from None
     if compares:
         yield from _beaten(Search(resolved, network, world_size, device), prediction)
 

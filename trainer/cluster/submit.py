@@ -85,7 +85,7 @@ class Site(Section):
 @dataclass(frozen=True)
 class Order:
     """The request of a command line. `sweep`: the settings of each task of an array; () for a job
-    without one."""
+    without one. `plan_check`: the run does not start where its plan does not fit."""
 
     recipe: Path
     run_dir: Path
@@ -97,6 +97,7 @@ class Order:
     grace_s: int
     settings: tuple[str, ...] = ()
     sweep: tuple[tuple[str, ...], ...] = ()
+    plan_check: bool = True
 
 
 def template_names() -> list[str]:
@@ -191,6 +192,7 @@ def _values(order: Order, site: Site) -> dict[str, Any]:
         "recipe": quoted("RECIPE", order.recipe),
         "python": quoted("Python's path", sys.executable),
         "settings": _settings(order.settings),
+        "unchecked": "" if order.plan_check else "--no-plan-check ",
         "sweep": [
             {
                 "run_dir": quoted("the run folder", task_folder(order, task)),

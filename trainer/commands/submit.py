@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sweep", type=path, metavar="FILE", help="for --template array: a JSON list of KEY=VALUE on each line"
     )
     parser.add_argument("--run-dir", type=path_name, metavar="DIR", help="the run folder; default: run.dir/run.name")
-    parser.add_argument("--anyway", action="store_true", help="also what does not fit the site's device by its plan")
+    parser.add_argument(
+        "--no-plan-check", action="store_true", help="submit, and start, also what does not fit the site's device by its plan"
+    )
     parser.add_argument("--dry-run", action="store_true", help="write and print the script; submit nothing")
 
 
@@ -60,15 +62,13 @@ def run(arguments: argparse.Namespace) -> int:
         grace_s=arguments.grace,
         settings=tuple(arguments.set),
         sweep=sweep,
+        plan_check=not arguments.no_plan_check,
     )
     text = render(order, site)
     of_sweep = (load(arguments.recipe, [*arguments.set, *settings]) for settings in sweep)
     tasks = [(task, task_folder(order, number)) for number, task in enumerate(of_sweep)] or [(resolved, order.run_dir)]
     # Tasks of a sweep rarely differ in what a layout depends on: one search is enough.
-    looked = [
-        _look_before(task, order, folder, on, anyway=arguments.anyway, compares=number == 0)
-        for number, (task, folder) in enumerate(tasks)
-    ]
+    looked = [_look_before(task, order, folder, on, compares=number == 0) for number, (task, folder) in enumerate(tasks)]
     if all(done for done, _ in looked):
         say(open_console(), "\n".join(done for done, _ in looked))
         return EXIT_OK
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _look_before(
-    resolved: ResolvedRecipe, order: Order, run_dir: Path, on: Device | None, *, anyway: bool, compares: bool
+    resolved: ResolvedRecipe, order: Order, run_dir: Path, on: Device | None, *, compares: bool
 ) -> tuple[str, list[str]]:
     """Return, for one task, a line if the run has ended already (else "") and remarks."""
     from trainer.checkpoint.resume_check import Resume, finished
@@ -99,7 +99,7 @@ def _look_before(
     ranks = order.nodes * order.ranks_per_node
     divide(resolved.recipe, network, ranks, "--nodes × --ranks-per-node")
     if network is not None and on is not None and not done:
-        warnings += of_plan(resolved, network, ranks, on, anyway=anyway, compares=compares)
+        warnings += of_plan(resolved, network, ranks, on, refuses=order.plan_check, compares=compares)
     return done, [*warnings, *remarks(resolved.recipe, network, run_dir)]
 
 
