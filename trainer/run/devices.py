@@ -11,15 +11,10 @@ from contextlib import suppress
 import torch
 
 from parallel.topology import Layout
-<<<<<<< HEAD
-from trainer.launch.ranks import Place
-from trainer.planner.devices import Device, device_named_by_driver, measured_here
-=======
 from trainer.errors import UserError
 from trainer.launch.ranks import Place
 from trainer.planner.devices import Device, device_named_by_driver
 from trainer.planner.verdict import this_machine
->>>>>>> main
 from trainer.run.memory_check import Machine, host_bytes
 
 
@@ -33,19 +28,12 @@ def machine_of(place: Place, layout: Layout) -> Machine:
 
 def sheet_of(place: Place) -> Device | None:
     """Return the figures of this rank's device: those of a known card, or of a CPU that was
-<<<<<<< HEAD
-    measured; None where there are none."""
-    if place.device.type == "cuda":
-        return device_named_by_driver(torch.cuda.get_device_name(place.device), _gpu_bytes(place))
-    return measured_here(os.environ)
-=======
     measured; None where there are none, or none that can be read: no run ends for them."""
     with suppress(UserError):
         if place.device.type == "cuda":
             return device_named_by_driver(torch.cuda.get_device_name(place.device), _gpu_bytes(place))
         return this_machine({**os.environ, "DS_ACCELERATOR": "cpu"})
     return None
->>>>>>> main
 
 
 def devices_of(place: Place) -> str:
