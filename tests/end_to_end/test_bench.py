@@ -63,6 +63,24 @@ def test_two_processes_beside_ddp(tmp_path: Path) -> None:
         assert_spread(figure["speed"])
 
 
+@pytest.mark.grid
+def test_one_device_beside_the_cpu(tmp_path: Path) -> None:
+    done = run("bench_gpu.py", "--quick", "--device", "cpu", "--json", str(tmp_path / "gpu.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads((tmp_path / "gpu.json").read_text())["facts"]
+    assert {fact["part"] for fact in facts} == {"tests", "losses", "step", "attention"}
+    steps = [fact for fact in facts if fact["part"] == "step"]
+    assert [(fact["documents_a_row"], fact["zero"]["stage"]) for fact in steps] == [(1, 1), (8, 1), (1, 3)]
+    assert all(fact["tokens_per_s"] > 0 for fact in steps)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_one_line() -> None:
+    done = run("bench_gpu.py")
+    assert done.returncode == 3
+    assert "torch finds no CUDA device here" in done.stdout
+
+
 def test_an_extension_that_is_not_built_is_not_compiled_unasked(tmp_path: Path) -> None:
     done = run("bench_optimizers.py", TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert done.returncode == 3, done.stdout + done.stderr

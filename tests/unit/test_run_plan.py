@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ from trainer.exhausted import MORE_MEMORY, OutOfMemory, exhausted
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.config import TransformerConfig
 from trainer.model.hf_config import from_hf
+from trainer.planner.devices import listed
 from trainer.planner.items import Phase, Place
 from trainer.planner.memory import GLOO_BYTES, PROCESS_BYTES
 from trainer.planner.reliefs import is_legal, reliefs, with_value
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.run.memory_check import Machine, require_memory
+from trainer.run.plan_outcome import introduced, outcome
 from trainer.run.run_plan import RunPlan, explained, plan_of
 from trainer.schema import Recipe
 from trainer.stopwatch import Stopwatch
@@ -165,3 +168,23 @@ def test_the_words_of_libraries_are_known(said: str, on_device: bool) -> None:
     error = exhausted(RuntimeError(said), "backward")
     assert isinstance(error, OutOfMemory)
     assert error.on_device == on_device
+
+
+def test_the_time_of_a_step_is_planned_for_a_device_with_a_sheet() -> None:
+    recipe = recipe_of(precision={"dtype": "bf16"})
+    on = replace(listed("h100-80g"), calibration=1.5)
+    plan = plan_of(network(), recipe, 4, "a test", on_gpu=True, device=on, rank=0)
+    assert plan is not None
+    assert plan.prediction.time is not None
+    (line,) = introduced(plan)
+    assert line.startswith(f"plan: {plan.device_bytes(plan.own) / GIB:.3g} GiB ± 8% on a rank; a step takes ")
+    assert line.endswith(" on h100-80g")
+    record = outcome(plan, [(7, 5), (8, 6)], 0.25)
+    assert record["device"] == "h100-80g"
+    assert record["calibration"] == 1.5
+    assert record["predicted"] == {"memory_bytes": 8, "step_time_s": plan.prediction.time.total}
+    # A V100 has no bf16, so its sheet says nothing of a step.
+    old = plan_of(network(), recipe, 4, "a test", on_gpu=True, device=listed("v100-32g"), rank=0)
+    assert old is not None
+    assert old.prediction.time is None
+    assert list(introduced(None)) == []

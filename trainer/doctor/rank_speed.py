@@ -2,25 +2,27 @@
 same: what training is made of, by size.
 
 The fused kernel of attention, operations that make a tensor and those that change one, and the
-joining of gradients have rates of their own on a CPU, far apart.
+joining of gradients have rates of their own on a CPU, far apart. In a step each operation finds
+tensors that others have used long before; so each figure is measured over many tensors in turn,
+which no cache holds together.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.doctor.speed import ON_HOST, Figures, adam_rate, call_s, product_s, typical_s
+from trainer.doctor.speed import ON_HOST, Figures, typical_s
 from trainer.engine.execution import DTYPES
 from trainer.schema import Dtype
 
 CPU = torch.device("cpu")
-BUDGET_S = 0.12  # of one figure
+BUDGET_S = 0.1  # of one figure
 SLOW_FLOPS = 4e9  # of a format whose large products are left out: that of fp16 on most CPUs
 HEADS = 4
 ATTENTION = ((64, 64), (128, 32), (256, 64), (512, 64), (1024, 64), (512, 128))  # length, head dim
@@ -28,7 +30,12 @@ MOVED = tuple(1 << n for n in (14, 18, 21, 23, 25, 26, 27, 28))  # bytes read an
 ADAM = (100_000, 1_000_000, 8_000_000)
 FUNCTION_ELEMENTS = 1 << 18
 
+RING_BYTES = 96 << 20  # of the tensors that are used in turn
+MOST_IN_RING = 64
+LAYERS = 20  # of small operations
+
 Wait = Callable[[], object]
+Operands = list[Tensor]
 
 
 def rank_speed(ranks: int, formats: Sequence[Dtype], wait: Wait = lambda: None) -> Figures:
@@ -41,14 +48,9 @@ def rank_speed(ranks: int, formats: Sequence[Dtype], wait: Wait = lambda: None) 
         "attention": list(_attention(formats, wait)),
         "moves": list(_moves(formats, wait)),
         "functions_per_s": {dtype: _functions(dtype, wait) for dtype in formats},
-        "adam": [{"elements": n, "elements_per_s": _timed(wait, lambda n=n: adam_rate(CPU, n))} for n in ADAM],  # type: ignore[misc]
-        "call_s": call_s(CPU),
+        "adam": [{"elements": elements, "elements_per_s": _adam(elements, wait)} for elements in ADAM],
+        "call_s": _call_s(wait),
     }
-
-
-def _timed(wait: Wait, measure: Callable[[], float]) -> float:
-    wait()
-    return measure()
 
 
 def _typical_s(wait: Wait, action: Callable[[], object]) -> float:
@@ -56,14 +58,28 @@ def _typical_s(wait: Wait, action: Callable[[], object]) -> float:
     return typical_s(action, CPU, BUDGET_S)
 
 
+def _in_turn(num_bytes: float, made: Callable[[], Operands], action: Callable[[Operands], object]) -> Callable[[], object]:
+    """Return the action on one set of tensors after another. `num_bytes`: of a set."""
+    number = min(MOST_IN_RING, max(2, int(RING_BYTES // num_bytes)))
+    ring = itertools.cycle([made() for _ in range(number)])
+    return lambda: action(next(ring))
+
+
 def _products(formats: Sequence[Dtype], wait: Wait) -> Iterator[Figures]:
+    """Yield the rate of each shape in each format. Where a format is slow (fp16 on most CPUs) its
+    large shapes are left out."""
     for dtype in formats:
         slow = False
         for shape in ON_HOST:
             if slow and shape.flops > SLOW_FLOPS / 100:
                 continue
-            wait()
-            seconds = product_s(CPU, shape, dtype, BUDGET_S)
+            rows, columns, inner = shape.rows, shape.columns, shape.inner
+
+            def made(sizes: Sequence[tuple[int, int]] = ((rows, inner), (columns, inner)), dtype: Dtype = dtype) -> Operands:
+                return [torch.ones(size, dtype=DTYPES[dtype]) for size in sizes]
+
+            moved = 4 * (rows * inner + columns * inner + rows * columns)
+            seconds = _typical_s(wait, _in_turn(moved, made, lambda pair: pair[0] @ pair[1].mT))
             slow = slow or (shape.flops > 1e6 and shape.flops / seconds < SLOW_FLOPS)
             yield {"dtype": dtype, **asdict(shape), "flops_per_s": shape.flops / seconds}
 
@@ -102,18 +118,25 @@ def _moves(formats: Sequence[Dtype], wait: Wait) -> Iterator[Figures]:
     for dtype in formats:
         itemsize = torch.finfo(DTYPES[dtype]).bits // 8
         for size in MOVED:
-            a, b = (torch.ones(max(64, size // (3 * itemsize)), dtype=DTYPES[dtype]) for _ in range(2))
-            source, target = (torch.ones(max(64, size // (2 * itemsize)), dtype=DTYPES[dtype]) for _ in range(2))
-            tokens = max(1, size // (4 * itemsize * HEADS * 64))
-            parts = [torch.ones(HEADS, tokens, 64, dtype=DTYPES[dtype]).transpose(0, 1) for _ in range(2)]
-            actions: dict[str, tuple[Callable[[], Any], int]] = {
-                "fresh": (lambda a=a, b=b: a * b, 3 * a.numel()),  # type: ignore[misc]
-                "reused": (lambda s=source, t=target: t.copy_(s), 2 * source.numel()),  # type: ignore[misc]
-                "joined": (lambda p=parts: torch.cat(p, 1), 4 * parts[0].numel()),  # type: ignore[misc]
-            }
-            for kind, (action, elements) in actions.items():
-                moved = elements * itemsize
-                yield {"kind": kind, "dtype": dtype, "bytes": moved, "bytes_per_s": moved / _typical_s(wait, action)}
+            for kind, (made, action, moved) in _kinds(size // itemsize, DTYPES[dtype]).items():
+                num_bytes = moved * itemsize
+                seconds = _typical_s(wait, _in_turn(num_bytes, made, action))
+                yield {"kind": kind, "dtype": dtype, "bytes": num_bytes, "bytes_per_s": num_bytes / seconds}
+
+
+def _kinds(elements: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], Operands], Callable[[Operands], object], int]]:
+    """Return the moves of about so many elements: what makes their operands, the move, and how many
+    elements it reads and writes."""
+    third, half, tokens = elements // 3, elements // 2, max(1, elements // (4 * HEADS * 64))
+    return {
+        "fresh": (lambda: [torch.ones(third, dtype=dtype) for _ in range(2)], lambda pair: pair[0] * pair[1], 3 * third),
+        "reused": (lambda: [torch.ones(half, dtype=dtype) for _ in range(2)], lambda pair: pair[0].copy_(pair[1]), 2 * half),
+        "joined": (
+            lambda: [torch.ones(HEADS, tokens, 64, dtype=dtype).transpose(0, 1) for _ in range(2)],
+            lambda pair: torch.cat(pair, 1),
+            4 * HEADS * tokens * 64,
+        ),
+    }
 
 
 def _functions(dtype: Dtype, wait: Wait) -> float:
@@ -122,3 +145,28 @@ def _functions(dtype: Dtype, wait: Wait) -> float:
     evaluated = _typical_s(wait, lambda: functional.silu(values))
     moved = _typical_s(wait, lambda: values * 1.5)
     return FUNCTION_ELEMENTS / max(evaluated - moved, 0.1 * evaluated)
+
+
+def _adam(elements: int, wait: Wait) -> float:
+    """Return the weights that torch's fused AdamW, with fp32 states, updates in a second, in
+    tensors of so many."""
+    weights = [torch.zeros(elements, requires_grad=True) for _ in range(max(1, ADAM[-1] // elements))]
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 1e-3)
+    rule = torch.optim.AdamW(weights, fused=True)
+    return len(weights) * elements / _typical_s(wait, rule.step)
+
+
+def _call_s(wait: Wait) -> float:
+    """Return the seconds in which Python issues an operation of a module under autograd: of small
+    layers, three forward and five backward."""
+    layers = [nn.Linear(8, 8, bias=False) for _ in range(LAYERS)]
+    given = torch.zeros(4, 8, requires_grad=True)
+
+    def pass_through() -> None:
+        x = given
+        for layer in layers:
+            x = x + 2.0 * layer(x)
+        x.sum().backward()
+
+    return _typical_s(wait, pass_through) / (8 * LAYERS)

@@ -103,14 +103,14 @@ def _products(device: torch.device) -> Iterator[Figures]:
             yield {"dtype": dtype, **asdict(shape), "flops_per_s": shape.flops / seconds}
 
 
-def product_s(device: torch.device, shape: Shape, dtype: Dtype, budget_s: float = BUDGET_S) -> float:
-    """Return the seconds of a product, measured for about `budget_s`."""
+def product_s(device: torch.device, shape: Shape, dtype: Dtype) -> float:
+    """Return the seconds of a product."""
     kind = DTYPES[dtype]
     left = torch.ones(shape.count, shape.rows, shape.inner, dtype=kind, device=device)
     right = torch.ones(shape.count, shape.columns, shape.inner, dtype=kind, device=device)
     if shape.count == 1:
         left, right = left[0], right[0]
-    return typical_s(lambda: left @ right.mT, device, budget_s)
+    return typical_s(lambda: left @ right.mT, device)
 
 
 def copy_rate(device: torch.device, size: int) -> float:
@@ -168,13 +168,12 @@ def autograd_s(device: torch.device) -> dict[str, float]:
     return {"forward": forward, "backward": backward}
 
 
-def adam_rate(device: torch.device, elements: int = ADAM_ELEMENTS) -> float:
-    """Return the weights that torch's fused AdamW, with fp32 states, updates in a second, so many
-    at once."""
-    weight = torch.zeros(elements, device=device, requires_grad=True)
+def adam_rate(device: torch.device) -> float:
+    """Return the weights that torch's fused AdamW, with fp32 states, updates in a second."""
+    weight = torch.zeros(ADAM_ELEMENTS, device=device, requires_grad=True)
     weight.grad = torch.full_like(weight, 1e-3)
     rule = torch.optim.AdamW([weight], fused=True)
-    return elements / typical_s(rule.step, device)
+    return ADAM_ELEMENTS / typical_s(rule.step, device)
 
 
 def typical_s(action: Callable[[], object], device: torch.device, budget_s: float = BUDGET_S) -> float:

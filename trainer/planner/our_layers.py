@@ -13,9 +13,10 @@ from trainer.model.config import TransformerConfig
 from trainer.planner.operations import Attention, Move, Pass, Product, Share, Work
 
 WIDE = 4  # bytes of fp32
-# Norms and heads also do small sums, which take a kernel and no time: per norm, and per chunk of
-# logits.
-SMALL_OF_NORM, SMALL_OF_CHUNK = 4, 12
+# What the host issues beside kernels on whole tensors. A norm and a rotation are functions of ours
+# under autograd, a norm with small sums; attention changes views; and a layer has some fifteen
+# modules. A chunk of logits has small sums.
+CALLS_OF_NORM, CALLS_OF_ROTATION, CALLS_OF_ATTENTION, CALLS_OF_MODULES, CALLS_OF_CHUNK = 8, 4, 12, 8, 12
 # Logits that the head holds at a time (`parallel.loss`).
 CHUNK_BYTES = 32 << 20
 # The mask of a dropout: a random number is drawn, fp32, and compared; then masked_fill and a
@@ -33,7 +34,7 @@ def layer_pass(config: TransformerConfig, share: Share, window: int | None = Non
     added = _fresh(3 * _hidden(config, share))
     dropped = _dropout(config.residual_dropout, share.own_tokens * config.hidden_size, share.itemsize)
     parts += [Pass(added, added, Work()), dropped] * (2 + crosses)
-    whole = _together(parts)
+    whole = _together([*parts, Pass(Work(calls=CALLS_OF_MODULES), Work(), Work())])
     return Pass(whole.forward, whole.backward, parts[0].core)
 
 
@@ -65,7 +66,7 @@ def head_pass(config: TransformerConfig, share: Share) -> Pass:
         backward.append(Move(2 * V * D * WIDE, 1, "fresh", 0, "fp32"))
     moves += _casts(share, V * D)
     sums = [N * D * i] * (share.tensor > 1)
-    forward = _issued(Work(products, moves, calls=SMALL_OF_CHUNK * chunks))
+    forward = _issued(Work(products, moves, calls=CALLS_OF_CHUNK * chunks))
     return _together([norm, Pass(forward, _issued(Work([], backward, sums)), Work())])
 
 
@@ -104,14 +105,15 @@ def _attention(config: TransformerConfig, share: Share, window: int | None) -> P
     if config.positions == "rope":
         # Each half of the features: a · cos into the output, then − b · sin added there; it is as
         # much work backward.
-        turned = Work([], [Move(5 * queries_keys, 4)])
+        turned = Work([], [Move(5 * queries_keys, 4)], calls=CALLS_OF_ROTATION)
         forward, backward = turned + forward, turned + backward
     if config.qk_norm:
         norm = _rms_norm((H + G) * K * N, i)
         inputs = _together([inputs, norm])
     # The gradients of queries and keys are joined, then those with the values'.
     joined = Work([], [Move(2 * queries_keys, 1, "joined"), Move(2 * all_three, 1, "joined")])
-    forward, backward = _issued(forward), _issued(backward + joined)
+    views = Work(calls=CALLS_OF_ATTENTION)
+    forward, backward = _issued(forward + views), _issued(backward + joined + views)
     # Sums over the tensor ranks: of the output forward, of the input's gradient backward.
     sums = Work(sums=[N * D * i] * (share.tensor > 1))
     core = Pass(forward + sums, backward + sums, forward)
@@ -194,10 +196,10 @@ def _rms_norm(elements: float, i: int) -> Pass:
     are fp32, and are rounded again."""
     rounded = (i + WIDE) * (i < WIDE)
     # The length; x · scale; n · weight.
-    forward = Work([], [Move((i + (i + WIDE) + rounded + 2 * i) * elements, 3 + (i < WIDE))], calls=SMALL_OF_NORM)
+    forward = Work([], [Move((i + (i + WIDE) + rounded + 2 * i) * elements, 3 + (i < WIDE))], calls=CALLS_OF_NORM)
     # grad · n and its sum; grad · weight; that · n and its sum; less n times it; times scale.
     passes = (3 + 1 + 2 + 3 + 1 + 3) * i + (i + WIDE) + rounded
-    backward = Work([], [Move(passes * elements, 7 + (i < WIDE))], calls=SMALL_OF_NORM)
+    backward = Work([], [Move(passes * elements, 7 + (i < WIDE))], calls=CALLS_OF_NORM)
     return Pass(_issued(forward), _issued(backward), Work())
 
 

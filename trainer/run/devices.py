@@ -6,13 +6,15 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from contextlib import suppress
 
 import torch
 
 from parallel.topology import Layout
-from trainer.files.paths import here_sheet
+from trainer.errors import UserError
 from trainer.launch.ranks import Place
-from trainer.planner.devices import Device, device, device_named_by_driver
+from trainer.planner.devices import Device, device_named_by_driver
+from trainer.planner.verdict import this_machine
 from trainer.run.memory_check import Machine, host_bytes
 
 
@@ -26,10 +28,12 @@ def machine_of(place: Place, layout: Layout) -> Machine:
 
 def sheet_of(place: Place) -> Device | None:
     """Return the figures of this rank's device: those of a known card, or of a CPU that was
-    measured; None where there are none."""
-    if place.device.type == "cuda":
-        return device_named_by_driver(torch.cuda.get_device_name(place.device), _gpu_bytes(place))
-    return device("here") if here_sheet(os.environ).is_file() else None
+    measured; None where there are none, or none that can be read: no run ends for them."""
+    with suppress(UserError):
+        if place.device.type == "cuda":
+            return device_named_by_driver(torch.cuda.get_device_name(place.device), _gpu_bytes(place))
+        return this_machine({**os.environ, "DS_ACCELERATOR": "cpu"})
+    return None
 
 
 def devices_of(place: Place) -> str:

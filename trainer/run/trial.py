@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from parallel.messages import Messages
 from trainer.data import PreparedData, prepare
@@ -57,6 +58,9 @@ PR_SET_PDEATHSIG = 1
 # DeepSpeed and torch's optimizers import the last two when they are first used, 5 s together.
 PRELOADED = ["trainer.run.trial", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
 LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+# Room that a trial leaves, of what is planned: a run has more beside its steps, and its allocator
+# scatters what is free.
+LEFT, LEAST_LEFT = 0.05, 128 << 20
 RUNNING, FITS, FULL, FAILED = "running", "fits", "full", "failed"
 
 
@@ -190,7 +194,10 @@ def _run(job: TrialJob, folder: Path) -> None:
             network, recipe, place.world_size, place.how, on_gpu=place.device.type == "cuda", device=None, rank=place.rank
         )
         evaluates = evaluation_data(recipe, prepared, causal=network.causal) is not None
+        left = max(LEAST_LEFT, int(LEFT * planned.device_bytes(planned.own)) if planned else 0)
+        held = torch.ones(left, dtype=torch.uint8, device=group.device)
         try_worst_case(engine, data.micro_batches(0), planned, evaluates=evaluates)
+        del held
 
 
 def _prepared(recipe: Recipe, *, first: bool) -> PreparedData:
