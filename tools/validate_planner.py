@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from tools import validate_here
 from tools.published import hardware, memory, pipeline, regret, sharded, step_times
 from tools.published.comparison import FOLDER, Accuracy, Compared, Table, given_folder
 
 GUIDE = Path(__file__).parents[1] / "trainer" / "planner" / "README.md"
 BEGIN, END = "<!-- written by python -m tools.validate_planner -->", "<!-- end of what it writes -->"
+HERE = "here_validation.json"  # what validate_here has written of one machine
 MEMORY = (*memory.TABLES, pipeline.PEAKS)
 TIME = (*step_times.TABLES, *pipeline.TIMES, *sharded.TABLES)
 BUBBLES = (pipeline.BUBBLES,)
@@ -30,6 +32,12 @@ BUBBLES = (pipeline.BUBBLES,)
 @cache
 def compared(table: Table, folder: Path) -> list[Compared]:
     return table.compared(folder)
+
+
+@cache
+def regret_of(table: Table, folder: Path) -> regret.Regret | None:
+    """Return what following the planner costs; the row that gives the scalar is a layout too."""
+    return regret.regret(table.every(folder))
 
 
 def accuracy(table: Table, folder: Path) -> Accuracy | None:
@@ -44,8 +52,8 @@ def tables(folder: Path) -> list[str]:
     for name, chosen in (("memory", MEMORY), ("time", TIME), ("schedule", BUBBLES)):
         head = f"| {name} | of | rows | mean error | largest | signed | rank | null model | taken from its rows |"
         lines += [head, "|---|---|---|---|---|---|---|---|---|", *_rows(chosen, folder), ""]
-    lines += [*regret.lines({table: compared(table, folder) for table in TIME}), ""]
-    return [*lines, *hardware.lines(folder)]
+    lines += [*regret.lines({table.title: regret_of(table, folder) for table in TIME}), ""]
+    return [*lines, *hardware.lines(folder), "", *validate_here.lines_of(folder / HERE)]
 
 
 def _rows(chosen: tuple[Table, ...], folder: Path) -> Iterator[str]:

@@ -72,7 +72,9 @@ def moves_s(moves: Iterable[Move], device: Device, dtype: str = "fp32") -> float
 def attention_s(attention: Attention, device: Device, peak: float, itemsize: int, dtype: str) -> float:
     """Return the seconds of a fused kernel of attention."""
     if device.speed is None:
-        return attention.number * product_s(attention.product, device, peak, itemsize)
+        if (share := device.attention_share) is None:
+            return attention.number * product_s(attention.product, device, peak, itemsize)
+        return attention.number * attention.product.flops / (peak * share) + device.launch
     direction = "forward" if attention.number == FORWARD_PRODUCTS else "backward"
     flops = attention.number / FORWARD_PRODUCTS * attention.square_flops
     return device.speed.attention_s(flops, attention.length, attention.head_dim, dtype, direction)

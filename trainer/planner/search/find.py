@@ -44,8 +44,8 @@ class Neighbour(NamedTuple):
 
 @dataclass
 class Search:
-    """A search for the best layout of a recipe on so many devices of one kind. RecipeError if its
-    sheet has no rate for the recipe's compute format."""
+    """A search for the best layout of a recipe on so many devices of one kind. RecipeError if these
+    have no products in the recipe's compute format."""
 
     resolved: ResolvedRecipe
     network: TransformerConfig
