@@ -76,6 +76,9 @@ class Held(NamedTuple):
     update: int
 
 
+WHOLE = States(0, "none", "none")
+
+
 @dataclass(frozen=True)
 class Roughly:
     """The rough figures of a space on a device."""
@@ -87,7 +90,7 @@ class Roughly:
     _bytes: dict[object, tuple[Blocks, int, int, int]] = field(default_factory=dict)
     _divisions: dict[object, Division] = field(default_factory=dict)
     _states: dict[object, list[Held]] = field(default_factory=dict)
-    _beside: dict[object, float] = field(default_factory=dict)
+    _beside: dict[object, tuple[float, float]] = field(default_factory=dict)
 
     def of(self, ways: Iterable[Passes]) -> Iterator[Rough]:
         """Yield the figures of the layouts that compute micro-batches in these ways."""
@@ -143,7 +146,7 @@ class Roughly:
         """Return the seconds of forward, of input gradients and of weight gradients."""
         key = passes.mesh.tensor, passes.micro, passes.divides, passes.recompute
         if key not in self._seconds:
-            job = self._job(passes, States(0, "none", "none"), pipeline=1)
+            job = self._job(passes, WHOLE, pipeline=1)
             layers = self.space.network.num_layers
             costs = stage_costs(replace(job, layout=Layout(pp=3, tp=passes.mesh.tensor), balance=(1, layers, 1)), self.device)
             self._seconds[key] = (
@@ -154,13 +157,17 @@ class Roughly:
         return self._seconds[key]
 
     def _beside_passes(self, passes: Passes, states: States) -> float:
-        """Return the seconds of a step that are not the pipeline's: the reduction of gradients, the
-        update, what is offloaded."""
+        """Return the seconds of a step that are not the pipeline's with whole states: the reduction
+        of gradients, the update, what is offloaded, and what ZeRO adds to each micro-batch."""
         key = passes.mesh, states
         if key not in self._beside:
-            time = step_time(replace(self._job(passes, states), num_micro_batches=1), self.device)
-            self._beside[key] = time.total - time.pipeline
-        return self._beside[key]
+            plain, divided = (
+                step_time(replace(self._job(passes, one), num_micro_batches=1), self.device) for one in (WHOLE, states)
+            )
+            each = (divided.pipeline - plain.pipeline) / passes.mesh.pipeline
+            self._beside[key] = divided.total - divided.pipeline, each
+        once, each = self._beside[key]
+        return once + passes.num_micro_batches * each
 
     def _job(self, passes: Passes, states: States, pipeline: int | None = None) -> Job:
         mesh = passes.mesh if pipeline is None else passes.mesh._replace(pipeline=pipeline)
