@@ -34,6 +34,12 @@ def compared(table: Table, folder: Path) -> list[Compared]:
     return table.compared(folder)
 
 
+@cache
+def regret_of(table: Table, folder: Path) -> regret.Regret | None:
+    """Return what following the planner costs; the row that gives the scalar is a layout too."""
+    return regret.regret(table.every(folder))
+
+
 def accuracy(table: Table, folder: Path) -> Accuracy | None:
     """Return the errors over a folder's rows, or None if it has none of this table."""
     rows = compared(table, folder)
@@ -46,7 +52,7 @@ def tables(folder: Path) -> list[str]:
     for name, chosen in (("memory", MEMORY), ("time", TIME), ("schedule", BUBBLES)):
         head = f"| {name} | of | rows | mean error | largest | signed | rank | null model | taken from its rows |"
         lines += [head, "|---|---|---|---|---|---|---|---|---|", *_rows(chosen, folder), ""]
-    lines += [*regret.lines({table: compared(table, folder) for table in TIME}), ""]
+    lines += [*regret.lines({table.title: regret_of(table, folder) for table in TIME}), ""]
     return [*lines, *hardware.lines(folder), "", *validate_here.lines_of(folder / HERE)]
 
 

@@ -183,7 +183,7 @@ def test_a_layout_is_left_for_one_that_needs_fewer_keys() -> None:
 def test_the_reasons_sum_to_the_difference() -> None:
     search = large()
     assert search.best is not None
-    assert {one.key for one in search.neighbours} >= {"tensor", "pipeline", "schedule", "zero_stage", "recompute"}
+    assert {one.key for one in search.neighbours} >= {"tensor", "pipeline", "zero_stage", "recompute"}
     for one in search.neighbours:
         assert sum(one.reason.parts.values()) == pytest.approx(one.reason.slower, abs=1e-9)
         assert one.reason.slower == pytest.approx(one.planned.seconds / search.best.seconds - 1)

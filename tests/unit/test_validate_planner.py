@@ -11,7 +11,7 @@ from tools import validate_planner
 from tools.published import comparison, regret
 from tools.published.comparison import FOLDER, Accuracy, Compared, Table, ranks, sweeps
 from tools.published.pipeline import zb_h2
-from tools.validate_planner import BEGIN, BUBBLES, END, GUIDE, MEMORY, TIME, accuracy, compared, guide_with, tables
+from tools.validate_planner import BEGIN, BUBBLES, END, GUIDE, MEMORY, TIME, accuracy, guide_with, regret_of, tables
 
 # Mean and largest error that a table of times may have: the goals of the planner where it reaches
 # them, else what it reached.
@@ -21,12 +21,12 @@ GOALS = {
     "Korthikanti, table 4": (0.05, 0.13),
     "vTrain, one node": (0.12, 0.40),
     "BigScience, A100": (0.10, 0.30),
-    "nanotron, H100": (0.46, 0.85),
+    "nanotron, H100": (0.31, 0.80),
     "Zero bubble, table 5": (0.12, 0.28),
-    "Zero bubble, table 4": (0.05, 0.12),
-    "MosaicML, FSDP": (0.17, 0.90),
+    "Zero bubble, table 4": (0.06, 0.12),
+    "MosaicML, FSDP": (0.05, 0.32),
 }
-BEATS_NO_NULL_MODEL = {"Zero bubble, table 5", "MosaicML, FSDP"}
+BEATS_NO_NULL_MODEL = {"Zero bubble, table 5"}
 
 
 def row(ours: float, published: float, *, work: float = 0.0, sweep: str = "") -> Compared:
@@ -69,7 +69,7 @@ def test_zb_h2_has_no_bubble_between_equal_actions(ranks: int) -> None:
 
 def test_the_planners_pick_is_near_the_best_measured_layout() -> None:
     """2 % is the goal, over all sweeps and of each table."""
-    found = {table.title: regret.regret(compared(table, FOLDER)) for table in TIME}
+    found = {table.title: regret_of(table, FOLDER) for table in TIME}
     sweeping = {title: one for title, one in found.items() if one is not None}
     assert {"vTrain, one node", "BigScience, A100", "nanotron, H100"} <= sweeping.keys()
     assert all(one.pick <= 0.02 < one.random for one in sweeping.values())

@@ -72,14 +72,18 @@ class Table:
     def scalar(self) -> float:
         return self.reference.scalar if self.reference else 1.0
 
-    def compared(self, folder: Path) -> list[Compared]:
-        """Return the rows of a folder's file without the reference; [] if it has no such file."""
+    def every(self, folder: Path) -> list[Compared]:
+        """Return the rows of a folder's file; [] if it has no such file."""
         try:
             rows = list(self.rows(folder))
         except FileNotFoundError:
             return []
+        return [replace(row, ours=self.scalar * row.ours) for row in rows]
+
+    def compared(self, folder: Path) -> list[Compared]:
+        """Return the same without the reference."""
         left_out = self.reference.what if self.reference and self.reference.rows is self.rows else None
-        return [replace(row, ours=self.scalar * row.ours) for row in rows if row.what != left_out]
+        return [row for row in self.every(folder) if row.what != left_out]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@ schedules, simulator and step times.
 
 Their bubble rate is (cost - m (F + B + W)) / cost, where cost is the time of the whole schedule
 with every stage as long as a middle one, and a result reaches the next rank T_comm after it is
-there. 1F1B, its interleaved form, ZB-H1 and ZB-V are ours. ZB-H2, which is not, is written out here.
+there. 1F1B, its interleaved form, ZB-H1 and ZB-V are ours; ZB-H2 is not, and is written out here.
 ZB-1p and ZB-2p are the best orders that a search finds in 1F1B's memory and in twice that: at these
 durations the first is as good as ZB-H1, and the second has no rows here.
 """
@@ -21,7 +21,7 @@ from parallel.schedules import build
 from parallel.simulator import Costs, simulate
 from parallel.topology import Layout
 from tools.published.comparison import Compared, Row, Table, rows_of
-from tools.published.step_times import A100_80, MEGATRON, OF_SELENE, SELENE, Measured, gpt
+from tools.published.step_times import A100_80, KORTHIKANTI, MEGATRON, OF_KORTHIKANTI, Measured, gpt
 from trainer.planner.devices import Link
 from trainer.planner.in_flight import Kept, by_name
 from trainer.planner.step_time import Job, stage_costs
@@ -193,7 +193,9 @@ def _job(row: Row) -> Job:
 
 BUBBLES = Table(title="Zero bubble, table 5", what="bubble rate", rows=bubble_rates, absolute=True)
 TIMES = (
-    Table(title="Zero bubble, table 5", what="T_F, T_B + T_W [ms]", rows=stage_times),
-    Table(title="Zero bubble, table 4", what="step [s]", rows=steps, fitted=OF_SELENE, reference=SELENE),
+    Table(
+        title="Zero bubble, table 5", what="T_F, T_B + T_W [ms]", rows=stage_times, fitted=OF_KORTHIKANTI, reference=KORTHIKANTI
+    ),
+    Table(title="Zero bubble, table 4", what="step [s]", rows=steps, fitted=OF_KORTHIKANTI, reference=KORTHIKANTI),
 )
 PEAKS = Table(title="Zero bubble, table 4", what="peak memory [GB]", rows=peaks)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from tools.published.comparison import Compared, Table, sweeps
+from tools.published.comparison import Compared, sweeps
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,10 @@ def measured(members: Sequence[Compared]) -> dict[float, float]:
     return {ours: mean(published) for ours, published in times.items()}
 
 
-def lines(tables: Mapping[Table, Sequence[Compared]]) -> Iterator[str]:
-    """Yield the table of regrets, and of all sweeps together."""
+def lines(found: Mapping[str, Regret | None]) -> Iterator[str]:
+    """Yield the table of regrets by the titles of their tables."""
     yield "| search | sweeps | layouts | slowdown of the pick | largest | of a layout at random |"
     yield "|---|---|---|---|---|---|"
-    found = {table.title: regret(rows) for table, rows in tables.items()}
     for title, one in found.items():
         if one is not None:
             yield f"| {title} | {one.sweeps} | {one.layouts} | {one.pick:.2%} | {one.worst:.1%} | {one.random:.1%} |"

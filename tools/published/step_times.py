@@ -175,14 +175,17 @@ A100_40, A100_80, H100 = (listed(name) for name in ("a100-40g", "a100-80g", "h10
 # hung without CUDA_LAUNCH_BLOCKING=1 (train/tr11-176B-ml/chronicles-prequel.md of the source).
 JEAN_ZAY = replace(A100_80, outside=Link(rate=6.25e9, latency=25e-6, share=0.85), asynchronous=False)
 
-# One scalar for each kind of device and network of nodes, from one row.
+# One scalar for each cluster and its software, from one row.
 SELENE, LINE_948 = Reference(selene, "1.7B"), Reference(bigscience, "line 948")
-OF_SELENE = "{scalar:.3f} of SC'21's 1.7B"
+KORTHIKANTI = Reference(korthikanti, "22B, full recompute, no SP, 8 GPUs")
+OF_KORTHIKANTI = "{scalar:.3f} of Korthikanti's 22B"
 
 TABLES = (
-    Table(title="SC'21, table 1", what="step [s]", rows=selene, fitted=OF_SELENE, reference=SELENE),
-    Table(title="Korthikanti, tables 3 and 5", what="step [s]", rows=korthikanti, fitted=OF_SELENE, reference=SELENE),
-    Table(title="Korthikanti, table 4", what="a layer [ms]", rows=korthikanti_layer, fitted=OF_SELENE, reference=SELENE),
+    Table(title="SC'21, table 1", what="step [s]", rows=selene, fitted="{scalar:.3f} of 1.7B", reference=SELENE),
+    Table(title="Korthikanti, tables 3 and 5", what="step [s]", rows=korthikanti, fitted=OF_KORTHIKANTI, reference=KORTHIKANTI),
+    Table(
+        title="Korthikanti, table 4", what="a layer [ms]", rows=korthikanti_layer, fitted=OF_KORTHIKANTI, reference=KORTHIKANTI
+    ),
     Table(title="vTrain, one node", what="step [s]", rows=vtrain, fitted="`Device.call`"),
     Table(
         title="BigScience, A100",
@@ -191,5 +194,11 @@ TABLES = (
         fitted="{scalar:.3f} of line 948, BLOOM's own layout",
         reference=LINE_948,
     ),
-    Table(title="nanotron, H100", what="step [s]", rows=nanotron),
+    Table(
+        title="nanotron, H100",
+        what="step [s]",
+        rows=nanotron,
+        fitted="{scalar:.3f} of the fastest on eight GPUs",
+        reference=Reference(nanotron, "h 2048 layers 24 heads 32 tokens 4096 sequences 1024 tp 2 pp 1 dp 4 micro 8"),
+    ),
 )

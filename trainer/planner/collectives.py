@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 from trainer.planner.devices import Device, Link
 from trainer.planner.speeds import Table
 
 
 def link_of(device: Device, ranks: int, stride: int) -> Link:
-    """Return the slowest link of a ring of ranks that are `stride` apart."""
-    return device.inside if ranks * stride <= device.per_node else device.outside
+    """Return the slowest link of a ring of ranks that are `stride` apart.
+
+    Between nodes a ring passes each node once, and there are as many rings as the node has ranks of
+    the group: each takes its part over the port of its own device.
+    """
+    if ranks * stride <= device.per_node:
+        return device.inside
+    rings = max(1, device.per_node // stride)
+    most = device.inside.reached / device.outside.share
+    return replace(device.outside, rate=min(rings * device.outside.rate, most))
 
 
 def all_reduce(num_bytes: float, ranks: int, link: Link) -> float:

@@ -69,6 +69,7 @@ class Device:
     |---|---|
     | `peaks` | dense matrix products by format [FLOP/s], from the data sheet |
     | `matmul_share` | what large products reach of the peak |
+    | `attention_share` | what a fused kernel of attention reaches of the peak; None: what products reach |
     | `cores` | units that each take a tile of a product; 0: products are not cut into tiles |
     | `memory` | [bytes] |
     | `bandwidth`, `bandwidth_share` | of its memory [bytes/s], and what kernels reach of it |
@@ -97,6 +98,7 @@ class Device:
     inside: Link
     outside: Link
     per_node: int
+    attention_share: float | None = None
     asynchronous: bool = True
     to_device: float | None = None
     to_host: float | None = None

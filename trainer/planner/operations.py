@@ -191,7 +191,8 @@ def _attention(config: TransformerConfig, share: Share, heads: int, window: int 
     seen = (S * S - beyond * beyond) // (2 if config.causal else 1)  # pairs of tokens
     once = Product(max(1, seen // S), K, S, batch)
     # Backward computes the scores again: five products for the two of forward.
-    return Work([once, once]), Work([once] * 5)
+    kernels = [Attention(once, number, 2 * once.flops, S, K) for number in (2, 5)]
+    return Work(attention=kernels[:1]), Work(attention=kernels[1:])
 
 
 def counted_head(config: TransformerConfig, share: Share) -> Pass:

@@ -4,6 +4,7 @@ less than a kernel's launch. No torch."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 from trainer.planner.devices import Device
@@ -71,7 +72,9 @@ def moves_s(moves: Iterable[Move], device: Device, dtype: str = "fp32") -> float
 def attention_s(attention: Attention, device: Device, peak: float, itemsize: int, dtype: str) -> float:
     """Return the seconds of a fused kernel of attention."""
     if device.speed is None:
-        return attention.number * product_s(attention.product, device, peak, itemsize)
+        if (share := device.attention_share) is None:
+            return attention.number * product_s(attention.product, device, peak, itemsize)
+        return attention.number * attention.product.flops / (peak * share) + device.launch
     direction = "forward" if attention.number == FORWARD_PRODUCTS else "backward"
     flops = attention.number / FORWARD_PRODUCTS * attention.square_flops
     return device.speed.attention_s(flops, attention.length, attention.head_dim, dtype, direction)
@@ -85,7 +88,8 @@ def work_s(work: Work, device: Device, peak: float, itemsize: int, communication
     if speed is not None:
         products = sum(one.times * speed.product_s(one.rows, one.columns, one.inner, dtype) for one in work.products)
     else:
-        products = sum(product_s(one, device, peak, itemsize) for one in work.products)
+        # The chunks of a head are many products that are alike.
+        products = sum(number * product_s(one, device, peak, itemsize) for one, number in Counter(work.products).items())
     attention = sum(attention_s(one, device, peak, itemsize, dtype) for one in work.attention)
     on_device = products + attention + moves_s(work.moves, device, dtype)
     host = work.calls * device.call if speed is None else speed.calls_s(work.calls)
