@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from tools import validate_here
 from tools.published import hardware, memory, pipeline, regret, sharded, step_times
 from tools.published.comparison import FOLDER, Accuracy, Compared, Table, given_folder
 
 GUIDE = Path(__file__).parents[1] / "trainer" / "planner" / "README.md"
 BEGIN, END = "<!-- written by python -m tools.validate_planner -->", "<!-- end of what it writes -->"
+HERE = "here_validation.json"  # what validate_here has written of one machine
 MEMORY = (*memory.TABLES, pipeline.PEAKS)
 TIME = (*step_times.TABLES, *pipeline.TIMES, *sharded.TABLES)
 BUBBLES = (pipeline.BUBBLES,)
@@ -51,7 +53,7 @@ def tables(folder: Path) -> list[str]:
         head = f"| {name} | of | rows | mean error | largest | signed | rank | null model | taken from its rows |"
         lines += [head, "|---|---|---|---|---|---|---|---|---|", *_rows(chosen, folder), ""]
     lines += [*regret.lines({table.title: regret_of(table, folder) for table in TIME}), ""]
-    return [*lines, *hardware.lines(folder)]
+    return [*lines, *hardware.lines(folder), "", *validate_here.lines_of(folder / HERE)]
 
 
 def _rows(chosen: tuple[Table, ...], folder: Path) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.runs import start, write_recipe
+from trainer.planner.devices import measured_device
 
 DOCTOR = (sys.executable, "-m", "trainer", "doctor")
 ROOT = str(Path(__file__).parents[2])
@@ -136,9 +137,16 @@ def test_the_sheet_has_what_a_planner_reads(tmp_path: Path) -> None:
     assert all(here[name] > 0 for name in positive)
     assert all(here[link][figure] > 0 for link in ("inside", "outside") for figure in ("rate", "latency", "share"))
     measured = written["measured"]
-    assert {one["kind"] for one in measured["pair"]["collectives"]} == {"all_reduce", "all_gather", "send_and_back"}
+    assert {one["kind"] for one in measured["pair"]["collectives"]} == {
+        "all_reduce",
+        "all_gather",
+        "reduce_scatter",
+        "send_and_back",
+    }
     assert measured["disk"]["write_bytes_per_s"] > 0
     assert min(product["flops_per_s"] for product in measured["alone"]["products"]) > 0
+    on_cores = measured_device(written).speeds
+    assert [speed.ranks for speed in on_cores] == ([] if here["asynchronous"] else [1, 2])
 
 
 @pytest.mark.grid

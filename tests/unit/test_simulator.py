@@ -1,5 +1,6 @@
 """Times, bubbles and deadlocks: equal to published rates, closed formulas and torch's own lowering."""
 
+import random
 from typing import NamedTuple
 
 import pytest
@@ -7,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torch_schedules
 
-from parallel.schedule_table import Action, Kind, ScheduleTable, Step, actions_of
-from parallel.schedules import build
-from parallel.simulator import Costs, Deadlock, needs, simulate
+from parallel.schedule_table import Action, Kind, ScheduleTable, Step, actions_of, read_csv
+from parallel.schedules import SCHEDULES, build
+from parallel.simulator import Costs, Deadlock, Flow, needs, simulate
 
 # Half of the last digit that the paper prints, and as much again for its costs, which are rounded too. Seen: 0.00005.
 TOLERANCE = 1e-4
@@ -244,3 +245,27 @@ def test_an_overlap_waits_for_both_and_ends_for_both() -> None:
     for span in overlaps:
         assert span.end - span.start == 3.0
         assert max(ends[needed] for needed in needs(span.step, table)) <= span.start
+
+
+@pytest.mark.parametrize("name", [*SCHEDULES])
+def test_a_flow_takes_as_long_as_the_simulation(name: str) -> None:
+    """It is only faster: the order of the steps is found once for many costs."""
+    stream = random.Random(name)
+    for _ in range(8):
+        ranks, micro_batches = stream.randint(1, 5), stream.randint(1, 15)
+        virtual = SCHEDULES[name].virtual_stages or stream.randint(1, 3)
+        if not SCHEDULES[name].accepts(micro_batches, ranks):
+            continue
+        table = build(name, ranks=ranks, virtual_stages=virtual, num_micro_batches=micro_batches)
+        flow = Flow.of(table)
+        for latency in (0.0, 0.3):
+            costs = [
+                Costs(forward=stream.random(), input_grad=stream.random(), weight_grad=stream.random())
+                for _ in range(ranks * virtual)
+            ]
+            assert flow.makespan(costs, latency) == pytest.approx(simulate(table, costs, latency=latency).makespan, rel=1e-12)
+
+
+def test_a_flow_of_a_deadlock_names_its_circle() -> None:
+    with pytest.raises(Deadlock, match="rank 1 waits at 1B0 for 1F0, which it runs later"):
+        Flow.of(read_csv("0F0,0B0\n1B0,1F0\n"))

@@ -59,8 +59,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Planned:
-    """The counts of a campaign, and its longest plan and search [s]."""
+class Counts:
+    """The counts of a campaign, its longest plan and search [s], and its faults."""
 
     def __init__(self) -> None:
         self.totals: Counter[str] = Counter()
@@ -110,9 +110,10 @@ def _grown(recipe: dict[str, Any], stream: random.Random) -> dict[str, Any]:
 
 
 def plan_one(
-    path: Path, settings: list[str], stream: random.Random, found: Planned
+    path: Path, settings: list[str], stream: random.Random, found: Counts
 ) -> tuple[ResolvedRecipe, TransformerConfig] | None:
-    """Plan a recipe for a device and a number of them; return it if it can be planned."""
+    """Return a recipe and its network if they can be planned; it is, for a random number of random
+    devices."""
     found.totals["recipes"] += 1
     try:
         resolved = load(path, settings)
@@ -145,9 +146,9 @@ def plan_one(
 
 
 def search_one(
-    path: Path, settings: list[str], resolved: ResolvedRecipe, network: TransformerConfig, gpus: int, on: str, found: Planned
+    path: Path, settings: list[str], resolved: ResolvedRecipe, network: TransformerConfig, gpus: int, on: str, found: Counts
 ) -> None:
-    """Search the layouts of a recipe, and require that `check` accepts all that is shown."""
+    """Count a search for the layouts of a recipe; `check` must accept all that is shown."""
     began = time.perf_counter()
     try:
         search = Search(resolved, network, gpus, device(on))
@@ -170,8 +171,8 @@ def _require_legal(path: Path, settings: list[str], gpus: int) -> None:
     divide(resolved.recipe, known_network(resolved), gpus, "--world-size")
 
 
-def campaign(cases: int, searched: int, seed: int, supplies: Supplies, found: Planned) -> None:
-    """Plan so many recipes, and search some of them, spread evenly."""
+def campaign(cases: int, searched: int, seed: int, supplies: Supplies, found: Counts) -> None:
+    """Count the plans of so many recipes, and searches of some of them, spread evenly."""
     stream = random.Random(f"plans {seed}")
     every = max(1, cases // max(1, searched))
     number = 0
@@ -207,7 +208,7 @@ def main() -> int:
     parser.add_argument("--searched", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    found = Planned()
+    found = Counts()
     with tempfile.TemporaryDirectory(prefix="triaxis-plans-") as scratch:
         campaign(options.cases, options.searched, options.seed, Supplies(Path(scratch) / "supplies"), found)
     report(campaign="plans", seed=options.seed, **found.facts())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from typing import Any
 
 from trainer.errors import RecipeError
 from trainer.files.paths import here_sheet
+from trainer.files.reading import RECIPE_BYTES, read_json
 from trainer.planner.calibration import factor_of
 from trainer.planner.speeds import Speeds, Table
 from trainer.spelling import nearest
@@ -151,7 +153,7 @@ def here(path: Path, how: str = "--device") -> Device:
     """Return this machine from its sheet. RecipeError if there is none that can be read."""
     where, remedy = f"{how} {HERE}: {path}", "run `triaxis doctor --measure`"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, RECIPE_BYTES)
         if content["version"] != HERE_VERSION:
             raise RecipeError(f"{where} has version {content['version']} of the sheet, not {HERE_VERSION}: {remedy}")
         return measured_device(content)
@@ -159,6 +161,18 @@ def here(path: Path, how: str = "--device") -> Device:
         raise RecipeError(f"{where} is not there, because this machine was not measured: {remedy}") from None
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise RecipeError(f"{where} cannot be read as a sheet ({type(error).__name__}: {error}): {remedy}") from error
+
+
+def measured_here(environment: Mapping[str, str]) -> Device | None:
+    """Return this machine if it was measured; None if not, by an earlier version, or where the
+    sheet of a shared home folder is another machine's."""
+    try:
+        content = read_json(here_sheet(environment), RECIPE_BYTES)
+        if content["version"] != HERE_VERSION or content["measured"]["machine"]["host"] != platform.node():
+            return None
+        return replace(measured_device(content), calibration=factor_of(HERE, environment))
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
 
 
 def measured_device(content: Mapping[str, Any]) -> Device:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
-from parallel.schedule_table import Kind, ScheduleTable, Step, actions_of
-from parallel.schedules import build
+from parallel.schedule_table import Kind, Step, actions_of
+from parallel.schedules import SCHEDULES
 
 # A schedule holds the same in each further round of micro-batches, or more by as much each time: so
 # long ones are looked at for two short counts and continued in a straight line.
@@ -72,7 +72,9 @@ def by_name(
     def at_peak(count: int) -> InFlight:
         return _at_peak(name, ranks, virtual_stages, count, rank, kept)
 
-    short, long = ROUNDS * ranks * virtual_stages, (ROUNDS + 1) * ranks * virtual_stages
+    # Rounds of more micro-batches than ranks become rounds of as many only in longer steps.
+    rounds = ranks if num_micro_batches % ranks == 0 else ranks * virtual_stages
+    short, long = ROUNDS * rounds, (ROUNDS + 1) * rounds
     if num_micro_batches <= long:
         return at_peak(num_micro_batches)
     parts = (
@@ -88,9 +90,5 @@ def _continued(first: int, second: int, short: int, long: int, count: int) -> in
 
 @lru_cache(maxsize=8192)  # layouts that differ in what is divided have the same in flight
 def _at_peak(name: str, ranks: int, virtual_stages: int, count: int, rank: int, kept: tuple[tuple[int, Kept], ...]) -> InFlight:
-    return most_in_flight(_table(name, ranks, virtual_stages, count).steps[rank], dict(kept))
-
-
-@lru_cache(maxsize=128)
-def _table(name: str, ranks: int, virtual_stages: int, count: int) -> ScheduleTable:
-    return build(name, ranks=ranks, virtual_stages=virtual_stages, num_micro_batches=count)
+    schedule = SCHEDULES[name]
+    return most_in_flight(schedule.order(schedule.place(rank, ranks, virtual_stages), count), dict(kept))

@@ -102,18 +102,20 @@ def _attention(config: TransformerConfig, share: Share, window: int | None) -> P
     inputs = _linear(share, D, (H + 2 * G) * K, bias=config.qkv_bias)
     output = _linear(share, H * K, D, bias=config.attention_out_bias, adds_bias=True)
     forward, backward = _kernel(config, share, H, window)
+    joined = [Move(2 * queries_keys, 1, "joined")]  # the gradients of queries and keys
     if config.positions == "rope":
-        # Each half of the features: a · cos into the output, then − b · sin added there; it is as
-        # much work backward.
-        turned = Work([], [Move(5 * queries_keys, 4)], calls=CALLS_OF_ROTATION)
+        # Each half of the features: a · cos into the output, then − b · sin added there; values are
+        # copied beside it. It is as much work backward.
+        values = all_three - queries_keys
+        turned = Work([], [Move(5 * queries_keys, 4), Move(2 * values, 1)], calls=CALLS_OF_ROTATION)
         forward, backward = turned + forward, turned + backward
+    else:
+        joined.append(Move(2 * all_three, 1, "joined"))  # and those with the values'
     if config.qk_norm:
         norm = _rms_norm((H + G) * K * N, i)
         inputs = _together([inputs, norm])
-    # The gradients of queries and keys are joined, then those with the values'.
-    joined = Work([], [Move(2 * queries_keys, 1, "joined"), Move(2 * all_three, 1, "joined")])
     views = Work(calls=CALLS_OF_ATTENTION)
-    forward, backward = _issued(forward + views), _issued(backward + joined + views)
+    forward, backward = _issued(forward + views), _issued(backward + Work([], joined) + views)
     # Sums over the tensor ranks: of the output forward, of the input's gradient backward.
     sums = Work(sums=[N * D * i] * (share.tensor > 1))
     core = Pass(forward + sums, backward + sums, forward)
@@ -135,10 +137,10 @@ def _mlp(config: TransformerConfig, share: Share) -> Pass:
     N, D, F, i = share.tokens, config.hidden_size, config.ffn_size // share.tensor, share.itemsize
     features = N * F * i
     if config.gated_mlp:
-        # act(gate) · up; backward the gradients of both factors, the activation's, and they are
-        # joined.
-        forward = [Move(2 * features, 1, "fresh", N * F), Move(3 * features, 1)]
-        backward = [Move(6 * features, 2), Move(3 * features, 1, "fresh", N * F), Move(4 * features, 1)]
+        # act(G), which is multiplied by U. Backward: the gradient times U, the activation's, act(G)
+        # again, and the gradient times that.
+        forward = [Move(2 * features, 1, "fresh", N * F), Move(3 * features, 1, "reused")]
+        backward = [Move(6 * features, 2, "fresh", N * F), Move(5 * features, 2, "fresh", N * F)]
     else:
         forward = [Move(2 * features, 1, "fresh", N * F)]
         backward = [Move(3 * features, 1, "fresh", N * F)]

@@ -4,6 +4,7 @@ less than a kernel's launch. No torch."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 from trainer.planner.devices import Device
@@ -87,7 +88,8 @@ def work_s(work: Work, device: Device, peak: float, itemsize: int, communication
     if speed is not None:
         products = sum(one.times * speed.product_s(one.rows, one.columns, one.inner, dtype) for one in work.products)
     else:
-        products = sum(product_s(one, device, peak, itemsize) for one in work.products)
+        # The chunks of a head are many products that are alike.
+        products = sum(number * product_s(one, device, peak, itemsize) for one, number in Counter(work.products).items())
     attention = sum(attention_s(one, device, peak, itemsize, dtype) for one in work.attention)
     on_device = products + attention + moves_s(work.moves, device, dtype)
     host = work.calls * device.call if speed is None else speed.calls_s(work.calls)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from parallel.schedule_table import ScheduleTable
-from parallel.schedules import build
+from parallel.schedules import SCHEDULES, build
 from parallel.simulator import Costs, Flow
 from parallel.topology import Layout
 from trainer.costs.blocks import count_parameters
@@ -93,13 +93,16 @@ class Job:
 class StepTime:
     """The parts of a step [s]. `pipeline`: from the first forward to the last backward, of which
     `bubble` is idle; `sums`: the tensor-parallel communication of a stage's micro-batches in it;
-    `gathers`: that of ZeRO-3's weights. `jitter`: the wait for the slowest data-parallel rank."""
+    `zero`: what ZeRO adds to them, with sums, reductions and hooks; `gathers`: the communication of
+    ZeRO-3's weights, in part beside the computation. `jitter`: the wait for the slowest
+    data-parallel rank."""
 
     pipeline: float
     bubble: float
     sums: float
     reduction: float
     optimizer: float
+    zero: float = 0.0
     gathers: float = 0.0
     jitter: float = 0.0
 
@@ -111,10 +114,10 @@ class StepTime:
     def parts(self) -> dict[str, float]:
         """The parts that sum to the whole step, by what the time is spent on."""
         return {
-            "compute": self.pipeline - self.bubble - self.sums - self.gathers,
+            "compute": self.pipeline - self.bubble - self.sums - self.zero,
             "bubble": self.bubble,
             "tensor sums": self.sums,
-            "weight gathers": self.gathers,
+            "ZeRO": self.zero,
             "gradient reduction": self.reduction,
             "update": self.optimizer,
             "slowest rank": self.jitter,
@@ -124,36 +127,39 @@ class StepTime:
 def step_time(job: Job, device: Device) -> StepTime:
     """Return the time of a step, every rank of `layout` on such a device."""
     device = device.shared_by(job.layout.world_size)
-    costs = stage_costs(job, device)
-    busy = [job.num_micro_batches * (cost.forward + cost.input_grad + cost.weight_grad) for cost in costs]
-    of_rank = [sum(busy[rank :: job.layout.pp]) for rank in range(job.layout.pp)]
+    blocks, zero = block_times(job, device), ZeroStep(job.zero, device) if job.zero else None
+    costs = _costs(job, blocks, zero)
+    of_rank, without_zero = _busy(job, costs), _busy(job, _costs(job, blocks, None))
+    busiest = max(range(job.layout.pp), key=of_rank.__getitem__)
     makespan = _makespan(job, tuple(costs), _sending(job, device))
     scale = device.calibration
     sums = 4 * _sum_s(job, device) * max(job.stages) * job.virtual_stages * job.num_micro_batches
-    zero = ZeroStep(job.zero, device) if job.zero else None
     params = 0.0 if zero else _largest_share(job)
     return StepTime(
         pipeline=scale * makespan,
-        bubble=scale * (makespan - max(of_rank)),
+        bubble=scale * (makespan - of_rank[busiest]),
         sums=scale * sums,
         reduction=scale * (zero.reduction if zero else _reduction(job, device, params)),
         optimizer=scale * (zero.update if zero else _optimizer(job, device, params)),
+        zero=scale * (of_rank[busiest] - without_zero[busiest]),
         gathers=scale * job.num_micro_batches * sum(zero.gathers) if zero else 0.0,
-        jitter=scale * makespan * _jitter(job, device) if zero else 0.0,
+        jitter=scale * makespan * jitter(device, job.layout.dp * job.layout.cp) if zero else 0.0,
     )
 
 
-def _jitter(job: Job, device: Device) -> float:
+def jitter(device: Device, ranks: int) -> float:
     """Return by which part of a step the slowest of the ranks that wait for each other is slower
     than the others: the largest of n draws from a normal distribution."""
-    ranks = job.layout.dp * job.layout.cp
     return device.jitter * math.sqrt(2 * math.log(ranks)) if ranks > 1 else 0.0
 
 
 def stage_costs(job: Job, device: Device) -> list[Costs]:
     """Return the time of each stage's actions on a micro-batch [s]."""
-    embedding, layer, head = _blocks(job, device)
-    zero = ZeroStep(job.zero, device) if job.zero else None
+    return _costs(job, block_times(job, device), ZeroStep(job.zero, device) if job.zero else None)
+
+
+def _costs(job: Job, blocks: list[list[float]], zero: ZeroStep | None) -> list[Costs]:
+    embedding, layer, head = blocks
     costs = []
     for stage, layers in enumerate(job.stages):
         parts = [[layers * time for time in layer]]
@@ -167,8 +173,25 @@ def stage_costs(job: Job, device: Device) -> list[Costs]:
     return costs
 
 
-def _blocks(job: Job, device: Device) -> list[list[float]]:
-    """Return the times of the embedding, of a layer on average, and of the head."""
+def _busy(job: Job, costs: list[Costs]) -> list[float]:
+    """Return the seconds in which each rank of the pipeline works."""
+    found = [0.0] * job.layout.pp
+    for rank, cost in zip(_rank_of_stage(job), costs, strict=True):
+        found[rank] += job.num_micro_batches * (cost.forward + cost.input_grad + cost.weight_grad)
+    return found
+
+
+def _rank_of_stage(job: Job) -> list[int]:
+    if job.table is not None:
+        return [rank for _, rank in sorted(job.table.rank_of_stage.items())]
+    if job.layout.pp == 1:
+        return [0]
+    return SCHEDULES[job.schedule].rank_of_stage(job.layout.pp, job.virtual_stages)
+
+
+def block_times(job: Job, device: Device) -> list[list[float]]:
+    """Return the seconds of the embedding, of a layer on average, and of the head, for a
+    micro-batch: of forward, of the gradients of inputs, and of those of weights."""
     embedding, layers, head = _passes(job)
     average = [0.0] * 3
     for one, count in layers:

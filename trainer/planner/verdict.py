@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 from collections.abc import Mapping
 
 from trainer.errors import RecipeError
-from trainer.files.paths import here_sheet
-from trainer.files.reading import RECIPE_BYTES, read_json
 from trainer.model.config import TransformerConfig
-from trainer.planner.devices import Device, device, device_named_by_driver
+from trainer.planner.devices import Device, device, device_named_by_driver, measured_here
 from trainer.planner.items import Place
 from trainer.planner.prediction import MEMORY_BAND, Prediction
 from trainer.planner.search.remedies import remedies
@@ -39,7 +36,7 @@ def chosen_device(named: str | None, of_site: str | None = None, *, looks_here: 
 def this_machine(environment: Mapping[str, str]) -> Device | None:
     """Return the device of this machine: its GPU, or what `doctor --measure` has found on this very
     machine; None where neither is known."""
-    return _gpu(environment) or _measured(environment)
+    return _gpu(environment) or measured_here(environment)
 
 
 def verdict(prediction: Prediction) -> str:
@@ -84,13 +81,3 @@ def _gpu(environment: Mapping[str, str]) -> Device | None:
         if mib.strip().isdecimal():
             return device_named_by_driver(card.strip(), int(mib) << 20)
     return None
-
-
-def _measured(environment: Mapping[str, str]) -> Device | None:
-    """Return the device "here" if it was measured on this machine: a home folder may be shared by
-    many."""
-    try:
-        host = read_json(here_sheet(environment), RECIPE_BYTES)["measured"]["machine"]["host"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return device("here") if host == platform.node() else None

@@ -173,7 +173,9 @@ class ZeroStep:
             later = (job.micro_batches - 1) / job.micro_batches
             return later * self._passes(3 * WIDE * P) + (i < WIDE) * self._made(WIDE * P)
         if job.stage == 2 and job.optimizer_on == "none":
-            return self._passes(3 * WIDE * P / job.ranks)
+            # Added to this rank's part; in a half format that is a buffer made of zeros each step.
+            part = WIDE * P / job.ranks
+            return self._passes(3 * part) + (i < WIDE) * self._made(part) / job.micro_batches
         return 0.0
 
     @property

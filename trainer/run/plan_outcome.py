@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from trainer.planner.devices import HERE
 from trainer.planner.prediction import MEMORY_BAND
 from trainer.run.run_plan import RunPlan, gib
 from trainer.track.plan_record import Figures, PlanRecord
@@ -18,8 +19,14 @@ def introduced(plan: RunPlan | None) -> Iterator[str]:
         return
     fullest = plan.fullest
     who = f"rank {fullest.rank} of the pipeline, the fullest" if len(plan.ranks) > 1 else "a rank"
-    took = f"; a step takes {duration(time.total)} on {plan.device_name}" if (time := plan.prediction.time) else ""
-    yield f"plan: {gib(plan.device_bytes(fullest))} ± {MEMORY_BAND:.0%} on {who}{took}"
+    yield f"plan: {gib(plan.device_bytes(fullest))} ± {MEMORY_BAND:.0%} on {who}{_step_of(plan)}"
+
+
+def _step_of(plan: RunPlan) -> str:
+    time, device = plan.prediction.time, plan.prediction.device
+    if time is None or device is None:
+        return ""
+    return f"; a step takes {duration(time.total)} on {'this machine' if device.name == HERE else device.name}"
 
 
 def outcome(plan: RunPlan | None, memories: Sequence[Memory], step_time_s: float | None) -> PlanRecord:

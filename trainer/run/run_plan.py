@@ -52,10 +52,6 @@ class RunPlan:
         return self.ranks[self.place]
 
     @property
-    def device_name(self) -> str:
-        return self.prediction.device.name if self.prediction.device else "a device without a sheet"
-
-    @property
     def fullest(self) -> RankMemory:
         return max(self.ranks, key=self.device_bytes)
 
@@ -132,7 +128,11 @@ def explained(plan: RunPlan | None, watch: Stopwatch) -> Iterator[None]:
             raise
         phase = PHASES.get(watch.phase, Phase.ALWAYS)
         places = plan.places if error.on_device or not plan.on_gpu else frozenset((Place.HOST,))
-        raise error.remedied(plan.remedy(phase, places)) from error
+        try:
+            remedy = plan.remedy(phase, places)
+        except MemoryError:  # not even a few numbers can be computed any more
+            raise error from None
+        raise error.remedied(remedy) from error
 
 
 def _total(items: Sequence[Item]) -> int:

@@ -78,7 +78,7 @@ class TrialJob:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a trial on one rank; `said`: why it failed."""
+    """The end of a trial on one rank; `said`: why it failed."""
 
     state: str
     said: str = ""
@@ -128,7 +128,7 @@ def _outcome(process: BaseProcess, folder: Path) -> tuple[str, str]:
         return told["state"], told["said"]
     if process.exitcode is None:
         return RUNNING, ""
-    if process.exitcode == -signal.SIGKILL:  # Linux does so where memory that it had promised is not there
+    if process.exitcode == -signal.SIGKILL:  # by Linux, which had promised more memory than it has
         return FULL, ""
     return FAILED, f"the process died (exit code {process.exitcode}); {folder / 'output.log'} has its last words"
 
@@ -136,7 +136,8 @@ def _outcome(process: BaseProcess, folder: Path) -> tuple[str, str]:
 @contextmanager
 def _process(folder: Path, *, on_gpu: bool) -> Iterator[BaseProcess]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([] if on_gpu else PRELOADED)  # CUDA may not be touched before a fork
+    # CUDA may not be touched before a fork.
+    context.set_forkserver_preload([] if on_gpu else PRELOADED)
     process = context.Process(target=_main, args=(str(folder),))
     process.start()
     try:
@@ -184,7 +185,8 @@ def _run(job: TrialJob, folder: Path) -> None:
         place = group.place
         plan = BatchPlan.from_recipe(recipe, place.world_size, place.how)
         prepared = _prepared(recipe, first=group.is_first)
-        network, fill = first_weights(resolved, prepared.tokenizer, prepared.classes, resumed=True)  # the values do not matter
+        # As for a run that goes on: the values of the weights do not matter.
+        network, fill = first_weights(resolved, prepared.tokenizer, prepared.classes, resumed=True)
         given = deepspeed_config(recipe, plan, largest_weight=network.largest_weight)
         private = stack.enter_context(private_swap_folders(given, folder, place.rank))
         mesh = group.mesh(recipe.parallel)

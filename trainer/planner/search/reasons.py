@@ -55,9 +55,19 @@ def _called(name: str, best: Planned, other: Planned) -> str:
     """Return what a part is called, with what makes it longer where that is known."""
     if name == "tensor sums" and crosses(other) and not crosses(best):
         return f"{name} across nodes"
+    if name == "ZeRO":
+        return _zero_called(other)
     if name == "compute" and _recomputes(other) > _recomputes(best):
         return "recomputation"
     return name
+
+
+def _zero_called(planned: Planned) -> str:
+    stage, count = planned.choice.zero_stage, planned.prediction.batch.num_micro_batches
+    often = f"{count} micro-batches" if count > 1 else "a micro-batch"
+    if stage < 2:
+        return f"summing the gradients of {often}"
+    return f"ZeRO-{stage}'s {'gathers' if stage == 3 else 'reductions'} for {often}"
 
 
 def crosses(planned: Planned) -> bool:

@@ -24,8 +24,9 @@ from trainer.planner.memory import of_device, rows_of, saving
 from trainer.planner.search.choice import Choice
 from trainer.planner.search.space import Mesh, Passes, Space, States
 from trainer.planner.states import ModelStates
-from trainer.planner.step_time import Job, stage_costs, step_time
+from trainer.planner.step_time import Job, block_times, jitter
 from trainer.planner.weights import RankWeights
+from trainer.planner.zero_step import ZeroJob, ZeroStep
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.recipe.stages import layers_by_cost
 from trainer.schema import Recipe
@@ -57,6 +58,12 @@ class Blocks(NamedTuple):
     def of_all(self, layers: int) -> float:
         return self.embedding + layers * self.layer + self.head
 
+    def of_first(self, division: Division) -> float:
+        return self.embedding + division.first * self.layer + self.head * division.is_v
+
+    def of_last(self, division: Division) -> float:
+        return division.last * self.layer + self.head * (not division.is_v)
+
 
 class Division(NamedTuple):
     """The layers of the first rank of a pipeline, of the ones between that have the most, and of
@@ -66,6 +73,39 @@ class Division(NamedTuple):
     between: int
     last: int
     is_v: bool
+
+
+class Times(NamedTuple):
+    """The seconds of blocks, forward and backward, and the share of the weights' gradients in a
+    backward."""
+
+    forward: Blocks
+    backward: Blocks
+    of_weights: float
+
+
+class Beside(NamedTuple):
+    """The seconds of ZeRO's work: in a micro-batch's forward and backward, where it does not run
+    beside them, and after all of them."""
+
+    step: ZeroStep
+    runs_beside: bool
+    in_forward: float
+    in_backward: float
+    after: float
+
+    @classmethod
+    def of(cls, step: ZeroStep) -> Beside:
+        runs_beside = step.job.overlaps and step.device.asynchronous
+        return cls(step, runs_beside, step.forward(0.0), step.backward(0.0), step.reduction + step.update)
+
+    def forward(self, computed: float) -> float:
+        """Return the seconds that a forward of so many seconds takes longer."""
+        return self.step.forward(computed) if self.runs_beside else self.in_forward
+
+    def backward(self, computed: float) -> float:
+        """Return the seconds that a backward of so many seconds takes longer."""
+        return self.step.backward(computed) if self.runs_beside else self.in_backward
 
 
 class Held(NamedTuple):
@@ -83,18 +123,18 @@ class Roughly:
     space: Space
     device: Device
     most_bytes: float  # layouts that surely need more are left out
-    _seconds: dict[object, tuple[Blocks, Blocks, Blocks]] = field(default_factory=dict)
+    _zero: dict[object, Beside] = field(default_factory=dict)
+    _times: dict[object, Times] = field(default_factory=dict)
+    _jobs: dict[Mesh, ZeroJob] = field(default_factory=dict)
     _bytes: dict[object, tuple[Blocks, int, int, int]] = field(default_factory=dict)
     _divisions: dict[object, Division] = field(default_factory=dict)
     _states: dict[object, list[Held]] = field(default_factory=dict)
-    _beside: dict[object, float] = field(default_factory=dict)
 
     def of(self, ways: Iterable[Passes]) -> Iterator[Rough]:
         """Yield the figures of the layouts that compute micro-batches in these ways."""
         for passes in ways:
             pipelines = self.space.pipelines(passes)
             for schedule, virtual in pipelines:
-                pipeline_s = self._pipeline(passes, schedule, virtual)
                 activations = {casts: self._activations(passes, schedule, virtual, casts=casts) for casts in (True, False)}
                 for states in self.space.states(passes, schedule):
                     held = self._states_of(passes, states)
@@ -103,70 +143,88 @@ class Roughly:
                         for one, kept in zip(held, activations[states.stage == 0], strict=True)
                     )
                     if needs <= self.most_bytes:
-                        seconds = pipeline_s + self._beside_passes(passes, states)
+                        seconds = self._step(passes, schedule, virtual, states)
                         yield Rough(seconds, needs + self._around(passes.mesh, needs), passes, schedule, virtual, states)
 
     # ------------------------------------------------------------------------ the time
 
-    def _pipeline(self, passes: Passes, schedule: str, virtual: int) -> float:
+    def _step(self, passes: Passes, schedule: str, virtual: int, states: States) -> float:
+        """Return the seconds of a step."""
+        zero = self._beside(passes, states)
+        pipeline = self._pipeline(passes, schedule, virtual, zero, weights_wide=states.stage == 0)
+        waiting = jitter(self._device, passes.mesh.data * passes.mesh.context)
+        return self._device.calibration * (pipeline * (1 + waiting) + zero.after)
+
+    def _pipeline(self, passes: Passes, schedule: str, virtual: int, zero: Beside, *, weights_wide: bool) -> float:
         """Return the seconds from the first forward to the last backward."""
         count, ranks = passes.num_micro_batches, passes.mesh.pipeline
-        parts = self._seconds_of(passes)
+        forward, backward, of_weights = self._times_of(passes, weights_wide=weights_wide)
         if ranks == 1:
             layers = self.space.network.num_layers
-            return count * sum(part.of_all(layers) for part in parts)
+            ahead, back = forward.of_all(layers), backward.of_all(layers)
+            return count * (ahead + back + zero.forward(ahead) + zero.backward(back))
         division = self._division(ranks, schedule, virtual)
-        embedding, layer, head = map(sum, zip(*parts, strict=True))
-        together = embedding + self.space.network.num_layers * layer + head
-        of_first = embedding + division.first * layer + head * division.is_v
-        slowest = max(of_first, division.last * layer + head * (not division.is_v), division.between * layer)
+        ahead, back = max(
+            (
+                (forward.of_first(division), backward.of_first(division)),
+                (forward.of_last(division), backward.of_last(division)),
+                (division.between * forward.layer, division.between * backward.layer),
+            ),
+            key=lambda both: both[0] + both[1],
+        )
+        added = zero.forward(ahead), zero.backward(back)
+        slowest = ahead + back + sum(added)
+        together = sum(blocks.of_all(self.space.network.num_layers) for blocks in (forward, backward)) + ranks * sum(added)
+        weight_grads = of_weights * back + added[1]
+        schedule_of = SCHEDULES[schedule]
         if count < ranks:  # each micro-batch passes all stages before a rank has more to do
-            return (together + (count - 1) * slowest / virtual) * self._until_last(parts, schedule)
-        rest = (together - slowest) / virtual
-        return count * slowest + rest * self._waited(parts, schedule)
+            waited = (slowest - weight_grads) / slowest if schedule_of.splits_backward else 1.0
+            return (together + (count - 1) * slowest / virtual) * waited
+        waited = 1.0
+        if schedule_of.splits_backward:
+            waited = max(0.0, (slowest - weight_grads * (3 if schedule_of.v_shaped else 2)) / slowest)
+        return count * slowest + (together - slowest) / virtual * waited
 
-    def _until_last(self, parts: tuple[Blocks, Blocks, Blocks], schedule: str) -> float:
-        """Return the share of a pass of which the ranks wait for each other."""
-        forward, input_grad, weight_grad = (part.layer for part in parts)
-        whole = forward + input_grad + weight_grad
-        return (forward + input_grad) / whole if SCHEDULES[schedule].splits_backward else 1.0
-
-    def _waited(self, parts: tuple[Blocks, Blocks, Blocks], schedule: str) -> float:
-        """Return the share of the other ranks' stages that the slowest one waits for."""
-        if not SCHEDULES[schedule].splits_backward:
-            return 1.0
-        forward, input_grad, weight_grad = (part.layer for part in parts)
-        waits = forward + input_grad - weight_grad * (2 if SCHEDULES[schedule].v_shaped else 1)
-        return max(0.0, waits / (forward + input_grad + weight_grad))
-
-    def _seconds_of(self, passes: Passes) -> tuple[Blocks, Blocks, Blocks]:
-        """Return the seconds of forward, of input gradients and of weight gradients."""
-        key = passes.mesh.tensor, passes.micro, passes.divides, passes.recompute
-        if key not in self._seconds:
-            job = self._job(passes, States(0, "none", "none"), pipeline=1)
-            layers = self.space.network.num_layers
-            costs = stage_costs(replace(job, layout=Layout(pp=3, tp=passes.mesh.tensor), balance=(1, layers, 1)), self.device)
-            self._seconds[key] = (
-                _blocks([cost.forward for cost in costs], layers),
-                _blocks([cost.input_grad for cost in costs], layers),
-                _blocks([cost.weight_grad for cost in costs], layers),
+    def _times_of(self, passes: Passes, *, weights_wide: bool) -> Times:
+        """Return the seconds of blocks; `weights_wide`: weights are held wider than the compute
+        format."""
+        key = passes.mesh.tensor, passes.micro, passes.divides, passes.recompute, weights_wide
+        if key not in self._times:
+            job = self._job(
+                passes._replace(mesh=passes.mesh._replace(pipeline=1)), States(0 if weights_wide else 1, "none", "none")
             )
-        return self._seconds[key]
+            embedding, layer, head = block_times(job, self._device)
+            forward, input_grad, weight_grad = zip(embedding, layer, head, strict=True)
+            backward = Blocks(*(sum(both) for both in zip(input_grad, weight_grad, strict=True)))
+            self._times[key] = Times(Blocks(*forward), backward, layer[2] / (layer[1] + layer[2]))
+        return self._times[key]
 
-    def _beside_passes(self, passes: Passes, states: States) -> float:
-        """Return the seconds of a step that are not the pipeline's: the reduction of gradients, the
-        update, what is offloaded."""
-        key = passes.mesh, states
-        if key not in self._beside:
-            time = step_time(replace(self._job(passes, states), num_micro_batches=1), self.device)
-            self._beside[key] = time.total - time.pipeline
-        return self._beside[key]
+    def _beside(self, passes: Passes, states: States) -> Beside:
+        """Return the work of ZeRO on the rank that trains the most."""
+        mesh = passes.mesh
+        if (key := (mesh, states, passes.num_micro_batches)) not in self._zero:
+            if mesh not in self._jobs:
+                job = self._job(passes, States(0, "none", "none")).zero
+                assert job is not None, "our own engine has it"
+                self._jobs[mesh] = job
+            job = replace(
+                self._jobs[mesh],
+                stage=states.stage,
+                optimizer_on=states.optimizer,
+                weights_on=states.param,
+                micro_batches=passes.num_micro_batches,
+            )
+            self._zero[key] = Beside.of(ZeroStep(job, self._device))
+        return self._zero[key]
 
-    def _job(self, passes: Passes, states: States, pipeline: int | None = None) -> Job:
-        mesh = passes.mesh if pipeline is None else passes.mesh._replace(pipeline=pipeline)
-        choice = passes._replace(mesh=mesh).choice("1f1b", 1, states)
-        recipe = choice.recipe(self.space.base)
-        return job_of(recipe, _batch(recipe, passes), self.space.network, _layout(mesh))
+    @cached_property
+    def _device(self) -> Device:
+        """The device as each of the ranks finds it."""
+        return self.device.shared_by(self.space.world_size)
+
+    def _job(self, passes: Passes, states: States) -> Job:
+        recipe = passes.choice("1f1b", 1, states).recipe(self.space.base)
+        return job_of(recipe, _batch(recipe, passes), self.space.network, _layout(passes.mesh))
 
     def _division(self, ranks: int, schedule: str, virtual: int) -> Division:
         is_v = SCHEDULES[schedule].v_shaped
@@ -219,8 +277,7 @@ class Roughly:
         if mesh.pipeline == 1:
             return [kept.of_all(network.num_layers) + moment]
         division, count, end = self._division(mesh.pipeline, schedule, virtual), passes.num_micro_batches, mesh.pipeline - 1
-        first = kept.embedding + division.first * kept.layer + kept.head * division.is_v + virtual * passed
-        last = division.last * kept.layer + kept.head * (not division.is_v) + virtual * passed
+        first, last = (one + virtual * passed for one in (kept.of_first(division), kept.of_last(division)))
         flying = [in_flight(schedule, mesh.pipeline, virtual, count, rank) / virtual for rank in (0, end)]
         puts_off = SCHEDULES[schedule].splits_backward and not division.is_v
         waiting = deferred * division.last * end / virtual * puts_off
@@ -285,13 +342,6 @@ def _held(states: ModelStates) -> Held:
         if item.place is Place.DEVICE:
             held[item.phase] += item.num_bytes
     return Held(held[Phase.ALWAYS], held[Phase.BACKWARD], held[Phase.UPDATE])
-
-
-def _blocks(of_stages: list[float], layers: int) -> Blocks:
-    """Return the figures of blocks, from stages of the embedding with a layer, of `layers`, and of
-    a layer with the head."""
-    first, middle, last = of_stages
-    return Blocks(first - middle / layers, middle / layers, last - middle / layers)
 
 
 def _layout(mesh: Mesh) -> Layout:
