@@ -31,8 +31,8 @@ DEVICES = {
     "a100_80gb": replace(A100_80, attention_share=FIRST_FLASH),
     "a100_40gb": replace(A100_40, attention_share=FIRST_FLASH),
 }
-# One V100 has the whole host: two sockets of six channels of DDR4-2666. Adam moves 28 bytes a weight
-# at 0.7 of their rate, as the sheets assume.
+# One V100 has the whole host: two sockets of six channels of DDR4-2666. Adam moves 28 bytes of each
+# weight at 0.7 of their rate, as the sheets assume.
 DGX_2 = replace(listed("v100-32g"), host_adam=0.7 * 256e9 / 28)
 TENSORS, MODULES = 8, 1  # of a layer: trained weights, and units that FSDP gathers
 
