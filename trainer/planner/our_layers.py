@@ -159,7 +159,7 @@ def _cross(config: TransformerConfig, share: Share) -> Pass:
     D, K = config.hidden_size, config.head_dim
     H, G = max(1, config.num_heads // share.tensor), max(1, config.num_kv_heads // share.tensor)
     forward, backward = _kernel(config, share, H, None)
-    # every pair, not half
+    # Every pair of tokens, not half of them.
     kernel = Pass(_issued(forward + forward), _issued(backward + backward), Work())
     sums = Work(sums=[share.tokens * D * share.itemsize] * (share.tensor > 1))
     linear = [_linear(share, D, H * K, bias=config.qkv_bias), _linear(share, D, 2 * G * K, bias=config.qkv_bias)]
@@ -184,7 +184,7 @@ def _linear(share: Share, inputs: int, outputs: int, *, bias: bool, adds_bias: b
 
 
 def _casts(share: Share, elements: int) -> list[Move]:
-    """Return the rounding of weights that are kept in fp32, and of their gradients back
+    """Return the rounding of weights that are kept in fp32, or of their gradients back
     (ZeRO-0)."""
     if share.stored_bytes == share.itemsize:
         return []
@@ -223,7 +223,7 @@ def _dropout(rate: float, elements: float, i: int) -> Pass:
     return Pass(_issued(forward), _issued(Work([], [Move((4 * i + 1) * elements, 2)])), Work())
 
 
-# ------------------------------------------------------------------------ how they are put together
+# ------------------------------------------------------------------------ how they join
 
 
 def _hidden(config: TransformerConfig, share: Share) -> float:
