@@ -1,5 +1,5 @@
-"""The speed of ranks on the cores of a machine, from what was measured there: an operation's time is
-interpolated between measured ones of about its size. No torch.
+"""The speed of ranks on the cores of a machine, from what was measured there: an operation's time
+is interpolated between measured ones of about its size. No torch.
 
 A GPU's kernels cut their work into tiles, and that can be computed (`roofline.py`). What a CPU
 reaches depends on caches, on the library, and on the ranks beside it, so it is measured:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 from parallel.topology import Layout
 from trainer.model.config import TransformerConfig
@@ -82,7 +83,7 @@ class Traffic:
             return Transfer("pipeline", Medium.NODE, 0.0)
         holders = rank_of_stage(self.recipe.parallel)
         neighbours = [0] * self.layout.pp
-        for one, other in zip(holders, holders[1:], strict=False):
+        for one, other in pairwise(holders):
             neighbours[one] += one != other
             neighbours[other] += one != other
         divided = self.layout.tp if self.recipe.parallel.divides_tokens else 1
