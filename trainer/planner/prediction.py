@@ -31,8 +31,7 @@ def time_band(device: Device) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The plan of a recipe on devices of one kind. There is no time without a kind, and on one that
-    has no rate for the compute format.
+    """The plan of a recipe on devices of one kind; without a kind there is no time.
 
     `ranks`: the memory of each rank of the pipeline.
     """

@@ -111,10 +111,10 @@ def layout_words(planned: Planned) -> str:
     if choice.context > 1:
         words.append(f"context {choice.context}")
     words += [f"data {data}", f"micro {choice.micro_sequences}", f"ZeRO-{choice.zero_stage}"]
-    words += [f"optimizer on {choice.offload_optimizer}"] * (choice.offload_optimizer != "none")
-    words += [f"weights on {choice.offload_param}"] * (choice.offload_param != "none")
-    if {choice.offload_optimizer, choice.offload_param} != {"none"}:
-        words.append(f"{planned.host_bytes / GIB:,.0f} GiB of host memory a rank")
+    places = {"optimizer": choice.offload_optimizer, "weights": choice.offload_param}
+    away = [f"{what} on {place}" for what, place in places.items() if place != "none"]
+    if away:
+        words += [*away[:-1], f"{away[-1]} (host {planned.host_bytes / GIB:,.0f} GiB a rank)"]
     words += [f"recompute {choice.recompute}"] * (choice.recompute != "none")
     return ", ".join(words)
 

@@ -44,8 +44,8 @@ class Neighbour(NamedTuple):
 
 @dataclass
 class Search:
-    """A search for the best layout of a recipe on so many devices of one kind. RecipeError if its
-    sheet has no rate for the recipe's compute format."""
+    """A search for the best layout of a recipe on so many devices of one kind. RecipeError if these
+    have no products in the recipe's compute format."""
 
     resolved: ResolvedRecipe
     network: TransformerConfig
@@ -140,13 +140,13 @@ class Search:
         """The neighbours of the best layout, each with the reason why it loses."""
         if self.best is None:
             return []
-        found = []
+        found: dict[Choice, Neighbour] = {}
         for key, ones in neighbours(self.space, self.best.choice).items():
             for near in ones:
                 planned = self.plan(near.choice)
-                if planned is not None:
-                    found.append(Neighbour(key, near, planned, reason(self.best, planned)))
-        return found
+                if planned is not None and near.choice not in found:
+                    found[near.choice] = Neighbour(key, near, planned, reason(self.best, planned))
+        return [*found.values()]
 
     @cached_property
     def ranked(self) -> list[Planned]:
