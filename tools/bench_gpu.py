@@ -1,4 +1,4 @@
-"""What one GPU does with our layers: correct numbers first, then rates, memory and kernels.
+"""The figures of one GPU with our layers: correct numbers first, then rates, memory and kernels.
 
     python tools/bench_gpu.py [--quick] [--device cpu] [--json FILE] [--wheels DIR]
 
@@ -6,8 +6,8 @@ In this order, each within what is left of `--budget` seconds (480):
 
 * the tests marked `gpu`;
 * losses and gradient norms of a small Llama at every ZeRO stage, beside those of the CPU;
-* steps of Llamas of the classes 1 B and 8 B in bf16, whole rows and packed ones: tokens/s, MFU, peak
-  memory, the share of a step in which the GPU computes, and the kernels it computes longest. Of the
+* steps of Llamas of the classes 1 B and 8 B in bf16, whole rows and packed ones: tokens/s, MFU,
+  peak memory, the share of a step in which the GPU computes, and the kernels it computes longest. Of the
   8 B class there are as many of its 32 layers as the memory holds with AdamW: a layer's rate does
   not depend on their number;
 * attention over packed documents: our calls, beside torch's `varlen` and FlexAttention;
@@ -42,7 +42,7 @@ KERNELS = 8  # that are named of a step
 
 
 def install(wheels: Path) -> None:
-    """Install what is missing here from a folder of wheels."""
+    """Add what is missing here from a folder of wheels."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", *map(str, wheels.glob("*.whl"))]
     subprocess.run(command, check=True)
 
@@ -243,7 +243,8 @@ class Bench:
 
     def attend(self, name: str, work: Callable[[], Tensor], expected: Tensor, inputs: Sequence[Tensor]) -> None:
         difference = float((work().detach() - expected).abs().max())
-        assert difference < 0.05, f"it differs by {difference}"  # bf16 has 8 bits: seen 0.016 between kernels
+        # bf16 has 8 bits: seen 0.016 between kernels
+        assert difference < 0.05, f"it differs by {difference}"
         grad = torch.ones_like(expected)
         once = lambda: torch.autograd.grad(work(), inputs, grad)  # noqa: E731
         once()

@@ -7,7 +7,7 @@ predicted from `triaxis doctor --measure` alone.
 
 Every run is a `triaxis train` of its own, with one thread for each rank; its step times and memory
 are read from its metrics. Nothing is fitted on them. Other work on the machine makes steps longer,
-and so it does matrix products: a short probe of the same products and copies as in the sheet runs
+and so it does matrix products: a short probe of products as in the sheet runs
 before and after each run, and the prediction is multiplied by how much slower these were. Where
 they differ, the machine changed during the run, and it is repeated.
 """
@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,7 +38,7 @@ from trainer.recipe import load
 
 STEPS, WARM_UP = 12, 4
 STEADY = 0.08  # probes before and after a run that differ by less saw the same machine
-TRIES = 3
+TRIES = 2
 TEXT = "the quick brown fox jumps over the lazy dog while the cat looks on and says nothing at all. "
 
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -227,28 +226,7 @@ def probe(on: Device, ranks: int) -> float:
     seconds = [float(process.communicate()[0]) for process in started]
     speed = on.shared_by(ranks).speed
     assert speed is not None
-    return statistics.mean(seconds) / speed.product_s(*PROBED, "fp32")
-
-
-PROBED = (1024, 1024, 1024)
-PROBE_S = 1.2
-
-
-def probed_s() -> float:
-    """Return the mean seconds of a product: a step is long enough that it meets all that stops the
-    machine for a moment, which the lower quartile of the sheet leaves out."""
-    import torch
-
-    rows, columns, inner = PROBED
-    rings = [(torch.ones(rows, inner), torch.ones(columns, inner)) for _ in range(8)]
-    for left, right in rings:
-        torch.mm(left, right.mT)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() < start + PROBE_S:
-        left, right = rings[count % len(rings)]
-        torch.mm(left, right.mT)
-        count += 1
-    return (time.perf_counter() - start) / count
+    return statistics.mean(seconds) / speed.steady
 
 
 # ---------------------------------------------------------------------------- the table
@@ -299,7 +277,9 @@ def main() -> int:
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.probe:
-        print(probed_s())
+        from trainer.doctor.rank_speed import steady_times
+
+        print(statistics.mean(steady_times()))
         return 0
     try:
         on = device(HERE)

@@ -13,10 +13,10 @@ from trainer.data import was_prepared
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.planner.devices import Device
+from trainer.planner.explain import seconds
 from trainer.planner.prediction import Prediction, predict
 from trainer.planner.search.choice import as_words
 from trainer.planner.search.find import Search
-from trainer.planner.summary import seconds
 from trainer.planner.verdict import require_fit, verdict
 from trainer.recipe import ResolvedRecipe
 from trainer.run_folder import RunFolder

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.doctor.speed import ON_HOST, Figures, typical_s
+from trainer.doctor.speed import ON_HOST, Figures, lower_quartile, timed_s, typical_s
 from trainer.engine.execution import DTYPES
 from trainer.schema import Dtype
 
@@ -33,6 +33,7 @@ FUNCTION_ELEMENTS = 1 << 18
 RING_BYTES = 96 << 20  # of the tensors that are used in turn
 MOST_IN_RING = 64
 LAYERS = 20  # of small operations
+STEADY, STEADY_S = 1024, 1.5  # the side of the products that are repeated for so long
 
 Wait = Callable[[], object]
 Operands = list[Tensor]
@@ -50,6 +51,7 @@ def rank_speed(ranks: int, formats: Sequence[Dtype], wait: Wait = lambda: None) 
         "functions_per_s": {dtype: _functions(dtype, wait) for dtype in formats},
         "adam": [{"elements": elements, "elements_per_s": _adam(elements, wait)} for elements in ADAM],
         "call_s": _call_s(wait),
+        "steady": _steady(wait),
     }
 
 
@@ -170,3 +172,23 @@ def _call_s(wait: Wait) -> float:
         x.sum().backward()
 
     return _typical_s(wait, pass_through) / (8 * LAYERS)
+
+
+def _steady(wait: Wait) -> dict[str, float]:
+    """Return the mean seconds of a product, and their lower quartile: other figures are of short
+    times, and a step is long enough that it meets all that stops a machine for a moment."""
+    wait()
+    times = steady_times()
+    return {"seconds": sum(times) / len(times), "quartile_s": lower_quartile(times)}
+
+
+def steady_times() -> list[float]:
+    """Return the seconds of each of the products that are repeated for a while."""
+    ring = [(torch.ones(STEADY, STEADY), torch.ones(STEADY, STEADY)) for _ in range(8)]
+    for left, right in ring:
+        left @ right.mT
+    times: list[float] = []
+    while sum(times) < STEADY_S:
+        left, right = ring[len(times) % len(ring)]
+        times.append(timed_s(lambda left=left, right=right: left @ right.mT, CPU))  # type: ignore[misc]
+    return times

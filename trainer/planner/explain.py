@@ -76,11 +76,11 @@ class Explanation:
     saving: Saving | None = None
 
     def lines(self) -> Iterator[str]:
-        yield f"tokens: {self.tokens_per_step:,} in a step{self._rate()}"
-        yield f"model FLOPs: {self.flops:.3g} in a step"
+        yield f"tokens: {self.tokens_per_step:,} in a step; model FLOPs: {self.flops:.3g}"
         if self.mfu is not None and self.band is not None:
             low, high = self.mfu * (1 - self.band), self.mfu * (1 + self.band)
-            yield f"MFU: {self.mfu:.0%}, between {low:.0%} and {high:.0%}; bubble: {self.bubble:.1%} of the step"
+            yield self.time
+            yield f"MFU: between {low:.0%} and {high:.0%}; bubble: {self.bubble:.1%} of the step"
         yield from self._traffic()
         if self.training is not None:
             one = self.training
@@ -89,8 +89,12 @@ class Explanation:
         if self.saving is not None:
             yield _saving_line(self.saving)
 
-    def _rate(self) -> str:
-        return "" if self.step_s is None else f"; {self.tokens_per_step / self.step_s:,.0f} in a second"
+    @property
+    def time(self) -> str:
+        """The line of a step's time, which is known."""
+        assert self.step_s is not None
+        rate = f"{self.tokens_per_step / self.step_s:,.0f} tokens in a second"
+        return f"time: {seconds(self.step_s)} for a step ± {self.band:.0%}; {rate}; MFU {self.mfu:.0%}"
 
     def _traffic(self) -> Iterator[str]:
         by_medium = sorted(self.transfers, key=lambda one: one.medium.value)
@@ -171,12 +175,12 @@ def best_interval(checkpoint_s: float, mtbf_s: float) -> float:
 
 
 def _training(steps: int, tokens_per_step: int, step_s: float, devices: int) -> Training:
-    seconds = steps * step_s
+    whole = steps * step_s
     return Training(
         tokens=steps * tokens_per_step,
         steps=steps,
-        days=seconds / DAY_S,
-        device_hours=seconds * devices / HOUR_S,
+        days=whole / DAY_S,
+        device_hours=whole * devices / HOUR_S,
     )
 
 
@@ -187,8 +191,13 @@ def _saving_line(one: Saving) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
+def seconds(value: float) -> str:
+    """Return a duration with three digits."""
+    return f"{value:,.3g} s" if value >= 1 else f"{1e3 * value:,.3g} ms"
+
+
+def _duration(value: float) -> str:
     for unit, size in (("days", DAY_S), ("hours", HOUR_S), ("minutes", MINUTE_S)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.1f} s"
+        if value >= 2 * size:
+            return f"{value / size:,.1f} {unit}"
+    return f"{value:,.1f} s"

@@ -92,7 +92,7 @@ def embedding_pass(config: TransformerConfig, share: Share) -> Pass:
     return _together(parts)
 
 
-# ---------------------------------------------------------------------------------- parts of a layer
+# ------------------------------------------------------------------------ parts of a layer
 
 
 def _attention(config: TransformerConfig, share: Share, window: int | None) -> Pass:
@@ -159,7 +159,8 @@ def _cross(config: TransformerConfig, share: Share) -> Pass:
     D, K = config.hidden_size, config.head_dim
     H, G = max(1, config.num_heads // share.tensor), max(1, config.num_kv_heads // share.tensor)
     forward, backward = _kernel(config, share, H, None)
-    kernel = Pass(_issued(forward + forward), _issued(backward + backward), Work())  # every pair, not half
+    # Every pair of tokens, not half of them.
+    kernel = Pass(_issued(forward + forward), _issued(backward + backward), Work())
     sums = Work(sums=[share.tokens * D * share.itemsize] * (share.tensor > 1))
     linear = [_linear(share, D, H * K, bias=config.qkv_bias), _linear(share, D, 2 * G * K, bias=config.qkv_bias)]
     output = _linear(share, H * K, D, bias=config.attention_out_bias, adds_bias=True)
@@ -167,7 +168,8 @@ def _cross(config: TransformerConfig, share: Share) -> Pass:
 
 
 def _linear(share: Share, inputs: int, outputs: int, *, bias: bool, adds_bias: bool = False) -> Pass:
-    """Return the work of a linear layer. `adds_bias`: after a sum over ranks, not in the product."""
+    """Return the work of a linear layer. `adds_bias`: after a sum over ranks, not in the
+    product."""
     N, i = share.tokens, share.itemsize
     forward = _casts(share, inputs * outputs)
     backward = []
@@ -182,7 +184,8 @@ def _linear(share: Share, inputs: int, outputs: int, *, bias: bool, adds_bias: b
 
 
 def _casts(share: Share, elements: int) -> list[Move]:
-    """Return the rounding of weights that are kept in fp32, and of their gradients back (ZeRO-0)."""
+    """Return the rounding of weights that are kept in fp32, or of their gradients back
+    (ZeRO-0)."""
     if share.stored_bytes == share.itemsize:
         return []
     return [Move(elements * (share.stored_bytes + share.itemsize), 1, "fresh", 0, "fp32")]
@@ -220,7 +223,7 @@ def _dropout(rate: float, elements: float, i: int) -> Pass:
     return Pass(_issued(forward), _issued(Work([], [Move((4 * i + 1) * elements, 2)])), Work())
 
 
-# ---------------------------------------------------------------------------------- how they are put together
+# ------------------------------------------------------------------------ how they join
 
 
 def _hidden(config: TransformerConfig, share: Share) -> float:

@@ -1,5 +1,5 @@
-"""The speed of ranks on the cores of a machine, from what was measured there: an operation's time is
-interpolated between measured ones of about its size. No torch.
+"""The speed of ranks on the cores of a machine, from what was measured there: an operation's time
+is interpolated between measured ones of about its size. No torch.
 
 A GPU's kernels cut their work into tiles, and that can be computed (`roofline.py`). What a CPU
 reaches depends on caches, on the library, and on the ranks beside it, so it is measured:
@@ -56,6 +56,8 @@ class Speeds:
     | `functions` | evaluations/s of an activation, beside moving its tensors, by format |
     | `adam` | weights/s of fused AdamW with fp32 states; weights |
     | `call` | seconds in which Python issues an operation |
+    | `steady` | mean seconds of a product among many |
+    | `slowed` | how much longer all takes in a long run, by what stops the machine for a moment, and by more ranks |
     """
 
     ranks: int
@@ -68,7 +70,8 @@ class Speeds:
     functions: Mapping[str, float]
     adam: Table
     call: float
-    slowed: float = 1.0  # by more ranks than cores
+    steady: float
+    slowed: float = 1.0
 
     @classmethod
     def of(cls, figures: Figures) -> Self:
@@ -94,12 +97,14 @@ class Speeds:
             functions=dict(figures["functions_per_s"]),
             adam=Table.of({(one["elements"],): one["elements_per_s"] for one in figures["adam"]}),
             call=figures["call_s"],
+            steady=figures["steady"]["seconds"],
+            slowed=figures["steady"]["seconds"] / figures["steady"]["quartile_s"],
         )
 
     def shared_by(self, ranks: int) -> Speeds:
         """Return the speeds where more ranks share the cores than were measured: each has its part
         of the time."""
-        return replace(self, slowed=max(1.0, ranks / self.ranks))
+        return replace(self, slowed=self.slowed * max(1.0, ranks / self.ranks))
 
     def product_s(self, rows: int, columns: int, inner: int, dtype: str) -> float:
         """Return the seconds of a product of these sizes."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.model.config import TransformerConfig
-from trainer.planner.explain import Explanation, explain
+from trainer.planner.explain import explain
 from trainer.planner.items import Place
 from trainer.planner.prediction import Prediction
 from trainer.planner.verdict import verdict
@@ -24,7 +24,7 @@ def summary(recipe: Recipe, network: TransformerConfig, prediction: Prediction) 
         return
     yield verdict(prediction)
     yield _memory(ranks)
-    yield _time(explain(recipe, network, prediction))
+    yield explain(recipe, network, prediction).time
 
 
 def facts(recipe: Recipe, network: TransformerConfig, prediction: Prediction) -> dict[str, Any]:
@@ -46,15 +46,3 @@ def _memory(ranks: list[float]) -> str:
     if len(ranks) <= SHOWN:
         return f"memory: {', '.join(f'{one:,.2f}' for one in ranks)} GiB on the ranks of the pipeline"
     return f"memory: {min(ranks):,.2f} to {max(ranks):,.2f} GiB on the {len(ranks)} ranks of the pipeline"
-
-
-def _time(explained: Explanation) -> str:
-    assert explained.step_s is not None
-    assert explained.band is not None
-    rate = f"{explained.tokens_per_step / explained.step_s:,.0f} tokens in a second"
-    return f"time: {seconds(explained.step_s)} for a step ± {explained.band:.0%}; {rate}; MFU {explained.mfu:.0%}"
-
-
-def seconds(value: float) -> str:
-    """Return a duration with three digits."""
-    return f"{value:,.3g} s" if value >= 1 else f"{1e3 * value:,.3g} ms"

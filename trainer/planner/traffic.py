@@ -1,26 +1,28 @@
 """The bytes that a rank sends in a step, by the link that they take. No torch.
 
 A ring of n ranks sends (n − 1)/n of a tensor for a reduce-scatter or an all-gather, and twice that
-for an all-reduce (Thakur et al. 2005, doi:10.1177/1094342005051521). ZeRO sends as much as an
-all-reduce in stages 1 and 2; in stage 3 it gathers the weights for each forward and each backward
-(Rajbhandari et al. 2020, arXiv:1910.02054, section 7).
+for an all-reduce (Thakur et al. 2005, doi:10.1177/1094342005051521). What ZeRO communicates is
+DeepSpeed's, as zero_step.py times it: below stage 3 gradients are all-reduced, though each rank
+keeps only its part of them at stages 1 and 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 from parallel.topology import Layout
 from trainer.model.config import TransformerConfig
+from trainer.planner.job import job_of
 from trainer.planner.memory import stages_of_ranks
 from trainer.planner.states import ITEMSIZE, MASTERS, STATES
-from trainer.planner.weights import FP32_BYTES, RankWeights
+from trainer.planner.weights import FP32_BYTES
+from trainer.planner.zero_step import ZeroJob
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.recipe.pipeline import rank_of_stage
 from trainer.schema import Recipe
-from trainer.update_rules import states_per_element
 
 
 class Medium(Enum):
@@ -43,7 +45,7 @@ class Transfer:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """The traffic of the busiest rank. `per_node`: devices in a node."""
+    """The traffic of the rank that sends most. `per_node`: devices in a node."""
 
     recipe: Recipe
     batch: BatchPlan
@@ -52,80 +54,78 @@ class Traffic:
     per_node: int
 
     def transfers(self) -> list[Transfer]:
-        found = max(map(self._of_rank, range(self.layout.pp)), key=lambda rank: sum(one.num_bytes for one in rank))
+        zero = job_of(self.recipe, self.batch, self.network, self.layout).zero
+        assert zero is not None, "our own engine's job has it"
+        found = [self._tensor_sums(), self._messages(), *self._data_parallel(zero), *_offloaded(zero)]
         return [one for one in found if one.num_bytes]
-
-    def _of_rank(self, rank: int) -> list[Transfer]:
-        stages = stages_of_ranks(self.recipe, self.network)[rank]
-        weights = RankWeights(network=self.network, tensor=self.layout.tp, tuning=self.recipe.tuning).of_stages(stages)
-        whole = sum(weight.elements for weight in weights)
-        trained = sum(weight.elements for weight in weights if weight.trained)
-        layers = sum(block.kind == "layer" for blocks in stages.values() for block in blocks)
-        return [
-            self._tensor_sums(layers),
-            self._messages(rank, stages),
-            *self._data_parallel(whole, trained),
-            *self._offloaded(whole, trained),
-        ]
 
     @property
     def _hidden_bytes(self) -> int:
         """The bytes of a micro-batch's hidden states."""
-        return self.batch.micro_sequences * self.batch.row_tokens * self.network.hidden_size * self._itemsize
+        itemsize = ITEMSIZE[self.recipe.precision.settled]
+        return self.batch.micro_sequences * self.batch.row_tokens * self.network.hidden_size * itemsize
 
-    @property
-    def _itemsize(self) -> int:
-        return ITEMSIZE[self.recipe.precision.settled]
-
-    def _tensor_sums(self, layers: int) -> Transfer:
+    def _tensor_sums(self) -> Transfer:
         """Return the sums over tensor ranks: two of each layer forward and two backward, and again
         two where the forward is recomputed. With sequence parallelism their halves stand apart."""
         ranks, sums = self.layout.tp, 4 + 2 * (self.recipe.train.recompute == "full")
+        layers = max(
+            sum(block.kind == "layer" for blocks in stages.values() for block in blocks)
+            for stages in stages_of_ranks(self.recipe, self.network)
+        )
         sent = 2 * _of_ring(ranks) * self._hidden_bytes * sums * layers * self.batch.num_micro_batches
         return Transfer("tensor sums", self._link(ranks, 1), sent)
 
-    def _messages(self, rank: int, stages: Iterable[int]) -> Transfer:
+    def _messages(self) -> Transfer:
         """Return the hidden states to the next stage and their gradients to the one before, where
         these are on other ranks."""
         if self.layout.pp == 1:
             return Transfer("pipeline", Medium.NODE, 0.0)
-        holders = dict(enumerate(rank_of_stage(self.recipe.parallel)))
-        neighbours = sum(holders.get(stage + step, rank) != rank for stage in stages for step in (1, -1))
+        holders = rank_of_stage(self.recipe.parallel)
+        neighbours = [0] * self.layout.pp
+        for one, other in pairwise(holders):
+            neighbours[one] += one != other
+            neighbours[other] += one != other
         divided = self.layout.tp if self.recipe.parallel.divides_tokens else 1
-        sent = neighbours * self._hidden_bytes / divided * self.batch.num_micro_batches
+        sent = max(neighbours) * self._hidden_bytes / divided * self.batch.num_micro_batches
         return Transfer("pipeline", self._link(2, self.layout.world_size // self.layout.pp), sent)
 
-    def _data_parallel(self, whole: int, trained: int) -> Iterator[Transfer]:
-        ranks, stage, times = self.layout.dp * self.layout.cp, self.recipe.zero.stage, self.batch.num_micro_batches
-        link, share = self._link(ranks, self.layout.tp), _of_ring(ranks)
-        gradients = share * trained * FP32_BYTES
-        if stage == 3:
-            yield Transfer("gradients", link, share * trained * self._itemsize * times)
-            yield Transfer("gathered weights", link, 2 * share * whole * self._itemsize * times)
-        elif stage:
-            yield Transfer("gradients", link, gradients * (times if stage == 2 else 1))
-            yield Transfer("gathered weights", link, share * trained * self._itemsize)
-        else:
-            yield Transfer("gradients", link, 2 * gradients)
-
-    def _offloaded(self, whole: int, trained: int) -> Iterator[Transfer]:
-        """Yield what passes between the device, the host and NVMe: gradients down and new weights
-        up once, offloaded weights up for each forward and backward; from NVMe the states are read
-        and written."""
-        zero, ranks = self.recipe.zero, self.layout.dp * self.layout.cp
-        own, passes = trained / ranks, 2 * self.batch.num_micro_batches
-        if zero.offload_optimizer.device != "none":
-            yield Transfer("gradients and weights", Medium.HOST, own * (FP32_BYTES + self._itemsize))
-        if zero.offload_optimizer.device == "nvme":
-            states = 1 + states_per_element(self.recipe.optimizer)
-            yield Transfer(f"{MASTERS}, {STATES}", Medium.NVME, 2 * own * FP32_BYTES * states)
-        if zero.offload_param.device != "none":
-            yield Transfer("weights", Medium.HOST, passes * whole / ranks * self._itemsize)
-        if zero.offload_param.device == "nvme":
-            yield Transfer("weights", Medium.NVME, (passes + 1) * whole / ranks * self._itemsize)
+    def _data_parallel(self, zero: ZeroJob) -> Iterator[Transfer]:
+        link, share, times = self._link(zero.ranks, zero.stride), _of_ring(zero.ranks), zero.micro_batches
+        reduced = {
+            0: 2 * FP32_BYTES * zero.trained,
+            1: 2 * FP32_BYTES * zero.trained,
+            2: 2 * zero.reduced * zero.trained * times,
+            3: zero.reduced * zero.trained * times,
+        }
+        yield Transfer("gradients", link, share * reduced[zero.stage])
+        gathered = _gathered(zero) * times if zero.stage == 3 else zero.trained * (zero.stage > 0)
+        yield Transfer("gathered weights", link, share * zero.itemsize * gathered)
 
     def _link(self, ranks: int, stride: int) -> Medium:
         return Medium.NODE if ranks * stride <= self.per_node else Medium.NETWORK
+
+
+def _offloaded(zero: ZeroJob) -> Iterator[Transfer]:
+    """Yield what passes between the device, the host and NVMe: gradients down and new weights up
+    once, offloaded weights up for each gather; from NVMe gradients and states are read and
+    written."""
+    own = zero.trained / (zero.ranks if zero.stage else 1)
+    if zero.optimizer_on != "none":
+        yield Transfer("gradients and weights", Medium.HOST, own * (FP32_BYTES + zero.itemsize))
+    if zero.optimizer_on == "nvme":
+        yield Transfer(f"gradients, {MASTERS}, {STATES}", Medium.NVME, 2 * own * FP32_BYTES * (2 + zero.states))
+    fetched = _gathered(zero) / zero.ranks * zero.itemsize * zero.micro_batches
+    if zero.weights_on != "none":
+        yield Transfer("weights", Medium.HOST, fetched)
+    if zero.weights_on == "nvme":
+        yield Transfer("weights", Medium.NVME, fetched)
+
+
+def _gathered(zero: ZeroJob) -> float:
+    """Return the weights that stage 3 gathers for a micro-batch: those that are not kept once
+    gathered are gathered again for its backward."""
+    return zero.divided + max(0.0, zero.divided - zero.live)
 
 
 def _of_ring(ranks: int) -> float:

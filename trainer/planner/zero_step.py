@@ -140,7 +140,8 @@ class ZeroStep:
 
     def _offloaded(self, p: float) -> float:
         """Return the seconds of the update in the host's memory: the gradients come there, are
-        shrunk and used, and rounded weights go back. With NVMe all states come from it and return."""
+        shrunk and used, and rounded weights go back. With NVMe all states come from it and
+        return."""
         job, device = self.job, self.device
         to_host = 0.0 if device.speed else WIDE * p / (device.to_host or PCIE)
         to_device = 0.0 if device.speed else job.itemsize * p / (device.to_device or PCIE)
