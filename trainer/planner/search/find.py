@@ -25,12 +25,12 @@ from trainer.recipe import ResolvedRecipe
 T = TypeVar("T")
 # The rough time of a layout is this close to its plan's, so that one that is slower by more than it
 # cannot be the best; the rough memory is off by more where stages are uneven.
-CLOSE_S, CLOSE_BYTES = 0.02, 0.08
+CLOSE_S, CLOSE_BYTES = 0.02, 0.05
 MOST_PLANNED = 96  # layouts that are planned while the best is sought
 MOST_LOOKED_AT = 600  # of them, where rules refuse most or few surely fit
 SMALLEST = 48  # layouts that are planned where that was in vain
 RANKED = 10  # meshes in the ranking
-EACH_MESH = 2  # layouts of a mesh that are planned for the ranking
+EACH_MESH = 3  # layouts of a mesh that are planned for the ranking
 ON_FRONT = 24  # rough steps of the front that are planned
 SLOWEST = 2.0  # times the best's time, beyond which the front is of no use
 WHOLE = 256  # spaces of so few layouts are planned whole
@@ -170,12 +170,14 @@ class Search:
         """The best layout of each mesh (tensor, pipeline, context), the best mesh first."""
         if self.best is None:
             return []
-        found: Counter[Mesh] = Counter()
+        tries: Counter[Mesh] = Counter()
+        found: set[Mesh] = set()
         for one in self.rough:
             mesh = one.passes.mesh
-            if found[mesh] < EACH_MESH:
-                found[mesh] += any(True for _ in self.fitting([one.choice]))
-            if self._is_enough or sum(number >= EACH_MESH for number in found.values()) >= RANKED:
+            if tries[mesh] < EACH_MESH and one.num_bytes <= self._limit:
+                tries[mesh] += 1
+                found |= {mesh for _ in self.fitting([one.choice])}
+            if self._is_enough or sum(tries[mesh] >= EACH_MESH for mesh in found) >= RANKED:
                 break
         best: dict[tuple[int, int, int], Planned] = {}
         for planned in self.planned:
