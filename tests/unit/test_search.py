@@ -161,6 +161,15 @@ def test_a_layout_of_the_space_is_what_its_settings_say(name: str, gpus: int) ->
         )
 
 
+def test_a_micro_batch_that_is_chosen_is_not_searched_again(small: Path) -> None:
+    small.write_text(json.dumps({**SMALL, "batch": {"global_sequences": 8}, "train": {"steps": 10, "auto_micro_batch": True}}))
+    search = searched(small, 2)
+    assert search.best is not None
+    for one in (search.best, *search.front):
+        resolved = checked(small, one.choice.settings(search.resolved), 2)
+        assert resolved.recipe.train.auto_micro_batch == (one.choice.micro_sequences == 1)
+
+
 def test_a_layout_is_left_for_one_that_needs_fewer_keys() -> None:
     """What a recipe wrote for its own layout is taken back where nothing would read it."""
     resolved = load(

@@ -37,8 +37,11 @@ from trainer.planner.prediction import predict
 from trainer.planner.search.find import Search
 from trainer.planner.search.remedies import remedies
 from trainer.recipe import ResolvedRecipe, load
+from trainer.recipe.batch_plan import divisors
 
-VARIANTS = 14  # of a drawn recipe, which takes longer to draw than to plan
+REPORTED_EVERY = 20  # drawn recipes
+VARIANTS = 40  # of a drawn recipe, which takes longer to draw than to plan
+MOSTLY = 0.9  # of the plans are for a number of devices over which the batch divides
 WORLDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 96, 100, 128, 256, 512, 1000, 1024, 4096, 8192, 10000)
 GROWTH = (1, 4, 16, 64, 256, 512)
 FACTORS = {"hidden_size": 1, "ffn_size": 1, "num_layers": 0, "encoder_layers": 0, "decoder_layers": 0, "head_dim": 1}
@@ -60,7 +63,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
 
 
 class Counts:
-    """The counts of a campaign, its longest plan and search [s], and its faults."""
+    """The counts of a campaign, the processor's time for its longest plan and search [s], and its
+    faults."""
 
     def __init__(self) -> None:
         self.totals: Counter[str] = Counter()
@@ -68,7 +72,8 @@ class Counts:
         self.faults: list[dict[str, Any]] = []
 
     def took(self, what: str, since: float) -> None:
-        self.longest[what] = max(self.longest[what], time.perf_counter() - since)
+        """Note the time of this process since then: other programs take turns on the machine."""
+        self.longest[what] = max(self.longest[what], time.process_time() - since)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -125,9 +130,11 @@ def plan_one(
         found.totals["without a network"] += 1
         return None
     parallel = resolved.recipe.parallel
-    gpus = parallel.tensor * parallel.pipeline * stream.choice((1, 1, 2, 3, 8, 64))
+    batch = resolved.recipe.batch
+    data = stream.choice(sorted(divisors(batch.global_sequences // batch.micro_sequences)) or [1])
+    gpus = parallel.tensor * parallel.pipeline * (data if stream.random() < MOSTLY else stream.choice(WORLDS))
     on = device(stream.choice([*sheets()]))
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         prediction = predict(resolved.recipe, network, gpus, on)
     except UserError:
@@ -149,7 +156,7 @@ def search_one(
     path: Path, settings: list[str], resolved: ResolvedRecipe, network: TransformerConfig, gpus: int, on: str, found: Counts
 ) -> None:
     """Count a search for the layouts of a recipe; `check` must accept all that is shown."""
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         search = Search(resolved, network, gpus, device(on))
     except UserError:
@@ -200,6 +207,8 @@ def campaign(cases: int, searched: int, seed: int, supplies: Supplies, found: Co
                 )
                 report(campaign="plans", **found.faults[-1])
         number += 1
+        if number % REPORTED_EVERY == 0:
+            report(campaign="plans", drawn=number, **found.facts())
 
 
 def main() -> int:

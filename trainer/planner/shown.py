@@ -72,10 +72,17 @@ def show_front(console: Console, search: Search) -> None:
 
 def show_neighbours(console: Console, search: Search) -> None:
     """Show why each neighbour of the best layout loses."""
+    if search.best is None:
+        return
+    rows = [(setting_words(search.best.choice, one.planned.choice), one) for one in search.neighbours]
     table = _table("a change of the best", ">step [s]", ">GiB", "why it loses")
-    for one in search.neighbours:
-        settings = ", ".join(setting_words(search.best.choice, one.planned.choice)) if search.best else ""
-        _row(table, settings, f"{one.planned.seconds:,.3f}", f"{one.planned.num_bytes / GIB:,.1f}", one.reason.text)
+    # A key is not broken where the terminal is narrow.
+    longest_word = max((len(word) + 1 for words, _ in rows for word in words), default=0)
+    longest_row = max((len(", ".join(words)) for words, _ in rows), default=0)
+    table.columns[0].width = min(longest_row, max(longest_word, 2 * console.width // 5))
+    for words, one in rows:
+        why = one.reason.text.replace(" %", "\N{NO-BREAK SPACE}%")
+        _row(table, ", ".join(words), f"{one.planned.seconds:,.3f}", f"{one.planned.num_bytes / GIB:,.1f}", why)
     console.print(table)
 
 

@@ -86,11 +86,12 @@ class Choice:
 
     def recipe(self, base: Recipe) -> Recipe:
         """Return the recipe with this choice. It is not validated: `settings` are."""
+        finds_micro = base.train.auto_micro_batch and self.micro_sequences == base.batch.micro_sequences
         return base.model_copy(
             update={
                 "parallel": self._parallel(base.parallel),
                 "batch": base.batch.model_copy(update={"micro_sequences": self.micro_sequences}),
-                "train": base.train.model_copy(update={"recompute": self.recompute}),
+                "train": base.train.model_copy(update={"recompute": self.recompute, "auto_micro_batch": finds_micro}),
                 "zero": self._zero(base.zero),
             }
         )

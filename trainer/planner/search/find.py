@@ -4,6 +4,7 @@ pass the recipe's own rules. No torch."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,7 @@ from trainer.planner.search.near import Near, neighbours
 from trainer.planner.search.planned import Planned
 from trainer.planner.search.reasons import Reason, reason
 from trainer.planner.search.rough import Rough, Roughly
-from trainer.planner.search.space import Space, admits
+from trainer.planner.search.space import Mesh, Space, admits
 from trainer.recipe import ResolvedRecipe
 
 T = TypeVar("T")
@@ -26,6 +27,8 @@ T = TypeVar("T")
 # cannot be the best; the rough memory is off by more where stages are uneven.
 CLOSE_S, CLOSE_BYTES = 0.02, 0.08
 MOST_PLANNED = 96  # layouts that are planned while the best is sought
+MOST_LOOKED_AT = 600  # of them, where rules refuse most or few surely fit
+SMALLEST = 48  # layouts that are planned where that was in vain
 RANKED = 10  # meshes in the ranking
 EACH_MESH = 2  # layouts of a mesh that are planned for the ranking
 ON_FRONT = 24  # rough steps of the front that are planned
@@ -111,8 +114,8 @@ class Search:
         best = self._first_best()
         while best is not None:
             near = [one.choice for ones in neighbours(self.space, best.choice).values() for one in ones]
-            better = min(self.fitting(near), key=lambda one: one.order, default=best)
-            if better.order >= best.order:
+            better = self._better(best, near)
+            if better is best:
                 break
             best = better
         return best
@@ -125,15 +128,29 @@ class Search:
     def _first_best(self) -> Planned | None:
         """Return the best of the layouts whose rough time is close to the best's."""
         if len(self.rough) <= WHOLE:
-            return min(self.fitting(one.choice for one in self.rough), key=lambda one: one.order, default=None)
+            return self._better(None, [one.choice for one in self.rough])
         best: Planned | None = None
         for tries, one in enumerate(self.rough):
-            sure = best is not None and best.prediction.fits is True
-            if best is not None and sure and (one.seconds * (1 - CLOSE_S) > best.seconds or tries >= self.most_planned):
+            if best is not None and best.prediction.fits:
+                if one.seconds * (1 - CLOSE_S) > best.seconds or tries >= self.most_planned:
+                    return best
+            elif self._is_enough:
                 break
-            for planned in self.fitting([one.choice]):
-                best = planned if best is None else min(best, planned, key=lambda one: one.order)
-        return best
+            best = self._better(best, [one.choice])
+        # What surely fits is slow: the smallest ones are the last chance.
+        smallest = sorted(self.rough, key=lambda one: one.num_bytes)[:SMALLEST]
+        return self._better(best, [one.choice for one in smallest])
+
+    def _better(self, best: Planned | None, choices: Iterable[Choice]) -> Planned | None:
+        """Return the best of these choices and the one that was best before, which stays among
+        equals."""
+        found = [*([best] if best is not None else []), *self.fitting(choices)]
+        return min(found, key=lambda one: one.order, default=None)
+
+    @property
+    def _is_enough(self) -> bool:
+        """Return whether so many layouts have been looked at that the rest would take too long."""
+        return len(self._planned) >= MOST_LOOKED_AT
 
     @cached_property
     def neighbours(self) -> list[Neighbour]:
@@ -153,15 +170,13 @@ class Search:
         """The best layout of each mesh (tensor, pipeline, context), the best mesh first."""
         if self.best is None:
             return []
-        tries: dict[tuple[int, ...], int] = {}
+        found: Counter[Mesh] = Counter()
         for one in self.rough:
             mesh = one.passes.mesh
-            tries.setdefault(mesh, 0)
-            done = sum(count >= EACH_MESH for count in tries.values())
-            if done >= RANKED:
+            if found[mesh] < EACH_MESH:
+                found[mesh] += any(True for _ in self.fitting([one.choice]))
+            if self._is_enough or sum(number >= EACH_MESH for number in found.values()) >= RANKED:
                 break
-            if tries[mesh] < EACH_MESH:
-                tries[mesh] += any(True for _ in self.fitting([one.choice]))
         best: dict[tuple[int, int, int], Planned] = {}
         for planned in self.planned:
             choice = planned.choice
