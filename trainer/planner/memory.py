@@ -61,11 +61,18 @@ PROCESS, BATCH, STAGING = "process", "data of a step", "copy of a checkpoint"
 
 @dataclass(frozen=True)
 class RankMemory:
-    """The memory of one rank of the pipeline, as the items it is made of."""
+    """The memory of one rank of the pipeline, as the items it is made of. `on_gpu`: it computes on
+    a GPU, and not on the host."""
 
     rank: int
     stages: Stages
     items: tuple[Item, ...]
+    on_gpu: bool = True
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes that it needs of what it computes on."""
+        return self.peak(Place.DEVICE) + (0 if self.on_gpu else self.peak(Place.HOST))
 
     def peak(self, place: Place) -> int:
         """Return the bytes in one memory at the worst moment of a step."""
@@ -83,12 +90,9 @@ def memory(
     for rank, (stages, state) in enumerate(zip(divided, states, strict=True)):
         items = [*state.items(), *_activations(recipe, plan, network, layout, rank, stages)]
         items += _host(recipe, plan, state)
-        if on_gpu:
-            items += of_device(layout, peak(items, Place.DEVICE))
-        else:
-            items.append(Item(RESERVED, int(HEAP * peak(items, Place.DEVICE)), Place.HOST))
-            items.append(Item(PROCESS, GLOO_BYTES * (layout.world_size > 1), Place.HOST, note="gloo"))
-        found.append(RankMemory(rank, stages, tuple(item for item in items if item.num_bytes)))
+        beside = of_gpu if on_gpu else of_cpu
+        items += beside(layout, peak(items, Place.DEVICE))
+        found.append(RankMemory(rank, stages, tuple(item for item in items if item.num_bytes), on_gpu))
     return found
 
 
@@ -241,7 +245,13 @@ def _host(recipe: Recipe, plan: BatchPlan, states: ModelStates) -> Iterator[Item
         yield Item(STAGING, states.saved_bytes, Place.HOST)
 
 
-def of_device(layout: Layout, allocated: int) -> Iterator[Item]:
+def of_cpu(layout: Layout, allocated: int) -> Iterator[Item]:
+    """Yield what a rank that computes on the host holds there beside tensors and its process."""
+    yield Item(RESERVED, int(HEAP * allocated), Place.HOST)
+    yield Item(PROCESS, GLOO_BYTES * (layout.world_size > 1), Place.HOST, note="gloo")
+
+
+def of_gpu(layout: Layout, allocated: int) -> Iterator[Item]:
     """Yield what a GPU holds beside tensors."""
     yield Item(WORKSPACE, WORKSPACE_BYTES)
     yield Item(RESERVED, int(RESERVE * allocated))
