@@ -7,9 +7,9 @@ In this order, each within what is left of `--budget` seconds (480):
 * the tests marked `gpu`;
 * losses and gradient norms of a small Llama at every ZeRO stage, beside those of the CPU;
 * steps of Llamas of the classes 1 B and 8 B in bf16, whole rows and packed ones: tokens/s, MFU,
-  peak memory, the share of a step in which the GPU computes, and the kernels it computes longest. Of the
-  8 B class there are as many of its 32 layers as the memory holds with AdamW: a layer's rate does
-  not depend on their number;
+  peak memory, the share of a step in which the GPU computes, and the kernels it computes longest.
+  Of the 8 B class there are as many of its 32 layers as the memory holds with AdamW: a layer's rate
+  does not depend on their number;
 * attention over packed documents: our calls, beside torch's `varlen` and FlexAttention;
 * bytes/s between the GPU and its host, and a step of the 1 B class that offloads everything.
 

@@ -70,7 +70,7 @@ def test_check_prints_values_model_and_deepspeed_s_dict(capsys: pytest.CaptureFi
 def test_check_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", QUICKSTART, "--json"]) == 0
     resolved = json.loads(capsys.readouterr().out)
-    assert resolved.keys() == {"values"}
+    assert resolved.keys() == {"values", "plan"}
     assert cli.main(["check", QUICKSTART, "--json", "--world-size", "2"]) == 0
     resolved = json.loads(capsys.readouterr().out)
     assert resolved["deepspeed_config"]["zero_optimization"]["stage"] == resolved["values"]["zero.stage"]["value"] == 1

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
+from tests.unit.here_sheets import content
 from trainer.cli import main
 from trainer.commands.network import known_network
 from trainer.costs.flops import listed_peak
-from trainer.planner.devices import CARDS, device, device_named_by_driver, sheets
+from trainer.planner.devices import CARDS, device, device_named_by_driver, measured_device, sheets
 from trainer.planner.items import Place
-from trainer.planner.memory import memory
-from trainer.planner.prediction import with_format_of
+from trainer.planner.memory import COMMUNICATORS, CONTEXT, WORKSPACE, memory
+from trainer.planner.prediction import predict, with_format_of
+from trainer.planner.verdict import verdict
 from trainer.recipe import load
 from trainer.recipe.batch_plan import BatchPlan, layout_of
 
@@ -130,3 +132,18 @@ def test_a_card_is_known_by_the_drivers_name(card: str, gib: float, name: str | 
 
 def test_the_cards_are_those_of_sheets() -> None:
     assert {name for names in CARDS.values() for name in names} <= sheets().keys()
+
+
+def test_ranks_on_cores_need_host_memory_and_share_it() -> None:
+    """No GPU's context is counted, and what a rank needs is its tensors and its process."""
+    resolved = load(Path("ds_configs/nanogpt_shakespeare.json"), [])
+    network = known_network(resolved)
+    assert network is not None
+    on_cores = measured_device(content())
+    assert not on_cores.is_gpu
+    planned = predict(resolved.recipe, network, 2, on_cores)
+    (rank,) = planned.ranks
+    assert not {item.name for item in rank.items} & {CONTEXT, COMMUNICATORS, WORKSPACE}
+    assert planned.device_bytes == rank.peak(Place.DEVICE) + rank.peak(Place.HOST)
+    assert planned.room == on_cores.memory // 2
+    assert verdict(planned).endswith("GiB for each rank")

@@ -15,6 +15,7 @@ VALUES: dict[str, Any] = {  # that a key may have, where its schema has no defau
     **{"path": "corpus.txt", "fields": {}, "shape": "prompt", "balance": [2], "targets": ["mlp"], "quantize": "nf4"},
     **{"decay_steps": 1, "sequence_parallel": True, "overlap": True, "bos": True, "merge": True, "trust_remote_code": True},
     **{"pipeline_read": True, "pipeline_write": True, "betas": [0.9, 0.9], "patience": 2},
+    **{"matmul": "tf32", "schedule": "gpipe", "virtual_stages": 2},
 }
 
 

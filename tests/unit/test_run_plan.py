@@ -54,7 +54,7 @@ def require(plan: RunPlan, machine: Machine) -> None:
 @pytest.mark.parametrize(("share", "refused"), [(1.0, False), (1 / 1.07, False), (1 / 1.09, True)])
 def test_what_is_planned_beyond_the_error_is_refused(share: float, refused: bool) -> None:
     plan = planned(recipe_of(precision={"dtype": "bf16"}))
-    needed = plan.device_bytes(plan.fullest)
+    needed = plan.fullest.num_bytes
     machine = Machine(64 * GIB, 4, int(share * needed), [0] * 4)
     if not refused:
         require(plan, machine)
@@ -71,7 +71,7 @@ def test_what_is_planned_beyond_the_error_is_refused(share: float, refused: bool
 
 def test_the_fullest_rank_of_a_pipeline_is_named() -> None:
     plan = planned(recipe_of(parallel={"pipeline": 4}, batch={"global_sequences": 32}), rank=2)
-    sizes = [plan.device_bytes(rank) for rank in plan.ranks]
+    sizes = [rank.num_bytes for rank in plan.ranks]
     assert (plan.place, plan.fullest.rank) == (2, sizes.index(max(sizes)))
     with pytest.raises(RecipeError, match=f"most of rank {plan.fullest.rank} of the pipeline, the fullest, is"):
         require(plan, Machine(64 * GIB, 4, sizes[2] // 2, range(4)))
@@ -79,7 +79,7 @@ def test_the_fullest_rank_of_a_pipeline_is_named() -> None:
 
 def test_ranks_on_a_host_share_its_memory_and_their_libraries() -> None:
     plan = planned(recipe_of(), on_gpu=False)
-    each = plan.device_bytes(plan.own)
+    each = plan.own.num_bytes
     assert each == plan.own.peak(Place.DEVICE) + plan.own.peak(Place.HOST)
     assert plan.host_bytes([plan.own] * 4) == 4 * each - 3 * max(PROCESS_BYTES, GLOO_BYTES)
     require(plan, Machine(plan.host_bytes([plan.own] * 4), 4, None, [0] * 4))
@@ -177,7 +177,7 @@ def test_the_time_of_a_step_is_planned_for_a_device_with_a_sheet() -> None:
     assert plan is not None
     assert plan.prediction.time is not None
     (line,) = introduced(plan)
-    assert line.startswith(f"plan: {plan.device_bytes(plan.own) / GIB:.3g} GiB ± 8% on a rank; a step takes ")
+    assert line.startswith(f"plan: {plan.own.num_bytes / GIB:.3g} GiB ± 8% on a rank; a step takes ")
     assert line.endswith(" on h100-80g")
     record = outcome(plan, [(7, 5), (8, 6)], 0.25)
     assert record["device"] == "h100-80g"

@@ -72,7 +72,7 @@ class Counts:
         self.faults: list[dict[str, Any]] = []
 
     def took(self, what: str, since: float) -> None:
-        """Note the time of this process since then: other programs take turns on the machine."""
+        """Keep the time of this process since then: other programs take turns on the machine."""
         self.longest[what] = max(self.longest[what], time.process_time() - since)
 
     def facts(self) -> dict[str, Any]:

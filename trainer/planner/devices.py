@@ -109,6 +109,10 @@ class Device:
     jitter: float = 0.0
     calibration: float = 1.0
 
+    @property
+    def is_gpu(self) -> bool:
+        return not self.speeds
+
     def shared_by(self, ranks: int) -> Device:
         """Return the device as each of so many ranks finds it: those on one machine's cores take
         them from each other."""

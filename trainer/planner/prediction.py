@@ -9,7 +9,6 @@ from parallel.topology import Layout
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.planner.devices import Device
-from trainer.planner.items import Place
 from trainer.planner.job import job_of
 from trainer.planner.memory import RankMemory, memory
 from trainer.planner.step_time import StepTime, step_time
@@ -45,21 +44,33 @@ class Prediction:
     @property
     def fullest(self) -> RankMemory:
         """The rank of the pipeline that needs the most of its device."""
-        return max(self.ranks, key=lambda rank: rank.peak(Place.DEVICE))
+        return max(self.ranks, key=lambda rank: rank.num_bytes)
 
     @property
     def device_bytes(self) -> int:
         """The bytes that the fullest rank needs of its device."""
-        return self.fullest.peak(Place.DEVICE)
+        return self.fullest.num_bytes
+
+    @property
+    def room(self) -> int | None:
+        """The bytes of memory that a device has; ranks on the cores of a machine share them. None
+        for an unknown device."""
+        on = self.device
+        if on is None:
+            return None
+        if on.is_gpu:
+            return on.memory
+        return on.memory // min(self.layout.world_size, on.per_node)
 
     @property
     def fits(self) -> bool | None:
         """Return whether every rank fits its device; None where the plan cannot tell."""
-        if self.device is None:
+        room = self.room
+        if room is None:
             return None
-        if self.device_bytes > (1 + MEMORY_BAND) * self.device.memory:
+        if self.device_bytes > (1 + MEMORY_BAND) * room:
             return False
-        return True if self.device_bytes <= (1 - MEMORY_BAND) * self.device.memory else None
+        return True if self.device_bytes <= (1 - MEMORY_BAND) * room else None
 
 
 def with_format_of(recipe: Recipe, device: Device | None) -> Recipe:
@@ -81,10 +92,13 @@ def predict(
     device: Device | None,
     how: str = "--gpus",
     *,
-    on_gpu: bool = True,
+    on_gpu: bool | None = None,
 ) -> Prediction:
     """Return the plan of a recipe on so many devices. `on_gpu`: they are GPUs, with what CUDA and
-    NCCL take. RecipeError if `world_size` ranks, known from `how`, cannot train it."""
+    NCCL take; None: as the device is, and unknown ones are. RecipeError if `world_size` ranks,
+    known from `how`, cannot train it."""
+    if on_gpu is None:
+        on_gpu = device is None or device.is_gpu
     recipe = with_format_of(recipe, device)
     batch = BatchPlan.from_recipe(recipe, world_size, how)
     check_micro_batches(recipe, batch)

@@ -7,7 +7,6 @@ from typing import Any
 
 from trainer.model.config import TransformerConfig
 from trainer.planner.explain import explain
-from trainer.planner.items import Place
 from trainer.planner.prediction import Prediction
 from trainer.planner.verdict import verdict
 from trainer.schema import Recipe
@@ -18,7 +17,7 @@ SHOWN = 8  # ranks of the pipeline whose memory is shown each
 
 def summary(recipe: Recipe, network: TransformerConfig, prediction: Prediction) -> Iterator[str]:
     """Yield the three lines; of an unknown device the memory alone."""
-    ranks = [rank.peak(Place.DEVICE) / GIB for rank in prediction.ranks]
+    ranks = [rank.num_bytes / GIB for rank in prediction.ranks]
     if prediction.device is None:
         yield f"{_memory(ranks)}; no device is known, which --device or a site's file names: no verdict and no time"
         return
@@ -33,7 +32,7 @@ def facts(recipe: Recipe, network: TransformerConfig, prediction: Prediction) ->
     return {
         "device": None if prediction.device is None else prediction.device.name,
         "fits": prediction.fits,
-        "rank_bytes": [rank.peak(Place.DEVICE) for rank in prediction.ranks],
+        "rank_bytes": [rank.num_bytes for rank in prediction.ranks],
         "step_s": explained.step_s,
         "band": explained.band,
         "mfu": explained.mfu,

@@ -45,15 +45,18 @@ def verdict(prediction: Prediction) -> str:
     on = prediction.device
     if on is None:
         return ""
-    fullest, needs = prediction.fullest, prediction.device_bytes
+    fullest, room = prediction.fullest, prediction.room or on.memory
+    shared = " for each rank" if room < on.memory else ""
     where = (
-        f"{needs / GIB:,.2f} GiB on the fullest rank of the pipeline, {fullest.rank}; {on.name} has {on.memory / GIB:,.0f} GiB"
+        f"{fullest.num_bytes / GIB:,.2f} GiB on the fullest rank of the pipeline, {fullest.rank}; "
+        f"{on.name} has {room / GIB:,.0f} GiB{shared}"
     )
     if prediction.fits:
         return f"fits: {where}"
     if prediction.fits is None:
         return f"too close to tell: {where}, and the plan errs by {MEMORY_BAND:.0%}"
-    items = sorted((item for item in fullest.items if item.place is Place.DEVICE), key=lambda item: -item.num_bytes)[:NAMED]
+    counted = (item for item in fullest.items if item.place is Place.DEVICE or (not on.is_gpu and item.place is Place.HOST))
+    items = sorted(counted, key=lambda item: -item.num_bytes)[:NAMED]
     return f"does not fit: {where}; most of it: " + ", ".join(f"{item.name} {item.num_bytes / GIB:,.2f} GiB" for item in items)
 
 

@@ -19,7 +19,7 @@ def introduced(plan: RunPlan | None) -> Iterator[str]:
         return
     fullest = plan.fullest
     who = f"rank {fullest.rank} of the pipeline, the fullest" if len(plan.ranks) > 1 else "a rank"
-    yield f"plan: {gib(plan.device_bytes(fullest))} ± {MEMORY_BAND:.0%} on {who}{_step_of(plan)}"
+    yield f"plan: {gib(fullest.num_bytes)} ± {MEMORY_BAND:.0%} on {who}{_step_of(plan)}"
 
 
 def _step_of(plan: RunPlan) -> str:

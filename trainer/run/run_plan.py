@@ -53,20 +53,16 @@ class RunPlan:
 
     @property
     def fullest(self) -> RankMemory:
-        return max(self.ranks, key=self.device_bytes)
+        return self.prediction.fullest
 
     def fullest_bytes(self, ranks: Sequence[RankMemory]) -> int:
-        return max(map(self.device_bytes, ranks))
-
-    def device_bytes(self, rank: RankMemory) -> int:
-        """Return the bytes that a rank needs of what it computes on: a GPU, or the host."""
-        return rank.peak(Place.DEVICE) + (0 if self.on_gpu else rank.peak(Place.HOST))
+        return max(rank.num_bytes for rank in ranks)
 
     def host_bytes(self, ranks: Sequence[RankMemory]) -> int:
         """Return the bytes of the host that ranks need together. What is the same for all
         processes, the libraries, is there once."""
         shared = max(item.num_bytes for item in self.own.items if item.name == PROCESS)
-        each = [rank.peak(Place.HOST) if self.on_gpu else self.device_bytes(rank) for rank in ranks]
+        each = [rank.peak(Place.HOST) if self.on_gpu else rank.num_bytes for rank in ranks]
         return sum(each) - shared * (len(ranks) - 1)
 
     @property

@@ -115,7 +115,7 @@ class Session:
     def beside_plan(self) -> PlanRecord | None:
         """Return what was predicted and measured of this run, on the first rank. All ranks must
         call it together."""
-        planned = self.planned.device_bytes(self.planned.own) if self.planned else None
+        planned = self.planned.own.num_bytes if self.planned else None
         memories = self.messages.gather([planned, footprint(self.place.device)])
         if memories is None:
             return None

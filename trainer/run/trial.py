@@ -196,7 +196,7 @@ def _run(job: TrialJob, folder: Path) -> None:
             network, recipe, place.world_size, place.how, on_gpu=place.device.type == "cuda", device=None, rank=place.rank
         )
         evaluates = evaluation_data(recipe, prepared, causal=network.causal) is not None
-        left = max(LEAST_LEFT, int(LEFT * planned.device_bytes(planned.own)) if planned else 0)
+        left = max(LEAST_LEFT, int(LEFT * planned.own.num_bytes) if planned else 0)
         held = torch.ones(left, dtype=torch.uint8, device=group.device)
         try_worst_case(engine, data.micro_batches(0), planned, evaluates=evaluates)
         del held

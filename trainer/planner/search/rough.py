@@ -8,7 +8,7 @@ in flight, and the idle time of a schedule whose stages are alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -18,9 +18,9 @@ from parallel.topology import Layout
 from trainer.engine.tiling import Tiling
 from trainer.model.blocks import Block, blocks_of
 from trainer.planner.devices import Device
-from trainer.planner.items import Phase, Place
+from trainer.planner.items import Item, Phase, Place
 from trainer.planner.job import job_of
-from trainer.planner.memory import of_device, rows_of, saving
+from trainer.planner.memory import of_cpu, of_gpu, rows_of, saving
 from trainer.planner.search.choice import Choice
 from trainer.planner.search.space import Mesh, Passes, Space, States
 from trainer.planner.states import ModelStates
@@ -303,7 +303,7 @@ class Roughly:
     def _around(self, mesh: Mesh, allocated: float) -> float:
         """Return what a device holds beside tensors."""
         if mesh not in self._fixed:
-            self._fixed[mesh] = sum(item.num_bytes for item in of_device(_layout(mesh), 0))
+            self._fixed[mesh] = sum(item.num_bytes for item in self._beside_tensors(_layout(mesh), 0))
         return self._fixed[mesh] + self._reserve * allocated
 
     @cached_property
@@ -313,8 +313,12 @@ class Roughly:
     @cached_property
     def _reserve(self) -> float:
         """The share of what is allocated that the allocator reserves."""
-        none, much = (sum(item.num_bytes for item in of_device(Layout(), size)) for size in (0, 1 << 40))
+        none, much = (sum(item.num_bytes for item in self._beside_tensors(Layout(), size)) for size in (0, 1 << 40))
         return (much - none) / (1 << 40)
+
+    @property
+    def _beside_tensors(self) -> Callable[[Layout, int], Iterable[Item]]:
+        return of_gpu if self.device.is_gpu else of_cpu
 
 
 # Schedules that run all forwards of a stage before its first backward.
