@@ -138,6 +138,7 @@ class Flow:
     def of(cls, table: ScheduleTable) -> Flow:
         """Return the flow of a table. Raises Deadlock if it cannot run to its end."""
         number: dict[Action, int] = {}
+        holders = table.rank_of_stage
         done, last = [0] * table.num_ranks, [-1] * table.num_ranks
         actions, before, needed, received = [], [], [], []
         waiting = deque(range(table.num_ranks))
@@ -146,12 +147,11 @@ class Flow:
             rank = waiting.popleft()
             idle += 1
             for step in table.steps[rank][done[rank] :]:
-                inputs = [*needs(step, table)]
-                if any(action not in number for action in inputs):
+                inputs = [(number.get(action, -1), holders[action.stage]) for action in needs(step, table)]
+                if any(made < 0 for made, _ in inputs):
                     break
-                here = [number[action] for action in inputs if table.rank_of_stage[action.stage] == rank]
-                needed.append(tuple(n for n in here if n != last[rank]))
-                received.append(tuple(number[action] for action in inputs if table.rank_of_stage[action.stage] != rank))
+                needed.append(tuple(made for made, holder in inputs if holder == rank and made != last[rank]))
+                received.append(tuple(made for made, holder in inputs if holder != rank))
                 actions.append(tuple((action.stage, action.kind) for action in actions_of(step)))
                 before.append(last[rank])
                 last[rank] = len(before) - 1
