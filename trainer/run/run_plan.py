@@ -18,7 +18,7 @@ from trainer.model.config import TransformerConfig
 from trainer.model.network import Network
 from trainer.planner.devices import Device
 from trainer.planner.items import Item, Phase, Place, held_at
-from trainer.planner.memory import PROCESS, RankMemory
+from trainer.planner.memory import PROCESS, RESERVED, RankMemory
 from trainer.planner.prediction import Prediction, predict
 from trainer.planner.reliefs import Held, Relief, reliefs, with_value
 from trainer.schema import Recipe
@@ -136,8 +136,9 @@ def _total(items: Sequence[Item]) -> int:
 
 
 def named(items: Sequence[Item]) -> str:
-    """Return the largest items with their sizes."""
-    return ", ".join(f"{item.name} {gib(item.num_bytes)}" for item in items[:NAMED])
+    """Return the largest items with their sizes. What an allocator reserves follows from others."""
+    shown = [item for item in items if item.name != RESERVED][:NAMED]
+    return ", ".join(f"{item.name} {gib(item.num_bytes)}" for item in shown)
 
 
 def freeing(freed: Sequence[Relief]) -> str:
