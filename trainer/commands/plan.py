@@ -15,6 +15,7 @@ from trainer.commands.arguments import add_recipe, path, positive, tokens
 from trainer.commands.network import known_network
 from trainer.commands.output import open_console, say
 from trainer.errors import EXIT_OK, EXIT_RECIPE, RecipeError
+from trainer.planner.items import GIB
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from trainer.recipe import ResolvedRecipe
 
 SUMMARY = "Show what each rank needs, whether it fits a device, and the layouts that are best; needs no GPU and no torch."
-GIB = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

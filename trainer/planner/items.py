@@ -7,6 +7,8 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+GIB = 1 << 30
+
 
 class Place(Enum):
     """The memory that holds an item."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from trainer.planner.items import Place
+from trainer.planner.items import GIB, Place
 from trainer.planner.memory import RankMemory
 from trainer.planner.search.choice import Choice
 from trainer.planner.search.find import Search
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-GIB = 1 << 30
 WORTH_A_LINE = 0.05  # of the memory of the line above
 COLUMNS = 6  # ranks of the pipeline that are shown beside each other
 

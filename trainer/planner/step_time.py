@@ -217,7 +217,7 @@ def _passes(job: Job) -> tuple[Pass, list[tuple[Pass, int]], Pass]:
 
 def _timed(job: Job, device: Device, work: Pass, *, recomputes: bool = True) -> list[float]:
     """Return the seconds of forward, of the gradients of inputs, and of those of weights."""
-    peak, summed = device.peaks.get(job.dtype) or max(device.peaks.values()), _sum_s(job, device)
+    peak, summed = device.peaks[job.dtype], _sum_s(job, device)
     computed = partial(work_s, device=device, peak=peak, itemsize=job.itemsize, dtype=job.dtype)
     forward = computed(work.forward, communication=len(work.forward.sums) * summed)
     backward = _backward_s(job, device, work, computed, len(work.backward.sums) * summed)

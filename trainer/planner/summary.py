@@ -7,11 +7,11 @@ from typing import Any
 
 from trainer.model.config import TransformerConfig
 from trainer.planner.explain import explain
+from trainer.planner.items import GIB
 from trainer.planner.prediction import Prediction
 from trainer.planner.verdict import verdict
 from trainer.schema import Recipe
 
-GIB = 1 << 30
 SHOWN = 8  # ranks of the pipeline whose memory is shown each
 
 

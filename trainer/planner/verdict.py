@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.planner.devices import Device, device, device_named_by_driver, measured_here
-from trainer.planner.items import Place
+from trainer.planner.items import GIB, Place
 from trainer.planner.prediction import MEMORY_BAND, Prediction
 from trainer.planner.search.remedies import remedies
 from trainer.recipe import ResolvedRecipe
 
-GIB = 1 << 30
 NAMED = 3  # the largest items that a verdict names
 DRIVER_ANSWERS_S = 10
 ASK_THE_DRIVER = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")

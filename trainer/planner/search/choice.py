@@ -68,10 +68,6 @@ class Choice:
         )
 
     @property
-    def ranks_of_one_model(self) -> int:
-        return self.tensor * self.pipeline * self.context
-
-    @property
     def splits_backward(self) -> bool:
         return self.pipeline > 1 and self.schedule in SCHEDULES and SCHEDULES[self.schedule].splits_backward
 

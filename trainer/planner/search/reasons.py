@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from trainer.planner.items import GIB
 from trainer.planner.search.planned import Planned
 
-GIB = 1 << 30
 # Parts of a difference that are named: the largest, and others of at least this share of it.
 WORTH_NAMING = 0.3
 SAME = 0.0005  # of a step's time

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainer.model.config import TransformerConfig
+from trainer.planner.items import GIB
 from trainer.planner.prediction import Prediction
 from trainer.planner.search.choice import Choice, as_words
 from trainer.planner.search.find import Search
@@ -14,7 +15,6 @@ from trainer.planner.search.reasons import percent
 from trainer.planner.search.rough import Rough, Roughly
 from trainer.recipe import ResolvedRecipe
 
-GIB = 1 << 30
 SHOWN = 3
 MOST_CHANGED = 3
 TRIED = 120  # layouts that are looked at

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from trainer.errors import RecipeError
 from trainer.model.config import TransformerConfig
 from trainer.planner.devices import Device
+from trainer.planner.items import GIB
 from trainer.planner.search.find import Search
 from trainer.planner.search.planned import Planned
 from trainer.planner.search.rough import Roughly
 from trainer.recipe import ResolvedRecipe
 
-GIB = 1 << 30
 BILLION = 1e9
 PLANNED = 24  # layouts that are planned for each number of devices
 MOST_WORLDS = 64  # in a table: each takes a second or more
