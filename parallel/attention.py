@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from parallel.autograd import TensorsFunction
+from parallel.block_attention import block_attention, suits_blocks
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Group
 from parallel.norm import QueryKeyNorm
@@ -251,13 +252,17 @@ class _Block(NamedTuple):
 
 
 def _attend_in_document(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _Reach, place: _Place) -> Tensor:
-    """Attend in one fused call if it needs no mask, bias or change of logits and weights; else in
-    blocks of queries."""
+    """Attend by whole blocks on CPUs that multiply them faster, in one fused call if it needs no
+    mask, bias or change of logits and weights, and else in masked blocks of queries."""
     length, num_keys = q_BHSK.shape[2], k_BGSK.shape[2]
     if not num_keys:
         return q_BHSK * 0.0  # keeps its place in the graph
-    if reach.fused and reach.bias_HX is None and (reach.window is None or reach.window >= length):
-        return _fused(q_BHSK, k_BGSK, v_BGSK, reach, is_causal=reach.causal)
+    if reach.fused and reach.bias_HX is None:
+        window = None if reach.window is None or reach.window >= length else reach.window
+        if suits_blocks(q_BHSK, k_BGSK):
+            return block_attention(q_BHSK, k_BGSK, v_BGSK, causal=reach.causal, window=window, scale=reach.scale)
+        if window is None:
+            return _fused(q_BHSK, k_BGSK, v_BGSK, reach, is_causal=reach.causal)
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
