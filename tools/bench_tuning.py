@@ -51,7 +51,7 @@ from trainer.errors import UserError
 from trainer.schema import Dtype
 
 OURS = "Triaxis"
-SMALL = Shape(layers=6)
+SMALL = Shape(layers=4)
 PACKED = ("trl, rows flattened", "trl, row by row", "trl, padded")
 PEERS: Mapping[str, Sequence[str]] = {
     "sft": PACKED,
