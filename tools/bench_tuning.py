@@ -13,9 +13,10 @@ and gradient norms of the first two steps must agree before anything is timed.
 What differs is what each makes of a step's documents. We pack whole ones into rows of `--seq-len`
 tokens. trl flattens such rows into one and gives attention a mask of all against all, on a CPU;
 that mask is smaller where a micro-batch is one row ("row by row"); unpacked documents are padded to
-the longest ("padded", and both DPO and Seq2SeqTrainer have no other way). The log-probabilities
-before training are computed before the first step by us, and by trl if it is asked to
-("reference before"); by default it computes them in each step.
+the longest ("padded", and both DPO and Seq2SeqTrainer have no other way), which is less where a
+micro-batch has the pairs of one row ("pairs by row"). The log-probabilities before training are
+computed before the first step by us, and by trl if it is asked to; by default it computes them in
+each step ("reference in the step").
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ PACKED = ("trl, rows flattened", "trl, row by row", "trl, padded")
 PEERS: Mapping[str, Sequence[str]] = {
     "sft": PACKED,
     "lora": PACKED,
-    "dpo": ("trl, reference before", "trl, reference in the step"),
+    "dpo": ("trl, all pairs", "trl, pairs by row", "trl, reference in the step"),
     "translate": ("Seq2SeqTrainer",),
 }
 ALL_PEERS = tuple(dict.fromkeys(peer for peers in PEERS.values() for peer in peers))

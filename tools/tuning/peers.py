@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,20 +161,23 @@ def padded(job: Job) -> Any:
     return sft(job, batches)
 
 
-def dpo(job: Job, *, precompute: bool) -> Any:
+def dpo(job: Job, *, precompute: bool, by_row: bool) -> Any:
+    """Return trl's DPOTrainer, with all pairs of a step in a micro-batch, or those of each row in
+    one of its own."""
     import trl
 
     batches = Batches()
     for step in job.steps:
-        batches.add(pair for row in step for pair in pairs_of(row))
+        for rows in [[row] for row in step] if by_row else [step]:
+            batches.add(pair for row in rows for pair in pairs_of(row))
     loss = job.keys["preference"]
     arguments = trl.DPOConfig(
         **job.arguments(
             beta=loss["beta"],
             max_length=None,
             precompute_ref_log_probs=precompute,
-            # of the pass before the first step; the batches of a step have sizes of their own
             per_device_train_batch_size=max(batches.sizes),
+            gradient_accumulation_steps=len(job.steps[0]) if by_row else 1,
         )
     )
     trainer = in_given_order(already_tokenized(trl.DPOTrainer), batches)
@@ -233,8 +237,9 @@ PEERS: dict[str, Callable[[Job], Any]] = {
     "trl, rows flattened": packed_together,
     "trl, row by row": packed_one_by_one,
     "trl, padded": padded,
-    "trl, reference before": lambda job: dpo(job, precompute=True),
-    "trl, reference in the step": lambda job: dpo(job, precompute=False),
+    "trl, all pairs": partial(dpo, precompute=True, by_row=False),
+    "trl, pairs by row": partial(dpo, precompute=True, by_row=True),
+    "trl, reference in the step": partial(dpo, precompute=False, by_row=True),
     "Seq2SeqTrainer": translation,
 }
 

@@ -24,7 +24,9 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' + m['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
 )
+OF_TEMPLATE = 6  # tokens that it puts around a question and its answer
 ROLES = ("user", "assistant")
+ANSWERS = ("chosen", "rejected")
 ADAPTER = {"method": "lora", "rank": 16, "alpha": 32, "targets": ["attention", "mlp"]}
 SPREAD = 0.6  # of the logarithm of lengths: the longest of 20 texts is about three times the median
 
@@ -61,10 +63,16 @@ def _chats(words: Words, shape: Shape) -> Iterator[dict[str, str]]:
 
 
 def _pairs(words: Words, shape: Shape) -> Iterator[dict[str, str]]:
-    """Yield prompts with two answers of which about two share a row."""
-    for _ in range(_enough(shape)):
-        answers = {name: words.text(shape.seq_len / 10, shape.seq_len // 4) for name in ("chosen", "rejected")}
-        yield {"prompt": words.text(shape.seq_len / 24, shape.seq_len // 8), **answers}
+    """Yield prompts with two answers, of such lengths that two pairs, and no third, share a row: so
+    steps have equally many, and a trainer may take them in micro-batches of equal size."""
+    yielded = 0
+    while yielded < _enough(shape):
+        prompt = words.text(shape.seq_len / 16, shape.seq_len // 8)
+        chosen, rejected = (words.text(shape.seq_len / 8, shape.seq_len // 4) for _ in ANSWERS)
+        tokens = sum(len(f"{prompt} {answer}".split()) + OF_TEMPLATE for answer in (chosen, rejected))
+        if shape.seq_len // 3 < tokens <= shape.seq_len // 2:
+            yielded += 1
+            yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _translations(words: Words, shape: Shape) -> Iterator[dict[str, str]]:
