@@ -234,8 +234,10 @@ def _attend_in_each(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, spans: Seque
         queries, keys = [span.queries for span in run], [span.keys for span in run]
         parts = zip(run, _cut(q, queries, 1), _cut(k, keys, 1), _cut(v, keys, 1), strict=False)
         outs = [
-            _attend_in_document(*(x.transpose(1, 2) for x in qkv), reach, _Place(span.rows.start, span.queries.start))
-            for span, *qkv in parts
+            _attend_in_document(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), reach, _Place(span.rows.start, span.queries.start)
+            )
+            for span, q, k, v in parts
         ]
         rows.append(_joined([out.transpose(1, 2) for out in outs], 1))
     return _joined(rows, 0)

@@ -120,7 +120,7 @@ def _block_mask(numbers: tuple[Tensor, Tensor], causal: bool, window: int | None
 
 @cache
 def _capping(softcap: float) -> Callable[..., Tensor]:
-    """Return the cap as FlexAttention takes it: the same function each time, or it compiles anew."""
+    """Return the cap as FlexAttention takes it: one function, or it compiles anew."""
 
     def cap(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
