@@ -22,6 +22,7 @@ from torch import nn
 
 from parallel.mesh import Group, Mesh
 from trainer.engine.threaded_io import use_threads_where_async_io_is_missing
+from trainer.engine.zero_on_cpu import move_directly, reduce_in_place, reduce_to_owners
 from trainer.errors import RecipeError
 from trainer.schema import LARGEST, Precision, Recipe
 
@@ -44,6 +45,10 @@ def start(
         engine, wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, mpu=units, dist_init_required=False
         )
+    if get_accelerator().device_name() == "cpu":
+        reduce_in_place(engine)
+        if hasattr(wrapped, "allreduce_and_scatter"):  # not the optimizers of stages 0 and 3
+            reduce_to_owners(wrapped)
     return engine, wrapped
 
 
@@ -152,6 +157,10 @@ def prepare(recipe: Recipe, dtype: torch.dtype, notes: list[str]) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        move_directly(deepspeed.comm.comm.cdb)
+        # These ranges are for a GPU's profiler; at ZeRO-3 a step had 2,000 of them.
+        deepspeed.utils.nvtx.enable_nvtx = False
     if dtype == torch.float16 and accelerator.device_name() == "cpu":
         # The CPU accelerator denies fp16 without AVX512-FP16; torch computes it all the same,
         # slower.
