@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from parallel.autograd import TensorsFunction
+from parallel.block_attention import block_attention, suits_blocks
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Group
 from parallel.norm import QueryKeyNorm
@@ -99,31 +100,44 @@ def _spans(lengths: tuple[int, ...]) -> list[slice]:
 
 
 class _Rotate(TensorsFunction):
-    """The first `count` heads of X [B, S, N, K], the queries and keys, with the halves of the last
-    dim rotated, (a, b) → (a cos − b sin, b cos + a sin), and the others as they are. Backward
+    """X [B, S, H + G + …, K] → the H queries and the G keys, with the halves of the last dim
+    rotated, (a, b) → (a cos − b sin, b cos + a sin), and what is behind them as it is. Backward
     rotates the other way.
 
     Written out because autograd would keep four intermediates per layer, of which only cos and sin
-    are needed. Both parts are copies: a view of the others would keep all of X.
+    are needed, and join the gradients of the parts by a copy. All parts are copies: a view of the
+    last would keep all of X.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_BSNK: Tensor, cos: Tensor, sin: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x_BSNK: Tensor, cos: Tensor, sin: Tensor, H: int, G: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        rotated, others = x_BSNK[:, :, :count], x_BSNK[:, :, count:]
-        out = torch.empty(rotated.shape, dtype=x_BSNK.dtype, device=x_BSNK.device)
-        _rotate(out, rotated, cos, sin)
-        return out, others.clone(memory_format=torch.contiguous_format)
+        q_BSHK, k_BSGK, others = (_as_attention_reads(x) for x in x_BSNK.tensor_split([H, H + G], dim=2))
+        _rotate(q_BSHK, x_BSNK[:, :, :H], cos, sin)
+        _rotate(k_BSGK, x_BSNK[:, :, H : H + G], cos, sin)
+        return q_BSHK, k_BSGK, others.copy_(x_BSNK[:, :, H + G :])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rotated: Tensor, grad_others: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dq_BSHK: Tensor, dk_BSGK: Tensor, grad_others: Tensor) -> tuple[Tensor, None, None, None, None]:
         cos, sin = ctx.saved_tensors
-        B, S, count, K = grad_rotated.shape
-        grad = torch.empty(B, S, count + grad_others.shape[2], K, dtype=grad_rotated.dtype, device=grad_rotated.device)
-        _rotate(grad[:, :, :count], grad_rotated, cos, -sin)
-        grad[:, :, count:] = grad_others
-        return grad, None, None, None
+        grads = dq_BSHK, dk_BSGK, grad_others
+        sizes = [grad.shape[2] for grad in grads]
+        grad_BSNK = dq_BSHK.new_empty(*dq_BSHK.shape[:2], sum(sizes), dq_BSHK.shape[3])
+        into_q, into_k, into_others = grad_BSNK.split(sizes, dim=2)
+        _rotate(into_q, dq_BSHK, cos, -sin)
+        _rotate(into_k, dk_BSGK, cos, -sin)
+        into_others.copy_(grad_others)
+        return grad_BSNK, None, None, None, None
+
+
+def _as_attention_reads(like_BSNK: Tensor) -> Tensor:
+    """Return an empty tensor of this shape: by head in memory on CPUs, where a head is multiplied
+    as a matrix, by token elsewhere."""
+    B, S, N, K = like_BSNK.shape
+    if like_BSNK.device.type == "cpu":
+        return like_BSNK.new_empty(B, N, S, K).transpose(1, 2)
+    return like_BSNK.new_empty(B, S, N, K)
 
 
 def _rotate(into: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -251,13 +265,17 @@ class _Block(NamedTuple):
 
 
 def _attend_in_document(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _Reach, place: _Place) -> Tensor:
-    """Attend in one fused call if it needs no mask, bias or change of logits and weights; else in
-    blocks of queries."""
+    """Attend by whole blocks on CPUs that multiply them faster, in one fused call if it needs no
+    mask, bias or change of logits and weights, and else in masked blocks of queries."""
     length, num_keys = q_BHSK.shape[2], k_BGSK.shape[2]
     if not num_keys:
         return q_BHSK * 0.0  # keeps its place in the graph
-    if reach.fused and reach.bias_HX is None and (reach.window is None or reach.window >= length):
-        return _fused(q_BHSK, k_BGSK, v_BGSK, reach, is_causal=reach.causal)
+    if reach.fused and reach.bias_HX is None:
+        window = None if reach.window is None or reach.window >= length else reach.window
+        if suits_blocks(q_BHSK, k_BGSK):
+            return block_attention(q_BHSK, k_BGSK, v_BGSK, causal=reach.causal, window=window, scale=reach.scale)
+        if window is None:
+            return _fused(q_BHSK, k_BGSK, v_BGSK, reach, is_causal=reach.causal)
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
@@ -434,8 +452,10 @@ class ParallelAttention(torch.nn.Module):
     ) -> Tensor:
         """Attend. `qkv_BSNK` holds queries and keys, and the values where `v_BSGK` is None."""
         H, G = self.num_heads, self.num_kv_heads
-        qk, others = qkv_BSNK.tensor_split([H + G], dim=2) if rotation is None else _Rotate.apply(qkv_BSNK, *rotation, H + G)
-        q_BSHK, k_BSGK = qk.split([H, G], dim=2)
+        if rotation is None:
+            q_BSHK, k_BSGK, others = qkv_BSNK.tensor_split([H, H + G], dim=2)
+        else:
+            q_BSHK, k_BSGK, others = _Rotate.apply(qkv_BSNK, *rotation, H, G)
         v_BSGK = others if v_BSGK is None else v_BSGK
         dropped = None
         if self.dropout and streams is not None:

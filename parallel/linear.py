@@ -21,7 +21,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from parallel.autograd import TensorFunction
 from parallel.collectives import Pending, all_gather, start_all_gather, start_all_reduce, start_reduce_scatter
@@ -30,6 +29,7 @@ from parallel.mesh import Group
 from parallel.outputs import Output
 from parallel.params import Init, Role, Sharded, ShardSpec, whole
 from parallel.pieces import Piece
+from parallel.products import add_product, linear, product
 from parallel.quantized import QuantizedWeight
 from parallel.rng import Streams
 from parallel.tensor import TensorParallel
@@ -95,12 +95,12 @@ class PlainWeight:
         if not self.parameter.requires_grad:
             return None
 
-        def product() -> Tensor:
-            return (dy_NO.t() @ x_NI).to(self.parameter.dtype)
+        def computed() -> Tensor:
+            return product(dy_NO.t(), x_NI).to(self.parameter.dtype)
 
         if self.deferred is None:
-            return product()
-        self.deferred.put(self.parameter, product)
+            return computed()
+        self.deferred.put(self.parameter, computed)
         return None
 
 
@@ -143,9 +143,9 @@ class _Linear(TensorFunction):
         gathering = start_all_gather(x_NI, tp.group) if tp.sequence else Pending(x_NI, None)
         if not tp.overlap:
             gathering.wait()
-        dx_NI = parts[0] @ values[0]
+        dx_NI = product(parts[0], values[0])
         for part, value in zip(parts[1:], values[1:], strict=True):
-            dx_NI.addmm_(part, value)
+            add_product(dx_NI, part, value)
         summing = (start_reduce_scatter if tp.sequence else start_all_reduce)(dx_NI, tp.group)
         if not tp.overlap:
             summing.wait()
@@ -161,7 +161,7 @@ class _Linear(TensorFunction):
 
 def _linear(x_NI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return X Wᵀ + b in the format of x."""
-    return functional.linear(x_NI, weight.to(x_NI.dtype), None if bias is None else bias.to(x_NI.dtype))
+    return linear(x_NI, weight.to(x_NI.dtype), None if bias is None else bias.to(x_NI.dtype))
 
 
 class _Adaptable(Sharded):
@@ -365,4 +365,4 @@ class ReplicatedLinear(Sharded):
 
     def forward(self, x_NI: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x_NI.dtype)
-        return functional.linear(x_NI, self.weight.to(x_NI.dtype), bias)
+        return linear(x_NI, self.weight.to(x_NI.dtype), bias)

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from parallel.autograd import TensorFunction
 from parallel.collectives import all_reduce
@@ -23,6 +22,7 @@ from parallel.embedding import VocabParallelEmbedding
 from parallel.mesh import Group
 from parallel.params import Init, Role, ShardSpec
 from parallel.pieces import Piece
+from parallel.products import add_product, linear, product
 from parallel.soft_cap import soft_cap
 from parallel.tensor import TensorParallel
 from parallel.vocabulary import VocabularyMatrix, vocabulary_piece, vocabulary_shard
@@ -97,7 +97,7 @@ class _Vocabulary:
 
     def products(self, h_ND: Tensor) -> Tensor:
         """Return h Wᵀ [N, V/p]."""
-        products = h_ND @ self.weight_VD.t()
+        products = product(h_ND, self.weight_VD.t())
         if self.own_RD is not None and self.output.places_R is not None:
             products.index_copy_(1, self.output.places_R, h_ND @ self.own_RD.t())
         return products
@@ -223,15 +223,15 @@ class _Gradients:
         delta = of_logits.to(self._h_ND.dtype)
         own_RD, places_R = self._vocabulary.own_RD, self._vocabulary.output.places_R
         if own_RD is None or places_R is None:
-            self.h[part] = delta @ self._vocabulary.weight_VD
+            self.h[part] = product(delta, self._vocabulary.weight_VD)
         else:
             own_NR = delta[:, places_R]
             delta = delta.index_fill(1, places_R, 0.0)
-            self.h[part] = torch.addmm(own_NR @ own_RD, delta, self._vocabulary.weight_VD)
+            self.h[part] = add_product(own_NR @ own_RD, delta, self._vocabulary.weight_VD)
             if self.own is not None:
                 self.own[: len(places_R)] += own_NR.t() @ self._h_ND[part]
         if self.weight is not None:
-            self.weight += delta.t() @ self._h_ND[part]
+            self.weight += product(delta.t(), self._h_ND[part])
 
     def of_weights(self, like: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Return the gradients of W, b and the rows, each in the format of its tensor in `like`."""
@@ -359,10 +359,10 @@ def capped_logits(h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, own_MD
     """Return the logits [N, V/p] in h's format. Unlike the other functions of a head it holds those
     of all tokens, and autograd knows its backward."""
     bias_V = None if bias_V is None else bias_V.to(h_ND.dtype)
-    logits_NV = functional.linear(h_ND, weight_VD.to(h_ND.dtype), bias_V)
+    logits_NV = linear(h_ND, weight_VD.to(h_ND.dtype), bias_V)
     if own_MD is not None and output.places_R is not None:
         own_RD = own_MD[: len(output.places_R)].to(h_ND.dtype)
-        own_NR = functional.linear(h_ND, own_RD, None if bias_V is None else bias_V[output.places_R])
+        own_NR = linear(h_ND, own_RD, None if bias_V is None else bias_V[output.places_R])
         logits_NV = logits_NV.index_copy(1, output.places_R, own_NR)
     return logits_NV if output.softcap is None else soft_cap(logits_NV, output.softcap)
 

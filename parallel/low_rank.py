@@ -34,13 +34,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from parallel.collectives import all_reduce
 from parallel.linear import ColumnParallelLinear, RowParallelLinear, Shard
 from parallel.mesh import Group
 from parallel.params import Init, Role, Sharded, ShardSpec, whole
 from parallel.pieces import Piece
+from parallel.products import linear
 from parallel.rng import Streams, dropout
 
 
@@ -207,11 +207,11 @@ class ColumnLowRank(Sharded):
     def _products(self, x_NI: Tensor, streams: Streams | None) -> Tensor:
         a_RI = self.lora_A.to(x_NI.dtype)
         if not self.keys.dropout or streams is None:
-            return functional.linear(x_NI, a_RI)
+            return linear(x_NI, a_RI)
         num_tokens = x_NI.shape[0] * (self.tp.group.size if self.tp.sequence else 1)
         tokens = self.tp.tokens(num_tokens)
         firsts = zip(self.dropouts, a_RI.split(self.keys.rank), strict=True)
-        return torch.cat([functional.linear(drop(x_NI, streams, tokens, num_tokens), a) for drop, a in firsts], -1)
+        return torch.cat([linear(drop(x_NI, streams, tokens, num_tokens), a) for drop, a in firsts], -1)
 
 
 class RowLowRank(Sharded):
@@ -252,7 +252,7 @@ class RowLowRank(Sharded):
     def forward(self, layer: RowParallelLinear, x_NI: Tensor, streams: Streams | None) -> Tensor:
         num_tokens = x_NI.shape[0]
         x_in_NI = self.drop(x_NI, streams, slice(0, num_tokens), num_tokens)
-        h_NR = self.tp.leave(functional.linear(x_in_NI, self.lora_A.to(x_NI.dtype)))
+        h_NR = self.tp.leave(linear(x_in_NI, self.lora_A.to(x_NI.dtype)))
         if self.keys.singular_values:
             h_NR = h_NR * self.lora_E.flatten().to(h_NR.dtype)
         y_NO = torch.addmm(layer.plain(x_NI), h_NR, self.lora_B.to(x_NI.dtype).t(), alpha=self.keys.scale)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from parallel.attention import Documents, attend
+from parallel.products import product
 from trainer.doctor.speed import ON_HOST, Figures, lower_quartile, timed_s, typical_s
 from trainer.engine.execution import DTYPES
 from trainer.schema import Dtype
@@ -81,7 +83,7 @@ def _products(formats: Sequence[Dtype], wait: Wait) -> Iterator[Figures]:
                 return [torch.ones(size, dtype=DTYPES[dtype]) for size in sizes]
 
             moved = 4 * (rows * inner + columns * inner + rows * columns)
-            seconds = _typical_s(wait, _in_turn(moved, made, lambda pair: pair[0] @ pair[1].mT))
+            seconds = _typical_s(wait, _in_turn(moved, made, lambda pair: product(pair[0], pair[1].mT)))
             slow = slow or (shape.flops > 1e6 and shape.flops / seconds < SLOW_FLOPS)
             yield {"dtype": dtype, **asdict(shape), "flops_per_s": shape.flops / seconds}
 
@@ -92,14 +94,14 @@ def _attention(formats: Sequence[Dtype], wait: Wait) -> Iterator[Figures]:
     for dtype in formats:
         for length, head_dim in ATTENTION:
             shape = (max(1, 512 // length), length, HEADS, head_dim)
-            # As `parallel.attention` has them: heads stand behind tokens.
-            q, k, v = (torch.randn(shape).to(DTYPES[dtype]).transpose(1, 2).requires_grad_() for _ in range(3))
-            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            documents = Documents.whole_rows(*shape[:2])
+            q, k, v = (torch.randn(shape).to(DTYPES[dtype]).requires_grad_() for _ in range(3))
+            out = attend(q, k, v, documents, causal=True)
             grad = torch.ones_like(out)
 
-            def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
+            def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v, documents: Documents = documents) -> None:
                 with torch.no_grad():
-                    functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+                    attend(q, k, v, documents, causal=True)
 
             def backward(out: Tensor = out, of: Sequence[Tensor] = (q, k, v), grad: Tensor = grad) -> None:
                 torch.autograd.grad(out, of, grad, retain_graph=True)
@@ -186,9 +188,9 @@ def steady_times() -> list[float]:
     """Return the seconds of each of the products that are repeated for a while."""
     ring = [(torch.ones(STEADY, STEADY), torch.ones(STEADY, STEADY)) for _ in range(8)]
     for left, right in ring:
-        left @ right.mT
+        product(left, right.mT)
     times: list[float] = []
     while sum(times) < STEADY_S:
         left, right = ring[len(times) % len(ring)]
-        times.append(timed_s(lambda left=left, right=right: left @ right.mT, CPU))  # type: ignore[misc]
+        times.append(timed_s(lambda left=left, right=right: product(left, right.mT), CPU))  # type: ignore[misc]
     return times
