@@ -21,6 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from parallel.mesh import Group, Mesh
+from trainer.engine.bucket import KEY, bucket_size
 from trainer.engine.threaded_io import use_threads_where_async_io_is_missing
 from trainer.engine.zero_on_cpu import move_directly, reduce_in_place, reduce_to_owners
 from trainer.errors import RecipeError
@@ -45,9 +46,15 @@ def start(
         engine, wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, mpu=units, dist_init_required=False
         )
+    # that of stage 2, and of stage 1 but in bf16
+    divides_gradients = hasattr(wrapped, "allreduce_and_scatter")
+    if divides_gradients and not wrapped.cpu_offload:
+        # In half formats DeepSpeed adds reduced gradients to the flat partition that the update
+        # reads. In fp32 it copies them three times before: 50 ms for 139 MB.
+        wrapped._use_compact_grad_partition_buffer = lambda group_idx: True
     if get_accelerator().device_name() == "cpu":
         reduce_in_place(engine)
-        if hasattr(wrapped, "allreduce_and_scatter"):  # not the optimizers of stages 0 and 3
+        if divides_gradients:
             reduce_to_owners(wrapped)
     return engine, wrapped
 
@@ -61,8 +68,8 @@ def _with_full_buckets(config: dict[str, Any], optimizer: torch.optim.Optimizer)
     elements more memory than there is.
     """
     sizes = [getattr(p, "ds_numel", p.numel()) for group in optimizer.param_groups for p in group["params"]]
-    zero = config["zero_optimization"]
-    fitting = {**zero, "reduce_bucket_size": min(zero["reduce_bucket_size"], sum(sizes))}
+    zero, on_cpu = config["zero_optimization"], get_accelerator().device_name() == "cpu"
+    fitting = {**zero, KEY: bucket_size(zero[KEY], sum(sizes), on_cpu=on_cpu)}
     return {**config, "zero_optimization": fitting}
 
 

@@ -73,12 +73,8 @@ def reduce_to_owners(optimizer: Any) -> None:
     """Make stages 1 and 2 send each gradient only to the rank that owns it, and keep their bucket.
 
     DeepSpeed copies the bucket into a new buffer, all-reduces it (60 ms in place of 31) and copies
-    this rank's part back, then into a second new buffer and a third. Here it is added once, to the
-    partition that the update reads.
+    this rank's part back.
     """
-    if not optimizer.cpu_offload:
-        # In half formats DeepSpeed has such a partition already.
-        optimizer._use_compact_grad_partition_buffer = lambda group_idx: True
     optimizer.allreduce_and_scatter = MethodType(_to_owners, optimizer)
     optimizer.setup_buckets = _keeping(optimizer, optimizer.setup_buckets)
 
