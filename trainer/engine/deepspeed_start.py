@@ -18,12 +18,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import stage3
 from torch import nn
 
 from parallel.mesh import Group, Mesh
 from trainer.engine.bucket import KEY, bucket_size
+from trainer.engine.freed_memory import keep_freed_memory
 from trainer.engine.threaded_io import use_threads_where_async_io_is_missing
-from trainer.engine.zero_on_cpu import move_directly, reduce_in_place, reduce_to_owners
+from trainer.engine.zero_on_cpu import move_directly, one_by_one, reduce_in_place, reduce_to_owners, scatter_directly
 from trainer.errors import RecipeError
 from trainer.schema import LARGEST, Precision, Recipe
 
@@ -165,7 +167,9 @@ def prepare(recipe: Recipe, dtype: torch.dtype, notes: list[str]) -> None:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
+        keep_freed_memory(os.environ)
         move_directly(deepspeed.comm.comm.cdb)
+        scatter_directly(stage3)
         # These ranges are for a GPU's profiler; at ZeRO-3 a step had 2,000 of them.
         deepspeed.utils.nvtx.enable_nvtx = False
     if dtype == torch.float16 and accelerator.device_name() == "cpu":
@@ -212,12 +216,13 @@ def partitioning(deepspeed_config: dict[str, Any], units: Units) -> Callable[[nn
     It is called as soon as the block is built.
     """
     swapper: list[Any] = []
+    config = one_by_one(deepspeed_config) if get_accelerator().device_name() == "cpu" else deepspeed_config
 
     def partition(block: nn.Module) -> None:
         init = deepspeed.zero.Init(
             module=block,
             data_parallel_group=units.get_data_parallel_group(),
-            config_dict_or_path=deepspeed_config,
+            config_dict_or_path=config,
             param_swapper=swapper[0] if swapper else None,
             mpu=units,
         )
