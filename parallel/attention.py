@@ -7,7 +7,7 @@ head dim, X distances from a query to a key; a capital keeps its letter when it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, groupby
@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from parallel.autograd import TensorsFunction
-from parallel.block_attention import block_attention, suits_blocks
+from parallel.block_attention import Span, block_attention, suits_blocks
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Group
 from parallel.norm import QueryKeyNorm
@@ -65,15 +65,17 @@ class Documents:
         """The position of each token in its document, int64 [B, S]."""
         return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in self.lengths])
 
-    def runs(self, keys: Documents) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
-        """Yield what one batched call can attend to: the slice of a run of rows with the same
-        boundaries and, for each document in them, the slices of its queries and of its keys. A
-        document without keys has an empty slice."""
+    def spans(self, keys: Documents) -> list[Span]:
+        """Return, for each document, where it is in a run of rows with the same boundaries, and
+        where its keys are: nowhere if it has none."""
         pairs = zip(self.lengths, keys.lengths, strict=True)
+        spans = []
         for (ours, theirs), group in groupby(enumerate(pairs), key=lambda row: row[1]):
             rows = [index for index, _ in group]
             nothing = [slice(0, 0)] * (len(ours) - len(theirs))
-            yield slice(rows[0], rows[-1] + 1), list(zip(_spans(ours), _spans(theirs) + nothing, strict=False))
+            parts = zip(_spans(ours), _spans(theirs) + nothing, strict=False)
+            spans += [Span(slice(rows[0], rows[-1] + 1), *part) for part in parts]
+        return spans
 
     @cached_property
     def numbers_BS(self) -> Tensor:
@@ -200,8 +202,8 @@ def attend(
     of these, itself included. `scale` is 1 / √K when None. `softcap`: logits x become softcap ·
     tanh(x / softcap). `bias_HX` comes from `RelativeBias`.
 
-    Each document has its own call. So a token of one document cannot change another by even one
-    bit, no mask over the row is materialised, and a document costs only the square of its own
+    Each document is computed by itself. So a token of one document cannot change another by even
+    one bit, no mask over the row is materialised, and a document costs only the square of its own
     length. With `share_calls`, many short documents of a row, such as sentences, may share a masked
     call instead; then other documents in the micro-batch change the result by rounding.
     """
@@ -211,20 +213,39 @@ def attend(
     reach = _Reach(causal=causal, window=window, scale=scale, softcap=softcap, bias_HX=bias_HX, dropout=dropout)
     if share_calls and reach.fused and window is None and _share_a_call(documents) and _share_a_call(keys):
         return _attend_in_rows(q_BSHK, k_BSGK, v_BSGK, documents, keys, reach)
+    spans = documents.spans(keys)
+    if reach.fused and bias_HX is None and suits_blocks(q_BSHK, k_BSGK.shape[2], spans):
+        return block_attention(q_BSHK, k_BSGK, v_BSGK, spans, causal=causal, window=window, scale=scale)
+    return _attend_in_each(q_BSHK, k_BSGK, v_BSGK, spans, reach)
+
+
+def _attend_in_each(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, spans: Sequence[Span], reach: _Reach) -> Tensor:
+    """Attend in each document by a call of its own."""
+    runs = [list(run) for _, run in groupby(spans, key=lambda span: span.rows)]
     rows = []
-    for batch, spans in documents.runs(keys):
-        parts = [
-            _attend_in_document(
-                q_BSHK[batch, queries].transpose(1, 2),
-                k_BSGK[batch, span].transpose(1, 2),
-                v_BSGK[batch, span].transpose(1, 2),
-                reach,
-                _Place(batch.start, queries.start),
-            ).transpose(1, 2)
-            for queries, span in spans
+    for run, q, k, v in zip(runs, *(_cut(x, [run[0].rows for run in runs], 0) for x in (q_BSHK, k_BTGK, v_BTGK)), strict=True):
+        queries, keys = [span.queries for span in run], [span.keys for span in run]
+        parts = zip(run, _cut(q, queries, 1), _cut(k, keys, 1), _cut(v, keys, 1), strict=False)
+        outs = [
+            _attend_in_document(*(x.transpose(1, 2) for x in qkv), reach, _Place(span.rows.start, span.queries.start))
+            for span, *qkv in parts
         ]
-        rows.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=0)
+        rows.append(_joined([out.transpose(1, 2) for out in outs], 1))
+    return _joined(rows, 0)
+
+
+def _cut(x: Tensor, slices: Sequence[slice], dim: int) -> Sequence[Tensor]:
+    """Return the parts of a dim that follow one another; what is behind them is one more part.
+
+    One call, because the gradient of a slice has the size of the whole.
+    """
+    sizes = [part.stop - part.start for part in slices]
+    rest = x.shape[dim] - sum(sizes)
+    return [x] if sizes == [x.shape[dim]] else x.split([*sizes, rest] if rest else sizes, dim)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _share_a_call(documents: Documents) -> bool:
@@ -265,17 +286,13 @@ class _Block(NamedTuple):
 
 
 def _attend_in_document(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _Reach, place: _Place) -> Tensor:
-    """Attend by whole blocks on CPUs that multiply them faster, in one fused call if it needs no
-    mask, bias or change of logits and weights, and else in masked blocks of queries."""
+    """Attend in one fused call if it needs no mask, bias or change of logits and weights; else in
+    blocks of queries."""
     length, num_keys = q_BHSK.shape[2], k_BGSK.shape[2]
     if not num_keys:
         return q_BHSK * 0.0  # keeps its place in the graph
-    if reach.fused and reach.bias_HX is None:
-        window = None if reach.window is None or reach.window >= length else reach.window
-        if suits_blocks(q_BHSK, k_BGSK):
-            return block_attention(q_BHSK, k_BGSK, v_BGSK, causal=reach.causal, window=window, scale=reach.scale)
-        if window is None:
-            return _fused(q_BHSK, k_BGSK, v_BGSK, reach, is_causal=reach.causal)
+    if reach.fused and reach.bias_HX is None and (reach.window is None or reach.window >= length):
+        return _fused(q_BHSK, k_BGSK, v_BGSK, reach, is_causal=reach.causal)
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)

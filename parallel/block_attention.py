@@ -14,9 +14,9 @@ block).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,24 +33,42 @@ BLOCK, LONG_BLOCK, LONG = 128, 256, 2048
 SMALL_ALONE = 1 << 23
 
 
-def suits_blocks(q_BHSK: Tensor, k_BGTK: Tensor) -> bool:
+class Span(NamedTuple):
+    """A document in consecutive rows: where its queries and its keys are in them."""
+
+    rows: slice
+    queries: slice
+    keys: slice
+
+    def of_queries(self, x_BSHK: Tensor) -> Tensor:
+        """Return the part with its queries, by head: [B, H, S, K]."""
+        return x_BSHK[self.rows, self.queries].transpose(1, 2)
+
+    def of_keys(self, x_BTGK: Tensor) -> Tensor:
+        return x_BTGK[self.rows, self.keys].transpose(1, 2)
+
+
+def suits_blocks(q_BSHK: Tensor, kv_heads: int, spans: Sequence[Span]) -> bool:
     """Return whether attention by blocks is faster here than torch's fused kernel.
 
     In bf16 it is: 1.2 to 4 times at lengths of 64 and more. In fp32 it is where oneDNN multiplies
     faster than MKL, which the fused kernel calls: 1.1 to 1.9 times at 512 and more. What is checked
     in fp64 is checked here.
     """
-    if q_BHSK.device.type != "cpu":
+    if q_BSHK.device.type != "cpu":
         return False
-    return q_BHSK.dtype in (torch.bfloat16, torch.float64) or _alone(q_BHSK, k_BGTK)
+    if q_BSHK.dtype in (torch.bfloat16, torch.float64):
+        return True
+    longest = max(spans, key=lambda span: span.keys.stop - span.keys.start)
+    lengths = [part.stop - part.start for part in longest[1:]]
+    return _alone(q_BSHK, q_BSHK.shape[2] // kv_heads, *lengths)
 
 
-def _alone(q_BHSK: Tensor, k_BGTK: Tensor) -> bool:
+def _alone(q: Tensor, sharing: int, num_queries: int, num_keys: int) -> bool:
     """Return whether matrices are multiplied one at a time, by oneDNN."""
-    H, S, K = q_BHSK.shape[1:]
-    G, T = k_BGTK.shape[1:3]
-    multiplications = H // G * min(S, _block_size(H // G, T, alone=True)) * T * K
-    return multiplications >= SMALL_ALONE and takes_onednn(q_BHSK, multiplications)
+    size = min(num_queries, _block_size(sharing, num_keys, alone=True))
+    multiplications = sharing * size * num_keys * q.shape[-1]
+    return multiplications >= SMALL_ALONE and takes_onednn(q, multiplications)
 
 
 def _block_size(sharing: int, num_keys: int, *, alone: bool) -> int:
@@ -59,16 +77,22 @@ def _block_size(sharing: int, num_keys: int, *, alone: bool) -> int:
 
 
 def block_attention(
-    q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, *, causal: bool, window: int | None = None, scale: float | None = None
+    q_BSHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    spans: Sequence[Span],
+    *,
+    causal: bool,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """Return softmax(Q Kᵀ · scale) V, [B, H, S, K], whose tokens are contiguous: [B, S, H, K] in
-    memory.
+    """Return softmax(Q Kᵀ · scale) V inside each document, [B, S, H, K]; 0 in one without keys.
 
-    `causal`: query i attends to the keys up to i. `window`: only to the last so many of these.
-    `scale` is 1 / √K when None.
+    `spans` divide the queries. `causal`: query i of a document attends to its keys up to i.
+    `window`: only to the last so many of these. `scale` is 1 / √K when None.
     """
-    scale = q_BHSK.shape[-1] ** -0.5 if scale is None else scale
-    return _BlockAttention.apply(q_BHSK, k_BGTK, v_BGTK, _Reach(causal, window), scale)
+    scale = q_BSHK.shape[-1] ** -0.5 if scale is None else scale
+    return _BlockAttention.apply(q_BSHK, k_BTGK, v_BTGK, spans, _Reach(causal, window), scale)
 
 
 @dataclass(frozen=True)
@@ -117,49 +141,48 @@ class _Block:
 
 
 class _BlockAttention(TensorFunction):
-    """See `block_attention`. Backward: dV = Pᵀ dO, dS = P ∘ (dP − Σ P dP) with P the weights and dP
-    = dO Vᵀ, dQ = dS K, dK = dSᵀ Q; dK and dV are summed over the blocks in fp32."""
+    """See `block_attention`. One function for all documents: autograd would give each of them
+    gradients of the size of all.
+
+    Backward: dV = Pᵀ dO, dS = P ∘ (dP − Σ P dP) with P the weights and dP = dO Vᵀ, dQ = dS K, dK =
+    dSᵀ Q; dK and dV are summed over the blocks in fp32.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, reach: _Reach, scale: float) -> Tensor:
-        ctx.save_for_backward(q_BHSK, k_BGTK, v_BGTK)
-        ctx.reach, ctx.scale = reach, scale
-        work = _Work.of(q_BHSK, k_BGTK, v_BGTK, reach, scale)
-        out_BHSK = torch.empty_like(q_BHSK.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        for part in work.parts:
-            for block in work.blocks:
-                y_MQK = work.products(work.weights(part, block), work.v_MTK[part, block.keys], block)
-                work.put(y_MQK, part, block, out_BHSK)
-        return out_BHSK
+    def forward(
+        ctx: Any, q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, spans: Sequence[Span], reach: _Reach, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(q_BSHK, k_BTGK, v_BTGK)
+        ctx.spans, ctx.reach, ctx.scale = spans, reach, scale
+        out_BSHK = torch.empty(q_BSHK.shape, dtype=q_BSHK.dtype)
+        for span in spans:
+            if span.keys.start == span.keys.stop:
+                span.of_queries(out_BSHK).zero_()
+                continue
+            work = _Work.of(span.of_queries(q_BSHK), span.of_keys(k_BTGK), span.of_keys(v_BTGK), reach, scale)
+            work.attend(into_BHSK=span.of_queries(out_BSHK))
+        return out_BSHK
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BHSK: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHSK, k_BGTK, v_BGTK = ctx.saved_tensors
-        work = _Work.of(q_BHSK, k_BGTK, v_BGTK, ctx.reach, ctx.scale)
-        grad_MRSK = grad_BHSK.reshape(work.q_MRSK.shape)
-        dq_BHSK = torch.empty(q_BHSK.shape, dtype=q_BHSK.dtype)
-        wide = torch.promote_types(q_BHSK.dtype, torch.float32)
-        dk_MTK, dv_MTK = (torch.zeros_like(x, dtype=wide) for x in (work.k_MTK, work.v_MTK))
-        for part in work.parts:
-            for block in work.blocks:
-                keys = part, block.keys
-                weights_MQT = work.weights(part, block)
-                grad_MQK = grad_MRSK[part, :, block.queries].flatten(1, 2)
-                of_weights = work.products(grad_MQK, work.v_MTK[keys].mT, block)
-                slopes_MQT = torch._softmax_backward_data(of_weights, weights_MQT, -1, weights_MQT.dtype)
-                dq_MQK = work.products(slopes_MQT, work.k_MTK[keys], block).mul_(ctx.scale)
-                work.put(dq_MQK, part, block, dq_BHSK)
-                _add_products(dk_MTK[keys], slopes_MQT.mT, work.queries(part, block))
-                _add_products(dv_MTK[keys], weights_MQT.mT, grad_MQK)
-        dk, dv = (x.to(q_BHSK.dtype).view(k_BGTK.shape) for x in (dk_MTK, dv_MTK))
-        return dq_BHSK, dk, dv, None, None
+    def backward(ctx: Any, grad_BSHK: Tensor) -> tuple[Tensor | None, ...]:
+        q_BSHK, k_BTGK, v_BTGK = ctx.saved_tensors
+        dq_BSHK, dk_BTGK, dv_BTGK = (torch.zeros(x.shape, dtype=x.dtype) for x in (q_BSHK, k_BTGK, v_BTGK))
+        for span in ctx.spans:
+            if span.keys.start == span.keys.stop:
+                continue
+            work = _Work.of(span.of_queries(q_BSHK), span.of_keys(k_BTGK), span.of_keys(v_BTGK), ctx.reach, ctx.scale)
+            dk_MTK, dv_MTK = work.gradients(span.of_queries(grad_BSHK), ctx.scale, into_BHSK=span.of_queries(dq_BSHK))
+            for into, grad_MTK in ((dk_BTGK, dk_MTK), (dv_BTGK, dv_MTK)):
+                into_BGTK = span.of_keys(into)
+                into_BGTK.copy_(grad_MTK.view(into_BGTK.shape))
+        return dq_BSHK, dk_BTGK, dv_BTGK, None, None, None
 
 
 @dataclass(frozen=True)
 class _Work:
-    """The operands of one call as matrices that are contiguous, and what is computed from them both
-    forward and backward."""
+    """The operands of a document as matrices that are contiguous, and what is computed from
+    them."""
 
     q_MRSK: Tensor  # times the scale
     k_MTK: Tensor
@@ -173,7 +196,7 @@ class _Work:
         G, T = k_BGTK.shape[1:3]
         q_BHSK = torch.mul(q_BHSK, scale, out=torch.empty((B, H, S, K), dtype=q_BHSK.dtype))
         k_MTK, v_MTK = (x.contiguous().view(B * G, T, K) for x in (k_BGTK, v_BGTK))
-        alone = _alone(q_BHSK, k_BGTK)
+        alone = _alone(q_BHSK, H // G, S, T)
         blocks = reach.blocks(S, T, _block_size(H // G, T, alone=alone), q_BHSK.dtype)
         return cls(q_BHSK.view(B * G, H // G, S, K), k_MTK, v_MTK, blocks, alone)
 
@@ -183,6 +206,31 @@ class _Work:
         number = self.k_MTK.shape[0]
         step = 1 if self.alone else number
         return (slice(start, start + step) for start in range(0, number, step))
+
+    def attend(self, into_BHSK: Tensor) -> None:
+        for part in self.parts:
+            for block in self.blocks:
+                y_MQK = self.products(self.weights(part, block), self.v_MTK[part, block.keys], block)
+                self.put(y_MQK, part, block, into_BHSK)
+
+    def gradients(self, grad_BHSK: Tensor, scale: float, *, into_BHSK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of keys and values, [M, T, K] in fp32, from that of the output;
+        write that of the queries."""
+        grad_MRSK = grad_BHSK.reshape(self.q_MRSK.shape)
+        wide = torch.promote_types(grad_BHSK.dtype, torch.float32)
+        dk_MTK, dv_MTK = (torch.zeros_like(x, dtype=wide) for x in (self.k_MTK, self.v_MTK))
+        for part in self.parts:
+            for block in self.blocks:
+                keys = part, block.keys
+                weights_MQT = self.weights(part, block)
+                grad_MQK = grad_MRSK[part, :, block.queries].flatten(1, 2)
+                of_weights = self.products(grad_MQK, self.v_MTK[keys].mT, block)
+                slopes_MQT = torch._softmax_backward_data(of_weights, weights_MQT, -1, weights_MQT.dtype)
+                dq_MQK = self.products(slopes_MQT, self.k_MTK[keys], block).mul_(scale)
+                self.put(dq_MQK, part, block, into_BHSK)
+                _add_products(dk_MTK[keys], slopes_MQT.mT, self.queries(part, block))
+                _add_products(dv_MTK[keys], weights_MQT.mT, grad_MQK)
+        return dk_MTK, dv_MTK
 
     def queries(self, part: slice, block: _Block) -> Tensor:
         """Return the block's queries, times the scale, [M, Q, K]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -43,25 +44,23 @@ def test_positions_restart_in_each_document(documents: Documents) -> None:
 
 
 @given(packings())
-def test_runs_cover_every_token_once_and_join_all_equal_neighbours(documents: Documents) -> None:
+def test_spans_cover_every_token_once_and_join_all_equal_neighbours(documents: Documents) -> None:
     rows, seq_len = len(documents.lengths), sum(documents.lengths[0])
     seen = torch.zeros(rows, seq_len, dtype=torch.int64)
-    runs = list(documents.runs(documents))
-    for batch, spans in runs:
-        for span, of_keys in spans:
-            assert span == of_keys
-            seen[batch, span] += 1
-        for row in documents.lengths[batch]:
-            assert row == tuple(span.stop - span.start for span, _ in spans)
+    spans = documents.spans(documents)
+    for span in spans:
+        assert span.queries == span.keys
+        seen[span.rows, span.queries] += 1
+        for row in documents.lengths[span.rows]:
+            assert span.queries.stop - span.queries.start in row
     assert (seen == 1).all()
-    changes = sum(a != b for a, b in itertools.pairwise(documents.lengths))
-    assert len(runs) == changes + 1
+    assert len(spans) == sum(len(row) for row, _ in itertools.groupby(documents.lengths))
 
 
 def test_whole_rows_are_one_document_each() -> None:
     documents = Documents.whole_rows(3, 5)
     assert documents.lengths == ((5,), (5,), (5,))
-    assert len(list(documents.runs(documents))) == 1
+    assert documents.spans(documents) == [(slice(0, 3), slice(0, 5), slice(0, 5))]
 
 
 def masked_attention(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, documents: Documents, *, causal: bool) -> Tensor:
@@ -76,10 +75,13 @@ def masked_attention(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, documents: 
     return torch.einsum("bhst,bthk->bshk", weights, v_BSHK)
 
 
+@pytest.mark.parametrize("by_blocks", [True, False])
 @pytest.mark.parametrize("kv_heads", [G, H])
 @pytest.mark.parametrize("causal", [True, False])
 @given(documents=packings(), seed=st.integers(0, 2**31))
-def test_attention_equals_one_call_with_a_mask(documents: Documents, seed: int, causal: bool, kv_heads: int) -> None:
+def test_attention_equals_one_call_with_a_mask(
+    documents: Documents, seed: int, causal: bool, kv_heads: int, by_blocks: bool
+) -> None:
     shape = (len(documents.lengths), sum(documents.lengths[0]))
     stream = torch.Generator().manual_seed(seed)
     qkv = [torch.randn(*shape, heads, K, dtype=torch.float64, generator=stream) for heads in (H, kv_heads, kv_heads)]
@@ -87,7 +89,8 @@ def test_attention_equals_one_call_with_a_mask(documents: Documents, seed: int, 
     results = []
     for attention in (attend, masked_attention):
         inputs = [tensor.clone().requires_grad_() for tensor in qkv]
-        out = attention(*inputs, documents, causal=causal)
+        with patch("parallel.attention.suits_blocks", return_value=by_blocks):
+            out = attention(*inputs, documents, causal=causal)
         out.backward(upstream)
         results.append([out.detach(), *(tensor.grad for tensor in inputs)])
     for got, expected in zip(*results, strict=True):
