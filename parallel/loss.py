@@ -130,7 +130,7 @@ class _Vocabulary:
 
 
 class _Losses(NamedTuple):
-    """What is computed of each token, [N]."""
+    """The figures of each token, [N]."""
 
     losses: Tensor
     log_normalisers: Tensor  # log Σ exp x
@@ -159,7 +159,7 @@ class _Chunk:
 
     @cached_property
     def highest(self) -> Tensor:
-        """This rank's largest logit of each token, [N]."""
+        """The largest logit of each token on this rank, [N]."""
         return self.logits.amax(-1).to(self.vocabulary.wide)
 
     @cached_property

@@ -1,378 +1,252 @@
-"""Tokens per second of one process: Triaxis beside the plain PyTorch loop over transformers' Llama.
+"""Tokens per second and memory of one process: Triaxis beside transformers, plain and compiled, and
+litgpt.
 
-    python tools/bench.py [--quick] [--profile] [--json FILE]
+    python tools/bench.py [--quick] [--profile] [--json FILE] [--litgpt PYTHON]
 
-Both sides train the same model: same initial weights, same batch, AdamW with the same two parameter
-groups, gradients clipped to norm 1. In bf16 both hold fp32 master weights, accumulate and clip in
-fp32, and multiply in bf16: Triaxis casts a weight where it is used, the peer keeps a bf16 copy of
-the model, which it refreshes after each step. Before anything is timed, losses and gradient norms
-of the first two steps must agree; the second one follows an update.
+All train the same model: same initial weights, same batch, AdamW with the same two parameter
+groups, gradients clipped to norm 1. In bf16 all hold fp32 master weights, accumulate and clip in
+fp32, and multiply in bf16: Triaxis casts a weight where it is used, a peer keeps a bf16 copy of the
+model, which it refreshes after each step. Before anything is timed, losses and gradient norms of
+the first two steps must agree; the second one follows an update. What torch.compile does, it does
+in those.
 
-A virtual machine's speed drifts by a third within minutes, so only ratios count: in each repeat
-every contender takes one whole step, in an order drawn anew, and steps of the same repeat are
-paired. The matrix product that the step is compared with (`trainer.engine.matmul_peak`) is measured
-in the same repeats.
+Each contender is a process of its own (`contenders`), with all threads, and they take turns. Its
+memory is the most that a step had resident beyond what the process had when it had imported
+everything, mapped files aside; on a GPU, torch's tensors. The matrix products that a step is
+compared with are measured between them: torch's `a @ b`, which is MKL's in fp32 on CPUs, and the
+fastest there is (`parallel.products`).
+
+litgpt pins an old hub client, so it needs an environment of its own:
+
+    python -m venv litgpt && litgpt/bin/pip install torch==2.13.0 litgpt==0.5.13
+    python tools/bench.py --litgpt litgpt/bin/python
+
+It knows no documents within a row, so it takes part in whole rows alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import itertools
-import json
 import logging
-import math
-import random
+import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
+from contenders import Elsewhere, Loop, Opener, Place, Ranks, first_steps, opened, step_by_step
+from contest import (
+    SEED,
+    TINY,
+    TOLERANCE,
+    WARM_UP,
+    Shape,
+    Spread,
+    command_line,
+    formats_of,
+    interleaved,
+    make_console,
+    make_engine,
+    our_step,
+    peers_update,
+    positive,
+    require_agreement,
+    seconds_of,
+    shape_of,
+    write_json,
+)
+from hugging_face_peer import FirstWeights, hugging_face_inputs, hugging_face_model
+from plain_loop import PlainLoop
 from rich.table import Table
-from torch import Tensor
+from safetensors.torch import save_file
 
-from parallel.attention import Documents
-from parallel.gather import logical_tensors
 from parallel.mesh import Mesh
-from parallel.params import Role, initialise
 from parallel.topology import Layout
 from trainer.costs.flops import training_flops
-from trainer.data.loader import MicroBatch
-from trainer.engine.deepspeed_config import deepspeed_config
-from trainer.engine.engine import Engine
 from trainer.engine.execution import DTYPES
 from trainer.engine.matmul_peak import measured_peak
 from trainer.errors import UserError
 from trainer.launch import ranks
-from trainer.model.config import TransformerConfig
-from trainer.model.hf_config import from_hf, to_hf
-from trainer.recipe.batch_plan import BatchPlan
-from trainer.schema import Dtype, Recipe
+from trainer.schema import Dtype
 
-SEED = 0
-LR = 3e-4
-CLIP_NORM = 1.0
-WARM_UP = 2  # steps; also the steps whose losses and norms are compared
-# Relative differences of losses and gradient norms. Up to 2e-6 was seen in fp32, and 4e-3 in bf16
-# (8 bits, rounded in other places).
-TOLERANCE: Mapping[Dtype, float] = {"fp32": 1e-4, "bf16": 2e-2}
+OURS, PLAIN, COMPILED, LITGPT = "Triaxis", "transformers", "transformers, compiled", "litgpt"
+WHOLE_ROWS = 1  # documents in a row
+PRODUCT_SIZE, PRODUCTS = 1024, 5
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A Llama and its micro-batch; each field is an option of the command."""
+class Work:
+    """The work of the contenders of one comparison."""
 
-    layers: int = 8
-    hidden: int = 512
-    ffn: int = 1408
-    heads: int = 8
-    vocab: int = 8192
-    seq_len: int = 512
-    micro_sequences: int = 4
+    shape: Shape
+    dtype: Dtype
+    documents: int  # in each row
+    place: Place
 
     def __str__(self) -> str:
-        return (
-            f"{self.layers} layers, hidden {self.hidden}, ffn {self.ffn}, {self.heads} heads, vocabulary {self.vocab}, "
-            f"sequence {self.seq_len}, micro-batch {self.micro_sequences}"
-        )
-
-    @property
-    def tokens(self) -> int:
-        """The number of tokens in one micro-batch."""
-        return self.micro_sequences * self.seq_len
-
-    def network(self) -> TransformerConfig:
-        hugging_face = {
-            "vocab_size": self.vocab,
-            "hidden_size": self.hidden,
-            "intermediate_size": self.ffn,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads,
-            "max_position_embeddings": self.seq_len,
-        }
-        return from_hf("llama", hugging_face)
-
-    def batch(self, seed: int, *, documents: int) -> MicroBatch:
-        """Return random tokens in rows of `documents` documents each, cut at random places; every
-        position is a target."""
-        stream = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(0, self.vocab, (self.micro_sequences, self.seq_len + 1), generator=stream)
-        dice = random.Random(seed)
-        rows = []
-        for _ in range(self.micro_sequences):
-            cuts = [0, *sorted(dice.sample(range(1, self.seq_len), documents - 1)), self.seq_len]
-            rows.append(tuple(end - start for start, end in itertools.pairwise(cuts)))
-        return MicroBatch(tokens[:, :-1].contiguous(), Documents(tuple(rows)), tokens[:, 1:].contiguous())
-
-
-TINY = Shape(layers=2, hidden=64, ffn=128, heads=2, vocab=256, seq_len=64, micro_sequences=2)
-
-
-def make_engine(
-    shape: Shape,
-    mesh: Mesh,
-    device: torch.device,
-    *,
-    dtype: Dtype,
-    zero: Mapping[str, Any],
-    parallel: Mapping[str, Any] | None = None,
-    micro_batches: int = 1,
-) -> Engine:
-    """Build Triaxis on `shape.micro_sequences` rows per data-parallel rank and step, started from
-    the weights of `SEED`."""
-    recipe = Recipe.model_validate(
-        {
-            "model": {"family": "llama"},
-            "data": {"seq_len": shape.seq_len},
-            "batch": {
-                "global_sequences": shape.micro_sequences * mesh.data.size,
-                "micro_sequences": shape.micro_sequences // micro_batches,
-            },
-            "parallel": parallel or {},
-            "precision": {"dtype": dtype},
-            "zero": zero,
-            "optimizer": {"name": "adamw", "lr": LR},
-            "train": {"clip_norm": CLIP_NORM},
-        }
-    )
-    plan = BatchPlan.from_recipe(recipe, mesh.layout.world_size, "the benchmark")
-    network = shape.network()
-    return Engine(
-        recipe,
-        plan,
-        network,
-        mesh,
-        device,
-        deepspeed_config=deepspeed_config(recipe, plan, largest_weight=network.largest_weight),
-        fill=lambda block: initialise(block, seed=SEED),
-    )
-
-
-# The result of a contender's step: (loss, gradient norm before clipping).
-Numbers = tuple[float, float]
-
-
-class PlainLoop:
-    """A loop over transformers' Llama (sdpa attention), written as its users write it."""
-
-    def __init__(self, engine: Engine, network: TransformerConfig, *, dtype: Dtype, device: torch.device) -> None:
-        """Start from the engine's weights and optimizer settings."""
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        hugging_face = to_hf(network, dtype=str(DTYPES[dtype]).removeprefix("torch."), eos_token_id=None)
-        config = LlamaConfig(**{**hugging_face, "use_cache": False}, attn_implementation="sdpa")
-        self.model = LlamaForCausalLM(config)
-        self.model.load_state_dict(logical_tensors(engine.local_tensors()))  # copied into fp32
-        self.model.to(device).train()
-        self.parameters = self.masters = list(self.model.parameters())
-        if dtype != "fp32":
-            self.masters = [parameter.detach().clone() for parameter in self.parameters]
-            # Not `model.to(dtype)`, which would also round the rotary frequencies.
-            for parameter in self.parameters:
-                parameter.data = parameter.data.to(DTYPES[dtype])
-        self.optimizer = self._optimizer(engine)
-
-    def _optimizer(self, engine: Engine) -> torch.optim.Optimizer:
-        keys = engine.recipe.optimizer
-        matrices = {piece.name for _, spec in engine.specs if spec.role is Role.MATRIX for piece in spec.pieces}
-        named = [(name in matrices, m) for (name, _), m in zip(self.model.named_parameters(), self.masters, strict=True)]
-        groups = [
-            {"params": [m for is_matrix, m in named if is_matrix], "weight_decay": keys.weight_decay},
-            {"params": [m for is_matrix, m in named if not is_matrix], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=keys.lr, betas=(keys.betas[0], keys.betas[1]), eps=keys.eps, fused=True)
-
-    def step(self, inputs: Mapping[str, Tensor]) -> Numbers:
-        loss = self.model(**inputs).loss
-        loss.backward()
-        if self.masters is not self.parameters:
-            for master, parameter in zip(self.masters, self.parameters, strict=True):
-                master.grad = parameter.grad.float()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, CLIP_NORM)
-        self.optimizer.step()
-        if self.masters is not self.parameters:
-            torch._foreach_copy_([parameter.data for parameter in self.parameters], self.masters)
-        self.model.zero_grad()
-        return float(loss.detach()), float(norm)
-
-
-def peer_inputs(batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
-    """Return the batch as keyword arguments of transformers. Whole rows need no mask: sdpa's own
-    causal kernel serves them.
-
-    Packed rows get positions that restart and an explicit block-diagonal causal mask, bool [B, 1,
-    S, S]. It is made here, once, outside the peer's time.
-    """
-    inputs = {"input_ids": batch.tokens_BS, "labels": batch.labels_BS, "shift_labels": batch.labels_BS}
-    if any(len(row) > 1 for row in batch.documents.lengths):
-        document_BS = torch.stack(
-            [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in batch.documents.lengths]
-        )
-        same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
-        inputs["attention_mask"] = same_BSS.tril()[:, None]
-        inputs["position_ids"] = batch.documents.positions_BS
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-class Disagreement(UserError):
-    """The error that two contenders did not train the same model."""
-
-
-def require_agreement(what: str, numbers: Mapping[str, Sequence[Numbers]], tolerance: float) -> None:
-    """Raise Disagreement unless every contender's losses and norms equal the first one's, step by
-    step, within `tolerance`."""
-    (reference, expected), *others = numbers.items()
-    for name, got in others:
-        for step, (pair, wanted) in enumerate(zip(got, expected, strict=True)):
-            for quantity, value, other in zip(("loss", "gradient norm"), pair, wanted, strict=True):
-                if not math.isclose(value, other, rel_tol=tolerance):
-                    raise Disagreement(
-                        f"{what}, step {step}: {quantity} of {name} is {value:.6g}, of {reference} {other:.6g}; they differ "
-                        f"by more than {tolerance:g}, so they train different models and their times say nothing"
-                    )
-
-
-def interleaved(contenders: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Return what each contender returned in each repeat. In a repeat each is called once, in an
-    order drawn anew."""
-    dice = random.Random(SEED)
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name in dice.sample(list(contenders), len(contenders)):
-            samples[name].append(contenders[name]())
-    return samples
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The median, smallest and largest of the repeats."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.median(values), min(values), max(values))
-
-    @classmethod
-    def of_ratios(cls, above: Sequence[float], below: Sequence[float]) -> Spread:
-        return cls.of([a / b for a, b in zip(above, below, strict=True)])
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
+        return f"{self.dtype}, sequence {self.shape.seq_len}, documents per row {self.documents}"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A row of the table: a format and a kind of rows."""
+    """A contender in one comparison."""
 
     dtype: Dtype
+    seq_len: int
     documents_per_row: int
+    micro_sequences: int
+    contender: str
     tokens_per_s: float
-    peer_tokens_per_s: float
-    ratio: Spread  # of tokens/s, ours over the peer's
-    peak_share: Spread  # MFU of ours against the matrix product of the same repeat
-    peer_peak_share: Spread
+    ratio: Spread  # Triaxis's tokens/s over this one's
+    product_share: Spread  # MFU against torch's a @ b of the same repeat
+    peak_share: Spread  # MFU against the fastest product of the same repeat
+    product_flops_per_s: float
     peak_flops_per_s: float
-    time_share: dict[str, float]  # of our step: forward, backward, optimizer
+    peak_bytes: int
+    is_best_peer: bool
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def our_loop(work: Work, folder: Path) -> Loop:
+    engine = make_engine(work.shape, Mesh.build(Layout()), work.place.device, dtype=work.dtype, zero={"stage": 0})
+    return step_by_step(partial(our_step, engine, work.shape.batch(SEED, documents=work.documents)))
 
 
-def our_step(engine: Engine, batch: MicroBatch) -> Numbers:
-    result = engine.step([batch], step=0, lr=LR)
-    return result.loss, result.grad_norm
+def hugging_face_loop(work: Work, folder: Path, *, compiled: bool) -> Loop:
+    network = work.shape.network()
+    first = FirstWeights.of(network, seed=SEED)
+    model = hugging_face_model(network, first).to(work.place.device)
+    call = torch.compile(model) if compiled else model
+    inputs = hugging_face_inputs(work.shape.batch(SEED, documents=work.documents), work.place.device)
+    plain = PlainLoop(model, lambda: call(**inputs).loss, peers_update(), first.matrices, DTYPES[work.dtype])
+    return step_by_step(plain.step)
 
 
-@contextlib.contextmanager
-def open_engine(shape: Shape, dtype: Dtype, mesh: Mesh, device: torch.device) -> Iterator[Engine]:
-    engine = make_engine(shape, mesh, device, dtype=dtype, zero={"stage": 0})
-    try:
-        yield engine
-    finally:
-        engine.close()
+def open_litgpt(work: Work, python: Path, folder: Path) -> Elsewhere:
+    """Start litgpt with the weights and the batch in files."""
+    folder.mkdir()
+    network, batch = work.shape.network(), work.shape.batch(SEED, documents=work.documents)
+    weights, tokens = folder / "weights.safetensors", folder / "batch.safetensors"
+    first = FirstWeights.of(network, seed=SEED)
+    save_file(first.tensors, weights)
+    save_file({"tokens": batch.tokens_BS, "targets": batch.targets_BS}, tokens)
+    about = {
+        "weights": str(weights),
+        "batch": str(tokens),
+        "matrices": sorted(first.matrices),
+        "shape": asdict(work.shape),
+        "norm_eps": network.norm_eps,
+        "rope_base": int(network.rope_theta),
+        "update": asdict(peers_update()),
+        "dtype": str(DTYPES[work.dtype]).removeprefix("torch."),
+        "device": str(work.place.device),
+        "threads": work.place.threads,
+    }
+    return Elsewhere(LITGPT, python, "litgpt_peer.py", about, folder)
 
 
-def measure(shape: Shape, dtype: Dtype, documents: int, mesh: Mesh, device: torch.device, *, repeats: int) -> Figure:
-    """Return one row of the table: build both sides, check that they agree, time them in turn."""
-    batch, network = shape.batch(SEED, documents=documents), shape.network()
-    with open_engine(shape, dtype, mesh, device) as engine:
-        ours = partial(our_step, engine, batch)
-        theirs = partial(PlainLoop(engine, network, dtype=dtype, device=device).step, peer_inputs(batch, device))
-        numbers = {"Triaxis": [ours() for _ in range(WARM_UP)], "transformers": [theirs() for _ in range(WARM_UP)]}
-        require_agreement(f"{dtype}, documents per row {documents}", numbers, TOLERANCE[dtype])
-        engine.watch.lap()
-        samples = interleaved(
-            {
-                "ours": partial(seconds_of, ours, device),
-                "theirs": partial(seconds_of, theirs, device),
-                "peak": partial(measured_peak, device, dtype),
-            },
-            repeats,
+def openers_of(work: Work, litgpt: Path | None) -> dict[str, Opener]:
+    loops = {
+        OURS: our_loop,
+        PLAIN: partial(hugging_face_loop, compiled=False),
+        COMPILED: partial(hugging_face_loop, compiled=True),
+    }
+    openers: dict[str, Opener] = {name: partial(Ranks, name, partial(loop, work), work.place) for name, loop in loops.items()}
+    if litgpt is not None and work.documents == WHOLE_ROWS:
+        openers[LITGPT] = partial(open_litgpt, work, litgpt)
+    return openers
+
+
+def torch_product(device: torch.device, dtype: Dtype) -> float:
+    """Return the median speed [FLOP/s] of torch's own product of square matrices."""
+    a, b = (torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=DTYPES[dtype], device=device) for _ in range(2))
+    return 2 * PRODUCT_SIZE**3 / statistics.median(seconds_of(lambda: a @ b, device) for _ in range(PRODUCTS))
+
+
+def measure(work: Work, litgpt: Path | None, *, repeats: int) -> list[Figure]:
+    """Return the figures of one comparison: build all sides, check that they agree, time them in
+    turn."""
+    peaks: dict[str, int] = {}
+    with opened(openers_of(work, litgpt)) as contenders:
+        require_agreement(str(work), first_steps(contenders, WARM_UP), TOLERANCE[work.dtype])
+
+        def seconds(name: str) -> float:
+            answer = contenders[name].step()
+            peaks[name] = max(peaks.get(name, 0), answer.peak_bytes)
+            return answer.step_s
+
+        products = {"product": torch_product, "peak": measured_peak}
+        rates = {name: partial(rate, work.place.device, work.dtype) for name, rate in products.items()}
+        samples = interleaved({name: partial(seconds, name) for name in contenders} | rates, repeats)
+    lengths = [length for row in work.shape.batch(SEED, documents=work.documents).documents.lengths for length in row]
+    flops = training_flops(work.shape.network(), lengths)
+    best_peer = min((name for name in peaks if name != OURS), key=lambda name: statistics.median(samples[name]))
+    return [
+        Figure(
+            dtype=work.dtype,
+            seq_len=work.shape.seq_len,
+            documents_per_row=work.documents,
+            micro_sequences=work.shape.micro_sequences,
+            contender=name,
+            tokens_per_s=work.shape.tokens / statistics.median(samples[name]),
+            ratio=Spread.of_ratios(samples[name], samples[OURS]),
+            product_share=Spread.of_ratios([flops / s for s in samples[name]], samples["product"]),
+            peak_share=Spread.of_ratios([flops / s for s in samples[name]], samples["peak"]),
+            product_flops_per_s=statistics.median(samples["product"]),
+            peak_flops_per_s=statistics.median(samples["peak"]),
+            peak_bytes=peaks[name],
+            is_best_peer=name == best_peer,
         )
-        parts_s = engine.watch.lap()
-    step_flops = training_flops(network, [length for row in batch.documents.lengths for length in row])
-    rates = {side: [step_flops / seconds for seconds in samples[side]] for side in ("ours", "theirs")}
-    return Figure(
-        dtype=dtype,
-        documents_per_row=documents,
-        tokens_per_s=shape.tokens / statistics.median(samples["ours"]),
-        peer_tokens_per_s=shape.tokens / statistics.median(samples["theirs"]),
-        ratio=Spread.of_ratios(samples["theirs"], samples["ours"]),
-        peak_share=Spread.of_ratios(rates["ours"], samples["peak"]),
-        peer_peak_share=Spread.of_ratios(rates["theirs"], samples["peak"]),
-        peak_flops_per_s=statistics.median(samples["peak"]),
-        time_share={name: seconds / sum(samples["ours"]) for name, seconds in parts_s.items()},
-    )
+        for name in contenders
+    ]
 
 
 def table_of(figures: Sequence[Figure], title: str) -> Table:
     table = Table(title=title)
-    for heading in ("format", "documents\na row", "Triaxis\ntokens/s", "peer\ntokens/s", "ratio\nmedian (min–max)"):
+    for heading in ("format", "sequence", "documents\na row"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("Triaxis\n/ peak", "peer\n/ peak", "peak\nGFLOP/s", "forward, backward,\noptimizer"):
+    table.add_column("contender", no_wrap=True)
+    for heading in (
+        "tokens/s",
+        "Triaxis ÷ it\nmedian (min–max)",
+        "share of\na @ b",
+        "of best\nproduct",
+        "both\nGFLOP/s",
+        "peak\nMiB",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for figure in figures:
+        is_ours = figure.contender == OURS
         table.add_row(
-            figure.dtype,
-            f"{figure.documents_per_row}*" if figure.documents_per_row > 1 else "1",
+            figure.dtype if is_ours else "",
+            f"{figure.seq_len}" if is_ours else "",
+            (f"{figure.documents_per_row}" + "*" * (figure.documents_per_row > 1)) if is_ours else "",
+            figure.contender + " †" * figure.is_best_peer,
             f"{figure.tokens_per_s:,.0f}",
-            f"{figure.peer_tokens_per_s:,.0f}",
-            str(figure.ratio),
+            "" if is_ours else str(figure.ratio),
+            f"{figure.product_share.median:.0%}",
             f"{figure.peak_share.median:.0%}",
-            f"{figure.peer_peak_share.median:.0%}",
-            f"{figure.peak_flops_per_s / 1e9:,.0f}",
-            ", ".join(f"{share:.0%}" for share in figure.time_share.values()),
+            f"{figure.product_flops_per_s / 1e9:,.0f}, {figure.peak_flops_per_s / 1e9:,.0f}" if is_ours else "",
+            f"{figure.peak_bytes / 2**20:,.0f}",
         )
+    table.caption = "† the fastest peer"
     if any(figure.documents_per_row > 1 for figure in figures):
-        table.caption = "* the peer computes the same with an explicit block-diagonal mask [B, 1, S, S]"
+        table.caption += "; * the peers compute the same with an explicit block-diagonal mask [B, 1, S, S]"
     return table
 
 
-def profile_of(shape: Shape, dtype: Dtype, mesh: Mesh, device: torch.device, *, rows: int = 12) -> Table:
+def profile_of(shape: Shape, dtype: Dtype, device: torch.device, *, rows: int = 12) -> Table:
     """Return a table of the operators in which one of our steps (whole rows) spends most of its
     time."""
-    batch = shape.batch(SEED, documents=1)
-    with open_engine(shape, dtype, mesh, device) as engine:
-        for _ in range(WARM_UP):
-            our_step(engine, batch)
-        with torch.profiler.profile() as profiler:
-            our_step(engine, batch)
+    batch = shape.batch(SEED, documents=WHOLE_ROWS)
+    engine = make_engine(shape, Mesh.build(Layout()), device, dtype=dtype, zero={"stage": 0})
+    for _ in range(WARM_UP):
+        our_step(engine, batch)
+    with torch.profiler.profile() as profiler:
+        our_step(engine, batch)
+    engine.close()
     on_cuda = device.type == "cuda"
     times = [(e.self_device_time_total if on_cuda else e.self_cpu_time_total, e) for e in profiler.key_averages()]
     total = sum(microseconds for microseconds, _ in times)
@@ -382,78 +256,54 @@ def profile_of(shape: Shape, dtype: Dtype, mesh: Mesh, device: torch.device, *, 
     return table
 
 
-def make_console() -> Console:
-    """Return a console wide enough for the tables if nobody tells how wide it is."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=130)
-
-
-def command_line(arguments: Sequence[str], description: str | None, full: Shape, quick: Shape) -> argparse.ArgumentParser:
-    """Return a parser with the options that all model benchmarks share; `--quick` changes the
-    defaults."""
-    is_quick = "--quick" in arguments
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model and 3 repeats: shows that it runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON line per figure")
-    parser.add_argument("--dtypes", nargs="+", choices=list(TOLERANCE), default=list(TOLERANCE), help="formats to measure")
-    parser.add_argument(
-        "--repeats", type=positive, default=3 if is_quick else 7, help="paired repeats [steps]; default %(default)s"
-    )
-    for item in fields(Shape):
-        default = getattr(quick if is_quick else full, item.name)
-        name = "--" + item.name.replace("_", "-")
-        parser.add_argument(name, type=positive, default=default, help="default %(default)s")
-    return parser
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
-
-
-def shape_of(options: argparse.Namespace) -> Shape:
-    return Shape(**{item.name: getattr(options, item.name) for item in fields(Shape)})
-
-
-def write_json(path: Path | None, bench: str, work: Any, figures: Sequence[Any]) -> None:
-    if path is None:
-        return
-    where = {"torch": torch.__version__, "threads": torch.get_num_threads(), "time": time.time()}
-    lines = [json.dumps({"bench": bench, **asdict(figure), **asdict(work), **where}) for figure in figures]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def shapes_of(first: Shape, seq_lens: Sequence[int]) -> list[Shape]:
+    """Return the shape at each length, with as many tokens in a micro-batch as at the first, but
+    one whole row at least."""
+    return [replace(first, seq_len=n, micro_sequences=max(1, first.tokens // n)) for n in seq_lens]
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = command_line(arguments, __doc__, Shape(), TINY)
+    is_quick = "--quick" in arguments
+    parser = command_line(arguments, __doc__, Shape(), TINY, without=("seq_len",))
+    parser.add_argument(
+        "--seq-lens", nargs="+", type=positive, default=[TINY.seq_len] if is_quick else [512, 2048, 8192], help="of the rows"
+    )
     parser.add_argument("--documents", type=positive, default=3, help="documents in a packed row; default %(default)s")
+    parser.add_argument("--rows", nargs="+", choices=("whole", "packed"), default=("whole", "packed"), help="default: both")
+    parser.add_argument("--litgpt", type=Path, metavar="PYTHON", help="the interpreter of litgpt's own environment")
     parser.add_argument("--profile", action="store_true", help="also show the operators of one step")
     options = parser.parse_args(arguments)
-    shape, console = shape_of(options), make_console()
-    if options.documents > shape.seq_len:
-        parser.error(f"--documents {options.documents} cannot lie in a row of --seq-len {shape.seq_len} tokens")
+    if options.documents > min(options.seq_lens):
+        parser.error(f"--documents {options.documents} cannot lie in a row of --seq-lens {min(options.seq_lens)} tokens")
+    if options.litgpt is not None and not options.litgpt.is_file():
+        parser.error(f"--litgpt {options.litgpt} is no interpreter: --help says how to make its environment")
     logging.disable(logging.INFO)  # DeepSpeed announces each of its settings
-    place = ranks.Place.from_environment({})
+    console, first = make_console(), replace(shape_of(options), seq_len=options.seq_lens[0])
+    here = ranks.Place.from_environment({})
+    place = Place(ranks=1, threads=torch.get_num_threads(), device=here.device)
+    documents = [{"whole": WHOLE_ROWS, "packed": options.documents}[rows] for rows in options.rows]
+    figures: list[Figure] = []
     try:
-        ranks.join(place, timedelta(minutes=30))
-        mesh = Mesh.build(Layout())
-        figures = []
-        for dtype in options.dtypes:
-            for documents in sorted({1, options.documents}):
-                with console.status(f"{dtype}, documents per row: {documents}"):
-                    figures.append(measure(shape, dtype, documents, mesh, place.device, repeats=options.repeats))
-        console.print(table_of(figures, f"Llama: {shape}; {torch.get_num_threads()} threads, {options.repeats} repeats"))
-        write_json(options.json, "single_process", shape, figures)
-        for dtype in options.dtypes if options.profile else ():
-            console.print(profile_of(shape, dtype, mesh, place.device))
+        first.network()  # what cannot be is told before anything starts
+        dtypes = formats_of(options, place.device, console)
+        for shape in shapes_of(first, options.seq_lens):
+            for work in (Work(shape, dtype, d, place) for dtype in dtypes for d in sorted(set(documents))):
+                with console.status(str(work)):
+                    figures += measure(work, options.litgpt, repeats=options.repeats)
+        console.print(table_of(figures, f"Llama: {first}; {place.threads} threads, {options.repeats} repeats"))
+        if options.litgpt is None:
+            console.print("no row of litgpt: it needs an environment of its own, --litgpt PYTHON; --help says how to make it")
+        write_json(options.json, "single_process", first, figures)
+        if options.profile:
+            with ranks.joined(here, timedelta(minutes=30)):
+                for dtype in dtypes:
+                    console.print(profile_of(first, dtype, place.device))
     except UserError as error:
         console.print("\n".join(error.lines), style="red", markup=False)
         return error.exit_code
-    finally:
-        ranks.leave()
     return 0
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     sys.exit(main(sys.argv[1:]))

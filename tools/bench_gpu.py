@@ -63,7 +63,7 @@ if OPTIONS.wheels is not None:
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import torch  # noqa: E402  # all below may come from the wheels
-from bench import (  # noqa: E402
+from contest import (  # noqa: E402
     SEED,
     TOLERANCE,
     Shape,

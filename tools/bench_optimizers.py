@@ -22,7 +22,7 @@ from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
-from bench import Spread, interleaved, make_console, positive, seconds_of, write_json
+from contest import Spread, interleaved, make_console, positive, seconds_of, write_json
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from rich.table import Table

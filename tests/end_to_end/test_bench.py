@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from tools.bench import TINY, Disagreement, interleaved, peer_inputs, require_agreement
+from contenders import ContenderFailed, Elsewhere
+from contest import TINY, Disagreement, interleaved, require_agreement
+from hugging_face_peer import hugging_face_inputs
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,17 +40,56 @@ def assert_spread(spread: object) -> None:
     assert math.isfinite(spread["high"])
 
 
-@pytest.mark.grid
-def test_one_process_beside_the_plain_loop(tmp_path: Path) -> None:
-    done = run("bench.py", "--quick", "--profile", "--json", str(tmp_path / "figures.jsonl"))
+def assert_one_process(figures: list[dict[str, object]], *peers: str) -> None:
+    """Every contender of every comparison has figures, and one peer of each is the fastest."""
+    names = ["Triaxis", "transformers", "transformers, compiled", *peers]
+    for at in range(0, len(figures), len(names)):
+        compared = figures[at : at + len(names)]
+        assert [f["contender"] for f in compared] == names
+        assert [f["is_best_peer"] for f in compared].count(True) == 1
+    for figure in figures:
+        for spread in ("ratio", "product_share", "peak_share"):
+            assert_spread(figure[spread])
+        assert figure["peak_bytes"] > 0
+
+
+def test_one_process_beside_its_peers(tmp_path: Path) -> None:
+    arguments = ("--quick", "--dtypes", "fp32", "--rows", "whole", "--json", str(tmp_path / "figures.jsonl"))
+    done = run("bench.py", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ratio" in done.stdout
+    assert "no row of litgpt: it needs an environment of its own, --litgpt PYTHON" in done.stdout
+    assert_one_process(figures_in(tmp_path / "figures.jsonl"))
+
+
+@pytest.mark.grid
+def test_one_process_in_every_format_on_every_kind_of_rows(tmp_path: Path) -> None:
+    arguments = ("--dtypes", "fp32", "bf16", "--seq-lens", "32", "64", "--profile", "--json", str(tmp_path / "figures.jsonl"))
+    done = run("bench.py", "--quick", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "aten::mm" in done.stdout
     figures = figures_in(tmp_path / "figures.jsonl")
-    assert [(f["dtype"], f["documents_per_row"]) for f in figures] == [("fp32", 1), ("fp32", 3), ("bf16", 1), ("bf16", 3)]
-    for figure in figures:
-        assert_spread(figure["ratio"])
-        assert_spread(figure["peak_share"])
+    compared = [(f["seq_len"], f["dtype"], f["documents_per_row"]) for f in figures[::3]]
+    assert compared == list(itertools.product((32, 64), ("fp32", "bf16"), (1, 3)))
+    assert {f["seq_len"] * f["micro_sequences"] for f in figures} == {TINY.micro_sequences * 32}
+    assert_one_process(figures)
+
+
+@pytest.mark.grid
+@pytest.mark.skipif("LITGPT_PYTHON" not in os.environ, reason="LITGPT_PYTHON names no interpreter that has litgpt")
+def test_litgpt_computes_the_same_in_whole_rows(tmp_path: Path) -> None:
+    arguments = ("--rows", "whole", "--dtypes", "fp32", "bf16", "--json", str(tmp_path / "figures.jsonl"))
+    done = run("bench.py", "--quick", "--litgpt", os.environ["LITGPT_PYTHON"], *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_one_process(figures_in(tmp_path / "figures.jsonl"), "litgpt")
+
+
+def test_a_peer_that_cannot_start_says_why(tmp_path: Path) -> None:
+    interpreter = tmp_path / "python"  # without site-packages, as an environment that lacks the peer
+    interpreter.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    interpreter.chmod(0o755)
+    with pytest.raises(ContenderFailed, match="litgpt") as failed:
+        Elsewhere("litgpt", interpreter, "litgpt_peer.py", {}, tmp_path)
+    assert "No module named" in "".join(failed.value.lines)
 
 
 @pytest.mark.grid
@@ -118,9 +159,9 @@ def test_each_contender_takes_one_step_in_each_repeat_in_changing_order() -> Non
 
 def test_the_peers_mask_keeps_documents_apart() -> None:
     batch = TINY.batch(0, documents=3)
-    mask = peer_inputs(batch, torch.device("cpu"))["attention_mask"]
+    mask = hugging_face_inputs(batch, torch.device("cpu"))["attention_mask"]
     assert mask.shape == (TINY.micro_sequences, 1, TINY.seq_len, TINY.seq_len)
     for row, lengths in zip(mask[:, 0], batch.documents.lengths, strict=True):
         blocks = torch.block_diag(*[torch.ones(n, n) for n in lengths]).tril().bool()
         assert torch.equal(row, blocks)
-    assert "attention_mask" not in peer_inputs(TINY.batch(0, documents=1), torch.device("cpu"))
+    assert "attention_mask" not in hugging_face_inputs(TINY.batch(0, documents=1), torch.device("cpu"))

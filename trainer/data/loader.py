@@ -70,6 +70,15 @@ class MicroBatch:
         places_L = (self.labels_BS.flatten() != IGNORE).nonzero().squeeze(-1)
         return places_L if len(places_L) <= MOST * self.labels_BS.numel() else None
 
+    def pinned(self, device: torch.device) -> MicroBatch:
+        """Return the micro-batch in page-locked memory, from which `on` copies it to that GPU while
+        the host goes on. Any thread may call it."""
+        with torch.cuda.device(device):  # a new thread's is the first one
+            tensors = (self.tokens_BS, self.labels_BS, self.reference_R)
+            tokens_BS, labels_BS, reference_R = (t if t is None else t.pin_memory() for t in tensors)
+        assert tokens_BS is not None
+        return replace(self, tokens_BS=tokens_BS, labels_BS=labels_BS, reference_R=reference_R)
+
     def without_labels(self) -> MicroBatch:
         """Return the micro-batch as stages of a pipeline before the last take it."""
         return replace(self, labels_BS=None, reference_R=None, places_L=None)

@@ -52,8 +52,8 @@ def head_pass(config: TransformerConfig, share: Share) -> Pass:
     logits = N * V * WIDE
     part = N / chunks
     products = [Product(round(part), V, D), Product(round(part), D, V)] * chunks
-    # fp32: the maximum of the logits; softmax; its maximum; masked. To fp32 and back again in a half
-    # format.
+    # fp32: the maximum of the logits; softmax; its maximum; masked. To fp32 and back again in a
+    # half format.
     moves = [Move((1 + 2 + 1 + 2) * logits, 4 * chunks, "reused", N * V, "fp32")]
     if i < WIDE:
         moves.append(Move(2 * N * V * (i + WIDE), 2 * chunks, "fresh", 0, "fp32"))
