@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.autograd import TensorsFunction
 from parallel.block_attention import Span, block_attention, suits_blocks
+from parallel.gpu_attention import flex_attention, suits_flex, suits_varlen, varlen_attention
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Group
 from parallel.norm import QueryKeyNorm
@@ -216,6 +217,12 @@ def attend(
     spans = documents.spans(keys)
     if reach.fused and bias_HX is None and suits_blocks(q_BSHK, k_BSGK.shape[2], spans):
         return block_attention(q_BSHK, k_BSGK, v_BSGK, spans, causal=causal, window=window, scale=scale)
+    if reach.fused and bias_HX is None and suits_varlen(q_BSHK, documents.lengths, keys.lengths, window):
+        lengths = documents.lengths, keys.lengths
+        return varlen_attention(q_BSHK, k_BSGK, v_BSGK, *lengths, causal=causal, window=window, scale=scale)
+    if dropout is None and bias_HX is None and suits_flex(q_BSHK, softcap):
+        numbers = documents.numbers_BS, keys.numbers_BS
+        return flex_attention(q_BSHK, k_BSGK, v_BSGK, numbers, causal=causal, window=window, scale=scale, softcap=softcap)
     return _attend_in_each(q_BSHK, k_BSGK, v_BSGK, spans, reach)
 
 
@@ -227,8 +234,10 @@ def _attend_in_each(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, spans: Seque
         queries, keys = [span.queries for span in run], [span.keys for span in run]
         parts = zip(run, _cut(q, queries, 1), _cut(k, keys, 1), _cut(v, keys, 1), strict=False)
         outs = [
-            _attend_in_document(*(x.transpose(1, 2) for x in qkv), reach, _Place(span.rows.start, span.queries.start))
-            for span, *qkv in parts
+            _attend_in_document(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), reach, _Place(span.rows.start, span.queries.start)
+            )
+            for span, q, k, v in parts
         ]
         rows.append(_joined([out.transpose(1, 2) for out in outs], 1))
     return _joined(rows, 0)

@@ -167,7 +167,7 @@ class _BlockAttention(TensorFunction):
     @once_differentiable
     def backward(ctx: Any, grad_BSHK: Tensor) -> tuple[Tensor | None, ...]:
         q_BSHK, k_BTGK, v_BTGK = ctx.saved_tensors
-        dq_BSHK, dk_BTGK, dv_BTGK = (torch.zeros(x.shape, dtype=x.dtype) for x in ctx.saved_tensors)
+        dq_BSHK, dk_BTGK, dv_BTGK = (torch.zeros(x.shape, dtype=x.dtype) for x in (q_BSHK, k_BTGK, v_BTGK))
         for span in ctx.spans:
             if span.keys.start == span.keys.stop:
                 continue

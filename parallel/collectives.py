@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel import direct
 from parallel.autograd import TensorFunction
 from parallel.mesh import Group
 
@@ -29,7 +30,7 @@ class Pending(NamedTuple):
     """A collective under way; `wait` returns its result."""
 
     result: Tensor
-    work: dist.Work | None
+    work: direct.Work | None
 
     def wait(self) -> Tensor:
         if self.work is not None:
@@ -51,6 +52,8 @@ def start_all_gather(tensor: Tensor, group: Group) -> Pending:
     if group.size == 1:
         return Pending(tensor, None)
     result = tensor.new_empty((tensor.shape[0] * group.size, *tensor.shape[1:]))
+    if tensor.is_cpu:
+        return Pending(result, direct.start_gather(result, tensor, _handle(group)))
     return Pending(result, dist.all_gather_single(result, tensor.contiguous(), group=group.handle, async_op=True))
 
 
@@ -59,7 +62,14 @@ def start_reduce_scatter(tensor: Tensor, group: Group) -> Pending:
     if group.size == 1:
         return Pending(tensor, None)
     result = tensor.new_empty((group.part(tensor.shape[0], "tokens"), *tensor.shape[1:]))
+    if tensor.is_cpu:
+        return Pending(result, direct.start_reduce_scatter(result, tensor.contiguous(), _handle(group)))
     return Pending(result, dist.reduce_scatter_single(result, tensor.contiguous(), group=group.handle, async_op=True))
+
+
+def _handle(group: Group) -> dist.ProcessGroup:
+    assert group.handle is not None, "these ranks are not running"
+    return group.handle
 
 
 def all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 
 import torch.distributed as dist
 
@@ -83,28 +81,29 @@ class Mesh:
 
     @classmethod
     def build(cls, layout: Layout, timeout: timedelta | None = None) -> Mesh:
-        """Make every group, in the same order on all ranks; `timeout` is that of a collective."""
+        """Make this rank's groups, in the same order on all ranks; `timeout` is that of a
+        collective.
+
+        Every rank makes only those that it is in, so the work does not grow with the number of
+        groups. The ends come last: torch names a group by its ranks and by how many groups a rank
+        is in, which must be the same for all of them.
+        """
         if layout.world_size != dist.get_world_size():
             raise ValueError(f"layout {layout} has {layout.world_size} ranks, the world has {dist.get_world_size()}")
         rank = dist.get_rank()
-        join = partial(_join, layout, rank, timeout)
+
+        def join(*axes: str) -> Group:
+            return _joined(layout.peers(rank, *axes), rank, timeout, "×".join(axes))
+
         tp, pp, reduction, replica = join("tp"), join("pp"), join("dp", "cp"), join("pp", "tp")
-        ends_of = [(ranks[0], ranks[-1]) for ranks in layout.groups("pp") if layout.pp > 1]
-        ends = _member(ends_of, rank, timeout, "ends")
-        return cls(layout, rank, tp, pp, ends, join("dp") if layout.cp > 1 else reduction, reduction, replica)
+        data = join("dp") if layout.cp > 1 else reduction
+        ends = None
+        if layout.pp > 1 and pp.rank in (0, pp.size - 1):
+            ends = _joined((pp.ranks[0], pp.ranks[-1]), rank, timeout, "ends")
+        return cls(layout, rank, tp, pp, ends, data, reduction, replica)
 
 
-def _join(layout: Layout, rank: int, timeout: timedelta | None, *axes: str) -> Group:
-    group = _member(layout.groups(*axes), rank, timeout, "×".join(axes))
-    assert group is not None, "groups along any axes cover all ranks"
-    return group
-
-
-def _member(groups: Sequence[tuple[int, ...]], rank: int, timeout: timedelta | None, name: str) -> Group | None:
-    """Make all groups, and return this rank's; torch's flight recorder calls them `name`."""
-    mine = None
-    for ranks in groups:
-        handle = dist.new_group(list(ranks), timeout=timeout, group_desc=name)
-        if rank in ranks:
-            mine = Group(rank=ranks.index(rank), ranks=ranks, handle=handle)
-    return mine
+def _joined(ranks: tuple[int, ...], rank: int, timeout: timedelta | None, name: str) -> Group:
+    """Make the group of these ranks; torch's flight recorder calls it `name`."""
+    handle = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=name)
+    return Group(rank=ranks.index(rank), ranks=ranks, handle=handle)

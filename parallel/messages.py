@@ -4,13 +4,17 @@ nothing received can run code."""
 from __future__ import annotations
 
 import json
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,22 +45,44 @@ class Messages:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def combine(self, value: T, both: Callable[[T, T], T]) -> T | None:
+        """Return all ranks' values as one, on the first rank; None on the others.
+
+        `both` makes one JSON value of two, of which the second is of the ranks behind those of the
+        first. The values go up a tree, so no rank receives more than log2 of the ranks' number, and
+        what is made of many may be as short as what is made of two.
+        """
+        distance = 1
+        while distance < self.size:
+            if self.rank % (2 * distance):
+                self._send(value, self.rank - distance)
+                return None
+            if self.rank + distance < self.size:
+                value = both(value, self._receive(self.rank + distance))
+            distance *= 2
+        return value
+
     def gather(self, value: Any) -> list[Any] | None:
         """Return every rank's value, in the order of the ranks, on the first rank; None on the
         others."""
-        if self.group is None:
-            return [value]
+        return self.combine([value], operator.add)
+
+    def first(self, text: str) -> str:
+        """Return the text of the first rank that has one, on every rank; "" if none has."""
+        found: str = self.broadcast(self.combine(text, lambda earlier, later: earlier or later))
+        return found
+
+    def _send(self, value: Any, rank: int) -> None:
         text = _encoded(value)
-        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([text.numel()]), group=self.group)
-        longest = max(int(size) for size in sizes)
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: text.numel()] = text
-        received = [torch.empty_like(padded) for _ in range(self.size)] if self.is_first else None
-        dist.gather(padded, received, dst=0, group=self.group)
-        if received is None:
-            return None
-        return [_decoded(message[: int(size)]) for message, size in zip(received, sizes, strict=True)]
+        dist.send(torch.tensor([text.numel()]), dst=rank, group=self.group)
+        dist.send(text, dst=rank, group=self.group)
+
+    def _receive(self, rank: int) -> Any:
+        size = torch.empty(1, dtype=torch.int64)
+        dist.recv(size, src=rank, group=self.group)
+        text = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(text, src=rank, group=self.group)
+        return _decoded(text)
 
     def broadcast(self, value: Any) -> Any:
         """Return the first rank's value, on every rank."""

@@ -28,7 +28,7 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
             if reason := stop.agreed(run.messages, run.reason_to_end):
                 return interrupt(run, reason, meter, guard, steps_done=step)
             with run.engine.watch("data"):
-                micro_batches = run.data.micro_batches(step)
+                micro_batches = run.data.take(step, more=step + 1 < steps)
             lr = lr_at(step, schedule=run.recipe.schedule, peak=run.recipe.optimizer.lr, total_steps=steps)
             result = run.engine.step(micro_batches, step=step, lr=lr, norm_limit=guard.norm_limit)
             meter.record(step + 1, lr, result, micro_batches)

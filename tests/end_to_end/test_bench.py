@@ -129,7 +129,7 @@ def assert_layout(tmp_path: Path, layout: str, *dtypes: str) -> None:
 
 
 def test_two_processes_beside_their_peers(tmp_path: Path) -> None:
-    assert_layout(tmp_path, "ZeRO-2", "fp32")
+    assert_layout(tmp_path, "ZeRO-1", "fp32")
 
 
 @pytest.mark.grid

@@ -15,7 +15,8 @@ from parallel.messages import Messages
 from parallel.pieces import Fragment, Piece
 from tools.campaign.damage import sealed
 from trainer.checkpoint.folder import HUGGING_FACE, CheckpointFolder
-from trainer.checkpoint.manifest import MANIFEST, File, LogicalTensor, Manifest, Stored, key_of
+from trainer.checkpoint.manifest import MANIFEST, File, LogicalTensor, Manifest, key_of
+from trainer.checkpoint.runs import Stored
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.tensor_file import Slot, write_tensor_file
 from trainer.engine.zero_state import StateFragment
@@ -62,7 +63,7 @@ def write_checkpoint(
         blank(step),
         facts=facts,
         files=tuple(files),
-        tensors={name: LogicalTensor(shape, dict(STATES), stored[name]) for name, shape in SHAPES.items()},
+        tensors={name: LogicalTensor.of(shape, dict(STATES), stored[name]) for name, shape in SHAPES.items()},
     )
     return folder.commit(draft, step, change(manifest).encode())
 

@@ -23,10 +23,11 @@ from trainer.checkpoint import save as save_module
 from trainer.checkpoint.export import export
 from trainer.checkpoint.facts import CHANGES, NOT_OF_THE_MODEL, data_facts, model_facts, recipe_facts, refusals
 from trainer.checkpoint.folder import REASON, CheckpointFolder, files_in
-from trainer.checkpoint.manifest import MANIFEST, File, LogicalTensor, Manifest, Stored
+from trainer.checkpoint.manifest import MANIFEST, File, LogicalTensor, Manifest
 from trainer.checkpoint.model_card import require_export
 from trainer.checkpoint.resume import Found, newest_whole
 from trainer.checkpoint.resume_check import Resume, as_json, checkpoint_named, finished
+from trainer.checkpoint.runs import Stored
 from trainer.engine.loss_scale import LossScaler
 from trainer.errors import DataError, RecipeError
 from trainer.model.hf_config import to_hf
@@ -44,8 +45,8 @@ SMALL = replace(
     versions={"torch": "é\n"},
     files=(File("rank-00000.safetensors", 64, "0" * 64), File("hugging_face/config.json", 2, "f" * 64)),
     tensors={
-        "b": LogicalTensor((2, 3), {"weight": "F32", "exp_avg": "BF16"}, (Stored(0, Fragment.whole(B)),)),
-        "a": LogicalTensor((), {"weight": "I64"}, (Stored(0, Fragment.whole(Piece.whole("a", ()))),)),
+        "b": LogicalTensor.of((2, 3), {"weight": "F32", "exp_avg": "BF16"}, (Stored(0, Fragment.whole(B)),)),
+        "a": LogicalTensor.of((), {"weight": "I64"}, (Stored(0, Fragment.whole(Piece.whole("a", ()))),)),
     },
 )
 
@@ -78,7 +79,7 @@ def test_every_beginning_of_a_manifest_is_refused() -> None:
 
 Body = dict[str, Any]
 MISSHAPEN: dict[str, Callable[[Body], object]] = {
-    "format": lambda body: body.update(format="triaxis checkpoint 2"),
+    "format": lambda body: body.update(format="triaxis checkpoint 3"),
     "no format": lambda body: body.pop("format"),
     "no files": lambda body: body.pop("files"),
     "no tensors": lambda body: body.pop("tensors"),

@@ -17,8 +17,9 @@ from torch import Tensor
 from parallel.pieces import Fragment, Piece
 from tests.unit.checkpoints import blank
 from trainer.checkpoint.geometry import Rectangle, index, overlaps, rectangles
-from trainer.checkpoint.manifest import LogicalTensor, Manifest, Stored, key_of
+from trainer.checkpoint.manifest import LogicalTensor, Manifest, key_of
 from trainer.checkpoint.reader import Reader
+from trainer.checkpoint.runs import Run, Stored
 from trainer.checkpoint.tensor_file import DTYPES, Slot, TensorFile, write_tensor_file
 from trainer.errors import DataError
 from trainer.update_rules import WEIGHT
@@ -108,14 +109,14 @@ def write(folder: Path, states: Mapping[str, Tensor], stored: Sequence[Stored]) 
         tensors = (values_of(fragment, states[state]) for state, fragment in mine)
         files.append(write_tensor_file(folder / f"rank-{number:05d}.safetensors", slots, tensors))
     dtypes = {state: DTYPES[tensor.dtype] for state, tensor in states.items()}
-    tensor = LogicalTensor(tuple(shape), dtypes, tuple(stored))
+    tensor = LogicalTensor.of(tuple(shape), dtypes, stored)
     return replace(blank(), files=tuple(files), tensors={NAME: tensor})
 
 
 def without(manifest: Manifest, gone: Stored) -> Manifest:
     tensor = manifest.tensors[NAME]
-    kept = tuple(stored for stored in tensor.fragments if stored is not gone)
-    return replace(manifest, tensors={NAME: replace(tensor, fragments=kept)})
+    kept = [stored for run in tensor.runs for stored in run.stored() if stored != gone]
+    return replace(manifest, tensors={NAME: LogicalTensor.of(tensor.shape, tensor.dtypes, kept)})
 
 
 # ------------------------------------------------------------------------------------------------- written and read
@@ -270,7 +271,7 @@ def test_only_the_files_that_hold_it_are_opened(halves: tuple[Path, Manifest]) -
 def test_elements_that_are_there_twice_do_not_stand_for_those_that_are_not(halves: tuple[Path, Manifest]) -> None:
     """As many elements as the tensor has, but the first half of it twice: the second is nowhere."""
     folder, manifest = halves
-    tensor = replace(manifest.tensors[NAME], fragments=(HALVES[0], HALVES[0]))
+    tensor = replace(manifest.tensors[NAME], runs=(Run(*HALVES[0]), Run(*HALVES[0])))
     with pytest.raises(DataError, match=f"tensor {NAME}"):
         Reader(folder, replace(manifest, tensors={NAME: tensor})).whole(NAME, WEIGHT)
 
@@ -288,7 +289,7 @@ def test_a_fragment_that_is_not_where_the_manifest_says_is_named(
     wrong: Stored, said: str, halves: tuple[Path, Manifest]
 ) -> None:
     folder, manifest = halves
-    tensor = replace(manifest.tensors[NAME], fragments=(HALVES[0], wrong))
+    tensor = replace(manifest.tensors[NAME], runs=(Run(*HALVES[0]), Run(*wrong)))
     with pytest.raises(DataError, match=said) as caught:
         Reader(folder, replace(manifest, tensors={NAME: tensor})).whole(NAME, WEIGHT)
     assert NAME in caught.value.lines[0]
@@ -297,7 +298,7 @@ def test_a_fragment_that_is_not_where_the_manifest_says_is_named(
 def test_a_fragment_that_is_longer_than_its_tensor_in_the_file_is_named(halves: tuple[Path, Manifest]) -> None:
     folder, manifest = halves
     longer = (Stored(0, replace(WHOLE, count=13)), Stored(1, replace(WHOLE, offset=13, count=11)))
-    tensor = replace(manifest.tensors[NAME], fragments=longer)
+    tensor = replace(manifest.tensors[NAME], runs=tuple(Run(*stored) for stored in longer))
     with pytest.raises(DataError, match=rf"{manifest.files[0].name}: weight:{NAME}:0,0:0 cannot be read"):
         Reader(folder, replace(manifest, tensors={NAME: tensor})).whole(NAME, WEIGHT)
 

@@ -388,6 +388,7 @@ def test_cross_entropy_has_the_gradients_of_its_formula(
 ) -> None:
     """In several chunks, with positions that are no targets."""
     monkeypatch.setattr("parallel.loss.CHUNK_BYTES", 4 * 37 * 4)
+    monkeypatch.setattr("parallel.loss.TOKENS_PER_FEATURE", 0)
     alone = TensorParallel.alone()
     head = VocabParallelHead(37, 12, name="h", init=Init(std=0.5), tp=alone, tied_to=None, bias=bias, softcap=softcap)
     initialise(head, seed=1)
@@ -418,6 +419,7 @@ def test_cross_entropy_has_the_gradients_of_its_formula(
 def test_an_evaluation_counts_labels_with_the_highest_logit(monkeypatch: pytest.MonkeyPatch) -> None:
     """In several chunks; of equal logits the lowest id counts, and what is no target does not."""
     monkeypatch.setattr("parallel.loss.CHUNK_BYTES", 4 * 37 * 4)
+    monkeypatch.setattr("parallel.loss.TOKENS_PER_FEATURE", 0)
     head = VocabParallelHead(37, 12, name="h", init=Init(std=0.5), tp=TensorParallel.alone(), tied_to=None, softcap=2.0)
     initialise(head, seed=1)
     head.double()

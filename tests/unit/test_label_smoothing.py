@@ -48,6 +48,7 @@ def smoothed(tp: TensorParallel, softcap: float | None) -> list[Tensor]:
 @pytest.mark.parametrize("softcap", [None, 0.7])
 def test_it_is_torchs(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * V * 5)  # several chunks, the last one smaller
+    monkeypatch.setattr(loss, "TOKENS_PER_FEATURE", 0)
     got = smoothed(TensorParallel.alone(), softcap)
     (h, labels), head = drawn(), head_of(TensorParallel.alone(), softcap)
     h.requires_grad_()

@@ -108,7 +108,8 @@ def test_a_head_over_classes(name: str) -> None:
 def test_numbers_that_are_written_twice_are_equal() -> None:
     """The planner does without torch, which their owners import."""
     assert activations.QUERY_BLOCK == parallel.attention.QUERY_BLOCK
-    assert activations.CHUNK_BYTES == parallel.loss.CHUNK_BYTES
+    for rows, hidden_size in ((100, 8), (32_000, 64), (128_256, 4096)):
+        assert activations.chunk_tokens(rows, hidden_size) == parallel.loss.chunk_tokens(rows, hidden_size)
     assert {form: 1 / codes for form, codes in CODES_PER_BYTE.items()} == QUANTIZED_BYTES
 
 

@@ -4,6 +4,8 @@ run.
 | file | job |
 |---|---|
 | `manifest.py` | the format: logical tensors, fragments, files, and a seal over it all |
+| `runs.py` | even fragments as one entry, so that a manifest does not grow with the ranks |
+| `report.py` | what the ranks tell of a save, and how two reports become one |
 | `geometry.py` | the elements that two fragments share |
 | `tensor_file.py` | one safetensors file, written as a stream and read by ranges |
 | `folder.py` | names, drafts, the rename that commits, what is kept and what is set aside |

@@ -2,7 +2,8 @@
 
 A checkpoint holds logical tensors under Hugging Face's names, as fragments that know no layout: a
 box of the logical tensor and a range of that box's flattening. Every element of every state of a
-tensor is in exactly one fragment.
+tensor is in exactly one fragment. Fragments that follow each other evenly are written as one run,
+so the manifest grows with the model and not with the ranks; only its list of files does.
 
 The manifest is one JSON object in one canonical form, and ends with the SHA-256 of that form
 without the digest. So every byte of it counts: a file that parses, but differs in a byte from what
@@ -15,14 +16,13 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import (
     Annotated,
     Any,
     Literal,
-    NamedTuple,
     NotRequired,  # pydantic reads typing's own from Python 3.12 on
     Self,
 )
@@ -31,6 +31,7 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from parallel.pieces import Fragment, Piece
+from trainer.checkpoint.runs import Run, Stored, joined
 from trainer.errors import DataError
 from trainer.files.decoding import CLOSED, OPEN, decode
 from trainer.files.reading import read_bytes, told
@@ -38,7 +39,8 @@ from trainer.files.reading import read_bytes, told
 MANIFEST = "manifest.json"
 # Bytes of a manifest: some ten million fragments; a file with a hole may claim any length.
 LONGEST = 1 << 30
-FORMAT = "triaxis checkpoint 1"
+FORMAT = "triaxis checkpoint 2"
+EARLIER_FORMAT = "triaxis checkpoint 1"  # the same without runs
 # The name of a file in a checkpoint: no part begins with a point, so none leads out.
 FILE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,127}/){0,3}[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 # safetensors' names, with bytes per element.
@@ -52,8 +54,13 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Figure = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)] | Number
 # A file's number; start and size of a box, offset and count of the range in it, and 1 if
 # transposed.
-StoredJSON = tuple[Count, list[Count], list[Count], Count, Count, Annotated[int, Field(ge=0, le=1, strict=True)]]
-TensorJSON = tuple[list[Count], dict[str, str], list[StoredJSON]]
+Flag = Annotated[int, Field(ge=0, le=1, strict=True)]
+StoredJSON = tuple[Count, list[Count], list[Count], Count, Count, Flag]
+# A run: behind the same the number of fragments, and how many files they are apart.
+Repeats = Annotated[int, Field(ge=2, lt=2**63, strict=True)]
+Stride = Annotated[int, Field(ge=1, lt=2**63, strict=True)]
+RunJSON = tuple[Count, list[Count], list[Count], Count, Count, Flag, Repeats, Stride]
+TensorJSON = tuple[list[Count], dict[str, str], list[StoredJSON | RunJSON]]
 
 
 @with_config(OPEN)
@@ -130,20 +137,19 @@ class _Body(TypedDict):
     tensors: dict[str, TensorJSON]
 
 
-class Stored(NamedTuple):
-    """A fragment and the number of the file, in the manifest's list, that holds it."""
-
-    file: int
-    fragment: Fragment
-
-
 @dataclass(frozen=True)
 class LogicalTensor:
-    """The shape of a logical tensor, the format of each of its states, and its fragments."""
+    """The shape of a logical tensor, the format of each of its states, and its fragments in
+    runs."""
 
     shape: tuple[int, ...]
     dtypes: dict[str, str]
-    fragments: tuple[Stored, ...]
+    runs: tuple[Run, ...]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtypes: dict[str, str], fragments: Iterable[Stored]) -> Self:
+        """Return the tensor that has these fragments."""
+        return cls(shape, dtypes, joined(Run(file, fragment) for file, fragment in fragments))
 
     @property
     def numel(self) -> int:
@@ -153,28 +159,37 @@ class LogicalTensor:
     def num_bytes(self) -> int:
         return self.numel * sum(DTYPE_BYTES[dtype] for dtype in self.dtypes.values())
 
+    def beside(self, other: Self) -> Self:
+        """Return the tensor with what other ranks, all behind these, hold of it."""
+        return replace(self, dtypes=self.dtypes | other.dtypes, runs=joined((*self.runs, *other.runs)))
+
+    def renumbered(self, numbers: Mapping[int, int]) -> Self:
+        """Return the tensor with other numbers of files, by their present ones."""
+        fragments = (stored for run in self.runs for stored in run.stored())
+        return replace(self, runs=joined(Run(numbers[file], fragment) for file, fragment in fragments))
+
     def as_json(self) -> list[Any]:
         """Return the manifest's entry for the tensor, below its name."""
-        fragments = [[file, *fragment_as_json(fragment)] for file, fragment in self.fragments]
-        return [list(self.shape), self.dtypes, fragments]
+        return [list(self.shape), self.dtypes, [_run_as_json(run) for run in self.runs]]
 
     @classmethod
     def from_json(cls, name: str, value: TensorJSON) -> Self:
         dims, dtypes, entries = value
         shape = tuple(dims)
-        return cls(shape, dtypes, tuple(Stored(file, fragment_from_json(name, shape, entry)) for file, *entry in entries))
+        return cls(shape, dict(dtypes), tuple(_run_from_json(name, shape, entry) for entry in entries))
 
 
-def fragment_as_json(fragment: Fragment) -> list[Any]:
-    """Return the manifest's entry for a fragment, below the name and shape of its tensor."""
-    piece = fragment.piece
-    return [list(piece.start), list(piece.size), fragment.offset, fragment.count, int(piece.transposed)]
+def _run_as_json(run: Run) -> list[Any]:
+    """Return the manifest's entry for a run, below the name and shape of its tensor."""
+    piece, first = run.first.piece, run.first
+    entry = [run.file, list(piece.start), list(piece.size), first.offset, first.count, int(piece.transposed)]
+    return [*entry, run.repeats, run.stride] if run.repeats > 1 else entry
 
 
-def fragment_from_json(name: str, shape: tuple[int, ...], value: Sequence[Any]) -> Fragment:
-    """Return the fragment that the manifest describes by `value`."""
-    start, size, offset, count, transposed = value
-    return Fragment(Piece(name, shape, tuple(start), tuple(size), transposed=bool(transposed)), offset, count)
+def _run_from_json(name: str, shape: tuple[int, ...], value: Sequence[Any]) -> Run:
+    file, start, size, offset, count, transposed, *repeated = value
+    piece = Piece(name, shape, tuple(start), tuple(size), transposed=bool(transposed))
+    return Run(file, Fragment(piece, offset, count), *repeated)
 
 
 def key_of(fragment: Fragment, state: str) -> str:
@@ -245,14 +260,22 @@ class Manifest:
         since: int | None = self.state.get("memory", {}).get("guard", {}).get("not_finite_since")
         return since
 
-    def encode(self) -> bytes:
-        body = {
-            "format": FORMAT,
+    def as_json(self) -> dict[str, Any]:
+        return {
             **{key: value for key, value in vars(self).items() if key not in ("files", "tensors")},
             "files": [[file.name, file.num_bytes, file.sha256] for file in self.files],
             "tensors": {name: tensor.as_json() for name, tensor in self.tensors.items()},
         }
-        return _seal(body)
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Self:
+        """Return the manifest that `as_json` has described, which nobody doubts."""
+        files = tuple(File(*entry) for entry in body["files"])
+        tensors = {name: LogicalTensor.from_json(name, tensor) for name, tensor in body["tensors"].items()}
+        return cls(**{**body, "files": files, "tensors": tensors})
+
+    def encode(self) -> bytes:
+        return _seal({"format": FORMAT, **self.as_json()})
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
@@ -262,12 +285,9 @@ class Manifest:
         together.
         """
         unsealed = _unseal(data)
-        if unsealed.pop("format", None) != FORMAT:
+        if unsealed.pop("format", None) not in (FORMAT, EARLIER_FORMAT):
             raise ValueError(f"not in the format {FORMAT!r}")
-        body: dict[str, Any] = {**decode(_Body, unsealed)}
-        files = tuple(File(*entry) for entry in body.pop("files"))
-        tensors = {name: LogicalTensor.from_json(name, tensor) for name, tensor in body.pop("tensors").items()}
-        manifest = cls(**body, files=files, tensors=tensors)
+        manifest = cls.from_json({**decode(_Body, unsealed)})
         manifest.require_sound()
         return manifest
 
@@ -284,11 +304,11 @@ class Manifest:
         for name, tensor in self.tensors.items():
             if not tensor.dtypes or not DTYPE_BYTES.keys() >= set(tensor.dtypes.values()):
                 raise ValueError(f"tensor {name} has the formats {tensor.dtypes}")
-            if not all(0 <= stored.file < len(self.files) for stored in tensor.fragments):
+            if not all(0 <= run.file <= run.last_file < len(self.files) for run in tensor.runs):
                 raise ValueError(f"tensor {name} is in a file that is not listed")
-            if not all(_is_part(stored.fragment, tensor.shape) for stored in tensor.fragments):
+            if not all(_is_part(run.together, tensor.shape) for run in tensor.runs):
                 raise ValueError(f"a fragment of tensor {name} is no part of its shape {list(tensor.shape)}")
-            if sum(stored.fragment.count for stored in tensor.fragments) != tensor.numel:
+            if sum(run.together.count for run in tensor.runs) != tensor.numel:
                 raise ValueError(f"the fragments of tensor {name} do not make its shape {list(tensor.shape)}")
         if (needed := sum(tensor.num_bytes for tensor in self.tensors.values())) > self.num_bytes:
             raise ValueError(f"its tensors have {needed:,} bytes, its files {self.num_bytes:,}")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from parallel.pieces import Fragment, Piece
 from trainer.checkpoint.geometry import Rectangle, box_of, disjoint, index, overlaps
-from trainer.checkpoint.manifest import LogicalTensor, Manifest, Stored, key_of
+from trainer.checkpoint.manifest import LogicalTensor, Manifest, key_of
+from trainer.checkpoint.runs import Stored
 from trainer.checkpoint.tensor_file import TORCH_DTYPES, TensorFile
 from trainer.errors import DataError
 
@@ -37,7 +38,7 @@ class Reader:
         tensor = self._tensor(wanted.piece, state)
         result = torch.empty(wanted.count, dtype=TORCH_DTYPES[tensor.dtypes[state]])
         parts: list[Rectangle] = []
-        for stored in tensor.fragments:
+        for stored in (stored for run in tensor.runs for stored in run.meeting(wanted)):
             for shared in overlaps(stored.fragment, wanted):
                 if stored.fragment.piece.transposed != wanted.piece.transposed:
                     raise DataError(f"{self._folder}: tensor {name} is stored the other way round: not written by this version")
@@ -52,7 +53,7 @@ class Reader:
     def whole(self, name: str, state: str) -> Tensor:
         """Return a whole logical tensor."""
         tensor = self._manifest.tensors[name]
-        transposed = any(stored.fragment.piece.transposed for stored in tensor.fragments)
+        transposed = any(run.first.piece.transposed for run in tensor.runs)
         flat = self.read(Fragment.whole(Piece.whole(name, tensor.shape, transposed=transposed)), state)
         return flat.view(tensor.shape[::-1]).t() if transposed else flat.view(tensor.shape)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -77,18 +78,28 @@ def _name(path: Path | None) -> str | None:
 def examine(path: Path, messages: Messages) -> Manifest:
     """Return the manifest of a checkpoint after the ranks have hashed every file, each a share.
 
-    DataError, the same on all ranks, if anything is wrong. Collective.
+    The first rank alone reads the manifest and the names in the folder: where thousands of ranks
+    did, the disk would serve nothing else. DataError, the same on all ranks, if anything is wrong.
+    Collective.
     """
-    failure, manifest = "", None
+    said = messages.broadcast(_read(path) if messages.is_first else None)
+    if "failure" in said:
+        raise DataError(said["failure"])
+    manifest, failure = Manifest.from_json(said), ""
     try:
-        manifest = read_sound(path)
         check_files(path, manifest.files[messages.rank :: messages.size])
     except DataError as error:
         failure = str(error)
-    if bad := next(filter(None, messages.all(failure)), ""):
+    if bad := messages.first(failure):
         raise DataError(bad)
-    assert manifest is not None
     return manifest
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_sound(path).as_json()
+    except DataError as error:
+        return {"failure": str(error)}
 
 
 class CheckpointSource:

@@ -1,7 +1,10 @@
 """A saver of checkpoints: every rank writes its own file of a draft, and the first rank commits it.
 
-    draft made ─► each rank: file written, fsynced, hashed ─► reports gathered ─► manifest ─►
+    draft made ─► each rank: file written, fsynced, hashed ─► reports combined ─► manifest ─►
     rename ─► older checkpoints removed
+
+The reports are combined on their way to the first rank, two at a time, so that no rank ever sees
+all ranks' fragments one by one.
 
 All ranks always go through the same exchanges, whatever fails on one of them. A disk that is full,
 or a quota, costs this checkpoint, but neither the run nor the checkpoints before it.
@@ -9,6 +12,7 @@ or a quota, costs this checkpoint, but neither the run nor the checkpoints befor
 
 from __future__ import annotations
 
+import operator
 import os
 import shutil
 import threading
@@ -22,8 +26,9 @@ from torch import Tensor
 
 from parallel.messages import Messages
 from trainer.checkpoint.check import check_files
-from trainer.checkpoint.folder import HUGGING_FACE, CheckpointFolder
-from trainer.checkpoint.manifest import File, LogicalTensor, Manifest, Stored, fragment_as_json, fragment_from_json, key_of
+from trainer.checkpoint.folder import HUGGING_FACE, CheckpointFolder, files_in
+from trainer.checkpoint.manifest import File, Manifest, key_of
+from trainer.checkpoint.report import Report, both, completed, described, of_rank
 from trainer.checkpoint.tensor_file import DTYPES, Slot, header_bytes, write_tensor_file
 from trainer.engine.zero_state import StateFragment, ZeroState
 from trainer.errors import DataError
@@ -138,20 +143,20 @@ class Saver:
     ) -> Saved:
         messages, step = self.messages, manifest.step
         slots = _slots(fragments)
-        needs = messages.gather(len(header_bytes(slots)) + sum(slot.num_bytes for slot in slots.values()))
-        draft = messages.broadcast(self._begin(step, sum(needs)) if needs is not None else None)
+        own = len(header_bytes(slots)) + sum(slot.num_bytes for slot in slots.values())
+        need = messages.combine(own, operator.add)
+        draft = messages.broadcast(self._begin(step, need) if need is not None else None)
         if "failure" in draft:
             return Saved(step, draft["failure"])
         folder = Path(draft["folder"])
-        reports = messages.gather(_tried(lambda: self._write_own(folder, fragments, slots, tensors, save_beside), folder))
-        verdict = messages.broadcast(self._commit(manifest, folder, reports) if reports is not None else None)
+        report = _tried(lambda: self._write_own(folder, fragments, slots, tensors, save_beside), folder)
+        whole = messages.combine(of_rank(messages.rank, report), both)
+        verdict = messages.broadcast(self._commit(manifest, folder, whole) if whole is not None else None)
         if "failure" in verdict:
             began = manifest.not_finite_since
             return Saved(step, verdict["failure"], not_finite=verdict.get("not_finite", ""), began=began)
-        files = [File(*entry) for entry in verdict["files"]]
-        outcome = self._make_room(self.folder.of_step(step), files, spared)
-        num_bytes = sum(file.num_bytes for file in files)
-        return Saved(step, outcome.get("failure", ""), litter=outcome.get("litter", ""), num_bytes=num_bytes)
+        outcome = self._make_room(self.folder.of_step(step), [File(*entry) for entry in report["files"]], spared)
+        return Saved(step, outcome.get("failure", ""), litter=outcome.get("litter", ""), num_bytes=verdict["num_bytes"])
 
     def _begin(self, step: int, need: int) -> dict[str, Any]:
         def begin() -> dict[str, Any]:
@@ -181,32 +186,33 @@ class Saver:
             return {"failure": f"{wrong[0]} holds NaN or infinity", "not_finite": wrong[0]}
         if self.messages.is_first:
             files += _write_beside(draft / HUGGING_FACE, save_beside)
-        return {"files": [[file.name, file.num_bytes, file.sha256] for file in files], "fragments": _described(fragments)}
+        entries = [[file.name, file.num_bytes, file.sha256] for file in files]
+        return {"files": entries, "tensors": described(self.messages.rank, fragments)}
 
-    def _commit(self, manifest: Manifest, draft: Path, reports: list[dict[str, Any]]) -> dict[str, Any]:
+    def _commit(self, manifest: Manifest, draft: Path, report: Report) -> dict[str, Any]:
         def commit() -> dict[str, Any]:
-            failures = [f"rank {rank}: {report['failure']}" for rank, report in enumerate(reports) if "failure" in report]
-            if wrong := [report["not_finite"] for report in reports if "not_finite" in report]:
-                return {"failure": failures[0], "not_finite": wrong[0]}
-            if failures:
-                raise OSError(failures[0])
-            complete = _merged(manifest, reports)
+            if report["not_finite"]:
+                return {"failure": report["failures"][0], "not_finite": report["not_finite"][0]}
+            if report["failures"]:
+                raise OSError(report["failures"][0])
+            complete = completed(manifest, report)
             complete.require_sound()
+            present = set(files_in(draft))
             for file in complete.files:
-                if not (draft / file.name).exists():
+                if file.name not in present:
                     raise OSError(f"{draft / file.name} was written by a rank that has another disk: give a shared run.dir")
             self.folder.commit(draft, manifest.step, complete.encode())
-            return {"files": [[file.name, file.num_bytes, file.sha256] for file in complete.files]}
+            return {"num_bytes": complete.num_bytes}
 
         verdict = _tried(commit, draft)
         if "failure" in verdict:
             shutil.rmtree(draft, ignore_errors=True)
         return verdict
 
-    def _make_room(self, newest: Path, files: Sequence[File], spared: Collection[int]) -> dict[str, str]:
+    def _make_room(self, newest: Path, own: Sequence[File], spared: Collection[int]) -> dict[str, str]:
         """Remove older checkpoints, once the ranks have read the newest back from disk.
 
-        Each rank reads its own file. Return {"failure": why the newest is not a checkpoint after
+        Each rank reads its `own` files. Return {"failure": why the newest is not a checkpoint after
         all}, {"litter": why older ones stayed}, or {}.
         """
 
@@ -218,18 +224,17 @@ class Saver:
             return {"litter": counted["failure"]}
         if not counted["surplus"]:
             return {}
-        mine = _file_name(self.messages.rank)
-        own = [file for file in files if file.name == mine or ("/" in file.name and self.messages.is_first)]
-        verdicts = self.messages.gather(_tried(lambda: check_files(newest, own, from_disk=True), newest))
+        read_back = _tried(lambda: check_files(newest, own, from_disk=True), newest)
+        bad = self.messages.first(read_back.get("failure", ""))
 
-        def judge(verdicts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-            if bad := [verdict["failure"] for verdict in verdicts if verdict]:
-                self.folder.set_aside(newest, "damaged", bad[0])
-                raise OSError(bad[0])
+        def judge() -> dict[str, Any]:
+            if bad:
+                self.folder.set_aside(newest, "damaged", bad)
+                raise OSError(bad)
             pruned = _tried(lambda: {"gone": self.folder.prune(self.keep, spared)}, self.folder.path)
             return {"litter": pruned["failure"]} if "failure" in pruned else {}
 
-        judged = _tried(lambda: judge(verdicts), self.folder.path) if verdicts is not None else None
+        judged = _tried(judge, self.folder.path) if self.messages.is_first else None
         outcome: dict[str, str] = self.messages.broadcast(judged)
         return outcome
 
@@ -267,15 +272,6 @@ def _slots(fragments: Sequence[StateFragment]) -> dict[str, Slot]:
     return slots
 
 
-def _described(fragments: Sequence[StateFragment]) -> list[list[Any]]:
-    """Return for each fragment the tensor's name and shape, the state, its format, and the
-    fragment."""
-    return [
-        [fragment.piece.name, fragment.piece.shape, state, DTYPES[dtype], fragment_as_json(fragment)]
-        for fragment, state, dtype in fragments
-    ]
-
-
 def _write_beside(folder: Path, save_beside: Callable[[Path], None]) -> list[File]:
     """Let others' code write a folder, make its files private and durable, and return them."""
     folder.mkdir(mode=0o700)
@@ -288,20 +284,3 @@ def _write_beside(folder: Path, save_beside: Callable[[Path], None]) -> list[Fil
             data = file.read()
         files.append(File.of(f"{HUGGING_FACE}/{path.relative_to(folder).as_posix()}", data))
     return files
-
-
-def _merged(manifest: Manifest, reports: Sequence[dict[str, Any]]) -> Manifest:
-    """Return the manifest with all ranks' files and tensors."""
-    files = [File(*entry) for report in reports for entry in report["files"]]
-    number = {file.name: index for index, file in enumerate(files)}
-    tensors: dict[str, LogicalTensor] = {}
-    # states lie in the same fragments, each of which is listed once
-    stored: dict[str, dict[Stored, None]] = {}
-    for rank, report in enumerate(reports):
-        for name, shape, state, dtype, described in report["fragments"]:
-            tensor = tensors.setdefault(name, LogicalTensor(tuple(shape), {}, ()))
-            tensor.dtypes[state] = dtype
-            fragment = fragment_from_json(name, tensor.shape, described)
-            stored.setdefault(name, {})[Stored(number[_file_name(rank)], fragment)] = None
-    complete = {name: replace(tensor, fragments=tuple(stored[name])) for name, tensor in tensors.items()}
-    return replace(manifest, files=tuple(files), tensors=complete)

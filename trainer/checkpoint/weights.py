@@ -110,7 +110,7 @@ class Contents:
         return weight_OI.t().contiguous() if self._tuned.transposed else weight_OI
 
     def is_quantized(self, name: str) -> bool:
-        return name in self.tensors and not self.tensors[name].fragments
+        return name in self.tensors and not self.tensors[name].runs
 
 
 def _quantized(manifest: Manifest, tuned: Tuned) -> Iterator[tuple[str, LogicalTensor]]:

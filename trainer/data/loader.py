@@ -26,6 +26,7 @@ from trainer.data.store import TokenStore
 from trainer.data.targets import NextToken, Targets
 
 LOOKED_AT = 1 << 16  # global samples located at once in a search
+MOST = 15 / 16  # where more of the tokens are targets, it is not worth to single them out
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class MicroBatch:
     # float64 [documents of all rows]: log-probabilities before training
     reference_R: Tensor | None = None
     streams: Streams | None = None  # of dropout; None: no dropout
+    # int64 [L]: the places of the targets in the flattened labels, where they are few enough to be
+    # computed alone
+    places_L: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -53,14 +57,31 @@ class MicroBatch:
 
     def on(self, device: torch.device, streams: Streams | None = None) -> MicroBatch:
         """Return the micro-batch on a device, with the streams of its dropout."""
-        tensors = (self.tokens_BS, self.labels_BS, self.reference_R)
-        tokens_BS, labels_BS, reference_R = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
+        tensors = (self.tokens_BS, self.labels_BS, self.reference_R, self._found_places())
+        tokens_BS, labels_BS, reference_R, places_L = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
         assert tokens_BS is not None
-        return MicroBatch(tokens_BS, self.documents, labels_BS, reference_R, streams)
+        return MicroBatch(tokens_BS, self.documents, labels_BS, reference_R, streams, places_L)
+
+    def _found_places(self) -> Tensor | None:
+        """Return `places_L`. They are looked for on the host, because a GPU's host would have to
+        wait until it knows how many there are."""
+        if self.labels_BS is None or self.labels_BS.device.type != "cpu":
+            return self.places_L
+        places_L = (self.labels_BS.flatten() != IGNORE).nonzero().squeeze(-1)
+        return places_L if len(places_L) <= MOST * self.labels_BS.numel() else None
+
+    def pinned(self, device: torch.device) -> MicroBatch:
+        """Return the micro-batch in page-locked memory, from which `on` copies it to that GPU while
+        the host goes on. Any thread may call it."""
+        with torch.cuda.device(device):  # a new thread's is the first one
+            tensors = (self.tokens_BS, self.labels_BS, self.reference_R)
+            tokens_BS, labels_BS, reference_R = (t if t is None else t.pin_memory() for t in tensors)
+        assert tokens_BS is not None
+        return replace(self, tokens_BS=tokens_BS, labels_BS=labels_BS, reference_R=reference_R)
 
     def without_labels(self) -> MicroBatch:
         """Return the micro-batch as stages of a pipeline before the last take it."""
-        return replace(self, labels_BS=None, reference_R=None)
+        return replace(self, labels_BS=None, reference_R=None, places_L=None)
 
 
 class TrainData:

@@ -95,4 +95,8 @@ class TargetHead(nn.Module):
 
     def _target(self, x_ND: Tensor, batch: MicroBatch) -> tuple[Tensor, MicroBatch]:
         labels_BS = None if batch.labels_BS is None else batch.labels_BS.chunk(2, dim=1)[1]
-        return x_ND.chunk(2)[1], replace(batch, labels_BS=labels_BS, documents=batch.documents.sides[1])
+        documents = batch.documents.sides[1]
+        row_tokens = documents.shape[1]
+        # in the flattened second halves, there are so many halves less before a place
+        places_L = None if batch.places_L is None else batch.places_L - (batch.places_L // (2 * row_tokens) + 1) * row_tokens
+        return x_ND.chunk(2)[1], replace(batch, labels_BS=labels_BS, documents=documents, places_L=places_L)

@@ -2,19 +2,21 @@
 hidden states.
 
 Shape letters: B batch, S sequence, N = B · S tokens (with sequence parallelism this rank's share of
-them), L of them that have a label, D model, V vocabulary, C classes.
+them), L of them that have a label, D model, V vocabulary, C classes, R documents.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 from parallel.attention import Documents
+from parallel.autograd import TensorFunction
 from parallel.collectives import all_gather, reduce_from_group
 from parallel.embedding import VocabParallelEmbedding
 from parallel.linear import ReplicatedLinear
@@ -71,13 +73,63 @@ class Outputs(Protocol):
         """Return this rank's logits [B, S, V/p], or of classes those of each token, [B, S, C]."""
 
 
+class TokenLosses(Protocol):
+    """The losses of a head over the vocabulary; see `VocabParallelHead`."""
+
+    def loss_sum(self, h_ND: Tensor, labels_N: Tensor, *, smoothing: float = 0.0) -> Tensor: ...
+
+    def token_losses(self, h_ND: Tensor, labels_N: Tensor) -> Tensor: ...
+
+    def losses_and_hits(self, h_ND: Tensor, labels_N: Tensor) -> Tensor: ...
+
+
+class OfTargets:
+    """A head that computes only the targets, at `places_L` of the labels: its hidden states are
+    theirs, [L, D].
+
+    Labels are those of all tokens, and so are results by token, because the loss of a token that is
+    no target is 0.
+    """
+
+    def __init__(self, output: VocabParallelHead, places_L: Tensor) -> None:
+        self._output, self._places_L = output, places_L
+
+    def loss_sum(self, h_ND: Tensor, labels_N: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        return self._output.loss_sum(h_ND, labels_N[self._places_L], smoothing=smoothing)
+
+    def token_losses(self, h_ND: Tensor, labels_N: Tensor) -> Tensor:
+        losses_L = self._output.token_losses(h_ND, labels_N[self._places_L])
+        return losses_L.new_zeros(labels_N.shape).index_copy(0, self._places_L, losses_L)
+
+    def losses_and_hits(self, h_ND: Tensor, labels_N: Tensor) -> Tensor:
+        found_2L = self._output.losses_and_hits(h_ND, labels_N[self._places_L])
+        return found_2L.new_zeros((2, *labels_N.shape)).index_copy(1, self._places_L, found_2L)
+
+
+class _Chosen(TensorFunction):
+    """The rows of X [N, D] at `places_L`, no place twice → [L, D]. Backward puts their gradients
+    back, with 0 elsewhere; autograd's own would add them up."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, places_L: Tensor) -> Tensor:
+        ctx.save_for_backward(places_L)
+        ctx.shape = x_ND.shape
+        return x_ND.index_select(0, places_L)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_LD: Tensor) -> tuple[Tensor, None]:
+        (places_L,) = ctx.saved_tensors
+        return grad_LD.new_zeros(ctx.shape).index_copy_(0, places_L, grad_LD), None
+
+
 class TokenObjective(Protocol):
     """A task's loss and statistics, from the hidden states before a head over the vocabulary."""
 
-    def loss(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+    def loss(self, output: TokenLosses, x_ND: Tensor, batch: MicroBatch) -> Tensor:
         """Return `Outputs.loss`."""
 
-    def sums(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+    def sums(self, output: TokenLosses, x_ND: Tensor, batch: MicroBatch) -> Tensor:
         """Return `Outputs.sums`."""
 
 
@@ -99,10 +151,10 @@ class NextToken:
 
     smoothing: float = 0.0
 
-    def loss(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+    def loss(self, output: TokenLosses, x_ND: Tensor, batch: MicroBatch) -> Tensor:
         return output.loss_sum(x_ND, batch.targets_BS.flatten(), smoothing=self.smoothing)
 
-    def sums(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+    def sums(self, output: TokenLosses, x_ND: Tensor, batch: MicroBatch) -> Tensor:
         """Return the sums that `TokenMeasures` reads."""
         labels_N = batch.targets_BS.flatten()
         losses_N, is_hit_N = output.losses_and_hits(x_ND, labels_N)
@@ -171,6 +223,7 @@ class Head(nn.Module):
     ) -> None:
         super().__init__()
         names = names_of(config)
+        self.tp = tp
         self.objective = objective
         self.norm = make_norm(config, names.final_norm, tp)
         self.dropout = final_dropout(config, names, tp)
@@ -192,22 +245,31 @@ class Head(nn.Module):
         )
 
     def loss(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
-        return self.objective.loss(self.output, self._before_output(x_ND, batch), batch)
+        return self.objective.loss(*self._of_targets(x_ND, batch), batch)
 
     def sums(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
-        return self.objective.sums(self.output, self._before_output(x_ND, batch), batch)
+        return self.objective.sums(*self._of_targets(x_ND, batch), batch)
 
     def scores(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
         labels_N = batch.targets_BS.flatten()
-        losses_N, is_hit_N = self.output.losses_and_hits(self._before_output(x_ND, batch), labels_N)
+        output, x_ND = self._of_targets(x_ND, batch)
+        losses_N, is_hit_N = output.losses_and_hits(x_ND, labels_N)
         return document_scores(losses_N, is_hit_N, labels_N != IGNORE, batch.documents)
 
     def logits(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
-        logits_BSV: Tensor = self.output.logits(self._before_output(x_ND, batch)).unflatten(0, batch.documents.shape)
+        logits_BSV: Tensor = self.output.logits(self._before_output(x_ND, batch, None)).unflatten(0, batch.documents.shape)
         return logits_BSV
 
-    def _before_output(self, x_ND: Tensor, batch: MicroBatch) -> Tensor:
-        x_ND = self.transform(self.dropout(self.norm(x_ND), batch.documents, batch.streams))
+    def _of_targets(self, x_ND: Tensor, batch: MicroBatch) -> tuple[TokenLosses, Tensor]:
+        """Return the head and the hidden states before it: those of the targets where that spares
+        others, and where this rank has them all."""
+        if batch.places_L is None or self.tp.sequence:
+            return self.output, self._before_output(x_ND, batch, None)
+        chosen_LD = _Chosen.apply(x_ND, batch.places_L)
+        return OfTargets(self.output, batch.places_L), self._before_output(chosen_LD, batch, batch.places_L)
+
+    def _before_output(self, x_ND: Tensor, batch: MicroBatch, chosen: Tensor | None) -> Tensor:
+        x_ND = self.transform(self.dropout(self.norm(x_ND), batch.documents, batch.streams, chosen))
         return x_ND * self.scale if self.scale != 1.0 else x_ND
 
 

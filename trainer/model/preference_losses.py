@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from parallel.attention import Documents
-from parallel.loss import IGNORE, VocabParallelHead
+from parallel.loss import IGNORE
 from trainer import schema
 from trainer.data.loader import MicroBatch
+from trainer.model.heads import TokenLosses
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Pairs:
 
     keys: schema.Preference
 
-    def loss(self, output: VocabParallelHead, x_ND: Tensor, batch: MicroBatch) -> Tensor:
+    def loss(self, output: TokenLosses, x_ND: Tensor, batch: MicroBatch) -> Tensor:
         """Return `sums_over_pairs`. Sums over hundreds of tokens are taken in float64, because the
         model learns from their differences."""
         losses_N = output.token_losses(x_ND, batch.targets_BS.flatten())

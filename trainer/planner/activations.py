@@ -28,7 +28,12 @@ MASKS, CASTS, TABLES, LOSS = "dropout masks", "weights in the compute format", "
 EMBEDDING, LAYER_INPUTS = "embedding", "inputs of layers"
 FP32_BYTES, INDEX_BYTES, BOOL_BYTES = 4, 8, 1
 # As parallel.attention and parallel.loss have them, which need torch.
-QUERY_BLOCK, CHUNK_BYTES = 512, 32 << 20
+QUERY_BLOCK, CHUNK_BYTES, TOKENS_PER_FEATURE = 512, 32 << 20, 1
+
+
+def chunk_tokens(rows: int, hidden_size: int) -> int:
+    """Return how many tokens' logits a head with so many rows holds at a time."""
+    return max(1, CHUNK_BYTES // (FP32_BYTES * rows), TOKENS_PER_FEATURE * hidden_size)
 
 
 class Rows(NamedTuple):
@@ -188,7 +193,7 @@ class Saving:
         if network.classes or all(block.kind != "head" for block in blocks):
             return of_mlp
         rows = -(-network.vocab_size // self.tensor)
-        tokens = min(now.rows.tokens, max(1, CHUNK_BYTES // (FP32_BYTES * rows)))
+        tokens = min(now.rows.tokens, chunk_tokens(rows, network.hidden_size))
         logits = tokens * rows * (FP32_BYTES + 2 * self.itemsize)
         return max(of_mlp, logits + 3 * now._features(network.hidden_size) + self._head_gradients() * self.by_token)
 

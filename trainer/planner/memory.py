@@ -86,7 +86,7 @@ def memory(
     and NCCL take beside tensors."""
     found = []
     divided = stages_of_ranks(recipe, network)
-    states = states_of_ranks(recipe, plan, network, layout, divided)
+    states = states_of_ranks(recipe, plan, network, layout, divided, on_gpu=on_gpu)
     for rank, (stages, state) in enumerate(zip(divided, states, strict=True)):
         items = [*state.items(), *_activations(recipe, plan, network, layout, rank, stages)]
         items += _host(recipe, plan, state)
@@ -117,6 +117,7 @@ def states_of_ranks(
     ranks: Sequence[Stages],
     *,
     data_rank: int = 0,
+    on_gpu: bool = True,
 ) -> list[ModelStates]:
     """Return the model states of each rank of the pipeline, from its stages."""
     weights = RankWeights(network=network, tensor=layout.tp, tuning=recipe.tuning)
@@ -129,6 +130,7 @@ def states_of_ranks(
             data_rank=data_rank,
             tiling=alone,
             accumulates=plan.num_micro_batches > 1,
+            on_gpu=on_gpu,
         )
         for stages in ranks
     ]

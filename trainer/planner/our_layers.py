@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trainer.model.config import TransformerConfig
+from trainer.planner.activations import chunk_tokens
 from trainer.planner.operations import Attention, Move, Pass, Product, Share, Work
 
 WIDE = 4  # bytes of fp32
@@ -17,8 +18,6 @@ WIDE = 4  # bytes of fp32
 # under autograd, a norm with small sums; attention changes views; and a layer has some fifteen
 # modules. A chunk of logits has small sums.
 CALLS_OF_NORM, CALLS_OF_ROTATION, CALLS_OF_ATTENTION, CALLS_OF_MODULES, CALLS_OF_CHUNK = 8, 4, 12, 8, 12
-# Logits that the head holds at a time (`parallel.loss`).
-CHUNK_BYTES = 32 << 20
 # The mask of a dropout: a random number is drawn, fp32, and compared; then masked_fill and a
 # division. Drawing takes about as long as an activation.
 FORWARD, BACKWARD = 2, 5  # products in a kernel of attention
@@ -49,20 +48,20 @@ def head_pass(config: TransformerConfig, share: Share) -> Pass:
     if config.classes:
         return norm
     V = -(-config.vocab_size // share.tensor)
-    chunks = max(1, -(-N * V * WIDE // CHUNK_BYTES))
+    chunks = max(1, -(-N // chunk_tokens(V, D)))
     logits = N * V * WIDE
     part = N / chunks
     products = [Product(round(part), V, D), Product(round(part), D, V)] * chunks
-    # fp32: the maximum; less the maximum; exp; the sum; divided by it; masked. To fp32 and back
-    # again in a half format.
-    moves = [Move((1 + 2 + 2 + 1 + 2 + 2) * logits, 6 * chunks, "reused", N * V, "fp32")]
+    # fp32: the maximum of the logits; softmax; its maximum; masked. To fp32 and back again in a
+    # half format.
+    moves = [Move((1 + 2 + 1 + 2) * logits, 4 * chunks, "reused", N * V, "fp32")]
     if i < WIDE:
         moves.append(Move(2 * N * V * (i + WIDE), 2 * chunks, "fresh", 0, "fp32"))
     backward = [Move(2 * N * D * i, 1)]
     if share.trains:
         products += [Product(V, D, round(part))] * chunks
-        # The gradient of the matrix starts as zeros, and each chunk's is added.
-        moves.append(Move((1 + 3 * chunks) * V * D * WIDE, 1 + chunks, "reused", 0, "fp32"))
+        # The first chunk's gradient of the matrix is kept, and each other's is added.
+        moves += [Move(3 * (chunks - 1) * V * D * WIDE, chunks - 1, "reused", 0, "fp32")] * (chunks > 1)
         backward.append(Move(2 * V * D * WIDE, 1, "fresh", 0, "fp32"))
     moves += _casts(share, V * D)
     sums = [N * D * i] * (share.tensor > 1)

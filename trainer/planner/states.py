@@ -9,7 +9,7 @@ byte. Ψ: this rank's trained elements; d: data-parallel ranks; w: bytes of the 
 | 0 | 4 Ψ | 0 | 8 Ψ | 4 Ψ |
 | 1, bf16 on the device | w Ψ | 4 Ψ/d | 8 Ψ/d | 4 Ψ, and w Ψ of the last micro-batch |
 | 1 else | w Ψ | 4 Ψ/d | 8 Ψ/d | 4 Ψ |
-| 2 | w Ψ | 4 Ψ/d | 8 Ψ/d | 4 Ψ/d; in fp32 every weight of which the rank has a part |
+| 2 | w Ψ | 4 Ψ/d | 8 Ψ/d | 4 Ψ/d |
 | 3 | w Ψ/d, whole ones below the threshold, gathered ones | 4 Ψ/d | 8 Ψ/d | 4 Ψ/d |
 
 Stages 1 and 2 pad each of the two groups (matrices, others) to 2 d elements, stage 3 each weight to
@@ -24,6 +24,7 @@ from functools import cached_property
 from itertools import accumulate
 from math import prod
 
+from trainer.engine.bucket import bucket_size
 from trainer.engine.tiling import Tiling, cut
 from trainer.planner.items import Item, Phase, Place
 from trainer.planner.weights import FP32_BYTES, Weight
@@ -52,7 +53,8 @@ class ModelStates:
     """The states of one rank's weights.
 
     `tiling`: how the ranks of its replica cut trained weights into groups. `accumulates`: a step
-    has several micro-batches. `data_rank`: its number among the data-parallel ranks.
+    has several micro-batches. `data_rank`: its number among the data-parallel ranks. `on_gpu`: it
+    computes on one.
     """
 
     recipe: Recipe
@@ -61,6 +63,7 @@ class ModelStates:
     data_rank: int = 0
     tiling: Tiling
     accumulates: bool = True
+    on_gpu: bool = True
 
     def items(self) -> list[Item]:
         return [item for item in self._items() if item.num_bytes]
@@ -152,7 +155,8 @@ class ModelStates:
 
     def _bucket(self) -> int:
         """Return the elements of a bucket of gradients."""
-        return min(self.recipe.zero.reduce_bucket_size, sum(weight.elements for weight in self.trained))
+        trained = sum(weight.elements for weight in self.trained)
+        return bucket_size(self.recipe.zero.reduce_bucket_size, trained, on_cpu=not self.on_gpu)
 
     # ------------------------------------------------------------------------ stages 0, 1, 2
 
@@ -202,13 +206,12 @@ class ModelStates:
             yield Item(BUCKETS, FP32_BYTES * buckets)
             return
         yield Item(BUCKETS, itemsize * buckets)
-        if itemsize < FP32_BYTES:
+        if itemsize < FP32_BYTES or not self._offloads:
             yield Item(GRADIENTS, FP32_BYTES * part, phase=self._summing)
-            yield Item(REDUCED, (itemsize + FP32_BYTES) * self._bucket(), phase=self._reducing)
-        elif not self._offloads:
-            yield Item(GRADIENTS, FP32_BYTES * self._touched(), phase=self._summing)
         elif self.accumulates:
             yield Item(GRADIENTS, FP32_BYTES * self._touched(), Place.HOST)
+        if itemsize < FP32_BYTES:
+            yield Item(REDUCED, (itemsize + FP32_BYTES) * self._bucket(), phase=self._reducing)
         if self._offloads:
             yield Item(GRADIENTS, FP32_BYTES * part, Place.HOST)
 

@@ -303,6 +303,7 @@ def _ready(
         # entered after the tracker, so that the tracker still records which rank was lost
         stack.enter_context(among_ranks(opened.watchdog, lambda: watch.doing))
         session = _session(group, opened, loaded, prepared, engine, tracker, checkpoints, ledger, devices, planned)
+        stack.callback(session.data.end)
         _introduce(session, [*opened.remarks, *loaded.remarks])
         _try_first(session)
         yield session
@@ -383,7 +384,14 @@ def _session(
         folder=opened.folder,
         files=loaded.files,
         prepared=prepared,
-        data=StepData(train_data, mesh.data, engine.plan, engine.execution.reads_tokens, skipped),
+        data=StepData(
+            train_data,
+            mesh.data,
+            engine.plan,
+            engine.execution.reads_tokens,
+            skipped,
+            group.device if group.device.type == "cuda" else None,
+        ),
         eval_data=evaluation_data(recipe, prepared, causal=loaded.network.causal),
         engine=engine,
         counts=ParameterCounts.of(engine.specs, mesh.replica, group.device, engine.quantized),

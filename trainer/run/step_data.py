@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from parallel.mesh import Group
 from trainer.data import PreparedData
+from trainer.data.ahead import Ahead
 from trainer.data.loader import EvalData, MicroBatch, TrainData
 from trainer.data.targets import Part, Targets, targets_of
 from trainer.recipe.batch_plan import BatchPlan
@@ -54,19 +57,33 @@ class StepData:
     plan: BatchPlan
     reads_tokens: bool
     skipped: int = 0
+    device: torch.device | None = None  # a GPU that gets the data from page-locked memory
+
+    def __post_init__(self) -> None:
+        self._ahead = Ahead(self._read)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """Return this rank's part of a step, counted from 0."""
-        return list(
-            self.data.micro_batches(
-                step + self.skipped,
-                dp_rank=self.group.rank,
-                dp=self.group.size,
-                micro_sequences=self.plan.micro_sequences,
-                read=self.reads_tokens,
-            )
-        )
+        return self._read(step + self.skipped)
+
+    def take(self, step: int, *, more: bool) -> list[MicroBatch]:
+        """Return the same; a thread reads the next step's part meanwhile, if there are `more`."""
+        return self._ahead.take(step + self.skipped, more=more)
+
+    def end(self) -> None:
+        """Wait for the thread."""
+        self._ahead.end()
 
     def first_sequence(self, step: int) -> int:
         """Return the global number of the first sequence of a step."""
         return (step + self.skipped) * self.plan.global_sequences
+
+    def _read(self, number: int) -> list[MicroBatch]:
+        batches = self.data.micro_batches(
+            number,
+            dp_rank=self.group.rank,
+            dp=self.group.size,
+            micro_sequences=self.plan.micro_sequences,
+            read=self.reads_tokens,
+        )
+        return [batch if self.device is None else batch.pinned(self.device) for batch in batches]
