@@ -60,7 +60,7 @@ from rich.table import Table
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.mesh import Mesh
 from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from tools.bench_tuning import PEERS, main
 from tools.tuning.rows import rows_of
 from tools.tuning.turns import Loop, LoopFailed, Step
