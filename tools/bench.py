@@ -111,7 +111,7 @@ class Figure:
 
 def our_loop(work: Work, folder: Path) -> Loop:
     engine = make_engine(work.shape, Mesh.build(Layout()), work.place.device, dtype=work.dtype, zero={"stage": 0})
-    return step_by_step(partial(our_step, engine, work.shape.batch(SEED, documents=work.documents)))
+    return step_by_step(partial(our_step, engine, [work.shape.batch(SEED, documents=work.documents)]))
 
 
 def hugging_face_loop(work: Work, folder: Path, *, compiled: bool) -> Loop:
@@ -243,9 +243,9 @@ def profile_of(shape: Shape, dtype: Dtype, device: torch.device, *, rows: int = 
     batch = shape.batch(SEED, documents=WHOLE_ROWS)
     engine = make_engine(shape, Mesh.build(Layout()), device, dtype=dtype, zero={"stage": 0})
     for _ in range(WARM_UP):
-        our_step(engine, batch)
+        our_step(engine, [batch])
     with torch.profiler.profile() as profiler:
-        our_step(engine, batch)
+        our_step(engine, [batch])
     engine.close()
     on_cuda = device.type == "cuda"
     times = [(e.self_device_time_total if on_cuda else e.self_cpu_time_total, e) for e in profiler.key_averages()]

@@ -171,7 +171,7 @@ class Bench:
             numbers = {}
             for stage, device in ((0, CPU), *((stage, self.device) for stage in range(4))):
                 engine = make_engine(SMALL, self.mesh, device, dtype=dtype, zero={"stage": stage})
-                numbers[f"{device.type}, ZeRO-{stage}"] = [our_step(engine, batch) for _ in range(3)]
+                numbers[f"{device.type}, ZeRO-{stage}"] = [our_step(engine, [batch]) for _ in range(3)]
                 engine.close()
             require_agreement(dtype, numbers, TOLERANCE[dtype])
             self.note(part="losses", format=dtype, equal_within=TOLERANCE[dtype], contenders=list(numbers))
@@ -196,7 +196,7 @@ class Bench:
         batch, network = model.batch(SEED, documents=documents), model.network()
         engine = make_engine(model, self.mesh, self.device, dtype="bf16", zero=zero)
         try:
-            work = partial(our_step, engine, batch)
+            work = partial(our_step, engine, [batch])
             for _ in range(2):
                 work()
             taken = [seconds_of(work, self.device) for _ in range(3 if self.quick else 8)]

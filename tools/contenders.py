@@ -114,6 +114,7 @@ def serve(rank: int, place: Place, make: Callable[[Path], Loop], folder: Path, p
     closes."""
     torch.set_num_threads(place.threads)
     logging.disable(logging.WARNING)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # DeepSpeed prints what it builds
     # torch's FSDP2 and DeepSpeed call collectives that torch has renamed.
     warnings.simplefilter("ignore", FutureWarning)
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": place.ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}

@@ -27,6 +27,7 @@ from rich.console import Console
 from parallel.documents import Documents
 from parallel.mesh import Mesh
 from parallel.params import initialise
+from parallel.topology import Layout
 from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.engine import Engine
@@ -41,6 +42,7 @@ SEED = 0
 LR = 3e-4
 OPTIMIZER = {"name": "adamw", "lr": LR}
 CLIP_NORM = 1.0
+PAIR = 2  # processes of the benchmarks of layouts
 WARM_UP = 2  # steps; also the steps whose losses and norms are compared
 # Relative differences of losses and gradient norms. Up to 2e-6 was seen in fp32, and 4e-3 in bf16
 # (8 bits, rounded in other places).
@@ -98,24 +100,22 @@ class Shape:
 TINY = Shape(layers=2, hidden=64, ffn=128, heads=2, vocab=256, seq_len=64, micro_sequences=2)
 
 
-def make_engine(
+def recipe_of(
     shape: Shape,
-    mesh: Mesh,
-    device: torch.device,
+    layout: Layout,
     *,
     dtype: Dtype,
     zero: Mapping[str, Any],
     parallel: Mapping[str, Any] | None = None,
     micro_batches: int = 1,
-) -> Engine:
-    """Build Triaxis on `shape.micro_sequences` rows per data-parallel rank and step, started from
-    the weights of `SEED`."""
-    recipe = Recipe.model_validate(
+) -> Recipe:
+    """Return the recipe of a step on `shape.micro_sequences` rows per data-parallel rank."""
+    return Recipe.model_validate(
         {
             "model": {"family": "llama"},
             "data": {"seq_len": shape.seq_len},
             "batch": {
-                "global_sequences": shape.micro_sequences * mesh.data.size,
+                "global_sequences": shape.micro_sequences * layout.dp,
                 "micro_sequences": shape.micro_sequences // micro_batches,
             },
             "parallel": parallel or {},
@@ -125,6 +125,11 @@ def make_engine(
             "train": {"clip_norm": CLIP_NORM},
         }
     )
+
+
+def make_engine(shape: Shape, mesh: Mesh, device: torch.device, **work: Any) -> Engine:
+    """Build Triaxis for `recipe_of` this work, started from the weights of `SEED`."""
+    recipe = recipe_of(shape, mesh.layout, **work)
     plan = BatchPlan.from_recipe(recipe, mesh.layout.world_size, "the benchmark")
     network = shape.network()
     return Engine(
@@ -144,8 +149,8 @@ def peers_update() -> Update:
     return Update(keys.lr, (keys.betas[0], keys.betas[1]), keys.eps, keys.weight_decay, CLIP_NORM)
 
 
-def our_step(engine: Engine, batch: MicroBatch) -> Numbers:
-    result = engine.step([batch], step=0, lr=LR)
+def our_step(engine: Engine, batches: Sequence[MicroBatch]) -> Numbers:
+    result = engine.step(batches, step=0, lr=LR)
     return result.loss, result.grad_norm
 
 

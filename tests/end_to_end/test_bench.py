@@ -92,16 +92,50 @@ def test_a_peer_that_cannot_start_says_why(tmp_path: Path) -> None:
     assert "No module named" in "".join(failed.value.lines)
 
 
-@pytest.mark.grid
-def test_two_processes_beside_ddp(tmp_path: Path) -> None:
-    contenders = ("torch FSDP2", "ZeRO-2", "ZeRO-3, all on CPU")
-    arguments = ("--quick", "--dtypes", "bf16", "--json", str(tmp_path / "figures.jsonl"), "--contenders", *contenders)
-    done = run("bench_layouts.py", *arguments)
+# The contenders of each layout of two processes, beside Triaxis.
+TRAINER, RESIDENT, NO_OVERLAP = "Trainer + DeepSpeed", "Triaxis without offload", "Triaxis, no overlap"
+SCHEDULES = ("Triaxis, interleaved", "Triaxis, zero-bubble", "Triaxis, zbv")
+TWO_PROCESSES = {
+    "ZeRO-0": ("torch DDP",),
+    "ZeRO-1": (TRAINER,),
+    "ZeRO-2": (TRAINER, "torch FSDP2"),
+    "ZeRO-3": (TRAINER, "torch FSDP2"),
+    "ZeRO-2, optimizer on CPU": (TRAINER, RESIDENT),
+    "ZeRO-3, all on CPU": (TRAINER, RESIDENT),
+    "ZeRO-3, all on NVMe": (TRAINER, RESIDENT),
+    "tensor": (NO_OVERLAP, "DTensor"),
+    "tensor, no sequence": (NO_OVERLAP, "DTensor"),
+    "pipeline": (*SCHEDULES, "torch pipelining", "DeepSpeed PipelineEngine"),
+}
+
+
+def assert_layout(tmp_path: Path, layout: str, *dtypes: str) -> None:
+    """Every contender of a layout has figures that agree, and whatever offloads has a bound."""
+    arguments = ("--dtypes", *dtypes, "--layouts", layout, "--json", str(tmp_path / "figures.jsonl"))
+    done = run("bench_layouts.py", "--quick", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = figures_in(tmp_path / "figures.jsonl")
-    assert [f["contender"] for f in figures] == ["torch DDP", *contenders]
+    assert [f["contender"] for f in figures] == ["Triaxis", *TWO_PROCESSES[layout]] * len(dtypes)
     for figure in figures:
-        assert_spread(figure["speed"])
+        assert_spread(figure["ratio"])
+        assert figure["peak_bytes"] > 0
+        assert (figure["bytes_on_disk"] > 0) == ("NVMe" in layout and figure["contender"] != RESIDENT)
+    for ours in figures[:: len(figures) // len(dtypes)]:
+        if RESIDENT in TWO_PROCESSES[layout]:
+            assert_spread(ours["bound"]["ratio"])
+            assert ours["bound"]["moved_bytes"] > 0
+        else:
+            assert ours["bound"] is None
+
+
+def test_two_processes_beside_their_peers(tmp_path: Path) -> None:
+    assert_layout(tmp_path, "ZeRO-1", "fp32")
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("layout", TWO_PROCESSES)
+def test_every_layout_in_every_format(tmp_path: Path, layout: str) -> None:
+    assert_layout(tmp_path, layout, "fp32", "bf16")
 
 
 @pytest.mark.grid
