@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import accumulate, groupby
+from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from parallel.autograd import TensorsFunction
-from parallel.block_attention import Span, block_attention, suits_blocks
+from parallel.block_attention import block_attention, suits_blocks
+from parallel.documents import Documents, Span
 from parallel.gpu_attention import flex_attention, suits_flex, suits_varlen, varlen_attention
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import Group
@@ -39,67 +40,6 @@ QUERY_BLOCK = 512
 # costs about 60 µs on a server CPU, as much as the attention weights of 6000 pairs of tokens at
 # hidden size 256.
 MANY, PAIRS_PER_CALL = 4, 6000
-
-
-@dataclass(frozen=True)
-class Documents:
-    """The boundaries of the documents in each packed row: for each row their lengths, which sum to
-    S.
-
-    They travel to every layer beside the tokens, because documents do not attend to each other and
-    positions restart at 0 in each.
-    """
-
-    lengths: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def whole_rows(cls, rows: int, seq_len: int) -> Documents:
-        return cls(((seq_len,),) * rows)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The shape (B, S) of the rows."""
-        return len(self.lengths), sum(self.lengths[0])
-
-    @cached_property
-    def positions_BS(self) -> Tensor:
-        """The position of each token in its document, int64 [B, S]."""
-        return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in self.lengths])
-
-    def spans(self, keys: Documents) -> list[Span]:
-        """Return, for each document, where it is in a run of rows with the same boundaries, and
-        where its keys are: nowhere if it has none."""
-        pairs = zip(self.lengths, keys.lengths, strict=True)
-        spans = []
-        for (ours, theirs), group in groupby(enumerate(pairs), key=lambda row: row[1]):
-            rows = [index for index, _ in group]
-            nothing = [slice(0, 0)] * (len(ours) - len(theirs))
-            parts = zip(_spans(ours), _spans(theirs) + nothing, strict=False)
-            spans += [Span(slice(rows[0], rows[-1] + 1), *part) for part in parts]
-        return spans
-
-    @cached_property
-    def numbers_BS(self) -> Tensor:
-        """The number, within its row, of the document each token is in, int64 [B, S]."""
-        return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in self.lengths])
-
-    def sums(self, values_N: Tensor) -> Tensor:
-        """Return the sum of each document's values, [R], documents in the order of the rows."""
-        lengths = [length for row in self.lengths for length in row]
-        return torch.stack([part.sum() for part in values_N.split(lengths)])
-
-    @cached_property
-    def sides(self) -> tuple[Documents, Documents]:
-        """The documents of the first and of the second half of each row, where rows hold sources
-        and then their targets."""
-        middle = self.shape[1] // 2
-        cuts = [list(accumulate(row)).index(middle) + 1 for row in self.lengths]
-        first = tuple(row[:cut] for row, cut in zip(self.lengths, cuts, strict=True))
-        return Documents(first), Documents(tuple(row[cut:] for row, cut in zip(self.lengths, cuts, strict=True)))
-
-
-def _spans(lengths: tuple[int, ...]) -> list[slice]:
-    return [slice(end - n, end) for end, n in zip(accumulate(lengths), lengths, strict=True)]
 
 
 class _Rotate(TensorsFunction):
@@ -162,15 +102,15 @@ class WeightDropout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Reach:
+class Reach:
     """The rules by which a token attends to its document (see `attend`)."""
 
     causal: bool
-    window: int | None
-    scale: float | None
-    softcap: float | None
-    bias_HX: Tensor | None
-    dropout: WeightDropout | None
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    bias_HX: Tensor | None = None
+    dropout: WeightDropout | None = None
 
     @property
     def fused(self) -> bool:
@@ -211,7 +151,7 @@ def attend(
     assert causal or window is None, "a window looks back from a token"
     assert (not causal and bias_HX is None) or sources is None, "there is no order between two documents"
     keys = documents if sources is None else sources
-    reach = _Reach(causal=causal, window=window, scale=scale, softcap=softcap, bias_HX=bias_HX, dropout=dropout)
+    reach = Reach(causal=causal, window=window, scale=scale, softcap=softcap, bias_HX=bias_HX, dropout=dropout)
     if share_calls and reach.fused and window is None and _share_a_call(documents) and _share_a_call(keys):
         return _attend_in_rows(q_BSHK, k_BSGK, v_BSGK, documents, keys, reach)
     spans = documents.spans(keys)
@@ -223,10 +163,10 @@ def attend(
     if dropout is None and bias_HX is None and suits_flex(q_BSHK, softcap):
         numbers = documents.numbers_BS, keys.numbers_BS
         return flex_attention(q_BSHK, k_BSGK, v_BSGK, numbers, causal=causal, window=window, scale=scale, softcap=softcap)
-    return _attend_in_each(q_BSHK, k_BSGK, v_BSGK, spans, reach)
+    return attend_in_each(q_BSHK, k_BSGK, v_BSGK, spans, reach)
 
 
-def _attend_in_each(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, spans: Sequence[Span], reach: _Reach) -> Tensor:
+def attend_in_each(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, spans: Sequence[Span], reach: Reach) -> Tensor:
     """Attend in each document by a call of its own."""
     runs = [list(run) for _, run in groupby(spans, key=lambda span: span.rows)]
     rows = []
@@ -264,7 +204,7 @@ def _share_a_call(documents: Documents) -> bool:
 
 
 def _attend_in_rows(
-    q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, queries: Documents, keys: Documents, reach: _Reach
+    q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, queries: Documents, keys: Documents, reach: Reach
 ) -> Tensor:
     """Attend in all documents in one call, where tokens of other documents weigh exactly 0."""
     mask_BST = queries.numbers_BS.unsqueeze(2) == keys.numbers_BS.unsqueeze(1)
@@ -294,7 +234,7 @@ class _Block(NamedTuple):
     keys: range
 
 
-def _attend_in_document(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _Reach, place: _Place) -> Tensor:
+def _attend_in_document(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: Reach, place: _Place) -> Tensor:
     """Attend in one fused call if it needs no mask, bias or change of logits and weights; else in
     blocks of queries."""
     length, num_keys = q_BHSK.shape[2], k_BGSK.shape[2]
@@ -319,12 +259,12 @@ def _attend_in_document(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _
     return torch.cat(blocks, dim=2)
 
 
-def _fused(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: _Reach, **masking: Any) -> Tensor:
+def _fused(q_BHSK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, reach: Reach, **masking: Any) -> Tensor:
     gqa = q_BHSK.shape[1] != k_BGSK.shape[1]
     return functional.scaled_dot_product_attention(q_BHSK, k_BGSK, v_BGSK, scale=reach.scale, enable_gqa=gqa, **masking)
 
 
-def _mask(queries: range, keys: range, reach: _Reach, device: torch.device) -> Tensor | None:
+def _mask(queries: range, keys: range, reach: Reach, device: torch.device) -> Tensor | None:
     """Return a mask [S, T]: True where a query at these positions attends to a key. None where each
     attends to all."""
     if not reach.causal:
@@ -335,7 +275,7 @@ def _mask(queries: range, keys: range, reach: _Reach, device: torch.device) -> T
     return ages_ST >= 0 if reach.window is None else (ages_ST >= 0) & (ages_ST < reach.window)
 
 
-def _mask_or_bias(mask: Tensor | None, queries: range, keys: range, reach: _Reach, dtype: torch.dtype) -> Tensor | None:
+def _mask_or_bias(mask: Tensor | None, queries: range, keys: range, reach: Reach, dtype: torch.dtype) -> Tensor | None:
     """Return what a fused kernel adds to the logits: the mask, or the bias, −∞ where masked."""
     if reach.bias_HX is None:
         return mask
@@ -343,9 +283,7 @@ def _mask_or_bias(mask: Tensor | None, queries: range, keys: range, reach: _Reac
     return bias_BHST if mask is None else bias_BHST.masked_fill(~mask, -torch.inf)
 
 
-def _written_out(
-    q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_ST: Tensor | None, reach: _Reach, block: _Block
-) -> Tensor:
+def _written_out(q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_ST: Tensor | None, reach: Reach, block: _Block) -> Tensor:
     """Attend with soft-capped logits or with dropout of the weights; logits and softmax are in
     fp32.
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parallel.autograd import TensorFunction
+from parallel.documents import Span
 from parallel.products import by_onednn, takes_onednn
 
 # Queries of a block: fewer waste less on the diagonal, more multiply faster. With long rows of keys
@@ -31,21 +32,6 @@ BLOCK, LONG_BLOCK, LONG = 128, 256, 2048
 # Multiplications of a product below which oneDNN, which takes matrices one at a time, loses to the
 # fused kernel in fp32.
 SMALL_ALONE = 1 << 23
-
-
-class Span(NamedTuple):
-    """A document in consecutive rows: where its queries and its keys are in them."""
-
-    rows: slice
-    queries: slice
-    keys: slice
-
-    def of_queries(self, x_BSHK: Tensor) -> Tensor:
-        """Return the part with its queries, by head: [B, H, S, K]."""
-        return x_BSHK[self.rows, self.queries].transpose(1, 2)
-
-    def of_keys(self, x_BTGK: Tensor) -> Tensor:
-        return x_BTGK[self.rows, self.keys].transpose(1, 2)
 
 
 def suits_blocks(q_BSHK: Tensor, kv_heads: int, spans: Sequence[Span]) -> bool:

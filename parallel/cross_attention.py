@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from parallel.attention import Documents, WeightDropout, attend
+from parallel.attention import WeightDropout, attend
+from parallel.documents import Documents
 from parallel.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.outputs import Output
 from parallel.params import Init

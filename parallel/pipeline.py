@@ -115,7 +115,7 @@ class Pipeline:
     def has_last(self) -> bool:
         return self.table.num_stages - 1 in self.modules
 
-    def step(self, tokens_BS: Sequence[Tensor], keywords: Sequence[dict[str, Any]], *, scale: float) -> Tensor:
+    def step(self, tokens_BS: Sequence[Tensor], keywords: Sequence[dict[str, Any]], *, scale: Tensor | float) -> Tensor:
         """Run forward and backward of all micro-batches, with the loss multiplied by `scale`.
 
         Returns the unscaled sums over the micro-batches, float64 [num_sums], on the rank with the
@@ -161,7 +161,7 @@ class Pipeline:
     def _global_rank(self, stage: int) -> int:
         return self.group.ranks[self.table.rank_of_stage[stage]]
 
-    def _loss(self, output: Tensor, scale: float) -> Tensor:
+    def _loss(self, output: Tensor, scale: Tensor | float) -> Tensor:
         sums = output.reshape(-1)
         self.sums += sums.detach().double()
         return sums[0] * scale

@@ -10,7 +10,7 @@ In this order, each within what is left of `--budget` seconds (480):
   peak memory, the share of a step in which the GPU computes, and the kernels it computes longest.
   Of the 8 B class there are as many of its 32 layers as the memory holds with AdamW: a layer's rate
   does not depend on their number;
-* attention over packed documents: our calls, beside torch's `varlen` and FlexAttention;
+* attention over packed documents: ours, a call for each document, and FlexAttention;
 * bytes/s between the GPU and its host, and a step of the 1 B class that offloads everything.
 
 It reads nothing from a network. On a machine without one, where torch and transformers are
@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,9 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from parallel.attention import Documents, attend  # noqa: E402
+from parallel.attention import Reach, attend, attend_in_each  # noqa: E402
+from parallel.documents import Documents  # noqa: E402
+from parallel.gpu_attention import flex_attention  # noqa: E402
 from parallel.mesh import Mesh  # noqa: E402
 from parallel.topology import Layout  # noqa: E402
 from trainer.costs.blocks import count_parameters  # noqa: E402
@@ -233,11 +235,14 @@ class Bench:
         q, k, v = (
             torch.randn(2, S, heads, K, device=self.device, dtype=torch.bfloat16, requires_grad=True) for heads in (H, G, G)
         )
-        ours = partial(attend, q, k, v, lengths, causal=True)
-        contenders = {"ours, a call for each document": ours}
-        if self.device.type == "cuda":  # torch has neither's backward on CPUs
-            contenders |= {"varlen": partial(varlen, q, k, v, length), "FlexAttention": partial(flex, q, k, v, length)}
-        expected = ours().detach()
+        contenders = {
+            "ours": partial(attend, q, k, v, lengths, causal=True),
+            "a call for each document": partial(attend_in_each, q, k, v, lengths.spans(lengths), Reach(causal=True)),
+        }
+        if self.device.type == "cuda":  # torch has no backward of it on CPUs
+            numbers = lengths.numbers_BS, lengths.numbers_BS
+            contenders["FlexAttention"] = partial(flex_attention, q, k, v, numbers, causal=True)
+        expected = contenders["ours"]().detach()
         for name, contender in contenders.items():
             self.attempt(name, partial(self.attend, name, contender, expected, (q, k, v)))
 
@@ -269,41 +274,6 @@ class Bench:
         }
         model = SMALL if self.quick else CLASSES["1 B"]
         self.step("1 B, offloaded" if not self.quick else "tiny, offloaded", model, 1, everything, profiled=False)
-
-
-def varlen(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
-    """Return causal attention inside documents of one length by torch's kernel for packed rows."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    starts = torch.arange(0, q.shape[0] * q.shape[1] + 1, length, device=q.device, dtype=torch.int32)
-    flat = (part.flatten(0, 1) for part in (q, k, v))
-    found = varlen_attn(*flat, starts, starts, length, length, window_size=(-1, 0), enable_gqa=True)
-    assert isinstance(found, Tensor)
-    return found.view_as(q)
-
-
-def flex(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
-    """Return the same by FlexAttention, which is compiled at its first call."""
-    heads_first = (part.transpose(1, 2) for part in (q, k, v))
-    found: Tensor = compiled_flex()(*heads_first, block_mask=mask_of(q.shape[1], length, q.device), enable_gqa=True)
-    return found.transpose(1, 2)
-
-
-@cache
-def compiled_flex() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
-
-
-@cache
-def mask_of(seq_len: int, length: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def inside(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (query // length == key // length)
-
-    return create_block_mask(inside, None, None, seq_len, seq_len, device=str(device))
 
 
 def shown(value: Any) -> str:

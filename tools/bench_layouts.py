@@ -58,7 +58,7 @@ from deepspeed_peers import pipeline_engine_loop, trainer_loop
 from rich.table import Table
 from torch_peers import data_parallel_loop, ddp, fsdp2, pipeline_loop, tensor_loop
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.mesh import Mesh
 from parallel.topology import Layout
 from trainer.data.loader import MicroBatch

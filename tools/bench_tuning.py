@@ -1,7 +1,7 @@
 """Fine-tuning beside the trainers that are used for it: packed answers, LoRA and DPO beside trl
 and peft, translation beside transformers' Seq2SeqTrainer.
 
-    python -m tools.bench_tuning [--quick] [--works sft lora dpo translate] [--json FILE]
+    python tools/bench_tuning.py [--quick] [--works sft lora dpo translate] [--json FILE]
 
 Each side is a process of its own, which runs its whole loop: `trainer.loop.train` of a recipe, or
 the trainer's `train()`. A step begins when the loop gets its turn and ends when it asks for the
@@ -30,9 +30,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-
-from tools.bench import (
+import torch
+from contest import (
     TINY,
     TOLERANCE,
     WARM_UP,
@@ -40,14 +39,17 @@ from tools.bench import (
     Shape,
     Spread,
     command_line,
+    formats_of,
     interleaved,
     make_console,
     require_agreement,
     shape_of,
     write_json,
 )
-from tools.tuning.turns import Loop, LoopFailed, run
-from tools.tuning.work import WORKS, Place, lay_out
+from rich.table import Table
+from tuning.turns import Loop, LoopFailed, run
+from tuning.work import WORKS, Place, lay_out
+
 from trainer.errors import UserError
 from trainer.schema import Dtype
 
@@ -84,7 +86,7 @@ def measure(name: str, shape: Shape, dtype: Dtype, folder: Path, peers: Sequence
     time their steps in turn, and end them."""
     place = Place(folder / f"{name}-{dtype}")
     lay_out(place, WORKS[name], shape, dtype, repeats=repeats)
-    run("reading the rows", ["tools.tuning.rows", str(place.recipe), str(place.folder)], place.folder / "rows.log")
+    run("reading the rows", ["tuning.rows", str(place.recipe), str(place.folder)], place.folder / "rows.log")
     with ExitStack() as stack:
         loops = {loop.name: stack.enter_context(closing(loop)) for loop in started(place, dtype, peers)}
         numbers: dict[str, list[Numbers]] = {side: [] for side in loops}
@@ -115,11 +117,11 @@ def measure(name: str, shape: Shape, dtype: Dtype, folder: Path, peers: Sequence
 
 def started(place: Place, dtype: Dtype, peers: Sequence[str]) -> Iterator[Loop]:
     """Yield our loop and the peers', while they start."""
-    yield Loop(OURS, "tools.tuning.ours", place.recipe, place.folder / "ours.log")
+    yield Loop(OURS, "tuning.ours", place.recipe, place.folder / "ours.log")
     for number, peer in enumerate(peers):
         job = place.folder / f"peer-{number}.json"
         job.write_text(json.dumps({"peer": peer, "folder": str(place.folder), "dtype": dtype}), encoding="utf-8")
-        yield Loop(peer, "tools.tuning.peers", job, job.with_suffix(".log"))
+        yield Loop(peer, "tuning.peers", job, job.with_suffix(".log"))
 
 
 def counts(place: Place, repeats: int) -> tuple[list[int], list[int]]:
@@ -169,11 +171,12 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"--peers {', '.join(map(repr, unknown))}: legal are {', '.join(map(repr, ALL_PEERS))}")
     shape, console = shape_of(options), make_console()
     figures: list[Figure] = []
+    dtypes = formats_of(options, torch.device("cpu"), console)
     try:
         with tempfile.TemporaryDirectory(prefix="bench-tuning-") as folder:
             for name in options.works:
                 peers = [peer for peer in PEERS[name] if peer in (options.peers or PEERS[name])]
-                for dtype in options.dtypes if peers else ():
+                for dtype in dtypes if peers else ():
                     with console.status(f"{name}, {dtype}"):
                         figures += measure(name, shape, dtype, Path(folder), peers, repeats=options.repeats)
     except UserError as error:

@@ -24,7 +24,7 @@ import torch
 from plain_loop import Numbers, Update
 from rich.console import Console
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.mesh import Mesh
 from parallel.params import initialise
 from parallel.topology import Layout

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.params import owned_specs
 from trainer.data.loader import MicroBatch
 from trainer.engine.execution import DTYPES

@@ -156,6 +156,20 @@ def test_a_machine_without_a_gpu_is_one_line() -> None:
     assert "torch finds no CUDA device here" in done.stdout
 
 
+def test_the_cost_of_scale(tmp_path: Path) -> None:
+    """Counts, which are exact: 64 times the ranks' fragments are as many entries of the manifest."""
+    done = run("bench_scale.py", "--quick", "--json", str(tmp_path / "scale.jsonl"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    *scaled, checked = figures_in(tmp_path / "scale.jsonl")
+    assert [figures["ranks"] for figures in scaled] == [8, 64, 512]
+    _, fewer, more = scaled
+    assert more["fragments"] > 7 * fewer["fragments"]
+    assert more["entries"] == fewer["entries"]
+    assert more["own_fragments"] <= fewer["own_fragments"]
+    assert more["read_fragments"] <= fewer["read_fragments"]
+    assert checked["check_s"] > 0
+
+
 def test_an_extension_that_is_not_built_is_not_compiled_unasked(tmp_path: Path) -> None:
     done = run("bench_optimizers.py", TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert done.returncode == 3, done.stdout + done.stderr

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from bench_tuning import PEERS, main
+from tuning.rows import rows_of
+from tuning.turns import Loop, LoopFailed, Step
 
-from parallel.attention import Documents
-from tools.bench_tuning import PEERS, main
-from tools.tuning.rows import rows_of
-from tools.tuning.turns import Loop, LoopFailed, Step
+from parallel.documents import Documents
 from trainer.data.loader import MicroBatch
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def run(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str]
     """A benchmark of tiny models, and its figures."""
     path = folder / "figures.jsonl"
     done = subprocess.run(
-        [sys.executable, "-m", "tools.bench_tuning", "--quick", "--json", str(path), *arguments],
+        [sys.executable, "tools/bench_tuning.py", "--quick", "--json", str(path), *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)},
         capture_output=True,
@@ -76,7 +76,7 @@ def test_a_peer_that_is_unknown_is_named(capsys: pytest.CaptureFixture[str]) -> 
 
 COUNTING = """
 import sys
-from tools.tuning.turns import Turn
+from tuning.turns import Turn
 
 turn = Turn.from_arguments()
 step = 0

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 import trainer.model.auto_stage
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
 from parallel.topology import Layout

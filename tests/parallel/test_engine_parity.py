@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.mesh import Mesh
 from parallel.params import initialise
 from parallel.topology import Layout

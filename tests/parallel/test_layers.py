@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from parallel.attention import Documents, ParallelAttention, _Rotate
+from parallel.attention import ParallelAttention, _Rotate
+from parallel.documents import Documents
 from parallel.embedding import ReplicatedEmbedding, VocabParallelEmbedding, rotary_tables
 from parallel.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from parallel.loss import IGNORE, VocabParallelHead

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.mesh import Mesh
 from parallel.params import initialise
 from parallel.tensor import TensorParallel

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.mesh import Mesh
 from parallel.topology import Layout
 from tests.parallel.peak_memory import peak_memory

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.gather import logical_tensors
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh

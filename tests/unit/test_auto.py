@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.loss import IGNORE
 from parallel.mesh import Group
 from parallel.params import Role, ShardSpec, owned_specs

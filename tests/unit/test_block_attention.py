@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from parallel import block_attention as module
-from parallel.block_attention import Span, block_attention
+from parallel.block_attention import block_attention
+from parallel.documents import Span
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # fp64, sums in another order
 

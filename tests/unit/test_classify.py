@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.loss import IGNORE
 from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.params import initialise
 from parallel.tensor import TensorParallel
 from tests.unit.shapes import MODELS, TRANSLATIONS, V

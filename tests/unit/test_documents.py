@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parallel.attention import Documents, attend
+from parallel.attention import attend
+from parallel.documents import Documents
 
 H, G, K = 4, 2, 6
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from parallel import attention
-from parallel.attention import Documents, WeightDropout, attend
+from parallel.attention import WeightDropout, attend
+from parallel.documents import Documents
 from parallel.embedding import rotary_tables
 from parallel.loss import IGNORE, VocabParallelHead
 from parallel.mesh import Group, Mesh

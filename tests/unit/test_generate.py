@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.params import initialise, owned_specs
 from parallel.tensor import TensorParallel
 from trainer.data.loader import MicroBatch

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.attention import Documents, attend
+from parallel.attention import attend
+from parallel.documents import Documents
 from parallel.gpu_attention import boundaries, flex_attention, suits_varlen
 
 H, G, K = 4, 2, 32

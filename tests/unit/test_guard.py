@@ -18,8 +18,8 @@ from parallel.mesh import Group
 from parallel.messages import Messages
 from parallel.topology import Layout
 from tests.unit.loss_scales import reference
-from trainer.engine.engine import StepResult
 from trainer.engine.loss_scale import LossScaler
+from trainer.engine.step_result import StepResult
 from trainer.errors import EXIT_NO_PROGRESS
 from trainer.guard.culprit import GRADIENT, OUTPUT, WEIGHT, Finding
 from trainer.guard.guard import REPLAY_FILES, REWINDS, Guard, NoProgress
@@ -215,7 +215,7 @@ def run_of(folder: Path, *, first: bool = True, memory: dict[str, Any] | None = 
 
 
 def result(*, loss: float = 1.0, norm: float = 1.0, scale: float = 1.0, skipped: bool = False) -> StepResult:
-    return StepResult(loss, 10, norm, scale, skipped)
+    return StepResult(torch.tensor([loss], dtype=torch.float64), 10, norm, scale, skipped)
 
 
 SKIP = result(norm=math.inf, skipped=True)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.params import ShardSpec, initialise, owned_specs
 from parallel.tensor import TensorParallel
 from tests.unit.model_folders import Bomb, assert_refused, read_all, saved

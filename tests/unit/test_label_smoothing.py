@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from parallel import loss
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.loss import IGNORE, VocabParallelHead
 from parallel.mesh import Mesh
 from parallel.params import Init, initialise

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.embedding import VocabParallelEmbedding
 from parallel.loss import IGNORE, VocabParallelHead
 from parallel.params import Init, initialise, owned_specs

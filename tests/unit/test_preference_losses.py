@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.loss import IGNORE
 from trainer.data.loader import MicroBatch
 from trainer.model.preference_losses import LOSSES, Answers, Pairs, sums_over_pairs

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from parallel import attention
-from parallel.attention import Documents, attend
+from parallel.attention import attend
+from parallel.documents import Documents
 from parallel.relative_bias import buckets_of_distances, by_place
 from tests.unit.oracle import assert_close
 

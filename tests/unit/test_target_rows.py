@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.loss import IGNORE
 from parallel.params import initialise
 from parallel.rng import Streams

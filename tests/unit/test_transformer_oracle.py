@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.loss import IGNORE
 from parallel.tensor import TensorParallel
 from tests.unit.oracle import (

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from parallel import attention
-from parallel.attention import Documents, _share_a_call
+from parallel.attention import _share_a_call
+from parallel.documents import Documents
 from parallel.loss import IGNORE
 from parallel.params import initialise, owned_specs
 from parallel.relative_bias import RelativeBias, by_place

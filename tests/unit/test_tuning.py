@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.low_rank import InputDropout, LowRank
 from parallel.mesh import Group
 from parallel.params import draw, initialise, owned_specs

@@ -1,7 +1,7 @@
 """Triaxis's side: `trainer.loop.train` itself, whose stop request, asked before each step, waits
 there for its turn.
 
-    python -m tools.tuning.ours RECIPE READS WRITES
+    python -m tuning.ours RECIPE READS WRITES
 
 `READS` and `WRITES`: see `turns.Turn`.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tools.tuning.turns import Turn
+from tuning.turns import Turn
+
 from trainer.checkpoint.resume_check import Resume
 from trainer.launch.stop_request import Ranks, StopRequest
 from trainer.loop import train

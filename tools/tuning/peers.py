@@ -1,7 +1,7 @@
 """The other side: trl's SFTTrainer and DPOTrainer, with peft where an adapter is trained, and
 transformers' Seq2SeqTrainer, each in its own loop.
 
-    python -m tools.tuning.peers JOB READS WRITES
+    python -m tuning.peers JOB READS WRITES
 
 `JOB` is a JSON file: `peer`, a name in `PEERS`; `folder`, that of the work; `dtype`. `READS` and
 `WRITES`: see `turns.Turn`. The data are our rows, already tokenized and packed, step by step; the
@@ -23,8 +23,7 @@ import torch
 import transformers
 from datasets import Dataset
 from torch.utils.data import DataLoader
-
-from tools.tuning.turns import Turn
+from tuning.turns import Turn
 
 # Of a row: tokens, and what each is as a target, or -100.
 Documents = list[tuple[list[int], list[int]]]

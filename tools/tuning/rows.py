@@ -1,7 +1,7 @@
 """The rows that a recipe's steps train on, and the adapter that they begin with, for trainers that
 are to do the same.
 
-    python -m tools.tuning.rows RECIPE FOLDER
+    python -m tuning.rows RECIPE FOLDER
 
 The folder gets `rows.json`, a list of steps, each a list of rows, each a list of documents, each
 [tokens, labels]: a label is the token that its position *is*, as transformers has it, or -100.

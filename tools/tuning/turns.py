@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+TOOLS = Path(__file__).parents[1]
+HERE = (str(TOOLS), str(TOOLS.parent))  # where a loop finds its modules
 STEP, END = "step\n", "end\n"
 LAST_LINES = 12  # of a loop's output, where it fails
 
@@ -125,8 +127,7 @@ def started(words: Sequence[str], log: Path, *, keeps: Sequence[int] = ()) -> su
     with log.open("w", encoding="utf-8") as said:
         return subprocess.Popen(
             [sys.executable, "-m", *words],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, **QUIET},
+            env={**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join([*HERE, *filter(None, [os.environ.get("PYTHONPATH")])])},
             pass_fds=keeps,
             stdin=subprocess.DEVNULL,
             stdout=said,

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contest import CLIP_NORM, LR, SEED, WARM_UP, Shape
 
-from tools.bench import CLIP_NORM, LR, SEED, WARM_UP, Shape
 from trainer.schema import Dtype
 
 SPECIAL = ("<pad>", "<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -245,7 +245,7 @@ def _auto_class(folder: Path) -> Any:
 
 
 def _training_logits(checkpoint: Path, manifest: Manifest, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    from parallel.attention import Documents
+    from parallel.documents import Documents
     from parallel.tensor import TensorParallel
     from trainer.data.loader import MicroBatch
     from trainer.model.blocks import blocks_of

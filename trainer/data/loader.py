@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.loss import IGNORE
 from parallel.rng import Streams
 from trainer.data.rows import Row, filler_row, held_out_rows, order_fingerprint, row_at

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from parallel.attention import Documents, attend
+from parallel.attention import attend
+from parallel.documents import Documents
 from parallel.products import product
 from trainer.doctor.speed import ON_HOST, Figures, lower_quartile, timed_s, typical_s
 from trainer.engine.execution import DTYPES

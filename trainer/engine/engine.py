@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,6 +31,7 @@ from trainer.engine.execution import DTYPES, make_execution
 from trainer.engine.loss_scale import LossScaler
 from trainer.engine.master_weights import MasterWeights
 from trainer.engine.optimizers import groups_of, make_optimizer
+from trainer.engine.step_result import StepResult
 from trainer.engine.tiling import Tiling
 from trainer.engine.zero_state import BY_STAGE
 from trainer.errors import DataError
@@ -43,22 +43,6 @@ from trainer.stopwatch import Stopwatch
 from trainer.tuning.adapt import quantized_weights, quantizing
 from trainer.tuning.builders import step_hooks
 from trainer.update_rules import rule_of
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The result of one optimizer step, the same on every rank.
-
-    `grad_norm` is before clipping; inf when it was not finite. Such a step is skipped, as is one
-    whose norm is above the caller's limit. `statistics`: the task's, beside its loss.
-    """
-
-    loss: float
-    num_targets: int
-    grad_norm: float
-    loss_scale: float
-    skipped: bool
-    statistics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Engine:
@@ -85,6 +69,7 @@ class Engine:
         self.device = device
         self.watch = watch or Stopwatch(device)
         self.notes: list[str] = []  # remarks for the console
+        self._unread: list[StepResult] = []
         self.scaler = LossScaler.from_recipe(recipe.precision)
         self.zero_stage = recipe.zero.stage
         self.measures = measures_of(recipe.data.task, network)
@@ -157,7 +142,7 @@ class Engine:
         together."""
         specs = [*(spec for _, spec in self.specs), *(weight.spec for weight in self.quantized)]
         owned = sum(math.prod(piece.size) for spec in specs if spec.owned for piece in spec.pieces)
-        return self._total(owned, self.mesh.replica)
+        return int(self._total(owned, self.mesh.replica))
 
     def step(self, micro_batches: Sequence[MicroBatch], *, step: int, lr: float, norm_limit: float = math.inf) -> StepResult:
         """Take one optimizer step. `step`, from 0, names the dropout streams; a gradient norm above
@@ -169,12 +154,13 @@ class Engine:
         with self.watch("optimizer"):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            grad_norm, skipped = self._update(scale, norm_limit)
+            result = self._update(scale, norm_limit, sums, num_targets, unread=self._unread)
+            self._require_targets(step, result)
             for hook in self.hooks:
-                self.state.clear(hook.end(step, scale=scale, grad_norm=grad_norm, skipped=skipped))
-            self.scaler.update(overflow=skipped and math.isinf(grad_norm))
-        loss, *means = (all_reduce(sums, self.mesh.reduction) / num_targets).tolist()
-        return StepResult(loss, num_targets, grad_norm, scale, skipped, self.measures.step_record(means))
+                kept = hook.end(step, scale=scale, grad_norm=result.grad_norm, skipped=result.skipped)
+                self.state.clear(kept)
+            self.scaler.update(overflow=result.skipped and math.isinf(result.grad_norm))
+        return result
 
     def replay(self, micro_batches: Sequence[MicroBatch], *, step: int, scale: float) -> None:
         """Run forward and backward of a step that was skipped once more, for hooks to watch.
@@ -186,8 +172,7 @@ class Engine:
         trained = [parameter for parameter, _ in self.specs if parameter.requires_grad]
         spoilers = [parameter.register_hook(lambda grad: torch.full_like(grad, math.nan)) for parameter in trained]
         try:
-            self._gradients(micro_batches, step, scale)
-            self._update(scale, math.inf)
+            self._update(scale, math.inf, *self._gradients(micro_batches, step, scale))
         finally:
             for spoiler in spoilers:
                 spoiler.remove()
@@ -196,18 +181,16 @@ class Engine:
         """Run forward and backward of micro-batches, and leave everything as it was: the loss is
         multiplied with NaN, so that this update is skipped at any ZeRO stage."""
         scale = self.scaler.scale
-        self._gradients(micro_batches, 0, scale, factor=math.nan)
-        self._update(scale, math.inf)
+        self._update(scale, math.inf, *self._gradients(micro_batches, 0, scale, factor=math.nan))
 
     def _gradients(
-        self, micro_batches: Sequence[MicroBatch], step: int, scale: float, factor: float | None = None
-    ) -> tuple[Tensor, int]:
+        self, micro_batches: Sequence[MicroBatch], step: int, scale: float, factor: Tensor | float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run forward and backward. Return this data-parallel rank's sums over its targets, and the
-        number of targets of the step. `factor`: of the loss, in place of the plan's."""
+        number of targets of the step, which stays on the device. `factor`: of the loss, in place of
+        the plan's."""
         self.deepspeed.train()
         num_targets = self._total(sum(map(self.measures.num_targets, micro_batches)), self.mesh.reduction)
-        if num_targets == 0:
-            raise DataError(f"step {step} has no target: every label of its {self.plan.global_sequences} sequences is masked")
         if factor is None:
             factor = self.plan.loss_factor(num_targets, averaged_over=self.mesh.reduction.size)
         if self.zero_stage and self.recipe.precision.settled == "fp16":
@@ -240,29 +223,47 @@ class Engine:
     def close(self) -> None:
         self.deepspeed.destroy()
 
-    def _update(self, scale: float, norm_limit: float) -> tuple[float, bool]:
-        """Apply the accumulated gradient, or skip it when its norm is not finite or too large.
-        Return the norm before clipping, and whether the update was skipped."""
-        if self.zero_stage:
-            self.deepspeed.step()
-            if self.optimizer.overflow and self.zero_stage < 3:
-                # With CPU offload DeepSpeed 0.19 keeps the gradient sums of a half format with
-                # their NaN, so that no later step would be finite.
-                vars(self.optimizer).get("averaged_gradients", {}).clear()
-            return float(self.deepspeed.get_global_grad_norm()), bool(self.optimizer.overflow)
+    def _update(
+        self, scale: float, norm_limit: float, sums: Tensor, num_targets: Tensor, *, unread: list[StepResult] | None = None
+    ) -> StepResult:
+        """Apply the accumulated gradient, or skip it when its norm is not finite or too large."""
+        means = all_reduce(sums, self.mesh.reduction) / num_targets
+        result = partial(StepResult, means, num_targets, loss_scale=scale, record=self.measures.step_record, unread=unread)
+        if self.zero_stage == 0:
+            return self._update_undivided(norm_limit, result(self._norm(scale)))
+        self.deepspeed.step()
+        skipped = bool(self.optimizer.overflow)
+        if skipped and self.zero_stage < 3:
+            # With CPU offload DeepSpeed 0.19 keeps the gradient sums of a half format with
+            # their NaN, so that no later step would be finite.
+            vars(self.optimizer).get("averaged_gradients", {}).clear()
+        return result(self.deepspeed.get_global_grad_norm(), skipped=skipped)
+
+    def _norm(self, scale: float) -> Tensor:
+        """Return the norm of the whole gradient at stage 0."""
         owned = torch.nn.utils.get_total_norm([p.grad for p, spec in self.specs if p.grad is not None and spec.owned])
-        norm = all_reduce(owned.square(), self.mesh.replica).sqrt() / scale
-        # NaN compares False with everything
-        if not float(norm) <= min(norm_limit, sys.float_info.max):
+        return all_reduce(owned.square(), self.mesh.replica).sqrt() / scale
+
+    def _update_undivided(self, norm_limit: float, result: StepResult) -> StepResult:
+        """Clip and apply the gradient of stage 0, unless its norm forbids it."""
+        norm = result.grad_norm
+        if norm > min(norm_limit, sys.float_info.max):
             self.deepspeed.zero_grad()
-            return float(norm) if torch.isfinite(norm) else math.inf, True
-        clip = self.recipe.train.clip_norm
+            result.skipped = True
+            return result
+        clip, scale = self.recipe.train.clip_norm, result.loss_scale
         # 1e-6 as in torch's and DeepSpeed's own clipping, so that all stages take the same step.
-        shrink = min(1.0, clip / (float(norm) + 1e-6)) / scale if clip else 1.0 / scale
+        shrink = min(1.0, clip / (norm + 1e-6)) / scale if clip else 1.0 / scale
         if shrink != 1.0:
             torch._foreach_mul_([p.grad for p, _ in self.specs if p.grad is not None], shrink)
         self.deepspeed.step()
-        return float(norm), False
+        return result
+
+    def _require_targets(self, step: int, result: StepResult) -> None:
+        """Raise DataError for a step without a target. Its gradient is not finite, so it is never
+        applied; on a GPU the number is read only where a step was skipped."""
+        if (result.skipped or result.is_read) and result.num_targets == 0:
+            raise DataError(f"step {step} has no target: every label of its {self.plan.global_sequences} sequences is masked")
 
     def _streams(self, step: int, micro_batch: int) -> Streams:
         """Return the random streams of this rank's micro-batch. They are named after the numbers of
@@ -271,5 +272,6 @@ class Engine:
         first = self.mesh.data.rank * self.plan.sequences_per_rank + micro_batch * size
         return Streams.of_step(self.recipe.run.seed, step, range(first, first + size))
 
-    def _total(self, count: int, group: Group) -> int:
-        return int(all_reduce(torch.tensor(count, dtype=torch.int64, device=self.device), group))
+    def _total(self, count: int, group: Group) -> Tensor:
+        """Return the sum over the group, a float64 on the device, which has such counts exactly."""
+        return all_reduce(torch.tensor(count, dtype=torch.float64, device=self.device), group)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from parallel.attention import Documents
 from parallel.collectives import all_gather, all_reduce
+from parallel.documents import Documents
 from parallel.mesh import Mesh
 from trainer.data.loader import MicroBatch
 from trainer.engine.execution import Execution

@@ -76,7 +76,7 @@ class Execution(Protocol):
     def attach(self, engine: Any) -> None:
         """Take the DeepSpeed engine, which is built after this."""
 
-    def step(self, batches: Sequence[MicroBatch], *, factor: float, scale: float) -> Tensor:
+    def step(self, batches: Sequence[MicroBatch], *, factor: Tensor | float, scale: float) -> Tensor:
         """Run forward and backward of all micro-batches, and return their sums, [num_step_sums].
         The gradients are those of loss · factor, times the loss scale."""
 
@@ -183,7 +183,7 @@ class OneStage:
     def attach(self, engine: Any) -> None:
         self._engine = engine
 
-    def step(self, batches: Sequence[MicroBatch], *, factor: float, scale: float) -> Tensor:
+    def step(self, batches: Sequence[MicroBatch], *, factor: Tensor | float, scale: float) -> Tensor:
         total = torch.zeros(1, dtype=torch.float64, device=batches[0].tokens_BS.device)
         for index, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
@@ -281,7 +281,7 @@ class InPipeline:
     def settle_lengths(self, device: torch.device, seq_len: int, *, may_call_apart: bool) -> list[str]:
         return []
 
-    def step(self, batches: Sequence[MicroBatch], *, factor: float, scale: float) -> Tensor:
+    def step(self, batches: Sequence[MicroBatch], *, factor: Tensor | float, scale: float) -> Tensor:
         self._zero.start()
         with self._watch("forward"):
             tokens_BS = [batch.tokens_BS for batch in batches]

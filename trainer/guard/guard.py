@@ -14,8 +14,8 @@ from typing import Any
 from parallel.topology import Layout
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.data.loader import MicroBatch
-from trainer.engine.engine import StepResult
 from trainer.engine.loss_scale import LossScaler
+from trainer.engine.step_result import StepResult
 from trainer.errors import EXIT_NO_PROGRESS, DataError, NotFinite, UserError
 from trainer.files.durable import make_private, write_json
 from trainer.guard.culprit import Culprit
@@ -65,8 +65,8 @@ class Guard:
         self._first_sequence, self._folder, self._is_first, self._note = first_sequence, folder, is_first, note
         memory = checkpoints.memory.get("guard", {})
         self._in_a_row: int = memory.get("skipped_in_a_row", 0)
-        # the first step since when no loss was finite
-        self.not_finite_since: int | None = memory.get("not_finite_since")
+        self._not_finite_since: int | None = memory.get("not_finite_since")
+        self._unread: list[tuple[int, StepResult]] = []
         self.must_rewind = False  # the last step's spike is to be undone
         self._agreed: int = checkpoints.start_step  # all replicas were equal after this step
         self._windows = {
@@ -86,10 +86,9 @@ class Guard:
 
     def judge(self, step: int, lr: float, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
         """Judge step `step`, counted from 0; NoProgress or DataError if the run must end."""
-        if math.isfinite(result.loss):
-            self.not_finite_since = None
-        elif self.not_finite_since is None:
-            self.not_finite_since = step + 1
+        self._unread.append((step, result))
+        if result.skipped or result.is_read:
+            self._look_at_losses()
         if result.skipped:
             self._explain(step, result, micro_batches)
         self._look_for_spikes(step, result)
@@ -106,6 +105,22 @@ class Guard:
             return
         if not math.isfinite(self._inspector.loss(steps - 1)):
             self._end(NotFinite("the loss", step=steps, began=self.not_finite_since))
+
+    @property
+    def not_finite_since(self) -> int | None:
+        """The first step since when no loss was finite; None if the last one was."""
+        self._look_at_losses()
+        return self._not_finite_since
+
+    def _look_at_losses(self) -> None:
+        """Look at the losses of the steps that were only computed. The first to be asked for brings
+        those of all from the device."""
+        for step, result in self._unread:
+            if math.isfinite(result.loss):
+                self._not_finite_since = None
+            elif self._not_finite_since is None:
+                self._not_finite_since = step + 1
+        self._unread.clear()
 
     def _explain(self, step: int, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
         """Show one line that names the culprit, and write a file with what a replay needs."""

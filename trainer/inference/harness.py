@@ -20,8 +20,8 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
-from parallel.attention import Documents
 from parallel.collectives import all_reduce
+from parallel.documents import Documents
 from parallel.loss import IGNORE
 from trainer.data.chat_template import ChatTemplate, Request
 from trainer.data.loader import MicroBatch

@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.loss import CHUNK_BYTES, IGNORE
 from parallel.mesh import Group
 from parallel.params import Init, Role, Sharded, ShardSpec, whole

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.embedding import ReplicatedEmbedding, VocabParallelEmbedding, sinusoids
 from parallel.params import Init
 from parallel.rng import Streams

@@ -16,7 +16,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from parallel.attention import Documents, Rotation
+from parallel.attention import Rotation
+from parallel.documents import Documents
 from parallel.embedding import VocabParallelEmbedding
 from parallel.rng import Streams
 from trainer.data.loader import MicroBatch

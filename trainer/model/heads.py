@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
-from parallel.attention import Documents
 from parallel.autograd import TensorFunction
 from parallel.collectives import all_gather, reduce_from_group
+from parallel.documents import Documents
 from parallel.embedding import VocabParallelEmbedding
 from parallel.linear import ReplicatedLinear
 from parallel.loss import IGNORE, VocabParallelHead

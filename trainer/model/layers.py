@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from parallel.attention import Documents, ParallelAttention, Rotation
+from parallel.attention import ParallelAttention, Rotation
 from parallel.cross_attention import ParallelCrossAttention
+from parallel.documents import Documents
 from parallel.embedding import VocabParallelEmbedding
 from parallel.mesh import Group
 from parallel.mlp import ParallelMLP

@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor, nn
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.norm import LayerNorm, RMSNorm
 from parallel.params import Init
 from parallel.rng import Streams, dropout

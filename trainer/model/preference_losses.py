@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.loss import IGNORE
 from trainer import schema
 from trainer.data.loader import MicroBatch

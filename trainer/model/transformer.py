@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from parallel.attention import Documents, Rotation
+from parallel.attention import Rotation
+from parallel.documents import Documents
 from parallel.embedding import VocabParallelEmbedding, llama3_frequencies, rotary_tables
 from parallel.mesh import Group
 from parallel.params import ShardSpec, complete_partial_gradients, materialise, owned_specs

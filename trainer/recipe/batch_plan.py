@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
+from typing import Any
 
 from parallel.topology import Layout
 from trainer.errors import RecipeError
@@ -61,7 +62,7 @@ class BatchPlan:
             f"{self.num_micro_batches} micro-batches; {self.tokens_per_step:,} tokens"
         )
 
-    def loss_factor(self, num_targets: int, *, averaged_over: int) -> float:
+    def loss_factor(self, num_targets: Any, *, averaged_over: int) -> Any:
         """Return the number by which each micro-batch's loss_sum is multiplied before backward.
 
         The step's loss is Σ token losses over all ranks and micro-batches / number of targets in
@@ -70,11 +71,8 @@ class BatchPlan:
         averaged_over / num_targets. It is the same for every micro-batch: a mean of micro-batch
         means would weigh tokens by how many targets their neighbours have.
 
-        `num_targets`: targets of the whole step, over all ranks. A micro-batch may have none, but a
-        step must have some (else ValueError).
+        `num_targets`: targets of the whole step, over all ranks; a number, or a tensor of one.
         """
-        if num_targets < 1:
-            raise ValueError(f"a step needs at least one target, not {num_targets}")
         return averaged_over / num_targets
 
 

@@ -11,8 +11,9 @@ import torch
 
 from trainer.costs.flops import row_flops
 from trainer.data.loader import MicroBatch
-from trainer.engine.engine import Engine, StepResult
+from trainer.engine.engine import Engine
 from trainer.engine.parameter_counts import ParameterCounts
+from trainer.engine.step_result import StepResult
 from trainer.run.devices import resident_bytes
 from trainer.track import Tracker, read_metrics
 from trainer.track.history import History

@@ -23,7 +23,7 @@ from dataclasses import replace
 
 import torch
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from trainer.data.loader import MicroBatch
 from trainer.engine.engine import Engine
 from trainer.errors import RecipeError

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from parallel.attention import Documents
+from parallel.documents import Documents
 from parallel.gather import logical_tensors
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
@@ -37,9 +37,10 @@ from parallel.rng import stream
 from parallel.topology import Layout
 from trainer.data.loader import MicroBatch
 from trainer.engine.deepspeed_config import deepspeed_config
-from trainer.engine.engine import Engine, StepResult
+from trainer.engine.engine import Engine
 from trainer.engine.execution import DTYPES
 from trainer.engine.group import joined
+from trainer.engine.step_result import StepResult
 from trainer.launch.ranks import Place
 from trainer.model.config import TransformerConfig
 from trainer.recipe import ResolvedRecipe, load
