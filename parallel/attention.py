@@ -15,11 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from parallel.autograd import TensorsFunction
 from parallel.block_attention import block_attention, suits_blocks
 from parallel.documents import Documents, Span
 from parallel.gpu_attention import flex_attention, suits_flex, suits_varlen, varlen_attention
@@ -30,6 +28,7 @@ from parallel.outputs import Output
 from parallel.params import Init
 from parallel.relative_bias import RelativeBias, by_place
 from parallel.rng import Streams, dropout
+from parallel.rotation import Rotate
 from parallel.soft_cap import soft_cap
 from parallel.tensor import TensorParallel
 
@@ -40,54 +39,6 @@ QUERY_BLOCK = 512
 # costs about 60 µs on a server CPU, as much as the attention weights of 6000 pairs of tokens at
 # hidden size 256.
 MANY, PAIRS_PER_CALL = 4, 6000
-
-
-class _Rotate(TensorsFunction):
-    """X [B, S, H + G + …, K] → the H queries and the G keys, with the halves of the last dim
-    rotated, (a, b) → (a cos − b sin, b cos + a sin), and what is behind them as it is. Backward
-    rotates the other way.
-
-    Written out because autograd would keep four intermediates per layer, of which only cos and sin
-    are needed, and join the gradients of the parts by a copy. All parts are copies: a view of the
-    last would keep all of X.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_BSNK: Tensor, cos: Tensor, sin: Tensor, H: int, G: int) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(cos, sin)
-        q_BSHK, k_BSGK, others = (_as_attention_reads(x) for x in x_BSNK.tensor_split([H, H + G], dim=2))
-        _rotate(q_BSHK, x_BSNK[:, :, :H], cos, sin)
-        _rotate(k_BSGK, x_BSNK[:, :, H : H + G], cos, sin)
-        return q_BSHK, k_BSGK, others.copy_(x_BSNK[:, :, H + G :])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dq_BSHK: Tensor, dk_BSGK: Tensor, grad_others: Tensor) -> tuple[Tensor, None, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        grads = dq_BSHK, dk_BSGK, grad_others
-        sizes = [grad.shape[2] for grad in grads]
-        grad_BSNK = dq_BSHK.new_empty(*dq_BSHK.shape[:2], sum(sizes), dq_BSHK.shape[3])
-        into_q, into_k, into_others = grad_BSNK.split(sizes, dim=2)
-        _rotate(into_q, dq_BSHK, cos, -sin)
-        _rotate(into_k, dk_BSGK, cos, -sin)
-        into_others.copy_(grad_others)
-        return grad_BSNK, None, None, None, None
-
-
-def _as_attention_reads(like_BSNK: Tensor) -> Tensor:
-    """Return an empty tensor of this shape: by head in memory on CPUs, where a head is multiplied
-    as a matrix, by token elsewhere."""
-    B, S, N, K = like_BSNK.shape
-    if like_BSNK.device.type == "cpu":
-        return like_BSNK.new_empty(B, N, S, K).transpose(1, 2)
-    return like_BSNK.new_empty(B, S, N, K)
-
-
-def _rotate(into: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    a, b = x.chunk(2, dim=-1)
-    into_a, into_b = into.chunk(2, dim=-1)
-    torch.mul(a, cos, out=into_a).addcmul_(b, sin, value=-1.0)
-    torch.mul(b, cos, out=into_b).addcmul_(a, sin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,7 +370,7 @@ class ParallelAttention(torch.nn.Module):
         if rotation is None:
             q_BSHK, k_BSGK, others = qkv_BSNK.tensor_split([H, H + G], dim=2)
         else:
-            q_BSHK, k_BSGK, others = _Rotate.apply(qkv_BSNK, *rotation, H, G)
+            q_BSHK, k_BSGK, others = Rotate.apply(qkv_BSNK, *rotation, H, G)
         v_BSGK = others if v_BSGK is None else v_BSGK
         dropped = None
         if self.dropout and streams is not None:

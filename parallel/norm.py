@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from parallel.autograd import TensorFunction
+from parallel.fusable import fusable
 from parallel.params import Init, Role, Sharded, whole
 from parallel.tensor import TensorParallel
 
@@ -33,25 +34,41 @@ class _RMSNorm(TensorFunction):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = torch.rsqrt(length.square() / x.shape[-1] + eps)
-        normal = (x * scale).to(x.dtype)
+        y, normal, scale = _normalised(x, weight, eps, offset)
         ctx.save_for_backward(normal, weight, scale)
         ctx.offset = offset
-        return (normal * _gain(weight, x.dtype, offset)).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         normal, weight, scale = ctx.saved_tensors
-        grad_weight = None
-        if ctx.needs_input_grad[1]:  # else frozen
-            grad_weight = (grad * normal).flatten(0, -1 - weight.dim()).sum(0, dtype=scale.dtype).to(weight.dtype)
-        grad_normal = (grad * _gain(weight, grad.dtype, ctx.offset)).to(grad.dtype)
-        along = (grad_normal * normal).sum(-1, keepdim=True, dtype=scale.dtype) / normal.shape[-1]
-        across = torch.addcmul(grad_normal, normal, along.to(grad.dtype), value=-1.0)
-        return (across * scale).to(grad.dtype), grad_weight, None, None
+        wants_weight = ctx.needs_input_grad[1]  # else frozen
+        return *_normalised_backward(grad, normal, weight, scale, ctx.offset, wants_weight), None, None
+
+
+@fusable
+def _normalised(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, n and s."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    scale = torch.rsqrt(length.square() / x.shape[-1] + eps)
+    normal = (x * scale).to(x.dtype)
+    return (normal * _gain(weight, x.dtype, offset)).to(x.dtype), normal, scale
+
+
+@fusable
+def _normalised_backward(
+    grad: Tensor, normal: Tensor, weight: Tensor, scale: Tensor, offset: float, wants_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return dx, and dw where it is wanted."""
+    grad_weight = None
+    if wants_weight:
+        grad_weight = (grad * normal).flatten(0, -1 - weight.dim()).sum(0, dtype=scale.dtype).to(weight.dtype)
+    grad_normal = (grad * _gain(weight, grad.dtype, offset)).to(grad.dtype)
+    along = (grad_normal * normal).sum(-1, keepdim=True, dtype=scale.dtype) / normal.shape[-1]
+    across = torch.addcmul(grad_normal, normal, along.to(grad.dtype), value=-1.0)
+    return (across * scale).to(grad.dtype), grad_weight
 
 
 def _gain(weight: Tensor, dtype: torch.dtype, offset: float) -> Tensor:

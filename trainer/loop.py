@@ -33,7 +33,7 @@ def train(resolved: ResolvedRecipe, run_dir: str | None, resume: Resume, stop: S
             result = run.engine.step(micro_batches, step=step, lr=lr, norm_limit=guard.norm_limit)
             meter.record(step + 1, lr, result, micro_batches)
             guard.judge(step, lr, result, micro_batches)
-            run.say(run.watchdog.remarks())
+            run.say(run.remarks())
             if guard.must_rewind:
                 with run.engine.watch("rewinding"):
                     step = run.rewind(step + 1)

@@ -136,6 +136,11 @@ class RunFolder:
         return self.path / "micro-batch.json"
 
     @property
+    def compilation(self) -> Path:
+        """The choice to compile the steps of the run, and the reason."""
+        return self.path / "compilation.json"
+
+    @property
     def reference(self) -> Path:
         return self.path / "reference"
 

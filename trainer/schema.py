@@ -737,6 +737,12 @@ class Train(Section):
         description="Take the memory of the fullest step, and of an evaluation, before the first step, so that what does not "
         "fit is seen at once; the training stays the same to the bit. Absent: on GPUs.",
     )
+    compile: bool | None = Field(
+        None,
+        description="Compile what lies between the matrix products of a training step (norms, rotations, gated activations) "
+        "with torch.compile; a run keeps what its first start chose. Absent: where the run is long enough, a compiler is "
+        "there, and it measures faster before the first step.",
+    )
     sample_prompt: str | None = Field(
         None, description="After the last step, print a continuation of this text, or with task sft the answer to it."
     )

@@ -69,6 +69,7 @@ class Case:
     loss_scale: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
     recompute: str = "none"
+    compile: bool | None = None
     tuning: dict[str, Any] = field(default_factory=dict)
     family: str = "llama"
     config: dict[str, Any] = field(default_factory=dict)
@@ -99,7 +100,12 @@ class Case:
                 "precision": {"dtype": self.dtype, "loss_scale": self.loss_scale},
                 "zero": {"stage": self.stage, **persistence, **self.zero},
                 "optimizer": {"weight_decay": 0.01, **self.optimizer},
-                "train": {"steps": max(1, self.steps), "clip_norm": self.clip_norm, "recompute": self.recompute},
+                "train": {
+                    "steps": max(1, self.steps),
+                    "clip_norm": self.clip_norm,
+                    "recompute": self.recompute,
+                    "compile": self.compile,
+                },
                 "tuning": self.tuning,
             }
         )

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.collectives import all_reduce
+from parallel.fusable import FUSING
 from parallel.gather import gather_to_first
 from parallel.mesh import Group, Mesh
 from parallel.params import AuxiliaryState, ShardSpec, owned_specs
@@ -70,6 +71,8 @@ class Engine:
         self.watch = watch or Stopwatch(device)
         self.notes: list[str] = []  # remarks for the console
         self._unread: list[StepResult] = []
+        # steps only: an evaluation gives the same numbers in any run
+        self.compiles = bool(recipe.train.compile)
         self.scaler = LossScaler.from_recipe(recipe.precision)
         self.zero_stage = recipe.zero.stage
         self.measures = measures_of(recipe.data.task, network)
@@ -196,7 +199,8 @@ class Engine:
         if self.zero_stage and self.recipe.precision.settled == "fp16":
             self.optimizer.override_loss_scale(scale)
         batches = [batch.on(self.device, self._streams(step, index)) for index, batch in enumerate(micro_batches)]
-        return self.execution.step(batches, factor=factor, scale=scale), num_targets
+        with FUSING(self.compiles):
+            return self.execution.step(batches, factor=factor, scale=scale), num_targets
 
     def local_tensors(self) -> Iterator[tuple[ShardSpec, Tensor]]:
         """Yield each parameter that this rank owns, in the order of the model, whole along the
@@ -245,7 +249,7 @@ class Engine:
         return all_reduce(owned.square(), self.mesh.replica).sqrt() / scale
 
     def _update_undivided(self, norm_limit: float, result: StepResult) -> StepResult:
-        """Clip and apply the gradient of stage 0, unless its norm forbids it."""
+        """Apply the clipped gradient of stage 0, unless its norm forbids it."""
         norm = result.grad_norm
         if norm > min(norm_limit, sys.float_info.max):
             self.deepspeed.zero_grad()

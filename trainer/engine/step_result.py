@@ -64,7 +64,7 @@ class StepResult:
 
     @property
     def is_read(self) -> bool:
-        """Whether the numbers are on the host, so that asking for one costs nothing."""
+        """Return whether the numbers are on the host, so that asking for one costs nothing."""
         return self._values is not None or self._numbers.is_cpu
 
     def _read(self) -> list[float]:

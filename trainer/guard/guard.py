@@ -113,7 +113,7 @@ class Guard:
         return self._not_finite_since
 
     def _look_at_losses(self) -> None:
-        """Look at the losses of the steps that were only computed. The first to be asked for brings
+        """Read the losses of the steps that were only computed. The first to be asked for brings
         those of all from the device."""
         for step, result in self._unread:
             if math.isfinite(result.loss):

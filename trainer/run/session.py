@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from shlex import quote
 from typing import Any, NoReturn
 
@@ -39,6 +40,7 @@ from trainer.recipe import ResolvedRecipe
 from trainer.recipe.batch_plan import BatchPlan
 from trainer.run.account import Account, open_ledger, times_of_steps
 from trainer.run.closing import baseline, export, exported, sampled, translated, translated_meanwhile
+from trainer.run.compilation import compilation_failed, settle_compilation
 from trainer.run.devices import devices_of, footprint, machine_of, sheet_of
 from trainer.run.memory_check import require_memory
 from trainer.run.meter import Meter
@@ -103,6 +105,10 @@ class Session:
         if self.lease is None:
             return 0
         return LOST if self.lease.is_lost else WANTED if self.lease.is_wanted else 0
+
+    def remarks(self) -> list[str]:
+        """Return what there is to say after a step. All ranks must call it together."""
+        return [*self.watchdog.remarks(), *compilation_failed(self.engine, self.messages)]
 
     def leave_to_the_next(self, reason: str) -> NoReturn:
         """End at once, and write nothing more, because another start now owns the run folder."""
@@ -315,6 +321,8 @@ def _try_first(run: Session) -> None:
     step = run.checkpoints.start_step
     if tries(run.recipe, run.place.device) and step < run.recipe.train.total_steps:
         try_worst_case(run.engine, run.data.micro_batches(step), run.planned, evaluates=run.eval_data is not None)
+    batches = partial(run.data.micro_batches, step)
+    run.say(settle_compilation(run.engine, run.messages, run.folder.compilation, start_step=step, batches=batches))
 
 
 @contextmanager
