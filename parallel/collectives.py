@@ -15,7 +15,8 @@ and ḡ are the names in Shoeybi et al. 2019 (arXiv:1909.08053, figure 3) and Ko
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,15 +27,18 @@ from parallel.autograd import TensorFunction
 from parallel.mesh import Group
 
 
-class Pending(NamedTuple):
-    """A collective under way; `wait` returns its result."""
+@dataclass
+class Pending:
+    """A collective under way; `wait` returns its result, as often as it is asked: messages must be
+    waited for only once."""
 
     result: Tensor
     work: direct.Work | None
 
     def wait(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()
+        work, self.work = self.work, None
+        if work is not None:
+            work.wait()
         return self.result
 
 

@@ -142,13 +142,13 @@ class _Linear(TensorFunction):
 
         gathering = start_all_gather(x_NI, tp.group) if tp.sequence else Pending(x_NI, None)
         if not tp.overlap:
-            gathering = Pending(gathering.wait(), None)  # gloo's messages are waited for only once
+            gathering.wait()
         dx_NI = product(parts[0], values[0])
         for part, value in zip(parts[1:], values[1:], strict=True):
             add_product(dx_NI, part, value)
         summing = (start_reduce_scatter if tp.sequence else start_all_reduce)(dx_NI, tp.group)
         if not tp.overlap:
-            summing = Pending(summing.wait(), None)
+            summing.wait()
         all_NI = gathering.wait()
         dws = [weight.gradient(part, all_NI) for weight, part in zip(weights, parts, strict=True)]
         wanted = ctx.needs_input_grad[3 + len(weights) :]
