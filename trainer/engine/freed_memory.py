@@ -17,8 +17,8 @@ def keep_freed_memory(environment: Mapping[str, str]) -> bool:
     to do. Return whether it does.
 
     Else it gives gradients and activations back to the system in each step, which zeroes each page
-    anew in the next: steps of a Llama with 35 million parameters on CPUs took 8 % longer at ZeRO-0,
-    19 % at ZeRO-2 and 4 % at ZeRO-3. The peak is the same: most memory is held within a step.
+    anew in the next: steps of a Llama with 35 million parameters on CPUs took 19 % longer at ZeRO-2
+    and 4 % at ZeRO-3. The peak is the same: most memory is held within a step.
     """
     if any(name in environment for name in OWN):
         return False

@@ -59,7 +59,7 @@ def _ended(work: direct.Work, async_op: bool) -> direct.Work | None:
 def scatter_directly(stage_3: Any) -> None:
     """Make stage 3 send the parts of each gradient from where they are, and add them up there.
 
-    DeepSpeed joins all gradients of a bucket in a new buffer first: 60 ms. `stage_3`: its module,
+    DeepSpeed joins all gradients of a bucket in a new buffer first. `stage_3`: its module,
     which calls the function by name.
     """
 
@@ -92,7 +92,7 @@ def _parts(flat: Tensor, size: int) -> list[Tensor]:
 def one_by_one(config: dict[str, Any]) -> dict[str, Any]:
     """Return DeepSpeed's dict with each weight of stage 3 gathered into a buffer of its own.
 
-    Those of a block come as one message else, from which each is then copied together: 50 ms.
+    Those of a block come as one message else, from which each is then copied together.
     """
     return {**config, "zero_optimization": {**config["zero_optimization"], "stage3_allgather_sequential": True}}
 
@@ -100,7 +100,7 @@ def one_by_one(config: dict[str, Any]) -> dict[str, Any]:
 def reduce_in_place(engine: Any) -> None:
     """Make the all-reduce of stage 0, and of stage 1 in bf16, sum each large gradient where it is.
 
-    DeepSpeed copies all of them into a new buffer and back: 75 ms.
+    DeepSpeed copies all of them into a new buffer and back.
     """
     through_a_buffer = engine.allreduce_and_copy
 
