@@ -300,6 +300,12 @@ def gradients_of_the_last_micro_batch_only() -> None:
     ZeroInPipeline._accumulating = lambda zero, number, complete: accumulating(zero, 0, complete)
 
 
+def boundary_at_every_backward() -> None:
+    """The optimizer is told that the sums are complete after each micro-batch."""
+    accumulating = ZeroInPipeline._accumulating
+    ZeroInPipeline._accumulating = lambda zero, number, complete: accumulating(zero, number, True)
+
+
 def tied_gradient_forgotten() -> None:
     """What the ends collected is never handed to the optimizer."""
     TiedGradients.totals = lambda gradients: iter(())
@@ -333,6 +339,7 @@ PIPELINE_MUTATIONS = [
     (later_stages_unmarked, {"stage": 1}),
     (schedule_divides_once_more, {"stage": 0}),
     (gradients_of_the_last_micro_batch_only, {"stage": 3}),
+    (boundary_at_every_backward, {"stage": 2, "zero": {"offload_optimizer": {"device": "cpu"}}}),
     (tied_gradient_forgotten, {"stage": 1}),
     (stages_drop_alike, {"stage": 0, "family": "gpt2", "config": {"n_layer": 4}}),
     (layer_run_twice, {"stage": 0}),
