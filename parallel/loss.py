@@ -242,7 +242,8 @@ class _Gradients:
         bias_V = vocabulary.bias_V
         self.h = torch.empty_like(h_ND)
         self._trains_weight = trains[0]
-        self.weight: Tensor | None = None
+        # The first chunk's is kept, and the others are added; without tokens there is none.
+        self.weight = zeros(vocabulary.weight_VD.shape) if trains[0] and not len(h_ND) else None
         self.bias = zeros(bias_V.shape) if trains[1] and bias_V is not None else None
         self.own = zeros(own_MD.shape) if trains[2] and own_MD is not None else None
 

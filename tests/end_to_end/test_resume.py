@@ -321,14 +321,14 @@ def test_two_runs_do_not_share_a_folder(done: tuple[Path, Path], copy: Path) -> 
 def train_as(restarts: int, waits_at: int | None, run_dir: Path, command: list[str]) -> int:
     """`train` as a start of SLURM job 7. `waits_at`: at that step until another start wants the run folder."""
     os.environ.update(SLURM_JOB_ID="7", SLURM_RESTART_COUNT=str(restarts))
-    read = StepData.micro_batches
+    take = StepData.take
 
-    def reading(data: StepData, step: int) -> Any:
+    def taking(data: StepData, step: int, **more: bool) -> Any:
         while step == waits_at and not (run_dir / WANTED).exists():
             time.sleep(0.01)
-        return read(data, step)
+        return take(data, step, **more)
 
-    StepData.micro_batches = reading  # type: ignore[method-assign]
+    StepData.take = taking  # type: ignore[method-assign]
     return train(command)
 
 
@@ -367,15 +367,15 @@ def take_over(run_dir: Path) -> None:
 
 def train_and_lose(step: int, run_dir: Path, command: list[str]) -> int:
     """`train` as a start of SLURM job 7, whose run folder is taken over in a step."""
-    read = StepData.micro_batches
+    take = StepData.take
 
-    def reading(data: StepData, now: int) -> Any:
+    def taking(data: StepData, now: int, **more: bool) -> Any:
         if now == step and data.group.rank == 0:
             take_over(run_dir)
-        return read(data, now)
+        return take(data, now, **more)
 
     os.environ.update(SLURM_JOB_ID="7")
-    StepData.micro_batches = reading  # type: ignore[method-assign]
+    StepData.take = taking  # type: ignore[method-assign]
     return train(command)
 
 

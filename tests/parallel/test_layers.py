@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from parallel.attention import ParallelAttention, _Rotate
+from parallel.attention import ParallelAttention
 from parallel.documents import Documents
 from parallel.embedding import ReplicatedEmbedding, VocabParallelEmbedding, rotary_tables
 from parallel.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
@@ -24,6 +24,7 @@ from parallel.norm import LayerNorm, RMSNorm, _RMSNorm
 from parallel.outputs import Output
 from parallel.params import Init, complete_partial_gradients, copy_pieces, draw, initialise, owned_specs
 from parallel.rescaling import InputRescaling, OutputRescaling
+from parallel.rotation import Rotate
 from parallel.tensor import TensorParallel
 from parallel.topology import Layout
 from tests.spawn import spawn
@@ -341,4 +342,4 @@ def test_rotation_has_the_gradient_of_its_formula() -> None:
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64, requires_grad=True)
     documents = Documents(((5,), (2, 3)))
     tables = rotary_tables(documents.positions_BS, 8, 10000.0, torch.float64)
-    assert torch.autograd.gradcheck(lambda x: _Rotate.apply(x, *tables, 1, 1), (x,))
+    assert torch.autograd.gradcheck(lambda x: Rotate.apply(x, *tables, 1, 1), (x,))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from parallel.documents import Documents
-from parallel.loss import IGNORE
-from parallel.params import initialise
+from parallel.loss import IGNORE, VocabParallelHead
+from parallel.params import Init, initialise
 from parallel.rng import Streams
 from parallel.tensor import TensorParallel
 from tests.unit.shapes import TINY, TINY_DECODER
@@ -104,3 +104,13 @@ def test_a_row_without_targets_has_no_gradient() -> None:
     loss, *gradients = loss_and_gradients(stage, empty)
     assert loss == 0
     assert all(not gradient.any() for gradient in gradients)
+
+
+def test_a_micro_batch_without_targets_gives_the_head_a_gradient_of_zeros() -> None:
+    for loss in ("loss_sum", "token_losses"):
+        head = VocabParallelHead(8, 4, name="head", init=Init(), tp=TensorParallel.alone())
+        head.weight = torch.nn.Parameter(torch.ones(8, 4))
+        hidden_LD = torch.zeros(0, 4, requires_grad=True)
+        getattr(head, loss)(hidden_LD, torch.zeros(0, dtype=torch.int64)).sum().backward()
+        assert head.weight.grad is not None
+        assert not head.weight.grad.any()

@@ -99,7 +99,7 @@ def _plant(fault: str, step: int, place: str, mark: str) -> None:
         else:
             fall_silent(fault, f"{mark}.pipe")
 
-    real_step, real_data = Engine.step, StepData.micro_batches
+    real_step, real_data = Engine.step, StepData.take
 
     engines: list[Engine] = []
 
@@ -109,13 +109,13 @@ def _plant(fault: str, step: int, place: str, mark: str) -> None:
             strike(self)
         return real_step(self, micro_batches, step=step, **named)
 
-    def data_with(self: StepData, number: int) -> Any:
+    def data_with(self: StepData, number: int, **more: bool) -> Any:
         if number == planned and place == "data":
             strike(*engines)
-        return real_data(self, number)
+        return real_data(self, number, **more)
 
     planned = step
-    Engine.step, StepData.micro_batches = step_with, data_with  # type: ignore[method-assign]
+    Engine.step, StepData.take = step_with, data_with  # type: ignore[method-assign]
 
 
 def one_case(case: int, seed: int, names: Sequence[str], faults: Sequence[str], scratch: Path) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def train_with_a_slow_rank(words: Sequence[str], at_fault: int, cause: str) -> i
 
     slow.WINDOW_S = SLOW_WINDOW_S
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    real_step, real_data = Engine.step, StepData.micro_batches
+    real_step, real_data = Engine.step, StepData.take
 
     def is_slow(step: int) -> bool:
         return rank == (step % ranks if cause == "wandering" else at_fault)
@@ -209,12 +209,12 @@ def train_with_a_slow_rank(words: Sequence[str], at_fault: int, cause: str) -> i
                 time.sleep(DELAY_S)
         return real_step(self, micro_batches, step=step, **named)
 
-    def data_with(self: StepData, number: int) -> Any:
+    def data_with(self: StepData, number: int, **more: bool) -> Any:
         if cause == "data" and is_slow(number):
             time.sleep(DELAY_S)
-        return real_data(self, number)
+        return real_data(self, number, **more)
 
-    Engine.step, StepData.micro_batches = step_with, data_with  # type: ignore[method-assign]
+    Engine.step, StepData.take = step_with, data_with  # type: ignore[method-assign]
     return train(words)
 
 
