@@ -50,6 +50,16 @@ def suits_blocks(q_BSHK: Tensor, kv_heads: int, spans: Sequence[Span]) -> bool:
     return _alone(q_BSHK, q_BSHK.shape[2] // kv_heads, *lengths)
 
 
+def reads_by_head(x_BSNK: Tensor, sharing: int) -> bool:
+    """Return whether queries, keys and values of such rows are best by head in memory, where a head
+    is multiplied as a matrix. The fused kernel wants them by token: its output, which is kept, lies
+    as its queries do."""
+    if x_BSNK.device.type != "cpu":
+        return False
+    S = x_BSNK.shape[1]
+    return x_BSNK.dtype in (torch.bfloat16, torch.float64) or _alone(x_BSNK, sharing, S, S)
+
+
 def _alone(q: Tensor, sharing: int, num_queries: int, num_keys: int) -> bool:
     """Return whether matrices are multiplied one at a time, by oneDNN."""
     size = min(num_queries, _block_size(sharing, num_keys, alone=True))

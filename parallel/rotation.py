@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parallel.autograd import TensorsFunction
+from parallel.block_attention import reads_by_head
 from parallel.fusable import fusable
 
 
@@ -30,7 +31,7 @@ class Rotate(TensorsFunction):
     @staticmethod
     def forward(ctx: Any, x_BSNK: Tensor, cos: Tensor, sin: Tensor, H: int, G: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x_BSNK, cos, sin, H, G)
+        return _rotated(x_BSNK, cos, sin, H, G, reads_by_head(x_BSNK, H // G))
 
     @staticmethod
     @once_differentiable
@@ -38,13 +39,10 @@ class Rotate(TensorsFunction):
         return _rotated_back(dq_BSHK, dk_BSGK, grad_others, *ctx.saved_tensors), None, None, None, None
 
 
-def _as_attention_reads(like_BSNK: Tensor) -> Tensor:
-    """Return an empty tensor of this shape: by head in memory on CPUs, where a head is multiplied
-    as a matrix, by token elsewhere."""
+def _as_attention_reads(like_BSNK: Tensor, by_head: bool) -> Tensor:
+    """Return an empty tensor of this shape, by head in memory or by token."""
     B, S, N, K = like_BSNK.shape
-    if like_BSNK.device.type == "cpu":
-        return like_BSNK.new_empty(B, N, S, K).transpose(1, 2)
-    return like_BSNK.new_empty(B, S, N, K)
+    return like_BSNK.new_empty(B, N, S, K).transpose(1, 2) if by_head else like_BSNK.new_empty(B, S, N, K)
 
 
 def _rotate(into: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -54,19 +52,19 @@ def _rotate(into: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     torch.mul(b, cos, out=into_b).addcmul_(a, sin)
 
 
-def _rotated_in_place(x_BSNK: Tensor, cos: Tensor, sin: Tensor, H: int, G: int) -> tuple[Tensor, ...]:
-    q_BSHK, k_BSGK, others = (_as_attention_reads(x) for x in x_BSNK.tensor_split([H, H + G], dim=2))
+def _rotated_in_place(x_BSNK: Tensor, cos: Tensor, sin: Tensor, H: int, G: int, by_head: bool) -> tuple[Tensor, ...]:
+    q_BSHK, k_BSGK, others = (_as_attention_reads(x, by_head) for x in x_BSNK.tensor_split([H, H + G], dim=2))
     _rotate(q_BSHK, x_BSNK[:, :, :H], cos, sin)
     _rotate(k_BSGK, x_BSNK[:, :, H : H + G], cos, sin)
     return q_BSHK, k_BSGK, others.copy_(x_BSNK[:, :, H + G :])
 
 
 @partial(fusable, unfused=_rotated_in_place)
-def _rotated(x_BSNK: Tensor, cos: Tensor, sin: Tensor, H: int, G: int) -> tuple[Tensor, ...]:
+def _rotated(x_BSNK: Tensor, cos: Tensor, sin: Tensor, H: int, G: int, by_head: bool) -> tuple[Tensor, ...]:
     """Return queries and keys rotated, and what is behind them, as a compiler reads it best."""
     q, k, others = x_BSNK.tensor_split([H, H + G], dim=2)
     parts = _turned(q, cos, sin), _turned(k, cos, sin), others
-    if x_BSNK.device.type == "cpu":  # by head, as `_as_attention_reads` has it
+    if by_head:
         return tuple(part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts)
     return tuple(part.clone(memory_format=torch.contiguous_format) for part in parts)
 
