@@ -15,12 +15,10 @@ from parallel.collectives import all_reduce
 from parallel.deferred import WeightGradients
 from parallel.mesh import Group, Mesh
 from parallel.params import Role, ShardSpec, owned_specs
-from parallel.pipeline import Pipeline
 from parallel.schedule_table import ScheduleTable
 from parallel.tensor import TensorParallel
 from parallel.vocabulary import vocabulary_shard
 from trainer.data.loader import MicroBatch
-from trainer.engine.zero_pipeline import ZeroInPipeline
 from trainer.model.auto_network import AutoNetwork
 from trainer.model.auto_stage import AutoStage
 from trainer.model.blocks import Block, blocks_of
@@ -233,6 +231,10 @@ class InPipeline:
         watch: Stopwatch,
         measures: Measures,
     ) -> None:
+        # torch's runtime of pipelines takes 1.4 s to import: only where there is one
+        from parallel.pipeline import Pipeline
+        from trainer.engine.zero_pipeline import ZeroInPipeline
+
         self._mesh, self._tp, self._dtype, self._watch = mesh, tp, dtype, watch
         self._measures = measures
         self._hidden_size = config.hidden_size
