@@ -79,11 +79,13 @@ from torch import Tensor  # noqa: E402
 
 from parallel.attention import Reach, attend, attend_in_each  # noqa: E402
 from parallel.documents import Documents  # noqa: E402
+from parallel.fusable import FUSING  # noqa: E402
 from parallel.gpu_attention import flex_attention  # noqa: E402
 from parallel.mesh import Mesh  # noqa: E402
 from parallel.topology import Layout  # noqa: E402
 from trainer.costs.blocks import count_parameters  # noqa: E402
 from trainer.costs.flops import training_flops  # noqa: E402
+from trainer.engine.engine import Engine  # noqa: E402
 from trainer.engine.matmul_peak import device_peak  # noqa: E402
 from trainer.launch import ranks  # noqa: E402
 from trainer.model.config import TransformerConfig  # noqa: E402
@@ -201,6 +203,7 @@ class Bench:
                 work()
             taken = [seconds_of(work, self.device) for _ in range(3 if self.quick else 8)]
             kernels = list(self.kernels(work)) if profiled and self.device.type == "cuda" else []
+            compiled = self.compiled_seconds(engine, work)
         finally:
             engine.close()
         peak, source = device_peak(self.device, "bf16")
@@ -213,6 +216,7 @@ class Bench:
             documents_a_row=documents,
             zero=zero,
             seconds=seconds,
+            seconds_compiled=compiled,
             tokens_per_s=model.tokens / seconds,
             mfu=flops / seconds / peak,
             peak=source,
@@ -220,6 +224,14 @@ class Bench:
             busy=sum(time for _, time in kernels) / seconds if kernels else None,
             kernels=[f"{name[:60]} {share / seconds:.1%}" for name, share in kernels[:KERNELS]],
         )
+
+    def compiled_seconds(self, engine: Engine, work: Callable[[], object]) -> float | str:
+        """Return the median time of a compiled step [s], or what the compiler said."""
+        engine.compiles = True
+        for _ in range(2):
+            work()
+        taken = [seconds_of(work, self.device) for _ in range(3 if self.quick else 8)]
+        return FUSING.failure or statistics.median(taken)
 
     def kernels(self, work: Callable[[], object]) -> Iterator[tuple[str, float]]:
         """Yield the kernels of a step with their seconds, the longest first."""

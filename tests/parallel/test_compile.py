@@ -62,13 +62,19 @@ def failing_run(mesh: Mesh, folder: Path) -> tuple[list[float], str | None]:
     return run_case(mesh, Case(compile=True, steps=1)).losses, FUSING.failure
 
 
+@pytest.fixture(scope="module")
+def compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the folder in which one layout finds what another has compiled."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize("name", CASES)
-def test_losses_norms_and_weights_are_those_of_steps_that_are_not_compiled(name: str, tmp_path: Path) -> None:
+def test_losses_norms_and_weights_are_those_of_steps_that_are_not_compiled(name: str, compiled_code: Path) -> None:
     case = CASES[name]
     layout = Layout(pp=case.pp, dp=case.dp, tp=case.tp)
     plain = spawn(run_case, layout, case)[0]
-    for compiled, failure, graphs in spawn(compiled_run, layout, case, tmp_path):
+    for compiled, failure, graphs in spawn(compiled_run, layout, case, compiled_code):
         assert failure is None
         assert graphs > 0
         rtol = TOLERANCE[case.dtype]

@@ -49,6 +49,8 @@ RECIPES = sorted((ROOT / "ds_configs").glob("*.json"))
         ("pp2xdp2", NamedLayout(Layout(pp=2, dp=2))),
         ("tp2xdp1", NamedLayout(Layout(tp=2))),
         ("tp2-sp", NamedLayout(Layout(tp=2), sequence=False)),
+        ("tp2-sp+compile", NamedLayout(Layout(tp=2), sequence=False, compiles=True)),
+        ("compile", NamedLayout(Layout(), compiles=True)),
         ("tp2xdp2+sp", NamedLayout(Layout(tp=2, dp=2), sequence=True)),
     ],
 )

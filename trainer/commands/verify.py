@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="LAYOUT",
-        help="such as tp2 dp4 tp2xdp2 tp2-sp (without sequence parallelism); default: all of up to 4 processes, or 8 where "
-        "there are as many cores or GPUs, that divide the model",
+        help="such as tp2 dp4 tp2xdp2 tp2-sp (without sequence parallelism) dp2+compile; default: all of up to 4 "
+        "processes, or 8 where there are as many cores or GPUs, that divide the model",
     )
     parser.add_argument("--full", action="store_true", help="the recipe's own sizes instead of a scaled-down twin")
     parser.add_argument("--timeout", type=whole(1), default=600, metavar="S", help="for each layout, in seconds")

@@ -33,8 +33,8 @@ from trainer.model.config import TransformerConfig
 from trainer.run.worst_case import worst_of
 
 KEY = "train.compile"
-# Below these a run gains less than compiling and measuring take: a compilation takes about 20 s,
-# and has been seen to save a tenth to a third of a step.
+# Below these a run gains less than compiling and measuring take: ten rehearsals, and a compilation
+# of some 10 s.
 LEAST_STEPS, LEAST_S = 200, 300.0
 PAIRS = 3  # of rehearsals, with and without
 LEAST_GAIN = 1.02  # less is within what two measurements of the same differ by
@@ -117,6 +117,8 @@ def _measured(engine: Engine, messages: Messages, steps: int, batches: Sequence[
         engine.compiles = compiles
         started = time.perf_counter()
         engine.rehearse(chosen)
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
         engine.watch.tick()
         slowest: float = max(messages.all(time.perf_counter() - started))
         return slowest

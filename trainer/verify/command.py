@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,10 @@ class Bench:
         few, many = DEFAULT_PROCESSES
         places = self.gpus or len(os.sched_getaffinity(0))
         processes = many if places >= many else min(few, self.gpus or few)
-        return up_to(processes, sequence=given.get("parallel", {}).get("sequence_parallel") is not False)
+        layouts = up_to(processes, sequence=given.get("parallel", {}).get("sequence_parallel") is not False)
+        if not given.get("train", {}).get("compile"):
+            return layouts
+        return [replace(named, compiles=True) for named in (ONE_PROCESS, *layouts)]
 
     def refusal(self, given: Mapping[str, Any], named: NamedLayout, *, batch: bool = False) -> str:
         """Return why this layout cannot be run, because the recipe's checks or the machine refuse

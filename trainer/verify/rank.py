@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from parallel.documents import Documents
+from parallel.fusable import FUSING
 from parallel.gather import logical_tensors
 from parallel.loss import IGNORE
 from parallel.mesh import Mesh
@@ -41,6 +42,7 @@ from trainer.engine.engine import Engine
 from trainer.engine.execution import DTYPES
 from trainer.engine.group import joined
 from trainer.engine.step_result import StepResult
+from trainer.errors import UserError
 from trainer.launch.ranks import Place
 from trainer.model.config import TransformerConfig
 from trainer.recipe import ResolvedRecipe, load
@@ -123,6 +125,8 @@ class Trial:
         with self.engine(recipe) as engine:
             before = logical_tensors(engine.gathered_tensors())
             results = [engine.step(self.micro_batches(step), step=step, lr=lr) for step in range(steps)]
+            if FUSING.failure is not None:
+                raise UserError(f"train.compile: the compiler failed: {FUSING.failure}")
             after = logical_tensors(engine.gathered_tensors())
             return Trained(results, before, after, boxes(engine.local_tensors()))
 
